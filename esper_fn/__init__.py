@@ -1,0 +1,1 @@
+"""Esper-fn: networks that grow while they train."""

@@ -1,0 +1,86 @@
+"""The pairs of pure functions everything is made of."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+from esper_fn._typing import Array, Bool, DType, Float, Key, Params
+
+Topology: TypeAlias = Literal["vector", "sequence", "image"]
+TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
+
+
+class BodySpec(NamedTuple):
+    """The place a body is built for."""
+
+    inputs: int
+    """Features it reads (of the widest chunk)."""
+    outputs: int
+    """Features it writes; differs from `inputs` only over a span."""
+    topology: Topology
+
+
+class Cost(NamedTuple):
+    """What one body costs."""
+
+    parameters: int
+    flops: int
+    """Floating point operations of one forward pass over one example."""
+
+
+class InitBody(Protocol):
+    """Makes the parameters of one body."""
+
+    def __call__(self, key: Key, spec: BodySpec, dtype: DType) -> Params:
+        """Parameters with which `apply` returns exactly zero: a newborn is the identity."""
+        ...
+
+
+class ApplyBody(Protocol):
+    """Runs one body."""
+
+    def __call__(
+        self, params: Params, x: Float[Array, "... F"], spec: BodySpec, mask: Bool[Array, "F"]
+    ) -> Float[Array, "... G"]:
+        """The residual `r` of shape `x.shape[:-1] + (outputs,)`, in `x`'s dtype.
+
+        `x` is `[..., F]` for a vector site, `[..., T, F]` for a sequence and `[..., H, W, F]` for
+        an image. Where the site's features do not divide evenly, a chunk's last feature may be
+        padding: it reads as zero, is False in `mask`, and its output is discarded.
+        """
+        ...
+
+
+class CostBody(Protocol):
+    """States what a body costs before one exists."""
+
+    def __call__(self, spec: BodySpec, positions: int) -> Cost:
+        """Parameters, and forward operations on one example of `positions` positions.
+
+        `positions` is 1 for a vector, `T` for a sequence, `H * W` for an image.
+        """
+        ...
+
+
+class Blueprint(NamedTuple):
+    """A small network that can grow at a seed: `(init, apply)` and what it states of itself."""
+
+    name: str
+    init: InitBody
+    apply: ApplyBody
+    cost: CostBody
+    topologies: tuple[Topology, ...]
+    can_span: bool
+    """Whether it may read one activation and write into another of a different width."""
+
+
+__all__ = [
+    "TOPOLOGIES",
+    "ApplyBody",
+    "Blueprint",
+    "BodySpec",
+    "Cost",
+    "CostBody",
+    "InitBody",
+    "Topology",
+]

@@ -1,0 +1,37 @@
+"""Small networks that can grow at a seed.
+
+A blueprint is a value: make one with a factory and hand it to `esper_fn.lattice`. One of your own
+is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract,
+and `register` gives its factory a name for the command line.
+"""
+
+from esper_fn.base import Blueprint, BodySpec, Cost
+from esper_fn.blueprints._check import check
+from esper_fn.blueprints._dense import bottleneck, gated, low_rank, noop, normalised, scale_shift
+from esper_fn.blueprints._registry import get, names, register
+from esper_fn.blueprints._spatial import (
+    bottleneck_conv,
+    depthwise_conv,
+    self_attention,
+    squeeze_excite,
+)
+
+__all__ = [
+    "Blueprint",
+    "BodySpec",
+    "Cost",
+    "bottleneck",
+    "bottleneck_conv",
+    "check",
+    "depthwise_conv",
+    "gated",
+    "get",
+    "low_rank",
+    "names",
+    "noop",
+    "normalised",
+    "register",
+    "scale_shift",
+    "self_attention",
+    "squeeze_excite",
+]

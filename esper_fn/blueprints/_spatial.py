@@ -1,0 +1,176 @@
+"""Blueprints that mix positions. On a sequence each of them is causal: no output reads the future."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, DType, Key, Params
+from esper_fn.base import Blueprint, BodySpec, Cost
+from esper_fn.blueprints._parts import cast, lecun_normal, positive
+
+
+def _num_axes(spec: BodySpec) -> int:
+    return 2 if spec.topology == "image" else 1
+
+
+def _fold_batch(x: Array, num_inner: int) -> tuple[Array, tuple[int, ...]]:
+    """`[..., inner, F]` as `[N, inner, F]`, and the leading shape to put back."""
+    leading = x.shape[: x.ndim - num_inner]
+    return x.reshape(-1, *x.shape[x.ndim - num_inner :]), leading
+
+
+def _convolve(x: Array, kernel: Array, groups: int) -> Array:
+    """Same-size convolution over the spatial axes; left-padded (causal) over one axis."""
+    window = kernel.shape[:-2]
+    if len(window) == 1:
+        padding = [(window[0] - 1, 0)]
+        layout = ("NWC", "WIO", "NWC")
+    else:
+        padding = [((size - 1) // 2, size // 2) for size in window]
+        layout = ("NHWC", "HWIO", "NHWC")
+    folded, leading = _fold_batch(x, len(window) + 1)
+    y = jax.lax.conv_general_dilated(
+        folded,
+        kernel,
+        window_strides=(1,) * len(window),
+        padding=padding,
+        dimension_numbers=layout,
+        feature_group_count=groups,
+    )
+    return y.reshape(*leading, *y.shape[1:])
+
+
+def squeeze_excite(width: int = 4) -> Blueprint:
+    """`r = x * (2 sigmoid(relu(pool(x) down) up) - 1)`, `up = 0` at birth.
+
+    `pool` is the mean over an image's positions, the running mean over a sequence's
+    (Hu et al., squeeze-and-excitation, CVPR 2018).
+
+    Args:
+      width: inner width R.
+    """
+    positive(width=width)
+
+    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+        return {
+            "down": lecun_normal(key, (spec.inputs, width), dtype),
+            "up": jnp.zeros((width, spec.outputs), dtype),
+        }
+
+    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+        del mask
+        is_image = spec.topology == "image"
+        params = cast(params, x)
+        wide = x.astype(jnp.float32)
+        if is_image:
+            pooled = jnp.mean(wide, axis=(-3, -2), keepdims=True)
+        else:
+            seen = jnp.arange(1, x.shape[-2] + 1, dtype=jnp.float32)
+            pooled = jnp.cumsum(wide, axis=-2) / seen.reshape(*(1,) * (x.ndim - 2), -1, 1)
+        inner = jax.nn.relu(pooled.astype(x.dtype) @ params["down"])
+        return x * (2 * jax.nn.sigmoid(inner @ params["up"]) - 1)
+
+    def cost(spec: BodySpec, positions: int) -> Cost:
+        weights = width * (spec.inputs + spec.outputs)
+        gates = positions if spec.topology == "sequence" else 1
+        return Cost(parameters=weights, flops=2 * weights * gates + 3 * spec.inputs * positions)
+
+    return Blueprint(
+        "squeeze_excite", init, apply, cost, ("sequence", "image"), can_span=False
+    )
+
+
+def depthwise_conv(window: int = 3) -> Blueprint:
+    """`r = x * kernel`, one filter a feature, zero at birth (Chollet, Xception, CVPR 2017).
+
+    Args:
+      window: positions along each spatial axis.
+    """
+    positive(window=window)
+
+    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+        del key
+        return {"kernel": jnp.zeros((window,) * _num_axes(spec) + (1, spec.inputs), dtype)}
+
+    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+        del spec, mask
+        return _convolve(x, cast(params, x)["kernel"], groups=x.shape[-1])
+
+    def cost(spec: BodySpec, positions: int) -> Cost:
+        weights = window ** _num_axes(spec) * spec.inputs
+        return Cost(parameters=weights, flops=2 * weights * positions)
+
+    return Blueprint("depthwise_conv", init, apply, cost, ("sequence", "image"), can_span=False)
+
+
+def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
+    """`r = relu(conv(x down)) up`, `up = 0` at birth (He et al., CVPR 2016).
+
+    Args:
+      width: inner width R.
+      window: positions of the inner convolution along each spatial axis.
+    """
+    positive(width=width, window=window)
+
+    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+        down_key, conv_key = jax.random.split(key)
+        return {
+            "down": lecun_normal(down_key, (spec.inputs, width), dtype),
+            "kernel": lecun_normal(
+                conv_key, (window,) * _num_axes(spec) + (width, width), dtype
+            ),
+            "up": jnp.zeros((width, spec.outputs), dtype),
+        }
+
+    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+        del spec, mask
+        params = cast(params, x)
+        inner = _convolve(x @ params["down"], params["kernel"], groups=1)
+        return jax.nn.relu(inner) @ params["up"]
+
+    def cost(spec: BodySpec, positions: int) -> Cost:
+        weights = width * (spec.inputs + spec.outputs) + window ** _num_axes(spec) * width**2
+        return Cost(parameters=weights, flops=(2 * weights + width) * positions)
+
+    return Blueprint("bottleneck_conv", init, apply, cost, ("sequence", "image"), can_span=False)
+
+
+def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
+    """`r = softmax(q k^T / sqrt(R)) v up` over the positions, `up = 0` at birth.
+
+    One head of width R (Vaswani et al., 2017). An image's positions are read row by row.
+
+    Args:
+      width: width R of queries, keys and values.
+      is_causal: on a sequence, whether a position sees only itself and its past; an image is
+        always seen whole.
+    """
+    positive(width=width)
+
+    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+        return {
+            "qkv": lecun_normal(key, (spec.inputs, 3 * width), dtype),
+            "up": jnp.zeros((width, spec.outputs), dtype),
+        }
+
+    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+        del mask
+        is_image = spec.topology == "image"
+        params = cast(params, x)
+        rows = x.reshape(*x.shape[:-3], -1, x.shape[-1]) if is_image else x
+        query, key, value = jnp.split(rows @ params["qkv"], 3, axis=-1)
+        scores = jnp.einsum("...tr,...sr->...ts", query, key).astype(jnp.float32) * width**-0.5
+        if is_causal and not is_image:
+            length = rows.shape[-2]
+            seen = jnp.tril(jnp.ones((length, length), bool))
+            seen = seen.reshape(*(1,) * (scores.ndim - 2), length, length)
+            scores = jnp.where(seen, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        return (jnp.einsum("...ts,...sr->...tr", weights, value) @ params["up"]).reshape(x.shape)
+
+    def cost(spec: BodySpec, positions: int) -> Cost:
+        weights = width * (3 * spec.inputs + spec.outputs)
+        return Cost(parameters=weights, flops=2 * weights * positions + 4 * width * positions**2)
+
+    return Blueprint("self_attention", init, apply, cost, ("sequence", "image"), can_span=False)

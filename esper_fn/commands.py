@@ -1,0 +1,188 @@
+"""What a person asks of seeds, as arrays a jitted step can take, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from esper_fn._typing import Array, Int8, Int32
+from esper_fn.errors import CommandError, UnknownNameError
+from esper_fn.grafting import Graft
+from esper_fn.lattice import Lattice
+from esper_fn.lifecycle import NONE, Stage
+
+
+class Kind(IntEnum):
+    """What is asked."""
+
+    NONE = 0
+    GERMINATE = 1
+    TRANSITION = 2
+    """Go to a named stage: the table holds, gates and dwell do not."""
+    SET_GRAFT = 3
+    PAUSE = 4
+    """Keep the stage and alpha as they are until RESUME; the body goes on as its stage says."""
+    RESUME = 5
+
+
+class Code(IntEnum):
+    """What became of a command."""
+
+    NOT_ASKED = 0
+    DONE = 1
+    UNKNOWN_SEED = 2
+    UNKNOWN_KIND = 3
+    ILLEGAL_TRANSITION = 4
+    BLUEPRINT_NOT_SERVED = 5
+    UNKNOWN_GRAFT = 6
+    BANK_FULL = 7
+    EMBARGOED = 8
+    VETOED = 9
+    """The governor allows no germination now."""
+    DUPLICATE = 10
+    """An earlier command of the same step was for the same seed; send this one again."""
+    OVERRULED = 11
+    """The governor or a non-finite body moved the seed in this very step."""
+    NO_BODY = 12
+    """Only a seed that holds a body can be paused, resumed or grafted otherwise."""
+
+
+class Commands(NamedTuple):
+    """Up to M commands of one step; rows of kind NONE are empty."""
+
+    seed: Int32[Array, "M"]
+    kind: Int8[Array, "M"]
+    blueprint: Int8[Array, "M"]
+    graft: Int8[Array, "M"]
+    target: Int8[Array, "M"]
+    """A `Stage`, for TRANSITION."""
+
+
+class Outcomes(NamedTuple):
+    """One row a command."""
+
+    code: Int8[Array, "M"]
+    before: Int8[Array, "M"]
+    """The seed's stage before the step (NONE for an unknown seed)."""
+    after: Int8[Array, "M"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One command, for people. Make one with the functions of this module."""
+
+    kind: Kind
+    seed: int
+    blueprint: str | None = None
+    graft: str | None = None
+    target: Stage | None = None
+
+
+def germinate(seed: int, blueprint: str, graft: str | None = None) -> Command:
+    """Give a dormant seed a newborn body."""
+    return Command(kind=Kind.GERMINATE, seed=seed, blueprint=blueprint, graft=graft)
+
+
+def transition(seed: int, target: Stage) -> Command:
+    """Move a seed to a stage that may follow its own."""
+    return Command(kind=Kind.TRANSITION, seed=seed, target=Stage(target))
+
+
+def cull(seed: int) -> Command:
+    """Remove a seed's body."""
+    return transition(seed, Stage.CULLED)
+
+
+def cancel(seed: int) -> Command:
+    """Call off a seed that does not act yet."""
+    return transition(seed, Stage.CANCELLED)
+
+
+def roll_back(seed: int) -> Command:
+    """Remove a seed's body and keep the seed out until it is released."""
+    return transition(seed, Stage.ROLLED_BACK)
+
+
+def release(seed: int) -> Command:
+    """Let a rolled-back seed sleep and grow again; also resets a fossil, whose body is lost."""
+    return transition(seed, Stage.DORMANT)
+
+
+def set_graft(seed: int, graft: str) -> Command:
+    """Change a seed's grafting strategy."""
+    return Command(kind=Kind.SET_GRAFT, seed=seed, graft=graft)
+
+
+def pause(seed: int) -> Command:
+    """Hold a seed where it is."""
+    return Command(kind=Kind.PAUSE, seed=seed)
+
+
+def resume(seed: int) -> Command:
+    """End a pause."""
+    return Command(kind=Kind.RESUME, seed=seed)
+
+
+def no_commands(size: int = 4) -> Commands:
+    """`size` empty rows.
+
+    >>> no_commands(2).kind.tolist()
+    [0, 0]
+    """
+    return Commands(
+        seed=jnp.full((size,), NONE, jnp.int32),
+        kind=jnp.zeros((size,), jnp.int8),
+        blueprint=jnp.full((size,), NONE, jnp.int8),
+        graft=jnp.full((size,), NONE, jnp.int8),
+        target=jnp.full((size,), NONE, jnp.int8),
+    )
+
+
+def pack(
+    lattice: Lattice, grafts: Sequence[Graft], commands: Sequence[Command], size: int = 4
+) -> Commands:
+    """Commands as arrays of a fixed size, so that no step is compiled anew.
+
+    Raises:
+      CommandError: more commands than rows, or a seed that does not exist.
+      UnknownNameError: a blueprint or grafting strategy the lattice was not given.
+    """
+    if len(commands) > size:
+        raise CommandError(
+            f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
+            "step or make room with size="
+        )
+    rows = np.full((5, size), NONE, np.int32)
+    rows[1] = Kind.NONE
+    graft_names = [graft.name for graft in grafts]
+    for column, command in enumerate(commands):
+        if not 0 <= command.seed < lattice.num_seeds:
+            raise CommandError(
+                f"seed {command.seed!r} does not exist; seeds are 0..{lattice.num_seeds - 1}"
+            )
+        rows[0, column], rows[1, column] = command.seed, command.kind
+        if command.blueprint is not None:
+            rows[2, column] = lattice.blueprint_index(command.blueprint)
+        if command.graft is not None:
+            if command.graft not in graft_names:
+                raise UnknownNameError(
+                    "grafting strategy",
+                    command.graft,
+                    graft_names,
+                    "give it to `growth(graft=...)` so that it is compiled in",
+                )
+            rows[3, column] = graft_names.index(command.graft)
+        if command.target is not None:
+            rows[4, column] = command.target
+    return Commands(
+        seed=jnp.asarray(rows[0]),
+        kind=jnp.asarray(rows[1], jnp.int8),
+        blueprint=jnp.asarray(rows[2], jnp.int8),
+        graft=jnp.asarray(rows[3], jnp.int8),
+        target=jnp.asarray(rows[4], jnp.int8),
+    )

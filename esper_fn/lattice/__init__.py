@@ -1,0 +1,50 @@
+"""Where seeds sit, where their bodies live, and how both act on an activation."""
+
+from esper_fn.lattice._allocate import allocate, give, give_birth, release, select_slots
+from esper_fn.lattice._forward import NUM_CHANNELS, Moments, Reading
+from esper_fn.lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
+from esper_fn.lattice._seeds import BareSeeds, Seeds, SiteView, Visits
+from esper_fn.lattice._site import Chunking, Site, chunk_mask, site, span
+from esper_fn.lattice._view import (
+    Probes,
+    Taps,
+    per_slot_tree,
+    readings_of,
+    slot_gains,
+    view,
+    zero_probes,
+    zero_taps,
+)
+
+__all__ = [
+    "NUM_CHANNELS",
+    "Bank",
+    "BareSeeds",
+    "Chunking",
+    "Lattice",
+    "Moments",
+    "Probes",
+    "Reading",
+    "Seeds",
+    "Site",
+    "SiteView",
+    "Taps",
+    "Visits",
+    "allocate",
+    "chunk_mask",
+    "give",
+    "give_birth",
+    "init_bodies",
+    "lattice",
+    "per_slot_tree",
+    "readings_of",
+    "release",
+    "select_slots",
+    "serves",
+    "site",
+    "slot_gains",
+    "span",
+    "view",
+    "zero_probes",
+    "zero_taps",
+]

@@ -1,0 +1,113 @@
+"""Giving slots to seeds and taking them back, all seeds at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
+from esper_fn.lattice._lattice import Lattice, fresh_bank
+from esper_fn.lifecycle import NONE
+
+
+def allocate(
+    lattice: Lattice,
+    owner: Int32[Array, "Q"],
+    is_requested: Bool[Array, "S"],
+    blueprint: Int8[Array, "S"],
+) -> Int32[Array, "S"]:
+    """A free slot for every request that its pool can serve.
+
+    The request of rank k among a pool's requests (in order of the seeds) takes the free slot of
+    rank k among the pool's free slots.
+
+    Args:
+      lattice: the static layout.
+      owner: the seed that holds each slot, or `NONE`.
+      is_requested: who asks.
+      blueprint: for which blueprint.
+
+    Returns:
+      The slot of each seed that got one, else `NONE` (not asked, or its pool is full).
+    """
+    return jax.lax.cond(
+        jnp.any(is_requested),
+        lambda: _allocate(lattice, owner, is_requested, blueprint),
+        lambda: jnp.full(is_requested.shape, NONE, jnp.int32),
+    )
+
+
+def _allocate(
+    lattice: Lattice,
+    owner: Int32[Array, "Q"],
+    is_requested: Bool[Array, "S"],
+    blueprint: Int8[Array, "S"],
+) -> Int32[Array, "S"]:
+    tables = lattice.tables
+    num_slots = lattice.num_slots
+    slots = jnp.arange(num_slots, dtype=jnp.int32)
+
+    is_free = owner == NONE
+    free_before = jnp.cumsum(is_free, dtype=jnp.int32) - is_free
+    pool_of_slot = jnp.asarray(tables.slot_pool_start)
+    free_rank = free_before - free_before[pool_of_slot]
+    by_rank = (
+        jnp.full((num_slots,), NONE, jnp.int32)
+        .at[jnp.where(is_free, pool_of_slot + free_rank, num_slots)]
+        .set(slots, mode="drop")
+    )
+
+    group_start = lattice.per_seed(tables.group_start)
+    slot = jnp.full(is_requested.shape, NONE, jnp.int32)
+    for index in range(len(lattice.blueprints)):
+        asks = is_requested & (blueprint == index)
+        asked_before = jnp.cumsum(asks, dtype=jnp.int32) - asks
+        rank = asked_before - asked_before[group_start]
+        pool = lattice.per_seed(tables.pool_start[:, index])
+        end = jnp.minimum(pool + rank, num_slots - 1)
+        # The place `end` may lie in the next pool: then it belongs to somebody else.
+        is_own = (pool >= 0) & (pool_of_slot[end] == pool) & (pool + rank == end)
+        slot = jnp.where(asks & is_own, by_rank[end], slot)
+    return slot
+
+
+def give(
+    owner: Int32[Array, "Q"], slot: Int32[Array, "S"], is_given: Bool[Array, "S"]
+) -> Int32[Array, "Q"]:
+    """`owner` after the seeds where `is_given` took their `slot`."""
+
+    def take() -> Int32[Array, "Q"]:
+        seeds = jnp.arange(slot.shape[0], dtype=jnp.int32)
+        return owner.at[jnp.where(is_given, slot, owner.shape[0])].set(seeds, mode="drop")
+
+    return jax.lax.cond(jnp.any(is_given), take, lambda: owner)
+
+
+def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Array, "Q"]:
+    """`owner` without the seeds that hold no body any more."""
+    keeps = holds_body[jnp.maximum(owner, 0)]
+    return jnp.where((owner != NONE) & keeps, owner, NONE)
+
+
+def give_birth(
+    lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key: Key
+) -> Bodies:
+    """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit."""
+    born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
+    for index, bank in enumerate(lattice.tables.banks):
+        site = lattice.sites[bank.site].name
+        name = lattice.names[bank.blueprint]
+        here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
+        old = bodies[site][name]
+
+        def renew(here: Bool[Array, "P"] = here, old: object = old, index: int = index) -> object:
+            fresh = fresh_bank(lattice, lattice.tables.banks[index], jax.random.fold_in(key, index))
+            return jax.tree.map(lambda new, kept: select_slots(here, new, kept), fresh, old)
+
+        born[site][name] = jax.lax.cond(jnp.any(here), renew, lambda old=old: old)
+    return born
+
+
+def select_slots(is_first: Bool[Array, "P"], first: Array, second: Array) -> Array:
+    """`where(is_first, first, second)` along the leading axis."""
+    return jnp.where(is_first.reshape(-1, *(1,) * (first.ndim - 1)), first, second)

@@ -1,0 +1,177 @@
+"""Places in a host model where seeds sit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from esper_fn.base import TOPOLOGIES, BodySpec, Topology
+from esper_fn.errors import LatticeError
+
+
+class Chunking(NamedTuple):
+    """How a feature axis is split: as `numpy.array_split` does, the first chunks one wider."""
+
+    features: int
+    chunks: int
+
+    @property
+    def widest(self) -> int:
+        """Features of the widest chunk, F."""
+        return -(-self.features // self.chunks)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all chunks are equally wide."""
+        return self.features % self.chunks == 0
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int32[C]: features of each chunk."""
+        narrow, num_wide = divmod(self.features, self.chunks)
+        return (narrow + (np.arange(self.chunks) < num_wide)).astype(np.int32)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int32[C]: first feature of each chunk."""
+        return (np.cumsum(self.sizes) - self.sizes).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One activation of the host whose last axis is split into chunks, one seed each.
+
+    Attributes:
+      name: what `seeds.grow` calls it.
+      features: width D of the activation it writes.
+      chunks: number of seeds C along the features; the split is `numpy.array_split`'s.
+      topology: `vector` (`[..., D]`), `sequence` (`[..., T, D]`) or `image` (`[..., H, W, D]`).
+      source_features: for a span, the width of the earlier activation it reads.
+      layers: for a site inside a scanned stack of L identical blocks, L; each has its own seeds.
+      positions: positions of one example (T, or H * W), for counting operations.
+    """
+
+    name: str
+    features: int
+    chunks: int = 1
+    topology: Topology = "vector"
+    source_features: int | None = None
+    layers: int | None = None
+    positions: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.name or not isinstance(self.name, str):
+            raise LatticeError(f"a site needs a non-empty name, got {self.name!r}")
+        sizes = {"features": self.features, "chunks": self.chunks, "positions": self.positions}
+        for field, optional in (("source_features", self.source_features), ("layers", self.layers)):
+            if optional is not None:
+                sizes[field] = optional
+        for field, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LatticeError(
+                    f"site {self.name!r}: {field} must be a positive int, got {value!r}"
+                )
+        narrowest = min(self.features, self.source_features or self.features)
+        if self.chunks > narrowest:
+            raise LatticeError(
+                f"site {self.name!r}: {self.chunks} chunks do not fit {narrowest} features; "
+                f"choose at most {narrowest} chunks"
+            )
+        if self.topology not in TOPOLOGIES:
+            raise LatticeError(
+                f"site {self.name!r}: topology must be one of {TOPOLOGIES}, got {self.topology!r}"
+            )
+
+    @property
+    def is_span(self) -> bool:
+        """Whether it reads another activation than it writes."""
+        return self.source_features is not None
+
+    @property
+    def target(self) -> Chunking:
+        """Split of the activation it writes."""
+        return Chunking(self.features, self.chunks)
+
+    @property
+    def source(self) -> Chunking:
+        """Split of the activation it reads."""
+        return Chunking(self.source_features or self.features, self.chunks)
+
+    @property
+    def spec(self) -> BodySpec:
+        """What a body here reads and writes."""
+        return BodySpec(self.source.widest, self.target.widest, self.topology)
+
+    @property
+    def num_layers(self) -> int:
+        """L, or 1."""
+        return self.layers or 1
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of all layers."""
+        return self.num_layers * self.chunks
+
+
+@lru_cache(maxsize=256)
+def chunk_mask(chunking: Chunking) -> np.ndarray:
+    """bool[C, F]: which features of each chunk are real rather than padding."""
+    mask = np.arange(chunking.widest)[None, :] < chunking.sizes[:, None]
+    mask.setflags(write=False)
+    return mask
+
+
+def site(
+    name: str,
+    *,
+    features: int,
+    chunks: int = 1,
+    topology: Topology = "vector",
+    layers: int | None = None,
+    positions: int = 1,
+) -> Site:
+    """A site whose bodies read and write the same activation. See `Site`.
+
+    >>> site("hidden", features=10, chunks=3).target.sizes.tolist()
+    [4, 3, 3]
+    """
+    return Site(
+        name=name,
+        features=features,
+        chunks=chunks,
+        topology=topology,
+        layers=layers,
+        positions=positions,
+    )
+
+
+def span(
+    name: str,
+    *,
+    source_features: int,
+    features: int,
+    chunks: int = 1,
+    topology: Topology = "vector",
+    layers: int | None = None,
+    positions: int = 1,
+) -> Site:
+    """A site whose bodies read one activation and write into a later one.
+
+    Around a hidden layer, from its input to its successor's pre-activation, a `bottleneck` body is
+    exactly "more neurons in that layer".
+
+    >>> span("hidden", source_features=64, features=32).spec.outputs
+    32
+    """
+    return Site(
+        name=name,
+        features=features,
+        chunks=chunks,
+        topology=topology,
+        source_features=source_features,
+        layers=layers,
+        positions=positions,
+    )

@@ -1,0 +1,152 @@
+"""From the state's flat arrays to what a loss function is given, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bodies, Float32, Int32
+from esper_fn.lattice._forward import (
+    NUM_CHANNELS,
+    BankView,
+    Moments,
+    Reading,
+    Wiring,
+    zero_moments,
+)
+from esper_fn.lattice._lattice import Lattice, local_chunk
+from esper_fn.lattice._seeds import Seeds, SiteView, Visits, _Layout
+from esper_fn.lifecycle import NONE, SeedState, gains
+
+Taps = tuple[Array, ...]
+"""One `[C, K]` (or `[L, C, K]`) zero array a site."""
+
+Probes = tuple[Moments, ...]
+
+
+def zero_taps(lattice: Lattice) -> Taps:
+    """The taps to differentiate with respect to; see `_forward`."""
+    return tuple(
+        jnp.zeros((*_stack(place.layers), place.chunks, NUM_CHANNELS), jnp.float32)
+        for place in lattice.sites
+    )
+
+
+def zero_probes(lattice: Lattice) -> Probes:
+    """The survey's taps."""
+    return tuple(
+        jax.tree.map(
+            lambda leaf, place=place: jnp.zeros((*_stack(place.layers), *leaf.shape), leaf.dtype),
+            jax.eval_shape(lambda place=place: zero_moments(place.source, place.target)),
+        )
+        for place in lattice.sites
+    )
+
+
+def _stack(layers: int | None) -> tuple[int, ...]:
+    return () if layers is None else (layers,)
+
+
+def slot_gains(seeds: SeedState, owner: Int32[Array, "Q"]) -> Float32[Array, "Q 3"]:
+    """act, learn and feel of every slot; zero for free ones."""
+    seed = jnp.maximum(owner, 0)
+    return jnp.where((owner != NONE)[:, None], gains(seeds.stage[seed], seeds.alpha[seed]), 0.0)
+
+
+def view(
+    lattice: Lattice,
+    owner: Int32[Array, "Q"],
+    gains_of_slots: Float32[Array, "Q 3"],
+    bodies: Bodies,
+    taps: Taps,
+    *,
+    probes: Probes | None = None,
+    max_live: int | None = None,
+    visits: Visits | None = None,
+) -> Seeds:
+    """The `Seeds` for a loss function.
+
+    Args:
+      lattice: the static layout.
+      owner: who holds each slot.
+      gains_of_slots: see `slot_gains`.
+      bodies: parameters of all banks.
+      taps: see `zero_taps`.
+      probes: see `zero_probes`; None outside a survey.
+      max_live: bodies computed per bank and layer at most; None for all slots.
+      visits: where to note the sites that are reached.
+    """
+    chunk = local_chunk(lattice, owner)
+    views, wirings = [], []
+    for index, place in enumerate(lattice.sites):
+        banks = [bank for bank in lattice.tables.banks if bank.site == index]
+        stack = _stack(place.layers)
+        bank_views = []
+        for bank in banks:
+            here = slice(bank.start, bank.start + bank.num_slots)
+            stacked = BankView(
+                bodies=bodies[place.name][lattice.names[bank.blueprint]],
+                chunk=chunk[here],
+                gains=gains_of_slots[here],
+            )
+            bank_views.append(
+                jax.tree.map(
+                    lambda leaf, stack=stack, place=place: leaf.reshape(
+                        *stack, leaf.shape[0] // place.num_layers, *leaf.shape[1:]
+                    ),
+                    stacked,
+                )
+            )
+        views.append(
+            SiteView(
+                banks=tuple(bank_views),
+                tap=taps[index],
+                probe=None if probes is None else probes[index],
+            )
+        )
+        wirings.append(
+            Wiring(
+                source=place.source,
+                target=place.target,
+                is_span=place.is_span,
+                spec=place.spec,
+                blueprints=tuple(lattice.blueprints[bank.blueprint] for bank in banks),
+                max_live=max_live,
+            )
+        )
+    layout = _Layout(
+        sites=lattice.sites,
+        wirings=tuple(wirings),
+        is_stacked=tuple(place.layers is not None for place in lattice.sites),
+        visits=visits or Visits(),
+    )
+    return Seeds(layout, tuple(views))
+
+
+def readings_of(taps: Taps) -> Reading:
+    """The taps' cotangents as one `Reading` over the flat seed axis S."""
+    flat = jnp.concatenate([tap.reshape(-1, NUM_CHANNELS) for tap in taps])
+    return Reading(*(flat[:, channel] for channel in range(NUM_CHANNELS)))
+
+
+def per_slot_tree(lattice: Lattice, values: Array) -> Mapping[str, Mapping[str, Array]]:
+    """`[Q, ...]` in the shape of the bodies: site -> blueprint -> `[P, ...]`."""
+    tree: dict[str, dict[str, Array]] = {place.name: {} for place in lattice.sites}
+    for bank in lattice.tables.banks:
+        site, name = lattice.sites[bank.site].name, lattice.names[bank.blueprint]
+        tree[site][name] = values[bank.start : bank.start + bank.num_slots]
+    return tree
+
+
+def map_banks(
+    lattice: Lattice, per_bank: Mapping[str, Mapping[str, Array]]
+) -> Array:
+    """The inverse of `per_slot_tree`."""
+    return jnp.concatenate(
+        [
+            per_bank[lattice.sites[bank.site].name][lattice.names[bank.blueprint]]
+            for bank in lattice.tables.banks
+        ]
+    )

@@ -1,0 +1,195 @@
+"""Moving seeds along the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar
+from esper_fn.lifecycle._gates import EDGES, TESTS, Cause, Edge, Gate, Settings, Signals
+from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, TRANSITIONS, Stage
+from esper_fn.lifecycle._state import NONE, SeedState, is_in
+
+
+class Move(NamedTuple):
+    """Where each seed goes in this step; `target == NONE` for those that stay."""
+
+    target: Int8[Array, "S"]
+    cause: Int8[Array, "S"]
+
+
+def stay(num_seeds: int) -> Move:
+    """Nobody moves."""
+    return Move(
+        target=jnp.full((num_seeds,), NONE, jnp.int8),
+        cause=jnp.full((num_seeds,), Cause.NONE, jnp.int8),
+    )
+
+
+def follow(
+    move: Move, seeds: SeedState, signals: Signals, limits: Settings, edges: Sequence[Edge]
+) -> Move:
+    """Adds to `move` the first open edge of every seed that does not move yet.
+
+    Args:
+      move: what was decided before; it stands.
+      seeds: the rows the gates read.
+      signals: this step's measurements.
+      limits: thresholds.
+      edges: in order of precedence.
+
+    Returns:
+      The completed `Move`.
+    """
+    opened = {
+        gate: TESTS[gate](seeds, signals, limits)
+        for gate in dict.fromkeys(gate for edge in edges for gate in edge.gates)
+    }
+    target, cause = move
+    for edge in edges:
+        is_taken = (seeds.stage == edge.source) & (target == NONE)
+        for gate in edge.gates:
+            is_taken = is_taken & opened[gate]
+        target = jnp.where(is_taken, jnp.int8(edge.target), target)
+        cause = jnp.where(is_taken, jnp.int8(edge.cause), cause)
+    return Move(target=target, cause=cause)
+
+
+def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Array, "S"]:
+    """The first closed gate on each seed's way forward (`Gate.OPEN` where none is closed)."""
+    gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
+    forward: dict[Stage, Edge] = {}
+    for edge in EDGES:
+        forward.setdefault(edge.source, edge)
+    for stage, edge in forward.items():
+        for gate in reversed(edge.gates):
+            is_closed = (seeds.stage == stage) & ~TESTS[gate](seeds, signals, limits)
+            gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
+    return gate_code
+
+
+def is_legal(source: Int8[Array, "..."], target: Int8[Array, "..."]) -> Bool[Array, "..."]:
+    """`TRANSITIONS[source, target]`, False for a `target` that is no stage.
+
+    >>> bool(is_legal(jnp.int8(Stage.TRAINING), jnp.int8(Stage.FOSSILIZED)))
+    False
+    """
+    successors = jnp.asarray((TRANSITIONS << np.arange(len(Stage))).sum(1).astype(np.int32))
+    known = (target >= 0) & (target < len(Stage))
+    shift = jnp.where(known, target, jnp.int8(0)).astype(jnp.int32)
+    return known & ((successors[source.astype(jnp.int32)] >> shift) & 1 == 1)
+
+
+def enter(seeds: SeedState, move: Move, limits: Settings) -> SeedState:
+    """Carries out a `Move`, which must be legal, and counts the step for those that stay.
+
+    Alpha is kept by every transition between acting stages, set to 0 by every other one. Slots
+    and blueprints are the lattice's business and are left as they are.
+    """
+    moves = move.target != NONE
+    stage = jnp.where(moves, move.target, seeds.stage)
+    ticks = jnp.where(seeds.is_paused, 0, 1).astype(jnp.int32)
+    keeps_alpha = (stage >= Stage.GRAFTING) & (stage <= Stage.FOSSILIZED)
+    begins = moves & ~keeps_alpha
+    is_new_life = moves & (stage == Stage.GERMINATED)
+    telemetry = seeds.telemetry
+
+    def fresh(value: Array) -> Array:
+        return jnp.where(is_new_life, jnp.zeros((), value.dtype), value)
+
+    return seeds._replace(
+        stage=stage,
+        parent=jnp.where(moves, seeds.stage, seeds.parent),
+        steps_in_stage=jnp.where(moves, 0, seeds.steps_in_stage + ticks),
+        is_paused=seeds.is_paused & ~(moves & ~is_in(stage, np.arange(1, 8).tolist())),
+        alpha=jnp.where(begins, 0.0, seeds.alpha),
+        embargo_steps=jnp.where(
+            moves & is_in(stage, ENDS_WITH_EMBARGO),
+            limits.embargo_steps,
+            jnp.maximum(seeds.embargo_steps - 1, 0),
+        ),
+        error_count=fresh(seeds.error_count),
+        stability=jnp.where(is_new_life, 1.0, seeds.stability),
+        num_contributions=jnp.where(moves, 0, seeds.num_contributions),
+        contribution=fresh(seeds.contribution),
+        telemetry=telemetry._replace(
+            utility=fresh(telemetry.utility),
+            utility_slow=fresh(telemetry.utility_slow),
+            output_share=fresh(telemetry.output_share),
+            num_live_steps=fresh(telemetry.num_live_steps),
+        ),
+    )
+
+
+def has_training_place(stage: Int8[Array, "S"], max_training: Int32[Array, ""]) -> Bool[Array, "S"]:
+    """Which GERMINATED seeds may begin to train: the first ones, as far as places are free."""
+    waits = stage == Stage.GERMINATED
+    num_training = jnp.sum(stage == Stage.TRAINING, dtype=jnp.int32)
+    return jax.lax.cond(
+        jnp.any(waits),
+        lambda: waits & (jnp.cumsum(waits, dtype=jnp.int32) <= max_training - num_training),
+        lambda: waits,
+    )
+
+
+class LossTrack(NamedTuple):
+    """Averages of the training loss."""
+
+    fast: Float32[Array, ""]
+    slow: Float32[Array, ""]
+    square: Float32[Array, ""]
+    """Average squared deviation of the loss from `slow`."""
+    num_steps: Int32[Array, ""]
+
+
+def loss_track() -> LossTrack:
+    """Before the first loss."""
+    zero = jnp.zeros((), jnp.float32)
+    return LossTrack(fast=zero, slow=zero, square=zero, num_steps=jnp.zeros((), jnp.int32))
+
+
+def average(old: Array, new: Array, num_before: Array, memory_steps: float) -> Array:
+    """Exponential average over about `memory_steps`, a plain mean until that many were seen.
+
+    `old + (new - old) / min(num_before + 1, memory_steps)`: unbiased from the first step.
+    """
+    count = jnp.minimum(num_before.astype(jnp.float32) + 1.0, memory_steps)
+    return old + (new - old) / count
+
+
+FAST_STEPS = 10.0
+SLOW_STEPS = 50.0
+SPIKE_DEVIATIONS = 4.0
+
+
+def track_loss(track: LossTrack, loss: Scalar) -> tuple[LossTrack, Bool[Array, ""]]:
+    """Takes one loss in; a non-finite one is left out and counts as a spike.
+
+    Returns:
+      The track, and whether the loss lay more than `SPIKE_DEVIATIONS` standard deviations above
+      its slow average.
+    """
+    loss = loss.astype(jnp.float32)
+    is_finite = jnp.isfinite(loss)
+    known = track.num_steps > FAST_STEPS
+    band = SPIKE_DEVIATIONS * jnp.sqrt(track.square) + 1e-6 * jnp.abs(track.slow)
+    is_spike = ~is_finite | (known & (loss > track.slow + band))
+    clipped = jnp.where(is_finite & is_spike, track.slow + band, loss)
+    count = track.num_steps
+    updated = LossTrack(
+        fast=average(track.fast, clipped, count, FAST_STEPS),
+        slow=average(track.slow, clipped, count, SLOW_STEPS),
+        square=average(track.square, jnp.square(clipped - track.slow), count, SLOW_STEPS),
+        num_steps=count + 1,
+    )
+    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, track)
+    return kept, is_spike
+
+
+def loss_variation(track: LossTrack) -> Scalar:
+    """`|fast - slow| / |slow|`."""
+    return jnp.abs(track.fast - track.slow) / (jnp.abs(track.slow) + 1e-12)

@@ -1,0 +1,283 @@
+"""The rules by which a seed moves on by itself: one table of edges, one table of gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
+from esper_fn.lifecycle._stages import NUM_STAGES, Stage
+from esper_fn.lifecycle._state import SeedState
+
+
+class Gate(IntEnum):
+    """What a seed waits for; the code of a refusal."""
+
+    OPEN = 0
+    MIN_STEPS = 1
+    MAX_STEPS = 2
+    TRAINING_PLACE = 3
+    UTILITY_MEASURED = 4
+    UTILITY_POSITIVE = 5
+    UTILITY_SETTLED = 6
+    ALPHA_FULL = 7
+    LOSS_SETTLED = 8
+    CONTRIBUTION_MEASURED = 9
+    CONTRIBUTION_POSITIVE = 10
+    CONTRIBUTION_NEGATIVE = 11
+    CONTRIBUTION_HIGH = 12
+    STABILITY_HIGH = 13
+    ERRORS_MANY = 14
+    EMBARGO_OVER = 15
+    NON_FINITE = 16
+    QUARANTINED = 17
+
+
+class Cause(IntEnum):
+    """Why a seed changed its stage in this step."""
+
+    NONE = 0
+    COMMAND = 1
+    POLICY = 2
+    NON_FINITE = 3
+    GOVERNOR = 4
+    GATE = 5
+    """Every gate of a regular edge was open."""
+    DWELL_LIMIT = 6
+    """The longest stay in the stage was over."""
+    MEASURED_HARMFUL = 7
+    ERRORS = 8
+
+
+class Settings(NamedTuple):
+    """Thresholds of the gates: arrays in the state, so tuning one never recompiles."""
+
+    min_steps: Int32[Array, "11"]
+    max_steps: Int32[Array, "11"]
+    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED and the stages that end a body)."""
+    max_training: Int32[Array, ""]
+    """Seeds that may be in TRAINING at once."""
+    embargo_steps: Int32[Array, ""]
+    max_errors: Int32[Array, ""]
+    utility_variation: Float32[Array, ""]
+    """Largest relative gap between the fast and the slow utility average that counts as settled."""
+    loss_variation: Float32[Array, ""]
+    """The same for the training loss."""
+    min_stability: Float32[Array, ""]
+    min_contribution: Float32[Array, ""]
+    """What a seed must be worth (in units of the loss) to be kept for good."""
+    min_surveys: Int32[Array, ""]
+    """Ablations a verdict needs."""
+
+
+_MIN_STEPS: Mapping[Stage, int] = MappingProxyType(
+    {
+        Stage.GERMINATED: 1,
+        Stage.TRAINING: 30,
+        Stage.STABILIZATION: 20,
+        Stage.EVALUATING: 5,
+        Stage.FINE_TUNING: 50,
+    }
+)
+_MAX_STEPS: Mapping[Stage, int] = MappingProxyType(
+    {
+        Stage.GERMINATED: 500,
+        Stage.TRAINING: 150,
+        Stage.GRAFTING: 600,
+        Stage.STABILIZATION: 150,
+        Stage.EVALUATING: 400,
+        Stage.FINE_TUNING: 600,
+    }
+)
+
+
+def settings(
+    *,
+    min_steps: Mapping[Stage, int] | None = None,
+    max_steps: Mapping[Stage, int] | None = None,
+    max_training: int = 4,
+    embargo_steps: int = 100,
+    max_errors: int = 3,
+    utility_variation: float = 0.25,
+    loss_variation: float = 0.05,
+    min_stability: float = 0.8,
+    min_contribution: float = 0.0,
+    min_surveys: int = 2,
+) -> Settings:
+    """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
+
+    Raises:
+      ValueError: a stay that is negative, a longest stay shorter than the shortest, or no longest
+        stay for a stage that holds a body on its way (a seed could hang there for ever).
+
+    >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
+    500
+    """
+    shortest = np.zeros(NUM_STAGES, np.int32)
+    longest = np.zeros(NUM_STAGES, np.int32)
+    for target, values in (
+        (shortest, {**_MIN_STEPS, **(min_steps or {})}),
+        (longest, {**_MAX_STEPS, **(max_steps or {})}),
+    ):
+        for stage, value in values.items():
+            target[stage] = value
+    for stage in Stage:
+        if shortest[stage] < 0 or longest[stage] < 0:
+            raise ValueError(f"the stay in {stage.name} must not be negative")
+        if stage in _MAX_STEPS and not max(shortest[stage], 1) <= longest[stage]:
+            raise ValueError(
+                f"max_steps[{stage.name}] is {longest[stage]} but must be at least 1 and at least "
+                f"min_steps[{stage.name}] = {shortest[stage]}: every such stage has to end"
+            )
+        if stage not in _MAX_STEPS and longest[stage]:
+            raise ValueError(f"{stage.name} has no longest stay; leave it out of max_steps")
+    return Settings(
+        min_steps=jnp.asarray(shortest),
+        max_steps=jnp.asarray(longest),
+        max_training=jnp.int32(max_training),
+        embargo_steps=jnp.int32(embargo_steps),
+        max_errors=jnp.int32(max_errors),
+        utility_variation=jnp.float32(utility_variation),
+        loss_variation=jnp.float32(loss_variation),
+        min_stability=jnp.float32(min_stability),
+        min_contribution=jnp.float32(min_contribution),
+        min_surveys=jnp.int32(min_surveys),
+    )
+
+
+class Signals(NamedTuple):
+    """What a step measured that is not already averaged in the seed's row."""
+
+    has_error: Bool[Array, "S"]
+    """The body produced something non-finite from finite input in this step."""
+    is_quarantined: Bool[Array, "S"]
+    """The governor asks for this seed's roll-back."""
+    loss_variation: Scalar
+    """Relative gap between the fast and the slow average of the training loss."""
+    has_training_place: Bool[Array, "S"]
+
+
+Test = Callable[[SeedState, Signals, Settings], Bool[Array, "S"]]
+
+
+def _utility_variation(seeds: SeedState) -> Float32[Array, "S"]:
+    fast, slow = seeds.telemetry.utility, seeds.telemetry.utility_slow
+    return jnp.abs(fast - slow) / (jnp.abs(slow) + 1e-12)
+
+
+def _longest_stay_over(seeds: SeedState, signals: Signals, limits: Settings) -> Bool[Array, "S"]:
+    longest = limits.max_steps[seeds.stage.astype(jnp.int32)]
+    return (longest > 0) & (seeds.steps_in_stage >= longest)
+
+
+TESTS: Mapping[Gate, Test] = MappingProxyType(
+    {
+        Gate.MIN_STEPS: lambda s, _, t: s.steps_in_stage >= t.min_steps[s.stage.astype(jnp.int32)],
+        Gate.MAX_STEPS: _longest_stay_over,
+        Gate.TRAINING_PLACE: lambda s, m, t: m.has_training_place,
+        Gate.UTILITY_MEASURED: lambda s, m, t: s.telemetry.num_live_steps > 0,
+        Gate.UTILITY_POSITIVE: lambda s, m, t: s.telemetry.utility > 0,
+        Gate.UTILITY_SETTLED: lambda s, m, t: _utility_variation(s) <= t.utility_variation,
+        Gate.ALPHA_FULL: lambda s, m, t: s.alpha >= 1,
+        Gate.LOSS_SETTLED: lambda s, m, t: jnp.broadcast_to(
+            m.loss_variation <= t.loss_variation, s.stage.shape
+        ),
+        Gate.CONTRIBUTION_MEASURED: lambda s, m, t: s.num_contributions >= t.min_surveys,
+        Gate.CONTRIBUTION_POSITIVE: lambda s, m, t: s.contribution > 0,
+        Gate.CONTRIBUTION_NEGATIVE: lambda s, m, t: s.contribution <= 0,
+        Gate.CONTRIBUTION_HIGH: lambda s, m, t: s.contribution > t.min_contribution,
+        Gate.STABILITY_HIGH: lambda s, m, t: s.stability >= t.min_stability,
+        Gate.ERRORS_MANY: lambda s, m, t: s.error_count >= t.max_errors,
+        Gate.EMBARGO_OVER: lambda s, m, t: s.embargo_steps <= 0,
+        Gate.NON_FINITE: lambda s, m, t: m.has_error,
+        Gate.QUARANTINED: lambda s, m, t: m.is_quarantined,
+    }
+)
+
+
+class Edge(NamedTuple):
+    """A seed in `source` goes to `target` by itself once every gate is open."""
+
+    source: Stage
+    target: Stage
+    gates: tuple[Gate, ...]
+    cause: Cause
+
+
+_ROLLED_BACK_FROM = (
+    Stage.TRAINING,
+    Stage.GRAFTING,
+    Stage.STABILIZATION,
+    Stage.EVALUATING,
+    Stage.FINE_TUNING,
+)
+
+GUARD_EDGES: tuple[Edge, ...] = (
+    *(Edge(s, Stage.ROLLED_BACK, (Gate.NON_FINITE,), Cause.NON_FINITE) for s in _ROLLED_BACK_FROM),
+    *(Edge(s, Stage.ROLLED_BACK, (Gate.QUARANTINED,), Cause.GOVERNOR) for s in _ROLLED_BACK_FROM),
+    Edge(Stage.GERMINATED, Stage.CANCELLED, (Gate.NON_FINITE,), Cause.NON_FINITE),
+    Edge(Stage.GERMINATED, Stage.CANCELLED, (Gate.QUARANTINED,), Cause.GOVERNOR),
+)
+"""Edges that nothing overrides, neither a command nor a policy."""
+
+_UTILITY = (Gate.UTILITY_MEASURED, Gate.UTILITY_POSITIVE)
+
+EDGES: tuple[Edge, ...] = (
+    # The first edge of a stage is its way forward: its first closed gate is why a seed waits.
+    Edge(
+        Stage.GERMINATED, Stage.TRAINING, (Gate.MIN_STEPS, Gate.TRAINING_PLACE), Cause.GATE
+    ),
+    Edge(Stage.GERMINATED, Stage.CANCELLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(
+        Stage.TRAINING,
+        Stage.GRAFTING,
+        (Gate.MIN_STEPS, *_UTILITY, Gate.UTILITY_SETTLED),
+        Cause.GATE,
+    ),
+    Edge(Stage.TRAINING, Stage.GRAFTING, (Gate.MAX_STEPS, *_UTILITY), Cause.DWELL_LIMIT),
+    Edge(Stage.TRAINING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(Stage.GRAFTING, Stage.STABILIZATION, (Gate.MIN_STEPS, Gate.ALPHA_FULL), Cause.GATE),
+    Edge(Stage.GRAFTING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(Stage.STABILIZATION, Stage.EVALUATING, (Gate.MIN_STEPS, Gate.LOSS_SETTLED), Cause.GATE),
+    Edge(Stage.STABILIZATION, Stage.EVALUATING, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(
+        Stage.EVALUATING,
+        Stage.FINE_TUNING,
+        (
+            Gate.MIN_STEPS,
+            Gate.CONTRIBUTION_MEASURED,
+            Gate.CONTRIBUTION_POSITIVE,
+            Gate.STABILITY_HIGH,
+        ),
+        Cause.GATE,
+    ),
+    Edge(
+        Stage.EVALUATING,
+        Stage.CULLED,
+        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NEGATIVE),
+        Cause.MEASURED_HARMFUL,
+    ),
+    Edge(Stage.EVALUATING, Stage.CULLED, (Gate.ERRORS_MANY,), Cause.ERRORS),
+    Edge(Stage.EVALUATING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(
+        Stage.FINE_TUNING,
+        Stage.FOSSILIZED,
+        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_HIGH),
+        Cause.GATE,
+    ),
+    Edge(
+        Stage.FINE_TUNING,
+        Stage.CULLED,
+        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NEGATIVE),
+        Cause.MEASURED_HARMFUL,
+    ),
+    Edge(Stage.FINE_TUNING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
+    Edge(Stage.CULLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
+    Edge(Stage.CANCELLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
+)
+"""In order of precedence: the first edge of the seed's stage whose gates are all open is taken."""

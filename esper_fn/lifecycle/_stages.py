@@ -1,0 +1,96 @@
+"""The eleven stages, which of them may follow which, and how each one acts."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from types import MappingProxyType
+
+import numpy as np
+
+
+class Stage(IntEnum):
+    """Where a seed is in its life."""
+
+    DORMANT = 0
+    GERMINATED = 1
+    TRAINING = 2
+    GRAFTING = 3
+    STABILIZATION = 4
+    EVALUATING = 5
+    FINE_TUNING = 6
+    FOSSILIZED = 7
+    CULLED = 8
+    CANCELLED = 9
+    ROLLED_BACK = 10
+
+
+NUM_STAGES = len(Stage)
+
+SUCCESSORS = MappingProxyType(
+    {
+        Stage.DORMANT: (Stage.GERMINATED,),
+        Stage.GERMINATED: (Stage.TRAINING, Stage.CANCELLED),
+        Stage.TRAINING: (Stage.GRAFTING, Stage.CULLED, Stage.CANCELLED, Stage.ROLLED_BACK),
+        Stage.GRAFTING: (Stage.STABILIZATION, Stage.CULLED, Stage.ROLLED_BACK),
+        Stage.STABILIZATION: (Stage.EVALUATING, Stage.ROLLED_BACK),
+        Stage.EVALUATING: (Stage.FINE_TUNING, Stage.CULLED, Stage.ROLLED_BACK),
+        Stage.FINE_TUNING: (Stage.FOSSILIZED, Stage.CULLED, Stage.ROLLED_BACK),
+        Stage.FOSSILIZED: (Stage.DORMANT,),
+        Stage.CULLED: (Stage.DORMANT,),
+        Stage.CANCELLED: (Stage.DORMANT,),
+        Stage.ROLLED_BACK: (Stage.DORMANT,),
+    }
+)
+"""The one table of legal transitions; `TRANSITIONS` is the same as a matrix."""
+
+
+def _matrix() -> np.ndarray:
+    legal = np.zeros((NUM_STAGES, NUM_STAGES), bool)
+    for source, targets in SUCCESSORS.items():
+        legal[source, list(targets)] = True
+    legal.setflags(write=False)
+    return legal
+
+
+TRANSITIONS = _matrix()
+"""bool[11, 11]: `TRANSITIONS[source, target]`; no stage may follow itself."""
+
+# (act, learn, feel) of a stage; "a" stands for the seed's alpha.
+_GAINS: dict[Stage, tuple[int | str, int | str, int | str]] = {
+    Stage.DORMANT: (0, 0, 0),
+    Stage.GERMINATED: (0, 0, 0),
+    Stage.TRAINING: (0, 1, 0),
+    Stage.GRAFTING: ("a", 1, 0),
+    Stage.STABILIZATION: ("a", 0, 0),
+    Stage.EVALUATING: ("a", 0, 0),
+    Stage.FINE_TUNING: ("a", 1, "a"),
+    Stage.FOSSILIZED: ("a", 0, "a"),
+    Stage.CULLED: (0, 0, 0),
+    Stage.CANCELLED: (0, 0, 0),
+    Stage.ROLLED_BACK: (0, 0, 0),
+}
+
+
+def _gain_tables() -> tuple[np.ndarray, np.ndarray]:
+    constant = np.zeros((NUM_STAGES, 3), np.float32)
+    of_alpha = np.zeros((NUM_STAGES, 3), np.float32)
+    for stage, row in _GAINS.items():
+        for column, gain in enumerate(row):
+            if gain == "a":
+                of_alpha[stage, column] = 1.0
+            else:
+                constant[stage, column] = gain
+    constant.setflags(write=False)
+    of_alpha.setflags(write=False)
+    return constant, of_alpha
+
+
+GAIN_CONSTANT, GAIN_OF_ALPHA = _gain_tables()
+"""float[11, 3] each: the gains of a stage are `GAIN_CONSTANT + GAIN_OF_ALPHA * alpha`."""
+
+OWNS_BODY = np.isin(np.arange(NUM_STAGES), np.arange(Stage.GERMINATED, Stage.FOSSILIZED + 1))
+"""bool[11]: stages whose seeds hold a slot of a bank."""
+ACTS = GAIN_OF_ALPHA[:, 0] > 0
+"""bool[11]: stages whose body changes the host's output."""
+ENDS_WITH_EMBARGO = np.isin(np.arange(NUM_STAGES), (Stage.CULLED, Stage.CANCELLED))
+"""bool[11]: stages that return to DORMANT by themselves once the embargo is over."""

@@ -1,0 +1,248 @@
+"""The parts of the page around the figures: cards, tables and lists, every string escaped."""
+
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any, Final
+
+from esper_fn.report._bars import Score, scores
+from esper_fn.report._folder import Run
+from esper_fn.report._style import TIMES, clean, count, percent
+from esper_fn.report._words import (
+    ACCURACY_KEY,
+    ARM_LABEL,
+    ARMS,
+    PARAMS_KEY,
+    STAGES,
+    accuracy_name,
+    number,
+)
+
+MAX_EVENTS: Final = 500
+NOTHING: Final = "\N{EN DASH}"
+_SHOWN_ELSEWHERE: Final = {
+    "schema",
+    "versions",
+    "repeats",
+    "train_flops",
+    *ACCURACY_KEY.values(),
+    *PARAMS_KEY.values(),
+    "seeds_total",
+    "seeds_fossilized",
+    "seeds_culled",
+    "recompilations_after_first_step",
+    "wall_seconds",
+}
+_CARD_ORDER: Final = ("grown", "static", "random", "host")
+
+
+def safe(value: object) -> str:
+    """`value` as text that a page shows as it is: no markup, no control characters."""
+    return escape(clean(str(value)), quote=True)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], numeric: Iterable[int] = ()) -> str:
+    """A table of cells that are already safe; the columns in `numeric` are set flush right."""
+    right = set(numeric)
+
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "".join(
+            f'<{tag} class="num">{cell}</{tag}>' if i in right else f"<{tag}>{cell}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+
+    body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return f"<table><thead><tr>{line(head, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def cards(run: Run) -> str:
+    """The headline numbers: the final accuracy of every arm."""
+    found = {score.arm: score for score in scores(run)}
+    return "".join(_card(run, arm, found.get(arm)) for arm in _CARD_ORDER)
+
+
+def _card(run: Run, arm: str, score: Score | None) -> str:
+    params = number(run.summary, PARAMS_KEY[arm])
+    lines = []
+    if score is None:
+        value = NOTHING
+        lines.append("not recorded")
+    else:
+        value = percent(score.value)
+        if score.interval is not None:
+            low, high = (percent(end) for end in score.interval[1:])
+            lines.append(f"{percent(0.95, 0)} interval {low} to {high}")
+    if params is not None:
+        lines.append(f"{count(params)} parameters")
+    notes = "".join(f"<span>{line}</span>" for line in lines)
+    return f'<div class="card {arm}"><h3>{ARM_LABEL[arm]}</h3><strong>{value}</strong>{notes}</div>'
+
+
+def facts(run: Run) -> str:
+    """The second row: seeds, recompilations and time, where they were recorded."""
+    total, kept, culled, recompilations, seconds = (
+        number(run.summary, key)
+        for key in (
+            "seeds_total",
+            "seeds_fossilized",
+            "seeds_culled",
+            "recompilations_after_first_step",
+            "wall_seconds",
+        )
+    )
+    entries = []
+    if total is not None:
+        entries.append((count(total), "seeds"))
+    if kept is not None:
+        entries.append((count(kept), "fossilized"))
+    if culled is not None:
+        entries.append((count(culled), "culled"))
+    if recompilations is not None:
+        entries.append((count(recompilations), "recompilations after the first step"))
+    if seconds is not None:
+        entries.append((duration(seconds), "wall time"))
+    return "".join(f"<li><b>{value}</b> {name}</li>" for value, name in entries)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 9.4 s, 3 min 12 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def swatch(stage: str) -> str:
+    """The name of a stage with its colour."""
+    info = STAGES.get(stage)
+    if info is None:
+        return safe(stage)
+    return f'<span class="stage"><i style="background:var(--stage-{stage})"></i>{info.label}</span>'
+
+
+def stage_table(run: Run) -> str:
+    """What each stage means, and how often seeds of the grown arm entered it."""
+    entered = dict.fromkeys(STAGES, 0)
+    for event in run.events:
+        if event["arm"] == "grown" and event["to"] in entered:
+            entered[event["to"]] += 1
+    rows = [
+        [str(i), swatch(stage), info.meaning, count(entered[stage])]
+        for i, (stage, info) in enumerate(STAGES.items())
+    ]
+    return table(["", "stage", "what it means", "entered"], rows, numeric=[0, 3])
+
+
+def event_table(run: Run) -> str:
+    """The first `MAX_EVENTS` lifecycle events, with a sentence on how many there are."""
+    if not run.events:
+        return "<p>No seed changed its stage in this run.</p>"
+    every = sorted(run.events, key=lambda event: event["step"])
+    shown = every[:MAX_EVENTS]
+    has_arms = len({event["arm"] for event in every}) > 1
+    head = ["step", "arm", "site [chunk]", "seed", "from → to", "body", "asked by", "measured"]
+    rows = [
+        [
+            count(event["step"]),
+            safe(event["arm"]),
+            f"{safe(event['site'])} [{event['chunk']}]",
+            f"#{event['seed']}",
+            f"{swatch(event['from'])} → {swatch(event['to'])}",
+            NOTHING if event.get("blueprint") is None else safe(event["blueprint"]),
+            safe(event["cause"]),
+            measured(event.get("measured")),
+        ]
+        for event in shown
+    ]
+    if not has_arms:
+        head.pop(1)
+        for row in rows:
+            row.pop(1)
+    numeric = [0, 3] if has_arms else [0, 2]
+    amount = (
+        f"All {count(len(every))} events."
+        if len(shown) == len(every)
+        else f"The first {count(len(shown))} of {count(len(every))} events;"
+        " the rest is in <code>events.jsonl</code>."
+    )
+    return f'<p>{amount}</p><div class="scroll" tabindex="0">{table(head, rows, numeric)}</div>'
+
+
+def measured(values: Mapping[str, Any] | None) -> str:
+    """Measured quantities by name; one that was not measured is told from zero."""
+    if not values:
+        return NOTHING
+    parts = []
+    for key in values:
+        value = number(values, key)
+        parts.append(f"{safe(key)}&nbsp;{'not&nbsp;measured' if value is None else f'{value:.3g}'}")
+    return ", ".join(parts)
+
+
+def cost_table(run: Run) -> str:
+    """Training FLOPs, parameters and final accuracy of every arm."""
+    found = {score.arm: score for score in scores(run)}
+    host = number(run.summary, "train_flops", "host")
+    rows = []
+    for arm in ARMS:
+        flops = number(run.summary, "train_flops", arm)
+        params = number(run.summary, PARAMS_KEY[arm])
+        if flops is None and params is None and arm not in found:
+            continue
+        ratio = f"{flops / host:.2f} {TIMES}" if flops is not None and host else NOTHING
+        rows.append(
+            [
+                f'<span class="arm {arm}">{ARM_LABEL[arm]}</span>',
+                NOTHING if flops is None else si(flops, "FLOP"),
+                ratio,
+                NOTHING if params is None else count(params),
+                percent(found[arm].value) if arm in found else NOTHING,
+            ]
+        )
+    if not rows:
+        return "<p>No costs were recorded.</p>"
+    head = ["", "training", "of the host's", "parameters", accuracy_name(run.summary)]
+    return table(head, rows, numeric=[1, 2, 3, 4])
+
+
+def si(value: float, unit: str) -> str:
+    """A number with a metric prefix: 13.1 GFLOP."""
+    scaled, prefixes = value, iter(("", "k", "M", "G", "T", "P", "E"))
+    prefix = next(prefixes)
+    for larger in prefixes:
+        if abs(scaled) < 999.5:
+            break
+        scaled, prefix = scaled / 1000, larger
+    return f"{scaled:.3g} {prefix}{unit}"
+
+
+def settings_table(run: Run) -> str:
+    """Every plain entry of the summary that the page shows nowhere else."""
+    rows = [
+        [safe(key.replace("_", " ")), _plain_value(value)]
+        for key, value in run.summary.items()
+        if key not in _SHOWN_ELSEWHERE
+    ]
+    return _pairs(rows)
+
+
+def versions_table(run: Run) -> str:
+    """The versions of the software that made the run."""
+    versions = run.summary.get("versions")
+    rows = (
+        [[safe(key), _plain_value(value)] for key, value in versions.items()]
+        if isinstance(versions, dict)
+        else []
+    )
+    return _pairs(rows)
+
+
+def _plain_value(value: object) -> str:
+    return NOTHING if value is None else safe(clean(str(value), limit=300))
+
+
+def _pairs(rows: list[list[str]]) -> str:
+    if not rows:
+        return "<p>None were recorded.</p>"
+    return "<dl>" + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"

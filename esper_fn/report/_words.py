@@ -1,0 +1,147 @@
+"""The words of a run: arms, stages, and the keys under which a summary keeps their numbers."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+SCHEMA: Final = 1
+
+ARMS: Final = ("host", "grown", "random", "static")
+GROWING_ARMS: Final = ("grown", "random")
+ARM_LABEL: Final = {
+    "host": "host alone",
+    "grown": "grown",
+    "random": "random growth",
+    "static": "static, equal size",
+}
+ACCURACY_KEY: Final = {
+    "host": "host_accuracy",
+    "grown": "grown_accuracy",
+    "random": "random_growth_accuracy",
+    "static": "static_equal_params_accuracy",
+}
+DIFFERENCE_KEY: Final = {
+    "host": "grown_minus_host",
+    "random": "grown_minus_random",
+    "static": "grown_minus_static",
+}
+PARAMS_KEY: Final = {arm: f"{arm}_params" for arm in ARMS}
+
+
+class StageInfo(NamedTuple):
+    """One lifecycle stage: how it is written, drawn, and explained to a newcomer."""
+
+    label: str
+    color: str
+    dark_color: str
+    meaning: str
+
+
+# The eleven colours were fitted so that every pair stays apart (CIE Lab distance of 20 or more) for
+# normal sight and for simulated protanopia, deuteranopia and tritanopia, on white and on dark
+# paper; a test holds this.
+STAGES: Final[Mapping[str, StageInfo]] = {
+    "DORMANT": StageInfo(
+        "Dormant",
+        "#d5dae1",
+        "#3b4450",
+        "The seed only watches its part of the activation. It has no network of its own.",
+    ),
+    "GERMINATED": StageInfo(
+        "Germinated",
+        "#8acc75",
+        "#9de679",
+        "A small network, the body, was just created for the seed and waits for a training place.",
+    ),
+    "TRAINING": StageInfo(
+        "Training",
+        "#fdca40",
+        "#fdca41",
+        "The body learns behind the host. The output of the host does not change by a single bit.",
+    ),
+    "GRAFTING": StageInfo(
+        "Grafting",
+        "#e7672c",
+        "#de720b",
+        "The body is let into the host little by little: its share, alpha, moves from 0 to 1.",
+    ),
+    "STABILIZATION": StageInfo(
+        "Stabilization",
+        "#54ccff",
+        "#0fd8ff",
+        "The body is held still until the loss of the host has settled again.",
+    ),
+    "EVALUATING": StageInfo(
+        "Evaluating",
+        "#3a81e9",
+        "#1b66e4",
+        "Held-out batches are scored with and without the body: does it really help?",
+    ),
+    "FINE_TUNING": StageInfo(
+        "Fine-tuning",
+        "#6c3993",
+        "#8d55b3",
+        "Body and host train together on the task; the host now feels the body's gradient.",
+    ),
+    "FOSSILIZED": StageInfo(
+        "Fossilized",
+        "#00575c",
+        "#079a7e",
+        "The body earned its place and is now a permanent part of the network.",
+    ),
+    "CULLED": StageInfo(
+        "Culled",
+        "#932424",
+        "#d12c30",
+        "The body did not help and was removed. The seed rests, then it may try again.",
+    ),
+    "CANCELLED": StageInfo(
+        "Cancelled",
+        "#8b866b",
+        "#9aa76c",
+        "The attempt was called off before the host ever felt it. The seed rests, then may retry.",
+    ),
+    "ROLLED_BACK": StageInfo(
+        "Rolled back",
+        "#c477a9",
+        "#ed79c6",
+        "Something went wrong, such as a value that is not finite: the body was undone at once.",
+    ),
+}
+
+
+def number(record: Mapping[str, Any], *path: str) -> float | None:
+    """The finite number at `path` inside nested mappings, or None where there is none."""
+    value: Any = record
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        converted = float(value)
+    except OverflowError:
+        return None
+    return converted if math.isfinite(converted) else None
+
+
+class Interval(NamedTuple):
+    """A mean over repeated runs and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(summary: Mapping[str, Any], key: str) -> Interval | None:
+    """The interval that a repeated run recorded under `key`, or None where it recorded none."""
+    parts = [number(summary, "repeats", "intervals", key, part) for part in Interval._fields]
+    if any(part is None for part in parts):
+        return None
+    return Interval(*(part for part in parts if part is not None))
+
+
+def accuracy_name(summary: Mapping[str, Any]) -> str:
+    """What the accuracy of this run's task is called."""
+    if summary.get("task") == "language_model":
+        return "next-character accuracy"
+    return "held-out accuracy"
