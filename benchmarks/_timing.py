@@ -92,7 +92,7 @@ def time_interleaved(
     gc.disable()  # a collection would fall into one function's turn
     try:
         for turn in range(-warmup, repeats):
-            first = 0
+            first = turn % len(names)
             for name in names[first:] + names[:first]:
                 function = functions[name]
                 start = clock()

@@ -1,6 +1,13 @@
 """Where seeds sit, where their bodies live, and how both act on an activation."""
 
-from esper_fn.lattice._allocate import allocate, give, give_birth, release, select_slots
+from esper_fn.lattice._allocate import (
+    UNSERVED,
+    allocate,
+    give,
+    give_birth,
+    release,
+    select_slots,
+)
 from esper_fn.lattice._forward import NUM_CHANNELS, Moments, Reading
 from esper_fn.lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
 from esper_fn.lattice._seeds import BareSeeds, Seeds, SiteView, Visits
@@ -18,6 +25,7 @@ from esper_fn.lattice._view import (
 
 __all__ = [
     "NUM_CHANNELS",
+    "UNSERVED",
     "Bank",
     "BareSeeds",
     "Chunking",

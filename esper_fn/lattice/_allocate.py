@@ -9,6 +9,9 @@ from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
 from esper_fn.lattice._lattice import Lattice, fresh_bank
 from esper_fn.lifecycle import NONE
 
+UNSERVED = -2
+"""In place of a slot: the blueprint cannot grow at that site."""
+
 
 def allocate(
     lattice: Lattice,
@@ -28,7 +31,8 @@ def allocate(
       blueprint: for which blueprint.
 
     Returns:
-      The slot of each seed that got one, else `NONE` (not asked, or its pool is full).
+      The slot of each seed that got one, `UNSERVED` where the blueprint does not serve the site,
+      else `NONE` (not asked, or its pool is full).
     """
     return jax.lax.cond(
         jnp.any(is_requested),
@@ -48,7 +52,7 @@ def _allocate(
     slots = jnp.arange(num_slots, dtype=jnp.int32)
 
     is_free = owner == NONE
-    free_before = jnp.cumsum(is_free, dtype=jnp.int32) - is_free
+    free_before = jnp.cumsum(is_free, dtype=jnp.int32) - is_free.astype(jnp.int32)
     pool_of_slot = jnp.asarray(tables.slot_pool_start)
     free_rank = free_before - free_before[pool_of_slot]
     by_rank = (
@@ -58,16 +62,18 @@ def _allocate(
     )
 
     group_start = lattice.per_seed(tables.group_start)
-    slot = jnp.full(is_requested.shape, NONE, jnp.int32)
+    is_known = (blueprint >= 0) & (blueprint < len(lattice.blueprints))
+    slot = jnp.where(is_requested & ~is_known, UNSERVED, NONE).astype(jnp.int32)
     for index in range(len(lattice.blueprints)):
         asks = is_requested & (blueprint == index)
-        asked_before = jnp.cumsum(asks, dtype=jnp.int32) - asks
+        asked_before = jnp.cumsum(asks, dtype=jnp.int32) - asks.astype(jnp.int32)
         rank = asked_before - asked_before[group_start]
         pool = lattice.per_seed(tables.pool_start[:, index])
         end = jnp.minimum(pool + rank, num_slots - 1)
         # The place `end` may lie in the next pool: then it belongs to somebody else.
         is_own = (pool >= 0) & (pool_of_slot[end] == pool) & (pool + rank == end)
         slot = jnp.where(asks & is_own, by_rank[end], slot)
+        slot = jnp.where(asks & (pool < 0), UNSERVED, slot)
     return slot
 
 

@@ -157,12 +157,12 @@ def average(old: Array, new: Array, num_before: Array, memory_steps: float) -> A
 
     `old + (new - old) / min(num_before + 1, memory_steps)`: unbiased from the first step.
     """
-    count = jnp.minimum(num_before.astype(jnp.float32) + 1.0, memory_steps)
+    count = jnp.minimum(num_before.astype(jnp.float32) + 1.0, float(memory_steps))
     return old + (new - old) / count
 
 
-FAST_STEPS = 10.0
-SLOW_STEPS = 50.0
+FAST_STEPS = 10
+SLOW_STEPS = 50
 SPIKE_DEVIATIONS = 4.0
 
 

@@ -8,18 +8,19 @@ from esper_fn.report._style import (
     ARM_COLOR,
     INK,
     LINE,
+    MINUS,
     MUTED,
     PAPER,
     SMALL_POINTS,
     TITLE_INCHES,
     Key,
     canvas,
-    clean,
     count,
     empty,
     legend,
     legend_height,
     plain_ticks,
+    short_names,
     step_axis,
     styled,
 )
@@ -129,6 +130,7 @@ def _label_rows(axes: Any, shown: list[History], rows: list[float], row_inches: 
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     small = min(7.5, row_inches * 72 * 0.8)
     sites = [h.site for h in shown]
+    names = short_names(dict.fromkeys(sites), limit=18)
     for i, (history, y) in enumerate(zip(shown, rows, strict=True)):
         axes.annotate(
             f"#{history.seed}",
@@ -142,7 +144,7 @@ def _label_rows(axes: Any, shown: list[History], rows: list[float], row_inches: 
         )
         if i == 0 or sites[i - 1] != history.site:
             axes.annotate(
-                clean(history.site, limit=18),
+                names[history.site],
                 (0, y),
                 (-72 * (_MARGIN_INCHES - TITLE_INCHES), 0),
                 ha="left",
@@ -301,10 +303,11 @@ def where_it_grew(run: Run, *, arm: str = "grown") -> "Figure | None":
     _site_bars(left, [means.get(site, 0.0) for site in sites], ARM_COLOR["grown"])
     _site_bars(right, [len(tried[site]) for site in sites], LINE)
     _site_bars(right, [kept[site] for site in sites], _KEPT)
+    names = short_names(sites, limit=22)
     for y, site in enumerate(sites):
         look: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
         left.annotate(
-            clean(site, limit=22),
+            names[site],
             (0, y),
             (-8, 0),
             xycoords=("axes fraction", "data"),
@@ -313,8 +316,8 @@ def where_it_grew(run: Run, *, arm: str = "grown") -> "Figure | None":
             parse_math=False,
             **look,
         )
-        known = f"{means[site]:.3g}" if site in means else "not measured"
-        left.annotate(known, (means.get(site, 0.0), y), (5, 0), color=MUTED, **look)
+        known = f"{means[site]:.3g}".replace("-", MINUS) if site in means else "not measured"
+        left.annotate(known, (max(means.get(site, 0.0), 0.0), y), (5, 0), color=MUTED, **look)
         right.annotate(
             f"{kept[site]} of {len(tried[site])}",
             (len(tried[site]), y),

@@ -9,7 +9,7 @@ import functools
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
@@ -159,6 +159,30 @@ def clean(words: str, limit: int | None = None) -> str:
     if limit is not None and len(printable) > limit:
         return printable[: limit - 1] + "…"
     return printable
+
+
+def short_names(names: Iterable[str], limit: int) -> dict[str, str]:
+    """Each name cut to `limit` characters where it can be cut without meeting another one.
+
+    The cut lies in the middle, or else where it keeps the names apart; where no cut does, the
+    names are numbered.
+    """
+    printable = {name: clean(name) for name in names}
+
+    def cut(name: str, tail: int) -> str:
+        if len(name) <= limit:
+            return name
+        return f"{name[: limit - 1 - tail]}…{name[len(name) - tail :]}"
+
+    middle = (limit - 1) // 2
+    for tail in sorted(range(limit), key=lambda tail: abs(tail - middle)):
+        short = {name: cut(text, tail) for name, text in printable.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {
+        name: f"{i}: {clean(text, limit - len(f'{i}: '))}"
+        for i, (name, text) in enumerate(printable.items())
+    }
 
 
 def _is_control(character: str) -> bool:

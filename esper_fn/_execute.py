@@ -1,0 +1,177 @@
+"""Carrying out what commands and policies ask."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bool, Int8, Int32
+from esper_fn.commands import Code, Commands, Kind, Outcomes
+from esper_fn.lattice import UNSERVED, Lattice, allocate
+from esper_fn.lifecycle import (
+    NONE,
+    OWNS_BODY,
+    Cause,
+    Move,
+    SeedState,
+    Stage,
+    is_in,
+    is_legal,
+)
+from esper_fn.policies import Proposal
+
+
+class Requests(NamedTuple):
+    """What is asked of each seed in this step, whoever asks."""
+
+    kind: Int8[Array, "S"]
+    blueprint: Int8[Array, "S"]
+    graft: Int8[Array, "S"]
+    target: Int8[Array, "S"]
+    is_command: Bool[Array, "S"]
+
+
+class Executed(NamedTuple):
+    """What became of the requests."""
+
+    move: Move
+    seeds: SeedState
+    code: Int8[Array, "S"]
+    slot: Int32[Array, "S"]
+    is_born: Bool[Array, "S"]
+
+
+def merge(lattice: Lattice, commands: Commands, proposal: Proposal) -> Requests:
+    """Commands before the policy's proposals; of two commands for a seed, the first one."""
+    num_seeds = lattice.num_seeds
+    is_real = is_addressed(lattice, commands) & ~is_repeated(commands)
+    where = jnp.where(is_real, commands.seed, num_seeds)
+
+    def put(base: Array, column: Array) -> Array:
+        return base.at[where].set(column, mode="drop")
+
+    return Requests(
+        kind=put(proposal.kind, commands.kind),
+        blueprint=put(proposal.blueprint, commands.blueprint),
+        graft=put(proposal.graft, commands.graft),
+        target=put(proposal.target, commands.target),
+        is_command=jnp.zeros((num_seeds,), bool).at[where].set(True, mode="drop"),
+    )
+
+
+def is_addressed(lattice: Lattice, commands: Commands) -> Bool[Array, "M"]:
+    """Rows that ask something of a seed that exists."""
+    return (
+        (commands.kind != Kind.NONE)
+        & (commands.seed >= 0)
+        & (commands.seed < lattice.num_seeds)
+    )
+
+
+def is_repeated(commands: Commands) -> Bool[Array, "M"]:
+    """Rows whose seed an earlier row of the same step names already."""
+    asks = commands.kind != Kind.NONE
+    same = (commands.seed[:, None] == commands.seed[None, :]) & asks[None, :] & asks[:, None]
+    return jnp.any(jnp.tril(same, k=-1), axis=1)
+
+
+def execute(
+    lattice: Lattice,
+    num_grafts: int,
+    seeds: SeedState,
+    owner: Int32[Array, "Q"],
+    requests: Requests,
+    guarded: Move,
+    is_vetoing: Bool[Array, ""],
+) -> Executed:
+    """Checks every request against the table and carries out those that hold.
+
+    Args:
+      lattice: static layout.
+      num_grafts: grafting strategies there are.
+      seeds: rows before the step's moves.
+      owner: who holds each slot.
+      requests: what is asked.
+      guarded: moves already decided by guard edges.
+      is_vetoing: the governor allows no germination.
+
+    Returns:
+      The moves (guard moves included), rows with graft and pause changes made, one `Code` a seed.
+    """
+    kind, stage = requests.kind, seeds.stage
+    germinates, moves = kind == Kind.GERMINATE, kind == Kind.TRANSITION
+    sets_graft, pauses, resumes = (
+        kind == Kind.SET_GRAFT,
+        kind == Kind.PAUSE,
+        kind == Kind.RESUME,
+    )
+    target = jnp.where(
+        germinates, jnp.int8(Stage.GERMINATED), jnp.where(moves, requests.target, jnp.int8(NONE))
+    )
+    code = jnp.where(kind == Kind.NONE, jnp.int8(Code.NOT_ASKED), jnp.int8(Code.DONE))
+
+    def refuse(code: Array, because: Code, if_: Array) -> Array:
+        return jnp.where((code == Code.DONE) & if_, jnp.int8(because), code)
+
+    is_known = germinates | moves | sets_graft | pauses | resumes
+    code = refuse(code, Code.UNKNOWN_KIND, ~is_known)
+    code = refuse(code, Code.OVERRULED, guarded.target != NONE)
+    # A newborn needs a blueprint, so only GERMINATE leads to GERMINATED.
+    is_bodiless = moves & (target == Stage.GERMINATED)
+    is_illegal = (germinates | moves) & (~is_legal(stage, target) | is_bodiless)
+    code = refuse(code, Code.ILLEGAL_TRANSITION, is_illegal)
+    is_waiting = is_in(stage, [Stage.CULLED, Stage.CANCELLED]) & (seeds.embargo_steps > 0)
+    code = refuse(code, Code.EMBARGOED, moves & is_waiting)
+    names_graft = sets_graft | (germinates & (requests.graft != NONE))
+    is_no_graft = (requests.graft < 0) | (requests.graft >= num_grafts)
+    code = refuse(code, Code.UNKNOWN_GRAFT, names_graft & is_no_graft)
+    is_on_its_way = is_in(stage, OWNS_BODY) & (stage != Stage.FOSSILIZED)
+    code = refuse(code, Code.NO_BODY, (sets_graft | pauses | resumes) & ~is_on_its_way)
+    code = refuse(code, Code.VETOED, germinates & is_vetoing)
+
+    asks = germinates & (code == Code.DONE)
+    slot = allocate(lattice, owner, asks, requests.blueprint)
+    code = refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
+    code = refuse(code, Code.BANK_FULL, asks & (slot == NONE))
+
+    is_done = code == Code.DONE
+    is_born = germinates & is_done
+    by = jnp.where(requests.is_command, jnp.int8(Cause.COMMAND), jnp.int8(Cause.POLICY))
+    takes = is_done & (target != NONE)
+    move = Move(
+        target=jnp.where(takes, target, guarded.target),
+        cause=jnp.where(takes, by, guarded.cause),
+    )
+    graft = jnp.maximum(requests.graft, jnp.int8(0))
+    seeds = seeds._replace(
+        blueprint=jnp.where(is_born, requests.blueprint, seeds.blueprint),
+        slot=jnp.where(is_born, slot, seeds.slot),
+        graft=jnp.where(is_born | (sets_graft & is_done), graft, seeds.graft),
+        is_paused=(seeds.is_paused | (pauses & is_done)) & ~(resumes & is_done),
+    )
+    return Executed(move=move, seeds=seeds, code=code, slot=slot, is_born=is_born)
+
+
+def answer(
+    lattice: Lattice,
+    commands: Commands,
+    code: Int8[Array, "S"],
+    before: Int8[Array, "S"],
+    after: Int8[Array, "S"],
+) -> Outcomes:
+    """One outcome a command."""
+    asks = commands.kind != Kind.NONE
+    exists = is_addressed(lattice, commands)
+    seed = jnp.clip(commands.seed, 0, lattice.num_seeds - 1)
+    told = jnp.where(is_repeated(commands), jnp.int8(Code.DUPLICATE), code[seed])
+    nobody = jnp.int8(NONE)
+    return Outcomes(
+        code=jnp.where(
+            exists,
+            told,
+            jnp.where(asks, jnp.int8(Code.UNKNOWN_SEED), jnp.int8(Code.NOT_ASKED)),
+        ),
+        before=jnp.where(exists, before[seed], nobody),
+        after=jnp.where(exists, after[seed], nobody),
+    )

@@ -1,0 +1,30 @@
+"""Rules that decide where and when to grow, and how they nest.
+
+A policy asks (`plateau`, `periodic`, `random`, `scripted`, `never`) or holds back (`budget`,
+`cooldown`, `concurrency`, `quota`, `until`); `chain` puts several behind one another and notes
+which of them allowed or refused what.
+"""
+
+from esper_fn.policies._base import Observation, Policy, Proposal, chain, no_proposal, rule, strike
+from esper_fn.policies._limit import budget, concurrency, cooldown, quota, until
+from esper_fn.policies._propose import never, periodic, plateau, random, scripted
+
+__all__ = [
+    "Observation",
+    "Policy",
+    "Proposal",
+    "budget",
+    "chain",
+    "concurrency",
+    "cooldown",
+    "never",
+    "no_proposal",
+    "periodic",
+    "plateau",
+    "quota",
+    "random",
+    "rule",
+    "scripted",
+    "strike",
+    "until",
+]

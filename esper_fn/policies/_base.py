@@ -1,0 +1,164 @@
+"""What a policy is, and how policies nest."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
+from esper_fn.commands import Kind
+from esper_fn.lattice import Lattice
+from esper_fn.lifecycle import NONE, LossTrack, SeedState
+
+
+class Observation(NamedTuple):
+    """All a policy sees."""
+
+    step: Int32[Array, ""]
+    seeds: SeedState
+    owner: Int32[Array, "Q"]
+    loss: LossTrack
+
+
+class Proposal(NamedTuple):
+    """What the rules so far ask for, one row a seed, and who asked or refused."""
+
+    kind: Int8[Array, "S"]
+    """A `Kind`; NONE asks nothing."""
+    blueprint: Int8[Array, "S"]
+    graft: Int8[Array, "S"]
+    """Index of a grafting strategy; NONE takes the first."""
+    target: Int8[Array, "S"]
+    priority: Float32[Array, "S"]
+    """Who comes first where there is not room for all; larger is sooner."""
+    asked_by: Int8[Array, "S"]
+    """Index in `Policy.rules` of the rule that asked, or NONE."""
+    vetoed_by: Int8[Array, "S"]
+    """Index of the rule that refused, or NONE."""
+
+
+class Init(Protocol):
+    """The policy's state, tunable numbers included."""
+
+    def __call__(self, lattice: Lattice) -> Any:
+        """A pytree of arrays."""
+        ...
+
+
+class Decide(Protocol):
+    """One decision."""
+
+    def __call__(
+        self, lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[Any, Proposal]:
+        """The next state, and `proposal` with requests added or struck out.
+
+        A rule adds by setting a row's `kind` (and what belongs to it) and strikes out by setting
+        it back to NONE; `asked_by` and `vetoed_by` are filled in for it.
+        """
+        ...
+
+
+class Policy(NamedTuple):
+    """Telemetry and seed states in, requests out: `(init, decide)`, which nest by `chain`."""
+
+    rules: tuple[str, ...]
+    """Names of the rules inside, for the decision log."""
+    init: Init
+    decide: Decide
+
+
+def no_proposal(num_seeds: int) -> Proposal:
+    """Nothing is asked."""
+    nobody = jnp.full((num_seeds,), NONE, jnp.int8)
+    return Proposal(
+        kind=jnp.zeros((num_seeds,), jnp.int8),
+        blueprint=nobody,
+        graft=nobody,
+        target=nobody,
+        priority=jnp.zeros((num_seeds,), jnp.float32),
+        asked_by=nobody,
+        vetoed_by=nobody,
+    )
+
+
+def rule(name: str, init: Init, decide: Decide) -> Policy:
+    """A policy of one named rule."""
+
+    def noted(
+        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[Any, Proposal]:
+        state, after = decide(lattice, state, seen, proposal, key)
+        had, has = proposal.kind != Kind.NONE, after.kind != Kind.NONE
+        zero = jnp.zeros_like(after.kind)
+        return state, after._replace(
+            asked_by=jnp.where(~had & has, zero, proposal.asked_by),
+            vetoed_by=jnp.where(had & ~has, zero, proposal.vetoed_by),
+        )
+
+    return Policy(rules=(name,), init=init, decide=noted)
+
+
+def chain(*policies: Policy) -> Policy:
+    """The policies in turn, each acting on what the ones before it ask.
+
+    >>> from esper_fn.policies import cooldown, periodic
+    >>> chain(periodic(every=10), chain(cooldown(steps=5))).rules
+    ('periodic', 'cooldown')
+    """
+    rules = tuple(name for policy in policies for name in policy.rules)
+    if len(rules) > 127:
+        raise ValueError(f"at most 127 rules, got {len(rules)}")
+
+    def init(lattice: Lattice) -> Any:
+        return tuple(policy.init(lattice) for policy in policies)
+
+    def decide(
+        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[Any, Proposal]:
+        states = []
+        first = 0
+        for index, policy in enumerate(policies):
+            before = proposal
+            child, after = policy.decide(
+                lattice, state[index], seen, before, jax.random.fold_in(key, index)
+            )
+            had, has = before.kind != Kind.NONE, after.kind != Kind.NONE
+            proposal = after._replace(
+                asked_by=jnp.where(~had & has, after.asked_by + jnp.int8(first), before.asked_by),
+                vetoed_by=jnp.where(
+                    had & ~has, after.vetoed_by + jnp.int8(first), before.vetoed_by
+                ),
+            )
+            states.append(child)
+            first += len(policy.rules)
+        return tuple(states), proposal
+
+    return Policy(rules=rules, init=init, decide=decide)
+
+
+def strike(proposal: Proposal, is_struck: Bool[Array, "S"]) -> Proposal:
+    """The proposal without the germinations in `is_struck`."""
+    is_struck = is_struck & (proposal.kind == Kind.GERMINATE)
+    return proposal._replace(kind=jnp.where(is_struck, jnp.int8(Kind.NONE), proposal.kind))
+
+
+def germinations(proposal: Proposal) -> Bool[Array, "S"]:
+    """Who is asked to germinate."""
+    return proposal.kind == Kind.GERMINATE
+
+
+def by_priority(proposal: Proposal) -> Int32[Array, "S"]:
+    """Seeds in the order in which germinations are served; those not asked come last."""
+    urgency = jnp.where(germinations(proposal), -proposal.priority, jnp.inf)
+    return jnp.argsort(urgency, stable=True).astype(jnp.int32)
+
+
+def when_asked(proposal: Proposal, narrow: Any) -> Proposal:
+    """`narrow(proposal)`, computed only in steps in which a germination is asked."""
+    result: Proposal = jax.lax.cond(
+        jnp.any(germinations(proposal)), narrow, lambda same: same, proposal
+    )
+    return result

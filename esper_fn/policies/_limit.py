@@ -1,0 +1,135 @@
+"""Rules that hold growth back; they stand behind the ones that ask."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bool, Float32, Int32, Key
+from esper_fn.lattice import Lattice
+from esper_fn.lifecycle import NONE, Stage
+from esper_fn.policies._base import (
+    Observation,
+    Policy,
+    Proposal,
+    by_priority,
+    germinations,
+    rule,
+    strike,
+    when_asked,
+)
+
+
+class _Limit(NamedTuple):
+    limit: Float32[Array, ""]
+
+
+def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
+    """The proposal with only its `num_kept` most urgent germinations."""
+    order = by_priority(proposal)
+    num_seeds = order.shape[0]
+    is_late = jnp.arange(num_seeds, dtype=jnp.int32) >= num_kept
+    return strike(proposal, jnp.zeros((num_seeds,), bool).at[order].set(is_late))
+
+
+def _in_flight(seen: Observation) -> Bool[Array, "S"]:
+    stage = seen.seeds.stage
+    return (stage >= Stage.GERMINATED) & (stage <= Stage.FINE_TUNING)
+
+
+def concurrency(limit: int) -> Policy:
+    """At most `limit` seeds on their way (GERMINATED to FINE_TUNING) at once."""
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit!r}")
+
+    def decide(
+        lattice: Lattice, state: _Limit, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[_Limit, Proposal]:
+        del lattice, key
+        room = state.limit.astype(jnp.int32) - jnp.sum(_in_flight(seen), dtype=jnp.int32)
+        return state, when_asked(proposal, lambda same: _keep_first(same, room))
+
+    return rule("concurrency", lambda lattice: _Limit(jnp.float32(limit)), decide)
+
+
+def budget(parameters: int) -> Policy:
+    """At most `parameters` in all living bodies, the requested ones included."""
+    if parameters < 0:
+        raise ValueError(f"parameters must not be negative, got {parameters!r}")
+
+    def decide(
+        lattice: Lattice, state: _Limit, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[_Limit, Proposal]:
+        del key
+        tables = lattice.tables
+        of_slot = jnp.asarray(tables.costs[tables.slot_group, tables.slot_blueprint])
+        spent = jnp.sum(jnp.where(seen.owner != NONE, of_slot, 0.0))
+
+        def narrow(same: Proposal) -> Proposal:
+            costs = lattice.per_seed(tables.costs)
+            blueprint = jnp.maximum(same.blueprint, 0).astype(jnp.int32)
+            price = jnp.take_along_axis(costs, blueprint[:, None], axis=1)[:, 0]
+            order = by_priority(same)
+            bill = jnp.cumsum(jnp.where(germinations(same), price, 0.0)[order])
+            is_beyond = spent + bill > state.limit
+            return strike(same, jnp.zeros(is_beyond.shape, bool).at[order].set(is_beyond))
+
+        return state, when_asked(proposal, narrow)
+
+    return rule("budget", lambda lattice: _Limit(jnp.float32(parameters)), decide)
+
+
+class _Cooldown(NamedTuple):
+    steps: Int32[Array, ""]
+    last: Int32[Array, ""]
+
+
+def cooldown(steps: int) -> Policy:
+    """No germination within `steps` steps after the last one that passed this rule."""
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps!r}")
+
+    def decide(
+        lattice: Lattice, state: _Cooldown, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[_Cooldown, Proposal]:
+        del lattice, key
+        is_hot = (state.last >= 0) & (seen.step - state.last < state.steps)
+        cooled = strike(proposal, jnp.broadcast_to(is_hot, proposal.kind.shape))
+        passes = jnp.any(germinations(cooled))
+        return state._replace(last=jnp.where(passes, seen.step, state.last)), cooled
+
+    return rule("cooldown", lambda lattice: _Cooldown(jnp.int32(steps), jnp.int32(NONE)), decide)
+
+
+class _Quota(NamedTuple):
+    left: Int32[Array, ""]
+
+
+def quota(germinations_allowed: int) -> Policy:
+    """At most so many germinations that passed this rule, over the whole run."""
+    if germinations_allowed < 0:
+        raise ValueError(f"must not be negative, got {germinations_allowed!r}")
+
+    def decide(
+        lattice: Lattice, state: _Quota, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[_Quota, Proposal]:
+        del lattice, seen, key
+        kept = when_asked(proposal, lambda same: _keep_first(same, state.left))
+        used = jnp.sum(germinations(kept), dtype=jnp.int32)
+        return _Quota(left=state.left - used), kept
+
+    return rule("quota", lambda lattice: _Quota(jnp.int32(germinations_allowed)), decide)
+
+
+def until(step: int) -> Policy:
+    """No germination from step `step` on, so that what grows can still finish."""
+
+    def decide(
+        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[Any, Proposal]:
+        del lattice, key
+        is_late = seen.step.astype(jnp.float32) >= state.limit
+        return state, strike(proposal, jnp.broadcast_to(is_late, proposal.kind.shape))
+
+    return rule("until", lambda lattice: _Limit(jnp.float32(step)), decide)
