@@ -1,1 +1,132 @@
-"""Esper-fn: networks that grow while they train."""
+"""Esper-fn: networks that grow while they train.
+
+>>> import esper_fn as ef
+>>> lattice = ef.lattice(
+...     sites=[ef.site("hidden", features=256, chunks=16)],
+...     blueprints={"low_rank": ef.blueprints.low_rank(rank=8)},
+...     capacity=16,
+... )
+>>> growth = ef.growth(lattice, policy=ef.policies.plateau(patience=200))
+
+Names are loaded when they are first used, so importing the package is quick and the parts that
+need no JAX (`data`, `report`, `errors`) do not load it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from esper_fn._version import __version__
+
+if TYPE_CHECKING:
+    from esper_fn import (
+        blueprints,
+        commands,
+        data,
+        errors,
+        governors,
+        grafting,
+        hosts,
+        lifecycle,
+        linen,
+        nnx,
+        optim,
+        policies,
+        report,
+        rollback,
+        runtime,
+    )
+    from esper_fn._discover import discover
+    from esper_fn._growth import Growth, GrowthState, Info, SurveyInfo, growth
+    from esper_fn._lattice import BareSeeds, Lattice, Reading, Seeds, Site, lattice, site, span
+    from esper_fn.lifecycle import Seed, SeedState, Stage
+
+_MODULES = (
+    "blueprints",
+    "commands",
+    "data",
+    "errors",
+    "governors",
+    "grafting",
+    "hosts",
+    "lifecycle",
+    "linen",
+    "nnx",
+    "optim",
+    "policies",
+    "report",
+    "rollback",
+    "runtime",
+)
+_NAMES = {
+    "BareSeeds": "_lattice",
+    "Growth": "_growth",
+    "GrowthState": "_growth",
+    "Info": "_growth",
+    "Lattice": "_lattice",
+    "Reading": "_lattice",
+    "Seed": "lifecycle",
+    "SeedState": "lifecycle",
+    "Seeds": "_lattice",
+    "Site": "_lattice",
+    "Stage": "lifecycle",
+    "SurveyInfo": "_growth",
+    "discover": "_discover",
+    "growth": "_growth",
+    "lattice": "_lattice",
+    "site": "_lattice",
+    "span": "_lattice",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        value = getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+__all__ = [
+    "BareSeeds",
+    "Growth",
+    "GrowthState",
+    "Info",
+    "Lattice",
+    "Reading",
+    "Seed",
+    "SeedState",
+    "Seeds",
+    "Site",
+    "Stage",
+    "SurveyInfo",
+    "__version__",
+    "blueprints",
+    "commands",
+    "data",
+    "discover",
+    "errors",
+    "governors",
+    "grafting",
+    "growth",
+    "hosts",
+    "lattice",
+    "lifecycle",
+    "linen",
+    "nnx",
+    "optim",
+    "policies",
+    "report",
+    "rollback",
+    "runtime",
+    "site",
+    "span",
+]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bool, Int8, Int32
 from esper_fn.commands import Code, Commands, Kind, Outcomes
-from esper_fn.lattice import UNSERVED, Lattice, allocate
+from esper_fn._lattice import UNSERVED, Lattice, allocate
 from esper_fn.lifecycle import (
     NONE,
     OWNS_BODY,

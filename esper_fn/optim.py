@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from esper_fn._typing import Array, Bodies, Bool, Params
-from esper_fn.lattice import select_slots
+from esper_fn._lattice import select_slots
 
 
 class Slots(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.commands import Command, Kind
-from esper_fn.lattice import Lattice
+from esper_fn._lattice import Lattice
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
 

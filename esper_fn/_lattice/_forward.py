@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bool, Float, Float32, Int32, Params
 from esper_fn.base import Blueprint, BodySpec
-from esper_fn.lattice._site import Chunking, chunk_mask
+from esper_fn._lattice._site import Chunking, chunk_mask
 
 
 class Reading(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
-from esper_fn.lattice._lattice import Lattice, fresh_bank
+from esper_fn._lattice._lattice import Lattice, fresh_bank
 from esper_fn.lifecycle import NONE
 
 UNSERVED = -2

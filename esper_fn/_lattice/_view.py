@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bodies, Float32, Int32
-from esper_fn.lattice._forward import (
+from esper_fn._lattice._forward import (
     NUM_CHANNELS,
     BankView,
     Moments,
@@ -16,8 +16,8 @@ from esper_fn.lattice._forward import (
     Wiring,
     zero_moments,
 )
-from esper_fn.lattice._lattice import Lattice, local_chunk
-from esper_fn.lattice._seeds import Seeds, SiteView, Visits, _Layout
+from esper_fn._lattice._lattice import Lattice, local_chunk
+from esper_fn._lattice._seeds import Seeds, SiteView, Visits, _Layout
 from esper_fn.lifecycle import NONE, SeedState, gains
 
 Taps = tuple[Array, ...]

@@ -68,7 +68,7 @@ class _State(NamedTuple):
     best: Float32[Array, ""]
 
 
-def governor(
+def standard(
     *,
     max_ratio: float = 3.0,
     patience: int = 20,

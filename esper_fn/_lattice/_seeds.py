@@ -9,7 +9,7 @@ import jax
 
 from esper_fn._typing import Array, Float
 from esper_fn.errors import LatticeError, UnknownNameError
-from esper_fn.lattice._forward import (
+from esper_fn._lattice._forward import (
     BankView,
     Moments,
     Wiring,
@@ -17,7 +17,7 @@ from esper_fn.lattice._forward import (
     grow_span,
     probe,
 )
-from esper_fn.lattice._site import Site
+from esper_fn._lattice._site import Site
 
 
 class SiteView(NamedTuple):

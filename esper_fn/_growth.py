@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn import _execute, governor as governors, grafting, lifecycle, policies, telemetry
+from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
 from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key, Params, Scalar
 from esper_fn.commands import Command, Commands, Outcomes, no_commands, pack
 from esper_fn.errors import LatticeError
-from esper_fn.lattice import (
+from esper_fn._lattice import (
     Lattice,
     Reading,
     Seeds,
@@ -566,7 +566,7 @@ def growth(
       policy: who asks for growth; `policies.plateau()` when left out.
       graft: the grafting strategy, or several of different names of which the first is the default
         and a command may choose another; `grafting.linear()` when left out.
-      governor: the guard; `governor.governor()` when left out.
+      governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
       levels: numbers of live bodies per bank for which a variant of the loss is compiled, or how
         many such levels (1, 2 or 3). More levels follow the live bodies more closely and compile
@@ -593,7 +593,7 @@ def growth(
         lattice=lattice,
         policy=policies.plateau() if policy is None else policy,
         grafts=grafts,
-        governor=governors.governor() if governor is None else governor,
+        governor=governors.standard() if governor is None else governor,
         settings=lifecycle.settings() if settings is None else settings,
         levels=_levels(levels, _largest_pool(lattice)),
         max_ablations=max_ablations,

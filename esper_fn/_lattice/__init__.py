@@ -1,6 +1,6 @@
 """Where seeds sit, where their bodies live, and how both act on an activation."""
 
-from esper_fn.lattice._allocate import (
+from esper_fn._lattice._allocate import (
     UNSERVED,
     allocate,
     give,
@@ -8,11 +8,11 @@ from esper_fn.lattice._allocate import (
     release,
     select_slots,
 )
-from esper_fn.lattice._forward import NUM_CHANNELS, Moments, Reading
-from esper_fn.lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
-from esper_fn.lattice._seeds import BareSeeds, Seeds, SiteView, Visits
-from esper_fn.lattice._site import Chunking, Site, chunk_mask, site, span
-from esper_fn.lattice._view import (
+from esper_fn._lattice._forward import NUM_CHANNELS, Moments, Reading
+from esper_fn._lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
+from esper_fn._lattice._seeds import BareSeeds, Seeds, SiteView, Visits
+from esper_fn._lattice._site import Chunking, Site, chunk_mask, site, span
+from esper_fn._lattice._view import (
     Probes,
     Taps,
     per_slot_tree,
