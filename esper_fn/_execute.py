@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from esper_fn._lattice import UNSERVED, Lattice, allocate
 from esper_fn._typing import Array, Bool, Int8, Int32
 from esper_fn.commands import Code, Commands, Kind, Outcomes
-from esper_fn._lattice import UNSERVED, Lattice, allocate
 from esper_fn.lifecycle import (
     NONE,
     OWNS_BODY,
@@ -62,11 +62,7 @@ def merge(lattice: Lattice, commands: Commands, proposal: Proposal) -> Requests:
 
 def is_addressed(lattice: Lattice, commands: Commands) -> Bool[Array, "M"]:
     """Rows that ask something of a seed that exists."""
-    return (
-        (commands.kind != Kind.NONE)
-        & (commands.seed >= 0)
-        & (commands.seed < lattice.num_seeds)
-    )
+    return (commands.kind != Kind.NONE) & (commands.seed >= 0) & (commands.seed < lattice.num_seeds)
 
 
 def is_repeated(commands: Commands) -> Bool[Array, "M"]:

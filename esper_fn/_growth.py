@@ -118,19 +118,21 @@ class Growth:
         """All seeds dormant, all slots free."""
         body_key, key = jax.random.split(key)
         num_slots = self.lattice.num_slots
-        return GrowthState(
+        state = GrowthState(
             seeds=lifecycle.seed_state(self.lattice.num_seeds),
             bodies=init_bodies(self.lattice, body_key),
             owner=jnp.full((num_slots,), NONE, jnp.int32),
             is_born=jnp.zeros((num_slots,), bool),
             loss=lifecycle.loss_track(),
-            settings=jax.tree.map(jnp.copy, self.settings),
-            grafts=tuple(jax.tree.map(jnp.copy, graft.hyper) for graft in self.grafts),
+            settings=self.settings,
+            grafts=tuple(graft.hyper for graft in self.grafts),
             policy=self.policy.init(self.lattice),
-            governor=jax.tree.map(jnp.copy, self.governor.state),
+            governor=self.governor.state,
             key=key,
             step=jnp.int32(0),
         )
+        # A buffer of its own for every leaf, so that a step may donate the state.
+        return jax.tree.map(jnp.copy, state)
 
     def seeds(self, state: GrowthState) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.grafting import Graft
-from esper_fn._lattice import Lattice
 from esper_fn.lifecycle import NONE, Stage
 
 

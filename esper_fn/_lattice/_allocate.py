@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
 from esper_fn._lattice._lattice import Lattice, fresh_bank
+from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
 from esper_fn.lifecycle import NONE
 
 UNSERVED = -2
@@ -95,9 +95,7 @@ def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Arr
     return jnp.where((owner != NONE) & keeps, owner, NONE)
 
 
-def give_birth(
-    lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key: Key
-) -> Bodies:
+def give_birth(lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key: Key) -> Bodies:
     """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit."""
     born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
     for index, bank in enumerate(lattice.tables.banks):

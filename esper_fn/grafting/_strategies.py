@@ -156,7 +156,9 @@ def stability(num_steps: int = 100, hold_steps: int = 10, back_steps: int = 5) -
     """
     step = _step(num_steps)
     if hold_steps < 0 or back_steps < 0:
-        raise ValueError(f"hold_steps and back_steps must not be negative: {hold_steps, back_steps}")
+        raise ValueError(
+            f"hold_steps and back_steps must not be negative: {hold_steps, back_steps}"
+        )
 
     def update(hyper: Any, memory: Memory, alpha: Array, evidence: Evidence) -> Any:
         rest = jnp.where(
@@ -224,9 +226,7 @@ def adaptive(
     _positive(max_drift=max_drift, calm_steps=calm_steps)
 
     def update(hyper: Any, memory: Memory, alpha: Array, evidence: Evidence) -> Any:
-        wary = jnp.where(
-            evidence.is_spike, hyper.calm_steps, jnp.maximum(memory[:, 2] - 1, 0.0)
-        )
+        wary = jnp.where(evidence.is_spike, hyper.calm_steps, jnp.maximum(memory[:, 2] - 1, 0.0))
         quick, speed = fast.update(hyper.momentum, memory, alpha, evidence)
         quick = jnp.where(evidence.drift <= hyper.max_drift, quick, alpha)
         slow, rest = careful.update(hyper.stability, memory[:, 1:2], alpha, evidence)

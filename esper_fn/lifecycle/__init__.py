@@ -1,8 +1,6 @@
 """Stages, the table of transitions, gates, and the pure functions that move seeds along it."""
 
 from esper_fn.lifecycle._advance import (
-    FAST_STEPS,
-    SLOW_STEPS,
     LossTrack,
     Move,
     average,
@@ -31,14 +29,17 @@ from esper_fn.lifecycle._stages import (
     GAIN_CONSTANT,
     GAIN_OF_ALPHA,
     NUM_STAGES,
+    ON_ITS_WAY,
     OWNS_BODY,
     SUCCESSORS,
     TRANSITIONS,
     Stage,
 )
 from esper_fn.lifecycle._state import (
+    FAST_STEPS,
     GRAFT_MEMORY,
     NONE,
+    SLOW_STEPS,
     Seed,
     SeedState,
     Telemetry,
@@ -58,6 +59,7 @@ __all__ = [
     "GUARD_EDGES",
     "NONE",
     "NUM_STAGES",
+    "ON_ITS_WAY",
     "OWNS_BODY",
     "SLOW_STEPS",
     "SUCCESSORS",

@@ -11,8 +11,8 @@ import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar
 from esper_fn.lifecycle._gates import EDGES, TESTS, Cause, Edge, Gate, Settings, Signals
-from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, TRANSITIONS, Stage
-from esper_fn.lifecycle._state import NONE, SeedState, is_in
+from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, ON_ITS_WAY, TRANSITIONS, Stage
+from esper_fn.lifecycle._state import FAST_STEPS, NONE, SLOW_STEPS, SeedState, is_in
 
 
 class Move(NamedTuple):
@@ -60,7 +60,7 @@ def follow(
 
 
 def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Array, "S"]:
-    """The first closed gate on each seed's way forward (`Gate.OPEN` where none is closed)."""
+    """What keeps each seed: a pause, or the first closed gate on its way forward, or nothing."""
     gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
     forward: dict[Stage, Edge] = {}
     for edge in EDGES:
@@ -69,7 +69,7 @@ def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Ar
         for gate in reversed(edge.gates):
             is_closed = (seeds.stage == stage) & ~TESTS[gate](seeds, signals, limits)
             gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
-    return gate_code
+    return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
 
 
 def is_legal(source: Int8[Array, "..."], target: Int8[Array, "..."]) -> Bool[Array, "..."]:
@@ -105,7 +105,7 @@ def enter(seeds: SeedState, move: Move, limits: Settings) -> SeedState:
         stage=stage,
         parent=jnp.where(moves, seeds.stage, seeds.parent),
         steps_in_stage=jnp.where(moves, 0, seeds.steps_in_stage + ticks),
-        is_paused=seeds.is_paused & ~(moves & ~is_in(stage, np.arange(1, 8).tolist())),
+        is_paused=seeds.is_paused & is_in(stage, ON_ITS_WAY),
         alpha=jnp.where(begins, 0.0, seeds.alpha),
         embargo_steps=jnp.where(
             moves & is_in(stage, ENDS_WITH_EMBARGO),
@@ -125,15 +125,24 @@ def enter(seeds: SeedState, move: Move, limits: Settings) -> SeedState:
     )
 
 
-def has_training_place(stage: Int8[Array, "S"], max_training: Int32[Array, ""]) -> Bool[Array, "S"]:
-    """Which GERMINATED seeds may begin to train: the first ones, as far as places are free."""
-    waits = stage == Stage.GERMINATED
-    num_training = jnp.sum(stage == Stage.TRAINING, dtype=jnp.int32)
-    return jax.lax.cond(
-        jnp.any(waits),
-        lambda: waits & (jnp.cumsum(waits, dtype=jnp.int32) <= max_training - num_training),
-        lambda: waits,
+def has_training_place(seeds: SeedState, limits: Settings) -> Bool[Array, "S"]:
+    """Which GERMINATED seeds may begin to train: the first ready ones, as far as places are free.
+
+    A seed that cannot move yet (paused, or too young) takes no place from one that can.
+    """
+    is_ready = (
+        (seeds.stage == Stage.GERMINATED)
+        & ~seeds.is_paused
+        & (seeds.steps_in_stage >= limits.min_steps[Stage.GERMINATED])
     )
+    num_training = jnp.sum(seeds.stage == Stage.TRAINING, dtype=jnp.int32)
+
+    def first_ready() -> Bool[Array, "S"]:
+        rank = jnp.cumsum(is_ready, dtype=jnp.int32)
+        return is_ready & (rank <= limits.max_training - num_training)
+
+    places: Bool[Array, "S"] = jax.lax.cond(jnp.any(is_ready), first_ready, lambda: is_ready)
+    return places
 
 
 class LossTrack(NamedTuple):
@@ -161,22 +170,24 @@ def average(old: Array, new: Array, num_before: Array, memory_steps: float) -> A
     return old + (new - old) / count
 
 
-FAST_STEPS = 10
-SLOW_STEPS = 50
 SPIKE_DEVIATIONS = 4.0
 
 
 def track_loss(track: LossTrack, loss: Scalar) -> tuple[LossTrack, Bool[Array, ""]]:
     """Takes one loss in; a non-finite one is left out and counts as a spike.
 
+    So does one whose square is not finite. Of any other spike the averages see the band's edge
+    only; the band widens with it, so a loss that stays high is followed.
+
     Returns:
       The track, and whether the loss lay more than `SPIKE_DEVIATIONS` standard deviations above
       its slow average.
     """
     loss = loss.astype(jnp.float32)
-    is_finite = jnp.isfinite(loss)
+    is_finite = jnp.isfinite(jnp.square(loss))
     known = track.num_steps > FAST_STEPS
-    band = SPIKE_DEVIATIONS * jnp.sqrt(track.square) + 1e-6 * jnp.abs(track.slow)
+    # Never zero: a band without width would keep a loss that was constant from ever rising.
+    band = SPIKE_DEVIATIONS * jnp.sqrt(track.square) + 1e-6 * jnp.abs(track.slow) + 1e-9
     is_spike = ~is_finite | (known & (loss > track.slow + band))
     clipped = jnp.where(is_finite & is_spike, track.slow + band, loss)
     count = track.num_steps
@@ -191,5 +202,6 @@ def track_loss(track: LossTrack, loss: Scalar) -> tuple[LossTrack, Bool[Array, "
 
 
 def loss_variation(track: LossTrack) -> Scalar:
-    """`|fast - slow| / |slow|`."""
-    return jnp.abs(track.fast - track.slow) / (jnp.abs(track.slow) + 1e-12)
+    """`|fast - slow| / |slow|`; infinite until both averages differ in what they remember."""
+    variation = jnp.abs(track.fast - track.slow) / (jnp.abs(track.slow) + 1e-12)
+    return jnp.where(track.num_steps > FAST_STEPS, variation, jnp.inf)

@@ -12,7 +12,7 @@ import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
 from esper_fn.lifecycle._stages import NUM_STAGES, Stage
-from esper_fn.lifecycle._state import SeedState
+from esper_fn.lifecycle._state import FAST_STEPS, SeedState
 
 
 class Gate(IntEnum):
@@ -36,6 +36,8 @@ class Gate(IntEnum):
     EMBARGO_OVER = 15
     NON_FINITE = 16
     QUARANTINED = 17
+    PAUSED = 18
+    """A command holds the seed; of no edge."""
 
 
 class Cause(IntEnum):
@@ -112,8 +114,9 @@ def settings(
     """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
 
     Raises:
-      ValueError: a stay that is negative, a longest stay shorter than the shortest, or no longest
-        stay for a stage that holds a body on its way (a seed could hang there for ever).
+      ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
+        stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
+        for any other stage, or a count that is too small to mean anything.
 
     >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
     500
@@ -134,8 +137,19 @@ def settings(
                 f"max_steps[{stage.name}] is {longest[stage]} but must be at least 1 and at least "
                 f"min_steps[{stage.name}] = {shortest[stage]}: every such stage has to end"
             )
-        if stage not in _MAX_STEPS and longest[stage]:
-            raise ValueError(f"{stage.name} has no longest stay; leave it out of max_steps")
+        if stage not in _MAX_STEPS and (shortest[stage] or longest[stage]):
+            raise ValueError(
+                f"{stage.name} ends by no dwell; leave it out of min_steps and max_steps, which "
+                f"serve {[of.name for of in _MAX_STEPS]}"
+            )
+    for name, value, least in (
+        ("max_training", max_training, 1),
+        ("embargo_steps", embargo_steps, 0),
+        ("max_errors", max_errors, 1),
+        ("min_surveys", min_surveys, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),
@@ -158,16 +172,21 @@ class Signals(NamedTuple):
     is_quarantined: Bool[Array, "S"]
     """The governor asks for this seed's roll-back."""
     loss_variation: Scalar
-    """Relative gap between the fast and the slow average of the training loss."""
+    """Relative gap between the fast and the slow average of the training loss; infinite where it
+    is not known yet."""
     has_training_place: Bool[Array, "S"]
 
 
 Test = Callable[[SeedState, Signals, Settings], Bool[Array, "S"]]
 
 
-def _utility_variation(seeds: SeedState) -> Float32[Array, "S"]:
+def _is_utility_settled(
+    seeds: SeedState, signals: Signals, limits: Settings
+) -> Bool[Array, "S"]:
     fast, slow = seeds.telemetry.utility, seeds.telemetry.utility_slow
-    return jnp.abs(fast - slow) / (jnp.abs(slow) + 1e-12)
+    variation = jnp.abs(fast - slow) / (jnp.abs(slow) + 1e-12)
+    is_known = seeds.telemetry.num_live_steps > FAST_STEPS
+    return is_known & (variation <= limits.utility_variation)
 
 
 def _longest_stay_over(seeds: SeedState, signals: Signals, limits: Settings) -> Bool[Array, "S"]:
@@ -182,7 +201,7 @@ TESTS: Mapping[Gate, Test] = MappingProxyType(
         Gate.TRAINING_PLACE: lambda s, m, t: m.has_training_place,
         Gate.UTILITY_MEASURED: lambda s, m, t: s.telemetry.num_live_steps > 0,
         Gate.UTILITY_POSITIVE: lambda s, m, t: s.telemetry.utility > 0,
-        Gate.UTILITY_SETTLED: lambda s, m, t: _utility_variation(s) <= t.utility_variation,
+        Gate.UTILITY_SETTLED: _is_utility_settled,
         Gate.ALPHA_FULL: lambda s, m, t: s.alpha >= 1,
         Gate.LOSS_SETTLED: lambda s, m, t: jnp.broadcast_to(
             m.loss_variation <= t.loss_variation, s.stage.shape
@@ -229,9 +248,7 @@ _UTILITY = (Gate.UTILITY_MEASURED, Gate.UTILITY_POSITIVE)
 
 EDGES: tuple[Edge, ...] = (
     # The first edge of a stage is its way forward: its first closed gate is why a seed waits.
-    Edge(
-        Stage.GERMINATED, Stage.TRAINING, (Gate.MIN_STEPS, Gate.TRAINING_PLACE), Cause.GATE
-    ),
+    Edge(Stage.GERMINATED, Stage.TRAINING, (Gate.MIN_STEPS, Gate.TRAINING_PLACE), Cause.GATE),
     Edge(Stage.GERMINATED, Stage.CANCELLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(
         Stage.TRAINING,

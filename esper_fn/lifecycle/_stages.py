@@ -90,6 +90,8 @@ GAIN_CONSTANT, GAIN_OF_ALPHA = _gain_tables()
 
 OWNS_BODY = np.isin(np.arange(NUM_STAGES), np.arange(Stage.GERMINATED, Stage.FOSSILIZED + 1))
 """bool[11]: stages whose seeds hold a slot of a bank."""
+ON_ITS_WAY = OWNS_BODY & (np.arange(NUM_STAGES) != Stage.FOSSILIZED)
+"""bool[11]: stages whose body is not decided yet; each of them has a longest stay."""
 ACTS = GAIN_OF_ALPHA[:, 0] > 0
 """bool[11]: stages whose body changes the host's output."""
 ENDS_WITH_EMBARGO = np.isin(np.arange(NUM_STAGES), (Stage.CULLED, Stage.CANCELLED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,10 @@ NONE = -1
 
 GRAFT_MEMORY = 4
 """Numbers a grafting strategy may remember per seed."""
+
+FAST_STEPS = 10
+SLOW_STEPS = 50
+"""Memories of the averages. Until `FAST_STEPS` were seen the two are one, so their gap says nothing."""
 
 
 class Telemetry(NamedTuple):
@@ -97,7 +102,15 @@ def seed_state(num_seeds: int) -> SeedState:
         error_count=counter(),
         stability=full(1.0, jnp.float32),
         telemetry=Telemetry(
-            *(zeros() for _ in range(7)), num_steps=counter(), num_live_steps=counter()
+            mean=zeros(),
+            variance=zeros(),
+            dead_fraction=zeros(),
+            output_share=zeros(),
+            utility=zeros(),
+            utility_slow=zeros(),
+            gradient_norm=zeros(),
+            num_steps=counter(),
+            num_live_steps=counter(),
         ),
         potential=zeros(),
         num_potentials=counter(),
@@ -139,11 +152,12 @@ def state_bytes_per_seed(num_seeds: int = 1024) -> float:
     True
     """
     shapes = jax.eval_shape(lambda: seed_state(num_seeds))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    total: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return total / num_seeds
 
 
-class Seed(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seed:
     """One seed for people to read; a view of a row, never stored."""
 
     index: int
@@ -163,4 +177,3 @@ class Seed(NamedTuple):
     utility: float | None
     potential: float | None
     contribution: float | None
-

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Kind
-from esper_fn._lattice import Lattice
 from esper_fn.lifecycle import NONE, LossTrack, SeedState
 
 

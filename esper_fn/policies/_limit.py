@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn._lattice import Lattice
+from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import (
     Observation,

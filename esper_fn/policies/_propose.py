@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.commands import Command, Kind
-from esper_fn._lattice import Lattice
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
 
@@ -144,9 +144,7 @@ def periodic(
             proposal,
         )
 
-    return rule(
-        name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start)), decide
-    )
+    return rule(name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start)), decide)
 
 
 def random(*, every: int, start: int = 0, blueprint: str | None = None, count: int = 1) -> Policy:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._typing import Array, Bool, Float32
 from esper_fn._lattice import Reading
+from esper_fn._typing import Array, Bool, Float32
 from esper_fn.lifecycle import FAST_STEPS, SLOW_STEPS, SeedState, average
 
 

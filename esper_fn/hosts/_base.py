@@ -1,0 +1,53 @@
+"""What an example host is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from esper_fn._lattice import BareSeeds, Seeds, Site
+from esper_fn._typing import Array, Key, Params
+
+
+class Apply(Protocol):
+    """Runs a host."""
+
+    def __call__(self, params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+        """Logits."""
+        ...
+
+
+class Host(NamedTuple):
+    """A small network with sites: `(init, apply)` and what it states of itself."""
+
+    name: str
+    init: Any
+    """`init(key) -> params`."""
+    apply: Apply
+    sites: tuple[Site, ...]
+    flops: int
+    """Forward operations on one example."""
+
+
+def count_parameters(host: Host) -> int:
+    """Parameters of the host alone.
+
+    >>> from esper_fn import hosts
+    >>> count_parameters(hosts.mlp((2, 3, 2)))
+    17
+    """
+    shapes = jax.eval_shape(host.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def dense_init(key: Key, inputs: int, outputs: int, gain: float = 2.0) -> dict[str, Array]:
+    """Weights with variance `gain / inputs` (He et al., ICCV 2015), zero bias."""
+    weight = jax.random.normal(key, (inputs, outputs)) * (gain / inputs) ** 0.5
+    return {"weight": weight, "bias": jax.numpy.zeros((outputs,))}
+
+
+def dense(layer: dict[str, Array], x: Array) -> Array:
+    """`x weight + bias`."""
+    y = x @ layer["weight"].astype(x.dtype)
+    return y + layer["bias"].astype(x.dtype).reshape(*(1,) * (y.ndim - 1), -1)

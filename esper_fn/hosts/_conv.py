@@ -1,0 +1,95 @@
+"""A small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._lattice import BareSeeds, Seeds, site
+from esper_fn._typing import Array, Key, Params
+from esper_fn.hosts._base import Host, dense, dense_init
+
+
+def _convolve(layer: dict[str, Array], x: Array) -> Array:
+    y = jax.lax.conv_general_dilated(
+        x,
+        layer["kernel"].astype(x.dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + layer["bias"].astype(x.dtype).reshape(1, 1, 1, -1)
+
+
+def _halve(x: Array) -> Array:
+    """The largest of every 2 x 2 positions."""
+    lowest = jnp.asarray(-jnp.inf, x.dtype)
+    window = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, lowest, jax.lax.max, window, window, "VALID")
+
+
+def conv(
+    image: tuple[int, int, int],
+    channels: Sequence[int],
+    *,
+    hidden: int,
+    classes: int,
+    chunks: int = 4,
+) -> Host:
+    """3 x 3 convolutions with relu and 2 x 2 pooling, a dense hidden layer, logits.
+
+    Sites: `conv{k}` on the output of each convolution (an image) and `hidden` on the dense layer's
+    (a vector), each with `chunks` seeds or one per channel if those are fewer.
+
+    Args:
+      image: height, width and channels of the input.
+      channels: of the convolutions.
+      hidden: width of the dense layer.
+      classes: number of logits.
+      chunks: seeds a site.
+    """
+    height, width, depth = image
+    sizes = (depth, *channels)
+    sites, flops = [], 0
+    for k, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
+        positions = height * width
+        sites.append(
+            site(
+                f"conv{k}",
+                features=b,
+                chunks=min(chunks, b),
+                topology="image",
+                positions=positions,
+            )
+        )
+        flops += 2 * 9 * a * b * positions
+        height, width = height // 2, width // 2
+    flat = height * width * sizes[-1]
+    flops += 2 * (flat * hidden + hidden * classes)
+    sites.append(site("hidden", features=hidden, chunks=min(chunks, hidden)))
+
+    def init(key: Key) -> Params:
+        keys = jax.random.split(key, len(channels) + 2)
+        layers = [
+            {
+                "kernel": jax.random.normal(k, (3, 3, a, b)) * (2 / (9 * a)) ** 0.5,
+                "bias": jnp.zeros((b,)),
+            }
+            for k, a, b in zip(keys[2:], sizes[:-1], sizes[1:], strict=True)
+        ]
+        return {
+            "conv": layers,
+            "hidden": dense_init(keys[0], flat, hidden),
+            "out": dense_init(keys[1], hidden, classes, gain=1.0),
+        }
+
+    def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+        x = inputs
+        for k, layer in enumerate(params["conv"], start=1):
+            x = _halve(seeds.grow(f"conv{k}", jax.nn.relu(_convolve(layer, x))))
+        x = jax.nn.relu(dense(params["hidden"], x.reshape(x.shape[0], -1)))
+        return dense(params["out"], seeds.grow("hidden", x))
+
+    return Host("conv", init, apply, tuple(sites), flops)

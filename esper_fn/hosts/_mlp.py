@@ -1,0 +1,60 @@
+"""A multilayer perceptron in which neurons can be added to every hidden layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from esper_fn._lattice import BareSeeds, Seeds, Site, site, span
+from esper_fn._typing import Array, Key, Params
+from esper_fn.hosts._base import Host, dense, dense_init
+
+
+def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
+    """`widths[0]` inputs, hidden relu layers, `widths[-1]` logits.
+
+    Sites: around hidden layer k, `spans` seeds named `layer{k}.{i}`, each of which can add neurons
+    to that layer (from its input to its successor's pre-activation); and on its output, site
+    `hidden{k}` with `chunks` seeds, or as many as it has units if those are fewer.
+
+    Args:
+      widths: at least three.
+      spans: seeds around each hidden layer.
+      chunks: seeds on each hidden layer's output.
+    """
+    if len(widths) < 3 or min(widths) < 1:
+        raise ValueError(f"widths must name at least three positive sizes, got {tuple(widths)}")
+    sizes = tuple(widths)
+    num_hidden = len(sizes) - 2
+    sites: list[Site] = []
+    for k in range(1, num_hidden + 1):
+        if chunks:
+            sites.append(site(f"hidden{k}", features=sizes[k], chunks=min(chunks, sizes[k])))
+        sites.extend(
+            span(f"layer{k}.{i}", source_features=sizes[k - 1], features=sizes[k + 1])
+            for i in range(spans)
+        )
+
+    def init(key: Key) -> Params:
+        keys = jax.random.split(key, len(sizes) - 1)
+        return [
+            dense_init(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
+        ]
+
+    def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+        # What each hidden layer's added neurons read: the layer's own input.
+        read = inputs
+        x = dense(params[0], inputs)
+        for k in range(1, num_hidden + 1):
+            hidden = jax.nn.relu(x)
+            if chunks:
+                hidden = seeds.grow(f"hidden{k}", hidden)
+            x = dense(params[k], hidden)
+            for i in range(spans):
+                x = seeds.grow(f"layer{k}.{i}", x, source=read)
+            read = hidden
+        return x
+
+    flops = sum(2 * a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    return Host("mlp", init, apply, tuple(sites), flops)

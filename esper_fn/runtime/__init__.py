@@ -1,0 +1,37 @@
+"""Running a growing network: the ready step and loop, and the pieces to write one's own."""
+
+from esper_fn.runtime._compilations import CompilationCount, count_compilations
+from esper_fn.runtime._events import lifecycle_events, stage_counts
+from esper_fn.runtime._fit import (
+    Batches,
+    Fit,
+    Segment,
+    compile_fit,
+    compile_fit_host,
+    fit,
+    fit_host,
+    in_memory,
+    segment_length,
+)
+from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
+
+__all__ = [
+    "Batches",
+    "CompilationCount",
+    "Fit",
+    "Segment",
+    "Step",
+    "TrainState",
+    "compile_fit",
+    "compile_fit_host",
+    "count_compilations",
+    "fit",
+    "fit_host",
+    "in_memory",
+    "init",
+    "lifecycle_events",
+    "make_step",
+    "scan_steps",
+    "segment_length",
+    "stage_counts",
+]

@@ -1,0 +1,269 @@
+"""The ready training loop: segments of compiled steps, and what happens between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from esper_fn._growth import Growth, Info, LossFn
+from esper_fn._lattice import BareSeeds
+from esper_fn._typing import Key, Params
+from esper_fn.commands import Command
+from esper_fn.data import batch_indices
+from esper_fn.errors import NonFiniteLossError
+from esper_fn.optim import PerBody
+from esper_fn.runtime._compilations import count_compilations
+from esper_fn.runtime._events import lifecycle_events
+from esper_fn.runtime._step import TrainState, init, make_step, scan_steps
+
+Batches = Callable[[int, int], Any]
+"""`batches(first_step, count)`: a pytree of arrays with a leading axis of `count` steps."""
+
+
+class Segment(NamedTuple):
+    """What `fit` hands to its listener after each segment."""
+
+    first_step: int
+    num_steps: int
+    state: Any
+    """A `TrainState` (for `fit_host`: the parameters), on the device; read it, do not keep it."""
+    losses: np.ndarray
+    """float[T] training losses."""
+    infos: Info | None
+    """Of every step, on the host; None for `fit_host`."""
+    events: list[dict[str, Any]]
+
+
+class Fit(NamedTuple):
+    """A finished run."""
+
+    state: Any
+    losses: np.ndarray
+    events: list[dict[str, Any]]
+    num_compiled: int
+    """Programs compiled after the first segment and its report: 0 unless the listener compiles."""
+    num_rollbacks: int
+    body_flops: float
+    """Forward operations of bodies on one example, summed over the steps."""
+    num_ablations: int
+
+
+Listener = Callable[[Segment], None]
+
+
+def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, seed: int) -> Batches:
+    """Batches `(inputs, targets)` drawn from arrays in memory, epoch by epoch without replacement.
+
+    Args:
+      inputs: `[N, ...]`.
+      targets: `[N, ...]`.
+      batch_size: examples a step.
+      num_steps: of the whole run.
+      seed: of the order.
+    """
+    order = batch_indices(
+        inputs, targets, batch_size=batch_size, num_steps=num_steps, seed=seed
+    )
+
+    def take(first: int, count: int) -> Any:
+        rows = order[first : first + count]
+        return inputs[rows], targets[rows]
+
+    return take
+
+
+def segment_length(num_steps: int, wanted: int) -> int:
+    """The largest divisor of `num_steps` that is at most `wanted`, so all segments are alike.
+
+    >>> segment_length(1000, 30)
+    25
+    """
+    if num_steps < 1 or wanted < 1:
+        raise ValueError(
+            f"num_steps and segment_steps must be at least 1, got {num_steps!r} and {wanted!r}"
+        )
+    return max(length for length in range(1, min(wanted, num_steps) + 1) if num_steps % length == 0)
+
+
+def compile_fit(
+    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+) -> Any:
+    """The compiled segment that several `fit` calls may share (`segment=`), one per growth."""
+    step = make_step(growth, loss_fn, optimizer, survey_every=survey_every)
+    return jax.jit(scan_steps(step), donate_argnums=0)
+
+
+def fit(
+    growth: Growth,
+    loss_fn: LossFn,
+    optimizer: PerBody,
+    params: Params,
+    batches: Batches,
+    *,
+    num_steps: int,
+    key: Key,
+    survey_batch: Any,
+    survey_every: int | None = 25,
+    anchor_every: int | None = 50,
+    segment_steps: int = 25,
+    commands: Callable[[int], Sequence[Command]] | None = None,
+    max_commands: int = 4,
+    listener: Listener | None = None,
+    max_rollbacks: int = 5,
+    segment: Any = None,
+) -> Fit:
+    """Trains and grows.
+
+    Steps run in compiled segments; commands are taken and results reported between segments, never
+    inside one.
+
+    Args:
+      growth: the static part.
+      loss_fn: `loss_fn(params, seeds, batch)`, a pure scalar.
+      optimizer: from `optim.per_body`.
+      params: of the host.
+      batches: see `Batches` and `in_memory`.
+      num_steps: in all.
+      key: for bodies and policies.
+      survey_batch: a held-out batch for surveys.
+      survey_every: steps between surveys; None for none.
+      anchor_every: steps between the snapshots of the roll-back; None for none.
+      segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
+      commands: `commands(step)` gives what is asked before that step.
+      max_commands: commands taken at once.
+      listener: called after each segment.
+      max_rollbacks: more of them than this end the run.
+      segment: from `compile_fit`, to share one compilation between runs.
+
+    Returns:
+      The last state and the record of the run.
+
+    Raises:
+      NonFiniteLossError: the loss is not finite and there is no snapshot to go back to, or going
+        back did not help.
+    """
+    length = segment_length(num_steps, segment_steps)
+    run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
+    # The segment donates its state; the caller keeps the parameters.
+    params = jax.tree.map(jnp.copy, params)
+    state = init(growth, optimizer, params, key, anchor_every=anchor_every)
+    survey_batch = jax.tree.map(jnp.asarray, survey_batch)
+    num_rollbacks, body_flops, num_ablations = 0, 0.0, 0
+
+    def advance(state: TrainState, first: int) -> tuple[TrainState, np.ndarray, Any, list[Any]]:
+        nonlocal num_rollbacks, body_flops, num_ablations
+        asked = growth.commands(commands(first) if commands else (), size=max_commands)
+        state, infos = run(state, batches(first, length), survey_batch, asked)
+        infos = jax.device_get(infos)
+        num_rollbacks += int(infos.verdict.should_roll_back.sum())
+        body_flops += float(infos.num_flops.astype(np.float64).sum())
+        _check_finite(infos.loss, first, anchor_every, num_rollbacks, max_rollbacks)
+        return state, infos.loss, infos, lifecycle_events(growth, infos, first)
+
+    state, losses, events, num_compiled = _drive(advance, state, num_steps, length, listener)
+    return Fit(
+        state=state,
+        losses=losses,
+        events=events,
+        num_compiled=num_compiled,
+        num_rollbacks=num_rollbacks,
+        body_flops=body_flops,
+        num_ablations=num_ablations,
+    )
+
+
+def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Any:
+    """The compiled segment that several `fit_host` calls may share (`segment=`)."""
+
+    def one(carry: tuple[Params, Any], batch: Any) -> tuple[Any, Any]:
+        params, opt_state = carry
+        loss, slopes = jax.value_and_grad(loss_fn)(params, BareSeeds(), batch)
+        updates, opt_state = optimizer.update(slopes, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return jax.jit(lambda carry, batches: jax.lax.scan(one, carry, batches), donate_argnums=0)
+
+
+def fit_host(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    batches: Batches,
+    *,
+    num_steps: int,
+    segment_steps: int = 25,
+    listener: Listener | None = None,
+    segment: Any = None,
+) -> Fit:
+    """Trains the same loss function without any growth: the baseline of every comparison.
+
+    Arguments and result as in `fit`; `Fit.state` is the parameters.
+    """
+    length = segment_length(num_steps, segment_steps)
+    run = segment or compile_fit_host(loss_fn, optimizer)
+    carry = (jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    def advance(carry: Any, first: int) -> tuple[Any, np.ndarray, None, list[Any]]:
+        carry, losses = run(carry, batches(first, length))
+        losses = jax.device_get(losses)
+        _check_finite(losses, first, None, 0, 0)
+        return carry, losses, None, []
+
+    def tell(report: Segment) -> None:
+        if listener is not None:
+            listener(report._replace(state=report.state[0]))
+
+    (params, _), losses, _, num_compiled = _drive(advance, carry, num_steps, length, tell)
+    return Fit(
+        state=params,
+        losses=losses,
+        events=[],
+        num_compiled=num_compiled,
+        num_rollbacks=0,
+        body_flops=0.0,
+        num_ablations=0,
+    )
+
+
+def _drive(
+    advance: Any, state: Any, num_steps: int, length: int, listener: Listener | None
+) -> tuple[Any, np.ndarray, list[Any], int]:
+    losses, events = [], []
+
+    def one(first: int) -> None:
+        nonlocal state
+        state, lost, infos, happened = advance(state, first)
+        losses.append(lost)
+        events.extend(happened)
+        if listener is not None:
+            listener(Segment(first, length, state, lost, infos, happened))
+
+    one(0)
+    with count_compilations() as count:
+        for first in range(length, num_steps, length):
+            one(first)
+    return state, np.concatenate(losses), events, count.num_compiled
+
+
+def _check_finite(
+    losses: np.ndarray,
+    first: int,
+    anchor_every: int | None,
+    num_rollbacks: int,
+    max_rollbacks: int,
+) -> None:
+    is_lost = anchor_every is None and not np.isfinite(losses).all()
+    if not is_lost and num_rollbacks <= max_rollbacks:
+        return
+    bad = np.flatnonzero(~np.isfinite(losses))
+    where = f"at step {first + int(bad[0])}" if bad.size else f"before step {first + len(losses)}"
+    raise NonFiniteLossError(
+        f"the loss became non-finite or diverged {where}"
+        + (f", after {num_rollbacks} roll-backs" if anchor_every is not None else "")
+        + "; lower the learning rate, clip gradients, or look for a division by zero in the loss"
+    )
