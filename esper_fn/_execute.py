@@ -11,7 +11,7 @@ from esper_fn._typing import Array, Bool, Int8, Int32
 from esper_fn.commands import Code, Commands, Kind, Outcomes
 from esper_fn.lifecycle import (
     NONE,
-    OWNS_BODY,
+    ON_ITS_WAY,
     Cause,
     Move,
     SeedState,
@@ -74,10 +74,11 @@ def is_repeated(commands: Commands) -> Bool[Array, "M"]:
 
 def execute(
     lattice: Lattice,
-    num_grafts: int,
     seeds: SeedState,
     owner: Int32[Array, "Q"],
     requests: Requests,
+    *,
+    num_grafts: int,
     guarded: Move,
     is_vetoing: Bool[Array, ""],
 ) -> Executed:
@@ -85,10 +86,10 @@ def execute(
 
     Args:
       lattice: static layout.
-      num_grafts: grafting strategies there are.
       seeds: rows before the step's moves.
       owner: who holds each slot.
       requests: what is asked.
+      num_grafts: grafting strategies there are.
       guarded: moves already decided by guard edges.
       is_vetoing: the governor allows no germination.
 
@@ -122,8 +123,8 @@ def execute(
     names_graft = sets_graft | (germinates & (requests.graft != NONE))
     is_no_graft = (requests.graft < 0) | (requests.graft >= num_grafts)
     code = refuse(code, Code.UNKNOWN_GRAFT, names_graft & is_no_graft)
-    is_on_its_way = is_in(stage, OWNS_BODY) & (stage != Stage.FOSSILIZED)
-    code = refuse(code, Code.NO_BODY, (sets_graft | pauses | resumes) & ~is_on_its_way)
+    steers = sets_graft | pauses | resumes
+    code = refuse(code, Code.NO_BODY, steers & ~is_in(stage, ON_ITS_WAY))
     code = refuse(code, Code.VETOED, germinates & is_vetoing)
 
     asks = germinates & (code == Code.DONE)

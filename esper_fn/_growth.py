@@ -111,7 +111,7 @@ class Growth:
     governor: governors.Governor
     settings: lifecycle.Settings
     levels: tuple[int, ...]
-    """Bucketed numbers of live bodies per bank for which a variant of the step is compiled."""
+    """Bucketed numbers of live bodies per bank for which each site compiles a variant."""
     max_ablations: int
 
     def init(self, key: Key) -> GrowthState:
@@ -152,7 +152,7 @@ class Growth:
 
     def commands(self, commands: Sequence[Command] = (), size: int = 4) -> Commands:
         """Commands as arrays for `update`; see `esper_fn.commands.pack`."""
-        return pack(self.lattice, self.grafts, commands, size)
+        return pack(self.lattice, [graft.name for graft in self.grafts], commands, size)
 
     def seed(self, state: GrowthState, index: int) -> lifecycle.Seed:
         """One seed to read; transfers a row from the device."""
@@ -186,9 +186,9 @@ class Growth:
     def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Like `jax.value_and_grad` of `loss_fn(params, seeds, *args)`, with the seeds measured.
 
-        The number of bodies computed follows the number alive: one variant of `loss_fn` is
-        compiled for each of `levels` and chosen by a switch inside the program. Under `vmap` over
-        states a switch computes every variant: use `growth(levels=1)` there.
+        The number of bodies computed follows the number alive: each site compiles one variant of
+        its bodies for each of `levels` and switches between them inside the program. Under `vmap`
+        over states a switch computes every variant: use `growth(levels=1)` there.
 
         Args:
           loss_fn: pure; returns a scalar, or `(scalar, aux)` with `has_aux`.
@@ -204,22 +204,14 @@ class Growth:
 
         def run(params: Params, state: GrowthState, *args: Any, **kwargs: Any) -> Any:
             visits = Visits()
-            taps = zero_taps(self.lattice)
 
-            def at_level(max_live: int) -> Callable[[], Any]:
-                def loss(params: Params, bodies: Bodies, taps: Any) -> Any:
-                    seeds = self._view(state, bodies, taps, max_live=max_live, visits=visits)
-                    return loss_fn(params, seeds, *args, **kwargs)
+            def loss(params: Params, bodies: Bodies, taps: Any) -> Any:
+                seeds = self._view(state, bodies, taps, visits=visits)
+                return loss_fn(params, seeds, *args, **kwargs)
 
-                return lambda: jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=has_aux)(
-                    params, state.bodies, taps
-                )
-
-            variants = [at_level(level) for level in self.levels]
-            if len(variants) == 1:
-                value, (d_params, d_bodies, d_taps) = variants[0]()
-            else:
-                value, (d_params, d_bodies, d_taps) = jax.lax.switch(self._level(state), variants)
+            value, (d_params, d_bodies, d_taps) = jax.value_and_grad(
+                loss, argnums=(0, 1, 2), has_aux=has_aux
+            )(params, state.bodies, zero_taps(self.lattice))
             missed = [site.name for site in self.lattice.sites if site.name not in visits.names]
             if missed:
                 raise LatticeError(
@@ -270,9 +262,7 @@ class Growth:
             has_error=shown.has_error,
             is_quarantined=verdict.is_quarantined,
             loss_variation=variation,
-            has_training_place=lifecycle.has_training_place(
-                seeds.stage, state.settings.max_training
-            ),
+            has_training_place=lifecycle.has_training_place(seeds, state.settings),
         )
         limits = state.settings
 
@@ -288,12 +278,12 @@ class Growth:
         )
         done = _execute.execute(
             self.lattice,
-            len(self.grafts),
             seeds,
             state.owner,
             _execute.merge(self.lattice, commands, proposal),
-            move,
-            verdict.is_vetoing,
+            num_grafts=len(self.grafts),
+            guarded=move,
+            is_vetoing=verdict.is_vetoing,
         )
         seeds, move = done.seeds, done.move
         own = lifecycle.follow(move, seeds, signals, limits, lifecycle.EDGES)
@@ -367,7 +357,8 @@ class Growth:
 
         Growth potential of every chunk from the gradient's second moments, and, for up to
         `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
-        loss with it. Give it held-out batches.
+        loss with it; one that is not finite counts as an error of the seed. Give it held-out
+        batches.
 
         Args:
           loss_fn: as in `value_and_grad`; deterministic.
@@ -382,8 +373,12 @@ class Growth:
         ) -> tuple[GrowthState, SurveyInfo]:
             taps = zero_taps(self.lattice)
 
+            # Under the `vmap` of the ablations a switch would compute every variant.
             def loss(gains: Array, probes: Any) -> Scalar:
-                seeds = self._view(state, state.bodies, taps, probes=probes, gains=gains)
+                levels = () if probes is None else self.levels
+                seeds = self._view(
+                    state, state.bodies, taps, probes=probes, gains=gains, levels=levels
+                )
                 value = loss_fn(params, seeds, *args, **kwargs)
                 return (value[0] if has_aux else value).astype(jnp.float32)
 
@@ -416,6 +411,7 @@ class Growth:
             worth = missing - with_all
             is_known = is_chosen & jnp.isfinite(worth)
             rows = jnp.where(is_known, chosen, self.lattice.num_seeds)
+            failed = jnp.where(is_chosen & ~is_known, chosen, self.lattice.num_seeds)
             seen = seeds.num_contributions[chosen]
             averaged = jnp.where(
                 seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth
@@ -425,6 +421,7 @@ class Growth:
                 num_potentials=seeds.num_potentials + is_measured.astype(jnp.int32),
                 contribution=seeds.contribution.at[rows].set(averaged, mode="drop"),
                 num_contributions=seeds.num_contributions.at[rows].add(1, mode="drop"),
+                error_count=seeds.error_count.at[failed].add(1, mode="drop"),
             )
             return state._replace(seeds=seeds), SurveyInfo(
                 loss=with_all,
@@ -446,7 +443,7 @@ class Growth:
         *,
         probes: Any = None,
         gains: Array | None = None,
-        max_live: int | None = None,
+        levels: tuple[int, ...] | None = None,
         visits: Visits | None = None,
     ) -> Seeds:
         if gains is None:
@@ -458,16 +455,9 @@ class Growth:
             bodies,
             taps,
             probes=probes,
-            max_live=max_live,
+            levels=self.levels if levels is None else levels,
             visits=visits,
         )
-
-    def _level(self, state: GrowthState) -> Int32[Array, ""]:
-        """Index of the smallest of `levels` that holds the fullest pool."""
-        is_live = jnp.any(slot_gains(state.seeds, state.owner) != 0, axis=-1)
-        pool = jnp.asarray(self.lattice.tables.slot_pool_start)
-        per_pool = jnp.zeros(is_live.shape, jnp.int32).at[pool].add(is_live.astype(jnp.int32))
-        return jnp.searchsorted(jnp.asarray(self.levels), jnp.max(per_pool)).astype(jnp.int32)
 
     def _settle(
         self, state: GrowthState, bodies: Bodies
@@ -516,9 +506,6 @@ class Growth:
         alpha, memory = grafting.ramp(
             self.grafts,
             hypers,
-            seeds.graft,
-            seeds.graft_memory,
-            seeds.alpha,
             grafting.Evidence(
                 is_spike=jnp.broadcast_to(is_spike, shape),
                 loss_trend=jnp.broadcast_to(trend, shape),
@@ -526,7 +513,10 @@ class Growth:
                 gradient_ratio=shown.gradient_ratio,
                 stability=seeds.stability,
             ),
-            (seeds.stage == Stage.GRAFTING) & ~seeds.is_paused & ~shown.has_error,
+            chosen=seeds.graft,
+            memory=seeds.graft_memory,
+            alpha=seeds.alpha,
+            is_moving=(seeds.stage == Stage.GRAFTING) & ~seeds.is_paused & ~shown.has_error,
         )
         return seeds._replace(alpha=alpha, graft_memory=memory)
 
@@ -570,13 +560,14 @@ def growth(
         and a command may choose another; `grafting.linear()` when left out.
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
-      levels: numbers of live bodies per bank for which a variant of the loss is compiled, or how
-        many such levels (1, 2 or 3). More levels follow the live bodies more closely and compile
-        longer. By default none, an eighth of the capacity, all.
+      levels: numbers of live bodies per bank for which each site compiles a variant, or how many
+        such levels (1, 2 or 3). More levels follow the live bodies more closely and compile longer.
+        By default none, an eighth of the capacity, all.
       max_ablations: seeds measured by ablation in one survey.
 
     Raises:
-      ValueError: levels that are not increasing, negative, or beyond the capacity.
+      ValueError: levels that are not increasing, negative, or beyond the capacity; a grafting
+        strategy that cannot end within the longest stay in GRAFTING.
     """
     grafts = (
         (grafting.linear(),)
@@ -589,6 +580,15 @@ def growth(
         raise ValueError(
             f"graft needs strategies of different names, got {[one.name for one in grafts]}"
         )
+    limits = lifecycle.settings() if settings is None else settings
+    longest = int(limits.max_steps[Stage.GRAFTING])
+    for one in grafts:
+        if float(one.max_step) * longest < 1 - grafting.ROUNDING:
+            raise ValueError(
+                f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but every "
+                f"seed is culled after max_steps[GRAFTING] = {longest}; give it fewer num_steps, or "
+                "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
+            )
     if max_ablations < 1:
         raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
     return Growth(
@@ -596,7 +596,7 @@ def growth(
         policy=policies.plateau() if policy is None else policy,
         grafts=grafts,
         governor=governors.standard() if governor is None else governor,
-        settings=lifecycle.settings() if settings is None else settings,
+        settings=limits,
         levels=_levels(levels, _largest_pool(lattice)),
         max_ablations=max_ablations,
     )

@@ -13,7 +13,6 @@ import numpy as np
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
-from esper_fn.grafting import Graft
 from esper_fn.lifecycle import NONE, Stage
 
 
@@ -144,9 +143,15 @@ def no_commands(size: int = 4) -> Commands:
 
 
 def pack(
-    lattice: Lattice, grafts: Sequence[Graft], commands: Sequence[Command], size: int = 4
+    lattice: Lattice, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
 ) -> Commands:
     """Commands as arrays of a fixed size, so that no step is compiled anew.
+
+    Args:
+      lattice: names the seeds and blueprints there are.
+      grafts: names of the grafting strategies, in order.
+      commands: of which the first one for a seed counts.
+      size: rows.
 
     Raises:
       CommandError: more commands than rows, or a seed that does not exist.
@@ -159,24 +164,31 @@ def pack(
         )
     rows = np.full((5, size), NONE, np.int32)
     rows[1] = Kind.NONE
-    graft_names = [graft.name for graft in grafts]
     for column, command in enumerate(commands):
         if not 0 <= command.seed < lattice.num_seeds:
             raise CommandError(
-                f"seed {command.seed!r} does not exist; seeds are 0..{lattice.num_seeds - 1}"
+                f"seed {command.seed!r} does not exist; seeds are 0..{lattice.num_seeds - 1}; "
+                "`lattice.seed_index(site, chunk)` finds one"
             )
         rows[0, column], rows[1, column] = command.seed, command.kind
         if command.blueprint is not None:
+            if command.blueprint not in lattice.names:
+                raise UnknownNameError(
+                    "blueprint",
+                    command.blueprint,
+                    lattice.names,
+                    "give it to `lattice(blueprints=...)` so that it has a bank",
+                )
             rows[2, column] = lattice.blueprint_index(command.blueprint)
         if command.graft is not None:
-            if command.graft not in graft_names:
+            if command.graft not in grafts:
                 raise UnknownNameError(
                     "grafting strategy",
                     command.graft,
-                    graft_names,
+                    grafts,
                     "give it to `growth(graft=...)` so that it is compiled in",
                 )
-            rows[3, column] = graft_names.index(command.graft)
+            rows[3, column] = grafts.index(command.graft)
         if command.target is not None:
             rows[4, column] = command.target
     return Commands(

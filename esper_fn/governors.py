@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
-from esper_fn.lifecycle import ACTS, LossTrack, SeedState, is_in
+from esper_fn.lifecycle import ACTS, ON_ITS_WAY, LossTrack, SeedState, is_in
 
 
 class Alarm(IntEnum):
@@ -66,6 +66,12 @@ class _State(NamedTuple):
     """Steps in a row whose loss was too high."""
     veto_left: Int32[Array, ""]
     best: Float32[Array, ""]
+    """Lowest slow average of the loss."""
+    noise: Float32[Array, ""]
+    """The loss's standard deviation then."""
+
+
+NOISE_DEVIATIONS = 4.0
 
 
 def standard(
@@ -77,10 +83,13 @@ def standard(
 ) -> Governor:
     """Watches for a non-finite loss, divergence and drift.
 
-    A non-finite loss, or a fast loss average above `max_ratio` times the best slow average for
-    `patience` steps in a row, orders a roll-back and quarantines every seed that acts but is not a
-    fossil. A body that changes by more than `max_drift` times its own size in one step is
-    quarantined alone. After an alarm nothing germinates for `veto_steps`.
+    A non-finite loss, or a fast loss average above
+    `best + (max_ratio - 1) |best| + NOISE_DEVIATIONS noise` for `patience` steps in a row, orders a
+    roll-back and quarantines every seed that acts but is not a fossil. `best` is the best slow
+    average (losses may be negative) and `noise` the loss's standard deviation then, without which
+    a loss near zero would raise alarms by its noise alone. A body that changes by more than
+    `max_drift` times its own size in one step is quarantined alone. After an alarm nothing
+    germinates for `veto_steps`.
 
     Args:
       max_ratio: of the loss, above 1.
@@ -101,6 +110,7 @@ def standard(
         num_bad=jnp.int32(0),
         veto_left=jnp.int32(0),
         best=jnp.float32(jnp.inf),
+        noise=jnp.float32(0.0),
     )
     return Governor(state=state, judge=_judge)
 
@@ -108,16 +118,16 @@ def standard(
 def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     track = evidence.track
     is_warm = track.num_steps >= state.patience
-    best = jnp.where(is_warm, jnp.minimum(state.best, track.slow), state.best)
-    # Losses may be negative (log densities): the band is as wide as the best loss is large.
-    bound = best + (state.max_ratio - 1) * jnp.abs(best)
+    is_best = is_warm & (track.slow < state.best)
+    best = jnp.where(is_best, track.slow, state.best)
+    noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
+    bound = best + (state.max_ratio - 1) * jnp.abs(best) + NOISE_DEVIATIONS * noise
     num_bad = jnp.where(is_warm & (track.fast > bound), state.num_bad + 1, 0)
     has_diverged = num_bad >= state.patience
     is_non_finite = ~jnp.isfinite(evidence.loss)
     should_roll_back = is_non_finite | has_diverged
 
-    stage = evidence.seeds.stage
-    acts_on_trial = is_in(stage, ACTS) & (evidence.seeds.alpha > 0) & (stage < 7)
+    acts_on_trial = is_in(evidence.seeds.stage, ACTS & ON_ITS_WAY) & (evidence.seeds.alpha > 0)
     # A newborn body is zero where it matters, so its first steps are always large: it must act.
     drifts = acts_on_trial & (evidence.drift > state.max_drift)
     is_quarantined = (acts_on_trial & should_roll_back) | drifts
@@ -140,7 +150,7 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
         is_quarantined=is_quarantined,
     )
     state = state._replace(
-        num_bad=jnp.where(has_diverged, 0, num_bad), veto_left=veto_left, best=best
+        num_bad=jnp.where(has_diverged, 0, num_bad), veto_left=veto_left, best=best, noise=noise
     )
     return state, verdict
 

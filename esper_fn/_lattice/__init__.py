@@ -8,8 +8,9 @@ from esper_fn._lattice._allocate import (
     release,
     select_slots,
 )
-from esper_fn._lattice._forward import NUM_CHANNELS, Moments, Reading
+from esper_fn._lattice._forward import NUM_CHANNELS, Reading
 from esper_fn._lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
+from esper_fn._lattice._probe import Moments
 from esper_fn._lattice._seeds import BareSeeds, Seeds, SiteView, Visits
 from esper_fn._lattice._site import Chunking, Site, chunk_mask, site, span
 from esper_fn._lattice._view import (

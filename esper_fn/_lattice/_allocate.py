@@ -34,11 +34,12 @@ def allocate(
       The slot of each seed that got one, `UNSERVED` where the blueprint does not serve the site,
       else `NONE` (not asked, or its pool is full).
     """
-    return jax.lax.cond(
+    slot: Int32[Array, "S"] = jax.lax.cond(
         jnp.any(is_requested),
         lambda: _allocate(lattice, owner, is_requested, blueprint),
         lambda: jnp.full(is_requested.shape, NONE, jnp.int32),
     )
+    return slot
 
 
 def _allocate(
@@ -86,7 +87,8 @@ def give(
         seeds = jnp.arange(slot.shape[0], dtype=jnp.int32)
         return owner.at[jnp.where(is_given, slot, owner.shape[0])].set(seeds, mode="drop")
 
-    return jax.lax.cond(jnp.any(is_given), take, lambda: owner)
+    taken: Int32[Array, "Q"] = jax.lax.cond(jnp.any(is_given), take, lambda: owner)
+    return taken
 
 
 def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Array, "Q"]:

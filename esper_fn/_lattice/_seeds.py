@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
+from esper_fn._lattice._forward import BankView, Wiring, grow_in_place, grow_span
+from esper_fn._lattice._probe import Moments, probe
+from esper_fn._lattice._site import Site
 from esper_fn._typing import Array, Float
 from esper_fn.errors import LatticeError, UnknownNameError
-from esper_fn._lattice._forward import (
-    BankView,
-    Moments,
-    Wiring,
-    grow_in_place,
-    grow_span,
-    probe,
-)
-from esper_fn._lattice._site import Site
 
 
 class SiteView(NamedTuple):
@@ -39,13 +33,15 @@ class Visits:
         self.names: dict[str, None] = {}
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The static part of `Seeds`."""
 
     sites: tuple[Site, ...]
     wirings: tuple[Wiring, ...]
     is_stacked: tuple[bool, ...]
-    visits: Visits
+    visits: Visits | None
+    """None where nobody asks, as in an evaluation: such `Seeds` may enter a `jit` again and again
+    without tracing it anew."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -56,16 +52,16 @@ class Seeds:
     Made by `Growth.seeds` and `Growth.value_and_grad`.
     """
 
-    def __init__(self, layout: _Layout, views: tuple[SiteView, ...]) -> None:
+    def __init__(self, layout: Layout, views: tuple[SiteView, ...]) -> None:
         self._layout = layout
         self._views = views
 
-    def tree_flatten(self) -> tuple[tuple[tuple[SiteView, ...]], _Layout]:
+    def tree_flatten(self) -> tuple[tuple[tuple[SiteView, ...]], Layout]:
         """Arrays and structure."""
         return (self._views,), self._layout
 
     @classmethod
-    def tree_unflatten(cls, layout: _Layout, children: tuple[tuple[SiteView, ...]]) -> Seeds:
+    def tree_unflatten(cls, layout: Layout, children: tuple[tuple[SiteView, ...]]) -> Seeds:
         """The inverse of `tree_flatten`."""
         return cls(layout, children[0])
 
@@ -122,9 +118,10 @@ class Seeds:
                     f"site {name!r}: source {source.shape} {source.dtype} and x {x.shape} "
                     f"{x.dtype} may differ in their last axis only"
                 )
-        self._layout.visits.names[name] = None
+        if self._layout.visits is not None:
+            self._layout.visits.names[name] = None
         if view.probe is not None:
-            x = probe(wiring, read, x, view.probe)
+            x = probe((wiring.source, wiring.target), read, x, view.probe)
             read = x if source is None else source
         if source is None:
             return grow_in_place(wiring, view.banks, x, view.tap)
@@ -146,7 +143,7 @@ class Seeds:
         return jax.tree.map(lambda leaf: leaf[index], stacked)  # type: ignore[no-any-return]
 
     def _only(self, index: int, view: SiteView) -> Seeds:
-        layout = _Layout(
+        layout = Layout(
             sites=(self._layout.sites[index],),
             wirings=(self._layout.wirings[index],),
             is_stacked=(False,),
@@ -208,7 +205,3 @@ class BareSeeds:
         del name, index
         return self
 
-
-def views_by_name(seeds: Seeds) -> Mapping[str, SiteView]:
-    """The arrays of each site, for tests and for cotangents of whole `Seeds`."""
-    return dict(zip(seeds, seeds.tree_flatten()[0][0], strict=True))

@@ -7,17 +7,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from esper_fn._lattice._forward import NUM_CHANNELS, BankView, Reading, Wiring
+from esper_fn._lattice._lattice import Lattice, bank_capacity, local_chunk
+from esper_fn._lattice._probe import Moments, zero_moments
+from esper_fn._lattice._seeds import Layout, Seeds, SiteView, Visits
 from esper_fn._typing import Array, Bodies, Float32, Int32
-from esper_fn._lattice._forward import (
-    NUM_CHANNELS,
-    BankView,
-    Moments,
-    Reading,
-    Wiring,
-    zero_moments,
-)
-from esper_fn._lattice._lattice import Lattice, local_chunk
-from esper_fn._lattice._seeds import Seeds, SiteView, Visits, _Layout
 from esper_fn.lifecycle import NONE, SeedState, gains
 
 Taps = tuple[Array, ...]
@@ -62,8 +56,8 @@ def view(
     bodies: Bodies,
     taps: Taps,
     *,
+    levels: tuple[int, ...] = (),
     probes: Probes | None = None,
-    max_live: int | None = None,
     visits: Visits | None = None,
 ) -> Seeds:
     """The `Seeds` for a loss function.
@@ -74,15 +68,16 @@ def view(
       gains_of_slots: see `slot_gains`.
       bodies: parameters of all banks.
       taps: see `zero_taps`.
+      levels: numbers of live bodies per bank and layer that get a variant of their own, besides
+        the one that computes every slot.
       probes: see `zero_probes`; None outside a survey.
-      max_live: bodies computed per bank and layer at most; None for all slots.
-      visits: where to note the sites that are reached.
+      visits: where to note the sites that are reached, if anywhere.
     """
     chunk = local_chunk(lattice, owner)
     views, wirings = [], []
     for index, place in enumerate(lattice.sites):
         banks = [bank for bank in lattice.tables.banks if bank.site == index]
-        stack = _stack(place.layers)
+        stack, size = _stack(place.layers), bank_capacity(place, lattice.capacity)
         bank_views = []
         for bank in banks:
             here = slice(bank.start, bank.start + bank.num_slots)
@@ -113,14 +108,14 @@ def view(
                 is_span=place.is_span,
                 spec=place.spec,
                 blueprints=tuple(lattice.blueprints[bank.blueprint] for bank in banks),
-                max_live=max_live,
+                levels=(*(level for level in levels if level < size), size),
             )
         )
-    layout = _Layout(
+    layout = Layout(
         sites=lattice.sites,
         wirings=tuple(wirings),
         is_stacked=tuple(place.layers is not None for place in lattice.sites),
-        visits=visits or Visits(),
+        visits=visits,
     )
     return Seeds(layout, tuple(views))
 
@@ -139,14 +134,3 @@ def per_slot_tree(lattice: Lattice, values: Array) -> Mapping[str, Mapping[str, 
         tree[site][name] = values[bank.start : bank.start + bank.num_slots]
     return tree
 
-
-def map_banks(
-    lattice: Lattice, per_bank: Mapping[str, Mapping[str, Array]]
-) -> Array:
-    """The inverse of `per_slot_tree`."""
-    return jnp.concatenate(
-        [
-            per_bank[lattice.sites[bank.site].name][lattice.names[bank.blueprint]]
-            for bank in lattice.tables.banks
-        ]
-    )

@@ -2,6 +2,7 @@
 
 from esper_fn.errors import UnknownNameError
 from esper_fn.grafting._strategies import (
+    ROUNDING,
     Evidence,
     Graft,
     adaptive,
@@ -41,6 +42,7 @@ def get(name: str, num_steps: int = 100) -> Graft:
 
 
 __all__ = [
+    "ROUNDING",
     "Evidence",
     "Graft",
     "adaptive",

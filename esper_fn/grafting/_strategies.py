@@ -49,16 +49,19 @@ class Graft(NamedTuple):
     start: tuple[float, float, float, float]
     update: Update
     max_step: Float32[Array, ""]
-    """No update changes alpha by more."""
+    """No update changes alpha by more (but for `ROUNDING`, in the step that ends at 1)."""
 
 
+ROUNDING = 1e-5
 _ZEROS = (0.0, 0.0, 0.0, 0.0)
 
 
 def _step(num_steps: int) -> Float32[Array, ""]:
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"num_steps must be a positive int, got {num_steps!r}")
-    return jnp.float32(1.0 / num_steps)
+    if num_steps > 1 / ROUNDING:
+        raise ValueError(f"num_steps must be at most {1 / ROUNDING:.0f}, got {num_steps!r}")
+    return jnp.asarray(1.0 / num_steps, jnp.float32)
 
 
 def _positive(**values: float) -> None:
@@ -70,7 +73,7 @@ def _positive(**values: float) -> None:
 def _move(alpha: Array, step: Array) -> Array:
     # A sum of float32 steps of 1/n may end a rounding short of 1: the last step takes the rest.
     moved = alpha + step
-    return jnp.clip(jnp.where(moved > 1 - 1e-5, 1.0, moved), 0.0, 1.0)
+    return jnp.clip(jnp.where(moved > 1 - ROUNDING, 1.0, moved), 0.0, 1.0)
 
 
 class _Ramp(NamedTuple):
@@ -246,10 +249,11 @@ def adaptive(
 def ramp(
     grafts: tuple[Graft, ...],
     hypers: tuple[Any, ...],
+    evidence: Evidence,
+    *,
     chosen: Array,
     memory: Memory,
     alpha: Array,
-    evidence: Evidence,
     is_moving: Bool[Array, "S"],
 ) -> tuple[Array, Memory]:
     """One step of every seed's own schedule, where `is_moving`; the others keep what they have."""

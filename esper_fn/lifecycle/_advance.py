@@ -187,7 +187,7 @@ def track_loss(track: LossTrack, loss: Scalar) -> tuple[LossTrack, Bool[Array, "
     is_finite = jnp.isfinite(jnp.square(loss))
     known = track.num_steps > FAST_STEPS
     # Never zero: a band without width would keep a loss that was constant from ever rising.
-    band = SPIKE_DEVIATIONS * jnp.sqrt(track.square) + 1e-6 * jnp.abs(track.slow) + 1e-9
+    band = SPIKE_DEVIATIONS * jnp.sqrt(track.square) + 1e-6 * jnp.abs(track.slow) + 1e-12
     is_spike = ~is_finite | (known & (loss > track.slow + band))
     clipped = jnp.where(is_finite & is_spike, track.slow + band, loss)
     count = track.num_steps

@@ -180,9 +180,7 @@ class Signals(NamedTuple):
 Test = Callable[[SeedState, Signals, Settings], Bool[Array, "S"]]
 
 
-def _is_utility_settled(
-    seeds: SeedState, signals: Signals, limits: Settings
-) -> Bool[Array, "S"]:
+def _is_utility_settled(seeds: SeedState, signals: Signals, limits: Settings) -> Bool[Array, "S"]:
     fast, slow = seeds.telemetry.utility, seeds.telemetry.utility_slow
     variation = jnp.abs(fast - slow) / (jnp.abs(slow) + 1e-12)
     is_known = seeds.telemetry.num_live_steps > FAST_STEPS

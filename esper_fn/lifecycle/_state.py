@@ -21,7 +21,7 @@ GRAFT_MEMORY = 4
 
 FAST_STEPS = 10
 SLOW_STEPS = 50
-"""Memories of the averages. Until `FAST_STEPS` were seen the two are one, so their gap says nothing."""
+"""Memories of the averages. Up to `FAST_STEPS` steps the two are one: their gap says nothing."""
 
 
 class Telemetry(NamedTuple):

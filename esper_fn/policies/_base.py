@@ -32,11 +32,11 @@ class Proposal(NamedTuple):
     """Index of a grafting strategy; NONE takes the first."""
     target: Int8[Array, "S"]
     priority: Float32[Array, "S"]
-    """Who comes first where there is not room for all; larger is sooner."""
+    """Who is kept where a later rule has no room for all; larger is sooner."""
     asked_by: Int8[Array, "S"]
     """Index in `Policy.rules` of the rule that asked, or NONE."""
     vetoed_by: Int8[Array, "S"]
-    """Index of the rule that refused, or NONE."""
+    """Index of the rule that refused, or NONE; NONE again where a later rule asked anew."""
 
 
 class Init(Protocol):
@@ -85,17 +85,23 @@ def no_proposal(num_seeds: int) -> Proposal:
 
 
 def rule(name: str, init: Init, decide: Decide) -> Policy:
-    """A policy of one named rule."""
+    """A policy of one named rule, which has asked where a row differs from what it was given."""
 
     def noted(
         lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[Any, Proposal]:
         state, after = decide(lattice, state, seen, proposal, key)
         had, has = proposal.kind != Kind.NONE, after.kind != Kind.NONE
-        zero = jnp.zeros_like(after.kind)
+        asks = has & (
+            (after.kind != proposal.kind)
+            | (after.blueprint != proposal.blueprint)
+            | (after.graft != proposal.graft)
+            | (after.target != proposal.target)
+        )
+        mine, nobody = jnp.zeros_like(after.kind), jnp.full_like(after.kind, NONE)
         return state, after._replace(
-            asked_by=jnp.where(~had & has, zero, proposal.asked_by),
-            vetoed_by=jnp.where(had & ~has, zero, proposal.vetoed_by),
+            asked_by=jnp.where(asks, mine, proposal.asked_by),
+            vetoed_by=jnp.where(had & ~has, mine, jnp.where(asks, nobody, proposal.vetoed_by)),
         )
 
     return Policy(rules=(name,), init=init, decide=noted)
@@ -121,15 +127,21 @@ def chain(*policies: Policy) -> Policy:
         states = []
         first = 0
         for index, policy in enumerate(policies):
-            before = proposal
+            nobody = jnp.full_like(proposal.kind, NONE)
             child, after = policy.decide(
-                lattice, state[index], seen, before, jax.random.fold_in(key, index)
+                lattice,
+                state[index],
+                seen,
+                proposal._replace(asked_by=nobody, vetoed_by=nobody),
+                jax.random.fold_in(key, index),
             )
-            had, has = before.kind != Kind.NONE, after.kind != Kind.NONE
+            asked, vetoed = after.asked_by != NONE, after.vetoed_by != NONE
             proposal = after._replace(
-                asked_by=jnp.where(~had & has, after.asked_by + jnp.int8(first), before.asked_by),
+                asked_by=jnp.where(asked, after.asked_by + jnp.int8(first), proposal.asked_by),
                 vetoed_by=jnp.where(
-                    had & ~has, after.vetoed_by + jnp.int8(first), before.vetoed_by
+                    vetoed,
+                    after.vetoed_by + jnp.int8(first),
+                    jnp.where(asked, nobody, proposal.vetoed_by),
                 ),
             )
             states.append(child)

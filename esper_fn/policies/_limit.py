@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from esper_fn._lattice import Lattice
-from esper_fn._typing import Array, Bool, Float32, Int32, Key
-from esper_fn.lifecycle import NONE, Stage
+from esper_fn._typing import Array, Float32, Int32, Key
+from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
 from esper_fn.policies._base import (
     Observation,
     Policy,
@@ -22,7 +22,7 @@ from esper_fn.policies._base import (
 
 
 class _Limit(NamedTuple):
-    limit: Float32[Array, ""]
+    limit: Int32[Array, ""]
 
 
 def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
@@ -31,11 +31,6 @@ def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
     num_seeds = order.shape[0]
     is_late = jnp.arange(num_seeds, dtype=jnp.int32) >= num_kept
     return strike(proposal, jnp.zeros((num_seeds,), bool).at[order].set(is_late))
-
-
-def _in_flight(seen: Observation) -> Bool[Array, "S"]:
-    stage = seen.seeds.stage
-    return (stage >= Stage.GERMINATED) & (stage <= Stage.FINE_TUNING)
 
 
 def concurrency(limit: int) -> Policy:
@@ -47,10 +42,15 @@ def concurrency(limit: int) -> Policy:
         lattice: Lattice, state: _Limit, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Limit, Proposal]:
         del lattice, key
-        room = state.limit.astype(jnp.int32) - jnp.sum(_in_flight(seen), dtype=jnp.int32)
+        num_on_their_way = jnp.sum(is_in(seen.seeds.stage, ON_ITS_WAY), dtype=jnp.int32)
+        room = state.limit - num_on_their_way
         return state, when_asked(proposal, lambda same: _keep_first(same, room))
 
-    return rule("concurrency", lambda lattice: _Limit(jnp.float32(limit)), decide)
+    return rule("concurrency", lambda lattice: _Limit(jnp.int32(limit)), decide)
+
+
+class _Budget(NamedTuple):
+    limit: Float32[Array, ""]
 
 
 def budget(parameters: int) -> Policy:
@@ -59,8 +59,8 @@ def budget(parameters: int) -> Policy:
         raise ValueError(f"parameters must not be negative, got {parameters!r}")
 
     def decide(
-        lattice: Lattice, state: _Limit, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Limit, Proposal]:
+        lattice: Lattice, state: _Budget, seen: Observation, proposal: Proposal, key: Key
+    ) -> tuple[_Budget, Proposal]:
         del key
         tables = lattice.tables
         of_slot = jnp.asarray(tables.costs[tables.slot_group, tables.slot_blueprint])
@@ -77,7 +77,7 @@ def budget(parameters: int) -> Policy:
 
         return state, when_asked(proposal, narrow)
 
-    return rule("budget", lambda lattice: _Limit(jnp.float32(parameters)), decide)
+    return rule("budget", lambda lattice: _Budget(jnp.float32(parameters)), decide)
 
 
 class _Cooldown(NamedTuple):
@@ -129,7 +129,7 @@ def until(step: int) -> Policy:
         lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[Any, Proposal]:
         del lattice, key
-        is_late = seen.step.astype(jnp.float32) >= state.limit
+        is_late = seen.step >= state.limit
         return state, strike(proposal, jnp.broadcast_to(is_late, proposal.kind.shape))
 
-    return rule("until", lambda lattice: _Limit(jnp.float32(step)), decide)
+    return rule("until", lambda lattice: _Limit(jnp.int32(step)), decide)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._lattice import Lattice
-from esper_fn._typing import Array, Bool, Float32, Int32, Key
-from esper_fn.commands import Command, Kind
+from esper_fn._typing import Array, Float32, Int32, Key
+from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
 
@@ -22,14 +22,15 @@ _SCORES = ("potential", "gradient", "random")
 def _blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
     """int8[G]: what to grow at each site; NONE where the wanted blueprint does not serve it."""
     served = lattice.tables.pool_start >= 0
-    if blueprint is None:
-        return served.argmax(axis=1).astype(np.int8)
-    index = lattice.blueprint_index(blueprint)
-    return np.where(served[:, index], index, NONE).astype(np.int8)
+    chosen = served.argmax(axis=1)
+    if blueprint is not None:
+        index = lattice.blueprint_index(blueprint)
+        chosen = np.where(served[:, index], index, NONE)
+    return np.asarray(chosen, np.int8)
 
 
-def _has_room(lattice: Lattice, owner: Array, of_group: np.ndarray) -> Bool[Array, "G"]:
-    """Whether the wanted blueprint's pool of each group has a free slot."""
+def _room(lattice: Lattice, owner: Array, of_group: np.ndarray) -> Int32[Array, "G"]:
+    """Free slots in the wanted blueprint's pool of each group."""
     tables = lattice.tables
     num_groups = len(tables.group_site)
     is_wanted = jnp.asarray(tables.slot_blueprint == of_group[tables.slot_group])
@@ -38,8 +39,15 @@ def _has_room(lattice: Lattice, owner: Array, of_group: np.ndarray) -> Bool[Arra
         jnp.zeros((num_groups,), jnp.int32)
         .at[jnp.asarray(tables.slot_group)]
         .add(free.astype(jnp.int32))
-        > 0
     )
+
+
+def _rank_in_group(group: Int32[Array, "n"]) -> Int32[Array, "n"]:
+    """How many earlier entries are of the same group."""
+    order = jnp.argsort(group, stable=True)
+    ordered = group[order]
+    rank = jnp.arange(group.size) - jnp.searchsorted(ordered, ordered, side="left")
+    return jnp.zeros_like(group).at[order].set(rank.astype(group.dtype))
 
 
 def _propose(
@@ -47,39 +55,48 @@ def _propose(
     seen: Observation,
     proposal: Proposal,
     *,
-    score: Score,
+    score: Int32[Array, ""],
     blueprint: str | None,
     count: int,
     key: Key,
 ) -> Proposal:
-    """Asks for the `count` best dormant seeds whose pool has room."""
+    """Asks for the `count` best dormant seeds, of each pool no more than it has room for."""
     of_group = _blueprint_of_group(lattice, blueprint)
-    has_room = lattice.per_seed(_has_room(lattice, seen.owner, of_group))
+    room = _room(lattice, seen.owner, of_group)
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
-    if score == "potential":
-        worth, is_measured = seeds.potential, seeds.num_potentials > 0
-    elif score == "gradient":
-        worth, is_measured = seeds.telemetry.gradient_norm, seeds.telemetry.num_steps > 0
-    else:
-        worth = jax.random.uniform(key, seeds.stage.shape)
-        is_measured = jnp.ones(seeds.stage.shape, bool)
+    chance = jax.random.uniform(key, seeds.stage.shape)
+    always = jnp.ones(seeds.stage.shape, bool)
+    telemetry = seeds.telemetry
+    worth = jax.lax.select_n(score, seeds.potential, telemetry.gradient_norm, chance)
+    is_measured = jax.lax.select_n(
+        score, seeds.num_potentials > 0, telemetry.num_steps > 0, always
+    )
     can = (
         (seeds.stage == Stage.DORMANT)
         & ~seeds.is_paused
         & is_measured
-        & has_room
+        & lattice.per_seed(room > 0)
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
     )
     best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, lattice.num_seeds))
-    chosen = jnp.where(best > -jnp.inf, index, lattice.num_seeds)
+    group = lattice.per_seed(np.arange(room.size, dtype=np.int32))[index]
+    fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
+    chosen = jnp.where(fits, index, lattice.num_seeds)
     asks = jnp.zeros(seeds.stage.shape, bool).at[chosen].set(True, mode="drop")
     return proposal._replace(
         kind=jnp.where(asks, jnp.int8(Kind.GERMINATE), proposal.kind),
         blueprint=jnp.where(asks, wanted, proposal.blueprint),
+        graft=jnp.where(asks, jnp.int8(NONE), proposal.graft),
+        target=jnp.where(asks, jnp.int8(NONE), proposal.target),
         priority=jnp.where(asks, worth, proposal.priority),
     )
+
+
+def _score(score: Score) -> Int32[Array, ""]:
+    # In the state, like every number of a rule: choosing by chance instead compiles nothing anew.
+    return jnp.int32(_SCORES.index(score))
 
 
 def _check(score: str, count: int, **steps: int) -> None:
@@ -107,6 +124,7 @@ def never() -> Policy:
 class _Periodic(NamedTuple):
     every: Int32[Array, ""]
     start: Int32[Array, ""]
+    score: Int32[Array, ""]
 
 
 def periodic(
@@ -138,13 +156,19 @@ def periodic(
         return state, jax.lax.cond(
             is_due,
             lambda same: _propose(
-                lattice, seen, same, score=score, blueprint=blueprint, count=count, key=key
+                lattice,
+                seen,
+                same,
+                score=state.score,
+                blueprint=blueprint,
+                count=count,
+                key=key,
             ),
             lambda same: same,
             proposal,
         )
 
-    return rule(name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start)), decide)
+    return rule(name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start), _score(score)), decide)
 
 
 def random(*, every: int, start: int = 0, blueprint: str | None = None, count: int = 1) -> Policy:
@@ -155,6 +179,7 @@ def random(*, every: int, start: int = 0, blueprint: str | None = None, count: i
 
 
 class _Plateau(NamedTuple):
+    score: Int32[Array, ""]
     patience: Int32[Array, ""]
     min_gain: Float32[Array, ""]
     best: Float32[Array, ""]
@@ -186,7 +211,11 @@ def plateau(
     def init(lattice: Lattice) -> _Plateau:
         del lattice
         return _Plateau(
-            jnp.int32(patience), jnp.float32(min_gain), jnp.float32(jnp.inf), jnp.int32(0)
+            score=_score(score),
+            patience=jnp.int32(patience),
+            min_gain=jnp.float32(min_gain),
+            best=jnp.float32(jnp.inf),
+            last_gain=jnp.int32(0),
         )
 
     def decide(
@@ -195,9 +224,8 @@ def plateau(
         loss = seen.loss.slow
         is_known = seen.loss.num_steps > 0
         has_fallen = is_known & (loss < state.best - state.min_gain * jnp.abs(loss))
-        has_grown = jnp.any(
-            (seen.seeds.stage == Stage.GERMINATED) & (seen.seeds.steps_in_stage == 0)
-        )
+        is_newborn = (seen.seeds.stage == Stage.GERMINATED) & (seen.seeds.steps_in_stage == 0)
+        has_grown = jnp.any(is_newborn & ~seen.seeds.is_paused)
         state = state._replace(
             best=jnp.where(has_fallen, loss, state.best),
             last_gain=jnp.where(has_fallen | has_grown, seen.step, state.last_gain),
@@ -205,7 +233,13 @@ def plateau(
         return state, jax.lax.cond(
             seen.step - state.last_gain >= state.patience,
             lambda same: _propose(
-                lattice, seen, same, score=score, blueprint=blueprint, count=count, key=key
+                lattice,
+                seen,
+                same,
+                score=state.score,
+                blueprint=blueprint,
+                count=count,
+                key=key,
             ),
             lambda same: same,
             proposal,
@@ -215,49 +249,45 @@ def plateau(
 
 
 class _Script(NamedTuple):
-    step: Int32[Array, "N"]
-    seed: Int32[Array, "N"]
-    row: Int32[Array, "N 4"]
+    step: Int32[Array, "M"]
+    asked: Commands
 
 
 def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) -> Policy:
     """Asks for given things at given steps, whatever is measured.
 
     Args:
-      events: `(step, command)`, with commands made by `esper_fn.commands`.
+      events: `(step, command)`, with commands made by `esper_fn.commands`; one a seed and step.
       grafts: names of the growth's strategies, in order, where a command names one.
+
+    Raises:
+      ValueError: two commands for one seed at one step. When the growth is initialised, what
+        `esper_fn.commands.pack` raises.
     """
+    places = [(step, command.seed) for step, command in events]
+    doubled = sorted({place for place in places if places.count(place) > 1})
+    if doubled:
+        raise ValueError(f"one command a seed and step, got several at (step, seed) {doubled}")
 
     def init(lattice: Lattice) -> _Script:
-        rows = []
-        for _, command in events:
-            blueprint = NONE
-            if command.blueprint is not None:
-                blueprint = lattice.blueprint_index(command.blueprint)
-            graft = NONE if command.graft is None else list(grafts).index(command.graft)
-            target = NONE if command.target is None else int(command.target)
-            rows.append([int(command.kind), blueprint, graft, target])
-        return _Script(
-            step=jnp.asarray([step for step, _ in events], jnp.int32),
-            seed=jnp.asarray([command.seed for _, command in events], jnp.int32),
-            row=jnp.asarray(rows, jnp.int32).reshape(len(rows), 4),
-        )
+        asked = pack(lattice, grafts, [command for _, command in events], len(events))
+        return _Script(step=jnp.asarray([step for step, _ in events], jnp.int32), asked=asked)
 
     def decide(
         lattice: Lattice, state: _Script, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Script, Proposal]:
         del key
-        where = jnp.where(state.step == seen.step, state.seed, lattice.num_seeds)
-        row = state.row.astype(jnp.int8)
+        asked = state.asked
+        where = jnp.where(state.step == seen.step, asked.seed, lattice.num_seeds)
 
-        def put(column: Array, index: int) -> Array:
-            return column.at[where].set(row[:, index], mode="drop")
+        def put(column: Array, values: Array) -> Array:
+            return column.at[where].set(values, mode="drop")
 
         return state, proposal._replace(
-            kind=put(proposal.kind, 0),
-            blueprint=put(proposal.blueprint, 1),
-            graft=put(proposal.graft, 2),
-            target=put(proposal.target, 3),
+            kind=put(proposal.kind, asked.kind),
+            blueprint=put(proposal.blueprint, asked.blueprint),
+            graft=put(proposal.graft, asked.graft),
+            target=put(proposal.target, asked.target),
         )
 
     return rule("scripted", init, decide)

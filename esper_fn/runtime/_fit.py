@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esper_fn._growth import Growth, Info, LossFn
+from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._lattice import BareSeeds
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command
 from esper_fn.data import batch_indices
 from esper_fn.errors import NonFiniteLossError
+from esper_fn.lifecycle import Stage
 from esper_fn.optim import PerBody
 from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._events import lifecycle_events
@@ -48,9 +49,14 @@ class Fit(NamedTuple):
     num_compiled: int
     """Programs compiled after the first segment and its report: 0 unless the listener compiles."""
     num_rollbacks: int
+    num_parameters: int
+    """Of the bodies that act at the end."""
     body_flops: float
-    """Forward operations of bodies on one example, summed over the steps."""
-    num_ablations: int
+    """Forward operations of live bodies on one example, summed over the steps."""
+    num_passes: int
+    """Forward passes spent on surveys (a backward pass counts as two)."""
+    survey_flops: float
+    """Forward operations of live bodies on one example, summed over those passes."""
 
 
 Listener = Callable[[Segment], None]
@@ -108,6 +114,7 @@ def fit(
     num_steps: int,
     key: Key,
     survey_batch: Any,
+    start: GrowthState | None = None,
     survey_every: int | None = 25,
     anchor_every: int | None = 50,
     segment_steps: int = 25,
@@ -131,6 +138,7 @@ def fit(
       num_steps: in all.
       key: for bodies and policies.
       survey_batch: a held-out batch for surveys.
+      start: the growth to start from; `growth.init(key)` when left out.
       survey_every: steps between surveys; None for none.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
@@ -151,17 +159,25 @@ def fit(
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
     params = jax.tree.map(jnp.copy, params)
-    state = init(growth, optimizer, params, key, anchor_every=anchor_every)
+    grown = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
+    state = init(optimizer, params, grown, anchor_every=anchor_every)
     survey_batch = jax.tree.map(jnp.asarray, survey_batch)
-    num_rollbacks, body_flops, num_ablations = 0, 0.0, 0
+    num_rollbacks, num_parameters, body_flops = 0, 0, 0.0
+    num_passes, survey_flops = 0, 0.0
 
     def advance(state: TrainState, first: int) -> tuple[TrainState, np.ndarray, Any, list[Any]]:
-        nonlocal num_rollbacks, body_flops, num_ablations
+        nonlocal num_rollbacks, num_parameters, body_flops, num_passes, survey_flops
         asked = growth.commands(commands(first) if commands else (), size=max_commands)
         state, infos = run(state, batches(first, length), survey_batch, asked)
         infos = jax.device_get(infos)
         num_rollbacks += int(infos.verdict.should_roll_back.sum())
-        body_flops += float(infos.num_flops.astype(np.float64).sum())
+        num_parameters = int(infos.num_parameters[-1])
+        live = infos.num_flops.astype(np.float64)
+        body_flops += float(live.sum())
+        if survey_every is not None:
+            passes = _survey_passes(growth, infos, first, survey_every)
+            num_passes += int(passes.sum())
+            survey_flops += float((passes * live).sum())
         _check_finite(infos.loss, first, anchor_every, num_rollbacks, max_rollbacks)
         return state, infos.loss, infos, lifecycle_events(growth, infos, first)
 
@@ -172,8 +188,10 @@ def fit(
         events=events,
         num_compiled=num_compiled,
         num_rollbacks=num_rollbacks,
+        num_parameters=num_parameters,
         body_flops=body_flops,
-        num_ablations=num_ablations,
+        num_passes=num_passes,
+        survey_flops=survey_flops,
     )
 
 
@@ -225,9 +243,19 @@ def fit_host(
         events=[],
         num_compiled=num_compiled,
         num_rollbacks=0,
+        num_parameters=0,
         body_flops=0.0,
-        num_ablations=0,
+        num_passes=0,
+        survey_flops=0.0,
     )
+
+
+def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:
+    """Passes of each step's survey: 3 for the potential, one an ablation where any was due."""
+    is_due = (first + np.arange(len(infos.loss))) % survey_every == 0
+    on_trial = np.isin(infos.before, (Stage.EVALUATING, Stage.FINE_TUNING)).any(axis=1)
+    ablations = min(growth.max_ablations, growth.lattice.num_seeds)
+    return is_due * (3 + ablations * on_trial)
 
 
 def _drive(

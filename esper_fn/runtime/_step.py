@@ -11,7 +11,7 @@ import optax
 
 from esper_fn import rollback
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
-from esper_fn._typing import Array, Int32, Key, Params
+from esper_fn._typing import Array, Int32, Params
 from esper_fn.commands import Commands, no_commands
 from esper_fn.optim import PerBody
 
@@ -31,30 +31,23 @@ Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
 
 
 def init(
-    growth: Growth,
-    optimizer: PerBody,
-    params: Params,
-    key: Key,
-    *,
-    anchor_every: int | None = 50,
+    optimizer: PerBody, params: Params, growth: GrowthState, *, anchor_every: int | None = 50
 ) -> TrainState:
     """The state before the first step.
 
     Args:
-      growth: the static part.
       optimizer: from `optim.per_body`.
       params: of the host.
-      key: for bodies and policies.
+      growth: from `Growth.init`.
       anchor_every: steps between the snapshots that a roll-back restores; None keeps none.
     """
-    state = growth.init(key)
-    opt_state = optimizer.init((params, state.bodies))
+    opt_state = optimizer.init((params, growth.bodies))
     held = (
         None
         if anchor_every is None
-        else rollback.anchor(params, opt_state, state, every=anchor_every)
+        else rollback.anchor(params, opt_state, growth, every=anchor_every)
     )
-    return TrainState(params=params, opt_state=opt_state, growth=state, anchor=held)
+    return TrainState(params=params, opt_state=opt_state, growth=growth, anchor=held)
 
 
 def make_step(

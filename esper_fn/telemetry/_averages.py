@@ -19,7 +19,12 @@ class SeedEvidence(NamedTuple):
     """Gradient norm over its average before this step; 1 where there is none yet."""
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
+MAX_GRADIENT_RATIO = 30.0
+"""What one step may count for in the average of the gradient norm, so that a single spike does not
+make the next hundred steps look small."""
+
+
+def _ratio(numerator: Array, denominator: Array | float) -> Array:
     return numerator / jnp.maximum(denominator, 1.0)
 
 
@@ -44,7 +49,9 @@ def take_in(
     spread = _ratio(reading.square, reading.num_values)
     gradient = jnp.sqrt(reading.gradient_square)
     share = jnp.sqrt(reading.output_square / jnp.maximum(reading.square, 1e-30))
-    worth = _ratio(reading.utility, 1.0)
+    worth = reading.utility
+    usual = told.gradient_norm
+    counted = jnp.where(usual > 0, jnp.minimum(gradient, MAX_GRADIENT_RATIO * usual), gradient)
 
     is_seen = (reading.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
     is_live = is_seen & (reading.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
@@ -59,7 +66,7 @@ def take_in(
         mean=watched(told.mean, mean),
         variance=watched(told.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
         dead_fraction=watched(told.dead_fraction, _ratio(reading.num_dead, reading.num_features)),
-        gradient_norm=watched(told.gradient_norm, gradient),
+        gradient_norm=watched(usual, counted),
         output_share=judged(told.output_share, share),
         utility=judged(told.utility, worth),
         utility_slow=judged(told.utility_slow, worth, SLOW_STEPS),
@@ -67,7 +74,6 @@ def take_in(
         num_live_steps=told.num_live_steps + is_live.astype(jnp.int32),
     )
     has_error = (reading.num_errors > 0) | body_error
-    usual = told.gradient_norm
     seeds = seeds._replace(
         telemetry=telemetry,
         stability=average(

@@ -1,0 +1,32 @@
+"""Ready jobs that compare growth with its honest rivals."""
+
+from esper_fn.experiments._compare import (
+    Arm,
+    Comparison,
+    Progress,
+    evaluator,
+    intervals,
+    loss_of,
+    prepare,
+    run,
+    summary,
+)
+from esper_fn.experiments._jobs import POLICIES, Job, equal_parameters, job, names, policy
+
+__all__ = [
+    "POLICIES",
+    "Arm",
+    "Comparison",
+    "Job",
+    "Progress",
+    "equal_parameters",
+    "evaluator",
+    "intervals",
+    "job",
+    "loss_of",
+    "names",
+    "policy",
+    "prepare",
+    "run",
+    "summary",
+]

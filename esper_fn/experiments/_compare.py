@@ -1,0 +1,414 @@
+"""One job, four arms, the same data in the same order: what growth is worth."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from esper_fn import optim, runtime
+from esper_fn._growth import Growth
+from esper_fn._lattice import BareSeeds
+from esper_fn._typing import Array, Params
+from esper_fn.data import Dataset
+from esper_fn.experiments._jobs import Job, equal_parameters, make_growth, policy
+from esper_fn.hosts import Host, count_parameters
+from esper_fn.lifecycle import Stage
+
+SURVEY_EVERY = 25
+EVAL_ROWS = 256
+SURVEY_EXAMPLES = 256
+
+
+class Progress(NamedTuple):
+    """What a listener is told after each segment of an arm."""
+
+    arm: str
+    step: int
+    loss: float
+    test_accuracy: float | None
+    test_loss: float | None
+    parameters: int
+    stages: dict[str, int] | None
+    alpha: dict[str, float] | None
+    events: list[dict[str, Any]]
+
+
+class Arm(NamedTuple):
+    """A finished arm."""
+
+    accuracy: float
+    parameters: int
+    train_flops: float
+    num_compiled: int
+    num_fossilized: int
+    num_culled: int
+    events: list[dict[str, Any]]
+
+
+Listener = Callable[[Progress], None]
+
+
+def loss_of(host: Host) -> Callable[..., Array]:
+    """Mean cross-entropy of a host's logits: `loss_fn(params, seeds, (inputs, targets))`."""
+
+    def loss_fn(params: Params, seeds: Any, batch: tuple[Array, Array]) -> Array:
+        inputs, targets = batch
+        logits = host.apply(params, seeds, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    return loss_fn
+
+
+def evaluator(host: Host, inputs: np.ndarray, targets: np.ndarray) -> Callable[..., Any]:
+    """A compiled `(params, seeds) -> (accuracy, loss)` over all of `inputs`, in pieces."""
+    rows = min(EVAL_ROWS, len(inputs))
+    pad = -len(inputs) % rows
+    order = np.concatenate([np.arange(len(inputs)), np.zeros(pad, np.int64)])
+    weight = (np.arange(len(order)) < len(inputs)).astype(np.float32).reshape(-1, rows)
+    pieces = (
+        jnp.asarray(inputs[order].reshape(-1, rows, *inputs.shape[1:])),
+        jnp.asarray(targets[order].reshape(-1, rows, *targets.shape[1:])),
+        jnp.asarray(weight),
+    )
+
+    @jax.jit
+    def evaluate(params: Params, seeds: Any, pieces: Any) -> tuple[Array, Array]:
+        def one(piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            inputs, targets, weight = piece
+            logits = host.apply(params, seeds, inputs)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+            per_example = weight.reshape(-1, *(1,) * (targets.ndim - 1)) / np.prod(targets.shape[1:])
+            return jnp.sum(right * per_example), jnp.sum(losses * per_example)
+
+        hits, lost = jax.lax.map(one, pieces)
+        return jnp.sum(hits) / len(inputs), jnp.sum(lost) / len(inputs)
+
+    return lambda params, seeds: jax.device_get(evaluate(params, seeds, pieces))
+
+
+@dataclass(slots=True)
+class Comparison:
+    """A job made ready: compiled once, run with as many seeds as wanted. Make one with `prepare`."""
+
+    job: Job
+    data: Dataset
+    steps: int
+    policy_name: str
+    host: Host
+    growth: Growth
+    host_optimizer: optax.GradientTransformation
+    optimizer: optim.PerBody
+    grow_segment: Any
+    host_segment: Any
+    evaluate: Any
+    eval_every: int
+    static: dict[int, tuple[Host, Any, Any]]
+
+    def grown(self, seed: int, listener: Listener | None = None, *, at_random: bool = False) -> Arm:
+        """The growing network; `at_random` draws the places instead of measuring them."""
+        name = "random" if at_random else "grown"
+        key = jax.random.key(seed)
+        start = self.growth.init(jax.random.fold_in(key, 1))
+        if at_random and self.policy_name != "none":
+            twin = policy(self.policy_name, self.job, steps=self.steps, score="random")
+            start = start._replace(policy=twin.init(self.growth.lattice))
+        host_count = count_parameters(self.host)
+
+        def listen(segment: runtime.Segment) -> None:
+            infos, state = segment.infos, segment.state
+            assert infos is not None  # noqa: S101 -- `fit` always gives them
+            last = segment.first_step + segment.num_steps
+            alpha, stage = infos.alpha[-1], infos.stage[-1]
+            shown = np.flatnonzero((stage >= Stage.GERMINATED) & (stage <= Stage.FOSSILIZED))
+            self._tell(
+                listener,
+                name,
+                last,
+                segment,
+                self._score(last, lambda: (state.params, self.growth.seeds(state.growth))),
+                host_count + int(infos.num_parameters[-1]),
+                runtime.stage_counts(stage),
+                {str(seed): float(alpha[seed]) for seed in shown.tolist()},
+            )
+
+        fitted = runtime.fit(
+            self.growth,
+            loss_of(self.host),
+            self.optimizer,
+            self.host.init(key),
+            self._batches(seed),
+            num_steps=self.steps,
+            key=key,
+            start=start,
+            survey_batch=self._survey_batch(),
+            survey_every=SURVEY_EVERY,
+            listener=listen,
+            segment=self.grow_segment,
+            segment_steps=self._segment_steps(),
+        )
+        state = fitted.state
+        stage = np.asarray(state.growth.seeds.stage)
+        accuracy, _ = self.evaluate(state.params, self.growth.seeds(state.growth))
+        surveyed = fitted.num_passes * self.host.flops + fitted.survey_flops
+        trained = 3 * self.job.batch_size * (self.steps * self.host.flops + fitted.body_flops)
+        return Arm(
+            accuracy=float(accuracy),
+            parameters=host_count + fitted.num_parameters,
+            train_flops=float(trained + surveyed * self._num_surveyed()),
+            num_compiled=fitted.num_compiled,
+            num_fossilized=int((stage == Stage.FOSSILIZED).sum()),
+            num_culled=sum(event["to"] == Stage.CULLED.name for event in fitted.events),
+            events=fitted.events,
+        )
+
+    def plain(self, seed: int, listener: Listener | None = None) -> Arm:
+        """The host without growth."""
+        return self._fit_host("host", self.host, self.host_segment, self.evaluate, seed, listener)
+
+    def equal(self, seed: int, count: int, listener: Listener | None = None) -> Arm:
+        """A static network without a narrow place, with about `count` parameters."""
+        host = equal_parameters(self.job, self.data, count)
+        size = count_parameters(host)
+        if size not in self.static:
+            self.static[size] = (
+                host,
+                runtime.compile_fit_host(loss_of(host), self.host_optimizer),
+                evaluator(host, self.data.test_inputs, self.data.test_targets),
+            )
+        host, segment, evaluate = self.static[size]
+        return self._fit_host("static", host, segment, evaluate, seed, listener)
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _fit_host(
+        self,
+        name: str,
+        host: Host,
+        segment: Any,
+        evaluate: Any,
+        seed: int,
+        listener: Listener | None,
+    ) -> Arm:
+        count = count_parameters(host)
+
+        def listen(done: runtime.Segment) -> None:
+            last = done.first_step + done.num_steps
+            scores = self._score(last, lambda: (done.state, BareSeeds()), evaluate)
+            self._tell(listener, name, last, done, scores, count, None, None)
+
+        fitted = runtime.fit_host(
+            loss_of(host),
+            self.host_optimizer,
+            host.init(jax.random.key(seed)),
+            self._batches(seed),
+            num_steps=self.steps,
+            segment_steps=self._segment_steps(),
+            listener=listen,
+            segment=segment,
+        )
+        accuracy, _ = evaluate(fitted.state, BareSeeds())
+        return Arm(
+            accuracy=float(accuracy),
+            parameters=count,
+            train_flops=float(3 * self.job.batch_size * self.steps * host.flops),
+            num_compiled=fitted.num_compiled,
+            num_fossilized=0,
+            num_culled=0,
+            events=[],
+        )
+
+    def _batches(self, seed: int) -> runtime.Batches:
+        return runtime.in_memory(
+            self.data.train_inputs,
+            self.data.train_targets,
+            batch_size=self.job.batch_size,
+            num_steps=self.steps,
+            seed=seed,
+        )
+
+    def _num_surveyed(self) -> int:
+        return min(SURVEY_EXAMPLES, len(self.data.validation_inputs))
+
+    def _survey_batch(self) -> tuple[np.ndarray, np.ndarray]:
+        count = self._num_surveyed()
+        return self.data.validation_inputs[:count], self.data.validation_targets[:count]
+
+    def _segment_steps(self) -> int:
+        return min(25, self.eval_every)
+
+    def _score(
+        self, last: int, network: Callable[[], tuple[Any, Any]], evaluate: Any = None
+    ) -> tuple[float, float] | None:
+        is_first = last <= self._segment_steps()
+        if last % self.eval_every and last != self.steps and not is_first:
+            return None
+        accuracy, loss = (evaluate or self.evaluate)(*network())
+        return float(accuracy), float(loss)
+
+    @staticmethod
+    def _tell(
+        listener: Listener | None,
+        arm: str,
+        last: int,
+        segment: runtime.Segment,
+        scores: tuple[float, float] | None,
+        parameters: int,
+        stages: dict[str, int] | None,
+        alpha: dict[str, float] | None,
+    ) -> None:
+        if listener is None:
+            return
+        listener(
+            Progress(
+                arm=arm,
+                step=last,
+                loss=float(np.mean(segment.losses)),
+                test_accuracy=None if scores is None else scores[0],
+                test_loss=None if scores is None else scores[1],
+                parameters=parameters,
+                stages=stages,
+                alpha=alpha,
+                events=[{"arm": arm, **event} for event in segment.events],
+            )
+        )
+
+
+def prepare(job: Job, data: Dataset, *, steps: int | None = None, policy: str = "plateau") -> Comparison:
+    """Makes a job ready to run.
+
+    Args:
+      job: from `experiments.job`.
+      data: from `data.load`.
+      steps: of every arm; the job's own number when left out.
+      policy: one of `POLICIES`.
+
+    Raises:
+      UnknownNameError: no such policy.
+      ValueError: fewer than 40 steps, in which nothing could pass its gates.
+    """
+    num_steps = job.steps if steps is None else steps
+    if num_steps < 40:
+        raise ValueError(f"steps must be at least 40, got {num_steps}: no seed could live that fast")
+    host = job.host(data)
+    growing = make_growth(job, host, policy, steps=num_steps)
+    schedule = optax.cosine_decay_schedule(job.learning_rate, num_steps)
+    host_optimizer = optax.adamw(schedule)
+    optimizer = optim.per_body(host_optimizer, optax.adamw(job.learning_rate))
+    return Comparison(
+        job=job,
+        data=data,
+        steps=num_steps,
+        policy_name=policy,
+        host=host,
+        growth=growing,
+        host_optimizer=host_optimizer,
+        optimizer=optimizer,
+        grow_segment=runtime.compile_fit(
+            growing, loss_of(host), optimizer, survey_every=SURVEY_EVERY
+        ),
+        host_segment=runtime.compile_fit_host(loss_of(host), host_optimizer),
+        evaluate=evaluator(host, data.test_inputs, data.test_targets),
+        eval_every=max(runtime.segment_length(num_steps, 25), num_steps // 20 // 25 * 25 or 1),
+        static={},
+    )
+
+
+def run(comparison: Comparison, seed: int, listener: Listener | None = None) -> dict[str, Any]:
+    """All four arms with one seed: the rows of a summary."""
+    began = time.monotonic()
+    plain = comparison.plain(seed, listener)
+    grown = comparison.grown(seed, listener)
+    random = comparison.grown(seed, listener, at_random=True)
+    static = comparison.equal(seed, grown.parameters, listener)
+    arms: Mapping[str, Arm] = {"host": plain, "grown": grown, "random": random, "static": static}
+    return {
+        "seed": seed,
+        "host_accuracy": plain.accuracy,
+        "grown_accuracy": grown.accuracy,
+        "static_equal_params_accuracy": static.accuracy,
+        "random_growth_accuracy": random.accuracy,
+        "host_params": plain.parameters,
+        "grown_params": grown.parameters,
+        "static_params": static.parameters,
+        "random_params": random.parameters,
+        "seeds_total": comparison.growth.lattice.num_seeds,
+        "seeds_fossilized": grown.num_fossilized,
+        "seeds_culled": grown.num_culled,
+        "random_seeds_fossilized": random.num_fossilized,
+        "random_seeds_culled": random.num_culled,
+        "recompilations_after_first_step": grown.num_compiled + random.num_compiled,
+        "train_flops": {name: arm.train_flops for name, arm in arms.items()},
+        "wall_seconds": time.monotonic() - began,
+    }
+
+
+_ACCURACIES = {
+    "host": "host_accuracy",
+    "grown": "grown_accuracy",
+    "static": "static_equal_params_accuracy",
+    "random": "random_growth_accuracy",
+}
+
+
+def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the rows with 95 % intervals (Student's t); differences are paired by seed."""
+    columns = {
+        name: np.asarray([row[name] for row in rows], np.float64) for name in _ACCURACIES.values()
+    }
+    for rival in ("host", "random", "static"):
+        columns[f"grown_minus_{rival}"] = (
+            columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
+        )
+    return {name: _interval(values) for name, values in columns.items()}
+
+
+# Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom; beyond that the normal's.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return {"mean": mean, "low": mean, "high": mean}
+    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96
+    half = quantile * float(values.std(ddof=1)) / count**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summary(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a run folder: the first row, and the rest of them as repeats."""
+    return {
+        "schema": 1,
+        "data": comparison.job.data,
+        "host": comparison.host.name,
+        "task": comparison.data.task,
+        "steps": comparison.steps,
+        "policy": comparison.policy_name,
+        **rows[0],
+        "wall_seconds": sum(row["wall_seconds"] for row in rows),
+        "recompilations_after_first_step": sum(
+            row["recompilations_after_first_step"] for row in rows
+        ),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("esper-fn", "jax", "jaxlib", "flax", "optax", "numpy")},
+        },
+        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+        "repeats": None
+        if len(rows) == 1
+        else {"count": len(rows), "rows": rows, "intervals": intervals(rows)},
+    }

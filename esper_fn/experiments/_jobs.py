@@ -1,0 +1,190 @@
+"""The ready jobs: a data set, a host with a place that is too narrow, and what may grow there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import esper_fn.policies as P
+from esper_fn import blueprints, grafting, hosts, lifecycle
+from esper_fn._growth import Growth, growth
+from esper_fn._lattice import lattice
+from esper_fn.data import Dataset
+from esper_fn.errors import UnknownNameError
+from esper_fn.hosts import Host, count_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What `compare` needs to run a data set.
+
+    Attributes:
+      data: name of the data set.
+      host: makes the host.
+      family: hosts of the same kind by size, none of them with a narrow place: the static rival.
+      blueprints: names of registered blueprints that may grow.
+      sizes: keyword arguments of their factories.
+      batch_size: examples a step.
+      learning_rate: of AdamW, decayed to zero by a cosine for hosts, constant for bodies.
+      steps: default length.
+      germinations: bodies that may be born in the whole run.
+      capacity: bodies alive at once per bank.
+    """
+
+    data: str
+    host: Callable[[Dataset], Host]
+    family: Callable[[Dataset, int], Host]
+    blueprints: tuple[str, ...]
+    sizes: dict[str, int]
+    batch_size: int
+    learning_rate: float
+    steps: int
+    germinations: int
+    capacity: int
+
+
+def _shape(data: Dataset) -> tuple[int, int, int]:
+    height, width, channels = data.input_shape
+    return height, width, channels
+
+
+_JOBS = {
+    job.data: job
+    for job in (
+        Job(
+            data="digits",
+            host=lambda d: hosts.mlp((64, 32, 3, 32, d.num_classes), spans=3, chunks=4),
+            family=lambda d, size: hosts.mlp((64, size, size, size, d.num_classes)),
+            blueprints=("bottleneck",),
+            sizes={"width": 8},
+            batch_size=64,
+            learning_rate=3e-3,
+            steps=2000,
+            germinations=3,
+            capacity=4,
+        ),
+        Job(
+            data="mnist1d",
+            host=lambda d: hosts.mlp((40, 64, 3, 64, d.num_classes), spans=3, chunks=4),
+            family=lambda d, size: hosts.mlp((40, size, size, size, d.num_classes)),
+            blueprints=("bottleneck",),
+            sizes={"width": 16},
+            batch_size=128,
+            learning_rate=3e-3,
+            steps=3000,
+            germinations=4,
+            capacity=4,
+        ),
+        Job(
+            data="fashion-mnist",
+            host=lambda d: hosts.conv(
+                _shape(d), (8, 16), hidden=8, classes=d.num_classes, chunks=4
+            ),
+            family=lambda d, size: hosts.conv(
+                _shape(d), (size, 2 * size), hidden=2 * size, classes=d.num_classes
+            ),
+            blueprints=("bottleneck_conv", "bottleneck"),
+            sizes={"width": 8},
+            batch_size=64,
+            learning_rate=2e-3,
+            steps=1000,
+            germinations=4,
+            capacity=4,
+        ),
+        Job(
+            data="shakespeare",
+            host=lambda d: hosts.transformer(
+                vocabulary=d.num_classes, length=d.input_shape[0], width=64, blocks=2, hidden=16
+            ),
+            family=lambda d, size: hosts.transformer(
+                vocabulary=d.num_classes, length=d.input_shape[0], width=64, blocks=2, hidden=size
+            ),
+            blueprints=("bottleneck",),
+            sizes={"width": 16},
+            batch_size=16,
+            learning_rate=2e-3,
+            steps=1000,
+            germinations=6,
+            capacity=4,
+        ),
+    )
+}
+
+POLICIES = ("plateau", "periodic", "random", "none")
+
+
+def names() -> tuple[str, ...]:
+    """Data sets there is a job for."""
+    return tuple(_JOBS)
+
+
+def job(data: str) -> Job:
+    """The job of a data set; raises `UnknownNameError`."""
+    if data not in _JOBS:
+        raise UnknownNameError("data set", data, names(), "or run your own with `runtime.fit`")
+    return _JOBS[data]
+
+
+def policy(name: str, job: Job, *, steps: int, score: P.Score = "potential") -> P.Policy:
+    """A policy by name, sized for a run of `steps`.
+
+    It begins to ask after a tenth of the run and stops at half of it, so that what grows can still
+    pass its gates; at most `job.germinations` bodies are born.
+
+    Raises:
+      UnknownNameError: none of `POLICIES`.
+    """
+    start, rest = max(1, steps // 10), max(1, steps // 40)
+    if name == "plateau":
+        asks = P.plateau(patience=start, min_gain=0.1, score=score)
+    elif name == "periodic":
+        asks = P.periodic(every=rest, start=start, score=score)
+    elif name == "random":
+        asks = P.periodic(every=rest, start=start, score="random", name="random")
+    elif name == "none":
+        return P.never()
+    else:
+        raise UnknownNameError("policy", name, POLICIES)
+    return P.chain(
+        asks,
+        P.cooldown(rest),
+        P.concurrency(job.germinations),
+        P.quota(job.germinations),
+        P.until(steps // 2),
+    )
+
+
+def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
+    """The growing network of a job."""
+    stay = max(10, steps // 40)
+    return growth(
+        lattice(
+            sites=host.sites,
+            blueprints={name: blueprints.get(name, **job.sizes) for name in job.blueprints},
+            capacity=job.capacity,
+        ),
+        policy=policy(policy_name, job, steps=steps),
+        graft=grafting.linear(stay),
+        settings=lifecycle.settings(
+            min_steps={lifecycle.Stage.TRAINING: stay // 2},
+            max_steps={
+                lifecycle.Stage.TRAINING: 2 * stay,
+                lifecycle.Stage.STABILIZATION: max(20, stay),
+            },
+        ),
+        levels=2,
+    )
+
+
+def equal_parameters(job: Job, data: Dataset, count: int) -> Host:
+    """The static host whose parameter count is nearest to `count`."""
+    best, best_gap = None, float("inf")
+    for size in range(1, 4097):
+        candidate = job.family(data, size)
+        gap = abs(count_parameters(candidate) - count)
+        if gap >= best_gap:
+            break
+        best, best_gap = candidate, gap
+    if best is None:
+        raise ValueError(f"no static host has about {count} parameters")
+    return best
