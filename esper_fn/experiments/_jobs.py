@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import esper_fn.policies as P
 from esper_fn import blueprints, grafting, hosts, lifecycle
@@ -29,18 +30,20 @@ class Job:
       steps: default length.
       germinations: bodies that may be born in the whole run.
       capacity: bodies alive at once per bank.
+      min_contribution: fall of the validation loss a body must be worth to be kept.
     """
 
     data: str
     host: Callable[[Dataset], Host]
     family: Callable[[Dataset, int], Host]
     blueprints: tuple[str, ...]
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     batch_size: int
     learning_rate: float
     steps: int
     germinations: int
     capacity: int
+    min_contribution: float = 0.01
 
 
 def _shape(data: Dataset) -> tuple[int, int, int]:
@@ -53,22 +56,22 @@ _JOBS = {
     for job in (
         Job(
             data="digits",
-            host=lambda d: hosts.mlp((64, 32, 3, 32, d.num_classes), spans=3, chunks=4),
+            host=lambda d: hosts.mlp((64, 32, 2, 32, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((64, size, size, size, d.num_classes)),
             blueprints=("bottleneck",),
-            sizes={"width": 8},
+            sizes={"width": 8, "activation": "gelu"},
             batch_size=64,
             learning_rate=3e-3,
-            steps=2000,
-            germinations=3,
+            steps=1500,
+            germinations=4,
             capacity=4,
         ),
         Job(
             data="mnist1d",
-            host=lambda d: hosts.mlp((40, 64, 3, 64, d.num_classes), spans=3, chunks=4),
+            host=lambda d: hosts.mlp((40, 64, 2, 64, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((40, size, size, size, d.num_classes)),
             blueprints=("bottleneck",),
-            sizes={"width": 16},
+            sizes={"width": 16, "activation": "gelu"},
             batch_size=128,
             learning_rate=3e-3,
             steps=3000,
@@ -128,7 +131,7 @@ def job(data: str) -> Job:
 def policy(name: str, job: Job, *, steps: int, score: P.Score = "potential") -> P.Policy:
     """A policy by name, sized for a run of `steps`.
 
-    It begins to ask after a tenth of the run and stops at half of it, so that what grows can still
+    It begins to ask after a tenth of the run and stops at two fifths of it, so that what grows can still
     pass its gates; at most `job.germinations` bodies are born.
 
     Raises:
@@ -150,7 +153,7 @@ def policy(name: str, job: Job, *, steps: int, score: P.Score = "potential") -> 
         P.cooldown(rest),
         P.concurrency(job.germinations),
         P.quota(job.germinations),
-        P.until(steps // 2),
+        P.until(2 * steps // 5),
     )
 
 
@@ -166,11 +169,16 @@ def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth
         policy=policy(policy_name, job, steps=steps),
         graft=grafting.linear(stay),
         settings=lifecycle.settings(
-            min_steps={lifecycle.Stage.TRAINING: stay // 2},
+            min_steps={
+                lifecycle.Stage.TRAINING: stay // 2,
+                lifecycle.Stage.FINE_TUNING: steps // 3,
+            },
             max_steps={
                 lifecycle.Stage.TRAINING: 2 * stay,
                 lifecycle.Stage.STABILIZATION: max(20, stay),
+                lifecycle.Stage.FINE_TUNING: steps // 3 + 4 * stay,
             },
+            min_contribution=job.min_contribution,
         ),
         levels=2,
     )

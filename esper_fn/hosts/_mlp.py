@@ -12,7 +12,7 @@ from esper_fn.hosts._base import Host, dense, dense_init
 
 
 def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
-    """`widths[0]` inputs, hidden relu layers, `widths[-1]` logits.
+    """`widths[0]` inputs, hidden gelu layers, `widths[-1]` logits.
 
     Sites: around hidden layer k, `spans` seeds named `layer{k}.{i}`, each of which can add neurons
     to that layer (from its input to its successor's pre-activation); and on its output, site
@@ -47,7 +47,7 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
         read = inputs
         x = dense(params[0], inputs)
         for k in range(1, num_hidden + 1):
-            hidden = jax.nn.relu(x)
+            hidden = jax.nn.gelu(x)
             if chunks:
                 hidden = seeds.grow(f"hidden{k}", hidden)
             x = dense(params[k], hidden)
