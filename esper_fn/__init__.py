@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         commands,
         data,
         errors,
+        experiments,
         governors,
         grafting,
         hosts,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         rollback,
         runtime,
     )
+    from esper_fn._ambient import using
     from esper_fn._discover import discover
     from esper_fn._growth import Growth, GrowthState, Info, SurveyInfo, growth
     from esper_fn._lattice import BareSeeds, Lattice, Reading, Seeds, Site, lattice, site, span
@@ -46,6 +48,7 @@ _MODULES = (
     "commands",
     "data",
     "errors",
+    "experiments",
     "governors",
     "grafting",
     "hosts",
@@ -72,6 +75,7 @@ _NAMES = {
     "Stage": "lifecycle",
     "SurveyInfo": "_growth",
     "discover": "_discover",
+    "using": "_ambient",
     "growth": "_growth",
     "lattice": "_lattice",
     "site": "_lattice",
@@ -114,6 +118,7 @@ __all__ = [
     "data",
     "discover",
     "errors",
+    "experiments",
     "governors",
     "grafting",
     "growth",
@@ -129,4 +134,5 @@ __all__ = [
     "runtime",
     "site",
     "span",
+    "using",
 ]

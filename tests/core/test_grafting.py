@@ -347,17 +347,17 @@ def test_calm_runs_end_in_time(driven: dict[str, Driven]) -> None:
 # The most updates that one spike may cost: what the strategy's docstring says.
 COST = {
     ("drift", "drift_controlled"): 1,
-    ("drift", "adaptive"): 3,
+    ("drift", "adaptive"): 1,
     ("gradient", "grad_norm_gated"): 1,
     ("gradient_huge", "grad_norm_gated"): 1,
     ("gradient_gone", "grad_norm_gated"): 1,
-    ("loss", "momentum"): 25,
-    ("loss_nan", "momentum"): 25,
+    ("loss", "momentum"): 8,
+    ("loss_nan", "momentum"): 8,
     # 5 back, 10 of rest, 5 to regain, and a pace that averages the spike away.
     ("loss", "stability"): 22,
     ("loss_nan", "stability"): 22,
-    ("loss", "adaptive"): 45,
-    ("loss_nan", "adaptive"): 45,
+    ("loss", "adaptive"): 22,
+    ("loss_nan", "adaptive"): 22,
 }
 
 

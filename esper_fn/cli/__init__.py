@@ -1,0 +1,95 @@
+"""The `esper` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from esper_fn._version import __version__
+from esper_fn.errors import EsperError
+
+USAGE_ERROR = 2
+FAILURE = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status.
+
+    0 for success, 2 for a wrong call, 1 for a run that failed. Errors of Esper-fn are printed as
+    one line; anything else is a bug and keeps its traceback.
+    """
+    parser = argparse.ArgumentParser(
+        prog="esper", description="Grow neural networks while they train."
+    )
+    parser.add_argument("--version", action="version", version=f"esper-fn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_grow(commands)
+    _add_report(commands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(parser, options)
+    except BrokenPipeError:
+        return FAILURE
+    except KeyboardInterrupt:
+        print("interrupted; the run folder holds what was measured so far", file=sys.stderr)
+        return 130
+    except (EsperError, ModuleNotFoundError) as error:
+        print(f"esper: {error}", file=sys.stderr)
+        return FAILURE
+    return status
+
+
+def _count(least: int) -> object:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; at least {least}")
+        return value
+
+    return parse
+
+
+def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    grow = commands.add_parser(
+        "grow",
+        help="grow a network on a data set and compare it with its rivals",
+        description="Grows a network and trains, with the same data and steps, the host without "
+        "growth, growth at random places, and a static network of equal size.",
+    )
+    # Names are checked against the registries below, which cost an import of JAX.
+    grow.add_argument("--data", default="digits", metavar="NAME", help="data set (digits)")
+    grow.add_argument("--data-folder", metavar="DIR", help="where its files lie ($ESPER_DATA)")
+    grow.add_argument("--steps", type=_count(40), metavar="N", help="training steps of each arm")  # type: ignore[arg-type]
+    grow.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of weights and order")  # type: ignore[arg-type]
+    grow.add_argument(
+        "--repeat", type=_count(1), default=1, metavar="N", help="runs, with seeds from --seed on"  # type: ignore[arg-type]
+    )
+    grow.add_argument("--policy", default="periodic", metavar="NAME", help="who asks for growth")
+    grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")
+    grow.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    grow.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    grow.set_defaults(run=_run_grow)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser("report", help="write report.html of a finished run anew")
+    report.add_argument("folder", metavar="DIR", help="a run folder")
+    report.set_defaults(run=_run_report)
+
+
+def _run_grow(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from esper_fn.cli import _grow
+
+    return _grow.run(parser, options)
+
+
+def _run_report(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    del parser
+    from esper_fn import report
+
+    print(report.write_report(options.folder))
+    return 0

@@ -1,0 +1,137 @@
+"""What `esper grow` prints while it runs and when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from esper_fn import experiments as ex
+from esper_fn.hosts import count_parameters
+
+_ARMS = {
+    "host": "host, no growth",
+    "grown": "grown where measured",
+    "random": "grown at random",
+    "static": "static, equal size",
+}
+_SHORT = {
+    "DORMANT": "dormant",
+    "GERMINATED": "germinated",
+    "TRAINING": "training",
+    "GRAFTING": "grafting",
+    "STABILIZATION": "stabilizing",
+    "EVALUATING": "evaluating",
+    "FINE_TUNING": "fine-tuning",
+    "FOSSILIZED": "fossil",
+    "CULLED": "culled",
+    "CANCELLED": "cancelled",
+    "ROLLED_BACK": "rolled back",
+}
+_SECONDS_BETWEEN_LINES = 0.5
+
+
+class Screen:
+    """Progress and summary; goes to stderr where stdout is for JSON."""
+
+    def __init__(self, comparison: ex.Comparison, *, num_repeats: int, is_quiet: bool) -> None:
+        self._console = Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False)
+        self._steps = comparison.steps
+        self._repeats = num_repeats
+        self._done = 0
+        self._last = 0.0
+        self._accuracy = ""
+        lattice = comparison.growth.lattice
+        self._console.print(
+            f"[bold]{comparison.job.data}[/bold]: a {comparison.host.name} host of "
+            f"{count_parameters(comparison.host):,} parameters with {lattice.num_seeds} seeds at "
+            f"{len(lattice.sites)} sites, {comparison.steps:,} steps, policy "
+            f"{comparison.policy_name}. Compiling takes a while before the first line of an arm.",
+            soft_wrap=True,
+        )
+
+    def show(self, progress: ex.Progress, *, is_first: bool) -> None:
+        """One line a report, but only the arms' starts and ends where runs repeat."""
+        is_last = progress.step == self._steps
+        if progress.test_accuracy is not None:
+            self._accuracy = f"{progress.test_accuracy:.1%}"
+        now = time.monotonic()
+        if not is_last and (not is_first or now - self._last < _SECONDS_BETWEEN_LINES):
+            return
+        if not is_first:
+            return
+        self._last = now
+        stages = ", ".join(
+            f"{count} {_SHORT[stage]}" for stage, count in (progress.stages or {}).items()
+        )
+        self._console.print(
+            f"  {_ARMS[progress.arm]:<21} step {progress.step:>6,}  loss {progress.loss:7.4f}  "
+            f"test {self._accuracy:>6}  {progress.parameters:>8,} parameters"
+            + (f"  [dim]{stages}[/dim]" if stages else ""),
+            soft_wrap=True,
+        )
+
+    def finish(self, row: dict[str, Any]) -> None:
+        """One line a run, where there are several."""
+        self._done += 1
+        if self._repeats == 1:
+            return
+        self._console.print(
+            f"run {self._done}/{self._repeats}, seed {row['seed']}: "
+            f"host {row['host_accuracy']:.1%}, grown {row['grown_accuracy']:.1%}, "
+            f"random {row['random_growth_accuracy']:.1%}, "
+            f"static {row['static_equal_params_accuracy']:.1%}  "
+            f"({row['seeds_fossilized']} kept, {row['seeds_culled']} removed, "
+            f"{row['wall_seconds']:.0f} s)",
+            soft_wrap=True,
+        )
+
+    def summarise(self, summary: dict[str, Any], page: Path) -> None:
+        """The closing table."""
+        repeats = summary["repeats"]
+        table = Table(title=f"held-out test accuracy after {summary['steps']:,} steps")
+        for column in ("arm", "accuracy", "parameters", "training GFLOP"):
+            table.add_column(column, justify="left" if column == "arm" else "right")
+        for arm, name, parameters in (
+            ("host", "host_accuracy", "host_params"),
+            ("grown", "grown_accuracy", "grown_params"),
+            ("random", "random_growth_accuracy", "random_params"),
+            ("static", "static_equal_params_accuracy", "static_params"),
+        ):
+            accuracy = (
+                f"{summary[name]:.1%}" if repeats is None else _interval(repeats["intervals"][name])
+            )
+            table.add_row(
+                _ARMS[arm],
+                accuracy,
+                f"{summary[parameters]:,}",
+                f"{summary['train_flops'][arm] / 1e9:.2f}",
+            )
+        self._console.print(table)
+        if repeats is not None:
+            of = repeats["intervals"]
+            for rival in ("host", "random", "static"):
+                self._console.print(
+                    f"grown minus {rival}, paired over {repeats['count']} runs: "
+                    f"{_interval(of[f'grown_minus_{rival}'], is_difference=True)}"
+                )
+        first = "" if repeats is None else " (first run; parameters and GFLOP too)"
+        self._console.print(
+            f"{summary['seeds_fossilized']} of {summary['seeds_total']} seeds kept, "
+            f"{summary['seeds_culled']} removed{first}; "
+            f"{summary['recompilations_after_first_step']} recompilations after the first step; "
+            f"{summary['wall_seconds']:.0f} s"
+        )
+        self._console.print(f"report: {page}", soft_wrap=True)
+
+
+def _interval(of: dict[str, float], *, is_difference: bool = False) -> str:
+    sign = "+" if is_difference else ""
+    return (
+        f"{100 * of['mean']:{sign}.1f} [{100 * of['low']:{sign}.1f}, {100 * of['high']:{sign}.1f}]"
+        + (" points" if is_difference else " %")
+    )

@@ -1,0 +1,32 @@
+"""A Flax Linen module that places a site in a model with one line."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from esper_fn._ambient import AnySeeds, grow_here
+from esper_fn._typing import Array
+from esper_fn.base import Topology
+
+
+class Grow(nn.Module):
+    """`x = Grow("hidden", chunks=8)(x)`: a place where networks can grow.
+
+    It has no parameters of its own: bodies live in the growth's state. Which seeds it uses is said
+    by `ef.using` around the model's call, or by `seeds=`.
+
+    Attributes:
+      site: the site's name.
+      chunks: seeds along the features, for `ef.discover`.
+      topology: what the activation is, for `ef.discover`.
+    """
+
+    site: str
+    chunks: int = 1
+    topology: Topology = "vector"
+
+    def __call__(
+        self, x: Array, *, source: Array | None = None, seeds: AnySeeds | None = None
+    ) -> Array:
+        """The activation with the site's bodies added."""
+        return grow_here(self.site, x, source, seeds, self.chunks, self.topology)

@@ -1,0 +1,257 @@
+"""The guard outside every policy: alone, and through `Growth.update`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drive import NONE, calm_track, place, rig, silent, small_lattice, state_faults, strict
+
+import esper_fn as ef
+from esper_fn.commands import Code, germinate, release
+from esper_fn.governors import Alarm, Evidence, lenient, standard
+from esper_fn.lifecycle import Cause, Stage, loss_track, track_loss
+
+S = Stage
+PATIENCE = 5
+VETO = 4
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Any:
+    """A rig under the standard governor."""
+    with strict():
+        return rig(
+            small_lattice(),
+            rows=2,
+            governor=standard(patience=PATIENCE, veto_steps=VETO, max_drift=2.0),
+        )
+
+
+STAGES = [S.GRAFTING, S.DORMANT, S.DORMANT, S.FINE_TUNING, S.FOSSILIZED, S.TRAINING, S.GRAFTING]
+
+
+def start(guarded: Any, **columns: Any) -> Any:
+    """Seed 6 grafts, but its alpha is still 0."""
+    alpha = [0.5, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    state = place(guarded.growth, guarded.fresh(), STAGES, alpha=alpha, **columns)
+    return state._replace(bodies=jax.tree.map(jnp.ones_like, state.bodies))
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_loss_rolls_back_who_acts_on_trial_in_the_same_step(
+    guarded: Any, loss: float
+) -> None:
+    after, info = guarded.step(start(guarded), loss=loss)
+    assert int(info.verdict.alarm) == Alarm.NON_FINITE_LOSS
+    assert bool(info.verdict.should_roll_back)
+    # Seeds that do not act yet and fossils are not suspects. Seed 6 has just taken its first step.
+    assert np.asarray(info.verdict.is_quarantined).tolist() == [True, *[False] * 2, True, *[False] * 3]
+    assert np.asarray(after.seeds.stage).tolist() == [10, 0, 0, 10, 7, 2, 3]
+    assert np.asarray(info.cause)[[0, 3]].tolist() == [Cause.GOVERNOR] * 2
+    assert np.asarray(after.seeds.alpha)[[0, 3]].tolist() == [0.0, 0.0]
+    assert np.asarray(after.seeds.slot)[[0, 3]].tolist() == [NONE, NONE]
+    assert not state_faults(guarded.growth, after)
+
+
+def test_the_first_step_of_a_run_may_be_the_bad_one(guarded: Any) -> None:
+    state = start(guarded)._replace(loss=loss_track())
+    after, info = guarded.step(state, loss=np.nan)
+    assert int(info.verdict.alarm) == Alarm.NON_FINITE_LOSS
+    assert int(after.loss.num_steps) == 0
+    after, info = guarded.step(after, loss=3.0)
+    assert int(info.verdict.alarm) == Alarm.CALM
+    assert float(after.loss.slow) == 3.0
+
+
+def test_rolled_back_waits_for_an_explicit_release(guarded: Any) -> None:
+    state, _ = guarded.step(start(guarded), loss=np.nan)
+    for _ in range(300):
+        state, info = guarded.step(state)
+    assert int(state.seeds.stage[0]) == S.ROLLED_BACK
+    state, info = guarded.step(state, [germinate(0, "scale")])
+    assert int(info.outcomes.code[0]) == Code.ILLEGAL_TRANSITION
+    state, info = guarded.step(state, [release(0)])
+    assert int(state.seeds.stage[0]) == S.DORMANT
+    state, info = guarded.step(state, [germinate(0, "scale")])
+    assert int(info.outcomes.code[0]) == Code.DONE
+
+
+def test_the_veto_lasts_its_steps(guarded: Any) -> None:
+    state = start(guarded)
+    told = []
+    for loss in [1.0, np.nan, *[1.0] * (VETO + 1)]:
+        _, info = guarded.step(state, [germinate(1, "scale")], loss=loss)
+        told.append(Code(int(info.outcomes.code[0])))
+        state, info = guarded.step(state, loss=loss)
+    assert told == [Code.DONE, *[Code.VETOED] * VETO, Code.DONE, Code.DONE]
+
+
+def test_a_second_alarm_starts_the_veto_anew(guarded: Any) -> None:
+    state = start(guarded)
+    vetoes = []
+    for loss in [np.nan, 1.0, np.nan, *[1.0] * VETO]:
+        state, info = guarded.step(state, loss=loss)
+        vetoes.append(bool(info.verdict.is_vetoing))
+    assert vetoes == [*[True] * (2 + VETO), False]
+
+
+def test_divergence_rolls_back_after_patience(guarded: Any) -> None:
+    state = start(guarded)
+    alarms = []
+    for loss in [1.0] * 3 + [100.0] * 120:
+        state, info = guarded.step(state, loss=loss)
+        alarms.append(int(info.verdict.alarm))
+        if alarms[-1] != Alarm.CALM:
+            break
+    assert alarms[-1] == Alarm.DIVERGENCE
+    assert 3 + PATIENCE <= len(alarms) < 80
+    assert np.asarray(state.seeds.stage)[[0, 3]].tolist() == [S.ROLLED_BACK] * 2
+    assert bool(info.verdict.should_roll_back)
+    # One alarm, not one a step: counting starts again.
+    _, info = guarded.step(state, loss=100.0)
+    assert int(info.verdict.alarm) == Alarm.CALM
+
+
+def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
+    state = start(guarded)
+    slot = int(state.seeds.slot[3])
+    bank = state.bodies["sequence"]["scale"]
+    jumped = jax.tree.map(lambda leaf: leaf.at[slot - 2].multiply(10.0), bank)
+    bodies = {**state.bodies, "sequence": {**state.bodies["sequence"], "scale": jumped}}
+    after, info = guarded.step(state, bodies=bodies)
+    assert int(info.verdict.alarm) == Alarm.DRIFT
+    assert not bool(info.verdict.should_roll_back)
+    assert np.flatnonzero(np.asarray(info.verdict.is_quarantined)).tolist() == [3]
+    assert int(after.seeds.stage[3]) == S.ROLLED_BACK
+    assert int(after.seeds.stage[0]) == S.GRAFTING
+    assert bool(info.verdict.is_vetoing)
+
+
+def test_a_newborn_may_change_as_much_as_it_likes(guarded: Any) -> None:
+    state = start(guarded)
+    # Seeds 5 and 6 learn but do not act yet; 4 does not learn: what stands there is not taken.
+    bodies = jax.tree.map(jnp.copy, state.bodies)
+    for seed in (4, 5, 6):
+        slot = int(state.seeds.slot[seed])
+        site, first = ("vector", 0) if slot < 2 else ("sequence", 2)
+        bank = jax.tree.map(lambda leaf, i=slot - first: leaf.at[i].set(1e6), bodies[site]["scale"])
+        bodies = {**bodies, site: {**bodies[site], "scale": bank}}
+    after, info = guarded.step(state, bodies=bodies)
+    assert int(info.verdict.alarm) == Alarm.CALM
+    assert not np.isin(np.asarray(after.seeds.stage), [S.ROLLED_BACK]).any()
+
+
+@pytest.mark.parametrize(
+    "broken", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"]
+)
+def test_a_broken_body_is_rolled_back_and_its_parameters_never_stand(
+    guarded: Any, broken: float
+) -> None:
+    state = start(guarded)
+    bodies = jax.tree.map(lambda leaf: jnp.full_like(leaf, broken), state.bodies)
+    after, info = guarded.step(state, bodies=bodies)
+    # Those that learn: 0 and 6 graft, 5 trains, 3 is fine-tuned.
+    assert np.asarray(after.seeds.stage).tolist() == [10, 0, 0, 10, 7, 10, 10]
+    assert np.asarray(info.cause)[[0, 3, 5, 6]].tolist() == [Cause.NON_FINITE] * 4
+    assert np.asarray(after.seeds.error_count).tolist() == [1, 0, 0, 1, 0, 1, 1]
+    for a, b in zip(jax.tree.leaves(after.bodies), jax.tree.leaves(state.bodies), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert not state_faults(guarded.growth, after)
+
+
+# --- the judgement alone -------------------------------------------------------------------------------
+
+
+def judge(governor: Any, losses: Any, track: Any = None) -> list[Alarm]:
+    seeds = ef.lifecycle.seed_state(2)
+
+    def one(carry: Any, loss: Any) -> Any:
+        state, track = carry
+        track, _ = track_loss(track, loss)
+        evidence = Evidence(seeds=seeds, loss=loss, track=track, drift=jnp.zeros((2,)))
+        state, verdict = governor.judge(state, evidence)
+        return (state, track), verdict.alarm
+
+    start = (governor.state, loss_track() if track is None else track)
+    _, alarms = jax.jit(lambda told: jax.lax.scan(one, start, told))(jnp.asarray(losses))
+    return [Alarm(alarm) for alarm in np.asarray(alarms).tolist()]
+
+
+def noisy(level: Any, deviation: float, length: int = 2000) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(size=length).astype(np.float32)
+    return (level + deviation * noise).astype(np.float32)
+
+
+FALLS = np.linspace(1.0, 0.0, 2000, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "losses"),
+    [
+        ("usual", noisy(0.2 + 2.0 * np.exp(-np.arange(2000) / 200), 0.05)),
+        ("negative", noisy(-5.0, 0.3)),
+        ("falling through zero", noisy(4 * FALLS - 2, 0.2)),
+        ("around zero", noisy(0.0, 0.1)),
+        ("to zero", np.exp(-np.arange(2000, dtype=np.float32) / 20)),
+        ("to almost zero, with noise", np.abs(noisy(np.exp(-np.arange(2000) / 50), 1e-4))),
+        ("constant", np.full(2000, 0.7, np.float32)),
+        ("large", noisy(1e6, 1e5)),
+    ],
+)
+def test_no_false_alarm(name: str, losses: np.ndarray) -> None:
+    assert set(judge(standard(), losses)) == {Alarm.CALM}, name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(1.0, 10.0), (-5.0, 20.0), (-0.01, 1.0), (0.0, 1.0), (1e-6, 1e-3)]
+)
+def test_divergence_is_seen_at_every_level(before: float, after: float) -> None:
+    deviation = max(abs(before), 1e-3) * 0.02 if abs(before) > 1e-3 else 1e-5
+    losses = np.concatenate([noisy(before, deviation, 300), noisy(after, deviation, 300)])
+    alarms = judge(standard(), losses)
+    assert set(alarms[:300]) == {Alarm.CALM}
+    assert Alarm.DIVERGENCE in alarms[300:]
+    assert 300 + 20 <= alarms.index(Alarm.DIVERGENCE) < 450
+
+
+def test_a_short_rise_is_forgiven() -> None:
+    losses = noisy(1.0, 0.02, 400)
+    losses[200:210] = 50.0
+    assert set(judge(standard(), losses)) == {Alarm.CALM}
+
+
+def test_lenient_never_interferes() -> None:
+    losses = np.asarray([1.0, np.nan, np.inf, 1e30, *[1e9] * 200], np.float32)
+    assert set(judge(lenient(), losses)) == {Alarm.CALM}
+    made = rig(small_lattice(), rows=1, governor=lenient())
+    state = start(made)
+    after, info = made.step(state, [germinate(1, "scale")], loss=np.nan, reading=silent(7))
+    assert int(info.outcomes.code[0]) == Code.DONE
+    assert not np.isin(np.asarray(after.seeds.stage), [S.ROLLED_BACK]).any()
+    assert not bool(info.verdict.should_roll_back)
+
+
+def test_thresholds_are_state() -> None:
+    governor = standard(max_ratio=3.0)
+    wide = governor._replace(state=governor.state._replace(max_ratio=jnp.float32(1000.0)))
+    losses = np.concatenate([noisy(1.0, 0.02, 300), noisy(10.0, 0.02, 300)])
+    assert set(judge(wide, losses)) == {Alarm.CALM}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_ratio": 1.0}, {"patience": 0}, {"max_drift": 0.0}, {"veto_steps": -1}],
+)
+def test_wrong_thresholds_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="max_ratio > 1, patience >= 1"):
+        standard(**wrong)
+
+
+def test_calm_track_is_what_the_rigs_say() -> None:
+    track, is_spike = track_loss(calm_track(), jnp.float32(1.0))
+    assert not bool(is_spike)
+    assert float(track.slow) == 1.0
