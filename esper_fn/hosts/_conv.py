@@ -40,7 +40,7 @@ def conv(
 ) -> Host:
     """3 x 3 convolutions with relu and 2 x 2 pooling, a dense hidden layer, logits.
 
-    Sites: `conv{k}` on the output of each convolution (an image) and `hidden` on the dense layer's
+    Sites: `conv{k}` on the pooled output of each convolution (an image) and `hidden` on the dense layer's
     (a vector), each with `chunks` seeds or one per channel if those are fewer.
 
     Args:
@@ -54,18 +54,17 @@ def conv(
     sizes = (depth, *channels)
     sites, flops = [], 0
     for k, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
-        positions = height * width
+        flops += 2 * 9 * a * b * height * width
+        height, width = height // 2, width // 2
         sites.append(
             site(
                 f"conv{k}",
                 features=b,
                 chunks=min(chunks, b),
                 topology="image",
-                positions=positions,
+                positions=height * width,
             )
         )
-        flops += 2 * 9 * a * b * positions
-        height, width = height // 2, width // 2
     flat = height * width * sizes[-1]
     flops += 2 * (flat * hidden + hidden * classes)
     sites.append(site("hidden", features=hidden, chunks=min(chunks, hidden)))
@@ -88,7 +87,7 @@ def conv(
     def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
         x = inputs
         for k, layer in enumerate(params["conv"], start=1):
-            x = _halve(seeds.grow(f"conv{k}", jax.nn.relu(_convolve(layer, x))))
+            x = seeds.grow(f"conv{k}", _halve(jax.nn.relu(_convolve(layer, x))))
         x = jax.nn.relu(dense(params["hidden"], x.reshape(x.shape[0], -1)))
         return dense(params["out"], seeds.grow("hidden", x))
 

@@ -1,0 +1,612 @@
+"""Every rule against tables computed by hand; nesting; one conformance test over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drive import NONE, place, rig, strict
+
+import esper_fn as ef
+from esper_fn.commands import Code, Kind, cull, germinate, pause
+from esper_fn.errors import CommandError, UnknownNameError
+from esper_fn.lifecycle import Cause, Stage, loss_track, seed_state
+from esper_fn.policies import (
+    Observation,
+    Proposal,
+    budget,
+    chain,
+    concurrency,
+    cooldown,
+    never,
+    no_proposal,
+    periodic,
+    plateau,
+    quota,
+    random,
+    rule,
+    scripted,
+    strike,
+    until,
+)
+
+
+@lru_cache(maxsize=1)
+def lattice() -> Any:
+    """Seeds 0-2 of `a` (2 features each), 3-4 of `b` (4 each), 5 of the image `c`.
+
+    Slots 0-1, 2-3 are `a`'s `scale` and `rank`, 4-5, 6-7 `b`'s, 8 `c`'s `scale`, 9 its `rank`, 10
+    its `conv`. Parameters: scale 2 F, rank 4 F, conv 4 F.
+    """
+    return ef.lattice(
+        sites=[
+            ef.site("a", features=6, chunks=3),
+            ef.site("b", features=8, chunks=2),
+            ef.site("c", features=2, topology="image", positions=4),
+        ],
+        blueprints={
+            "scale": ef.blueprints.scale_shift(),
+            "rank": ef.blueprints.low_rank(rank=2),
+            "conv": ef.blueprints.depthwise_conv(window=2),
+        },
+        capacity=2,
+    )
+
+
+def observe(
+    step: int = 0,
+    *,
+    stage: Sequence[int] = (0,) * 6,
+    loss: float | None = None,
+    owner: Sequence[int] = (NONE,) * 11,
+    potential: Sequence[float | None] = (None,) * 6,
+    gradient: Sequence[float | None] = (None,) * 6,
+    steps_in_stage: Sequence[int] = (9,) * 6,
+    is_paused: Sequence[bool] = (False,) * 6,
+) -> Observation:
+    """What a policy sees; `None` is not measured."""
+
+    def known(values: Sequence[float | None]) -> tuple[jax.Array, jax.Array]:
+        value = jnp.asarray([0.0 if v is None else v for v in values], jnp.float32)
+        return value, jnp.asarray([0 if v is None else 3 for v in values], jnp.int32)
+
+    seeds = seed_state(6)
+    surveyed, num_potentials = known(potential)
+    norm, num_steps = known(gradient)
+    track = loss_track()
+    if loss is not None:
+        track = track._replace(slow=jnp.float32(loss), num_steps=jnp.int32(100))
+    return Observation(
+        step=jnp.int32(step),
+        seeds=seeds._replace(
+            stage=jnp.asarray(stage, jnp.int8),
+            steps_in_stage=jnp.asarray(steps_in_stage, jnp.int32),
+            is_paused=jnp.asarray(is_paused),
+            potential=surveyed,
+            num_potentials=num_potentials,
+            telemetry=seeds.telemetry._replace(gradient_norm=norm, num_steps=num_steps),
+        ),
+        owner=jnp.asarray(owner, jnp.int32),
+        loss=track,
+    )
+
+
+class Player:
+    """A policy with its state, asked step by step."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.state = policy.init(lattice())
+        self.decide = jax.jit(lambda *args: policy.decide(lattice(), *args))
+        self.key = jax.random.key(0)
+
+    def ask(self, seen: Observation, proposal: Proposal | None = None) -> Proposal:
+        self.key, key = jax.random.split(self.key)
+        given = no_proposal(6) if proposal is None else proposal
+        self.state, told = self.decide(self.state, seen, given, key)
+        return told
+
+
+def asked(told: Proposal) -> list[int]:
+    return np.flatnonzero(np.asarray(told.kind) == Kind.GERMINATE).tolist()
+
+
+def wish(
+    *seeds: int, priority: Sequence[float] | None = None, blueprint: Sequence[int] | int = 0
+) -> Proposal:
+    """Germinations that some rule before has asked."""
+    index = jnp.asarray(seeds, jnp.int32)
+    urgency = [0.0] * len(seeds) if priority is None else priority
+    blueprints = np.broadcast_to(np.asarray(blueprint), (len(seeds),))
+    none = no_proposal(6)
+    return none._replace(
+        kind=none.kind.at[index].set(jnp.int8(Kind.GERMINATE)),
+        blueprint=none.blueprint.at[index].set(jnp.asarray(blueprints, jnp.int8)),
+        priority=none.priority.at[index].set(jnp.asarray(urgency, jnp.float32)),
+        asked_by=none.asked_by.at[index].set(jnp.int8(0)),
+    )
+
+
+ALL = (0.1, 0.6, 0.3, 0.5, 0.2, 0.4)
+
+
+# --- rules that ask -----------------------------------------------------------------------------------
+
+
+def test_the_lattice_is_the_one_written_here() -> None:
+    told = lattice()
+    assert (told.num_seeds, told.num_slots) == (6, 11)
+    assert told.tables.costs.tolist() == [[4, 8, 0], [8, 16, 0], [4, 8, 8]]
+    assert told.tables.slot_pool_start.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 9, 10]
+
+
+def test_never_asks_nothing() -> None:
+    told = Player(never()).ask(observe(potential=ALL, loss=1.0))
+    assert asked(told) == []
+
+
+def test_periodic_asks_when_it_is_due_and_for_the_best() -> None:
+    player = Player(periodic(every=3, start=2))
+    told = {step: asked(player.ask(observe(step, potential=ALL))) for step in range(9)}
+    assert {step: seeds for step, seeds in told.items() if seeds} == {2: [1], 5: [1], 8: [1]}
+
+
+@pytest.mark.parametrize(
+    ("why", "seen", "expected"),
+    [
+        ("the best", {}, 1),
+        ("the first of equals", {"potential": (0.5,) * 6}, 0),
+        ("only measured ones", {"potential": (None, None, 0.0, None, None, None)}, 2),
+        ("a potential of zero counts", {"potential": (None, 0.0, None, -1.0, None, None)}, 1),
+        ("only dormant ones", {"stage": (0, 2, 0, 8, 0, 10)}, 2),
+        ("only where there is room", {"owner": (0, 2, *[NONE] * 9)}, 3),
+        ("of this blueprint", {"owner": (NONE, NONE, 0, 2, *[NONE] * 7)}, 1),
+    ],
+)
+def test_periodic_chooses(why: str, seen: dict[str, Any], expected: int) -> None:
+    told = Player(periodic(every=1)).ask(observe(**{"potential": ALL, **seen}))
+    assert asked(told) == [expected], why
+    assert int(told.blueprint[expected]) == 0
+    assert int(told.graft[expected]) == NONE
+
+
+def test_nothing_is_asked_where_nothing_is_measured() -> None:
+    for score in ("potential", "gradient"):
+        assert asked(Player(periodic(every=1, score=score)).ask(observe())) == []
+    assert len(asked(Player(periodic(every=1, score="random")).ask(observe()))) == 1
+
+
+def test_periodic_by_gradient() -> None:
+    gradient = (None, 0.1, 0.2, None, 0.9, None)
+    player = Player(periodic(every=1, score="gradient", count=2))
+    assert asked(player.ask(observe(gradient=gradient, potential=ALL))) == [2, 4]
+
+
+def test_periodic_by_blueprint() -> None:
+    told = Player(periodic(every=1, blueprint="conv", count=6)).ask(observe(potential=ALL))
+    assert asked(told) == [5]
+    assert int(told.blueprint[5]) == 2
+    with pytest.raises(UnknownNameError, match="'rope'"):
+        Player(periodic(every=1, blueprint="rope")).ask(observe(potential=ALL))
+
+
+def test_of_each_pool_no_more_is_asked_than_it_has_room_for() -> None:
+    player = Player(periodic(every=1, count=6))
+    # `a` has 2 slots for its 3 seeds: the two with the largest potential get them.
+    told = player.ask(observe(potential=ALL))
+    assert asked(told) == [1, 2, 3, 4, 5]
+    assert told.priority.tolist() == pytest.approx([0.0, 0.6, 0.3, 0.5, 0.2, 0.4])
+    one_left = observe(potential=ALL, owner=(NONE, 1, *[NONE] * 9), stage=(0, 2, 0, 0, 0, 0))
+    assert asked(player.ask(one_left)) == [2, 3, 4, 5]
+
+
+def test_a_rule_does_not_touch_what_is_asked_already() -> None:
+    told = Player(periodic(every=1)).ask(observe(potential=ALL), wish(1, blueprint=1))
+    assert asked(told) == [1, 3]
+    assert told.blueprint.tolist()[:4] == [NONE, 1, NONE, 0]
+
+
+def test_random_draws_every_place() -> None:
+    player = Player(random(every=1))
+    assert player.policy.rules == ("random",)
+    drawn = [asked(player.ask(observe(step))) for step in range(200)]
+    assert all(len(seeds) == 1 for seeds in drawn)
+    counts = np.bincount([seeds[0] for seeds in drawn], minlength=6)
+    assert counts.min() >= 15
+    again = Player(random(every=1))
+    assert [asked(again.ask(observe(step))) for step in range(20)] == drawn[:20]
+
+
+def test_plateau_asks_after_patience() -> None:
+    player = Player(plateau(patience=3, min_gain=0.1))
+    # A fall counts when it is a tenth of the loss below the best.
+    table = [
+        (0, 10.0, []),  # the first loss is a fall
+        (1, 9.5, []),
+        (2, 9.4, []),
+        (3, 9.2, [1]),  # three steps without a fall: 9.2 is not below 10 - 0.92
+        (4, 9.0, []),  # it is now
+        (5, 9.0, []),
+        (6, 9.0, []),
+        (7, 9.0, [1]),
+        (8, 9.0, [1]),  # on every step...
+    ]
+    for step, loss, expected in table:
+        assert asked(player.ask(observe(step, loss=loss, potential=ALL))) == expected, step
+    # ...until something germinates; then patience starts anew.
+    born = observe(
+        9, loss=9.0, potential=ALL, stage=(0, 1, 0, 0, 0, 0), steps_in_stage=(0,) * 6
+    )
+    told = [asked(player.ask(born))]
+    for step in range(10, 13):
+        told.append(asked(player.ask(observe(step, loss=9.0, potential=ALL))))
+    assert told == [[], [], [], [1]]
+
+
+def test_plateau_of_a_negative_loss() -> None:
+    player = Player(plateau(patience=2, min_gain=0.1))
+    losses = [-1.0, -1.05, -1.06, -1.2, -1.2, -1.2]
+    told = [
+        asked(player.ask(observe(step, loss=loss, potential=ALL)))
+        for step, loss in enumerate(losses)
+    ]
+    assert told == [[], [], [1], [], [], [1]]
+
+
+def test_plateau_without_any_loss_has_patience_too() -> None:
+    player = Player(plateau(patience=2))
+    told = [asked(player.ask(observe(step, potential=ALL))) for step in range(4)]
+    assert told == [[], [], [1], [1]]
+
+
+def test_a_paused_newborn_does_not_hold_the_plateau_up() -> None:
+    player = Player(plateau(patience=2))
+    seen = {
+        "loss": 1.0,
+        "potential": ALL,
+        "stage": (1, 0, 0, 0, 0, 0),
+        "steps_in_stage": (0,) * 6,
+        "is_paused": (True, *[False] * 5),
+    }
+    told = [asked(player.ask(observe(step, **seen))) for step in range(4)]
+    assert told == [[], [], [1], [1]]
+
+
+def test_scripted_asks_what_is_written_when_it_is_written() -> None:
+    events = [
+        (1, germinate(4, "rank", "slow")),
+        (1, germinate(0, "scale")),
+        (3, cull(4)),
+        (3, pause(0)),
+    ]
+    player = Player(scripted(events, grafts=("fast", "slow")))
+    told = [player.ask(observe(step)) for step in range(5)]
+    kinds = [np.asarray(proposal.kind).tolist() for proposal in told]
+    G, T, P = Kind.GERMINATE, Kind.TRANSITION, Kind.PAUSE
+    idle = [0] * 6
+    assert kinds == [idle, [G, 0, 0, 0, G, 0], idle, [P, 0, 0, 0, T, 0], idle]
+    assert (int(told[1].blueprint[4]), int(told[1].graft[4])) == (1, 1)
+    assert (int(told[1].blueprint[0]), int(told[1].graft[0])) == (0, NONE)
+    assert int(told[3].target[4]) == Stage.CULLED
+    assert told[3].asked_by.tolist() == [0, NONE, NONE, NONE, 0, NONE]
+    assert asked(Player(scripted([])).ask(observe())) == []
+
+
+def test_scripts_that_cannot_be_played_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[\(1, 0\)\]"):
+        scripted([(1, cull(0)), (2, cull(0)), (1, pause(0))])
+    with pytest.raises(UnknownNameError, match="'slow'"):
+        scripted([(0, germinate(0, "scale", "slow"))], grafts=("fast",)).init(lattice())
+    with pytest.raises(UnknownNameError, match="'rope'"):
+        scripted([(0, germinate(0, "rope"))]).init(lattice())
+    for seed in (-1, 6):
+        with pytest.raises(CommandError, match=f"seed {seed}"):
+            scripted([(0, cull(seed))]).init(lattice())
+
+
+# --- rules that hold back -----------------------------------------------------------------------------
+
+
+def test_concurrency_counts_every_stage_on_its_way() -> None:
+    player = Player(concurrency(2))
+    for stage in range(11):
+        seen = observe(stage=(stage, 0, 0, 0, 0, 0))
+        room = 1 if 1 <= stage <= 6 else 2
+        assert len(asked(player.ask(seen, wish(1, 2, 3)))) == room, stage
+    full = observe(stage=(2, 3, 6, 0, 0, 0))
+    assert asked(player.ask(full, wish(3, 4, 5))) == []
+
+
+def test_concurrency_keeps_the_most_urgent() -> None:
+    player = Player(concurrency(2))
+    assert asked(player.ask(observe(), wish(0, 2, 4, 5, priority=(0.1, 0.9, 0.5, 0.5)))) == [2, 4]
+    assert asked(player.ask(observe(), wish(0, 1, 5, priority=(-3.0, -2.0, -1.0)))) == [1, 5]
+
+
+def test_limits_let_other_requests_pass() -> None:
+    other = wish(0, 1)
+    other = other._replace(kind=other.kind.at[1].set(jnp.int8(Kind.TRANSITION)))
+    for policy in (concurrency(1), budget(0), cooldown(5), quota(0), until(0)):
+        player = Player(policy)
+        player.ask(observe(0), wish(3))
+        busy = observe(1, stage=(0, 2, 2, 0, 0, 0))
+        told = player.ask(busy, other)
+        assert told.kind.tolist() == [0, Kind.TRANSITION, 0, 0, 0, 0], policy.rules
+
+
+@pytest.mark.parametrize(
+    ("limit", "owner", "wished", "expected"),
+    [
+        # Prices: scale 4 in `a`, 8 in `b`; rank 8 in `a`, 16 in `b`; conv 8 in `c`.
+        (0, {}, wish(0), []),
+        (4, {}, wish(0), [0]),
+        (11, {}, wish(0, 3), [0]),
+        (12, {}, wish(0, 3), [0, 3]),
+        (8, {}, wish(0, 3, priority=(0.0, 1.0)), [3]),
+        (24, {}, wish(1, 4, blueprint=1), [1, 4]),
+        (23, {}, wish(1, 4, blueprint=1), [1]),
+        (8, {}, wish(5, blueprint=2), [5]),
+        # Living bodies count: slot 6 holds a rank in `b` (16), slot 0 a scale in `a` (4).
+        (23, {6: 3, 0: 0}, wish(1), []),
+        (24, {6: 3, 0: 0}, wish(1), [1]),
+        # What comes after one that is too dear waits, even if it is cheap.
+        (4, {}, wish(0, 3, priority=(0.0, 1.0)), []),
+    ],
+)
+def test_budget_counts_parameters(
+    limit: int, owner: dict[int, int], wished: Proposal, expected: list[int]
+) -> None:
+    held = [owner.get(slot, NONE) for slot in range(11)]
+    assert asked(Player(budget(limit)).ask(observe(owner=held), wished)) == expected
+
+
+def test_cooldown_table() -> None:
+    player = Player(cooldown(3))
+    wishes = [True, True, True, True, False, False, False, True, True]
+    told = [
+        len(asked(player.ask(observe(step), wish(0, 1) if is_wished else None)))
+        for step, is_wished in enumerate(wishes)
+    ]
+    # All that is asked in one step passes together.
+    assert told == [2, 0, 0, 2, 0, 0, 0, 2, 0]
+
+
+def test_a_cooldown_of_nothing_lets_all_pass() -> None:
+    player = Player(cooldown(0))
+    assert [len(asked(player.ask(observe(step), wish(0)))) for step in range(3)] == [1, 1, 1]
+
+
+def test_quota_counts_what_passes() -> None:
+    player = Player(quota(3))
+    told = []
+    for step, wished in enumerate([wish(0, 1), None, wish(2, 3, priority=(0.1, 0.2)), wish(4)]):
+        told.append(asked(player.ask(observe(step), wished)))
+    assert told == [[0, 1], [], [3], []]
+    assert int(player.state.left) == 0
+
+
+def test_until_ends_germination() -> None:
+    player = Player(until(2))
+    assert [asked(player.ask(observe(step), wish(0))) for step in range(4)] == [[0], [0], [], []]
+
+
+def test_numbers_of_rules_are_state() -> None:
+    player = Player(concurrency(1))
+    player.state = player.state._replace(limit=jnp.int32(4))
+    assert len(asked(player.ask(observe(), wish(0, 1, 2)))) == 3
+    assert player.decide._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: periodic(every=0),
+        lambda: periodic(every=1, count=0),
+        lambda: periodic(every=1, score="luck"),  # type: ignore[arg-type]
+        lambda: plateau(patience=0),
+        lambda: concurrency(0),
+        lambda: budget(-1),
+        lambda: cooldown(-1),
+        lambda: quota(-1),
+        lambda: chain(*[never()] * 128),
+    ],
+)
+def test_wrong_numbers_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"got|must"):
+        wrong()
+
+
+# --- nesting and the decision log ---------------------------------------------------------------------
+
+
+def test_chain_notes_who_asked_and_who_refused() -> None:
+    policy = chain(periodic(every=2, count=3), concurrency(2), cooldown(3))
+    assert policy.rules == ("periodic", "concurrency", "cooldown")
+    player = Player(policy)
+    first = player.ask(observe(0, potential=ALL))
+    assert asked(first) == [1, 3]
+    assert first.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
+    assert first.vetoed_by.tolist() == [NONE, NONE, NONE, NONE, NONE, 1]
+    second = player.ask(observe(2, potential=ALL))
+    assert asked(second) == []
+    assert second.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
+    assert second.vetoed_by.tolist() == [NONE, 2, NONE, 2, NONE, 1]
+
+
+def test_nesting_changes_neither_decision_nor_log() -> None:
+    def rules() -> list[Any]:
+        return [
+            scripted([(0, cull(2)), (1, germinate(2, "rank"))]),
+            periodic(every=1, count=4),
+            concurrency(3),
+            cooldown(2),
+            periodic(every=2, count=1, name="again"),
+            until(3),
+        ]
+
+    a, b, c, d, e, f = rules()
+    arrangements = [
+        chain(*rules()),
+        chain(chain(a, b), chain(c, d), chain(e, f)),
+        chain(chain(chain(chain(chain(a), b), c), d), chain(e), f),
+        chain(a, chain(b, chain(c, chain(d, chain(e, chain(f)))))),
+    ]
+    logs = []
+    for policy in arrangements:
+        assert policy.rules == arrangements[0].rules
+        player = Player(policy)
+        logs.append([player.ask(observe(step, potential=ALL)) for step in range(5)])
+    for log in logs[1:]:
+        for one, other in zip(logs[0], log, strict=True):
+            for name, column in one._asdict().items():
+                np.testing.assert_array_equal(column, getattr(other, name), name)
+    assert any((np.asarray(told.vetoed_by) >= 2).any() for told in logs[0])
+
+
+def test_a_later_rule_that_asks_anew_lifts_the_veto() -> None:
+    policy = chain(periodic(every=1), quota(0), periodic(every=1, blueprint="rank", name="again"))
+    told = Player(policy).ask(observe(potential=ALL))
+    assert asked(told) == [1]
+    assert (int(told.asked_by[1]), int(told.vetoed_by[1])) == (2, NONE)
+    assert int(told.blueprint[1]) == 1
+
+
+def test_a_rule_that_overwrites_a_request_has_asked_it() -> None:
+    policy = chain(periodic(every=1), scripted([(0, germinate(1, "rank"))]))
+    told = Player(policy).ask(observe(potential=ALL))
+    assert (int(told.asked_by[1]), int(told.blueprint[1])) == (1, 1)
+
+
+def test_what_was_struck_leaves_nothing_behind() -> None:
+    policy = chain(
+        scripted([(0, germinate(1, "rank", "slow"))], grafts=("fast", "slow")),
+        quota(0),
+        periodic(every=1),
+    )
+    told = Player(policy).ask(observe(potential=ALL))
+    assert (int(told.blueprint[1]), int(told.graft[1])) == (0, NONE)
+
+
+def test_an_own_rule_nests_like_the_others() -> None:
+    def decide(lattice: Any, state: Any, seen: Any, proposal: Any, key: Any) -> Any:
+        del lattice, seen, key
+        odd = jnp.arange(6) % 2 == 1
+        return state + 1, strike(proposal, odd)
+
+    policy = chain(periodic(every=1, count=6), rule("even", lambda lattice: jnp.int32(0), decide))
+    player = Player(policy)
+    told = player.ask(observe(potential=ALL))
+    assert asked(told) == [2, 4]
+    assert told.vetoed_by.tolist() == [NONE, 1, NONE, 1, NONE, 1]
+    assert int(player.state[1]) == 1
+
+
+def test_an_empty_chain_is_never() -> None:
+    told = Player(chain()).ask(observe(potential=ALL), wish(1))
+    assert asked(told) == [1]
+
+
+def test_a_decision_in_a_run_can_be_explained() -> None:
+    policy = chain(
+        chain(periodic(every=1, count=2), concurrency(3)), scripted([(1, cull(5))]), cooldown(3)
+    )
+    with strict():
+        made = rig(lattice(), rows=1, policy=policy)
+    state = place(made.growth, made.fresh(), [0] * 6, potential=ALL, num_potentials=1)
+    names = made.growth.policy.rules
+    assert names == ("periodic", "concurrency", "scripted", "cooldown")
+    told = []
+    for _ in range(3):
+        state, info = made.step(state)
+        columns = (info.asked_by, info.vetoed_by, info.request_code, info.cause)
+        told.append(
+            {
+                seed: (names[asker], names[refuser] if refuser >= 0 else None, code, cause)
+                for seed, (asker, refuser, code, cause) in enumerate(
+                    zip(*(np.asarray(column).tolist() for column in columns), strict=True)
+                )
+                if asker >= 0
+            }
+        )
+    done, silence = (Code.DONE, Cause.POLICY), (Code.NOT_ASKED, Cause.NONE)
+    assert told == [
+        {1: ("periodic", None, *done), 3: ("periodic", None, *done)},
+        # Two are on their way, so one of the next two is too many; a script overwrites the other.
+        {
+            5: ("scripted", None, Code.ILLEGAL_TRANSITION, Cause.NONE),
+            2: ("periodic", "concurrency", *silence),
+        },
+        {5: ("periodic", "cooldown", *silence), 2: ("periodic", "concurrency", *silence)},
+    ]
+
+
+# --- conformance ----------------------------------------------------------------------------------------
+
+POLICIES = {
+    "never": never,
+    "periodic": lambda: periodic(every=2, count=2),
+    "periodic_gradient": lambda: periodic(every=2, score="gradient"),
+    "random": lambda: random(every=1),
+    "plateau": lambda: plateau(patience=2),
+    "scripted": lambda: scripted([(1, germinate(0, "scale")), (2, cull(1))]),
+    "scripted_empty": lambda: scripted([]),
+    "budget": lambda: budget(10),
+    "concurrency": lambda: concurrency(1),
+    "cooldown": lambda: cooldown(2),
+    "quota": lambda: quota(1),
+    "until": lambda: until(3),
+    "chain_empty": chain,
+    "chain": lambda: chain(random(every=1), chain(plateau(patience=1), budget(9)), cooldown(2)),
+}
+
+
+def test_every_policy_is_in_the_matrix() -> None:
+    told = {name for name in ef.policies.__all__ if name[0].islower()}
+    helpers = {"no_proposal", "rule", "strike"}
+    assert told - helpers <= {name.split("_")[0] for name in POLICIES}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_run_in_scan_and_vmap(name: str) -> None:
+    policy = POLICIES[name]()
+    assert isinstance(policy.rules, tuple)
+    state = policy.init(lattice())
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    seen = observe(potential=ALL, gradient=ALL, loss=1.0)
+
+    def one(state: Any, now: Any) -> Any:
+        step, key = now
+        state, told = policy.decide(
+            lattice(), state, seen._replace(step=step), wish(0, 3), key
+        )
+        return state, told
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    steps = jnp.arange(4, dtype=jnp.int32)
+    # `scan` refuses a state whose structure, shapes or dtypes change.
+    _, told = jax.jit(lambda: jax.lax.scan(one, state, (steps, keys)))()
+    shapes = jax.eval_shape(lambda: no_proposal(6))
+    assert jax.tree.map(lambda x: ((4, *x.shape), x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), told
+    )
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), state)
+    _, mapped = jax.jit(jax.vmap(lambda s, now: one(s, now)))(many, (steps * 0, keys))
+    for row in jax.tree.leaves(mapped):
+        assert row.shape[0] == 4
+    for index in (told.asked_by, told.vetoed_by):
+        assert ((np.asarray(index) >= NONE) & (np.asarray(index) < max(len(policy.rules), 1))).all()
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if "scripted" not in name])
+def test_policies_ask_only_of_seeds_that_can(name: str) -> None:
+    """Nothing that a rule asks of itself is refused by the table; a script asks what is written."""
+    player = Player(POLICIES[name]())
+    stage = (1, 0, 2, 7, 8, 10)
+    for step in range(4):
+        told = player.ask(observe(step, stage=stage, potential=ALL, gradient=ALL, loss=1.0))
+        assert set(asked(told)) <= {1}
