@@ -37,8 +37,7 @@ if TYPE_CHECKING:
         rollback,
         runtime,
     )
-    from esper_fn._ambient import using
-    from esper_fn._discover import discover
+    from esper_fn._ambient import discover, using
     from esper_fn._growth import Growth, GrowthState, Info, SurveyInfo, growth
     from esper_fn._lattice import BareSeeds, Lattice, Reading, Seeds, Site, lattice, site, span
     from esper_fn.lifecycle import Seed, SeedState, Stage
@@ -74,7 +73,7 @@ _NAMES = {
     "Site": "_lattice",
     "Stage": "lifecycle",
     "SurveyInfo": "_growth",
-    "discover": "_discover",
+    "discover": "_ambient",
     "using": "_ambient",
     "growth": "_growth",
     "lattice": "_lattice",

@@ -1,16 +1,35 @@
-"""The seeds in scope, for modules whose call takes only an activation."""
+"""The seeds in scope, for modules whose call takes only an activation, and finding their sites."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-from esper_fn._discover import Discovery
+import jax
+
 from esper_fn._lattice import BareSeeds, Seeds, Site
 from esper_fn._typing import Array
 from esper_fn.base import Topology
 from esper_fn.errors import LatticeError
+
+
+class Discovery:
+    """Stands in for `Seeds` while the sites of a model are looked for."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+
+    def declare(self, site: Site) -> None:
+        """Notes a site; the same one may be reached several times."""
+        known = self.sites.setdefault(site.name, site)
+        if known != site:
+            raise LatticeError(
+                f"site {site.name!r} is declared twice, as {known} and as {site}; "
+                "give the two places different names"
+            )
+
 
 AnySeeds = Seeds | BareSeeds | Discovery
 
@@ -31,6 +50,31 @@ def using(seeds: AnySeeds) -> Iterator[None]:
         _SEEDS.reset(token)
 
 
+def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+    """The sites that `linen.Grow` and `nnx.Grow` modules declare, in the order of their calls.
+
+    Args:
+      run: calls the model once, e.g. `lambda x: model(x)`; nothing is computed.
+      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: its keyword arguments.
+
+    Raises:
+      LatticeError: no site, or two different ones of the same name.
+    """
+    found = Discovery()
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with using(found):
+            return run(*args, **kwargs)
+
+    jax.eval_shape(traced, *args, **kwargs)
+    if not found.sites:
+        raise LatticeError(
+            "the model has no site; put `linen.Grow(...)` or `nnx.Grow(...)` after a layer"
+        )
+    return tuple(found.sites.values())
+
+
 def grow_here(
     site: str,
     x: Array,
@@ -43,8 +87,8 @@ def grow_here(
     found = _SEEDS.get() if seeds is None else seeds
     if found is None:
         raise LatticeError(
-            f"site {site!r}: no seeds in scope; put `with ef.using(seeds):` around the model's call "
-            "in the loss function, or pass seeds= (`ef.BareSeeds()` for the plain host)"
+            f"site {site!r}: no seeds in scope; put `with ef.using(seeds):` around the model's "
+            "call in the loss function, or pass seeds= (`ef.BareSeeds()` for the plain host)"
         )
     if isinstance(found, Discovery):
         found.declare(_declared(site, x, source, chunks, topology))
@@ -52,9 +96,7 @@ def grow_here(
     return found.grow(site, x, source=source)
 
 
-def _declared(
-    name: str, x: Array, source: Array | None, chunks: int, topology: Topology
-) -> Site:
+def _declared(name: str, x: Array, source: Array | None, chunks: int, topology: Topology) -> Site:
     return Site(
         name=name,
         features=x.shape[-1],

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
-from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key, Params, Scalar
-from esper_fn.commands import Command, Commands, Outcomes, no_commands, pack
-from esper_fn.errors import LatticeError
 from esper_fn._lattice import (
     Lattice,
     Reading,
@@ -31,6 +28,9 @@ from esper_fn._lattice import (
     zero_probes,
     zero_taps,
 )
+from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key, Params, Scalar
+from esper_fn.commands import Command, Commands, Outcomes, no_commands, pack
+from esper_fn.errors import LatticeError
 from esper_fn.lifecycle import NONE, OWNS_BODY, Gate, Move, SeedState, Stage, is_in
 from esper_fn.optim import Slots
 
@@ -144,8 +144,7 @@ class Growth:
         learns = per_slot_tree(self.lattice, slot_gains(state.seeds, state.owner)[:, 1] != 0)
         return {
             site: {
-                name: Slots(is_born=born[site][name], learns=learns[site][name])
-                for name in at_site
+                name: Slots(is_born=at_site[name], learns=learns[site][name]) for name in at_site
             }
             for site, at_site in born.items()
         }
@@ -585,8 +584,8 @@ def growth(
     for one in grafts:
         if float(one.max_step) * longest < 1 - grafting.ROUNDING:
             raise ValueError(
-                f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but every "
-                f"seed is culled after max_steps[GRAFTING] = {longest}; give it fewer num_steps, or "
+                f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but "
+                f"every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
     if max_ablations < 1:

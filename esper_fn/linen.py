@@ -9,7 +9,7 @@ from esper_fn._typing import Array
 from esper_fn.base import Topology
 
 
-class Grow(nn.Module):
+class Grow(nn.Module):  # type: ignore[misc]  # Flax is untyped here
     """`x = Grow("hidden", chunks=8)(x)`: a place where networks can grow.
 
     It has no parameters of its own: bodies live in the growth's state. Which seeds it uses is said

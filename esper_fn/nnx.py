@@ -9,7 +9,7 @@ from esper_fn._typing import Array
 from esper_fn.base import Topology
 
 
-class Grow(nnx.Module):
+class Grow(nnx.Module):  # type: ignore[misc]  # Flax is untyped here
     """`nnx.Sequential(nnx.Linear(...), nnx.relu, Grow("hidden", chunks=8), ...)`.
 
     It has no parameters of its own: bodies live in the growth's state. Which seeds it uses is said

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from esper_fn._typing import Array, Bodies, Bool, Params
 from esper_fn._lattice import select_slots
+from esper_fn._typing import Array, Bodies, Bool, Params
 
 
 class Slots(NamedTuple):
@@ -117,6 +117,6 @@ def _update_bank(
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
     state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
-    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p))(gradients, state, bank)
+    updates, moved = jax.vmap(of_body.update)(gradients, state, bank)
     still = jax.tree.map(jnp.zeros_like, updates)
     return choose(slots.learns, updates, still), choose(slots.learns, moved, state)

@@ -114,9 +114,7 @@ def guard(
 
     def go_on() -> tuple[Snapshot, Bool[Array, "Q"], Anchor]:
         is_due = (held.age + 1 >= held.every) & (verdict.alarm == Alarm.CALM)
-        aged = held._replace(
-            is_born_since=born_since, is_born_newer=born_newer, age=held.age + 1
-        )
+        aged = held._replace(is_born_since=born_since, is_born_newer=born_newer, age=held.age + 1)
         renewed = Anchor(
             older=held.newer,
             newer=now,

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._lattice._site import Site
 from esper_fn._typing import Array, Bodies, DType, Int32, Key
 from esper_fn.base import Blueprint, Cost
 from esper_fn.errors import LatticeError, UnknownNameError
-from esper_fn._lattice._site import Site
 
 
 class Bank(NamedTuple):

@@ -34,7 +34,9 @@ def zero_moments(source: Chunking, target: Chunking) -> Moments:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def probe(chunkings: tuple[Chunking, Chunking], source: Array, target: Array, tap: Moments) -> Array:
+def probe(
+    chunkings: tuple[Chunking, Chunking], source: Array, target: Array, tap: Moments
+) -> Array:
     """The identity on `target`, whose tap receives the moments of `source` and of the gradient."""
     del source, tap
     return target

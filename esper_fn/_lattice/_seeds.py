@@ -140,7 +140,7 @@ class Seeds:
     def layer(self, name: str, index: int) -> Seeds:
         """One layer of a site with layers, for a stack written as a Python loop."""
         stacked = self.layers(name)
-        return jax.tree.map(lambda leaf: leaf[index], stacked)  # type: ignore[no-any-return]
+        return jax.tree.map(lambda leaf: leaf[index], stacked)
 
     def _only(self, index: int, view: SiteView) -> Seeds:
         layout = Layout(
@@ -204,4 +204,3 @@ class BareSeeds:
         """Itself."""
         del name, index
         return self
-

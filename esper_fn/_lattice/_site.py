@@ -66,9 +66,8 @@ class Site:
         if not self.name or not isinstance(self.name, str):
             raise LatticeError(f"a site needs a non-empty name, got {self.name!r}")
         sizes = {"features": self.features, "chunks": self.chunks, "positions": self.positions}
-        for field, optional in (("source_features", self.source_features), ("layers", self.layers)):
-            if optional is not None:
-                sizes[field] = optional
+        optional = {"source_features": self.source_features, "layers": self.layers}
+        sizes |= {field: value for field, value in optional.items() if value is not None}
         for field, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LatticeError(

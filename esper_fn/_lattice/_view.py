@@ -133,4 +133,3 @@ def per_slot_tree(lattice: Lattice, values: Array) -> Mapping[str, Mapping[str, 
         site, name = lattice.sites[bank.site].name, lattice.names[bank.blueprint]
         tree[site][name] = values[bank.start : bank.start + bank.num_slots]
     return tree
-

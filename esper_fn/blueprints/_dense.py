@@ -31,7 +31,9 @@ def noop() -> Blueprint:
         del params, spec, mask
         return jnp.zeros_like(x)
 
-    return Blueprint("noop", init, apply, lambda spec, positions: Cost(0, 0), TOPOLOGIES, can_span=False)
+    return Blueprint(
+        "noop", init, apply, lambda spec, positions: Cost(0, 0), TOPOLOGIES, can_span=False
+    )
 
 
 def scale_shift() -> Blueprint:

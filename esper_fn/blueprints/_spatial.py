@@ -1,4 +1,4 @@
-"""Blueprints that mix positions. On a sequence each of them is causal: no output reads the future."""
+"""Blueprints that mix positions. On a sequence each is causal: no output reads the future."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def squeeze_excite(width: int = 4) -> Blueprint:
         gates = positions if spec.topology == "sequence" else 1
         return Cost(parameters=weights, flops=2 * weights * gates + 3 * spec.inputs * positions)
 
-    return Blueprint(
-        "squeeze_excite", init, apply, cost, ("sequence", "image"), can_span=False
-    )
+    return Blueprint("squeeze_excite", init, apply, cost, ("sequence", "image"), can_span=False)
 
 
 def depthwise_conv(window: int = 3) -> Blueprint:
@@ -117,9 +115,7 @@ def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
         down_key, conv_key = jax.random.split(key)
         return {
             "down": lecun_normal(down_key, (spec.inputs, width), dtype),
-            "kernel": lecun_normal(
-                conv_key, (window,) * _num_axes(spec) + (width, width), dtype
-            ),
+            "kernel": lecun_normal(conv_key, (window,) * _num_axes(spec) + (width, width), dtype),
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from esper_fn._version import __version__
 from esper_fn.errors import EsperError
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _count(least: int) -> object:
+def _count(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -63,10 +63,14 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     # Names are checked against the registries below, which cost an import of JAX.
     grow.add_argument("--data", default="digits", metavar="NAME", help="data set (digits)")
     grow.add_argument("--data-folder", metavar="DIR", help="where its files lie ($ESPER_DATA)")
-    grow.add_argument("--steps", type=_count(40), metavar="N", help="training steps of each arm")  # type: ignore[arg-type]
-    grow.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of weights and order")  # type: ignore[arg-type]
+    grow.add_argument("--steps", type=_count(40), metavar="N", help="training steps of each arm")
+    grow.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of weights and order")
     grow.add_argument(
-        "--repeat", type=_count(1), default=1, metavar="N", help="runs, with seeds from --seed on"  # type: ignore[arg-type]
+        "--repeat",
+        type=_count(1),
+        default=1,
+        metavar="N",
+        help="runs, with seeds from --seed on",
     )
     grow.add_argument("--policy", default="periodic", metavar="NAME", help="who asks for growth")
     grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")

@@ -25,7 +25,6 @@ from esper_fn.lifecycle import Stage
 
 SURVEY_EVERY = 25
 EVAL_ROWS = 256
-SURVEY_EXAMPLES = 256
 
 
 class Progress(NamedTuple):
@@ -87,7 +86,9 @@ def evaluator(host: Host, inputs: np.ndarray, targets: np.ndarray) -> Callable[.
             logits = host.apply(params, seeds, inputs)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-            per_example = weight.reshape(-1, *(1,) * (targets.ndim - 1)) / np.prod(targets.shape[1:])
+            per_example = weight.reshape(-1, *(1,) * (targets.ndim - 1)) / np.prod(
+                targets.shape[1:]
+            )
             return jnp.sum(right * per_example), jnp.sum(losses * per_example)
 
         hits, lost = jax.lax.map(one, pieces)
@@ -98,7 +99,7 @@ def evaluator(host: Host, inputs: np.ndarray, targets: np.ndarray) -> Callable[.
 
 @dataclass(slots=True)
 class Comparison:
-    """A job made ready: compiled once, run with as many seeds as wanted. Make one with `prepare`."""
+    """A job made ready: compiled once, run with many seeds. Make one with `prepare`."""
 
     job: Job
     data: Dataset
@@ -137,7 +138,7 @@ class Comparison:
                 segment,
                 self._score(last, lambda: (state.params, self.growth.seeds(state.growth))),
                 host_count + int(infos.num_parameters[-1]),
-                runtime.stage_counts(stage),
+                runtime.stage_counts(np.asarray(stage)),
                 {str(seed): float(alpha[seed]) for seed in shown.tolist()},
             )
 
@@ -237,7 +238,7 @@ class Comparison:
         )
 
     def _num_surveyed(self) -> int:
-        return min(SURVEY_EXAMPLES, len(self.data.validation_inputs))
+        return min(self.job.survey_examples, len(self.data.validation_inputs))
 
     def _survey_batch(self) -> tuple[np.ndarray, np.ndarray]:
         count = self._num_surveyed()
@@ -283,7 +284,9 @@ class Comparison:
         )
 
 
-def prepare(job: Job, data: Dataset, *, steps: int | None = None, policy: str = "plateau") -> Comparison:
+def prepare(
+    job: Job, data: Dataset, *, steps: int | None = None, policy: str = "plateau"
+) -> Comparison:
     """Makes a job ready to run.
 
     Args:
@@ -298,7 +301,9 @@ def prepare(job: Job, data: Dataset, *, steps: int | None = None, policy: str = 
     """
     num_steps = job.steps if steps is None else steps
     if num_steps < 40:
-        raise ValueError(f"steps must be at least 40, got {num_steps}: no seed could live that fast")
+        raise ValueError(
+            f"steps must be at least 40, got {num_steps}: no seed could live that fast"
+        )
     host = job.host(data)
     growing = make_growth(job, host, policy, steps=num_steps)
     schedule = optax.cosine_decay_schedule(job.learning_rate, num_steps)
@@ -366,9 +371,7 @@ def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         name: np.asarray([row[name] for row in rows], np.float64) for name in _ACCURACIES.values()
     }
     for rival in ("host", "random", "static"):
-        columns[f"grown_minus_{rival}"] = (
-            columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
-        )
+        columns[f"grown_minus_{rival}"] = columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
     return {name: _interval(values) for name, values in columns.items()}
 
 
@@ -405,7 +408,10 @@ def summary(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any
         ),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("esper-fn", "jax", "jaxlib", "flax", "optax", "numpy")},
+            **{
+                name: version(name)
+                for name in ("esper-fn", "jax", "jaxlib", "flax", "optax", "numpy")
+            },
         },
         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
         "repeats": None

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import esper_fn.policies as P
-from esper_fn import blueprints, grafting, hosts, lifecycle
+from esper_fn import blueprints, grafting, hosts, lifecycle, policies
 from esper_fn._growth import Growth, growth
 from esper_fn._lattice import lattice
 from esper_fn.data import Dataset
@@ -30,6 +29,7 @@ class Job:
       steps: default length.
       germinations: bodies that may be born in the whole run.
       capacity: bodies alive at once per bank.
+      survey_examples: held-out examples of a survey.
       min_contribution: fall of the validation loss a body must be worth to be kept.
     """
 
@@ -43,6 +43,7 @@ class Job:
     steps: int
     germinations: int
     capacity: int
+    survey_examples: int
     min_contribution: float = 0.01
 
 
@@ -65,6 +66,7 @@ _JOBS = {
             steps=1500,
             germinations=4,
             capacity=4,
+            survey_examples=128,
         ),
         Job(
             data="mnist1d",
@@ -77,6 +79,7 @@ _JOBS = {
             steps=3000,
             germinations=4,
             capacity=4,
+            survey_examples=256,
         ),
         Job(
             data="fashion-mnist",
@@ -93,6 +96,7 @@ _JOBS = {
             steps=1000,
             germinations=4,
             capacity=4,
+            survey_examples=128,
         ),
         Job(
             data="shakespeare",
@@ -109,6 +113,7 @@ _JOBS = {
             steps=1000,
             germinations=6,
             capacity=4,
+            survey_examples=32,
         ),
     )
 }
@@ -128,32 +133,34 @@ def job(data: str) -> Job:
     return _JOBS[data]
 
 
-def policy(name: str, job: Job, *, steps: int, score: P.Score = "potential") -> P.Policy:
+def policy(
+    name: str, job: Job, *, steps: int, score: policies.Score = "potential"
+) -> policies.Policy:
     """A policy by name, sized for a run of `steps`.
 
-    It begins to ask after a tenth of the run and stops at two fifths of it, so that what grows can still
-    pass its gates; at most `job.germinations` bodies are born.
+    It begins to ask after a tenth of the run and stops at two fifths of it, so that what grows can
+    still pass its gates; at most `job.germinations` bodies are born.
 
     Raises:
       UnknownNameError: none of `POLICIES`.
     """
     start, rest = max(1, steps // 10), max(1, steps // 40)
     if name == "plateau":
-        asks = P.plateau(patience=start, min_gain=0.1, score=score)
+        asks = policies.plateau(patience=start, min_gain=0.1, score=score)
     elif name == "periodic":
-        asks = P.periodic(every=rest, start=start, score=score)
+        asks = policies.periodic(every=rest, start=start, score=score)
     elif name == "random":
-        asks = P.periodic(every=rest, start=start, score="random", name="random")
+        asks = policies.periodic(every=rest, start=start, score="random", name="random")
     elif name == "none":
-        return P.never()
+        return policies.never()
     else:
         raise UnknownNameError("policy", name, POLICIES)
-    return P.chain(
+    return policies.chain(
         asks,
-        P.cooldown(rest),
-        P.concurrency(job.germinations),
-        P.quota(job.germinations),
-        P.until(2 * steps // 5),
+        policies.cooldown(rest),
+        policies.concurrency(job.germinations),
+        policies.quota(job.germinations),
+        policies.until(2 * steps // 5),
     )
 
 
@@ -181,6 +188,7 @@ def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth
             min_contribution=job.min_contribution,
         ),
         levels=2,
+        max_ablations=4,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ def conv(
 ) -> Host:
     """3 x 3 convolutions with relu and 2 x 2 pooling, a dense hidden layer, logits.
 
-    Sites: `conv{k}` on the pooled output of each convolution (an image) and `hidden` on the dense layer's
-    (a vector), each with `chunks` seeds or one per channel if those are fewer.
+    Sites: `conv{k}` on the pooled output of each convolution (an image) and `hidden` on the dense
+    layer's (a vector), each with `chunks` seeds or one per channel if those are fewer.
 
     Args:
       image: height, width and channels of the input.
@@ -53,7 +54,7 @@ def conv(
     height, width, depth = image
     sizes = (depth, *channels)
     sites, flops = [], 0
-    for k, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
+    for k, (a, b) in enumerate(pairwise(sizes), start=1):
         flops += 2 * 9 * a * b * height * width
         height, width = height // 2, width // 2
         sites.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
 
@@ -38,9 +39,7 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
 
     def init(key: Key) -> Params:
         keys = jax.random.split(key, len(sizes) - 1)
-        return [
-            dense_init(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
-        ]
+        return [dense_init(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
     def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
         # What each hidden layer's added neurons read: the layer's own input.
@@ -56,5 +55,5 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
             read = hidden
         return x
 
-    flops = sum(2 * a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    flops = sum(2 * a * b for a, b in pairwise(sizes))
     return Host("mlp", init, apply, tuple(sites), flops)

@@ -9,6 +9,8 @@ from esper_fn._lattice import BareSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.hosts._base import Host
 
+AnySeeds = Seeds | BareSeeds
+
 
 def _normalise(x: Array) -> Array:
     wide = x.astype(jnp.float32)
@@ -88,10 +90,10 @@ def transformer(
             },
         }
 
-    def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+    def apply(params: Params, seeds: AnySeeds, inputs: Array) -> Array:
         x = params["token"][inputs] + params["position"][: inputs.shape[1]][None]
 
-        def block(x: Array, layer: tuple[Params, Seeds, Seeds]) -> tuple[Array, None]:
+        def block(x: Array, layer: tuple[Params, AnySeeds, AnySeeds]) -> tuple[Array, None]:
             weights, of_mlp, of_residual = layer
             x = x + _attend(weights, _normalise(x), heads)
             inner = of_mlp.grow("mlp", jax.nn.gelu(_normalise(x) @ weights["up"]))

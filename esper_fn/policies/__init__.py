@@ -7,12 +7,13 @@ which of them allowed or refused what.
 
 from esper_fn.policies._base import Observation, Policy, Proposal, chain, no_proposal, rule, strike
 from esper_fn.policies._limit import budget, concurrency, cooldown, quota, until
-from esper_fn.policies._propose import never, periodic, plateau, random, scripted
+from esper_fn.policies._propose import Score, never, periodic, plateau, random, scripted
 
 __all__ = [
     "Observation",
     "Policy",
     "Proposal",
+    "Score",
     "budget",
     "chain",
     "concurrency",

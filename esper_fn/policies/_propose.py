@@ -69,9 +69,7 @@ def _propose(
     always = jnp.ones(seeds.stage.shape, bool)
     telemetry = seeds.telemetry
     worth = jax.lax.select_n(score, seeds.potential, telemetry.gradient_norm, chance)
-    is_measured = jax.lax.select_n(
-        score, seeds.num_potentials > 0, telemetry.num_steps > 0, always
-    )
+    is_measured = jax.lax.select_n(score, seeds.num_potentials > 0, telemetry.num_steps > 0, always)
     can = (
         (seeds.stage == Stage.DORMANT)
         & ~seeds.is_paused
@@ -168,7 +166,9 @@ def periodic(
             proposal,
         )
 
-    return rule(name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start), _score(score)), decide)
+    return rule(
+        name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start), _score(score)), decide
+    )
 
 
 def random(*, every: int, start: int = 0, blueprint: str | None = None, count: int = 1) -> Policy:

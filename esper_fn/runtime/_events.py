@@ -59,9 +59,7 @@ def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[
     return events
 
 
-def _cause(
-    growth: Growth, infos: Info, row: int, seed: int, source: Stage, target: Stage
-) -> str:
+def _cause(growth: Growth, infos: Info, row: int, seed: int, source: Stage, target: Stage) -> str:
     cause = Cause(int(infos.cause[row, seed]))
     if cause is Cause.POLICY:
         return f"policy:{growth.policy.rules[int(infos.asked_by[row, seed])]}"

@@ -72,9 +72,7 @@ def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, see
       num_steps: of the whole run.
       seed: of the order.
     """
-    order = batch_indices(
-        inputs, targets, batch_size=batch_size, num_steps=num_steps, seed=seed
-    )
+    order = batch_indices(inputs, targets, batch_size=batch_size, num_steps=num_steps, seed=seed)
 
     def take(first: int, count: int) -> Any:
         rows = order[first : first + count]

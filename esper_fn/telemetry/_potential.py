@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._typing import Array, Float32
 from esper_fn._lattice import Moments
+from esper_fn._typing import Array, Float32
 
 NUM_DIRECTIONS = 4
 """Singular values that count: what a body of this width could use."""

@@ -123,12 +123,12 @@ def test_birth_touches_only_the_newborn(low_rank: Any) -> None:
     for site, at_site in new.items():
         for name, bank in at_site.items():
             for leaf in jax.tree.leaves(bank):
-                fresh = np.flatnonzero(np.isfinite(np.asarray(leaf)).all(axis=(*range(1, leaf.ndim),)))
+                fresh = np.flatnonzero(
+                    np.isfinite(np.asarray(leaf)).all(axis=(*range(1, leaf.ndim),))
+                )
                 assert fresh.tolist() == born.get((site, name), [])
     again = birth(old, is_born, jax.random.key(1))
-    assert jax.tree.all(
-        jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), new, again)
-    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), new, again))
     other = birth(old, is_born, jax.random.key(2))
     a, b = (np.asarray(bodies["a"]["low_rank"]["down"][1]) for bodies in (new, other))
     assert not np.array_equal(a, b)

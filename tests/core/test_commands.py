@@ -71,7 +71,9 @@ def test_not_asked() -> None:
 
 
 def test_done_by_every_kind() -> None:
-    state = at(S.DORMANT, S.TRAINING, S.DORMANT, S.GERMINATED, S.ROLLED_BACK, S.GRAFTING, S.GRAFTING)
+    state = at(
+        S.DORMANT, S.TRAINING, S.DORMANT, S.GERMINATED, S.ROLLED_BACK, S.GRAFTING, S.GRAFTING
+    )
     state = limits(state, embargo_steps=17)
     state = state._replace(
         seeds=state.seeds._replace(is_paused=state.seeds.is_paused.at[6].set(True))
@@ -168,7 +170,9 @@ def test_a_full_bank_is_refused_and_nothing_changes() -> None:
 
 
 def test_requests_beyond_the_room_are_refused_in_the_order_of_the_seeds() -> None:
-    after, _, codes = send(at(), germinate(2, "scale"), germinate(1, "scale"), germinate(0, "scale"))
+    after, _, codes = send(
+        at(), germinate(2, "scale"), germinate(1, "scale"), germinate(0, "scale")
+    )
     assert codes[:3] == [Code.BANK_FULL, Code.DONE, Code.DONE]
     assert np.asarray(after.seeds.slot)[:3].tolist() == [0, 1, NONE]
 
@@ -198,7 +202,12 @@ def test_vetoed() -> None:
 
 def test_duplicate() -> None:
     after, info, codes = send(
-        at(S.TRAINING), cull(0), cancel(0), germinate(1, "scale"), roll_back(0), germinate(1, "scale")
+        at(S.TRAINING),
+        cull(0),
+        cancel(0),
+        germinate(1, "scale"),
+        roll_back(0),
+        germinate(1, "scale"),
     )
     assert codes[:5] == [Code.DONE, Code.DUPLICATE, Code.DONE, Code.DUPLICATE, Code.DUPLICATE]
     assert int(after.seeds.stage[0]) == S.CULLED

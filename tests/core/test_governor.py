@@ -49,7 +49,12 @@ def test_a_non_finite_loss_rolls_back_who_acts_on_trial_in_the_same_step(
     assert int(info.verdict.alarm) == Alarm.NON_FINITE_LOSS
     assert bool(info.verdict.should_roll_back)
     # Seeds that do not act yet and fossils are not suspects. Seed 6 has just taken its first step.
-    assert np.asarray(info.verdict.is_quarantined).tolist() == [True, *[False] * 2, True, *[False] * 3]
+    assert np.asarray(info.verdict.is_quarantined).tolist() == [
+        True,
+        *[False] * 2,
+        True,
+        *[False] * 3,
+    ]
     assert np.asarray(after.seeds.stage).tolist() == [10, 0, 0, 10, 7, 2, 3]
     assert np.asarray(info.cause)[[0, 3]].tolist() == [Cause.GOVERNOR] * 2
     assert np.asarray(after.seeds.alpha)[[0, 3]].tolist() == [0.0, 0.0]
@@ -145,9 +150,7 @@ def test_a_newborn_may_change_as_much_as_it_likes(guarded: Any) -> None:
     assert not np.isin(np.asarray(after.seeds.stage), [S.ROLLED_BACK]).any()
 
 
-@pytest.mark.parametrize(
-    "broken", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"]
-)
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
 def test_a_broken_body_is_rolled_back_and_its_parameters_never_stand(
     guarded: Any, broken: float
 ) -> None:

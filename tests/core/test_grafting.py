@@ -21,9 +21,9 @@ from esper_fn.lifecycle import Gate, Stage
 NAMES = ("linear", "drift_controlled", "momentum", "adaptive", "stability", "grad_norm_gated")
 MONOTONE = ("linear", "drift_controlled", "momentum", "grad_norm_gated")
 NUM_STEPS = 50
-LARGEST = {name: 1 / NUM_STEPS for name in NAMES} | {
-    name: 3 / NUM_STEPS for name in ("momentum", "adaptive")
-}
+LARGEST = dict.fromkeys(NAMES, 1 / NUM_STEPS) | dict.fromkeys(
+    ("momentum", "adaptive"), 3 / NUM_STEPS
+)
 
 
 # --- each rule alone -------------------------------------------------------------------------------
@@ -86,7 +86,9 @@ def test_drift_controlled_stands_still_while_the_body_drifts() -> None:
 def test_momentum_speeds_up_while_the_loss_falls() -> None:
     graft = ef.grafting.momentum(100, gain=1.0, max_speed=3.0)
     falls, rises = {"loss_trend": -0.1}, {"loss_trend": 0.1}
-    told = run(graft, [falls, falls, falls, rises, rises, falls, {"is_spike": True, **falls}, falls])
+    told = run(
+        graft, [falls, falls, falls, rises, rises, falls, {"is_spike": True, **falls}, falls]
+    )
     # Speeds 2, 3 (capped), 3, 1.5, 1, 2, 1 (spike), 2.
     assert np.diff([0.0, *told]) * 100 == pytest.approx([2, 3, 3, 1.5, 1, 2, 1, 2], rel=1e-4)
 
@@ -398,9 +400,7 @@ def test_persistent_trouble_ends_with_the_dwell_limit(drive_all: Any) -> None:
 
 
 @pytest.mark.parametrize("second", NAMES)
-def test_a_strategy_changed_on_the_way_leaves_alpha_continuous(
-    changing: Any, second: str
-) -> None:
+def test_a_strategy_changed_on_the_way_leaves_alpha_continuous(changing: Any, second: str) -> None:
     state = place(
         changing.growth,
         changing.fresh(),

@@ -187,7 +187,7 @@ def verdicts() -> dict[str, tuple[Stage, Cause, Gate, Stage]]:
             has_place, is_settled = key
             state = limits(
                 state,
-                min_steps={s: MIN for s in range(1, 7)},
+                min_steps=dict.fromkeys(range(1, 7), MIN),
                 max_steps=MAX,
                 max_training=128 if has_place else 0,
                 min_contribution=0.5,

@@ -239,9 +239,7 @@ def test_plateau_asks_after_patience() -> None:
     for step, loss, expected in table:
         assert asked(player.ask(observe(step, loss=loss, potential=ALL))) == expected, step
     # ...until something germinates; then patience starts anew.
-    born = observe(
-        9, loss=9.0, potential=ALL, stage=(0, 1, 0, 0, 0, 0), steps_in_stage=(0,) * 6
-    )
+    born = observe(9, loss=9.0, potential=ALL, stage=(0, 1, 0, 0, 0, 0), steps_in_stage=(0,) * 6)
     told = [asked(player.ask(born))]
     for step in range(10, 13):
         told.append(asked(player.ask(observe(step, loss=9.0, potential=ALL))))
@@ -581,9 +579,7 @@ def test_policies_run_in_scan_and_vmap(name: str) -> None:
 
     def one(state: Any, now: Any) -> Any:
         step, key = now
-        state, told = policy.decide(
-            lattice(), state, seen._replace(step=step), wish(0, 3), key
-        )
+        state, told = policy.decide(lattice(), state, seen._replace(step=step), wish(0, 3), key)
         return state, told
 
     keys = jax.random.split(jax.random.key(0), 4)
