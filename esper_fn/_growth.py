@@ -585,7 +585,8 @@ def growth(
         if float(one.max_step) * longest < 1 - grafting.ROUNDING:
             raise ValueError(
                 f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but "
-                f"every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer num_steps, or "
+                f"every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer "
+                "num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
     if max_ablations < 1:

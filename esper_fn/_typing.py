@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, PRNGKeyArray, UInt8
 
 Params: TypeAlias = Any
 """Any pytree of arrays."""
@@ -47,4 +47,5 @@ __all__ = [
     "Key",
     "Params",
     "Scalar",
+    "UInt8",
 ]

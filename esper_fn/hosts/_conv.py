@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esper_fn._lattice import BareSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
@@ -26,9 +27,8 @@ def _convolve(layer: dict[str, Array], x: Array) -> Array:
 
 def _halve(x: Array) -> Array:
     """The largest of every 2 x 2 positions."""
-    lowest = jnp.asarray(-jnp.inf, x.dtype)
     window = (1, 2, 2, 1)
-    return jax.lax.reduce_window(x, lowest, jax.lax.max, window, window, "VALID")
+    return jax.lax.reduce_window(x, -np.inf, jax.lax.max, window, window, "VALID")
 
 
 def conv(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar
+from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar, UInt8
 from esper_fn.lifecycle._gates import EDGES, TESTS, Cause, Edge, Gate, Settings, Signals
 from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, ON_ITS_WAY, TRANSITIONS, Stage
 from esper_fn.lifecycle._state import FAST_STEPS, NONE, SLOW_STEPS, SeedState, is_in
@@ -45,31 +45,63 @@ def follow(
     Returns:
       The completed `Move`.
     """
+    found = jax.lax.cond(
+        jnp.any(is_in(seeds.stage, [edge.source for edge in edges])),
+        lambda: _first_open(seeds, signals, limits, edges),
+        lambda: jnp.full(seeds.stage.shape, _NO_EDGE, jnp.uint8),
+    )
+    is_taken = (move.target == NONE) & (found != _NO_EDGE)
+    return Move(
+        target=jnp.where(is_taken, (found % _CAUSE).astype(jnp.int8), move.target),
+        cause=jnp.where(is_taken, (found // _CAUSE).astype(jnp.int8), move.cause),
+    )
+
+
+_CAUSE = 16
+_NO_EDGE = 255
+
+
+def _first_open(
+    seeds: SeedState, signals: Signals, limits: Settings, edges: Sequence[Edge]
+) -> UInt8[Array, "S"]:
+    """`target + _CAUSE * cause` of each seed's first open edge, or `_NO_EDGE`.
+
+    One small number a seed, so that the table is walked once: as two arrays the compiler would walk
+    it for each of them, and again wherever they are used.
+    """
     opened = {
         gate: TESTS[gate](seeds, signals, limits)
         for gate in dict.fromkeys(gate for edge in edges for gate in edge.gates)
     }
-    target, cause = move
-    for edge in edges:
-        is_taken = (seeds.stage == edge.source) & (target == NONE)
+    found = jnp.full(seeds.stage.shape, _NO_EDGE, jnp.uint8)
+    for edge in reversed(edges):
+        is_open = seeds.stage == edge.source
         for gate in edge.gates:
-            is_taken = is_taken & opened[gate]
-        target = jnp.where(is_taken, jnp.int8(edge.target), target)
-        cause = jnp.where(is_taken, jnp.int8(edge.cause), cause)
-    return Move(target=target, cause=cause)
+            is_open = is_open & opened[gate]
+        found = jnp.where(is_open, jnp.uint8(edge.target + _CAUSE * edge.cause), found)
+    return found
 
 
 def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Array, "S"]:
     """What keeps each seed: a pause, or the first closed gate on its way forward, or nothing."""
-    gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
     forward: dict[Stage, Edge] = {}
     for edge in EDGES:
         forward.setdefault(edge.source, edge)
-    for stage, edge in forward.items():
-        for gate in reversed(edge.gates):
-            is_closed = (seeds.stage == stage) & ~TESTS[gate](seeds, signals, limits)
-            gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
-    return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
+
+    def first_closed() -> Int8[Array, "S"]:
+        gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
+        for stage, edge in forward.items():
+            for gate in reversed(edge.gates):
+                is_closed = (seeds.stage == stage) & ~TESTS[gate](seeds, signals, limits)
+                gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
+        return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
+
+    told: Int8[Array, "S"] = jax.lax.cond(
+        jnp.any(seeds.is_paused | is_in(seeds.stage, list(forward))),
+        first_closed,
+        lambda: jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8),
+    )
+    return told
 
 
 def is_legal(source: Int8[Array, "..."], target: Int8[Array, "..."]) -> Bool[Array, "..."]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
 from esper_fn.lifecycle._stages import NUM_STAGES, Stage
-from esper_fn.lifecycle._state import FAST_STEPS, SeedState
+from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
 
 
 class Gate(IntEnum):
@@ -188,13 +188,13 @@ def _is_utility_settled(seeds: SeedState, signals: Signals, limits: Settings) ->
 
 
 def _longest_stay_over(seeds: SeedState, signals: Signals, limits: Settings) -> Bool[Array, "S"]:
-    longest = limits.max_steps[seeds.stage.astype(jnp.int32)]
+    longest = per_stage(limits.max_steps, seeds.stage)
     return (longest > 0) & (seeds.steps_in_stage >= longest)
 
 
 TESTS: Mapping[Gate, Test] = MappingProxyType(
     {
-        Gate.MIN_STEPS: lambda s, _, t: s.steps_in_stage >= t.min_steps[s.stage.astype(jnp.int32)],
+        Gate.MIN_STEPS: lambda s, _, t: s.steps_in_stage >= per_stage(t.min_steps, s.stage),
         Gate.MAX_STEPS: _longest_stay_over,
         Gate.TRAINING_PLACE: lambda s, m, t: m.has_training_place,
         Gate.UTILITY_MEASURED: lambda s, m, t: s.telemetry.num_live_steps > 0,

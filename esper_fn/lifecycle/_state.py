@@ -145,6 +145,21 @@ def is_in(stage: Int8[Array, "..."], stages: Sequence[Stage] | np.ndarray) -> Bo
     return found
 
 
+def per_stage(table: Array, stage: Int8[Array, "..."]) -> Array:
+    """`table[stage]` for a table of one number a stage.
+
+    Compares and selects: a gather would read one element at a time and could not be fused into
+    what follows.
+
+    >>> per_stage(jnp.arange(11) * 10, jnp.int8([0, 3])).tolist()
+    [0, 30]
+    """
+    found = jnp.broadcast_to(table[0], stage.shape)
+    for of in range(1, table.shape[0]):
+        found = jnp.where(stage == of, table[of], found)
+    return found
+
+
 def state_bytes_per_seed(num_seeds: int = 1024) -> float:
     """Bytes of `SeedState` per seed.
 

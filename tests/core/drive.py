@@ -114,7 +114,7 @@ def rig(lattice: Any, *, rows: int, **parts: Any) -> Rig:
 
 @lru_cache(maxsize=1)
 def wide() -> Rig:
-    """128 seeds of one site, a slot for each, a governor that obeys, linear and stability grafts."""
+    """128 seeds of one site, a slot for each, a governor that obeys, two grafting strategies."""
     lattice = ef.lattice(
         sites=[ef.site("all", features=128, chunks=128)],
         blueprints={"scale": ef.blueprints.scale_shift()},
@@ -225,15 +225,13 @@ def limits(state: Any, **changes: Any) -> Any:
     """`state` with thresholds changed; dwells as `{stage: steps}` or one number for stages 1-6."""
     told = {}
     for name, value in changes.items():
-        old = getattr(state.settings, name)
+        new = np.array(getattr(state.settings, name))
         if name in {"min_steps", "max_steps"}:
-            row = np.array(old)
-            for stage, steps in (
-                value.items() if isinstance(value, dict) else [(s, value) for s in range(1, 7)]
-            ):
-                row[stage] = steps
-            value = row
-        told[name] = jnp.asarray(value, old.dtype)
+            dwell = value if isinstance(value, dict) else dict.fromkeys(range(1, 7), value)
+            new[[int(stage) for stage in dwell]] = list(dwell.values())
+        else:
+            new[...] = value
+        told[name] = jnp.asarray(new)
     return state._replace(settings=state.settings._replace(**told))
 
 

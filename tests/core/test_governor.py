@@ -166,7 +166,7 @@ def test_a_broken_body_is_rolled_back_and_its_parameters_never_stand(
     assert not state_faults(guarded.growth, after)
 
 
-# --- the judgement alone -------------------------------------------------------------------------------
+# --- the judgement alone -------------------------------------------------------------------------
 
 
 def judge(governor: Any, losses: Any, track: Any = None) -> list[Alarm]:

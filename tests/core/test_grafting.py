@@ -26,7 +26,7 @@ LARGEST = dict.fromkeys(NAMES, 1 / NUM_STEPS) | dict.fromkeys(
 )
 
 
-# --- each rule alone -------------------------------------------------------------------------------
+# --- each rule alone -----------------------------------------------------------------------------
 
 
 def evidence(size: int = 1, **told: Any) -> Evidence:
@@ -204,7 +204,7 @@ def test_a_graft_longer_than_its_stage_is_refused() -> None:
     ef.growth(lattice, graft=ef.grafting.momentum(601))
 
 
-# --- all six in one driven run -----------------------------------------------------------------------
+# --- all six in one driven run -------------------------------------------------------------------
 
 LENGTH = 400
 LONGEST = 300
@@ -396,7 +396,7 @@ def test_persistent_trouble_ends_with_the_dwell_limit(drive_all: Any) -> None:
     assert run.stage[LONGEST, column] == Stage.CULLED
 
 
-# --- changing the strategy on the way ------------------------------------------------------------------
+# --- changing the strategy on the way ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", NAMES)

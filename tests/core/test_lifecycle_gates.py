@@ -245,7 +245,7 @@ def drive(rig: Any, state: Any, num_steps: int, **step: Any) -> list[Any]:
     return told
 
 
-# --- nothing hangs ------------------------------------------------------------------------------
+# --- nothing hangs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [1.0, np.nan])
@@ -292,7 +292,7 @@ def test_they_leave_by_an_explicit_command(stage: Stage) -> None:
     assert int(after.seeds.slot[0]) == NONE
 
 
-# --- embargo ------------------------------------------------------------------------------------
+# --- embargo -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [S.CULLED, S.CANCELLED])
@@ -318,7 +318,7 @@ def test_embargo_counts_updates(end: Stage, embargo: int) -> None:
     assert int(info.outcomes.code[0]) == Code.DONE
 
 
-# --- training places ----------------------------------------------------------------------------
+# --- training places -----------------------------------------------------------------------------
 
 
 def test_germinated_waits_for_a_training_place() -> None:
@@ -352,7 +352,7 @@ def test_a_seed_that_cannot_move_takes_no_place() -> None:
     assert np.asarray(info.waiting_for)[:2].tolist() == [G.PAUSED, G.MIN_STEPS]
 
 
-# --- pauses -------------------------------------------------------------------------------------
+# --- pauses --------------------------------------------------------------------------------------
 
 
 def test_pause_freezes_alpha_dwell_and_edges_and_alpha_goes_on_without_a_jump() -> None:
@@ -416,7 +416,7 @@ def test_a_commanded_move_keeps_the_pause_until_the_way_ends() -> None:
     assert not state_faults(rig.growth, state)
 
 
-# --- what is measured, and when -------------------------------------------------------------------
+# --- what is measured, and when ------------------------------------------------------------------
 
 
 def test_not_measured_is_not_zero() -> None:
@@ -583,7 +583,7 @@ def test_ablations_that_fail_are_errors_and_many_of_them_end_the_trial(surveyed:
     assert int(info.cause[0]) == C.ERRORS
 
 
-# --- the loss track --------------------------------------------------------------------------------
+# --- the loss track ------------------------------------------------------------------------------
 
 
 def test_average_is_a_mean_first_and_forgets_later() -> None:
@@ -628,7 +628,7 @@ def test_a_lasting_rise_after_a_constant_loss_is_followed(before: float) -> None
     assert float(after.slow) == pytest.approx(before + 5.0, rel=1e-2)
 
 
-# --- settings -------------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def wish(
 ALL = (0.1, 0.6, 0.3, 0.5, 0.2, 0.4)
 
 
-# --- rules that ask -----------------------------------------------------------------------------------
+# --- rules that ask ------------------------------------------------------------------------------
 
 
 def test_the_lattice_is_the_one_written_here() -> None:
@@ -240,10 +240,8 @@ def test_plateau_asks_after_patience() -> None:
         assert asked(player.ask(observe(step, loss=loss, potential=ALL))) == expected, step
     # ...until something germinates; then patience starts anew.
     born = observe(9, loss=9.0, potential=ALL, stage=(0, 1, 0, 0, 0, 0), steps_in_stage=(0,) * 6)
-    told = [asked(player.ask(born))]
-    for step in range(10, 13):
-        told.append(asked(player.ask(observe(step, loss=9.0, potential=ALL))))
-    assert told == [[], [], [], [1]]
+    later = [observe(step, loss=9.0, potential=ALL) for step in range(10, 13)]
+    assert [asked(player.ask(seen)) for seen in (born, *later)] == [[], [], [], [1]]
 
 
 def test_plateau_of_a_negative_loss() -> None:
@@ -307,7 +305,7 @@ def test_scripts_that_cannot_be_played_are_refused() -> None:
             scripted([(0, cull(seed))]).init(lattice())
 
 
-# --- rules that hold back -----------------------------------------------------------------------------
+# --- rules that hold back ------------------------------------------------------------------------
 
 
 def test_concurrency_counts_every_stage_on_its_way() -> None:
@@ -419,7 +417,7 @@ def test_wrong_numbers_are_refused(wrong: Any) -> None:
         wrong()
 
 
-# --- nesting and the decision log ---------------------------------------------------------------------
+# --- nesting and the decision log ----------------------------------------------------------------
 
 
 def test_chain_notes_who_asked_and_who_refused() -> None:
@@ -543,7 +541,7 @@ def test_a_decision_in_a_run_can_be_explained() -> None:
     ]
 
 
-# --- conformance ----------------------------------------------------------------------------------------
+# --- conformance ---------------------------------------------------------------------------------
 
 POLICIES = {
     "never": never,
@@ -591,7 +589,7 @@ def test_policies_run_in_scan_and_vmap(name: str) -> None:
         lambda x: (x.shape, x.dtype), told
     )
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), state)
-    _, mapped = jax.jit(jax.vmap(lambda s, now: one(s, now)))(many, (steps * 0, keys))
+    _, mapped = jax.jit(jax.vmap(one))(many, (steps * 0, keys))
     for row in jax.tree.leaves(mapped):
         assert row.shape[0] == 4
     for index in (told.asked_by, told.vetoed_by):

@@ -104,7 +104,7 @@ def play(state: Any, told: Inputs) -> Step:
 
 
 def draw_inputs(rng: np.random.Generator, trouble: float, num_commands: int) -> Inputs:
-    """Mostly sensible input; `trouble` is the share of steps (or bodies) in which something breaks."""
+    """Mostly sensible input; `trouble` is the share of entries in which something breaks."""
 
     def pick(values: list[float], shape: tuple[int, ...]) -> np.ndarray:
         return rng.choice(np.asarray(values), size=shape)
@@ -248,7 +248,7 @@ def test_the_same_again_is_the_same_bit_for_bit() -> None:
     assert other.info.stage.tobytes() != runs[0].info.stage.tobytes()
 
 
-# --- the checker itself ----------------------------------------------------------------------------------
+# --- the checker itself --------------------------------------------------------------------------
 
 
 def a_step() -> Step:
