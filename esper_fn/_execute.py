@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from esper_fn._lattice import UNSERVED, Lattice, allocate
@@ -96,6 +97,68 @@ def execute(
     Returns:
       The moves (guard moves included), rows with graft and pause changes made, one `Code` a seed.
     """
+    is_asked = requests.kind != Kind.NONE
+
+    def check() -> _Checked:
+        return _check(
+            lattice,
+            seeds,
+            owner,
+            requests,
+            num_grafts=num_grafts,
+            guarded=guarded,
+            is_vetoing=is_vetoing,
+        )
+
+    def nothing() -> _Checked:
+        return _Checked(
+            target=jnp.full(is_asked.shape, NONE, jnp.int8),
+            code=jnp.full(is_asked.shape, Code.NOT_ASKED, jnp.int8),
+            slot=jnp.full(is_asked.shape, NONE, jnp.int32),
+        )
+
+    target, code, slot = jax.lax.cond(jnp.any(is_asked), check, nothing)
+
+    kind = requests.kind
+    is_done = code == Code.DONE
+    is_born = is_done & (kind == Kind.GERMINATE)
+    sets_graft = is_done & (kind == Kind.SET_GRAFT)
+    pauses, resumes = is_done & (kind == Kind.PAUSE), is_done & (kind == Kind.RESUME)
+    by = jnp.where(requests.is_command, jnp.int8(Cause.COMMAND), jnp.int8(Cause.POLICY))
+    takes = is_done & (target != NONE)
+    move = Move(
+        target=jnp.where(takes, target, guarded.target),
+        cause=jnp.where(takes, by, guarded.cause),
+    )
+    graft = jnp.maximum(requests.graft, jnp.int8(0))
+    seeds = seeds._replace(
+        blueprint=jnp.where(is_born, requests.blueprint, seeds.blueprint),
+        slot=jnp.where(is_born, slot, seeds.slot),
+        graft=jnp.where(is_born | sets_graft, graft, seeds.graft),
+        is_paused=(seeds.is_paused | pauses) & ~resumes,
+    )
+    return Executed(move=move, seeds=seeds, code=code, slot=slot, is_born=is_born)
+
+
+class _Checked(NamedTuple):
+    """Requests held against the table."""
+
+    target: Int8[Array, "S"]
+    """Where the seed is asked to go, or NONE."""
+    code: Int8[Array, "S"]
+    slot: Int32[Array, "S"]
+
+
+def _check(
+    lattice: Lattice,
+    seeds: SeedState,
+    owner: Int32[Array, "Q"],
+    requests: Requests,
+    *,
+    num_grafts: int,
+    guarded: Move,
+    is_vetoing: Bool[Array, ""],
+) -> _Checked:
     kind, stage = requests.kind, seeds.stage
     germinates, moves = kind == Kind.GERMINATE, kind == Kind.TRANSITION
     sets_graft, pauses, resumes = (
@@ -131,23 +194,7 @@ def execute(
     slot = allocate(lattice, owner, asks, requests.blueprint)
     code = refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
     code = refuse(code, Code.BANK_FULL, asks & (slot == NONE))
-
-    is_done = code == Code.DONE
-    is_born = germinates & is_done
-    by = jnp.where(requests.is_command, jnp.int8(Cause.COMMAND), jnp.int8(Cause.POLICY))
-    takes = is_done & (target != NONE)
-    move = Move(
-        target=jnp.where(takes, target, guarded.target),
-        cause=jnp.where(takes, by, guarded.cause),
-    )
-    graft = jnp.maximum(requests.graft, jnp.int8(0))
-    seeds = seeds._replace(
-        blueprint=jnp.where(is_born, requests.blueprint, seeds.blueprint),
-        slot=jnp.where(is_born, slot, seeds.slot),
-        graft=jnp.where(is_born | (sets_graft & is_done), graft, seeds.graft),
-        is_paused=(seeds.is_paused | (pauses & is_done)) & ~(resumes & is_done),
-    )
-    return Executed(move=move, seeds=seeds, code=code, slot=slot, is_born=is_born)
+    return _Checked(target=target, code=code, slot=slot)
 
 
 def answer(

@@ -132,7 +132,8 @@ class Growth:
             step=jnp.int32(0),
         )
         # A buffer of its own for every leaf, so that a step may donate the state.
-        return jax.tree.map(jnp.copy, state)
+        own: GrowthState = jax.tree.map(jnp.copy, state)
+        return own
 
     def seeds(self, state: GrowthState) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
@@ -265,8 +266,11 @@ class Growth:
         )
         limits = state.settings
 
-        move = lifecycle.follow(
-            lifecycle.stay(self.lattice.num_seeds), seeds, signals, limits, lifecycle.GUARD_EDGES
+        stays = lifecycle.stay(self.lattice.num_seeds)
+        move = jax.lax.cond(
+            jnp.any(signals.has_error | signals.is_quarantined),
+            lambda: lifecycle.follow(stays, seeds, signals, limits, lifecycle.GUARD_EDGES),
+            lambda: stays,
         )
         policy, proposal = self.policy.decide(
             self.lattice,
@@ -379,7 +383,7 @@ class Growth:
                     state, state.bodies, taps, probes=probes, gains=gains, levels=levels
                 )
                 value = loss_fn(params, seeds, *args, **kwargs)
-                return (value[0] if has_aux else value).astype(jnp.float32)
+                return jnp.asarray(value[0] if has_aux else value, jnp.float32)
 
             gains = slot_gains(state.seeds, state.owner)
             with_all, moments = jax.value_and_grad(loss, argnums=1)(

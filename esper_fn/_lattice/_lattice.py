@@ -136,11 +136,14 @@ class Lattice:
 
     def per_seed(self, per_group: np.ndarray | Array) -> Array:
         """`[G, ...]` spread over the seeds, `[S, ...]`."""
-        sizes = jnp.asarray(self.tables.group_size)
-        spread = jnp.repeat(
-            jnp.arange(len(self.tables.group_size)), sizes, total_repeat_length=self.num_seeds
-        )
-        return jnp.asarray(per_group)[spread]
+        values = jnp.asarray(per_group)
+        spread, first = [], 0
+        for site in self.sites:
+            rows = values[first : first + site.num_layers, None]
+            wide = jnp.broadcast_to(rows, (site.num_layers, site.chunks, *values.shape[1:]))
+            spread.append(wide.reshape(site.num_seeds, *values.shape[1:]))
+            first += site.num_layers
+        return jnp.concatenate(spread)
 
 
 def serves(blueprint: Blueprint, site: Site) -> bool:

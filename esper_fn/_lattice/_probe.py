@@ -56,7 +56,7 @@ def _bwd(chunkings: tuple[Chunking, Chunking], source: Array, dy: Array) -> Any:
     x, slope = _rows(source, chunkings[0]), _rows(dy, chunkings[1])
 
     def product(a: Array, b: Array) -> Array:
-        return jnp.einsum("cnf,cng->cfg", a, b)
+        return jnp.einsum("cnf,cng->cfg", a, b, precision="highest")
 
     moments = Moments(
         num_rows=jnp.full((x.shape[0],), x.shape[1], jnp.float32),

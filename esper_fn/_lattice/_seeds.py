@@ -139,8 +139,8 @@ class Seeds:
 
     def layer(self, name: str, index: int) -> Seeds:
         """One layer of a site with layers, for a stack written as a Python loop."""
-        stacked = self.layers(name)
-        return jax.tree.map(lambda leaf: leaf[index], stacked)
+        one: Seeds = jax.tree.map(lambda leaf: leaf[index], self.layers(name))
+        return one
 
     def _only(self, index: int, view: SiteView) -> Seeds:
         layout = Layout(

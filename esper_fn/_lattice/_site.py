@@ -37,7 +37,8 @@ class Chunking(NamedTuple):
     @property
     def starts(self) -> np.ndarray:
         """int32[C]: first feature of each chunk."""
-        return (np.cumsum(self.sizes) - self.sizes).astype(np.int32)
+        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
+        return starts.astype(np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,7 +50,9 @@ def scale_shift() -> Blueprint:
         del spec, mask
         params = cast(params, x)
         leading = (1,) * (x.ndim - 1)
-        return x * params["scale"].reshape(*leading, -1) + params["shift"].reshape(*leading, -1)
+        scale, shift = params["scale"], params["shift"]
+        r: Array = x * scale.reshape(*leading, -1) + shift.reshape(*leading, -1)
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         return Cost(parameters=2 * spec.inputs, flops=2 * spec.inputs * positions)
@@ -75,7 +77,8 @@ def low_rank(rank: int = 4) -> Blueprint:
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
-        return (x @ params["down"]) @ params["up"]
+        r: Array = (x @ params["down"]) @ params["up"]
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = rank * (spec.inputs + spec.outputs)
@@ -117,7 +120,8 @@ def bottleneck(width: int = 8, activation: Activation = "relu") -> Blueprint:
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
-        return phi(_add_bias(x @ params["down"], params["bias"])) @ params["up"]
+        r: Array = phi(_add_bias(x @ params["down"], params["bias"])) @ params["up"]
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs)
@@ -145,7 +149,8 @@ def gated(width: int = 8) -> Blueprint:
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
-        return (jax.nn.silu(x @ params["gate"]) * (x @ params["value"])) @ params["up"]
+        r: Array = (jax.nn.silu(x @ params["gate"]) * (x @ params["value"])) @ params["up"]
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (2 * spec.inputs + spec.outputs)
@@ -179,7 +184,8 @@ def normalised(width: int = 8, epsilon: float = 1e-5) -> Blueprint:
         centred = jnp.where(real, wide - mean, 0.0)
         variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / count
         normal = (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
-        return jax.nn.gelu(_add_bias(normal @ params["down"], params["bias"])) @ params["up"]
+        r: Array = jax.nn.gelu(_add_bias(normal @ params["down"], params["bias"])) @ params["up"]
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs)

@@ -123,7 +123,8 @@ def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
         del spec, mask
         params = cast(params, x)
         inner = _convolve(x @ params["down"], params["kernel"], groups=1)
-        return jax.nn.relu(inner) @ params["up"]
+        r: Array = jax.nn.relu(inner) @ params["up"]
+        return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs) + window ** _num_axes(spec) * width**2
@@ -163,7 +164,8 @@ def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
             seen = seen.reshape(*(1,) * (scores.ndim - 2), length, length)
             scores = jnp.where(seen, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        return (jnp.einsum("...ts,...sr->...tr", weights, value) @ params["up"]).reshape(x.shape)
+        r: Array = jnp.einsum("...ts,...sr->...tr", weights, value) @ params["up"]
+        return r.reshape(x.shape)
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (3 * spec.inputs + spec.outputs)

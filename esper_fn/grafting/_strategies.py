@@ -270,4 +270,7 @@ def start_memory(grafts: tuple[Graft, ...], chosen: Array) -> Memory:
     """The memory with which each seed's schedule begins."""
     rows = jnp.asarray([graft.start for graft in grafts], jnp.float32)
     assert rows.shape[1] == GRAFT_MEMORY  # noqa: S101 -- a table of this file
-    return rows[jnp.clip(chosen, 0, len(grafts) - 1).astype(jnp.int32)]
+    memory = jnp.broadcast_to(rows[0], (*chosen.shape, GRAFT_MEMORY))
+    for index in range(1, len(grafts)):
+        memory = jnp.where((chosen >= index)[..., None], rows[index], memory)
+    return memory

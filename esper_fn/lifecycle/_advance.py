@@ -168,12 +168,18 @@ def has_training_place(seeds: SeedState, limits: Settings) -> Bool[Array, "S"]:
         & (seeds.steps_in_stage >= limits.min_steps[Stage.GERMINATED])
     )
     num_training = jnp.sum(seeds.stage == Stage.TRAINING, dtype=jnp.int32)
+    num_places = limits.max_training - num_training
 
     def first_ready() -> Bool[Array, "S"]:
-        rank = jnp.cumsum(is_ready, dtype=jnp.int32)
-        return is_ready & (rank <= limits.max_training - num_training)
+        return is_ready & (jnp.cumsum(is_ready, dtype=jnp.int32) <= num_places)
 
-    places: Bool[Array, "S"] = jax.lax.cond(jnp.any(is_ready), first_ready, lambda: is_ready)
+    # Counting along the seeds is what takes time: only where some of the ready ones get a place.
+    num_ready = jnp.sum(is_ready, dtype=jnp.int32)
+    places: Bool[Array, "S"] = jax.lax.cond(
+        (num_places > 0) & (num_ready > num_places),
+        first_ready,
+        lambda: is_ready & (num_ready <= num_places),
+    )
     return places
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from esper_fn._lattice import Lattice
-from esper_fn._typing import Array, Float32, Int32, Key
+from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
 from esper_fn.policies._base import (
     Observation,
@@ -27,10 +28,23 @@ class _Limit(NamedTuple):
 
 def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
     """The proposal with only its `num_kept` most urgent germinations."""
-    order = by_priority(proposal)
-    num_seeds = order.shape[0]
-    is_late = jnp.arange(num_seeds, dtype=jnp.int32) >= num_kept
-    return strike(proposal, jnp.zeros((num_seeds,), bool).at[order].set(is_late))
+    asks = germinations(proposal)
+
+    def is_late() -> Bool[Array, "S"]:
+        order = by_priority(proposal)
+        place = jnp.arange(order.size, dtype=jnp.int32)
+        return jnp.zeros(asks.shape, bool).at[order].set(place >= num_kept)
+
+    # Ordering all seeds is what takes time: only where some are kept and some are not.
+    num_asked = jnp.sum(asks, dtype=jnp.int32)
+    return strike(
+        proposal,
+        jax.lax.cond(
+            (num_kept > 0) & (num_kept < num_asked),
+            is_late,
+            lambda: jnp.broadcast_to(num_kept <= 0, asks.shape),
+        ),
+    )
 
 
 def concurrency(limit: int) -> Policy:
@@ -53,6 +67,9 @@ class _Budget(NamedTuple):
     limit: Float32[Array, ""]
 
 
+_CERTAINLY = 0.999
+
+
 def budget(parameters: int) -> Policy:
     """At most `parameters` in all living bodies, the requested ones included."""
     if parameters < 0:
@@ -67,13 +84,22 @@ def budget(parameters: int) -> Policy:
         spent = jnp.sum(jnp.where(seen.owner != NONE, of_slot, 0.0))
 
         def narrow(same: Proposal) -> Proposal:
-            costs = lattice.per_seed(tables.costs)
-            blueprint = jnp.maximum(same.blueprint, 0).astype(jnp.int32)
-            price = jnp.take_along_axis(costs, blueprint[:, None], axis=1)[:, 0]
-            order = by_priority(same)
-            bill = jnp.cumsum(jnp.where(germinations(same), price, 0.0)[order])
-            is_beyond = spent + bill > state.limit
-            return strike(same, jnp.zeros(is_beyond.shape, bool).at[order].set(is_beyond))
+            asks = germinations(same)
+            price = jnp.zeros(asks.shape, jnp.float32)
+            for index in range(len(lattice.blueprints)):
+                is_wanted = asks & (jnp.maximum(same.blueprint, 0) == index)
+                price = jnp.where(is_wanted, lattice.per_seed(tables.costs[:, index]), price)
+
+            def is_beyond() -> Bool[Array, "S"]:
+                order = by_priority(same)
+                is_over = spent + jnp.cumsum(price[order]) > state.limit
+                return jnp.zeros(asks.shape, bool).at[order].set(is_over)
+
+            # Ordering all seeds is what takes time: not where all of them fit, roundings included.
+            is_ample = spent + jnp.sum(price) < state.limit * _CERTAINLY
+            return strike(
+                same, jax.lax.cond(is_ample, lambda: jnp.zeros(asks.shape, bool), is_beyond)
+            )
 
         return state, when_asked(proposal, narrow)
 

@@ -65,11 +65,18 @@ def _propose(
     room = _room(lattice, seen.owner, of_group)
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
-    chance = jax.random.uniform(key, seeds.stage.shape)
-    always = jnp.ones(seeds.stage.shape, bool)
     telemetry = seeds.telemetry
-    worth = jax.lax.select_n(score, seeds.potential, telemetry.gradient_norm, chance)
-    is_measured = jax.lax.select_n(score, seeds.num_potentials > 0, telemetry.num_steps > 0, always)
+    worth, is_measured = jax.lax.switch(
+        score,
+        (
+            lambda: (seeds.potential, seeds.num_potentials > 0),
+            lambda: (telemetry.gradient_norm, telemetry.num_steps > 0),
+            lambda: (
+                jax.random.uniform(key, seeds.stage.shape),
+                jnp.ones(seeds.stage.shape, bool),
+            ),
+        ),
+    )
     can = (
         (seeds.stage == Stage.DORMANT)
         & ~seeds.is_paused
@@ -79,7 +86,7 @@ def _propose(
         & (proposal.kind == Kind.NONE)
     )
     best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, lattice.num_seeds))
-    group = lattice.per_seed(np.arange(room.size, dtype=np.int32))[index]
+    group = jnp.searchsorted(jnp.asarray(lattice.tables.group_start), index, side="right") - 1
     fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
     chosen = jnp.where(fits, index, lattice.num_seeds)
     asks = jnp.zeros(seeds.stage.shape, bool).at[chosen].set(True, mode="drop")

@@ -55,7 +55,8 @@ def _factor(covariance: Array) -> Array:
     )
     # A chunk without any signal gets the identity: its score is then 0 / 1.
     ridge = jnp.where(size > 0, RIDGE * size, 1.0)
-    return jnp.linalg.cholesky(covariance + ridge * eye)
+    factor: Array = jnp.linalg.cholesky(covariance + ridge * eye)
+    return factor
 
 
 def _leading(matrix: Array) -> Array:

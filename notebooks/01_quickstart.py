@@ -1,0 +1,431 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From a plain Flax and Optax loop to a growing one
+#
+# You have a network that is too small in one place. You do not know which place, nor how much is
+# missing, and you would rather not start again. *Growth* means: while the network trains, small
+# new networks are trained behind it, let in gradually where they help, and removed where they do
+# not.
+#
+# This notebook takes a plain training loop, adds growth to it line by line, looks at what happens,
+# steers it by hand, and ends with an honest comparison. It runs on a laptop CPU in two or three
+# minutes, most of which XLA spends compiling.
+
+# %%
+# %matplotlib inline
+# %config InlineBackend.figure_formats = ["retina"]
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+
+# %% [markdown]
+# ## 1. A plain loop, and a network that is too narrow
+#
+# The data are scikit-learn's 8 x 8 digits: 1200 to train on, 237 to validate, 360 to test. The
+# network has four layers, and one of them is a mistake: everything has to pass through **one
+# single unit**.
+
+# %%
+data = ef.data.load("digits")
+train_x, train_y = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
+test_x, test_y = jnp.asarray(data.test_inputs), jnp.asarray(data.test_targets)
+held_out = (jnp.asarray(data.validation_inputs), jnp.asarray(data.validation_targets))
+
+
+class Classifier(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(64, 32, rngs=rngs)
+        self.narrow = nnx.Linear(32, 1, rngs=rngs)
+        self.wide = nnx.Linear(1, 32, rngs=rngs)
+        self.last = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = nnx.gelu(self.first(x))
+        middle = nnx.gelu(self.narrow(hidden))
+        late = nnx.gelu(self.wide(middle))
+        return self.last(late)
+
+
+# %% [markdown]
+# The loop is the usual one: split the module once into its structure and its parameters, then
+# plain `jax.jit` and Optax.
+
+# %%
+structure, params = nnx.split(Classifier(nnx.Rngs(0)), nnx.Param)
+adam = optax.adamw(3e-3)
+
+
+@jax.jit
+def plain_step(params, opt_state, batch):
+    def loss_fn(params):
+        x, y = batch
+        logits = nnx.merge(structure, params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = adam.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+opt_state = adam.init(params)
+for rows in ef.data.batch_indices(train_x, train_y, batch_size=64, num_steps=400, seed=0):
+    params, opt_state, loss = plain_step(params, opt_state, (train_x[rows], train_y[rows]))
+
+host = params  # the starting point of everything below
+predicted = nnx.merge(structure, host)(test_x).argmax(-1)
+print(f"after 400 steps: {jnp.mean(predicted == test_y):.1%} of the test digits are right")
+
+# %% [markdown]
+# A network of this kind without the mistake reaches about 97 %. From here on we treat this one as
+# *given*, as you would a pretrained network, and call it the **host**.
+#
+# ## 2. The same loop, growing
+#
+# **Where.** One `ef.nnx.Grow` line marks a place, called a **site**. A site splits its features
+# into chunks, and each chunk gets a **seed**: a spot where something may grow. With `source=`, what
+# grows reads one activation and writes into a later one; around the narrow layer that is the same
+# as giving this layer more units. We mark three places and do not say which one is the mistake.
+
+
+# %%
+class GrowingClassifier(Classifier):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.grow_hidden = ef.nnx.Grow("hidden", chunks=4)
+        self.grow_middle = ef.nnx.Grow("middle", chunks=2)
+        self.grow_late = ef.nnx.Grow("late", chunks=4)
+
+    def __call__(self, x):
+        hidden = self.grow_hidden(nnx.gelu(self.first(x)))
+        middle = nnx.gelu(self.narrow(hidden))
+        late = nnx.gelu(self.grow_middle(self.wide(middle), source=hidden))
+        return self.last(self.grow_late(late))
+
+
+growing = GrowingClassifier(nnx.Rngs(0))
+structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
+
+# %% [markdown]
+# **What.** `ef.discover` runs the model in the abstract and finds the sites. The lattice puts
+# together sites, **blueprints** (the kinds of small network that may grow; here 8 hidden units),
+# and the room for live **bodies** (networks made from a blueprint). Memory follows this capacity.
+#
+# **When.** The policy asks for growth; here, when the loss has not fallen by 5 % for 50 steps, at
+# most four times. The graft is the schedule by which a body is let in.
+
+# %%
+sites = ef.discover(growing, train_x[:1])
+lattice = ef.lattice(
+    sites=sites,
+    blueprints={"units": ef.blueprints.bottleneck(width=8, activation="gelu")},
+    capacity=2,
+)
+growth = ef.growth(
+    lattice,
+    policy=ef.policies.chain(
+        ef.policies.plateau(patience=50, min_gain=0.05),
+        ef.policies.quota(4),
+    ),
+    graft=ef.grafting.linear(num_steps=25),
+    levels=1,  # one compiled variant: quick to compile, and small bodies cost little anyway
+)
+optimizer = ef.optim.per_body(adam)  # the host's Adam, and one of its own for every body
+
+for site in sites:
+    print(f"{site.name:7} {site.chunks} seeds over {site.features} features")
+
+# %% [markdown]
+# **The step.** The loss function gets `seeds` as a second argument and puts them in scope around
+# the model. In the step, four calls take the place of three. Seeds, bodies, policy and random keys
+# are one pytree, `state`, which goes in and comes out like the optimiser's.
+
+
+# %%
+def loss_fn(params, seeds, batch):
+    x, y = batch
+    with ef.using(seeds):
+        logits = nnx.merge(structure, params)(x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+@jax.jit
+def step(params, state, opt_state, batch, commands):
+    loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, batch)
+    updates, opt_state = optimizer.update(
+        grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+    )
+    params, bodies = optax.apply_updates((params, state.bodies), updates)
+    state, info = growth.update(state, bodies, readings, loss, commands)
+    return params, state, opt_state, info
+
+
+@jax.jit
+def accuracy(params, seeds):
+    with ef.using(seeds):
+        return jnp.mean(nnx.merge(structure, params)(test_x).argmax(-1) == test_y)
+
+
+survey = jax.jit(growth.survey(loss_fn))
+
+# %% [markdown]
+# **Where would it pay?** Now and then a *survey* on held-out data measures, for every seed that
+# sleeps, how much the loss could gain from something growing there (its *potential*), and for
+# every body that acts, what the network would lose without it (its *contribution*). The first
+# survey already finds the mistake:
+
+# %%
+state = growth.init(jax.random.key(0))
+state, found = survey(host, state, held_out)
+
+labels = [f"{site.name} {chunk}" for site in sites for chunk in range(site.chunks)]
+fig, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+axes.barh(labels, found.potential, color="#0b6fb8", height=0.7)
+axes.invert_yaxis()
+axes.spines[["top", "right"]].set_visible(False)
+axes.set_xlabel("growth potential")
+axes.set_title("What each seed could gain", loc="left")
+plt.show()
+
+# %% [markdown]
+# **Train.** The loop has one new line, the survey. We run every program once, which compiles it,
+# and from then on count what XLA compiles.
+
+# %%
+nothing = growth.commands()
+
+
+def train(params, state, opt_state, order, commands=nothing):
+    infos = []
+    for i, rows in enumerate(order):
+        if i % 25 == 0:
+            state, _ = survey(params, state, held_out)
+        batch = (train_x[rows], train_y[rows])
+        asked = commands if i == 0 else nothing
+        params, state, opt_state, info = step(params, state, opt_state, batch, asked)
+        infos.append(info)
+    infos = jax.tree.map(lambda *each: np.stack(each), *jax.device_get(infos))
+    return params, state, opt_state, infos
+
+
+order = ef.data.batch_indices(train_x, train_y, batch_size=64, num_steps=600, seed=1)
+opt_state = optimizer.init((host, state.bodies))
+train(host, state, opt_state, order[:1])
+before = accuracy(host, growth.seeds(state))
+
+with ef.runtime.count_compilations() as count:
+    params, state, opt_state, infos = train(host, state, opt_state, order)
+    after = accuracy(params, growth.seeds(state))
+print(f"test accuracy: {before:.1%} before, {after:.1%} after")
+print(f"programs compiled while it grew: {count.num_compiled}")
+
+# %% [markdown]
+# Bodies were born, trained, let in and kept, and no program was compiled anew: whether a seed
+# sleeps or acts is data, not structure.
+#
+# **What happened?** Every change of a seed is an event, with its cause and what was measured.
+
+# %%
+events = ef.runtime.lifecycle_events(growth, infos, first_step=0)
+for event in events:
+    measured = ", ".join(f"{name} {value:.3f}" for name, value in event["measured"].items())
+    print(
+        f"{event['step']:4}  {event['site']} {event['chunk']}  "
+        f"{event['from']:>13} -> {event['to']:13}  {event['cause']:26} {measured}"
+    )
+
+# %% [markdown]
+# Read one life from top to bottom:
+#
+# | stage | what the body does |
+# |---|---|
+# | dormant | there is none; the seed only watches |
+# | germinated | newborn, waits for a place to train |
+# | training | learns from the task's gradient; the host does not change by a single bit |
+# | grafting | let in: its share *alpha* goes from 0 to 1 |
+# | stabilization | stands still until the loss has settled |
+# | evaluating | measured: is the held-out loss higher without it? |
+# | fine-tuning | trains together with the host |
+# | fossilized | kept for good; or **culled**, that is removed, where it did not help |
+#
+# No stage can hang: each has a longest stay. A single seed can be read at any time:
+
+# %%
+growth.seed(state, lattice.seed_index("middle", chunk=0))
+
+# %% [markdown]
+# ## 3. The ready loop, with pictures
+#
+# `ef.runtime.fit` is the loop above, plus what one would have to add sooner or later: many steps in
+# one `lax.scan`, snapshots and roll-back when the loss diverges, a listener between segments. It
+# starts from the same host. So does `fit_host`, which trains the same loss on the same batches
+# without growth: growing has to beat *simply training on*.
+#
+# Both write what they see to a run folder.
+
+# %%
+batches = ef.runtime.in_memory(train_x, train_y, batch_size=64, num_steps=600, seed=1)
+folder = ef.report.create(Path(tempfile.mkdtemp()) / "quickstart")
+host_size = sum(leaf.size for leaf in jax.tree.leaves(host))
+
+
+def record_host(segment):
+    folder.append_metrics(
+        {
+            "arm": "host",
+            "step": segment.first_step + segment.num_steps,
+            "loss": segment.losses.mean(),
+            "test_accuracy": accuracy(segment.state, ef.BareSeeds()),
+            "parameters": host_size,
+        }
+    )
+
+
+def record_grown(segment):
+    state, infos = segment.state, segment.infos
+    for event in segment.events:
+        folder.append_event({"arm": "grown", **event})
+    folder.append_metrics(
+        {
+            "arm": "grown",
+            "step": segment.first_step + segment.num_steps,
+            "loss": segment.losses.mean(),
+            "test_accuracy": accuracy(state.params, growth.seeds(state.growth)),
+            "parameters": host_size + int(infos.num_parameters[-1]),
+            "stages": ef.runtime.stage_counts(infos.stage[-1]),
+            "alpha": {str(seed): alpha for seed, alpha in enumerate(infos.alpha[-1]) if alpha > 0},
+        }
+    )
+
+
+trained_on = ef.runtime.fit_host(
+    loss_fn, adam, host, batches, num_steps=600, listener=record_host
+)
+grown = ef.runtime.fit(
+    growth,
+    loss_fn,
+    optimizer,
+    host,
+    batches,
+    num_steps=600,
+    key=jax.random.key(0),
+    survey_batch=held_out,
+    listener=record_grown,
+)
+folder.finish({"steps": 600, "seeds_total": lattice.num_seeds, "task": data.task})
+run = ef.report.read(folder.path)
+print(f"programs compiled after the first segment: {grown.num_compiled}")
+
+# %% [markdown]
+# The life of every seed that woke up. Each row is a seed, each colour a stage.
+
+# %%
+ef.report.figures.stage_map(run)
+
+# %% [markdown]
+# How each body was let in. A body that would disturb the host does so gently, and can be taken out.
+
+# %%
+ef.report.figures.alpha_curves(run)
+
+# %% [markdown]
+# The training loss, and the accuracy on the test digits.
+
+# %%
+ef.report.figures.loss_curves(run)
+
+# %%
+ef.report.figures.accuracy_curves(run)
+
+# %% [markdown]
+# `ef.report.write_report(folder.path)` puts these pictures and more into one HTML page.
+#
+# ## 4. Asking by hand
+#
+# A policy is only one way to ask; you are another. Commands are arrays of a fixed size that enter
+# the same compiled step. We go on with the network of section 2 and ask for a body where the survey
+# saw little to gain.
+
+# %%
+seed = lattice.seed_index("hidden", chunk=0)
+germinate = growth.commands([ef.commands.germinate(seed, "units")])
+
+params, state, opt_state, infos = train(params, state, opt_state, order[:20], germinate)
+print(ef.commands.Code(int(infos.outcomes.code[0, 0])).name)
+growth.seed(state, seed)
+
+# %% [markdown]
+# It trains behind the host. Suppose we think better of it: cull it. And ask for another one at
+# once, which is refused, because a seed rests before it may try again. A refusal is an answer with
+# a code, never an error inside the step and never silence.
+
+# %%
+cull = growth.commands([ef.commands.cull(seed)])
+
+for command in (cull, germinate):
+    params, state, opt_state, infos = train(params, state, opt_state, order[:1], command)
+    outcome = jax.tree.map(lambda rows: int(rows[0, 0]), infos.outcomes)
+    print(
+        f"{ef.commands.Code(outcome.code).name:10}",
+        f"{Stage(outcome.before).name} -> {Stage(outcome.after).name}",
+    )
+
+# %% [markdown]
+# **Tuning a gate.** The thresholds between the stages are arrays in the state as well. By default a
+# body trains for at least 30 steps; here we let it go on after 5, and end the training after 10,
+# while everything keeps running.
+
+# %%
+another = lattice.seed_index("hidden", chunk=1)
+germinate = growth.commands([ef.commands.germinate(another, "units")])
+hasty = ef.lifecycle.settings(min_steps={Stage.TRAINING: 5}, max_steps={Stage.TRAINING: 10})
+
+with ef.runtime.count_compilations() as count:
+    state = state._replace(settings=hasty)
+    params, state, opt_state, infos = train(params, state, opt_state, order[:40], germinate)
+
+for event in ef.runtime.lifecycle_events(growth, infos, first_step=0):
+    if event["seed"] == another:
+        print(f"{event['step']:3}  {event['from']} -> {event['to']} ({event['cause']})")
+print(f"programs compiled: {count.num_compiled}")
+
+# %% [markdown]
+# ## 5. What is it worth? An honest comparison
+#
+# `ef.experiments` runs four ways to spend the same steps on the same data: the host alone, the host
+# that grows where the survey says, the host that grows at random places, and a static network
+# without a narrow place and with as many parameters as the grown one, trained from scratch.
+
+# %%
+comparison = ef.experiments.prepare(ef.experiments.job("digits"), data, steps=600)
+rows = [ef.experiments.run(comparison, seed) for seed in range(3)]
+summary = ef.experiments.summary(comparison, rows)
+ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
+
+# %% [markdown]
+# Read all the bars. Growth repaired the host, and the survey found the place that chance missed.
+# The network that was well shaped from the start is still better: **growth is for a network you are
+# given (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not
+# a way to beat a network whose size you can simply choose.**
+#
+# Next: `esper grow --data digits` runs the full-length job and writes its report.

@@ -1,0 +1,144 @@
+"""The main job: `esper grow --data digits`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import esper_fn as ef
+from esper_fn import cli, report
+from esper_fn import experiments as ex
+
+PROMISED = (
+    "host_accuracy",
+    "grown_accuracy",
+    "static_equal_params_accuracy",
+    "random_growth_accuracy",
+    "host_params",
+    "grown_params",
+    "seeds_total",
+    "seeds_fossilized",
+    "seeds_culled",
+    "recompilations_after_first_step",
+    "steps",
+    "wall_seconds",
+    "train_flops",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.Run]:
+    folder = tmp_path_factory.mktemp("main") / "run"
+    assert cli.main(["grow", "--data", "digits", "--out", str(folder)]) == 0
+    return folder, report.read(folder)
+
+
+def test_the_summary_holds_what_is_promised(run: tuple[Path, report.Run]) -> None:
+    summary = run[1].summary
+    assert [name for name in PROMISED if name not in summary] == []
+    assert set(summary["train_flops"]) == {"host", "grown", "random", "static"}
+    assert summary["host_params"] < summary["grown_params"]
+    assert abs(summary["static_params"] / summary["grown_params"] - 1) < 0.05
+
+
+def test_a_seed_is_kept_and_one_removed_through_measured_gates(
+    run: tuple[Path, report.Run],
+) -> None:
+    events = [event for event in run[1].events if event["arm"] == "grown"]
+    assert run[1].summary["seeds_fossilized"] >= 1
+    assert run[1].summary["seeds_culled"] >= 1
+    assert {event["to"] for event in events} >= {"FOSSILIZED", "CULLED"}
+    assert not [event for event in events if event["cause"] == "command"]
+    for event in events:
+        if event["to"] == "FOSSILIZED":
+            assert event["cause"] == "gate:contribution_high"
+            assert event["measured"]["contribution"] > 0
+
+
+def test_nothing_recompiles(run: tuple[Path, report.Run]) -> None:
+    assert run[1].summary["recompilations_after_first_step"] == 0
+
+
+def test_growth_finds_the_narrow_layer(run: tuple[Path, report.Run]) -> None:
+    first = next(e for e in run[1].events if e["arm"] == "grown" and e["to"] == "GERMINATED")
+    assert first["site"].startswith("layer2")
+
+
+def test_the_folder_is_complete_and_the_page_needs_no_network(
+    run: tuple[Path, report.Run],
+) -> None:
+    folder, _ = run
+    assert {"summary.json", "events.jsonl", "metrics.jsonl", "report.html"} <= {
+        path.name for path in folder.iterdir()
+    }
+    page = (folder / "report.html").read_text()
+    assert "src=" not in page
+    assert "<svg" in page
+
+
+def test_the_arms_saw_the_same_data_and_steps(run: tuple[Path, report.Run]) -> None:
+    metrics = run[1].metrics
+    losses = {
+        arm: [row["loss"] for row in metrics if row["arm"] == arm][:4] for arm in ("host", "grown")
+    }
+    # Before anything acts the growing network is the host.
+    np.testing.assert_allclose(losses["host"], losses["grown"], rtol=1e-3)
+    assert {row["step"] for row in metrics if row["arm"] == "static"} == {
+        row["step"] for row in metrics if row["arm"] == "random"
+    }
+
+
+def test_an_earlier_run_is_not_overwritten(
+    run: tuple[Path, report.Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    before = (folder / "summary.json").read_bytes()
+    assert cli.main(["grow", "--out", str(folder)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_report_command_renders_again(
+    run: tuple[Path, report.Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(run[0])]) == 0
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_intervals_against_a_hand_computation() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "host_accuracy": a,
+            "grown_accuracy": a + 0.1,
+            "random_growth_accuracy": a,
+            "static_equal_params_accuracy": a,
+        }
+        for a in (0.1, 0.2, 0.3)
+    ]
+    of = ex.intervals(rows)
+    # mean 0.2, deviation 0.1, t(2) = 4.303: half width 4.303 * 0.1 / sqrt(3)
+    assert of["host_accuracy"]["mean"] == pytest.approx(0.2)
+    assert of["host_accuracy"]["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert of["grown_minus_host"]["low"] == pytest.approx(0.1)
+
+
+def test_the_static_rival_has_about_as_many_parameters() -> None:
+    job, data = ex.job("digits"), ef.data.load("digits")
+    for count in (1000, 5000, 50000):
+        host = ex.equal_parameters(job, data, count)
+        assert abs(ef.hosts.count_parameters(host) / count - 1) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_over_ten_seeds_growth_beats_the_host_and_chance(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert cli.main(["grow", "--data", "digits", "--repeat", "10", "--out", str(folder)]) == 0
+    repeats = json.loads((folder / "summary.json").read_text())["repeats"]
+    assert repeats["count"] == 10
+    assert repeats["intervals"]["grown_minus_host"]["low"] > 0
+    assert repeats["intervals"]["grown_minus_random"]["low"] > 0
