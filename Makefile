@@ -27,7 +27,7 @@ help: ## list the targets
 
 demo: install ## grow a network on scikit-learn's digits and write the report to runs/demo
 	@echo "==> growing a network on the digits data set"
-	$(BIN)/esper grow --data digits --out runs/demo --overwrite
+	$(BIN)/esper grow --data digits --repeat 10 --out runs/demo --overwrite
 
 test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"

@@ -72,6 +72,8 @@ class Info(NamedTuple):
     """The measurement the seed's stage is judged by: utility in TRAINING, alpha in GRAFTING, the
     loss variation in STABILIZATION, contribution in EVALUATING and FINE_TUNING, potential when
     DORMANT."""
+    is_measured: Bool[Array, "S"]
+    """Whether `evidence` is a measurement, which may be zero, or only not measured yet."""
     alpha: Float32[Array, "S"]
     blueprint: Int8[Array, "S"]
     request_code: Int8[Array, "S"]
@@ -293,7 +295,8 @@ class Growth:
         waits = (move.target == NONE) & seeds.is_paused
         move = Move(*(jnp.where(waits, old, new) for old, new in zip(move, own, strict=True)))
 
-        before, evidence = seeds.stage, _evidence(seeds, variation)
+        before = seeds.stage
+        evidence, is_measured = _evidence(seeds, variation)
         waiting_for = jnp.where(
             move.target == NONE,
             lifecycle.waiting_for(seeds, signals, limits),
@@ -305,9 +308,12 @@ class Growth:
             (seeds.stage == Stage.GRAFTING) & (seeds.graft != state.seeds.graft)
         )
         seeds = seeds._replace(
-            graft_memory=jnp.where(
-                begins_to_graft[:, None],
-                grafting.start_memory(self.grafts, seeds.graft),
+            graft_memory=jax.lax.cond(
+                jnp.any(begins_to_graft),
+                lambda of: jnp.where(
+                    begins_to_graft[:, None], grafting.start_memory(self.grafts, seeds.graft), of
+                ),
+                lambda of: of,
                 seeds.graft_memory,
             )
         )
@@ -340,6 +346,7 @@ class Growth:
             cause=move.cause,
             waiting_for=waiting_for,
             evidence=evidence,
+            is_measured=is_measured,
             alpha=seeds.alpha,
             blueprint=jnp.where(holds, seeds.blueprint, blueprint),
             request_code=done.code,
@@ -528,20 +535,22 @@ def _square(leaf: Array) -> Float32[Array, "P"]:
     return jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
 
 
-def _evidence(seeds: SeedState, variation: Scalar) -> Float32[Array, "S"]:
+def _evidence(seeds: SeedState, variation: Scalar) -> tuple[Float32[Array, "S"], Bool[Array, "S"]]:
     stage = seeds.stage
-    values = {
-        Stage.DORMANT: seeds.potential,
-        Stage.TRAINING: seeds.telemetry.utility,
-        Stage.GRAFTING: seeds.alpha,
-        Stage.STABILIZATION: jnp.broadcast_to(variation, stage.shape),
-        Stage.EVALUATING: seeds.contribution,
-        Stage.FINE_TUNING: seeds.contribution,
+    contribution = seeds.contribution, seeds.num_contributions > 0
+    measured = {
+        Stage.DORMANT: (seeds.potential, seeds.num_potentials > 0),
+        Stage.TRAINING: (seeds.telemetry.utility, seeds.telemetry.num_live_steps > 0),
+        Stage.GRAFTING: (seeds.alpha, jnp.ones(stage.shape, bool)),
+        Stage.STABILIZATION: (variation, jnp.isfinite(variation)),
+        Stage.EVALUATING: contribution,
+        Stage.FINE_TUNING: contribution,
     }
-    told = jnp.zeros(stage.shape, jnp.float32)
-    for of, value in values.items():
-        told = jnp.where(stage == of, value, told)
-    return told
+    told, is_measured = jnp.zeros(stage.shape, jnp.float32), jnp.zeros(stage.shape, bool)
+    for of, (value, is_known) in measured.items():
+        told = jnp.where((stage == of) & is_known, value, told)
+        is_measured = jnp.where(stage == of, is_known, is_measured)
+    return told, is_measured
 
 
 def growth(

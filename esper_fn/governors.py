@@ -89,7 +89,7 @@ def standard(
     average (losses may be negative) and `noise` the loss's standard deviation then, without which
     a loss near zero would raise alarms by its noise alone. A body that changes by more than
     `max_drift` times its own size in one step is quarantined alone. After an alarm nothing
-    germinates for `veto_steps`.
+    germinates for `veto_steps`; after a divergence the best loss is learned anew from then on.
 
     Args:
       max_ratio: of the loss, above 1.
@@ -118,7 +118,10 @@ def standard(
 def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     track = evidence.track
     is_warm = track.num_steps >= state.patience
-    is_best = is_warm & (track.slow < state.best)
+    # Forgotten after a divergence: nothing is judged until the veto is over, then what is usual
+    # is learned anew. Else data that changed for good would be rolled back again and again.
+    is_forgotten = jnp.isinf(state.best) & (state.veto_left > 0)
+    is_best = is_warm & ~is_forgotten & (track.slow < state.best)
     best = jnp.where(is_best, track.slow, state.best)
     noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
     bound = best + (state.max_ratio - 1) * jnp.abs(best) + NOISE_DEVIATIONS * noise
@@ -150,7 +153,10 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
         is_quarantined=is_quarantined,
     )
     state = state._replace(
-        num_bad=jnp.where(has_diverged, 0, num_bad), veto_left=veto_left, best=best, noise=noise
+        num_bad=jnp.where(has_diverged, 0, num_bad),
+        veto_left=veto_left,
+        best=jnp.where(has_diverged, jnp.inf, best),
+        noise=noise,
     )
     return state, verdict
 

@@ -55,7 +55,7 @@ def per_body(
       `init((params, bodies))` and
       `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
       `Growth.slots`, which returns `((host updates, body updates), state)` for
-      `optax.apply_updates`.
+      `optax.apply_updates`. Further keywords (a loss, say) go to both transformations.
 
     >>> optimizer = per_body(optax.adamw(1e-3))
     """
@@ -68,8 +68,6 @@ def per_body(
             host=of_host.init(host_params),
             bodies={
                 site: {name: jax.vmap(of_body.init)(bank) for name, bank in at_site.items()}
-                if at_site
-                else {}
                 for site, at_site in _with_parameters(banks).items()
             },
         )
@@ -91,7 +89,12 @@ def per_body(
             states[site] = {}
             for name, bank in at_site.items():
                 updates[site][name], states[site][name] = _update_bank(
-                    of_body, d_banks[site][name], state.bodies[site][name], bank, slots[site][name]
+                    of_body,
+                    d_banks[site][name],
+                    state.bodies[site][name],
+                    bank,
+                    slots[site][name],
+                    extra,
                 )
         return (host_updates, updates), PerBodyState(host=host_state, bodies=states)
 
@@ -112,11 +115,14 @@ def _update_bank(
     state: optax.OptState,
     bank: Params,
     slots: Slots,
+    extra: Mapping[str, Any],
 ) -> tuple[Params, optax.OptState]:
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
     state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
-    updates, moved = jax.vmap(of_body.update)(gradients, state, bank)
+    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
+        gradients, state, bank
+    )
     still = jax.tree.map(jnp.zeros_like, updates)
     return choose(slots.learns, updates, still), choose(slots.learns, moved, state)

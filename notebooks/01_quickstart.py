@@ -48,9 +48,9 @@ from esper_fn.lifecycle import Stage
 
 # %%
 data = ef.data.load("digits")
-train_x, train_y = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
-test_x, test_y = jnp.asarray(data.test_inputs), jnp.asarray(data.test_targets)
-held_out = (jnp.asarray(data.validation_inputs), jnp.asarray(data.validation_targets))
+train_x, train_y = data.train_inputs, data.train_targets
+test_x, test_y = data.test_inputs, data.test_targets
+held_out = (data.validation_inputs, data.validation_targets)
 
 
 class Classifier(nnx.Module):
@@ -147,7 +147,7 @@ growth = ef.growth(
         ef.policies.plateau(patience=50, min_gain=0.05),
         ef.policies.quota(4),
     ),
-    graft=ef.grafting.linear(num_steps=25),
+    graft=ef.grafting.linear(num_steps=50),
     levels=1,  # one compiled variant: quick to compile, and small bodies cost little anyway
 )
 optimizer = ef.optim.per_body(adam)  # the host's Adam, and one of its own for every body
@@ -189,9 +189,9 @@ def accuracy(params, seeds):
 survey = jax.jit(growth.survey(loss_fn))
 
 # %% [markdown]
-# **Where would it pay?** Now and then a *survey* on held-out data measures, for every seed that
-# sleeps, how much the loss could gain from something growing there (its *potential*), and for
-# every body that acts, what the network would lose without it (its *contribution*). The first
+# **Where would it pay?** Now and then a **survey** on held-out data scores, from gradients alone,
+# how much something growing at each seed could help (its *potential*). For bodies that are on trial
+# it also measures by how much the loss would rise without them (their *contribution*). The first
 # survey already finds the mistake:
 
 # %%
@@ -202,7 +202,8 @@ labels = [f"{site.name} {chunk}" for site in sites for chunk in range(site.chunk
 fig, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
 axes.barh(labels, found.potential, color="#0b6fb8", height=0.7)
 axes.invert_yaxis()
-axes.spines[["top", "right"]].set_visible(False)
+axes.tick_params(axis="y", length=0)
+axes.spines[["top", "right", "left"]].set_visible(False)
 axes.set_xlabel("growth potential")
 axes.set_title("What each seed could gain", loc="left")
 plt.show()
@@ -313,7 +314,10 @@ def record_grown(segment):
             "test_accuracy": accuracy(state.params, growth.seeds(state.growth)),
             "parameters": host_size + int(infos.num_parameters[-1]),
             "stages": ef.runtime.stage_counts(infos.stage[-1]),
-            "alpha": {str(seed): alpha for seed, alpha in enumerate(infos.alpha[-1]) if alpha > 0},
+            "alpha": {
+                str(seed): infos.alpha[-1, seed]
+                for seed in np.flatnonzero(infos.blueprint[-1] >= 0)
+            },
         }
     )
 
@@ -343,13 +347,15 @@ print(f"programs compiled after the first segment: {grown.num_compiled}")
 ef.report.figures.stage_map(run)
 
 # %% [markdown]
-# How each body was let in. A body that would disturb the host does so gently, and can be taken out.
+# How each body was let in: from 0, where the host computes exactly what it computed before, to 1.
+# Up to the day it is fossilized, a body can be taken out again.
 
 # %%
 ef.report.figures.alpha_curves(run)
 
 # %% [markdown]
-# The training loss, and the accuracy on the test digits.
+# The training loss, and the accuracy on the test digits. "Host alone" is the same host, simply
+# trained on. The marks below say when seeds germinated, were grafted, and were kept.
 
 # %%
 ef.report.figures.loss_curves(run)
@@ -375,9 +381,9 @@ print(ef.commands.Code(int(infos.outcomes.code[0, 0])).name)
 growth.seed(state, seed)
 
 # %% [markdown]
-# It trains behind the host. Suppose we think better of it: cull it. And ask for another one at
-# once, which is refused, because a seed rests before it may try again. A refusal is an answer with
-# a code, never an error inside the step and never silence.
+# It trains behind the host, and we may think better of it: cull it. Then we ask for another one at
+# once. This is refused, because a culled seed rests for a while before it may germinate again. A
+# refusal is an answer with a code: no exception inside the step, and no silence either.
 
 # %%
 cull = growth.commands([ef.commands.cull(seed)])
@@ -391,9 +397,9 @@ for command in (cull, germinate):
     )
 
 # %% [markdown]
-# **Tuning a gate.** The thresholds between the stages are arrays in the state as well. By default a
-# body trains for at least 30 steps; here we let it go on after 5, and end the training after 10,
-# while everything keeps running.
+# **Tuning a gate.** The thresholds between the stages are arrays in the state as well, so they can
+# be replaced while everything runs. By default a body trains for 30 to 150 steps; from here on it
+# is judged after 5 to 10.
 
 # %%
 another = lattice.seed_index("hidden", chunk=1)
@@ -414,18 +420,21 @@ print(f"programs compiled: {count.num_compiled}")
 #
 # `ef.experiments` runs four ways to spend the same steps on the same data: the host alone, the host
 # that grows where the survey says, the host that grows at random places, and a static network
-# without a narrow place and with as many parameters as the grown one, trained from scratch.
+# without a narrow place and with as many parameters as the grown one. Its host has two units in the
+# middle and starts from scratch; in these short runs a policy asks for growth at fixed steps.
 
 # %%
-comparison = ef.experiments.prepare(ef.experiments.job("digits"), data, steps=600)
-rows = [ef.experiments.run(comparison, seed) for seed in range(3)]
+job = ef.experiments.job("digits")
+comparison = ef.experiments.prepare(job, data, steps=600, policy="periodic")
+rows = [ef.experiments.run(comparison, seed) for seed in range(4)]
 summary = ef.experiments.summary(comparison, rows)
 ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
 
 # %% [markdown]
-# Read all the bars. Growth repaired the host, and the survey found the place that chance missed.
-# The network that was well shaped from the start is still better: **growth is for a network you are
-# given (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not
-# a way to beat a network whose size you can simply choose.**
+# Read all the bars. Growth repairs the host, and choosing places by measurement does better on
+# average than choosing them by chance, which now and then hits the right place too. The network
+# that was well shaped from the start is better still. So **growth is for a network you are given
+# (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not a way
+# to beat a network whose size you can simply choose.**
 #
 # Next: `esper grow --data digits` runs the full-length job and writes its report.

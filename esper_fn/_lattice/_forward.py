@@ -236,7 +236,7 @@ def _forward(wiring: Wiring, max_live: int, banks: Banks, source: Array, target:
 def _backward(wiring: Wiring, max_live: int, banks: Banks, source: Array, dy: Array) -> Any:
     """Gradients of the bodies, of what they read and of what they write, and 4 channels."""
     d_source = jnp.zeros_like(source) if wiring.is_span else dy
-    channels = jnp.zeros((wiring.target.chunks, 4), jnp.float32)
+    channels = jnp.zeros_like(dy, shape=(wiring.target.chunks, 4), dtype=jnp.float32)
     d_bodies = [jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks]
     for index, bank in enumerate(banks if max_live else ()):
         live = _pick(bank, max_live)

@@ -163,12 +163,13 @@ def lattice(
     Args:
       sites: the places; their order is the order of the seeds.
       blueprints: name -> blueprint; each is offered at the sites whose topology it serves.
-      capacity: bodies that may be alive at once, per site, layer and blueprint.
+      capacity: bodies that may be alive at once, per site, layer and blueprint; a site with fewer
+        chunks has room for as many as it has chunks.
       dtype: dtype of the bodies' parameters.
 
     Raises:
       LatticeError: no site, a name given twice, a blueprint that serves no site, a site no
-        blueprint serves, a capacity below one or beyond the seeds of every site.
+        blueprint serves, a capacity below one, a dtype that is not floating.
     """
     places = tuple(sites)
     if not places:

@@ -110,7 +110,6 @@ class Seeds:
                 f"site {name!r} is {'a span: pass' if place.is_span else 'no span: do not pass'} "
                 "source="
             )
-        read = x if source is None else source
         if source is not None:
             _check_activation(place, "source", source, place.source.features)
             if source.shape[:-1] != x.shape[:-1] or source.dtype != x.dtype:
@@ -120,12 +119,16 @@ class Seeds:
                 )
         if self._layout.visits is not None:
             self._layout.visits.names[name] = None
+        if source is not None:
+            x, source = _vary_alike(x, source), _vary_alike(source, x)
+        banks = tuple(bank._replace(bodies=_vary_alike(bank.bodies, x)) for bank in view.banks)
+        tap = _vary_alike(view.tap, x)
         if view.probe is not None:
-            x = probe((wiring.source, wiring.target), read, x, view.probe)
-            read = x if source is None else source
+            chunkings = (wiring.source, wiring.target)
+            x = probe(chunkings, x if source is None else source, x, _vary_alike(view.probe, x))
         if source is None:
-            return grow_in_place(wiring, view.banks, x, view.tap)
-        return grow_span(wiring, view.banks, read, x, view.tap)
+            return grow_in_place(wiring, banks, x, tap)
+        return grow_span(wiring, banks, source, x, tap)
 
     def layers(self, name: str) -> Seeds:
         """The seeds of a site with layers, every array with leading axis L: `xs` of a `lax.scan`.
@@ -137,8 +140,14 @@ class Seeds:
             raise LatticeError(f"site {name!r} has no layers; declare it with `layers=`")
         return self._only(index, self._views[index])
 
-    def layer(self, name: str, index: int) -> Seeds:
+    def layer(self, name: str, index: int | Array) -> Seeds:
         """One layer of a site with layers, for a stack written as a Python loop."""
+        num_layers = self._layout.sites[self._find(name)].num_layers
+        if isinstance(index, int) and not 0 <= index < num_layers:
+            raise LatticeError(
+                f"site {name!r} has layers 0..{num_layers - 1}, got {index}; declare more with "
+                "`layers=`"
+            )
         one: Seeds = jax.tree.map(lambda leaf: leaf[index], self.layers(name))
         return one
 
@@ -153,6 +162,21 @@ class Seeds:
 
     def __iter__(self) -> Iterator[str]:
         return (place.name for place in self._layout.sites)
+
+
+def _vary_alike(tree: Any, x: Array) -> Any:
+    """Inside a `shard_map`, marks `tree` as varying wherever `x` does: cotangents are then summed."""
+
+    def cast(leaf: Array) -> Array:
+        missing = _varying_axes(x) - _varying_axes(leaf)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
 
 
 def _check_activation(place: Site, argument: str, x: Any, features: int) -> None:
@@ -200,7 +224,7 @@ class BareSeeds:
         del name
         return self
 
-    def layer(self, name: str, index: int) -> BareSeeds:
+    def layer(self, name: str, index: int | Array) -> BareSeeds:
         """Itself."""
         del name, index
         return self

@@ -17,8 +17,9 @@ _SHAPES: dict[Topology, tuple[int, ...]] = {
 def check(blueprint: Blueprint, *, features: int = 6) -> None:
     """Runs a blueprint at every topology it claims and raises where it breaks its contract.
 
-    Looked at: the output's shape and dtype (float32 and bfloat16), identity at birth, that some
-    parameter receives a gradient at birth, and that the stated cost counts the real parameters.
+    Looked at: the parameters' dtype, the output's shape and dtype (float32 and bfloat16), identity
+    at birth, that some parameter receives a gradient at birth, and that the stated cost counts the
+    real parameters.
 
     Raises:
       ValueError: naming the blueprint, the topology, and what was found instead.
@@ -37,11 +38,16 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
 
 
 def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+    asked = jnp.dtype(dtype).name
+
     def fail(found: str) -> None:
-        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {dtype}: {found}")
+        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {asked}: {found}")
 
     init_key, x_key, dy_key = jax.random.split(jax.random.key(0), 3)
     params = blueprint.init(init_key, spec, jnp.float32)
+    made = jax.tree.leaves(jax.eval_shape(lambda key: blueprint.init(key, spec, dtype), init_key))
+    if any(leaf.dtype != dtype for leaf in made):
+        fail(f"init must make {asked} parameters, got {sorted({leaf.dtype.name for leaf in made})}")
     x = jax.random.normal(x_key, (*_SHAPES[spec.topology], spec.inputs)).astype(dtype)
     mask = jnp.ones((spec.inputs,), bool)
     r, pull = jax.vjp(lambda body: blueprint.apply(body, x, spec, mask), params)

@@ -54,7 +54,8 @@ def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[
             "measured": {},
         }
         if measured is not None:
-            event["measured"] = {measured: float(infos.evidence[row, seed])}
+            is_known = bool(infos.is_measured[row, seed])
+            event["measured"] = {measured: float(infos.evidence[row, seed]) if is_known else None}
         events.append(event)
     return events
 

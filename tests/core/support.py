@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import esper_fn as ef
+from esper_fn.lifecycle import OWNS_BODY
 
 
 def standard(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -53,3 +56,63 @@ def mlp_params(key: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
 def mean_square(prediction: jax.Array, target: jax.Array) -> jax.Array:
     """Mean squared error."""
     return jnp.mean(jnp.square(prediction - target))
+
+
+def place(
+    growth: ef.Growth,
+    state: ef.GrowthState,
+    rows: Mapping[int, tuple[str, int, float]],
+    noise: float = 0.3,
+) -> ef.GrowthState:
+    """`state` with seeds put where a test wants them: seed -> (blueprint, stage, alpha).
+
+    Every body gets `noise` added, so that none is the identity any more.
+    """
+    lattice, seeds = growth.lattice, state.seeds
+    tables, owner = lattice.tables, np.array(state.owner)
+    stage, alpha = np.array(seeds.stage), np.array(seeds.alpha)
+    slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
+    for seed, (name, to, at) in rows.items():
+        stage[seed], alpha[seed] = to, at
+        if OWNS_BODY[to]:
+            group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
+            index = lattice.blueprint_index(name)
+            is_own = tables.slot_pool_start == tables.pool_start[group, index]
+            slot[seed] = np.flatnonzero(is_own & (owner < 0))[0]
+            owner[slot[seed]], blueprint[seed] = seed, index
+    leaves, structure = jax.tree.flatten(state.bodies)
+    rng = np.random.default_rng(7)
+    noised = [
+        leaf + jnp.asarray(noise * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves
+    ]
+    return state._replace(
+        owner=jnp.asarray(owner),
+        bodies=jax.tree.unflatten(structure, noised),
+        seeds=seeds._replace(
+            stage=jnp.asarray(stage),
+            alpha=jnp.asarray(alpha),
+            slot=jnp.asarray(slot),
+            blueprint=jnp.asarray(blueprint),
+        ),
+    )
+
+
+def body_of(growth: ef.Growth, state: ef.GrowthState, seed: int, bodies: Any = None) -> Any:
+    """Parameters of a seed's body, as NumPy arrays (or its share of `bodies`, say of gradients)."""
+    place_, _, _ = growth.lattice.locate(seed)
+    name = growth.lattice.names[int(state.seeds.blueprint[seed])]
+    slot = int(state.seeds.slot[seed])
+    start = next(
+        bank.start
+        for bank in growth.lattice.tables.banks
+        if growth.lattice.names[bank.blueprint] == name
+        and growth.lattice.sites[bank.site].name == place_.name
+    )
+    bank = (state.bodies if bodies is None else bodies)[place_.name][name]
+    return jax.tree.map(lambda leaf: np.asarray(leaf[slot - start]), bank)
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    """Whether two trees agree bit for bit, NaN and -0.0 included."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)

@@ -169,7 +169,8 @@ def test_a_broken_body_is_rolled_back_and_its_parameters_never_stand(
 # --- the judgement alone -------------------------------------------------------------------------
 
 
-def judge(governor: Any, losses: Any, track: Any = None) -> list[Alarm]:
+def judge(governor: Any, losses: Any, *, restored: Any = None) -> list[Alarm]:
+    """Alarms over a run; `restored` is the loss track that a roll-back brings back."""
     seeds = ef.lifecycle.seed_state(2)
 
     def one(carry: Any, loss: Any) -> Any:
@@ -177,9 +178,13 @@ def judge(governor: Any, losses: Any, track: Any = None) -> list[Alarm]:
         track, _ = track_loss(track, loss)
         evidence = Evidence(seeds=seeds, loss=loss, track=track, drift=jnp.zeros((2,)))
         state, verdict = governor.judge(state, evidence)
+        if restored is not None:
+            track = jax.tree.map(
+                lambda old, new: jnp.where(verdict.should_roll_back, old, new), restored, track
+            )
         return (state, track), verdict.alarm
 
-    start = (governor.state, loss_track() if track is None else track)
+    start = (governor.state, loss_track())
     _, alarms = jax.jit(lambda told: jax.lax.scan(one, start, told))(jnp.asarray(losses))
     return [Alarm(alarm) for alarm in np.asarray(alarms).tolist()]
 
@@ -219,6 +224,20 @@ def test_divergence_is_seen_at_every_level(before: float, after: float) -> None:
     assert set(alarms[:300]) == {Alarm.CALM}
     assert Alarm.DIVERGENCE in alarms[300:]
     assert 300 + 20 <= alarms.index(Alarm.DIVERGENCE) < 450
+
+
+@pytest.mark.parametrize("is_restored", [False, True], ids=["unguarded", "rolled back"])
+def test_data_that_changed_for_good_raise_one_alarm_and_a_new_level_is_learned(
+    is_restored: bool,
+) -> None:
+    losses = np.concatenate([noisy(1.0, 0.02, 300), noisy(10.0, 0.02, 1500), noisy(100, 1, 300)])
+    # `rollback.guard` restores the loss averages too.
+    kept = calm_track() if is_restored else None
+    alarms = judge(standard(veto_steps=200), losses, restored=kept)
+    found = np.flatnonzero(np.asarray(alarms) == Alarm.DIVERGENCE)
+    assert len(found) == 2
+    assert 300 < found[0] < 450
+    assert 1800 < found[1] < 1950
 
 
 def test_a_short_rise_is_forgiven() -> None:

@@ -433,6 +433,8 @@ def test_not_measured_is_not_zero() -> None:
     )
     after, info = rig.step(state)
     assert np.asarray(info.waiting_for)[:2].tolist() == [G.UTILITY_MEASURED, G.UTILITY_POSITIVE]
+    assert np.asarray(info.is_measured).tolist() == [False, True, False, False, True, False, True]
+    assert np.asarray(info.evidence).tolist() == [0.0] * 7
     # A contribution measured as zero is a verdict, one not measured is none.
     assert np.asarray(after.seeds.stage)[3:5].tolist() == [S.EVALUATING, S.CULLED]
     assert int(info.waiting_for[3]) == G.CONTRIBUTION_MEASURED

@@ -1,0 +1,200 @@
+"""`y = x + act * body(x)`, against the same in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+from support import body_of, place, same_bits
+
+import esper_fn as ef
+from esper_fn._lattice._site import Site
+from esper_fn.lifecycle import Stage
+
+DENSE = {
+    "noop": ef.blueprints.noop(),
+    "scale_shift": ef.blueprints.scale_shift(),
+    "low_rank": ef.blueprints.low_rank(3),
+    "relu": ef.blueprints.bottleneck(4),
+    "gelu": ef.blueprints.bottleneck(4, activation="gelu"),
+    "silu": ef.blueprints.bottleneck(4, activation="silu"),
+    "gated": ef.blueprints.gated(4),
+    "normalised": ef.blueprints.normalised(4),
+}
+SITES = (
+    ef.site("even", features=45, chunks=9),
+    ef.site("uneven", features=48, chunks=9),
+    ef.span("span", source_features=45, features=33, chunks=9),
+    ef.span("uneven_span", source_features=48, features=31, chunks=9),
+)
+
+
+class Case(NamedTuple):
+    growth: ef.Growth
+    state: ef.GrowthState
+    run: Any
+    """`(state, xs) -> ys`, compiled."""
+    gains: dict[int, float]
+
+
+@cache
+def case(levels: int = 1) -> Case:
+    """Every dense blueprint at every kind of site, each acting with another alpha."""
+    lattice = ef.lattice(sites=SITES, blueprints=DENSE, capacity=2)
+    growth = ef.growth(lattice, levels=levels)
+    rows = {}
+    for seed in range(lattice.num_seeds):
+        site, _, chunk = lattice.locate(seed)
+        names = [n for n, b in DENSE.items() if b.can_span or not site.is_span]
+        if chunk < 8:  # the last chunk stays dormant
+            rows[seed] = (names[chunk % len(names)], Stage.GRAFTING, 0.3 + 0.08 * chunk)
+    state = place(growth, growth.init(jax.random.key(1)), rows)
+
+    @jax.jit
+    def run(state: Any, xs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        seeds = growth.seeds(state)
+        return {
+            site.name: seeds.grow(
+                site.name,
+                xs[site.name],
+                **({"source": xs[site.name + "/source"]} if site.is_span else {}),
+            )
+            for site in SITES
+        }
+
+    return Case(growth, state, run, {seed: row[2] for seed, row in rows.items()})
+
+
+def inputs(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(3)
+    xs = {}
+    for site in SITES:
+        xs[site.name] = jnp.asarray(rng.standard_normal((*shape, site.features)), dtype)
+        if site.is_span:
+            source = rng.standard_normal((*shape, site.source.features))
+            xs[site.name + "/source"] = jnp.asarray(source, dtype)
+    return xs
+
+
+def chunk_of(chunking: Any, chunk: int) -> slice:
+    start = int(chunking.starts[chunk])
+    return slice(start, start + int(chunking.sizes[chunk]))
+
+
+def expected(given: Case, site: Site, xs: Any, xp: Any, dtype: Any) -> Any:
+    """The formula, chunk by chunk, in one dtype of NumPy's or JAX's."""
+    lattice = given.growth.lattice
+    x = xs[site.name].astype(dtype)
+    u = xs[site.name + "/source"].astype(dtype) if site.is_span else x
+    parts = []
+    for chunk in range(site.chunks):
+        seed = lattice.seed_index(site.name, chunk)
+        here = x[..., chunk_of(site.target, chunk)]
+        if seed in given.gains:
+            read = u[..., chunk_of(site.source, chunk)]
+            name = lattice.names[int(given.state.seeds.blueprint[seed])]
+            params = plain.cut(
+                body_of(given.growth, given.state, seed), read.shape[-1], here.shape[-1]
+            )
+            params = {k: xp.asarray(v).astype(dtype) for k, v in params.items()}
+            r = plain.DENSE[name](params, read, xp)
+            here = here + xp.asarray(given.gains[seed]).astype(dtype) * r
+        parts.append(here)
+    return xp.concatenate(parts, axis=-1)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 2)])
+def test_float32_is_the_formula(shape: tuple[int, ...], levels: int) -> None:
+    if levels == 3 and shape != (5,):
+        pytest.skip("one shape is enough for the variants")
+    given = case(levels)
+    xs = inputs(shape, jnp.float32)
+    ys = given.run(given.state, xs)
+    wide = {name: np.asarray(x) for name, x in xs.items()}
+    for site in SITES:
+        want = expected(given, site, wide, np, np.float64)
+        assert ys[site.name].shape == want.shape
+        np.testing.assert_allclose(ys[site.name], want, rtol=2e-6, atol=5e-6)
+        # The dormant chunk is the same numbers, to the bit.
+        last = chunk_of(site.target, site.chunks - 1)
+        assert same_bits(ys[site.name][..., last], xs[site.name][..., last])
+
+
+def test_bfloat16_is_no_worse_than_twice_a_plain_implementation() -> None:
+    given = case()
+    given = given._replace(
+        state=given.state._replace(
+            bodies=jax.tree.map(
+                lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), given.state.bodies
+            )
+        )
+    )
+    xs = inputs((64,), jnp.bfloat16)
+    ys = given.run(given.state, xs)
+    exact = {name: np.asarray(x, np.float64) for name, x in xs.items()}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        rough = {site.name: expected(given, site, xs, jnp, jnp.bfloat16) for site in SITES}
+    for site in SITES:
+        want = expected(given, site, exact, np, np.float64)
+        assert ys[site.name].dtype == jnp.bfloat16
+
+        def error(y: Any, want: np.ndarray = want) -> np.ndarray:
+            return np.abs(np.asarray(y, np.float64) - want)
+
+        ours, theirs = error(ys[site.name]), error(rough[site.name])
+        for chunk in range(8):
+            at = chunk_of(site.target, chunk)
+            assert ours[:, at].mean() <= 2 * theirs[:, at].mean() + 1e-9
+            assert ours[:, at].max() <= 2 * theirs[:, at].max() + 1e-9
+
+
+def _odd_numbers(dtype: Any) -> jax.Array:
+    """Whatever a float can be, in every chunk."""
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    odd = [jnp.nan, -jnp.nan, jnp.inf, -jnp.inf, -0.0, 0.0, tiny, -tiny, 3 * tiny]
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.asarray(np.resize([*odd, largest, -largest, 1.0, -1e-3], (48,)), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_act_0_is_the_identity_of_bits(levels: int, dtype: str) -> None:
+    given = case(levels)
+    stages = {
+        Stage.TRAINING: 0.0,
+        Stage.GERMINATED: 0.0,
+        Stage.GRAFTING: 0.0,  # alpha 0: as at the first step of a graft
+        Stage.FINE_TUNING: 0.0,
+    }
+    num_seeds = given.growth.lattice.num_seeds
+    stage = jnp.asarray(np.resize(list(stages), (num_seeds,)), jnp.int8)
+    state = given.state._replace(
+        seeds=given.state.seeds._replace(stage=stage, alpha=jnp.zeros((num_seeds,), jnp.float32))
+    )
+    odd = _odd_numbers(dtype)
+    xs = {name: odd[: x.shape[-1]] for name, x in inputs((), dtype).items()}
+    ys = given.run(state, xs)
+    for site in SITES:
+        assert same_bits(ys[site.name], xs[site.name])
+
+
+def test_a_body_reads_and_writes_its_own_chunk_alone() -> None:
+    given = case()
+    xs = inputs((4,), jnp.float32)
+    before = given.run(given.state, xs)
+    seed = given.growth.lattice.seed_index("uneven", 4)
+    x = xs["uneven"]
+    chunk = chunk_of(SITES[1].target, 4)
+    other = x.at[:, chunk].add(1.0)
+    after = given.run(given.state, {**xs, "uneven": other})["uneven"]
+    differs = np.any(np.asarray(after) != np.asarray(before["uneven"]), axis=0)
+    assert not differs[: chunk.start].any()
+    assert not differs[chunk.stop :].any()
+    assert differs[chunk].all()
+    assert given.gains[seed] > 0
