@@ -144,7 +144,9 @@ class Growth:
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
         """What `optim.per_body` must know of every slot."""
         born = per_slot_tree(self.lattice, state.is_born)
-        learns = per_slot_tree(self.lattice, slot_gains(state.seeds, state.owner)[:, 1] != 0)
+        learns = per_slot_tree(
+            self.lattice, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+        )
         return {
             site: {
                 name: Slots(is_born=at_site[name], learns=learns[site][name]) for name in at_site
@@ -335,7 +337,7 @@ class Growth:
             key=key,
             step=state.step + 1,
         )
-        gains = slot_gains(seeds, owner)
+        gains = slot_gains(seeds, owner, limits)
         tables = self.lattice.tables
         of_slot = (tables.slot_group, tables.slot_blueprint)
         is_live = jnp.any(gains != 0, axis=-1)
@@ -392,7 +394,7 @@ class Growth:
                 value = loss_fn(params, seeds, *args, **kwargs)
                 return jnp.asarray(value[0] if has_aux else value, jnp.float32)
 
-            gains = slot_gains(state.seeds, state.owner)
+            gains = slot_gains(state.seeds, state.owner, state.settings)
             with_all, moments = jax.value_and_grad(loss, argnums=1)(
                 gains, zero_probes(self.lattice)
             )
@@ -457,7 +459,7 @@ class Growth:
         visits: Visits | None = None,
     ) -> Seeds:
         if gains is None:
-            gains = slot_gains(state.seeds, state.owner)
+            gains = slot_gains(state.seeds, state.owner, state.settings)
         return view(
             self.lattice,
             state.owner,

@@ -12,7 +12,7 @@ from esper_fn._lattice._lattice import Lattice, bank_capacity, local_chunk
 from esper_fn._lattice._probe import Moments, zero_moments
 from esper_fn._lattice._seeds import Layout, Seeds, SiteView, Visits
 from esper_fn._typing import Array, Bodies, Float32, Int32
-from esper_fn.lifecycle import NONE, SeedState, gains
+from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
 
 Taps = tuple[Array, ...]
 """One `[C, K]` (or `[L, C, K]`) zero array a site."""
@@ -43,10 +43,16 @@ def _stack(layers: int | None) -> tuple[int, ...]:
     return () if layers is None else (layers,)
 
 
-def slot_gains(seeds: SeedState, owner: Int32[Array, "Q"]) -> Float32[Array, "Q 3"]:
+def slot_gains(
+    seeds: SeedState, owner: Int32[Array, "Q"], settings: Settings
+) -> Float32[Array, "Q 3"]:
     """act, learn and feel of every slot; zero for free ones."""
     seed = jnp.maximum(owner, 0)
-    return jnp.where((owner != NONE)[:, None], gains(seeds.stage[seed], seeds.alpha[seed]), 0.0)
+    stage = seeds.stage[seed]
+    of_stage = gains(stage, seeds.alpha[seed])
+    still_learns = (stage == Stage.FOSSILIZED) & settings.fossils_learn
+    of_stage = of_stage.at[:, 1].max(still_learns.astype(jnp.float32))
+    return jnp.where((owner != NONE)[:, None], of_stage, 0.0)
 
 
 def view(

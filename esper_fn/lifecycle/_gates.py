@@ -75,6 +75,8 @@ class Settings(NamedTuple):
     """What a seed must be worth (in units of the loss) to be kept for good."""
     min_surveys: Int32[Array, ""]
     """Ablations a verdict needs."""
+    fossils_learn: Bool[Array, ""]
+    """Whether FOSSILIZED bodies go on learning with the task."""
 
 
 _MIN_STEPS: Mapping[Stage, int] = MappingProxyType(
@@ -110,6 +112,7 @@ def settings(
     min_stability: float = 0.8,
     min_contribution: float = 0.0,
     min_surveys: int = 2,
+    fossils_learn: bool = False,
 ) -> Settings:
     """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
 
@@ -161,6 +164,7 @@ def settings(
         min_stability=jnp.float32(min_stability),
         min_contribution=jnp.float32(min_contribution),
         min_surveys=jnp.int32(min_surveys),
+        fossils_learn=jnp.bool_(fossils_learn),
     )
 
 

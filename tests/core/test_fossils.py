@@ -1,0 +1,51 @@
+"""Fossils stand still unless they are told to go on learning."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import make_step, mean_square, standard
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+
+X = jax.random.normal(jax.random.key(0), (16, 6))
+
+
+@pytest.mark.parametrize("fossils_learn", [False, True])
+def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None:
+    growth = ef.growth(
+        ef.lattice(
+            sites=[ef.site("a", features=6)],
+            blueprints={"low_rank": ef.blueprints.low_rank(2)},
+            capacity=1,
+        ),
+        policy=ef.policies.never(),
+        settings=ef.lifecycle.settings(fossils_learn=fossils_learn),
+        levels=1,
+    )
+
+    def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: jax.Array) -> jax.Array:
+        return mean_square(seeds.grow("a", batch) @ params, jnp.ones((16, 3)))
+
+    params = jax.random.normal(jax.random.key(1), (6, 3))
+    state = growth.init(jax.random.key(2))
+    state = state._replace(
+        owner=jnp.zeros_like(state.owner),
+        seeds=state.seeds._replace(
+            stage=jnp.full((1,), Stage.FOSSILIZED, jnp.int8),
+            slot=jnp.zeros((1,), jnp.int32),
+            blueprint=jnp.zeros((1,), jnp.int8),
+            alpha=jnp.ones((1,)),
+        ),
+    )
+    optimizer = ef.optim.per_body(standard(optax.adamw(1e-2)))
+    before = state.bodies["a"]["low_rank"]["up"]
+    opt_state = optimizer.init((params, state.bodies))
+    step = make_step(growth, loss_fn, optimizer)
+    _, state, _, _ = step(params, state, opt_state, X, growth.commands())
+    has_moved = not np.array_equal(before, state.bodies["a"]["low_rank"]["up"])
+    assert has_moved is fossils_learn
