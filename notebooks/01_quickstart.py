@@ -37,7 +37,6 @@ import optax
 from flax import nnx
 
 import esper_fn as ef
-from esper_fn.lifecycle import Stage
 
 # %% [markdown]
 # ## 1. A plain loop, and a network that is too narrow
@@ -104,8 +103,9 @@ print(f"after 400 steps: {jnp.mean(predicted == test_y):.1%} of the test digits 
 #
 # **Where.** One `ef.nnx.Grow` line marks a place, called a **site**. A site splits its features
 # into chunks, and each chunk gets a **seed**: a spot where something may grow. With `source=`, what
-# grows reads one activation and writes into a later one; around the narrow layer that is the same
-# as giving this layer more units. We mark three places and do not say which one is the mistake.
+# grows reads one activation and writes into a later one; around the narrow layer this gives the
+# layer more units (with two chunks, each seed's units serve one half of the features). We mark
+# three places and do not say which one is the mistake.
 
 
 # %%
@@ -252,7 +252,7 @@ for event in events:
     measured = ", ".join(f"{name} {value:.3f}" for name, value in event["measured"].items())
     print(
         f"{event['step']:4}  {event['site']} {event['chunk']}  "
-        f"{event['from']:>13} -> {event['to']:13}  {event['cause']:26} {measured}"
+        f"{event['from']:>13} -> {event['to']:13}  {event['cause']:28} {measured}"
     )
 
 # %% [markdown]
@@ -269,7 +269,8 @@ for event in events:
 # | fine-tuning | trains together with the host |
 # | fossilized | kept for good; or **culled**, that is removed, where it did not help |
 #
-# No stage can hang: each has a longest stay. A single seed can be read at any time:
+# A cause says who moved the seed: a rule of the policy, a command, the gate that opened last, or
+# the dwell limit, because no stage may last for ever. A single seed can be read at any time:
 
 # %%
 growth.seed(state, lattice.seed_index("middle", chunk=0))
@@ -282,7 +283,7 @@ growth.seed(state, lattice.seed_index("middle", chunk=0))
 # starts from the same host. So does `fit_host`, which trains the same loss on the same batches
 # without growth: growing has to beat *simply training on*.
 #
-# Both write what they see to a run folder.
+# A listener for each writes what it is told to a run folder, from which the pictures are drawn.
 
 # %%
 batches = ef.runtime.in_memory(train_x, train_y, batch_size=64, num_steps=600, seed=1)
@@ -322,9 +323,7 @@ def record_grown(segment):
     )
 
 
-trained_on = ef.runtime.fit_host(
-    loss_fn, adam, host, batches, num_steps=600, listener=record_host
-)
+ef.runtime.fit_host(loss_fn, adam, host, batches, num_steps=600, listener=record_host)
 grown = ef.runtime.fit(
     growth,
     loss_fn,
@@ -393,7 +392,7 @@ for command in (cull, germinate):
     outcome = jax.tree.map(lambda rows: int(rows[0, 0]), infos.outcomes)
     print(
         f"{ef.commands.Code(outcome.code).name:10}",
-        f"{Stage(outcome.before).name} -> {Stage(outcome.after).name}",
+        f"{ef.Stage(outcome.before).name} -> {ef.Stage(outcome.after).name}",
     )
 
 # %% [markdown]
@@ -404,7 +403,7 @@ for command in (cull, germinate):
 # %%
 another = lattice.seed_index("hidden", chunk=1)
 germinate = growth.commands([ef.commands.germinate(another, "units")])
-hasty = ef.lifecycle.settings(min_steps={Stage.TRAINING: 5}, max_steps={Stage.TRAINING: 10})
+hasty = ef.lifecycle.settings(min_steps={ef.Stage.TRAINING: 5}, max_steps={ef.Stage.TRAINING: 10})
 
 with ef.runtime.count_compilations() as count:
     state = state._replace(settings=hasty)
@@ -420,8 +419,8 @@ print(f"programs compiled: {count.num_compiled}")
 #
 # `ef.experiments` runs four ways to spend the same steps on the same data: the host alone, the host
 # that grows where the survey says, the host that grows at random places, and a static network
-# without a narrow place and with as many parameters as the grown one. Its host has two units in the
-# middle and starts from scratch; in these short runs a policy asks for growth at fixed steps.
+# without a narrow place and with as many parameters as the grown one. This job's host has two units
+# in the middle; everything starts from scratch, and the policy asks for growth at fixed steps.
 
 # %%
 job = ef.experiments.job("digits")
@@ -431,10 +430,11 @@ summary = ef.experiments.summary(comparison, rows)
 ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
 
 # %% [markdown]
-# Read all the bars. Growth repairs the host, and choosing places by measurement does better on
-# average than choosing them by chance, which now and then hits the right place too. The network
-# that was well shaped from the start is better still. So **growth is for a network you are given
-# (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not a way
-# to beat a network whose size you can simply choose.**
+# Read all the bars. Growth repairs the host. Choosing places by measurement does better on average
+# than choosing them by chance, which now and then hits the right place too; four repeats are too
+# few to be sure of that. The network that was well shaped from the start is better still. So
+# **growth is for a network you are given (pretrained, frozen, too long to train again, or of a
+# size nobody knows in advance), and not a way to beat a network whose size you can simply
+# choose.**
 #
 # Next: `esper grow --data digits` runs the full-length job and writes its report.

@@ -285,7 +285,7 @@ class Comparison:
 
 
 def prepare(
-    job: Job, data: Dataset, *, steps: int | None = None, policy: str = "plateau"
+    job: Job, data: Dataset, *, steps: int | None = None, policy: str = "periodic"
 ) -> Comparison:
     """Makes a job ready to run.
 

@@ -146,7 +146,7 @@ def policy(
     """
     start, rest = max(1, steps // 10), max(1, steps // 40)
     if name == "plateau":
-        asks = policies.plateau(patience=start, min_gain=0.1, score=score)
+        asks = policies.plateau(patience=max(1, steps // 20), min_gain=0.5, score=score)
     elif name == "periodic":
         asks = policies.periodic(every=rest, start=start, score=score)
     elif name == "random":

@@ -66,6 +66,8 @@ def _cause(growth: Growth, infos: Info, row: int, seed: int, source: Stage, targ
         return f"policy:{growth.policy.rules[int(infos.asked_by[row, seed])]}"
     if cause is Cause.COMMAND:
         return "command"
+    if cause is Cause.DWELL_LIMIT:
+        return "dwell_limit"
     gate = _GATE_OF.get((source, target, cause), Gate.OPEN)
     return f"{cause.name.lower()}:{gate.name.lower()}"
 

@@ -1,4 +1,8 @@
-"""What bodies compute, written again in plain NumPy: the definition that the code is held to."""
+"""What bodies compute, written again in plain NumPy: the definition that the code is held to.
+
+Every operation rounds to the dtype of `x`: float64 gives the truth, `ml_dtypes.bfloat16` a plain
+implementation in that dtype.
+"""
 
 from __future__ import annotations
 
@@ -7,79 +11,74 @@ from typing import Any
 
 import numpy as np
 
-Params = Mapping[str, Any]
+Params = Mapping[str, np.ndarray]
+Body = Callable[[Params, np.ndarray], np.ndarray]
 
 
-def relu(x: Any) -> Any:
+def dot(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return (x @ weights).astype(x.dtype)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
     return x * (x > 0)
 
 
-def silu(x: Any, xp: Any = np) -> Any:
-    return x / (1 + xp.exp(-x))
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
 
 
-def gelu(x: Any, xp: Any = np) -> Any:
-    return x * (1 + xp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x))) / 2
+def gelu(x: np.ndarray) -> np.ndarray:
+    number = x.dtype.type
+    inner = number((2 / np.pi) ** 0.5) * (x + number(0.044715) * x * x * x)
+    return x * (number(1) + np.tanh(inner)) / number(2)
 
 
-def noop(p: Params, x: Any, xp: Any = np) -> Any:
-    return 0 * x
+def noop(p: Params, x: np.ndarray) -> np.ndarray:
+    return np.zeros_like(x)
 
 
-def scale_shift(p: Params, x: Any, xp: Any = np) -> Any:
+def scale_shift(p: Params, x: np.ndarray) -> np.ndarray:
     return x * p["scale"] + p["shift"]
 
 
-def low_rank(p: Params, x: Any, xp: Any = np) -> Any:
-    return (x @ p["down"]) @ p["up"]
+def low_rank(p: Params, x: np.ndarray) -> np.ndarray:
+    return dot(dot(x, p["down"]), p["up"])
 
 
-def bottleneck_relu(p: Params, x: Any, xp: Any = np) -> Any:
-    return relu(x @ p["down"] + p["bias"]) @ p["up"]
+def bottleneck(phi: Callable[[np.ndarray], np.ndarray]) -> Body:
+    def body(p: Params, x: np.ndarray) -> np.ndarray:
+        return dot(phi(dot(x, p["down"]) + p["bias"]), p["up"])
+
+    return body
 
 
-def bottleneck_gelu(p: Params, x: Any, xp: Any = np) -> Any:
-    return gelu(x @ p["down"] + p["bias"], xp) @ p["up"]
+def gated(p: Params, x: np.ndarray) -> np.ndarray:
+    return dot(silu(dot(x, p["gate"])) * dot(x, p["value"]), p["up"])
 
 
-def bottleneck_silu(p: Params, x: Any, xp: Any = np) -> Any:
-    return silu(x @ p["down"] + p["bias"], xp) @ p["up"]
-
-
-def gated(p: Params, x: Any, xp: Any = np) -> Any:
-    return (silu(x @ p["gate"], xp) * (x @ p["value"])) @ p["up"]
-
-
-def normalised(p: Params, x: Any, xp: Any = np) -> Any:
+def normalised(p: Params, x: np.ndarray) -> np.ndarray:
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    normal = (x - mean) / xp.sqrt(variance + 1e-5)
-    return gelu(normal @ p["down"] + p["bias"], xp) @ p["up"]
+    normal = (x - mean) / np.sqrt(variance + x.dtype.type(1e-5))
+    return dot(gelu(dot(normal, p["down"]) + p["bias"]), p["up"])
 
 
-DENSE: dict[str, Callable[..., Any]] = {
+DENSE: dict[str, Body] = {
     "noop": noop,
     "scale_shift": scale_shift,
     "low_rank": low_rank,
-    "relu": bottleneck_relu,
-    "gelu": bottleneck_gelu,
-    "silu": bottleneck_silu,
+    "relu": bottleneck(relu),
+    "gelu": bottleneck(gelu),
+    "silu": bottleneck(silu),
     "gated": gated,
     "normalised": normalised,
 }
-"""Body by the name that `dense_blueprints` gives its blueprint."""
 
 
 def cut(params: Params, inputs: int, outputs: int) -> dict[str, Any]:
-    """The parameters of a body as those of a narrower chunk: rows and columns of padding left out.
-
-    Only for the dense bodies above, whose parameter names tell which axis is which.
-    """
-    sliced = {}
-    for name, value in params.items():
-        if name in ("down", "gate", "value"):
-            value = value[:inputs]  # noqa: PLW2901
-        elif name in ("up", "scale", "shift"):
-            value = value[..., :outputs]  # noqa: PLW2901
-        sliced[name] = value
-    return sliced
+    """The parameters of a dense body as those of a narrower chunk, the padding left out."""
+    rows, columns = ("down", "gate", "value"), ("up", "scale", "shift")
+    return {
+        name: value[:inputs] if name in rows else value[..., :outputs] if name in columns else value
+        for name, value in params.items()
+    }

@@ -58,6 +58,21 @@ def mean_square(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(prediction - target))
 
 
+QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
+"""Options that make compiling a third quicker: for tests of numbers, not for tests of bits."""
+
+
+def blank(growth: ef.Growth) -> ef.GrowthState:
+    """`growth.init` without its random numbers, which take seconds to compile: bodies are 0."""
+    key = jax.random.key(0)
+    bodies = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(growth.init, key).bodies
+    )
+    rest: Any = jax.jit(lambda key: growth.init(key)._replace(bodies=None))(key)
+    state: ef.GrowthState = rest._replace(bodies=bodies)
+    return state
+
+
 def place(
     growth: ef.Growth,
     state: ef.GrowthState,

@@ -18,12 +18,8 @@ HARMLESS = re.compile(
     r"An NVIDIA GPU may be present on this machine"  # JAX's hint where only its CPU build is
 )
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    # Of the client that talks to the kernel, not of what the notebook does.
-    pytest.mark.filterwarnings("ignore:Proactor event loop:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|tornado|jupyter_client|nbclient)"),
-]
+# Most of the time goes into compiling.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
@@ -61,6 +57,12 @@ def pictures(notebook):
             yield found["image/svg+xml"]
 
 
+def is_bare_figure(output):
+    """Tell whether a figure was left as text, as where `%matplotlib inline` is missing."""
+    found = output.get("data", {})
+    return "<Figure " in found.get("text/plain", "") and not found.keys() - {"text/plain"}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_pictures(path, kernel, tmp_path):
     notebook = jupytext.read(path)
@@ -95,12 +97,6 @@ def test_runs_and_shows_pictures(path, kernel, tmp_path):
             assert "<path" in picture
     bare = [number for number, output in outputs(notebook) if is_bare_figure(output)]
     assert not bare, f"cells {bare} show the name of a figure instead of the figure"
-
-
-def is_bare_figure(output):
-    """Tell whether a figure was left as text, as where `%matplotlib inline` is missing."""
-    found = output.get("data", {})
-    return "<Figure " in found.get("text/plain", "") and not found.keys() - {"text/plain"}
 
 
 def test_there_is_a_notebook():
