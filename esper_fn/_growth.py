@@ -575,7 +575,7 @@ def growth(
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
       levels: numbers of live bodies per bank for which each site compiles a variant, or how many
-        such levels (1, 2 or 3). More levels follow the live bodies more closely and compile longer.
+        such levels (1 to 4) More levels follow the live bodies more closely and compile longer.
         By default none, an eighth of the capacity, all.
       max_ablations: seeds measured by ablation in one survey.
 
@@ -624,11 +624,13 @@ def _largest_pool(lattice: Lattice) -> int:
 
 def _levels(levels: int | Sequence[int] | None, capacity: int) -> tuple[int, ...]:
     if levels is None:
-        levels = 3
+        levels = 4
     if isinstance(levels, int):
-        if levels not in (1, 2, 3):
-            raise ValueError(f"levels must be 1, 2 or 3, or the levels themselves, got {levels!r}")
-        chosen = {1: (), 2: (0,), 3: (0, -(-capacity // 8))}[levels]
+        few = -(-capacity // 8)
+        choices = {1: (), 2: (0,), 3: (0, few), 4: (0, 1, few)}
+        if levels not in choices:
+            raise ValueError(f"levels must be 1 to 4, or the levels themselves, got {levels!r}")
+        chosen = choices[levels]
         return tuple(dict.fromkeys((*chosen, capacity)))
     given = tuple(levels)
     if not given or list(given) != sorted(set(given)) or given[0] < 0 or given[-1] > capacity:
