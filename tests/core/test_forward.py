@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from support import blank, body_of, place, same_bits
+from support import QUICK, blank, body_of, place, same_bits
 
 import esper_fn as ef
 from esper_fn._lattice._site import Site
@@ -56,7 +56,7 @@ def case(levels: int = 1, names: tuple[str, ...] = FEW) -> Case:
             rows[seed] = (served[chunk % len(served)], Stage.GRAFTING, 0.3 + 0.08 * chunk)
     state = place(growth, blank(growth), rows)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def run(state: Any, xs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         seeds = growth.seeds(state)
         return {

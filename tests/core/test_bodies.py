@@ -1,0 +1,265 @@
+"""Bodies: how they are born, what may change them, and that a broken one reaches nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import QUICK, blank, body_of, place, same_bits
+
+import esper_fn as ef
+from esper_fn._lattice import init_bodies
+from esper_fn.base import BodySpec, Cost
+from esper_fn.lifecycle import Cause, Stage
+
+CHUNKS, WIDTH = 6, 5
+BAD = 2  # the seed that is broken on purpose
+LIVE = (Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING, Stage.FOSSILIZED)
+
+
+def _root() -> ef.blueprints.Blueprint:
+    """`r = sqrt(|x w|)`: finite where its gradient is not, at `w = 0`."""
+
+    def init(key: Any, spec: BodySpec, dtype: Any) -> Any:
+        del key
+        return {"w": jnp.zeros((spec.inputs,), dtype)}
+
+    def apply(params: Any, x: Any, spec: BodySpec, mask: Any) -> Any:
+        del spec, mask
+        return jnp.sqrt(jnp.abs(x * params["w"].reshape(*(1,) * (x.ndim - 1), -1).astype(x.dtype)))
+
+    def cost(spec: BodySpec, positions: int) -> Cost:
+        return Cost(parameters=spec.inputs, flops=3 * spec.inputs * positions)
+
+    return ef.blueprints.Blueprint("root", init, apply, cost, ("vector",), can_span=False)
+
+
+LATTICE = ef.lattice(
+    sites=[
+        ef.site("hidden", features=CHUNKS * WIDTH, chunks=CHUNKS),
+        ef.span("over", source_features=CHUNKS * WIDTH, features=9, chunks=CHUNKS),
+    ],
+    blueprints={"relu": ef.blueprints.bottleneck(3), "root": _root()},
+    capacity=CHUNKS,
+)
+
+
+def loss_fn(params: Any, seeds: ef.Seeds, x: jax.Array) -> Any:
+    h = x * jnp.broadcast_to(params["scale"], x.shape)
+    y = seeds.grow("hidden", h)
+    out = seeds.grow("over", jnp.tanh(y) @ params["out"], source=y)
+    return jnp.sum(jnp.square(out)), (y, out)
+
+
+@cache
+def setting(levels: int = 1) -> Any:
+    growth = ef.growth(
+        LATTICE,
+        levels=levels,
+        policy=ef.policies.never(),
+        governor=ef.governors.lenient(),
+    )
+    run = jax.jit(growth.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICK)
+    update = jax.jit(growth.update, compiler_options=QUICK)
+    rng = np.random.default_rng(0)
+    params = {
+        "scale": jnp.ones((CHUNKS * WIDTH,)),
+        "out": jnp.asarray(rng.standard_normal((CHUNKS * WIDTH, 9)) * 0.3, jnp.float32),
+    }
+    x = jnp.asarray(rng.standard_normal((7, CHUNKS * WIDTH)), jnp.float32)
+    return growth, blank(growth), run, update, params, x
+
+
+def populated(growth: ef.Growth, state: Any, stage: Stage, blueprint: str = "relu") -> Any:
+    """Every seed acts; the chosen one of each site is in `stage`."""
+    rows = {}
+    for seed in range(LATTICE.num_seeds):
+        is_bad = seed in (BAD, CHUNKS + BAD)
+        alpha = 0.5 if stage != Stage.TRAINING or not is_bad else 0.0
+        name = blueprint if seed == BAD else "relu"
+        rows[seed] = (name, stage, alpha) if is_bad else ("relu", Stage.FINE_TUNING, 0.4)
+    return place(growth, state, rows)
+
+
+def with_body(state: Any, seed: int, change: Any) -> Any:
+    """`change` applied to every parameter of one seed's body."""
+    site, _, _ = LATTICE.locate(seed)
+    name = LATTICE.names[int(state.seeds.blueprint[seed])]
+    bank = next(
+        b
+        for b in LATTICE.tables.banks
+        if LATTICE.sites[b.site].name == site.name and LATTICE.names[b.blueprint] == name
+    )
+    slot = int(state.seeds.slot[seed]) - bank.start
+    bodies = {place_: dict(banks) for place_, banks in state.bodies.items()}
+    bodies[site.name][name] = jax.tree.map(
+        lambda leaf: leaf.at[slot].set(change(leaf[slot])), bodies[site.name][name]
+    )
+    return state._replace(bodies=bodies)
+
+
+def without(state: Any, seeds: tuple[int, ...]) -> Any:
+    """The seeds dormant and their slots free."""
+    stage = state.seeds.stage.at[jnp.asarray(seeds)].set(Stage.DORMANT)
+    owner = jnp.asarray([-1 if o in seeds else o for o in state.owner.tolist()], jnp.int32)
+    return state._replace(seeds=state.seeds._replace(stage=stage), owner=owner)
+
+
+FAULTS = {
+    "NaN parameters": ("relu", lambda leaf: jnp.full_like(leaf, jnp.nan)),
+    "overflow": ("relu", lambda leaf: jnp.full_like(leaf, 3e30)),
+    "infinite gradient": ("root", jnp.zeros_like),
+}
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("fault", list(FAULTS))
+@pytest.mark.parametrize("stage", LIVE)
+def test_a_broken_body_reaches_nothing(stage: Stage, fault: str, levels: int) -> None:
+    growth, state, run, update, params, x = setting(levels)
+    blueprint, change = FAULTS[fault]
+    state = populated(growth, state, stage, blueprint)
+    bad = with_body(state, BAD, change)
+    broken = (BAD,)
+    if blueprint == "relu":
+        bad, broken = with_body(bad, CHUNKS + BAD, change), (BAD, CHUNKS + BAD)
+
+    ((loss, (y, out)), (d_params, d_bodies), readings) = run(params, bad, x)
+    ((_, (y_0, out_0)), (d_params_0, d_bodies_0), readings_0) = run(params, without(bad, broken), x)
+
+    if fault == "infinite gradient":  # its output is sound, and acts
+        assert np.isfinite(loss)
+    else:
+        assert same_bits((y, out, d_params), (y_0, out_0, d_params_0))
+        for seed in range(LATTICE.num_seeds):
+            if seed not in broken:
+                ours = body_of(growth, bad, seed, d_bodies)
+                assert same_bits(ours, body_of(growth, bad, seed, d_bodies_0))
+                for now, before in zip(readings, readings_0, strict=True):
+                    assert same_bits(now[seed], before[seed])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((d_params, d_bodies)))
+    for seed in broken:
+        assert not any(np.any(leaf) for leaf in body_of(growth, bad, seed, d_bodies).values())
+    errors = [float(count) for count in readings.num_errors]
+    assert errors == [1.0 if seed in broken else 0.0 for seed in range(LATTICE.num_seeds)]
+    assert all(np.isfinite(channel).all() for channel in readings)
+
+    # The seed is rolled back in this very step (a fossil, which has no such edge, only counts it).
+    after, info = update(bad, bad.bodies, readings, loss)
+    for seed in broken:
+        if stage == Stage.FOSSILIZED:
+            assert info.stage[seed] == Stage.FOSSILIZED
+            assert after.seeds.error_count[seed] == 1
+        else:
+            assert info.stage[seed] == Stage.ROLLED_BACK
+            assert info.cause[seed] == Cause.NON_FINITE
+    others = [seed for seed in range(LATTICE.num_seeds) if seed not in broken]
+    assert all(info.stage[seed] == Stage.FINE_TUNING for seed in others)
+
+
+def test_a_body_is_not_blamed_for_what_it_is_fed() -> None:
+    growth, state, run, _, params, x = setting()
+    state = populated(growth, state, Stage.FINE_TUNING)
+    x = x.at[3, BAD * WIDTH].set(jnp.nan)
+    ((_, (y, _)), (_, d_bodies), readings) = run(params, state, x)
+    assert np.isnan(y[3, BAD * WIDTH])
+    assert not np.any(readings.num_errors)
+    # Its chunk alone is spoilt at the first site; there, its body is not taught.
+    assert np.isfinite(y[:, : BAD * WIDTH]).all()
+    assert np.isfinite(y[:, (BAD + 1) * WIDTH :]).all()
+    leaves = body_of(growth, state, BAD, d_bodies).values()
+    assert not any(np.any(leaf) for leaf in leaves)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(d_bodies))
+
+
+def moved(state: Any, by: float) -> Any:
+    """What a plain optimiser, which knows nothing of seeds, makes of the bodies."""
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(by, leaf.dtype), state.bodies)
+
+
+def test_only_learning_bodies_take_an_update() -> None:
+    growth, state, run, update, params, x = setting()
+    stages = list(Stage)
+    rows = {seed: ("relu", stages[seed % 11], 0.5) for seed in range(LATTICE.num_seeds)}
+    rows |= {0: ("relu", Stage.STABILIZATION, 0.5), 11: ("relu", Stage.FINE_TUNING, 0.5)}
+    state = place(growth, state, rows)
+    ((loss, _), _, readings) = run(params, state, x)
+    after, _ = update(state, moved(state, 0.01), readings, loss)
+    learning = {Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING}
+    owner = np.asarray(state.owner)
+    seen = set()
+    for bank in LATTICE.tables.banks:
+        site, name = LATTICE.sites[bank.site].name, LATTICE.names[bank.blueprint]
+        for slot in range(bank.num_slots):
+            old, new = (
+                jax.tree.map(lambda leaf, slot=slot: leaf[slot], bodies[site][name])
+                for bodies in (state.bodies, after.bodies)
+            )
+            seed = int(owner[bank.start + slot])
+            stage = Stage(rows[seed][1]) if seed >= 0 else None
+            seen.add(stage)
+            assert same_bits(old, new) == (stage not in learning), (site, slot, stage)
+    assert seen >= {None, Stage.GERMINATED, *learning, Stage.FOSSILIZED}
+
+
+def test_an_update_that_is_not_finite_is_refused_body_by_body() -> None:
+    growth, state, run, update, params, x = setting()
+    state = populated(growth, state, Stage.GRAFTING)
+    ((loss, _), _, readings) = run(params, state, x)
+    wanted = with_body(
+        state._replace(bodies=moved(state, 0.01)), BAD, lambda leaf: leaf.at[0].set(jnp.inf)
+    )
+    after, info = update(state, wanted.bodies, readings, loss)
+    assert info.stage[BAD] == Stage.ROLLED_BACK
+    assert info.cause[BAD] == Cause.NON_FINITE
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.bodies))
+    other = BAD + 1
+    assert info.stage[other] == Stage.FINE_TUNING
+    np.testing.assert_array_equal(
+        body_of(growth, state, other, after.bodies)["down"],
+        body_of(growth, state, other)["down"] + np.float32(0.01),
+    )
+
+
+def test_births_make_new_identity_bodies_and_leave_all_others() -> None:
+    growth, state, run, update, params, x = setting()
+    state = without(populated(growth, state, Stage.FINE_TUNING), (BAD,))
+    ((loss, _), _, readings) = run(params, state, x)
+    commands = growth.commands([ef.commands.germinate(BAD, "relu")], size=1)
+    after, info = jax.jit(growth.update, compiler_options=QUICK)(
+        state, state.bodies, readings, loss, commands
+    )
+    assert info.stage[BAD] == Stage.GERMINATED
+    newborn = body_of(growth, after, BAD)
+    assert not newborn["up"].any()
+    assert newborn["down"].any()
+    slot = int(after.seeds.slot[BAD])
+    assert after.is_born.tolist() == [s == slot for s in range(LATTICE.num_slots)]
+    for seed in range(LATTICE.num_seeds):
+        if seed != BAD:
+            assert same_bits(body_of(growth, after, seed), body_of(growth, state, seed))
+    # Another key, another body.
+    other, _ = jax.jit(growth.update, compiler_options=QUICK)(
+        state._replace(key=jax.random.key(99)), state.bodies, readings, loss, commands
+    )
+    assert not same_bits(body_of(growth, other, BAD)["down"], newborn["down"])
+
+
+def test_bodies_are_stacked_over_slots_and_differ() -> None:
+    bodies = init_bodies(LATTICE, jax.random.key(0))
+    assert set(bodies) == {"hidden", "over"}
+    assert set(bodies["over"]) == {"relu"}  # `root` cannot span
+    down = np.asarray(bodies["hidden"]["relu"]["down"])
+    assert down.shape == (CHUNKS, WIDTH, 3)
+    assert len({row.tobytes() for row in down}) == CHUNKS
+    assert not np.asarray(bodies["hidden"]["relu"]["up"]).any()
+    half = ef.lattice(
+        sites=LATTICE.sites[:1], blueprints={"relu": LATTICE.blueprints[0]}, capacity=1,
+        dtype=jnp.bfloat16,
+    )
+    leaves = jax.tree.leaves(jax.eval_shape(lambda key: init_bodies(half, key), jax.random.key(0)))
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
