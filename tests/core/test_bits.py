@@ -70,7 +70,10 @@ def mlp(dtype: str = "float32") -> Host:
         return _cross_entropy(h @ params["out"], batch[1])
 
     layers = [
-        {"norm": 1 + _normal(width, scale=0.1, seed=i), "weights": _normal(width, width, scale=0.15)}
+        {
+            "norm": 1 + _normal(width, scale=0.1, seed=i),
+            "weights": _normal(width, width, scale=0.15),
+        }
         for i in range(2)
     ]
     params = {

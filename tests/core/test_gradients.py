@@ -77,9 +77,7 @@ def ran(levels: int = 1, alpha: float = ALPHA) -> Ran:
     x, v, wx, wv = batch()
     value, (d_inputs, d_bodies), readings = run((x, v), state, (wx, wv))
     dy = {"here": np.asarray(wx), "across": np.asarray(wv)}
-    return Ran(
-        growth, state, np.asarray(x), np.asarray(v), dy, value, d_inputs, d_bodies, readings
-    )
+    return Ran(growth, state, np.asarray(x), np.asarray(v), dy, value, d_inputs, d_bodies, readings)
 
 
 def chunk_of(chunking: Any, chunk: int) -> slice:
@@ -174,9 +172,7 @@ def test_free_slots_get_no_gradient() -> None:
     given = ran()
     for site in SITES:
         owner = np.asarray(given.state.owner)
-        bank = next(
-            b for b in LATTICE.tables.banks if LATTICE.sites[b.site].name == site.name
-        )
+        bank = next(b for b in LATTICE.tables.banks if LATTICE.sites[b.site].name == site.name)
         is_free = owner[bank.start : bank.start + bank.num_slots] < 0
         assert is_free.any()
         for leaf in jax.tree.leaves(given.d_bodies[site.name]):
@@ -374,7 +370,9 @@ def test_at_alpha_1_a_graft_leaves_the_upstream_host_its_gradient() -> None:
     seeds = given.state.seeds
     alpha = jnp.where(seeds.stage == Stage.GRAFTING, 1.0, seeds.alpha)
     x, v, wx, wv = batch()
-    _, (d_inputs, _), _ = run((x, v), given.state._replace(seeds=seeds._replace(alpha=alpha)), (wx, wv))
+    _, (d_inputs, _), _ = run(
+        (x, v), given.state._replace(seeds=seeds._replace(alpha=alpha)), (wx, wv)
+    )
     here = chunk_of(SITES[0].target, Stage.GRAFTING)
     assert np.array_equal(d_inputs[0][:, here], wx[:, here])
     _, _, (d_host, _) = at_stage(Stage.GRAFTING, alpha=1.0)

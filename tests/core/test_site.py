@@ -72,7 +72,9 @@ def test_a_lattice_says_what_does_not_fit() -> None:
         _lattice(site, blueprints={})
     with pytest.raises(LatticeError, match="at most 127 blueprints, got 128"):
         _lattice(site, blueprints={str(i): LOW_RANK["low_rank"] for i in range(128)})
-    with pytest.raises(LatticeError, match=r"'conv' serves .*sequence.*without spans.*'s', 'vector"):
+    with pytest.raises(
+        LatticeError, match=r"'conv' serves .*sequence.*without spans.*'s', 'vector"
+    ):
         _lattice(site, blueprints={**LOW_RANK, **CONV})
     image = ef.site("i", features=4, topology="image")
     with pytest.raises(LatticeError, match=r"no blueprint serves site 's' \(vector\).*\['conv'\]"):
@@ -156,9 +158,18 @@ X = jnp.ones((3, 6))
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda s: s.grow("nowhere", X), "unknown site 'nowhere'; allowed: deep, plain, text, wide"),
-        (lambda s: s.grow("plain", X[:, :5]), "'plain': x has 5 features, declared are 6; the last"),
-        (lambda s: s.grow("plain", X.astype(jnp.int32)), "must be float32, bfloat16 or .*got int32"),
+        (
+            lambda s: s.grow("nowhere", X),
+            "unknown site 'nowhere'; allowed: deep, plain, text, wide",
+        ),
+        (
+            lambda s: s.grow("plain", X[:, :5]),
+            "'plain': x has 5 features, declared are 6; the last",
+        ),
+        (
+            lambda s: s.grow("plain", X.astype(jnp.int32)),
+            "must be float32, bfloat16 or .*got int32",
+        ),
         (lambda s: s.grow("plain", [1.0] * 6), "'plain': x must be an array, got <class 'list'>"),
         (lambda s: s.grow("plain", jnp.ones(())), r"needs at least 1 axes, got shape \(\)"),
         (lambda s: s.grow("text", X[0]), r"'text' \(sequence\): x needs at least 2 axes, got"),
@@ -173,7 +184,10 @@ X = jnp.ones((3, 6))
         (lambda s: s.grow("deep", X), "has 2 layers: scan over `seeds.layers.'deep'.`"),
         (lambda s: s.layers("plain"), "'plain' has no layers; declare it with `layers=`"),
         (lambda s: s.layer("plain", 0), "'plain' has no layers"),
-        (lambda s: s.layer("deep", 2), "'deep' has layers 0..1, got 2; declare more with `layers=`"),
+        (
+            lambda s: s.layer("deep", 2),
+            "'deep' has layers 0..1, got 2; declare more with `layers=`",
+        ),
         (lambda s: s.layer("deep", -1), "'deep' has layers 0..1, got -1"),
         (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `lattice`"),
         (lambda s: s.layer("deep", 0).grow("plain", X), "unknown site 'plain'; allowed: deep"),
