@@ -1,1 +1,4 @@
-"""Grow PyTorch models with the same pure functions (see the CHANGELOG for what stands)."""
+"""Grow PyTorch models with the same pure functions.
+
+Nothing stands here yet: see the CHANGELOG.
+"""

@@ -165,7 +165,7 @@ class Seeds:
 
 
 def _vary_alike(tree: Any, x: Array) -> Any:
-    """Inside a `shard_map`, marks `tree` as varying wherever `x` does: cotangents are then summed."""
+    """Inside a `shard_map`, marks `tree` as varying where `x` does: cotangents are summed."""
 
     def cast(leaf: Array) -> Array:
         missing = _varying_axes(x) - _varying_axes(leaf)

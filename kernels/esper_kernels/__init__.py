@@ -1,1 +1,4 @@
-"""GPU kernels, one folder an operation, each beside its reference (see the CHANGELOG for what stands)."""
+"""GPU kernels, one folder an operation, each beside its reference.
+
+Nothing stands here yet: see the CHANGELOG.
+"""

@@ -188,9 +188,7 @@ HOSTS: dict[str, Any] = {
 def compiled(name: str, levels: int) -> Any:
     host = HOSTS[name]()
     growth = ef.growth(host.lattice, levels=levels)
-    run = jax.jit(
-        lambda params, state, batch: growth.value_and_grad(host.loss)(params, state, batch)
-    )
+    run = jax.jit(growth.value_and_grad(host.loss))
     return host, growth, blank(growth), run
 
 

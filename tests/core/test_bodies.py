@@ -227,7 +227,7 @@ def test_an_update_that_is_not_finite_is_refused_body_by_body() -> None:
 
 
 def test_births_make_new_identity_bodies_and_leave_all_others() -> None:
-    growth, state, run, update, params, x = setting()
+    growth, state, run, _, params, x = setting()
     state = without(populated(growth, state, Stage.FINE_TUNING), (BAD,))
     ((loss, _), _, readings) = run(params, state, x)
     commands = growth.commands([ef.commands.germinate(BAD, "relu")], size=1)

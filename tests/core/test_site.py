@@ -122,9 +122,11 @@ def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None
     # A pool never has more slots than its layer has seeds: 2 + 2 layers of 2 + 1.
     assert lattice.num_slots == 2 + 4 + 1
     assert lattice.cost("b", "low_rank") == (2 * (2 + 2), 2 * 2 * (2 + 2))
-    with pytest.raises(LatticeError, match="chunks 0..2 and layers 0..1, got chunk 3 of layer 0"):
+    with pytest.raises(
+        LatticeError, match=r"chunks 0\.\.2 and layers 0\.\.1, got chunk 3 of layer 0"
+    ):
         lattice.seed_index("b", 3)
-    with pytest.raises(LatticeError, match="seed must be in 0..8, got 9"):
+    with pytest.raises(LatticeError, match=r"seed must be in 0\.\.8, got 9"):
         lattice.locate(9)
     with pytest.raises(UnknownNameError, match="unknown site 'd'; allowed: a, b, c"):
         lattice.seed_index("d", 0)
@@ -186,9 +188,9 @@ X = jnp.ones((3, 6))
         (lambda s: s.layer("plain", 0), "'plain' has no layers"),
         (
             lambda s: s.layer("deep", 2),
-            "'deep' has layers 0..1, got 2; declare more with `layers=`",
+            "'deep' has layers 0\.\.1, got 2; declare more with `layers=`",
         ),
-        (lambda s: s.layer("deep", -1), "'deep' has layers 0..1, got -1"),
+        (lambda s: s.layer("deep", -1), "'deep' has layers 0\.\.1, got -1"),
         (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `lattice`"),
         (lambda s: s.layer("deep", 0).grow("plain", X), "unknown site 'plain'; allowed: deep"),
     ],
