@@ -42,7 +42,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                     folder.append_event(event)
                 folder.append_metrics(_metrics(progress))
 
-            row = ex.run(comparison, options.seed + repeat, listen)
+            row = ex.run(comparison, options.seed + repeat, listen, screen.announce)
             screen.finish(row)
             rows.append(row)
         summary = ex.summary(comparison, rows)

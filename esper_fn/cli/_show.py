@@ -50,9 +50,14 @@ class Screen:
             f"[bold]{comparison.job.data}[/bold]: a {comparison.host.name} host of "
             f"{count_parameters(comparison.host):,} parameters with {lattice.num_seeds} seeds at "
             f"{len(lattice.sites)} sites, {comparison.steps:,} steps, policy "
-            f"{comparison.policy_name}. Compiling takes a while before the first line of an arm.",
+            f"{comparison.policy_name}",
             soft_wrap=True,
         )
+
+    def announce(self, arm: str) -> None:
+        """Says which arm comes next, since nothing is reported while it compiles."""
+        if self._done == 0:
+            self._console.print(f"  {_ARMS[arm]}: compiling ...", soft_wrap=True)
 
     def show(self, progress: ex.Progress, *, is_first: bool) -> None:
         """One line a report, but only the arms' starts and ends where runs repeat."""

@@ -328,12 +328,28 @@ def prepare(
     )
 
 
-def run(comparison: Comparison, seed: int, listener: Listener | None = None) -> dict[str, Any]:
-    """All four arms with one seed: the rows of a summary."""
+def run(
+    comparison: Comparison,
+    seed: int,
+    listener: Listener | None = None,
+    announce: Callable[[str], None] = lambda arm: None,
+) -> dict[str, Any]:
+    """All four arms with one seed: the rows of a summary.
+
+    Args:
+      comparison: from `prepare`.
+      seed: of weights, order and places.
+      listener: told after each segment of each arm.
+      announce: told the name of each arm before it is compiled and run.
+    """
     began = time.monotonic()
+    announce("host")
     plain = comparison.plain(seed, listener)
+    announce("grown")
     grown = comparison.grown(seed, listener)
+    announce("random")
     random = comparison.grown(seed, listener, at_random=True)
+    announce("static")
     static = comparison.equal(seed, grown.parameters, listener)
     arms: Mapping[str, Arm] = {"host": plain, "grown": grown, "random": random, "static": static}
     return {

@@ -45,7 +45,7 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
         capacity=1,
     )
     growth = ef.growth(lattice, levels=1)
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.adam(0.02)))
+    optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.adam(0.001)))
     starts = lattice.sites[0].target.starts
 
     def by_chunk(params: Any, seeds: Any, batch: Any) -> jax.Array:
@@ -237,7 +237,7 @@ def _init_with(value: str) -> Any:
                     p, x.astype("float32"), s, m
                 )
             },
-            r"apply must return \(3, 6\) bfloat16, got \(3, 6\) float32",
+            r"apply must return \(3, 8\) bfloat16, got \(3, 8\) float32",
         ),
         ({"topologies": ()}, r"topologies must be some of .*, got \(\)"),
         ({"topologies": ("graph",)}, r"topologies must be some of .*, got \('graph',\)"),

@@ -188,9 +188,9 @@ X = jnp.ones((3, 6))
         (lambda s: s.layer("plain", 0), "'plain' has no layers"),
         (
             lambda s: s.layer("deep", 2),
-            "'deep' has layers 0\.\.1, got 2; declare more with `layers=`",
+            r"'deep' has layers 0\.\.1, got 2; declare more with `layers=`",
         ),
-        (lambda s: s.layer("deep", -1), "'deep' has layers 0\.\.1, got -1"),
+        (lambda s: s.layer("deep", -1), r"'deep' has layers 0\.\.1, got -1"),
         (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `lattice`"),
         (lambda s: s.layer("deep", 0).grow("plain", X), "unknown site 'plain'; allowed: deep"),
     ],
