@@ -234,7 +234,7 @@ def _forward(wiring: Wiring, max_live: int, banks: Banks, source: Array, target:
 
 
 def _backward(wiring: Wiring, max_live: int, banks: Banks, source: Array, dy: Array) -> Any:
-    """Gradients of the bodies, of what they read and of what they write, and 4 channels."""
+    """Gradients of the bodies and of what they read, and the channels that need a gradient."""
     d_source = jnp.zeros_like(source) if wiring.is_span else dy
     channels = jnp.zeros_like(dy, shape=(wiring.target.chunks, 4), dtype=jnp.float32)
     d_bodies = [jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks]
@@ -254,7 +254,8 @@ def _backward(wiring: Wiring, max_live: int, banks: Banks, source: Array, dy: Ar
                 pulled.bodies,
             )
         )
-    return tuple(d_bodies), d_source, channels
+    slopes = jnp.sum(split(_over_rows(dy, jnp.square), wiring.target), axis=-1, keepdims=True)
+    return tuple(d_bodies), d_source, jnp.concatenate([slopes, channels], axis=-1)
 
 
 def _over_rows(x: Float[Array, "... D"], measure: Callable[[Array], Array]) -> Float32[Array, "D"]:
@@ -280,6 +281,14 @@ def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
     )
 
 
+def _forward_and_watch(
+    wiring: Wiring, max_live: int, banks: Banks, source: Array, target: Array
+) -> tuple[Array, Float32[Array, "C 5"]]:
+    # Measured inside the variant, where `target` is a buffer: outside, XLA fuses whatever made it
+    # (a pooling, say) into each reduction and computes it several times.
+    return _forward(wiring, max_live, banks, source, target), _watch(wiring, target)
+
+
 def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
     """Cotangents of the banks, of the source and of the tap."""
     banks, source, watched = kept
@@ -288,8 +297,7 @@ def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
         BankView(bodies=leaves, chunk=None, gains=jnp.zeros_like(bank.gains))  # type: ignore[arg-type]
         for leaves, bank in zip(d_bodies, banks, strict=True)
     )
-    slopes = jnp.sum(split(_over_rows(dy, jnp.square), wiring.target), axis=-1, keepdims=True)
-    return d_banks, d_source, jnp.concatenate([watched, slopes, channels], axis=-1)
+    return d_banks, d_source, jnp.concatenate([watched, channels], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -303,7 +311,9 @@ def grow_in_place(
 
 
 def _in_place_fwd(wiring: Wiring, banks: Banks, x: Array, tap: Array) -> Any:
-    return grow_in_place(wiring, banks, x, tap), (banks, x, _watch(wiring, x))
+    del tap
+    y, watched = _at_level(_forward_and_watch, wiring, banks, x, x)
+    return y, (banks, x, watched)
 
 
 grow_in_place.defvjp(_in_place_fwd, _pull_site)
@@ -324,7 +334,9 @@ def grow_span(
 
 
 def _span_fwd(wiring: Wiring, banks: Banks, source: Array, target: Array, tap: Array) -> Any:
-    return grow_span(wiring, banks, source, target, tap), (banks, source, _watch(wiring, target))
+    del tap
+    y, watched = _at_level(_forward_and_watch, wiring, banks, source, target)
+    return y, (banks, source, watched)
 
 
 def _span_bwd(wiring: Wiring, kept: Any, dy: Array) -> Any:

@@ -128,6 +128,12 @@ def body_of(growth: ef.Growth, state: ef.GrowthState, seed: int, bodies: Any = N
 
 
 def same_bits(first: Any, second: Any) -> bool:
-    """Whether two trees agree bit for bit, NaN and -0.0 included."""
+    """Whether two trees agree bit for bit, NaN, -0.0 and random keys included."""
+
+    def raw(leaf: Any) -> bytes:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf).tobytes()
+
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    return all(raw(a) == raw(b) for a, b in pairs)

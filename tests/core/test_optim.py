@@ -1,7 +1,9 @@
-"""One optimiser state for every body."""
+"""One optimiser a body."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -9,122 +11,250 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import standard
+from support import QUICK, make_step, same_bits, standard
 
-from esper_fn.optim import Slots, per_body
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+from esper_fn.optim import Slots
 
-P = 3
-
-
-def bodies(seed: int = 0) -> Any:
-    key = jax.random.key(seed)
-    return {"site": {"b": {"w": jax.random.normal(key, (P, 2, 4)), "c": jnp.ones((P, 2))}}}
+SLOTS = 3
 
 
-def slots(born: list[bool], learns: list[bool]) -> Any:
-    return {"site": {"b": Slots(is_born=jnp.asarray(born), learns=jnp.asarray(learns))}}
+def _decayed_matrices(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-HOST = {"w": jnp.arange(4.0)}
-NOBODY = [False] * P
-ALL = [True] * P
-
-
-def gradients(seed: int) -> Any:
-    key = jax.random.key(100 + seed)
-    like = (HOST, bodies())
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
-
-
-def run(optimizer: Any, flags: list[Any], first: int = 0, state: Any = None) -> Any:
-    params = (HOST, bodies())
-    state = optimizer.init(params) if state is None else state
-    updates = None
-    for index, flag in enumerate(flags):
-        updates, state = optimizer.update(gradients(first + index), state, params, slots=flag)
-    return updates, state
-
-
-TRANSFORMATIONS = {
-    "sgd": optax.sgd(0.1, momentum=0.9),
-    "adamw": optax.adamw(1e-2),
-    "lion": optax.lion(1e-3),
-    "clipped": optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2)),
-    "scheduled": optax.adam(optax.cosine_decay_schedule(1e-2, 10)),
-    "rmsprop": optax.rmsprop(1e-2),
+WARM_UP = optax.linear_schedule(0.0, 0.1, 10)
+KINDS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(WARM_UP, weight_decay=0.1, mask=_decayed_matrices),
+    "lion": lambda: optax.lion(0.1, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "lamb": lambda: optax.lamb(0.1, weight_decay=0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(0.1)),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=WARM_UP),
+    "noisy": lambda: optax.chain(optax.add_noise(0.1, 0.5, 7), optax.sgd(0.1)),
+    "accumulating": lambda: optax.MultiSteps(
+        optax.adam(0.1), every_k_schedule=2
+    ).gradient_transformation(),
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_a_body_born_late_gets_the_updates_of_one_born_first(name: str) -> None:
-    optimizer = per_body(standard(TRANSFORMATIONS[name]))
-    on = slots(NOBODY, ALL)
-    late = [on] * 50 + [slots([False, True, False], ALL), on, on]
-    updates, _ = run(optimizer, late)
-    fresh, _ = run(optimizer, [on, on, on], first=50)
-    for one, two in zip(jax.tree.leaves(updates[1]), jax.tree.leaves(fresh[1]), strict=True):
-        np.testing.assert_array_equal(one[1], two[1])
-    if name not in ("sgd", "lion"):  # a sign or a momentum may coincide
-        assert any(
-            not np.array_equal(one[0], two[0])
-            for one, two in zip(jax.tree.leaves(updates[1]), jax.tree.leaves(fresh[1]), strict=True)
-        ), "an old body must differ from a newborn, or the test shows nothing"
+def _random(seed: int) -> Any:
+    """Bodies of one bank, or gradients of them: a matrix and a vector a slot."""
+    rng = np.random.default_rng(seed)
+    return {
+        "matrix": jnp.asarray(rng.standard_normal((SLOTS, 4, 3)), jnp.float32),
+        "vector": jnp.asarray(rng.standard_normal((SLOTS, 3)), jnp.float32),
+    }
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_each_body_is_an_optimisation_of_its_own(name: str) -> None:
-    optimizer = per_body(standard(TRANSFORMATIONS[name]))
-    updates, _ = run(optimizer, [slots(NOBODY, ALL)] * 4)
-    alone = standard(TRANSFORMATIONS[name])
-    for slot in range(P):
-        body = jax.tree.map(lambda leaf, slot=slot: leaf[slot], bodies()["site"]["b"])
-        state = alone.init(body)
-        for index in range(4):
-            d_body = jax.tree.map(
-                lambda leaf, slot=slot: leaf[slot], gradients(index)[1]["site"]["b"]
-            )
-            expected, state = alone.update(d_body, state, body)
-        for one, two in zip(
-            jax.tree.leaves(updates[1]["site"]["b"]), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(one[slot], two, rtol=1e-5, atol=1e-8)
+def _host(seed: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], _random(1000 + seed))
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_the_host_is_optimised_as_without_bodies(name: str) -> None:
-    updates, _ = run(per_body(standard(TRANSFORMATIONS[name])), [slots(NOBODY, ALL)] * 3)
-    alone = standard(TRANSFORMATIONS[name])
-    state = alone.init(HOST)
-    for index in range(3):
-        expected, state = alone.update(gradients(index)[0], state, HOST)
-    np.testing.assert_array_equal(updates[0]["w"], expected["w"])
+def _banks(bank: Any) -> Any:
+    return {"site": {"body": bank, "empty": {}}}
 
 
-def test_a_frozen_body_stands_still_weight_decay_and_moments_included() -> None:
-    optimizer = per_body(standard(optax.adamw(1e-2, weight_decay=0.5)))
-    _, state = run(optimizer, [slots(NOBODY, ALL)] * 2)
-    updates, after = run(optimizer, [slots(NOBODY, [True, False, True])], first=2, state=state)
-    for leaf in jax.tree.leaves(updates[1]):
-        np.testing.assert_array_equal(leaf[1], np.zeros_like(leaf[1]))
-        assert (np.asarray(leaf[0]) != 0).all()
-    for old, new in zip(jax.tree.leaves(state.bodies), jax.tree.leaves(after.bodies), strict=True):
-        np.testing.assert_array_equal(old[1], new[1])
+def _flags(*is_set: bool) -> jax.Array:
+    return jnp.asarray(is_set)
 
 
-def test_host_and_bodies_may_have_different_optimisers() -> None:
-    optimizer = per_body(standard(optax.sgd(1.0)), standard(optax.sgd(0.0)))
-    updates, _ = run(optimizer, [slots(NOBODY, ALL)])
-    np.testing.assert_array_equal(updates[0]["w"], -gradients(0)[0]["w"])
-    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(updates[1]))
+@cache
+def _made(kind: str) -> Any:
+    optimizer = ef.optim.per_body(standard(KINDS[kind]()))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def update(grads: Any, state: Any, params: Any, born: jax.Array, learns: jax.Array) -> Any:
+        slots = Slots(is_born=born, learns=learns)
+        return optimizer.update(
+            grads, state, params, slots={"site": {"body": slots, "empty": slots}}
+        )
+
+    return optimizer, update
 
 
-def test_a_bank_without_parameters_is_passed_through() -> None:
-    params = (HOST, {"site": {"noop": {}}})
-    optimizer = per_body(standard(optax.adamw(1e-2)))
+NOBODY, ALL = _flags(False, False, False), _flags(True, True, True)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str) -> None:
+    optimizer, update = _made(kind)
+    host, bank = _host(0), _random(0)
+    state = optimizer.init((host, _banks(bank)))
+    # A long past: every count at 10,000, every moment full of somebody else's gradients.
+    aged = state._replace(
+        bodies=jax.tree.map(
+            lambda leaf: jnp.full_like(leaf, 10_000)
+            if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype != jnp.uint32
+            else leaf,
+            state.bodies,
+        )
+    )
+    _, aged = update((_host(1), _banks(_random(9))), aged, (host, _banks(bank)), NOBODY, ALL)
+    assert not same_bits(aged.bodies, state.bodies)
+    young = state
+    for turn in range(4):
+        grads, params = (_host(turn), _banks(_random(turn))), (host, _banks(bank))
+        born = _flags(False, turn == 0, False)
+        (_, late), aged = update(grads, aged, params, born, ALL)
+        (_, early), young = update(grads, young, params, NOBODY, ALL)
+        of_late, of_early = (
+            jax.tree.map(lambda leaf: leaf[1], updates["site"]["body"]) for updates in (late, early)
+        )
+        assert same_bits(of_late, of_early)
+    own = [jax.tree.map(lambda leaf: leaf[1], kept.bodies) for kept in (aged, young)]
+    assert same_bits(*own)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_frozen_body_stands_still_and_keeps_its_optimiser_state(kind: str) -> None:
+    optimizer, update = _made(kind)
+    host, bank = _host(0), _random(0)
+    params = (host, _banks(bank))
     state = optimizer.init(params)
-    flags = {"site": {"noop": Slots(is_born=jnp.zeros(P, bool), learns=jnp.ones(P, bool))}}
-    updates, _ = optimizer.update((HOST, {"site": {"noop": {}}}), state, params, slots=flags)
-    assert updates[1] == {"site": {"noop": {}}}
+    for turn in range(2):
+        _, state = update((_host(turn), _banks(_random(turn))), state, params, NOBODY, ALL)
+    learns = _flags(True, False, True)
+    (_, updates), after = update((_host(5), _banks(_random(5))), state, params, NOBODY, learns)
+    for leaf in jax.tree.leaves(updates):
+        assert not np.any(leaf[1])  # weight decay included
+        if kind != "accumulating":
+            assert np.all(np.any(leaf[0]))
+    frozen = [jax.tree.map(lambda leaf: leaf[1], s.bodies) for s in (state, after)]
+    assert same_bits(*frozen)
+    awake = [jax.tree.map(lambda leaf: leaf[0], s.bodies) for s in (state, after)]
+    assert not same_bits(*awake)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_host_and_each_body_get_what_optax_gives_them_alone(kind: str) -> None:
+    optimizer, update = _made(kind)
+    plain = standard(KINDS[kind]())
+    host, bank = _host(0), _random(0)
+    state = optimizer.init((host, _banks(bank)))
+    alone = plain.init(host)
+    one = jax.tree.map(lambda leaf: leaf[2], bank)
+    of_one = plain.init(one)
+    step = jax.jit(plain.update, compiler_options=QUICK)
+    for turn in range(3):
+        grads = (_host(turn), _banks(_random(turn)))
+        (of_host, of_banks), state = update(grads, state, (host, _banks(bank)), NOBODY, ALL)
+        want, alone = step(grads[0], alone, host)
+        want_one, of_one = step(jax.tree.map(lambda leaf: leaf[2], _random(turn)), of_one, one)
+        got_one = jax.tree.map(lambda leaf: leaf[2], of_banks["site"]["body"])
+        for got, other in zip(
+            jax.tree.leaves((of_host, got_one)), jax.tree.leaves((want, want_one)), strict=True
+        ):
+            np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_schedule_counts_the_steps_that_a_body_learned() -> None:
+    optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.sgd(WARM_UP)))
+    bank = _random(0)
+    params = (_host(0), _banks(bank))
+    state = optimizer.init(params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    rates = []
+    for turn in range(5):
+        slots = Slots(
+            is_born=_flags(False, turn == 3, False), learns=_flags(True, True, turn % 2 == 0)
+        )
+        (_, updates), state = optimizer.update(
+            ones, state, params, slots={"site": {"body": slots, "empty": slots}}
+        )
+        rates.append([-float(row[0]) for row in updates["site"]["body"]["vector"]])
+    ages = np.asarray([[0, 0, 0], [1, 1, 0], [2, 2, 1], [3, 0, 0], [4, 1, 2]])
+    learned = np.asarray([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
+    np.testing.assert_allclose(rates, 0.01 * ages * learned, rtol=1e-5)
+
+
+def test_a_norm_is_clipped_body_by_body() -> None:
+    clip = standard(optax.chain(optax.clip_by_global_norm(1.0), optax.scale(1.0)))
+    optimizer = ef.optim.per_body(clip)
+    params = (_host(0), _banks(_random(0)))
+    size = jnp.asarray([1e-3, 1.0, 1e3]).reshape(-1, 1)
+    grads = {"matrix": jnp.ones((SLOTS, 4, 3)) * size[..., None], "vector": jnp.ones((SLOTS, 3)) * size}
+    slots = Slots(is_born=NOBODY, learns=ALL)
+    (_, updates), _ = optimizer.update(
+        (_host(1), _banks(grads)),
+        optimizer.init(params),
+        params,
+        slots={"site": {"body": slots, "empty": slots}},
+    )
+    norms = [
+        np.sqrt(sum(np.sum(np.square(leaf[slot])) for leaf in jax.tree.leaves(updates)))
+        for slot in range(SLOTS)
+    ]
+    np.testing.assert_allclose(norms, [1e-3 * 15**0.5, 1.0, 1.0], rtol=1e-5)
+
+
+def test_extra_arguments_reach_host_and_bodies() -> None:
+    def init(params: Any) -> Any:
+        del params
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: jax.Array, **_: Any) -> Any:
+        del params
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), updates), state
+
+    optimizer = ef.optim.per_body(optax.GradientTransformationExtraArgs(init, update))
+    params = (_host(0), _banks(_random(0)))
+    slots = Slots(is_born=NOBODY, learns=ALL)
+    updates, _ = optimizer.update(
+        params,
+        optimizer.init(params),
+        params,
+        slots={"site": {"body": slots, "empty": slots}},
+        value=jnp.float32(2.5),
+    )
+    assert all(np.all(np.asarray(leaf) == 2.5) for leaf in jax.tree.leaves(updates))
+
+
+def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
+    lattice = ef.lattice(
+        sites=[ef.site("h", features=6, chunks=2)],
+        blueprints={"noop": ef.blueprints.noop(), "low_rank": ef.blueprints.low_rank(2)},
+        capacity=1,
+    )
+    growth = ef.growth(
+        lattice,
+        levels=1,
+        policy=ef.policies.never(),
+        settings=ef.lifecycle.settings(
+            min_steps={Stage.GERMINATED: 2}, max_steps={Stage.TRAINING: 30}, embargo_steps=1
+        ),
+    )
+    optimizer = ef.optim.per_body(standard(optax.adamw(0.01)))
+
+    def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(seeds.grow("h", x @ params) - 1))
+
+    step = make_step(growth, loss_fn, optimizer)
+    params, x = jnp.eye(6), jnp.ones((3, 6)) * jnp.arange(6.0).reshape(1, 6)
+    state = growth.init(jax.random.key(0))
+    opt_state = optimizer.init((params, state.bodies))
+    assert opt_state.bodies["h"].keys() == {"low_rank"}
+
+    def count() -> int:
+        return int(opt_state.bodies["h"]["low_rank"][0].count[0])
+
+    counts, stages = [], []
+    orders = {0: ef.commands.germinate(0, "low_rank"), 7: ef.commands.cull(0)}
+    orders[8] = ef.commands.germinate(1, "low_rank")
+    for turn in range(14):
+        asked = growth.commands([orders[turn]] if turn in orders else [], size=1)
+        params, state, opt_state, info = step(params, state, opt_state, x, asked)
+        counts.append(count())
+        stages.append([Stage(int(s)).name for s in info.stage])
+    # Born in step 0, waiting in 1 and 2, learning from 4 on; the second one alike from step 8 on.
+    assert stages[0][0] == "GERMINATED"
+    first = next(i for i, row in enumerate(stages) if row[0] == "TRAINING")
+    second = next(i for i, row in enumerate(stages) if row[1] == "TRAINING")
+    assert stages[8][1] == "GERMINATED"
+    assert counts[: first + 1] == [0] * (first + 1)
+    assert counts[first + 1 : 8] == list(range(1, 8 - first))
+    assert counts[9 : second + 1] == [0] * (second + 1 - 9)
+    assert counts[second + 1 :] == list(range(1, 14 - second))

@@ -1,0 +1,139 @@
+"""Run by `test_nesting` with two CPU devices: one, two by `shard_map`, two by automatic sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import QUICK, blank, place, standard
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+
+LATTICE = ef.lattice(
+    sites=[
+        ef.site("hidden", features=11, chunks=3),
+        ef.span("over", source_features=11, features=6, chunks=2),
+    ],
+    blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
+    capacity=3,
+)
+ROWS = {
+    0: ("gelu", Stage.TRAINING, 0.0),
+    2: ("gelu", Stage.GRAFTING, 0.5),
+    3: ("gelu", Stage.FINE_TUNING, 0.7),
+}
+
+
+def local_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+    h = seeds.grow("hidden", jnp.tanh(x @ params["in"]))
+    return jnp.mean(jnp.square(seeds.grow("over", h @ params["out"], source=h) - 1))
+
+
+def setting() -> Any:
+    growth = ef.growth(LATTICE, levels=2, policy=ef.policies.never())
+    state = place(growth, blank(growth), ROWS)
+    rng = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(rng.standard_normal((5, 11)) * 0.5, jnp.float32),
+        "out": jnp.asarray(rng.standard_normal((11, 6)) * 0.4, jnp.float32),
+    }
+    optimizer = ef.optim.per_body(standard(optax.sgd(0.1)))
+    opt_state = optimizer.init((params, state.bodies))
+    x = jnp.asarray(rng.standard_normal((8, 5)), jnp.float32)
+    return growth, optimizer, (params, state, opt_state), x
+
+
+def make_run(growth: Any, optimizer: Any, loss_fn: Any, steps: int = 6) -> Any:
+    """`steps` training steps in one program."""
+
+    def step(carry: Any, _: Any, x: jax.Array) -> Any:
+        params, state, opt_state = carry
+        loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, x)
+        updates, opt_state = optimizer.update(
+            grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+        )
+        params, bodies = optax.apply_updates((params, state.bodies), updates)
+        state, info = growth.update(state, bodies, readings, loss)
+        return (params, state, opt_state), (loss, readings, info.stage, info.alpha)
+
+    def run(carry: Any, x: jax.Array) -> Any:
+        return jax.lax.scan(lambda c, _: step(c, _, x), carry, None, length=steps)
+
+    return run
+
+
+def compare(readings: Any, told: Any, per_call: float) -> None:
+    """The same sums to tolerance; counts of calls times the devices."""
+    for name in readings._fields:
+        times = per_call if name in {"num_features", "num_live"} else 1.0
+        np.testing.assert_allclose(
+            getattr(readings, name),
+            times * np.asarray(getattr(told, name)),
+            rtol=1e-4,
+            atol=1e-6,
+            err_msg=name,
+        )
+
+
+def check_gradients(num_devices: int) -> Any:
+    """Under `shard_map` in the loss or around it, and under automatic sharding."""
+    assert len(jax.devices()) == num_devices
+    growth, optimizer, carry, x = setting()
+    params, state, _ = carry
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,))
+    whole, split = PartitionSpec(), PartitionSpec("data")
+
+    def mean_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(local_loss(params, seeds, x), "data")
+
+    def sharded_loss(params: Any, seeds: Any, x: jax.Array) -> Any:
+        return jax.shard_map(
+            mean_loss, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole
+        )(params, seeds, x)
+
+    around = jax.shard_map(
+        growth.value_and_grad(mean_loss),
+        mesh=mesh,
+        in_specs=(whole, whole, split),
+        out_specs=whole,
+    )
+
+    def run(graded: Any, x: jax.Array) -> Any:
+        return jax.jit(graded, compiler_options=QUICK)(params, state, x)
+
+    want, want_grads, told = run(growth.value_and_grad(local_loss), x)
+    placed = jax.device_put(x, NamedSharding(mesh, split))
+    ways = [(growth.value_and_grad(sharded_loss), x, float(num_devices))]
+    if num_devices > 1:
+        ways += [(around, x, float(num_devices)), (growth.value_and_grad(local_loss), placed, 1.0)]
+    for graded, batch, per_call in ways:
+        value, grads, readings = run(graded, batch)
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        for got, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+            np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
+        compare(readings, told, per_call)
+    return growth, optimizer, carry, x, sharded_loss
+
+
+def check_decisions(num_devices: int) -> None:
+    """Whole training steps on one device and on all of them."""
+    growth, optimizer, carry, x, sharded_loss = check_gradients(num_devices)
+    _, (loss, readings, *decisions) = jax.jit(
+        make_run(growth, optimizer, sharded_loss), compiler_options=QUICK
+    )(carry, x)
+    _, (want, told, *decided) = jax.jit(
+        make_run(growth, optimizer, local_loss), compiler_options=QUICK
+    )(carry, x)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    compare(readings, told, num_devices)
+    for ours, plain in zip(decisions, decided, strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+if __name__ == "__main__":
+    check_decisions(2)
