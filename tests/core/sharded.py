@@ -92,9 +92,9 @@ def check_gradients(num_devices: int) -> Any:
         return jax.lax.pmean(local_loss(params, seeds, x), "data")
 
     def sharded_loss(params: Any, seeds: Any, x: jax.Array) -> Any:
-        return jax.shard_map(
-            mean_loss, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole
-        )(params, seeds, x)
+        return jax.shard_map(mean_loss, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole)(
+            params, seeds, x
+        )
 
     around = jax.shard_map(
         growth.value_and_grad(mean_loss),

@@ -57,7 +57,9 @@ def plainly(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 def with_scans(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
     """The same seeds at every turn of one scan, their own ones at every turn of the other."""
-    h, _ = jax.lax.scan(lambda h, w: (seeds.grow("shared", _layer(h, w)), None), x, params["shared"])
+    h, _ = jax.lax.scan(
+        lambda h, w: (seeds.grow("shared", _layer(h, w)), None), x, params["shared"]
+    )
 
     def step(h: jax.Array, given: Any) -> Any:
         weights, own = given
@@ -201,9 +203,7 @@ def test_a_population_under_vmap_is_a_loop_over_its_members() -> None:
         own = place(growth, own._replace(owner=jnp.full_like(own.owner, -1)), rows, noise=0.0)
         members.append((scaled, own, optimizer.init((scaled, own.bodies))))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    population = jax.jit(
-        jax.vmap(step, in_axes=(0, 0, 0, None, None)), compiler_options=QUICK
-    )
+    population = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None)), compiler_options=QUICK)
     nothing = growth.commands(size=1)
     for _ in range(3):
         *stacked, infos = population(*stacked, x, nothing)

@@ -87,9 +87,11 @@ def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str) -> None
     # A long past: every count at 10,000, every moment full of somebody else's gradients.
     aged = state._replace(
         bodies=jax.tree.map(
-            lambda leaf: jnp.full_like(leaf, 10_000)
-            if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype != jnp.uint32
-            else leaf,
+            lambda leaf: (
+                jnp.full_like(leaf, 10_000)
+                if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype != jnp.uint32
+                else leaf
+            ),
             state.bodies,
         )
     )
@@ -176,7 +178,10 @@ def test_a_norm_is_clipped_body_by_body() -> None:
     optimizer = ef.optim.per_body(clip)
     params = (_host(0), _banks(_random(0)))
     size = jnp.asarray([1e-3, 1.0, 1e3]).reshape(-1, 1)
-    grads = {"matrix": jnp.ones((SLOTS, 4, 3)) * size[..., None], "vector": jnp.ones((SLOTS, 3)) * size}
+    grads = {
+        "matrix": jnp.ones((SLOTS, 4, 3)) * size[..., None],
+        "vector": jnp.ones((SLOTS, 3)) * size,
+    }
     slots = Slots(is_born=NOBODY, learns=ALL)
     (_, updates), _ = optimizer.update(
         (_host(1), _banks(grads)),
