@@ -1,4 +1,4 @@
-"""Run by `test_nesting` with two CPU devices: one, two by `shard_map`, two by automatic sharding."""
+"""Run by `test_nesting.py` in a process of its own, with two devices: the same run, sharded."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_a_lattice_says_what_does_not_fit() -> None:
         _lattice(site, dtype=jnp.int32)
 
 
-@pytest.mark.parametrize("levels", [0, 4, (), (2, 1), (1, 1), (-1, 2), (0, 5)])
+@pytest.mark.parametrize("levels", [0, 5, (), (2, 1), (1, 1), (-1, 2), (0, 5)])
 def test_levels_that_make_no_sense(levels: Any) -> None:
     lattice = _lattice(ef.site("s", features=4, chunks=4), capacity=4)
     with pytest.raises(ValueError, match="levels must"):

@@ -1,7 +1,9 @@
-"""Where growth would pay, and what living seeds are worth."""
+"""Growth potential and contribution, against NumPy and by hand."""
 
 from __future__ import annotations
 
+import itertools
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import standard
+from support import QUICK, blank, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn import hosts
 from esper_fn._lattice import Moments
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import potentials
@@ -20,191 +21,263 @@ from esper_fn.telemetry import potentials
 RIDGE, DIRECTIONS = 1e-3, 4
 
 
-def numpy_scores(x: np.ndarray, dy: np.ndarray) -> tuple[float, float]:
-    """The definition, in float64, by square roots of the covariances."""
+def _inverse_root(covariance: np.ndarray) -> np.ndarray:
+    width = len(covariance)
+    values, vectors = np.linalg.eigh(
+        covariance + RIDGE * np.trace(covariance) / width * np.eye(width)
+    )
+    return vectors @ np.diag(values**-0.5) @ vectors.T
 
-    def root(covariance: np.ndarray) -> np.ndarray:
-        width = len(covariance)
-        ridge = RIDGE * np.trace(covariance) / width * np.eye(width)
-        values, vectors = np.linalg.eigh(covariance + ridge)
-        return vectors @ np.diag(values**-0.5) @ vectors.T
 
+def _by_hand(x: np.ndarray, dy: np.ndarray) -> tuple[float, float]:
+    """Raw and whitened score from rows of input and gradient."""
+    x, dy = x.astype(np.float64), dy.astype(np.float64)
     rows = len(x)
     crossed = x.T @ dy / rows
-    white = root(x.T @ x / rows) @ crossed @ root(dy.T @ dy / rows)
+    white = _inverse_root(x.T @ x / rows) @ crossed @ _inverse_root(dy.T @ dy / rows)
     raw, whitened = (
-        float((np.linalg.svd(m, compute_uv=False)[:DIRECTIONS] ** 2).sum())
-        for m in (crossed, white)
+        float(np.sum(np.linalg.svd(matrix, compute_uv=False)[:DIRECTIONS] ** 2))
+        for matrix in (crossed, white)
     )
     return raw, whitened
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(3, 3), (8, 6), (5, 9), (1, 1)])
-def test_scores_are_their_definition(inputs: int, outputs: int) -> None:
-    source = np.random.default_rng(inputs)
-    x, dy = source.normal(size=(200, inputs)), source.normal(size=(200, outputs))
-    dy[:, 0] += 2 * x[:, 0]
-    moments = Moments(
-        num_rows=jnp.asarray([200.0]),
+def _moments(x: np.ndarray, dy: np.ndarray) -> Moments:
+    return Moments(
+        num_rows=jnp.asarray([len(x)], jnp.float32),
         x_dy=jnp.asarray(x.T @ dy, jnp.float32)[None],
         x_x=jnp.asarray(x.T @ x, jnp.float32)[None],
         dy_dy=jnp.asarray(dy.T @ dy, jnp.float32)[None],
     )
-    found = potentials(moments)
-    raw, whitened = numpy_scores(x, dy)
-    np.testing.assert_allclose(found.raw[0], raw, rtol=1e-3)
-    np.testing.assert_allclose(found.whitened[0], whitened, rtol=1e-3)
 
 
-def test_a_dead_chunk_scores_zero_and_not_noise() -> None:
-    zero = jnp.zeros((1, 3, 3))
-    found = potentials(Moments(num_rows=jnp.asarray([9.0]), x_dy=zero, x_x=zero, dy_dy=zero))
-    assert float(found.whitened[0]) == 0.0
-    assert float(found.raw[0]) == 0.0
+@pytest.mark.parametrize("widths", [(2, 2), (3, 9), (7, 6), (6, 12)])
+def test_scores_are_singular_values(widths: tuple[int, int]) -> None:
+    rng = np.random.default_rng(sum(widths))
+    inputs, outputs = widths
+    x = rng.standard_normal((200, inputs)) @ rng.standard_normal((inputs, inputs))
+    dy = 0.3 * x @ rng.standard_normal((inputs, outputs)) + rng.standard_normal((200, outputs))
+    raw, whitened = _by_hand(x, dy)
+    scores = potentials(_moments(x, dy))
+    np.testing.assert_allclose(scores.raw, [raw], rtol=1e-4)
+    np.testing.assert_allclose(scores.whitened, [whitened], rtol=1e-3)
+    assert 0 < float(scores.whitened[0]) <= DIRECTIONS
+    # Whitened scores do not depend on units, nor on the scale of the loss.
+    scaled = potentials(_moments(100 * x, 1e-4 * dy))
+    np.testing.assert_allclose(scaled.whitened, scores.whitened, rtol=1e-4)
+    np.testing.assert_allclose(scaled.raw, 1e-4 * scores.raw, rtol=1e-4)
 
 
-X = jax.random.normal(jax.random.key(0), (32, 7))
-Y = jnp.stack([X[:, 0] * X[:, 1], X[:, 2], X[:, 3]], axis=1)
-PARAMS = jax.random.normal(jax.random.key(1), (7, 3)) * 0.3
-GROWTH = ef.growth(
-    ef.lattice(
-        sites=[ef.site("a", features=7, chunks=3), ef.span("b", source_features=7, features=3)],
-        blueprints={"low_rank": ef.blueprints.low_rank(2)},
-        capacity=2,
-    ),
-    policy=ef.policies.never(),
-    max_ablations=2,
-    levels=1,
+def test_nothing_to_gain_scores_zero() -> None:
+    x = np.random.default_rng(0).standard_normal((50, 5))
+    for inputs, slopes in ((0 * x, x), (x, 0 * x), (0 * x, 0 * x)):
+        scores = potentials(_moments(inputs, slopes))
+        assert scores.raw.tolist() == [0.0]
+        assert scores.whitened.tolist() == [0.0]
+    # What the gradient does along a direction that the input never takes is no gain either.
+    _, whitened = _by_hand(x, np.random.default_rng(1).standard_normal((50, 5)))
+    assert whitened < 1
+
+
+# --- through a loss function -----------------------------------------------------------------
+
+LATTICE = ef.lattice(
+    sites=[
+        ef.site("hidden", features=11, chunks=2),
+        ef.span("over", source_features=11, features=6),
+        ef.site("deep", features=6, chunks=2, layers=2),
+    ],
+    blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
+    capacity=2,
 )
+ROWS = {
+    0: ("gelu", Stage.FINE_TUNING, 0.5),
+    1: ("gelu", Stage.EVALUATING, 1.0),
+    2: ("gelu", Stage.FOSSILIZED, 1.0),
+    3: ("gelu", Stage.GRAFTING, 0.3),
+    5: ("gelu", Stage.EVALUATING, 0.8),
+}
 
 
-def loss_fn(params: jax.Array, seeds: Any, batch: Any) -> jax.Array:
-    x, y = batch
-    out = seeds.grow("b", seeds.grow("a", x) @ params, source=x)
-    return jnp.mean(jnp.square(out - y))
+def loss_fn(params: Any, seeds: Any, x: jax.Array) -> Any:
+    h = seeds.grow("hidden", jnp.tanh(x @ params["in"]))
+    out = seeds.grow("over", h @ params["out"], source=h)
+
+    def step(out: jax.Array, own: Any) -> Any:
+        return own.grow("deep", jnp.tanh(out)), None
+
+    out, _ = jax.lax.scan(step, out, seeds.layers("deep"))
+    return jnp.mean(jnp.square(out - 0.4)), out
 
 
-SURVEY = jax.jit(GROWTH.survey(loss_fn))
-
-
-def with_bodies(stages: dict[int, Stage]) -> ef.GrowthState:
-    """Seeds of site `a` in the given stages, with random bodies at full alpha."""
-    state = GROWTH.init(jax.random.key(2))
-    seeds, owner = state.seeds, state.owner
-    for slot, (seed, stage) in enumerate(stages.items()):
-        owner = owner.at[slot].set(seed)
-        seeds = seeds._replace(
-            stage=seeds.stage.at[seed].set(jnp.int8(stage)),
-            slot=seeds.slot.at[seed].set(slot),
-            blueprint=seeds.blueprint.at[seed].set(jnp.int8(0)),
-            alpha=seeds.alpha.at[seed].set(1.0),
-        )
-    bodies = {site: dict(banks) for site, banks in state.bodies.items()}
-    up = bodies["a"]["low_rank"]["up"]
-    bodies["a"]["low_rank"] = {
-        **bodies["a"]["low_rank"],
-        "up": jax.random.normal(jax.random.key(3), up.shape) * 0.5,
+@cache
+def setting(max_ablations: int = 8) -> Any:
+    growth = ef.growth(LATTICE, max_ablations=max_ablations)
+    rng = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(rng.standard_normal((5, 11)) * 0.5, jnp.float32),
+        "out": jnp.asarray(rng.standard_normal((11, 6)) * 0.4, jnp.float32),
     }
-    return state._replace(seeds=seeds, owner=owner, bodies=bodies)
+    x = jnp.asarray(rng.standard_normal((40, 5)), jnp.float32)
+    survey = jax.jit(growth.survey(loss_fn, has_aux=True), compiler_options=QUICK)
+    return growth, params, place(growth, blank(growth), ROWS), x, survey
 
 
-def test_potentials_of_chunks_and_spans_are_measured_where_the_loss_reaches_them() -> None:
-    state, info = SURVEY(PARAMS, GROWTH.init(jax.random.key(2)), (X, Y))
-    # Chunks of 7 features in 3: 3, 2 and 2 wide. dy at site a is d loss / d (x @ params) params^T.
-    d_out = 2 * (np.asarray(X @ PARAMS) - np.asarray(Y)) / Y.size
-    d_x = d_out @ np.asarray(PARAMS).T
-    expected = [
-        numpy_scores(np.asarray(X)[:, a:b].astype(float), d_x[:, a:b].astype(float))
-        for a, b in ((0, 3), (3, 5), (5, 7))
-    ] + [numpy_scores(np.asarray(X, float), d_out.astype(float))]
-    raw, _ = zip(*expected, strict=True)
-    np.testing.assert_allclose(info.raw_potential, raw, rtol=2e-3)
-    # The narrow chunks are padded to 3 features: the ridge's mean diagonal is over 3, not 2.
-    np.testing.assert_allclose(info.potential, [e[1] for e in expected], rtol=5e-3)
-    np.testing.assert_array_equal(state.seeds.num_potentials, [1, 1, 1, 1])
-    np.testing.assert_array_equal(state.seeds.potential, info.potential)
+@cache
+def loss_of() -> Any:
+    growth, params, _, x, _ = setting()
+    return jax.jit(lambda state: loss_fn(params, growth.seeds(state), x)[0], compiler_options=QUICK)
+
+
+def test_potential_is_that_of_each_chunks_input_and_gradient() -> None:
+    growth, params, state, x, survey = setting()
+    dormant = place(growth, state._replace(owner=jnp.full_like(state.owner, -1)), {})
+    dormant = dormant._replace(
+        seeds=dormant.seeds._replace(stage=jnp.zeros_like(dormant.seeds.stage))
+    )
+    after, info = survey(params, dormant, x)
+    bare = ef.BareSeeds()
+
+    def shifted(shifts: Any) -> jax.Array:
+        """The loss with the activations of the first two sites moved by hand."""
+        h = jnp.tanh(x @ params["in"]) + shifts[0]
+        out = h @ params["out"] + shifts[1]
+        for _ in range(2):
+            out = bare.grow("deep", jnp.tanh(out))
+        return jnp.mean(jnp.square(out - 0.4))
+
+    h = np.asarray(jnp.tanh(x @ params["in"]))
+    slopes = jax.grad(shifted)((jnp.zeros((40, 11)), jnp.zeros((40, 6))))
+    d_h, d_out = (np.asarray(slope) for slope in slopes)
+    padded = [np.pad(part, ((0, 0), (0, 1))) for part in (h[:, 6:], d_h[:, 6:])]
+    want = [_by_hand(h[:, :6], d_h[:, :6]), _by_hand(*padded), _by_hand(h, d_out)]
+    np.testing.assert_allclose(info.raw_potential[:3], [raw for raw, _ in want], rtol=1e-3)
+    np.testing.assert_allclose(info.potential[:3], [white for _, white in want], rtol=1e-2)
+    assert after.seeds.num_potentials.tolist() == [1] * LATTICE.num_seeds
+    np.testing.assert_array_equal(after.seeds.potential, info.potential)
+    # No seed is on trial: nothing was ablated, and nothing pretends to have been measured.
+    assert info.ablated.tolist() == [-1] * LATTICE.num_seeds
+    assert after.seeds.num_contributions.tolist() == [0] * LATTICE.num_seeds
+    np.testing.assert_allclose(info.loss, loss_of()(dormant), rtol=1e-5)
 
 
 def test_contribution_is_the_loss_without_minus_the_loss_with() -> None:
-    state = with_bodies({0: Stage.EVALUATING, 1: Stage.FINE_TUNING})
-    after, info = SURVEY(PARAMS, state, (X, Y))
-    with_all = loss_fn(PARAMS, GROWTH.seeds(state), (X, Y))
-    np.testing.assert_allclose(info.loss, with_all, rtol=1e-6)
-    for seed in (0, 1):
-        alpha = state.seeds.alpha.at[seed].set(0.0)
-        silent = state._replace(seeds=state.seeds._replace(alpha=alpha))
-        without = loss_fn(PARAMS, GROWTH.seeds(silent), (X, Y))
-        np.testing.assert_allclose(
-            after.seeds.contribution[seed], without - with_all, rtol=1e-3, atol=1e-6
+    _, params, state, x, survey = setting()
+    after, info = survey(params, state, x)
+    on_trial = [0, 1, 5]
+    assert sorted(int(seed) for seed in info.ablated if seed >= 0) == on_trial
+    with_all = loss_of()(state)
+    np.testing.assert_allclose(info.loss, with_all, rtol=1e-5)
+    for seed in range(LATTICE.num_seeds):
+        if seed not in on_trial:
+            assert after.seeds.num_contributions[seed] == 0
+            assert after.seeds.contribution[seed] == 0
+            continue
+        without = state._replace(
+            seeds=state.seeds._replace(stage=state.seeds.stage.at[seed].set(Stage.DORMANT))
         )
-    np.testing.assert_array_equal(after.seeds.num_contributions, [1, 1, 0, 0])
+        worth = float(loss_of()(without) - with_all)
+        np.testing.assert_allclose(after.seeds.contribution[seed], worth, rtol=1e-3, atol=1e-7)
+        assert after.seeds.num_contributions[seed] == 1
+    assert float(jnp.max(jnp.abs(after.seeds.contribution))) > 1e-5
 
 
-def test_only_seeds_on_trial_are_ablated_and_the_least_measured_come_first() -> None:
-    _, info = SURVEY(PARAMS, with_bodies({0: Stage.FOSSILIZED, 2: Stage.EVALUATING}), (X, Y))
-    assert sorted(np.asarray(info.ablated).tolist()) == [-1, 2]
+def test_further_surveys_are_averaged() -> None:
+    _, params, state, x, survey = setting()
+    once, first = survey(params, state, x)
+    twice, second = survey(params, once, x + 0.5)
+    assert twice.seeds.num_contributions[jnp.asarray([0, 1, 5])].tolist() == [2, 2, 2]
+    for column in np.flatnonzero(np.asarray(second.ablated) >= 0):
+        seed = int(second.ablated[column])
+        before = float(first.contribution[np.asarray(first.ablated).tolist().index(seed)])
+        want = (before + float(second.contribution[column])) / 2
+        np.testing.assert_allclose(twice.seeds.contribution[seed], want, rtol=1e-4, atol=1e-8)
 
 
-def test_a_survey_changes_nothing_but_what_it_measures() -> None:
-    state = with_bodies({0: Stage.EVALUATING})
-    after, _ = SURVEY(PARAMS, state, (X, Y))
-    measured = {"potential", "num_potentials", "contribution", "num_contributions"}
-    for name in state.seeds._fields:
-        same = jax.tree.map(
-            lambda a, b: bool(jnp.array_equal(a, b)),
-            getattr(state.seeds, name),
-            getattr(after.seeds, name),
-        )
-        if name not in measured:
-            assert all(jax.tree.leaves(same)), name
-    # Steps count training steps, never evaluation calls.
-    assert int(after.step) == int(state.step)
-    for one, two in zip(
-        jax.tree.leaves(after._replace(seeds=None, key=None)),
-        jax.tree.leaves(state._replace(seeds=None, key=None)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, two)
+def test_a_survey_changes_nothing_but_what_it_measured() -> None:
+    _, params, state, x, survey = setting()
+    after, _ = survey(params, state, x)
+    measured = ("potential", "num_potentials", "contribution", "num_contributions")
+    kept = {name: getattr(state.seeds, name) for name in measured}
+    assert same_bits(after._replace(seeds=after.seeds._replace(**kept)), state)
+    assert not same_bits(after.seeds, state.seeds)
+    assert same_bits(survey(params, state, x), survey(params, state, x))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_whitened_score_names_the_narrow_layer_of_a_trained_host(seed: int) -> None:
-    data = ef.data.load("digits")
-    host = hosts.mlp((64, 32, 3, 32, 10), spans=1)
-    growth = ef.growth(
-        ef.lattice(
-            sites=host.sites,
-            blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
-            capacity=1,
-        ),
-        levels=1,
-    )
-    x, y = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
+def test_ablations_are_limited_and_go_to_the_least_measured() -> None:
+    _, params, state, x, survey = setting(2)
+    assert survey(params, state, x)[1].ablated.shape == (2,)
+    seen = []
+    for _ in range(3):
+        state, info = survey(params, state, x)
+        seen.append(sorted(info.ablated.tolist()))
+    assert seen[0] != seen[1]
+    assert state.seeds.num_contributions.tolist() == [2, 2, 0, 0, 0, 2, 0]
 
-    def cross_entropy(params: Any, seeds: Any, batch: Any) -> jax.Array:
-        inputs, targets = batch
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            host.apply(params, seeds, inputs), targets
-        )
-        return losses.mean()
+
+def test_what_is_not_finite_is_not_measured() -> None:
+    _, params, state, x, survey = setting()
+    after, info = survey(params, state, x.at[0, 0].set(jnp.nan))
+    assert np.isnan(info.loss)
+    assert after.seeds.num_potentials.tolist() == [0] * LATTICE.num_seeds
+    assert after.seeds.num_contributions.tolist() == [0] * LATTICE.num_seeds
+    assert same_bits(after.seeds.contribution, state.seeds.contribution)
+    assert same_bits(after.seeds.potential, state.seeds.potential)
+
+
+def test_max_ablations_is_checked() -> None:
+    with pytest.raises(ValueError, match="max_ablations must be at least 1, got 0"):
+        ef.growth(LATTICE, max_ablations=0)
+
+
+# --- the planted bottleneck ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
+    """An MLP on scikit-learn's digits with one hidden layer cut from 32 units to 3."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    images = jnp.asarray(digits.data[:600] / 16 - 0.3, jnp.float32)
+    batch = (images, jnp.asarray(digits.target[:600]))
+    widths = [64, 32, 32, 32, 10]
+    widths[damaged] = 3
+    spans = [
+        ef.span(f"layer {i}", source_features=widths[i - 1], features=widths[i + 1])
+        for i in (1, 2, 3)
+    ]
+    lattice = ef.lattice(sites=spans, blueprints={"more": ef.blueprints.bottleneck(8)}, capacity=1)
+
+    def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
+        below, h = batch[0], jax.nn.relu(batch[0] @ params[0])
+        for index, weights in enumerate(params[1:], start=1):
+            out = seeds.grow(f"layer {index}", h @ weights, source=below)
+            below, h = h, jax.nn.relu(out)
+        chosen = jax.nn.one_hot(batch[1], 10)
+        return -jnp.mean(jnp.sum(jax.nn.log_softmax(out) * chosen, axis=-1))
 
     optimizer = standard(optax.adam(3e-3))
-    params = host.init(jax.random.key(seed))
+    rng = np.random.default_rng(1)
+    params = [
+        jnp.asarray(rng.standard_normal((a, b)) * (2 / a) ** 0.5, jnp.float32)
+        for a, b in itertools.pairwise(widths)
+    ]
 
-    @jax.jit
     def train(params: Any) -> Any:
-        def one(carry: Any, _: None) -> Any:
+        def step(carry: Any, _: Any) -> Any:
             params, opt_state = carry
-            with jax.numpy_dtype_promotion("standard"):
-                slopes = jax.grad(cross_entropy)(params, ef.BareSeeds(), (x, y))
-            updates, opt_state = optimizer.update(slopes, opt_state, params)
+            grads = jax.grad(loss_fn)(params, ef.BareSeeds(), batch)
+            updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        return jax.lax.scan(one, (params, optimizer.init(params)), None, length=200)[0][0]
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, length=150)
+        return params
 
-    with jax.numpy_dtype_promotion("standard"):
-        state = growth.init(jax.random.key(9))
-        held_out = (jnp.asarray(data.validation_inputs), jnp.asarray(data.validation_targets))
-        _, info = jax.jit(growth.survey(cross_entropy))(train(params), state, held_out)
-    names = [site.name for site in host.sites]
-    assert names[int(np.argmax(info.potential))] == "layer2.0"
+    params = jax.jit(train, compiler_options=QUICK)(params)
+    growth = ef.growth(lattice, levels=1)
+    survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
+    _, info = survey(params, blank(growth), batch)
+    assert float(info.loss) < 1.5  # it did learn something
+    scores = [float(score) for score in info.potential]
+    others = [score for index, score in enumerate(scores, start=1) if index != damaged]
+    assert scores[damaged - 1] > 2 * max(others), scores
