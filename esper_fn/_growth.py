@@ -100,7 +100,7 @@ class SurveyInfo(NamedTuple):
     ablated: Int32[Array, "V"]
     """Seeds whose contribution was measured, or `NONE`."""
     contribution: Float32[Array, "V"]
-    """Loss without the seed minus loss with it."""
+    """Loss without the seed minus loss with it; 0 where `ablated` is `NONE`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -440,7 +440,7 @@ class Growth:
                 raw_potential=raw,
                 potential=white,
                 ablated=jnp.where(is_known, chosen, NONE).astype(jnp.int32),
-                contribution=worth,
+                contribution=jnp.where(is_known, worth, 0.0),
             )
 
         return run
@@ -500,7 +500,9 @@ class Growth:
             errors.append(learns & ~is_sound)
         where = jnp.where(state.owner == NONE, self.lattice.num_seeds, state.owner)
         num_seeds = self.lattice.num_seeds
-        drift = jnp.zeros((num_seeds,)).at[where].set(jnp.concatenate(drifts), mode="drop")
+        drift = (
+            jnp.zeros((num_seeds,), jnp.float32).at[where].set(jnp.concatenate(drifts), mode="drop")
+        )
         error = jnp.zeros((num_seeds,), bool).at[where].set(jnp.concatenate(errors), mode="drop")
         return kept, drift, error
 

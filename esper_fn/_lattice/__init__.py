@@ -8,14 +8,12 @@ from esper_fn._lattice._allocate import (
     release,
     select_slots,
 )
-from esper_fn._lattice._forward import NUM_CHANNELS, Reading
-from esper_fn._lattice._lattice import Bank, Lattice, init_bodies, lattice, serves
+from esper_fn._lattice._forward import Reading
+from esper_fn._lattice._lattice import Lattice, init_bodies, lattice
 from esper_fn._lattice._probe import Moments
-from esper_fn._lattice._seeds import BareSeeds, Seeds, SiteView, Visits
-from esper_fn._lattice._site import Chunking, Site, chunk_mask, site, span
+from esper_fn._lattice._seeds import BareSeeds, Seeds, Visits
+from esper_fn._lattice._site import Site, chunk_mask, site, span
 from esper_fn._lattice._view import (
-    Probes,
-    Taps,
     per_slot_tree,
     readings_of,
     slot_gains,
@@ -25,19 +23,13 @@ from esper_fn._lattice._view import (
 )
 
 __all__ = [
-    "NUM_CHANNELS",
     "UNSERVED",
-    "Bank",
     "BareSeeds",
-    "Chunking",
     "Lattice",
     "Moments",
-    "Probes",
     "Reading",
     "Seeds",
     "Site",
-    "SiteView",
-    "Taps",
     "Visits",
     "allocate",
     "chunk_mask",
@@ -49,7 +41,6 @@ __all__ = [
     "readings_of",
     "release",
     "select_slots",
-    "serves",
     "site",
     "slot_gains",
     "span",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -159,9 +158,6 @@ class Seeds:
             visits=self._layout.visits,
         )
         return Seeds(layout, (view,))
-
-    def __iter__(self) -> Iterator[str]:
-        return (place.name for place in self._layout.sites)
 
 
 def _vary_alike(tree: Any, x: Array) -> Any:

@@ -231,10 +231,11 @@ def test_births_make_new_identity_bodies_and_leave_all_others() -> None:
     state = without(populated(growth, state, Stage.FINE_TUNING), (BAD,))
     ((loss, _), _, readings) = run(params, state, x)
     commands = growth.commands([ef.commands.germinate(BAD, "relu")], size=1)
-    after, info = jax.jit(growth.update, compiler_options=QUICK)(
-        state, state.bodies, readings, loss, commands
-    )
+    update = jax.jit(growth.update, compiler_options=QUICK)
+    after, info = update(state, state.bodies, readings, loss, commands)
     assert info.stage[BAD] == Stage.GERMINATED
+    # The same inputs and key: the same newborn and everything else, bit for bit (promise 3).
+    assert same_bits((after, info), update(state, state.bodies, readings, loss, commands))
     newborn = body_of(growth, after, BAD)
     assert not newborn["up"].any()
     assert newborn["down"].any()

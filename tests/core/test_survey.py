@@ -157,6 +157,7 @@ def test_potential_is_that_of_each_chunks_input_and_gradient() -> None:
     np.testing.assert_array_equal(after.seeds.potential, info.potential)
     # No seed is on trial: nothing was ablated, and nothing pretends to have been measured.
     assert info.ablated.tolist() == [-1] * LATTICE.num_seeds
+    assert not np.any(info.contribution)
     assert after.seeds.num_contributions.tolist() == [0] * LATTICE.num_seeds
     np.testing.assert_allclose(info.loss, loss_of()(dormant), rtol=1e-5)
 
@@ -270,14 +271,14 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, length=150)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, length=200)
         return params
 
     params = jax.jit(train, compiler_options=QUICK)(params)
     growth = ef.growth(lattice, levels=1)
     survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
     _, info = survey(params, blank(growth), batch)
-    assert float(info.loss) < 1.5  # it did learn something
+    assert float(info.loss) < 1.6  # it did learn something
     scores = [float(score) for score in info.potential]
     others = [score for index, score in enumerate(scores, start=1) if index != damaged]
     assert scores[damaged - 1] > 2 * max(others), scores
