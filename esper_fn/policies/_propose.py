@@ -72,7 +72,7 @@ def _propose(
             lambda: (seeds.potential, seeds.num_potentials > 0),
             lambda: (telemetry.gradient_norm, telemetry.num_steps > 0),
             lambda: (
-                jax.random.uniform(key, seeds.stage.shape),
+                jax.random.uniform(key, seeds.stage.shape, jnp.float32),
                 jnp.ones(seeds.stage.shape, bool),
             ),
         ),
