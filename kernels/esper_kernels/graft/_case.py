@@ -1,0 +1,146 @@
+"""The static part of a call, and what is checked while tracing. Loads neither jax nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from esper_kernels._errors import ArgumentError
+
+Activation = Literal["none", "relu", "gelu", "silu", "gated"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "silu", "gated")
+DTYPES = ("bfloat16", "float32")
+
+NUM_GAINS = 3
+NUM_WATCHED = 5
+NUM_CHANNELS = 5
+
+
+class Body(NamedTuple):
+    """The matrices of P slots, or their gradients; arrays of jax or of torch."""
+
+    down: Any
+    """[P, F, R]"""
+    up: Any
+    """[P, R, F]"""
+    bias: Any = None
+    """[P, R], or None"""
+    gate: Any = None
+    """[P, F, R] exactly for `gated`, else None"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is known of a call before it runs; hashable.
+
+    `device` is `cpu`, or an accelerator's name such as `NVIDIA H200`.
+    """
+
+    rows: int
+    features: int
+    chunks: int
+    slots: int
+    rank: int
+    dtype: str
+    body_dtype: str
+    has_bias: bool
+    activation: str
+    device: str
+
+    @property
+    def width(self) -> int:
+        """F, the width of the widest chunk."""
+        return -(-self.features // self.chunks)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all chunks are F wide."""
+        return self.features % self.chunks == 0
+
+    @property
+    def num_wide(self) -> int:
+        """How many chunks, the first ones, are one wider than the rest; 0 when even."""
+        return self.features % self.chunks
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of each chunk, as `numpy.array_split` cuts.
+
+        >>> Case(rows=1, features=8, chunks=3, slots=1, rank=1, dtype="float32",
+        ...      body_dtype="float32", has_bias=False, activation="none", device="cpu").widths
+        (3, 3, 2)
+        """
+        narrow, wide = divmod(self.features, self.chunks)
+        return (narrow + 1,) * wide + (narrow,) * (self.chunks - wide)
+
+
+def _name(dtype: object) -> str:
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def _fail(name: str, got: object, allowed: str, remedy: str = "") -> None:
+    raise ArgumentError(f"{name} is {got}; it must be {allowed}{remedy and '; ' + remedy}")
+
+
+def _expect(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if tuple(array.shape) != shape:
+        _fail(f"{name}.shape", tuple(array.shape), str(shape))
+    if _name(array.dtype) not in dtypes:
+        _fail(f"{name}.dtype", _name(array.dtype), " or ".join(dtypes))
+
+
+def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device: str) -> Case:
+    """Return the case of a call.
+
+    Args:
+      x: [N, D].
+      body: the bank's matrices.
+      slot: [C].
+      gains: [C, 3].
+      activation: one of `ACTIVATIONS`.
+      device: see `Case`.
+
+    Raises:
+      ArgumentError: shapes, dtypes or the activation do not fit together; names which.
+    """
+    if activation not in ACTIVATIONS:
+        _fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+    if x.ndim != 2:
+        _fail("x.ndim", x.ndim, "2: rows and features", "reshape(-1, features)")
+    if slot.ndim != 1:
+        _fail("slot.ndim", slot.ndim, "1: one slot a chunk")
+    rows, features = x.shape
+    chunks = slot.shape[0]
+    if not 1 <= chunks <= features:
+        _fail("slot.shape[0]", chunks, f"between 1 and the {features} features of x")
+    if body.down.ndim != 3:
+        _fail("body.down.ndim", body.down.ndim, "3: slots, width, rank")
+    slots, _, rank = body.down.shape
+    if slots < 1 or rank < 1:
+        _fail("body.down.shape", tuple(body.down.shape), "at least one slot of rank 1")
+    if (body.gate is not None) != (activation == "gated"):
+        found = "None" if body.gate is None else "given"
+        _fail("body.gate", found, "given exactly when activation is 'gated'")
+    case = Case(
+        rows=rows,
+        features=features,
+        chunks=chunks,
+        slots=slots,
+        rank=rank,
+        dtype=_name(x.dtype),
+        body_dtype=_name(body.down.dtype),
+        has_bias=body.bias is not None,
+        activation=activation,
+        device=device,
+    )
+    same = (case.body_dtype,)
+    _expect("x", x, (rows, features), DTYPES)
+    _expect("body.down", body.down, (slots, case.width, rank), DTYPES)
+    _expect("body.up", body.up, (slots, rank, case.width), same)
+    if body.bias is not None:
+        _expect("body.bias", body.bias, (slots, rank), same)
+    if body.gate is not None:
+        _expect("body.gate", body.gate, (slots, case.width, rank), same)
+    _expect("slot", slot, (chunks,), ("int32",))
+    _expect("gains", gains, (chunks, NUM_GAINS), ("float32",))
+    return case
