@@ -1,0 +1,259 @@
+"""The backward pass: `x` and `dy` read once, `dx` written once, the body recomputed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from esper_kernels.graft._triton_parts import (
+    activate_with_slope,
+    dot,
+    find,
+    is_finite,
+    load_matrix,
+    load_up,
+    locate,
+    narrow,
+)
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    gate_ptr,
+    slot_ptr,
+    gains_ptr,
+    shares_ptr,  # [S, C, K]: down [F, R], up [R, F], bias [R], gate [F, R] of every split
+    sums_ptr,  # [S, C, 4]: dy^2, r^2, -dy r, not finite
+    N,
+    D,
+    CHUNKS,
+    SLOTS,
+    K: tl.constexpr,
+    NARROW: tl.constexpr,
+    NUM_WIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    TILES: tl.constexpr,  # of one split
+    BM: tl.constexpr,
+    BF: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: one chunk, one range of rows."""
+    pid = tl.program_id(0)
+    chunk = pid % CHUNKS
+    split = pid // CHUNKS
+    slot, _, _, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
+    start, width = locate(chunk, NARROW, NUM_WIDE)
+    dtype = x_ptr.dtype.element_ty
+    rows = tl.arange(0, BM)
+    cols = tl.arange(0, BF)
+    ranks = tl.arange(0, BR)
+    IS_FULL: tl.constexpr = ALL_ROWS and (NUM_WIDE == 0) and (BF == NARROW)
+    is_real = cols < width
+    begin = split * (TILES * BM)
+    stride = tl.cast(D, tl.int64) * BM
+    corner = begin.to(tl.int64) * D + start
+    offsets = rows[:, None] * D + cols[None, :]
+    sums_at = sums_ptr + (split * CHUNKS + chunk) * 4
+    slope_square = tl.zeros([BM], tl.float32)
+
+    if is_live:
+        down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
+            bias = narrow(bias, dtype).to(tl.float32)[None, :]
+        if ACTIVATION == "gated":
+            gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        d_down = tl.zeros([BF, BR], tl.float32)
+        d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
+        d_gate = tl.zeros([BF, BR], tl.float32)
+        d_bias = tl.zeros([BM], tl.float32)
+        if HAS_BIAS:
+            d_bias = tl.zeros([BR], tl.float32)
+        output_square = tl.zeros([BM], tl.float32)
+        worth = tl.zeros([BM], tl.float32)
+        limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
+        blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
+        for tile in tl.range(0, TILES, num_stages=STAGES):
+            at = corner + tile * stride
+            is_row = begin + tile * BM + rows < N
+            inside = is_row[:, None] & is_real[None, :]
+            if IS_FULL:
+                u = tl.load(x_ptr + at + offsets)
+                dy = tl.load(dy_ptr + at + offsets)
+            else:
+                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
+                dy = tl.load(dy_ptr + at + offsets, mask=inside, other=0.0)
+            h = dot(u, down, PRECISION)
+            slope_a = dot(dy, tl.trans(up), PRECISION)
+            if HAS_BIAS:
+                h += bias
+            if ACTIVATION == "gated":
+                z = dot(u, gate, PRECISION)
+                g, g_slope = activate_with_slope(z, "silu")
+                a = g * h
+                slope_h = slope_a * g
+                slope_z = slope_a * h * g_slope
+            else:
+                a, a_slope = activate_with_slope(h, ACTIVATION)
+                slope_h = slope_a * a_slope
+            if BR != RANK:
+                a = tl.where(ranks[None, :] < RANK, a, 0.0)
+                slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
+            if not ALL_ROWS:
+                # Rows beyond the batch hold phi(bias), which is no output.
+                a = tl.where(is_row[:, None], a, 0.0)
+            worth -= tl.sum(slope_a * a, axis=1)
+            a = narrow(a, dtype)
+            d_h = narrow(slope_h, dtype)
+            r = dot(a, up, PRECISION)
+            output_square += tl.sum(r * r, axis=1)
+            d_up += dot(tl.trans(dy), a, PRECISION)
+            d_down += dot(tl.trans(u), d_h, PRECISION)
+            if HAS_BIAS:
+                d_bias += tl.sum(slope_h, axis=0)
+            d_u = dot(d_h, tl.trans(down), PRECISION)
+            if ACTIVATION == "gated":
+                if BR != RANK:
+                    slope_z = tl.where(ranks[None, :] < RANK, slope_z, 0.0)
+                d_z = narrow(slope_z, dtype)
+                d_gate += dot(tl.trans(u), d_z, PRECISION)
+                d_u += dot(d_z, tl.trans(gate), PRECISION)
+            wide = dy.to(tl.float32)
+            slope_square += tl.sum(wide * wide, axis=1)
+            blight += tl.sum(d_u * 0.0, axis=1)
+            dx = tl.where(tl.abs(d_u) < limit, narrow(wide + feel * d_u, dtype), dy)
+            if IS_FULL:
+                tl.store(dx_ptr + at + offsets, dx)
+            else:
+                tl.store(dx_ptr + at + offsets, dx, mask=inside)
+        share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
+        is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
+        by_row = share + cols[:, None] * RANK + ranks[None, :]
+        by_rank = share + WIDTH * RANK + ranks[None, :] * WIDTH + cols[:, None]
+        tl.store(by_row, d_down, mask=is_share)
+        tl.store(by_rank, d_up, mask=is_share)
+        broken = tl.sum(blight, axis=0)
+        broken += tl.sum(tl.sum(d_down * 0.0 + d_up * 0.0, axis=1), axis=0)
+        if HAS_BIAS:
+            tl.store(share + 2 * WIDTH * RANK + ranks, d_bias, mask=ranks < RANK)
+            broken += tl.sum(d_bias * 0.0, axis=0)
+        if ACTIVATION == "gated":
+            tl.store(by_row + K - WIDTH * RANK, d_gate, mask=is_share)
+            broken += tl.sum(tl.sum(d_gate * 0.0, axis=1), axis=0)
+        tl.store(sums_at + 1, tl.sum(output_square, axis=0))
+        tl.store(sums_at + 2, tl.sum(worth, axis=0))
+        tl.store(sums_at + 3, broken)
+    else:
+        for tile in tl.range(0, TILES, num_stages=STAGES):
+            at = corner + tile * stride
+            is_row = begin + tile * BM + rows < N
+            inside = is_row[:, None] & is_real[None, :]
+            if IS_FULL:
+                dy = tl.load(dy_ptr + at + offsets)
+                tl.store(dx_ptr + at + offsets, dy)
+            else:
+                dy = tl.load(dy_ptr + at + offsets, mask=inside, other=0.0)
+                tl.store(dx_ptr + at + offsets, dy, mask=inside)
+            wide = dy.to(tl.float32)
+            slope_square += tl.sum(wide * wide, axis=1)
+    tl.store(sums_at, tl.sum(slope_square, axis=0))
+
+
+@triton.jit
+def reduce_kernel(
+    shares_ptr,
+    sums_ptr,
+    watched_ptr,
+    slot_ptr,
+    gains_ptr,
+    d_down_ptr,
+    d_up_ptr,
+    d_bias_ptr,
+    d_gate_ptr,
+    channels_ptr,
+    SLOTS,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,  # F * R
+    RANK: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_GATED: tl.constexpr,
+):
+    """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
+    pid = tl.program_id(0)
+    splits = tl.arange(0, BS)
+    if pid < CHUNKS:
+        _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
+        at = sums_ptr + (splits * CHUNKS + pid) * 4
+        slope_square = tl.sum(tl.load(at, mask=splits < SPLITS, other=0.0), axis=0)
+        out = channels_ptr + pid * 5
+        tl.store(out, slope_square)
+        if is_live:
+            square, worth, broken = _sum_sums(at, splits < SPLITS)
+            is_sound = is_finite(square)
+            is_fed = is_finite(slope_square) & is_finite(tl.load(watched_ptr + pid * 5 + 2))
+            is_error = is_fed & ((broken != 0) | (not is_sound))
+            tl.store(out + 1, 1.0)
+            tl.store(out + 2, tl.where(is_sound, square, 0.0))
+            tl.store(out + 3, tl.where(is_sound, worth, 0.0))
+            tl.store(out + 4, is_error.to(tl.float32))
+        else:
+            k = tl.arange(0, 4)
+            tl.store(out + 1 + k, tl.zeros([4], tl.float32))
+    else:
+        PIECES: tl.constexpr = (K + BK - 1) // BK
+        slot = (pid - CHUNKS) // PIECES
+        piece = (pid - CHUNKS) % PIECES
+        found = tl.full([BC], -1, tl.int32)
+        for first in range(0, CHUNKS, BC):
+            chunks = first + tl.arange(0, BC)
+            slots = tl.load(slot_ptr + chunks, mask=chunks < CHUNKS, other=-1)
+            found = tl.where(slots == slot, chunks, found)
+        chunk = tl.max(found, axis=0)
+        k = piece * BK + tl.arange(0, BK)
+        total = tl.zeros([BK], tl.float32)
+        if chunk >= 0:
+            learn = tl.load(gains_ptr + chunk * 3 + 1)
+            square, _, broken = _sum_sums(
+                sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS
+            )
+            if (learn != 0) & (broken == 0) & is_finite(square):
+                for split in range(SPLITS):
+                    at = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K + k
+                    total += tl.load(at, mask=k < K, other=0.0)
+                total *= learn
+        base = slot.to(tl.int64) * SIZE
+        tl.store(d_down_ptr + base + k, total, mask=k < SIZE)
+        tl.store(d_up_ptr + base + k - SIZE, total, mask=(k >= SIZE) & (k < 2 * SIZE))
+        if HAS_BIAS:
+            at = d_bias_ptr + slot * RANK + k - 2 * SIZE
+            tl.store(at, total, mask=(k >= 2 * SIZE) & (k < 2 * SIZE + RANK))
+        if IS_GATED:
+            at = d_gate_ptr + base + k - (K - SIZE)
+            tl.store(at, total, mask=(k >= K - SIZE) & (k < K))
+
+
+@triton.jit
+def _sum_sums(at, is_real):
+    """Sums over the splits: r^2, -dy r, and 0 or NaN."""
+    square = tl.sum(tl.load(at + 1, mask=is_real, other=0.0), axis=0)
+    worth = tl.sum(tl.load(at + 2, mask=is_real, other=0.0), axis=0)
+    broken = tl.sum(tl.load(at + 3, mask=is_real, other=0.0), axis=0)
+    return square, worth, broken

@@ -1,0 +1,110 @@
+"""Pieces that the Triton kernels share."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies bfloat16 as if it were integers (in float32 the products are the
+# same, for those of two bfloat16 numbers are exact there), and cuts off instead of rounding to it.
+_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+_GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_CUBE = tl.constexpr(0.044715)
+
+
+@triton.jit
+def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
+    """First feature and width of a chunk, cut as `numpy.array_split` does."""
+    start = chunk * NARROW
+    width = tl.where(chunk < NUM_WIDE, NARROW + 1, NARROW)
+    if NUM_WIDE > 0:  # else the compiler is to see that starts are multiples of the width
+        start += tl.minimum(chunk, NUM_WIDE)
+    return start, width
+
+
+@triton.jit
+def find(slot_ptr, gains_ptr, chunk, SLOTS):
+    """Slot, gains and whether a body is at work in the chunk."""
+    slot = tl.load(slot_ptr + chunk)
+    act = tl.load(gains_ptr + chunk * 3)
+    learn = tl.load(gains_ptr + chunk * 3 + 1)
+    feel = tl.load(gains_ptr + chunk * 3 + 2)
+    is_served = (slot >= 0) & (slot < SLOTS)
+    is_live = is_served & ((act != 0) | (learn != 0) | (feel != 0))
+    return slot, act, learn, feel, is_live
+
+
+@triton.jit
+def load_matrix(ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """`[F, R]` of one slot, zero beyond the chunk's width and the rank."""
+    at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + cols[:, None] * RANK + ranks[None, :]
+    is_real = (cols[:, None] < width) & (ranks[None, :] < RANK)
+    return narrow(tl.load(at, mask=is_real, other=0.0), dtype)
+
+
+@triton.jit
+def load_up(ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """`[R, F]` of one slot, zero beyond the chunk's width and the rank."""
+    at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + ranks[:, None] * WIDTH + cols[None, :]
+    is_real = (cols[None, :] < width) & (ranks[:, None] < RANK)
+    return narrow(tl.load(at, mask=is_real, other=0.0), dtype)
+
+
+@triton.jit
+def activate(h, ACTIVATION: tl.constexpr):
+    """`phi(h)`, NaN kept."""
+    if ACTIVATION == "relu":
+        return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "gelu":
+        return h * tl.sigmoid(_GELU * (h + _CUBE * h * h * h))
+    if ACTIVATION == "silu":
+        return h * tl.sigmoid(h)
+    return h
+
+
+@triton.jit
+def activate_with_slope(h, ACTIVATION: tl.constexpr):
+    """`phi(h)` and `phi'(h)`."""
+    if ACTIVATION == "relu":
+        a = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return a, tl.where(h > 0, 1.0, 0.0)
+    if ACTIVATION == "gelu":
+        s = tl.sigmoid(_GELU * (h + _CUBE * h * h * h))
+        return h * s, s + h * s * (1 - s) * (_GELU + 3 * _GELU * _CUBE * h * h)
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(h)
+        return h * s, s + h * s * (1 - s)
+    return h, h * 0 + 1
+
+
+@triton.jit
+def fold(values, ROWS: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr):
+    """Sums of every GROUP-th row, `[ROWS, COLS]` to `[GROUP, COLS]`: within a thread, mostly."""
+    return tl.sum(tl.reshape(values, [ROWS // GROUP, GROUP, COLS]), axis=0)
+
+
+@triton.jit
+def is_finite(values):
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """`a b` in float32."""
+    if _IS_INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr):
+    """float32 rounded to `dtype`."""
+    if _IS_INTERPRETED and dtype == tl.bfloat16 and values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(values == values, rounded, bits) & 0xFFFF0000  # noqa: PLR0124
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    return values.to(dtype)

@@ -1,0 +1,173 @@
+"""The definition of `graft` in `jax.numpy`; what XLA runs where there is no kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_kernels.graft._case import Body, Case
+
+Array = jax.Array
+
+
+def refuses(case: Case) -> str | None:
+    """The reference serves every case."""
+    del case
+    return None
+
+
+def split(case: Case, x: Array) -> Array:
+    """[N, D] as [N, C, F], zero where a narrow chunk is padded."""
+    if case.is_even:
+        return x.reshape(x.shape[0], case.chunks, case.width)
+    columns, is_real = _columns(case)
+    return jnp.where(is_real[None], x[:, columns], jnp.zeros((), x.dtype))
+
+
+def _join(case: Case, parts: Array) -> Array:
+    flat = parts.reshape(parts.shape[0], -1)
+    if case.is_even:
+        return flat
+    _, is_real = _columns(case)
+    return flat[:, np.flatnonzero(is_real)]
+
+
+def _columns(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    widths = np.asarray(case.widths)
+    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
+    offsets = np.arange(case.width)
+    is_real = offsets[None, :] < widths[:, None]
+    return np.where(is_real, starts[:, None] + offsets, 0), is_real
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _activate(activation: str, h: Array) -> Array:
+    if activation == "relu":
+        return jax.nn.relu(h)
+    if activation == "gelu":
+        return jax.nn.gelu(h, approximate=True)
+    if activation == "silu":
+        return jax.nn.silu(h)
+    return h
+
+
+def _run(activation: str, body: Body, u: Array) -> Array:
+    """`r` of every chunk; `body` has one row a chunk."""
+    h = jnp.einsum("ncf,cfr->ncr", u, body.down)
+    if body.bias is not None:
+        h = h + body.bias[None]
+    if body.gate is not None:
+        a = jax.nn.silu(jnp.einsum("ncf,cfr->ncr", u, body.gate)) * h
+    else:
+        a = _activate(activation, h)
+    return jnp.einsum("ncr,crf->ncf", a, body.up)
+
+
+def is_live(case: Case, slot: Array, gains: Array) -> Array:
+    """[C]: chunks that have a body at work."""
+    return (slot >= 0) & (slot < case.slots) & jnp.any(gains != 0, axis=1)
+
+
+def _gather(case: Case, body: Body, slot: Array, dtype: Any) -> Body:
+    rows = jnp.clip(slot, 0, case.slots - 1)
+    own: Body = jax.tree.map(lambda leaf: leaf[rows].astype(dtype), body)
+    if case.is_even:
+        return own
+    # What a slot holds beyond a narrow chunk's width is nobody's.
+    is_real, zero = jnp.asarray(_columns(case)[1]), jnp.zeros((), dtype)
+    return own._replace(
+        down=jnp.where(is_real[:, :, None], own.down, zero),
+        up=jnp.where(is_real[:, None, :], own.up, zero),
+        gate=None if own.gate is None else jnp.where(is_real[:, :, None], own.gate, zero),
+    )
+
+
+def _add(base: Array, gain: Array, values: Array) -> Array:
+    """`base + gain * values`, an entry of `base` itself where the gain is 0 or values not finite."""
+    gain = gain.astype(_wide(base.dtype))[None, :, None]
+    wide = base.astype(gain.dtype) + gain * values.astype(gain.dtype)
+    return jnp.where((gain != 0) & jnp.isfinite(values), wide.astype(base.dtype), base)
+
+
+def watch(case: Case, x: Array) -> Array:
+    """[C, 5]: `num_values, total, square, num_features, num_dead`."""
+    wide = x.astype(_wide(x.dtype))
+    square, total = jnp.sum(wide * wide, axis=0)[None], jnp.sum(wide, axis=0)[None]
+    widths = jnp.asarray(case.widths, wide.dtype)
+    real = jnp.asarray(_columns(case)[1], wide.dtype)
+    is_dead = (split(case, square)[0] == 0).astype(wide.dtype) * real
+    return jnp.stack(
+        [
+            widths * x.shape[0],
+            jnp.sum(split(case, total)[0], axis=1),
+            jnp.sum(split(case, square)[0], axis=1),
+            widths,
+            jnp.sum(is_dead, axis=1),
+        ],
+        axis=1,
+    )
+
+
+def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tuple[Array, Array]:
+    """`y` and `watched`; see the README beside this file."""
+    act = jnp.where(is_live(case, slot, gains), gains[:, 0], jnp.zeros((), gains.dtype))
+    u = split(case, x)
+    r = _run(case.activation, _gather(case, body, slot, x.dtype), u)
+    return _join(case, _add(u, act, r)), watch(case, x)
+
+
+def forward_in_place(
+    case: Case, x: Array, body: Body, slot: Array, gains: Array
+) -> tuple[Array, Array]:
+    """The same with `watched` for live chunks only. Donate `x` to spare the copy."""
+    y, watched = forward(case, x, body, slot, gains)
+    live = is_live(case, slot, gains)[:, None]
+    return y, jnp.where(live, watched, jnp.zeros_like(watched))
+
+
+def backward(
+    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Body, Array]:
+    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    live = is_live(case, slot, gains)
+    learn, feel = (jnp.where(live, gains[:, k], jnp.zeros((), gains.dtype)) for k in (1, 2))
+    u, slope = split(case, x), split(case, dy)
+    narrow = _gather(case, body, slot, x.dtype)
+    r, pull = jax.vjp(partial(_run, case.activation), narrow, u)
+    d_body, d_u = pull(slope)
+
+    wide = _wide(x.dtype)
+    gradient_square = jnp.sum(jnp.square(slope.astype(wide)), axis=(0, 2))
+    output_square = jnp.sum(jnp.square(r.astype(wide)), axis=(0, 2))
+    utility = -jnp.sum(slope.astype(wide) * r.astype(wide), axis=(0, 2))
+    is_sound = jnp.isfinite(output_square)
+    is_flowing = is_sound & jnp.all(jnp.isfinite(d_u), axis=(0, 2))
+    for leaf in jax.tree.leaves(d_body):
+        is_flowing &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+    fed = jnp.isfinite(gradient_square) & jnp.isfinite(watched[:, 2])
+
+    rows = jnp.where(live & is_flowing & (learn != 0), slot, case.slots)
+
+    def learned(leaf: Array, of: Array) -> Array:
+        share = leaf.astype(wide) * learn.astype(wide).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.zeros_like(of).at[rows].set(share.astype(of.dtype), mode="drop")
+
+    zero = jnp.zeros((), wide)
+    channels = [
+        jnp.where(live, jnp.ones((), wide), zero),
+        jnp.where(live & is_sound, output_square, zero),
+        jnp.where(live & is_sound, utility, zero),
+        (live & fed & ~is_flowing).astype(wide),
+    ]
+    return (
+        _join(case, _add(slope, feel, d_u)),
+        jax.tree.map(learned, d_body, body),
+        jnp.stack([gradient_square, *channels], axis=1),
+    )

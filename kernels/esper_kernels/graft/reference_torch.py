@@ -1,0 +1,161 @@
+"""The definition of `graft` in plain torch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from esper_kernels.graft._case import Body, Case
+
+
+def refuses(case: Case) -> str | None:
+    """The reference serves every case."""
+    del case
+    return None
+
+
+def split(case: Case, x: Tensor) -> Tensor:
+    """[N, D] as [N, C, F], zero where a narrow chunk is padded."""
+    if case.is_even:
+        return x.reshape(x.shape[0], case.chunks, case.width)
+    wide = case.num_wide * case.width
+    head = x[:, :wide].reshape(x.shape[0], case.num_wide, case.width)
+    tail = x[:, wide:].reshape(x.shape[0], case.chunks - case.num_wide, case.width - 1)
+    return torch.cat([head, torch.nn.functional.pad(tail, (0, 1))], dim=1)
+
+
+def _join(case: Case, parts: Tensor) -> Tensor:
+    if case.is_even:
+        return parts.reshape(parts.shape[0], case.features)
+    head, tail = parts[:, : case.num_wide], parts[:, case.num_wide :, :-1]
+    return torch.cat([head.flatten(1), tail.flatten(1)], dim=1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _activate(activation: str, h: Tensor) -> Tensor:
+    if activation == "relu":
+        return torch.relu(h)
+    if activation == "gelu":
+        return torch.nn.functional.gelu(h, approximate="tanh")
+    if activation == "silu":
+        return torch.nn.functional.silu(h)
+    return h
+
+
+def _run(activation: str, u: Tensor, down: Tensor, up: Tensor, *rest: Tensor) -> Tensor:
+    """`r` of every chunk from matrices with one row a chunk."""
+    bias, gate = (*rest, None, None)[:2]
+    h = torch.einsum("ncf,cfr->ncr", u, down)
+    if bias is not None and bias.numel():
+        h = h + bias
+    if gate is not None:
+        a = torch.nn.functional.silu(torch.einsum("ncf,cfr->ncr", u, gate)) * h
+    else:
+        a = _activate(activation, h)
+    return torch.einsum("ncr,crf->ncf", a, up)
+
+
+def is_live(case: Case, slot: Tensor, gains: Tensor) -> Tensor:
+    """[C]: chunks that have a body at work."""
+    return (slot >= 0) & (slot < case.slots) & (gains != 0).any(dim=1)
+
+
+def _gather(case: Case, body: Body, slot: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """down, up, bias (empty for none), and gate where there is one, a row a chunk."""
+    rows = slot.clamp(0, case.slots - 1).long()
+    bias = body.down.new_zeros((case.slots, 0)) if body.bias is None else body.bias
+    leaves = [body.down, body.up, bias, *([] if body.gate is None else [body.gate])]
+    down, up, bias, *gate = (leaf[rows].to(dtype) for leaf in leaves)
+    if not case.is_even:
+        # What a slot holds beyond a narrow chunk's width is nobody's.
+        is_real = split(case, down.new_ones((1, case.features)))[0] != 0
+        down, *gate = (torch.where(is_real[:, :, None], leaf, 0.0) for leaf in (down, *gate))
+        up = torch.where(is_real[:, None, :], up, 0.0)
+    return [down, up, bias, *gate]
+
+
+def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
+    """`base + gain * values`, an entry of `base` itself where the gain is 0 or values not finite."""
+    gain = gain.to(_wide(base.dtype))[None, :, None]
+    wide = base.to(gain.dtype) + gain * values.to(gain.dtype)
+    return torch.where((gain != 0) & values.isfinite(), wide.to(base.dtype), base)
+
+
+def watch(case: Case, x: Tensor) -> Tensor:
+    """[C, 5]: `num_values, total, square, num_features, num_dead`."""
+    wide = x.to(_wide(x.dtype))
+    total, square = wide.sum(0, keepdim=True), (wide * wide).sum(0, keepdim=True)
+    narrow = case.chunks - case.num_wide if not case.is_even else 0
+    widths = torch.full((case.chunks,), case.width, dtype=wide.dtype, device=x.device)
+    widths[case.chunks - narrow :] -= 1
+    is_dead = split(case, (square == 0).to(wide.dtype))
+    sums = [split(case, of)[0].sum(1) for of in (total, square)]
+    return torch.stack([widths * x.shape[0], *sums, widths, is_dead[0].sum(1)], dim=1)
+
+
+def forward(case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """`y` and `watched`; see the README beside this file."""
+    act = torch.where(is_live(case, slot, gains), gains[:, 0], 0.0)
+    u = split(case, x)
+    r = _run(case.activation, u, *_gather(case, body, slot, x.dtype))
+    return _join(case, _add(u, act, r)), watch(case, x)
+
+
+def forward_in_place(
+    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same into the memory of `x`, with `watched` for live chunks only."""
+    y, watched = forward(case, x, body, slot, gains)
+    live = is_live(case, slot, gains)[:, None]
+    return x.copy_(y), torch.where(live, watched, 0.0)
+
+
+def backward(
+    case: Case, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+) -> tuple[Tensor, Body, Tensor]:
+    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    live = is_live(case, slot, gains)
+    learn, feel = (torch.where(live, gains[:, k], 0.0) for k in (1, 2))
+    u, slope = split(case, x), split(case, dy)
+    narrow = _gather(case, body, slot, x.dtype)
+    r, pull = torch.func.vjp(partial(_run, case.activation), u, *narrow)
+    d_u, *d_narrow = pull(slope)
+
+    wide = _wide(x.dtype)
+    gradient_square = slope.to(wide).square().sum((0, 2))
+    output_square = r.to(wide).square().sum((0, 2))
+    utility = -(slope.to(wide) * r.to(wide)).sum((0, 2))
+    is_sound = output_square.isfinite()
+    is_flowing = is_sound & d_u.isfinite().all(2).all(0)
+    for leaf in d_narrow:
+        is_flowing = is_flowing & leaf.isfinite().flatten(1).all(1)
+    fed = gradient_square.isfinite() & watched[:, 2].isfinite()
+
+    rows = torch.where(live & is_flowing & (learn != 0), slot, case.slots).long()
+
+    def learned(leaf: Tensor, of: Tensor) -> Tensor:
+        share = leaf.to(wide) * learn.to(wide).reshape(-1, *(1,) * (leaf.ndim - 1))
+        room = of.new_zeros((case.slots + 1, *of.shape[1:]))
+        room[rows] = share.to(of.dtype)
+        return room[:-1]
+
+    down, up, bias, *rest = d_narrow
+    d_body = Body(
+        down=learned(down, body.down),
+        up=learned(up, body.up),
+        bias=None if body.bias is None else learned(bias, body.bias),
+        gate=None if body.gate is None else learned(rest[0], body.gate),
+    )
+    channels = [
+        live.to(wide),
+        torch.where(live & is_sound, output_square, 0.0),
+        torch.where(live & is_sound, utility, 0.0),
+        (live & fed & ~is_flowing).to(wide),
+    ]
+    dx = _join(case, _add(slope, feel, d_u))
+    return dx, d_body, torch.stack([gradient_square, *channels], dim=1)

@@ -1,0 +1,204 @@
+"""`graft` in Triton, for CUDA devices and, with TRITON_INTERPRET=1, for tests on any machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from esper_kernels.graft import reference_torch
+from esper_kernels.graft._blocks import Tiles, backward_tiles, forward_tiles, padded
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
+from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
+from esper_kernels.graft._triton_forward import forward_kernel, watch_kernel
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_SIDE = 256
+MAX_MATRIX = 16384
+
+
+def refuses(case: Case) -> str | None:
+    """Why Triton cannot serve a case, None if it can."""
+    if case.device == "cpu" and not IS_INTERPRETED:
+        return "x is on the CPU; Triton needs a CUDA device (TRITON_INTERPRET=1 interprets, for tests)"
+    width, rank = padded(case)
+    if max(width, rank) > MAX_SIDE or width * rank > MAX_MATRIX:
+        return (
+            f"a chunk {case.width} wide with rank {case.rank} does not stay on a multiprocessor; "
+            f"width and rank may be {MAX_SIDE} at most, their product {MAX_MATRIX} "
+            f"(padded to powers of two)"
+        )
+    return None
+
+
+def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
+    width, rank = padded(case)
+    num_tiles = triton.cdiv(triton.cdiv(case.rows, tiles.rows), tiles.splits)
+    return {
+        "NARROW": case.features // case.chunks,
+        "NUM_WIDE": case.num_wide,
+        "WIDTH": case.width,
+        "RANK": case.rank,
+        "TILES": num_tiles,
+        "BM": tiles.rows,
+        "BF": width,
+        "BR": rank,
+        "STAGES": tiles.stages,
+        "ACTIVATION": case.activation,
+        "HAS_BIAS": case.has_bias,
+        "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
+        "PRECISION": "ieee" if case.dtype == "float32" else "tf32",
+        "num_warps": tiles.warps,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
+    }
+
+
+def _launch_forward(
+    case: Case, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+) -> Tensor:
+    is_in_place = y is x
+    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+    is_one = tiles.splits == 1
+    sums = watched
+    if not is_one:
+        sums = x.new_empty((tiles.splits, 2, case.features), dtype=torch.float32)
+    forward_kernel[(case.chunks * tiles.splits,)](
+        x,
+        y,
+        body.down,
+        body.up,
+        x if body.bias is None else body.bias,
+        x if body.gate is None else body.gate,
+        slot,
+        gains,
+        sums,
+        watched,
+        case.rows,
+        case.features,
+        case.chunks,
+        case.slots,
+        GROUP=min(16, tiles.rows),
+        IN_PLACE=is_in_place,
+        ONE_SPLIT=is_one,
+        **_common(case, tiles),
+    )
+    if not is_one:
+        watch_kernel[(case.chunks,)](
+            sums,
+            watched,
+            slot,
+            gains,
+            case.rows,
+            case.features,
+            case.slots,
+            SPLITS=tiles.splits,
+            NARROW=case.features // case.chunks,
+            NUM_WIDE=case.num_wide,
+            BS=triton.next_power_of_2(tiles.splits),
+            BF=padded(case)[0],
+            IN_PLACE=is_in_place,
+        )
+    return watched
+
+
+def forward(
+    case: Case,
+    x: Tensor,
+    body: Body,
+    slot: Tensor,
+    gains: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y` and `watched`; see the README beside this file. `tiles` is for measurements."""
+    if case.rows == 0:
+        return reference_torch.forward(case, x, body, slot, gains)
+    y = torch.empty_like(x)
+    return y, _launch_forward(case, x, y, body, slot, gains, tiles or forward_tiles(case))
+
+
+def forward_in_place(
+    case: Case,
+    x: Tensor,
+    body: Body,
+    slot: Tensor,
+    gains: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same into the memory of `x`; dormant chunks are neither read nor written."""
+    if case.rows == 0:
+        return reference_torch.forward_in_place(case, x, body, slot, gains)
+    return x, _launch_forward(case, x, x, body, slot, gains, tiles or forward_tiles(case))
+
+
+def backward(
+    case: Case,
+    x: Tensor,
+    dy: Tensor,
+    body: Body,
+    slot: Tensor,
+    gains: Tensor,
+    watched: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Body, Tensor]:
+    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    if case.rows == 0:
+        return reference_torch.backward(case, x, dy, body, slot, gains, watched)
+    tiles = tiles or backward_tiles(case)
+    size = case.width * case.rank
+    is_gated = body.gate is not None
+    share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
+    dx = torch.empty_like(x)
+    d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
+    channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
+    shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
+    sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
+    backward_kernel[(case.chunks * tiles.splits,)](
+        x,
+        dy,
+        dx,
+        body.down,
+        body.up,
+        x if body.bias is None else body.bias,
+        x if body.gate is None else body.gate,
+        slot,
+        gains,
+        shares,
+        sums,
+        case.rows,
+        case.features,
+        case.chunks,
+        case.slots,
+        K=share,
+        **_common(case, tiles),
+    )
+    piece = 1024
+    reduce_kernel[(case.chunks + case.slots * triton.cdiv(share, piece),)](
+        shares,
+        sums,
+        watched,
+        slot,
+        gains,
+        d_body.down,
+        d_body.up,
+        x if body.bias is None else d_body.bias,
+        x if body.gate is None else d_body.gate,
+        channels,
+        case.slots,
+        CHUNKS=case.chunks,
+        SPLITS=tiles.splits,
+        K=share,
+        SIZE=size,
+        RANK=case.rank,
+        BK=piece,
+        BS=triton.next_power_of_2(tiles.splits),
+        BC=min(1024, triton.next_power_of_2(case.chunks)),
+        HAS_BIAS=case.has_bias,
+        IS_GATED=is_gated,
+    )
+    return dx, d_body, channels
