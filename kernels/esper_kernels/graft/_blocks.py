@@ -26,8 +26,15 @@ class Tiles:
     warps: int
     stages: int
     """Tiles in flight in a program."""
+    is_bulk: bool = False
+    """Whether the copy engine moves tiles (Hopper and newer; even chunks a power of two wide)."""
     registers: int | None = None
     """At most so many a thread; None leaves it to the compiler."""
+
+
+def multiprocessors(case: Case) -> int:
+    """Of the device, or what most have where it is not in the table."""
+    return MULTIPROCESSORS.get(case.device, _USUAL)
 
 
 def _power(size: int) -> int:
@@ -59,7 +66,7 @@ def _choose(case: Case, table: tuple[tuple[int, int, int, int, int], ...]) -> Ti
         warps = 8
     if case.rows <= 32:
         rows = 32
-    programs = MULTIPROCESSORS.get(case.device, _USUAL) * per_sm
+    programs = multiprocessors(case) * per_sm
     splits = max(1, min(programs // case.chunks, -(-case.rows // (2 * rows))))
     return Tiles(rows=rows, splits=splits, warps=warps, stages=stages)
 

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
     activate_with_slope,
+    blend,
     dot,
     find,
     is_finite,
@@ -46,6 +47,7 @@ def backward_kernel(
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BULK: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -55,11 +57,12 @@ def backward_kernel(
     split = pid // CHUNKS
     slot, _, _, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     start, width = locate(chunk, NARROW, NUM_WIDE)
-    dtype = x_ptr.dtype.element_ty
+    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
     cols = tl.arange(0, BF)
     ranks = tl.arange(0, BR)
-    IS_FULL: tl.constexpr = ALL_ROWS and (NUM_WIDE == 0) and (BF == NARROW)
+    ALL_COLS: tl.constexpr = (NUM_WIDE == 0) and (BF == NARROW)
+    IS_FULL: tl.constexpr = ALL_ROWS and ALL_COLS
     is_real = cols < width
     begin = split * (TILES * BM)
     stride = tl.cast(D, tl.int64) * BM
@@ -79,9 +82,8 @@ def backward_kernel(
         d_down = tl.zeros([BF, BR], tl.float32)
         d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
         d_gate = tl.zeros([BF, BR], tl.float32)
-        d_bias = tl.zeros([BM], tl.float32)
         if HAS_BIAS:
-            d_bias = tl.zeros([BR], tl.float32)
+            d_bias = tl.zeros([BM // 16, 8, BR], tl.float32)
         output_square = tl.zeros([BM], tl.float32)
         worth = tl.zeros([BM], tl.float32)
         limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
@@ -89,8 +91,13 @@ def backward_kernel(
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
             is_row = begin + tile * BM + rows < N
-            inside = is_row[:, None] & is_real[None, :]
-            if IS_FULL:
+            inside = is_row[:, None]
+            if not ALL_COLS:  # a mask over columns would keep loads from being wide
+                inside = inside & is_real[None, :]
+            if BULK:
+                u = x_ptr.load([begin + tile * BM, start])
+                dy = dy_ptr.load([begin + tile * BM, start])
+            elif IS_FULL:
                 u = tl.load(x_ptr + at + offsets)
                 dy = tl.load(dy_ptr + at + offsets)
             else:
@@ -123,7 +130,8 @@ def backward_kernel(
             d_up += dot(tl.trans(dy), a, PRECISION)
             d_down += dot(tl.trans(u), d_h, PRECISION)
             if HAS_BIAS:
-                d_bias += tl.sum(slope_h, axis=0)
+                # A thread of a matrix product holds rows 8 apart: this sum stays within it.
+                d_bias += tl.sum(tl.reshape(slope_h, [BM // 16, 2, 8, BR]), axis=1)
             d_u = dot(d_h, tl.trans(down), PRECISION)
             if ACTIVATION == "gated":
                 if BR != RANK:
@@ -134,8 +142,10 @@ def backward_kernel(
             wide = dy.to(tl.float32)
             slope_square += tl.sum(wide * wide, axis=1)
             blight += tl.sum(d_u * 0.0, axis=1)
-            dx = tl.where(tl.abs(d_u) < limit, narrow(wide + feel * d_u, dtype), dy)
-            if IS_FULL:
+            dx = blend(dy, d_u, feel, limit)
+            if BULK:
+                dx_ptr.store([begin + tile * BM, start], dx)
+            elif IS_FULL:
                 tl.store(dx_ptr + at + offsets, dx)
             else:
                 tl.store(dx_ptr + at + offsets, dx, mask=inside)
@@ -148,8 +158,9 @@ def backward_kernel(
         broken = tl.sum(blight, axis=0)
         broken += tl.sum(tl.sum(d_down * 0.0 + d_up * 0.0, axis=1), axis=0)
         if HAS_BIAS:
-            tl.store(share + 2 * WIDTH * RANK + ranks, d_bias, mask=ranks < RANK)
-            broken += tl.sum(d_bias * 0.0, axis=0)
+            of_ranks = tl.sum(tl.sum(d_bias, axis=1), axis=0)
+            tl.store(share + 2 * WIDTH * RANK + ranks, of_ranks, mask=ranks < RANK)
+            broken += tl.sum(of_ranks * 0.0, axis=0)
         if ACTIVATION == "gated":
             tl.store(by_row + K - WIDTH * RANK, d_gate, mask=is_share)
             broken += tl.sum(tl.sum(d_gate * 0.0, axis=1), axis=0)
@@ -160,8 +171,13 @@ def backward_kernel(
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
             is_row = begin + tile * BM + rows < N
-            inside = is_row[:, None] & is_real[None, :]
-            if IS_FULL:
+            inside = is_row[:, None]
+            if not ALL_COLS:  # a mask over columns would keep loads from being wide
+                inside = inside & is_real[None, :]
+            if BULK:
+                dy = dy_ptr.load([begin + tile * BM, start])
+                dx_ptr.store([begin + tile * BM, start], dy)
+            elif IS_FULL:
                 dy = tl.load(dy_ptr + at + offsets)
                 tl.store(dx_ptr + at + offsets, dy)
             else:
@@ -201,12 +217,12 @@ def reduce_kernel(
     splits = tl.arange(0, BS)
     if pid < CHUNKS:
         _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
-        at = sums_ptr + (splits * CHUNKS + pid) * 4
-        slope_square = tl.sum(tl.load(at, mask=splits < SPLITS, other=0.0), axis=0)
+        sums_at = sums_ptr + (splits * CHUNKS + pid) * 4
+        slope_square = tl.sum(tl.load(sums_at, mask=splits < SPLITS, other=0.0), axis=0)
         out = channels_ptr + pid * 5
         tl.store(out, slope_square)
         if is_live:
-            square, worth, broken = _sum_sums(at, splits < SPLITS)
+            square, worth, broken = _sum_sums(sums_at, splits < SPLITS)
             is_sound = is_finite(square)
             is_fed = is_finite(slope_square) & is_finite(tl.load(watched_ptr + pid * 5 + 2))
             is_error = is_fed & ((broken != 0) | (not is_sound))
@@ -235,19 +251,20 @@ def reduce_kernel(
                 sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS
             )
             if (learn != 0) & (broken == 0) & is_finite(square):
+                share = shares_ptr + chunk.to(tl.int64) * K + k
                 for split in range(SPLITS):
-                    at = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K + k
-                    total += tl.load(at, mask=k < K, other=0.0)
+                    total += tl.load(share, mask=k < K, other=0.0)
+                    share += CHUNKS * K
                 total *= learn
         base = slot.to(tl.int64) * SIZE
         tl.store(d_down_ptr + base + k, total, mask=k < SIZE)
         tl.store(d_up_ptr + base + k - SIZE, total, mask=(k >= SIZE) & (k < 2 * SIZE))
         if HAS_BIAS:
-            at = d_bias_ptr + slot * RANK + k - 2 * SIZE
-            tl.store(at, total, mask=(k >= 2 * SIZE) & (k < 2 * SIZE + RANK))
+            is_bias = (k >= 2 * SIZE) & (k < 2 * SIZE + RANK)
+            tl.store(d_bias_ptr + slot * RANK + k - 2 * SIZE, total, mask=is_bias)
         if IS_GATED:
-            at = d_gate_ptr + base + k - (K - SIZE)
-            tl.store(at, total, mask=(k >= K - SIZE) & (k < K))
+            is_gate = (k >= K - SIZE) & (k < K)
+            tl.store(d_gate_ptr + base + k - (K - SIZE), total, mask=is_gate)
 
 
 @triton.jit

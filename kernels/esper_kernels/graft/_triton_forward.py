@@ -7,15 +7,122 @@ import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
     activate,
+    blend,
     dot,
     find,
     fold,
-    is_finite,
     load_matrix,
     load_up,
     locate,
     narrow,
 )
+
+
+@triton.jit
+def _graft_range(
+    x_ptr,
+    y_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    gate_ptr,
+    slot,
+    act,
+    start,
+    width,
+    begin,
+    does_act,
+    N,
+    D,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    TILES: tl.constexpr,
+    BM: tl.constexpr,
+    BF: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BULK: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`y` of TILES tiles of one chunk; returns each feature's sums of x and of x^2."""
+    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
+    rows = tl.arange(0, BM)
+    cols = tl.arange(0, BF)
+    ranks = tl.arange(0, BR)
+    is_real = cols < width
+    stride = tl.cast(D, tl.int64) * BM
+    corner = begin.to(tl.int64) * D + start
+    offsets = rows[:, None] * D + cols[None, :]
+    total = tl.zeros([GROUP, BF], tl.float32)
+    square = tl.zeros([GROUP, BF], tl.float32)
+    if does_act:
+        down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
+            bias = narrow(bias, dtype).to(tl.float32)[None, :]
+        if ACTIVATION == "gated":
+            gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        for tile in tl.range(0, TILES, num_stages=STAGES):
+            at = corner + tile * stride
+            inside = (begin + tile * BM + rows < N)[:, None]
+            if not ALL_COLS:  # a mask over columns would keep loads from being wide
+                inside = inside & is_real[None, :]
+            if BULK:
+                u = x_ptr.load([begin + tile * BM, start])
+            elif ALL_ROWS and ALL_COLS:
+                u = tl.load(x_ptr + at + offsets)
+            else:
+                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
+            h = dot(u, down, PRECISION)
+            if HAS_BIAS:
+                h += bias
+            if ACTIVATION == "gated":
+                a = activate(dot(u, gate, PRECISION), "silu") * h
+            else:
+                a = activate(h, ACTIVATION)
+            if BR != RANK:
+                a = tl.where(ranks[None, :] < RANK, a, 0.0)
+            r = dot(narrow(a, dtype), up, PRECISION)
+            y = blend(u, r, act, float("inf"))
+            if BULK:
+                y_ptr.store([begin + tile * BM, start], y)
+            elif ALL_ROWS and ALL_COLS:
+                tl.store(y_ptr + at + offsets, y)
+            else:
+                tl.store(y_ptr + at + offsets, y, mask=inside)
+            wide = u.to(tl.float32)
+            total += fold(wide, BM, GROUP, BF)
+            square += fold(wide * wide, BM, GROUP, BF)
+    else:
+        for tile in tl.range(0, TILES, num_stages=STAGES):
+            at = corner + tile * stride
+            inside = (begin + tile * BM + rows < N)[:, None]
+            if not ALL_COLS:
+                inside = inside & is_real[None, :]
+            if BULK:
+                u = x_ptr.load([begin + tile * BM, start])
+            elif ALL_ROWS and ALL_COLS:
+                u = tl.load(x_ptr + at + offsets)
+            else:
+                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
+            if not IN_PLACE:
+                if BULK:
+                    y_ptr.store([begin + tile * BM, start], u)
+                elif ALL_ROWS and ALL_COLS:
+                    tl.store(y_ptr + at + offsets, u)
+                else:
+                    tl.store(y_ptr + at + offsets, u, mask=inside)
+            wide = u.to(tl.float32)
+            total += fold(wide, BM, GROUP, BF)
+            square += fold(wide * wide, BM, GROUP, BF)
+    return tl.sum(total, axis=0), tl.sum(square, axis=0)
 
 
 @triton.jit
@@ -38,6 +145,7 @@ def forward_kernel(
     NUM_WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
     TILES: tl.constexpr,  # of one split
     BM: tl.constexpr,
     BF: tl.constexpr,
@@ -47,7 +155,7 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    ONE_SPLIT: tl.constexpr,
+    BULK: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -57,85 +165,142 @@ def forward_kernel(
     split = pid // CHUNKS
     slot, act, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     if IN_PLACE and not is_live:
-        if ONE_SPLIT:
-            k = tl.arange(0, 8)
-            tl.store(watched_ptr + chunk * 5 + k, tl.zeros([8], tl.float32), mask=k < 5)
+        if SPLITS == 1:
+            _store_nothing(watched_ptr, chunk)
         return
-
     start, width = locate(chunk, NARROW, NUM_WIDE)
-    dtype = x_ptr.dtype.element_ty
-    rows = tl.arange(0, BM)
-    cols = tl.arange(0, BF)
-    ranks = tl.arange(0, BR)
-    IS_FULL: tl.constexpr = ALL_ROWS and (NUM_WIDE == 0) and (BF == NARROW)
-    is_real = cols < width
-    begin = split * (TILES * BM)
-    stride = tl.cast(D, tl.int64) * BM
-    corner = begin.to(tl.int64) * D + start
-    offsets = rows[:, None] * D + cols[None, :]
-    total = tl.zeros([GROUP, BF], tl.float32)
-    square = tl.zeros([GROUP, BF], tl.float32)
-
-    if is_live & (act != 0):
-        down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-        up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
-            bias = narrow(bias, dtype).to(tl.float32)[None, :]
-        if ACTIVATION == "gated":
-            gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            at = corner + tile * stride
-            is_row = begin + tile * BM + rows < N
-            inside = is_row[:, None] & is_real[None, :]
-            if IS_FULL:
-                u = tl.load(x_ptr + at + offsets)
-            else:
-                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
-            h = dot(u, down, PRECISION)
-            if HAS_BIAS:
-                h += bias
-            if ACTIVATION == "gated":
-                a = activate(dot(u, gate, PRECISION), "silu") * h
-            else:
-                a = activate(h, ACTIVATION)
-            if BR != RANK:
-                a = tl.where(ranks[None, :] < RANK, a, 0.0)
-            r = dot(narrow(a, dtype), up, PRECISION)
-            wide = u.to(tl.float32)
-            y = tl.where(is_finite(r), narrow(wide + act * r, dtype), u)
-            if IS_FULL:
-                tl.store(y_ptr + at + offsets, y)
-            else:
-                tl.store(y_ptr + at + offsets, y, mask=inside)
-            total += fold(wide, BM, GROUP, BF)
-            square += fold(wide * wide, BM, GROUP, BF)
-    else:
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            at = corner + tile * stride
-            is_row = begin + tile * BM + rows < N
-            inside = is_row[:, None] & is_real[None, :]
-            if IS_FULL:
-                u = tl.load(x_ptr + at + offsets)
-            else:
-                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
-            if not IN_PLACE:
-                if IS_FULL:
-                    tl.store(y_ptr + at + offsets, u)
-                else:
-                    tl.store(y_ptr + at + offsets, u, mask=inside)
-            wide = u.to(tl.float32)
-            total += fold(wide, BM, GROUP, BF)
-            square += fold(wide * wide, BM, GROUP, BF)
-
-    totals = tl.sum(total, axis=0)
-    squares = tl.sum(square, axis=0)
-    if ONE_SPLIT:
+    totals, squares = _graft_range(
+        x_ptr,
+        y_ptr,
+        down_ptr,
+        up_ptr,
+        bias_ptr,
+        gate_ptr,
+        slot,
+        act,
+        start,
+        width,
+        split * (TILES * BM),
+        is_live & (act != 0),
+        N,
+        D,
+        WIDTH,
+        RANK,
+        TILES,
+        BM,
+        BF,
+        BR,
+        GROUP,
+        STAGES,
+        ACTIVATION,
+        HAS_BIAS,
+        IN_PLACE,
+        BULK,
+        ALL_ROWS,
+        (NUM_WIDE == 0) and (BF == NARROW),
+        PRECISION,
+    )
+    is_real = tl.arange(0, BF) < width
+    if SPLITS == 1:
         _store_watched(watched_ptr, chunk, N, width, is_real, totals, squares)
     else:
-        at = sums_ptr + split.to(tl.int64) * 2 * D + start + cols
+        at = sums_ptr + split.to(tl.int64) * 2 * D + start + tl.arange(0, BF)
         tl.store(at, totals, mask=is_real)
         tl.store(at + D, squares, mask=is_real)
+
+
+@triton.jit
+def in_place_kernel(
+    x_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    gate_ptr,
+    slot_ptr,
+    gains_ptr,
+    sums_ptr,  # [S, 2, D], written for live chunks
+    N,
+    D,
+    SLOTS,
+    CHUNKS: tl.constexpr,
+    BC: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NARROW: tl.constexpr,
+    NUM_WIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,  # of one split
+    BM: tl.constexpr,
+    BF: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BULK: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The programs share the row ranges of the live chunks; nobody starts for a dormant one."""
+    chunks = tl.arange(0, BC)
+    inside = chunks < CHUNKS
+    slots = tl.load(slot_ptr + chunks, mask=inside, other=-1)
+    gain = tl.load(gains_ptr + chunks * 3, mask=inside, other=0.0) != 0
+    gain = gain | (tl.load(gains_ptr + chunks * 3 + 1, mask=inside, other=0.0) != 0)
+    gain = gain | (tl.load(gains_ptr + chunks * 3 + 2, mask=inside, other=0.0) != 0)
+    live = ((slots >= 0) & (slots < SLOTS) & gain).to(tl.int32)
+    place = tl.cumsum(live, axis=0) * live
+    num_live = tl.sum(live, axis=0)
+    item = tl.program_id(0)
+    while item < num_live * SPLITS:
+        chunk = tl.sum(tl.where(place == item % num_live + 1, chunks, 0), axis=0)
+        split = item // num_live
+        slot = tl.load(slot_ptr + chunk)
+        act = tl.load(gains_ptr + chunk * 3)
+        start, width = locate(chunk, NARROW, NUM_WIDE)
+        totals, squares = _graft_range(
+            x_ptr,
+            x_ptr,
+            down_ptr,
+            up_ptr,
+            bias_ptr,
+            gate_ptr,
+            slot,
+            act,
+            start,
+            width,
+            split * (TILES * BM),
+            act != 0,
+            N,
+            D,
+            WIDTH,
+            RANK,
+            TILES,
+            BM,
+            BF,
+            BR,
+            GROUP,
+            STAGES,
+            ACTIVATION,
+            HAS_BIAS,
+            True,
+            BULK,
+            ALL_ROWS,
+            (NUM_WIDE == 0) and (BF == NARROW),
+            PRECISION,
+        )
+        is_real = tl.arange(0, BF) < width
+        at = sums_ptr + split.to(tl.int64) * 2 * D + start + tl.arange(0, BF)
+        tl.store(at, totals, mask=is_real)
+        tl.store(at + D, squares, mask=is_real)
+        item += PROGRAMS
+
+
+@triton.jit
+def _store_nothing(watched_ptr, chunk):
+    k = tl.arange(0, 8)
+    tl.store(watched_ptr + chunk * 5 + k, tl.zeros([8], tl.float32), mask=k < 5)
 
 
 @triton.jit
@@ -168,8 +333,7 @@ def watch_kernel(
     chunk = tl.program_id(0)
     _, _, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     if IN_PLACE and not is_live:
-        k = tl.arange(0, 8)
-        tl.store(watched_ptr + chunk * 5 + k, tl.zeros([8], tl.float32), mask=k < 5)
+        _store_nothing(watched_ptr, chunk)
         return
     start, width = locate(chunk, NARROW, NUM_WIDE)
     cols = tl.arange(0, BF)

@@ -108,3 +108,45 @@ def narrow(values, dtype: tl.constexpr):
         bits = tl.where(values == values, rounded, bits) & 0xFFFF0000  # noqa: PLR0124
         return bits.to(tl.float32, bitcast=True).to(dtype)
     return values.to(dtype)
+
+
+# Two entries at a time: what the compiler makes of a select between bfloat16 numbers converts and
+# selects one at a time.
+_BLEND = tl.constexpr("""
+{
+.reg .b32 m, n, o;
+.reg .f32 x, y, v, w;
+.reg .pred p, q;
+shl.b32 m, $1, 16;
+and.b32 n, $1, 0xffff0000;
+mov.b32 x, m;
+mov.b32 y, n;
+fma.rn.f32 x, $4, $2, x;
+fma.rn.f32 y, $5, $3, y;
+cvt.rn.bf16x2.f32 o, y, x;
+abs.f32 v, $2;
+abs.f32 w, $3;
+setp.lt.f32 p, v, $6;
+setp.lt.f32 q, w, $7;
+selp.b32 m, 0xffff, 0, p;
+selp.b32 n, 0xffff0000, 0, q;
+or.b32 m, m, n;
+lop3.b32 $0, o, $1, m, 0xe4;
+}
+""")
+
+
+@triton.jit
+def blend(base, values, gain, limit):
+    """`base + gain * values`, an entry of `base`, bit for bit, where `|values| < limit` is false."""
+    if _IS_INTERPRETED or base.dtype != tl.bfloat16:
+        wide = narrow(base.to(tl.float32) + gain * values, base.dtype)
+        return tl.where(tl.abs(values) < limit, wide, base)
+    return tl.inline_asm_elementwise(
+        _BLEND,
+        "=r,r,r,r,r,r,r,r",
+        [base, values, gain, limit],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )

@@ -8,16 +8,21 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._blocks import Tiles, backward_tiles, forward_tiles, padded
+from esper_kernels.graft._blocks import Tiles, backward_tiles, forward_tiles, multiprocessors, padded
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
-from esper_kernels.graft._triton_forward import forward_kernel, watch_kernel
+from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel, watch_kernel
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_SIDE = 256
 MAX_MATRIX = 16384
+MAX_SEARCHED = 1024
+"""Chunks among which each program in place looks for the live ones itself."""
+PROGRAMS_IN_PLACE = 4
+"""A multiprocessor."""
 
 
 def refuses(case: Case) -> str | None:
@@ -42,11 +47,13 @@ def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
         "NUM_WIDE": case.num_wide,
         "WIDTH": case.width,
         "RANK": case.rank,
+        "SPLITS": tiles.splits,
         "TILES": num_tiles,
         "BM": tiles.rows,
         "BF": width,
         "BR": rank,
         "STAGES": tiles.stages,
+        "BULK": tiles.is_bulk,
         "ACTIVATION": case.activation,
         "HAS_BIAS": case.has_bias,
         "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
@@ -56,36 +63,63 @@ def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
     }
 
 
+def _view(case: Case, tiles: Tiles, of: Tensor) -> Any:
+    """What a kernel takes for an activation."""
+    if not tiles.is_bulk:
+        return of
+    return TensorDescriptor(
+        of, [case.rows, case.features], [case.features, 1], [tiles.rows, case.width]
+    )
+
+
+def _bank(x: Tensor, body: Body) -> tuple[Tensor, ...]:
+    """The body's matrices; anything for those it lacks, which no kernel reads."""
+    return tuple(x if leaf is None else leaf for leaf in body)
+
+
 def _launch_forward(
     case: Case, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
 ) -> Tensor:
     is_in_place = y is x
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-    is_one = tiles.splits == 1
     sums = watched
-    if not is_one:
+    if tiles.splits > 1:
         sums = x.new_empty((tiles.splits, 2, case.features), dtype=torch.float32)
-    forward_kernel[(case.chunks * tiles.splits,)](
-        x,
-        y,
-        body.down,
-        body.up,
-        x if body.bias is None else body.bias,
-        x if body.gate is None else body.gate,
-        slot,
-        gains,
-        sums,
-        watched,
-        case.rows,
-        case.features,
-        case.chunks,
-        case.slots,
-        GROUP=min(16, tiles.rows),
-        IN_PLACE=is_in_place,
-        ONE_SPLIT=is_one,
-        **_common(case, tiles),
-    )
-    if not is_one:
+    common = {**_common(case, tiles), "GROUP": min(16, tiles.rows)}
+    if is_in_place and tiles.splits > 1 and case.chunks <= MAX_SEARCHED:
+        num_items = case.chunks * tiles.splits
+        programs = min(num_items, multiprocessors(case) * PROGRAMS_IN_PLACE)
+        in_place_kernel[(programs,)](
+            _view(case, tiles, x),
+            *_bank(x, body),
+            slot,
+            gains,
+            sums,
+            case.rows,
+            case.features,
+            case.slots,
+            CHUNKS=case.chunks,
+            BC=triton.next_power_of_2(case.chunks),
+            PROGRAMS=programs,
+            **common,
+        )
+    else:
+        forward_kernel[(case.chunks * tiles.splits,)](
+            _view(case, tiles, x),
+            _view(case, tiles, y),
+            *_bank(x, body),
+            slot,
+            gains,
+            sums,
+            watched,
+            case.rows,
+            case.features,
+            case.chunks,
+            case.slots,
+            IN_PLACE=is_in_place,
+            **common,
+        )
+    if tiles.splits > 1:
         watch_kernel[(case.chunks,)](
             sums,
             watched,
@@ -159,13 +193,10 @@ def backward(
     shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
     sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
     backward_kernel[(case.chunks * tiles.splits,)](
-        x,
-        dy,
-        dx,
-        body.down,
-        body.up,
-        x if body.bias is None else body.bias,
-        x if body.gate is None else body.gate,
+        _view(case, tiles, x),
+        _view(case, tiles, dy),
+        _view(case, tiles, dx),
+        *_bank(x, body),
         slot,
         gains,
         shares,
@@ -184,10 +215,7 @@ def backward(
         watched,
         slot,
         gains,
-        d_body.down,
-        d_body.up,
-        x if body.bias is None else d_body.bias,
-        x if body.gate is None else d_body.gate,
+        *_bank(x, d_body),
         channels,
         case.slots,
         CHUNKS=case.chunks,
