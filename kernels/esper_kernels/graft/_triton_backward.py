@@ -7,6 +7,7 @@ import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
     activate_with_slope,
+    await_release,
     blend,
     dot,
     find,
@@ -15,6 +16,7 @@ from esper_kernels.graft._triton_parts import (
     load_up,
     locate,
     narrow,
+    release,
 )
 
 
@@ -40,6 +42,7 @@ def backward_kernel(
     NUM_WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
     TILES: tl.constexpr,  # of one split
     BM: tl.constexpr,
     BF: tl.constexpr,
@@ -149,6 +152,7 @@ def backward_kernel(
                 tl.store(dx_ptr + at + offsets, dx)
             else:
                 tl.store(dx_ptr + at + offsets, dx, mask=inside)
+        release(BULK)
         share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
         is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
         by_row = share + cols[:, None] * RANK + ranks[None, :]
@@ -211,12 +215,14 @@ def reduce_kernel(
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
     pid = tl.program_id(0)
     splits = tl.arange(0, BS)
     if pid < CHUNKS:
         _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
+        await_release(BULK)
         sums_at = sums_ptr + (splits * CHUNKS + pid) * 4
         slope_square = tl.sum(tl.load(sums_at, mask=splits < SPLITS, other=0.0), axis=0)
         out = channels_ptr + pid * 5
@@ -243,6 +249,7 @@ def reduce_kernel(
             slots = tl.load(slot_ptr + chunks, mask=chunks < CHUNKS, other=-1)
             found = tl.where(slots == slot, chunks, found)
         chunk = tl.max(found, axis=0)
+        await_release(BULK)
         k = piece * BK + tl.arange(0, BK)
         total = tl.zeros([BK], tl.float32)
         if chunk >= 0:

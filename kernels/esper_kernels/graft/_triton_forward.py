@@ -7,6 +7,7 @@ import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
     activate,
+    await_release,
     blend,
     dot,
     find,
@@ -15,6 +16,7 @@ from esper_kernels.graft._triton_parts import (
     load_up,
     locate,
     narrow,
+    release,
 )
 
 
@@ -200,6 +202,7 @@ def forward_kernel(
         (NUM_WIDE == 0) and (BF == NARROW),
         PRECISION,
     )
+    release(BULK)
     is_real = tl.arange(0, BF) < width
     if SPLITS == 1:
         _store_watched(watched_ptr, chunk, N, width, is_real, totals, squares)
@@ -246,18 +249,21 @@ def in_place_kernel(
     chunks = tl.arange(0, BC)
     inside = chunks < CHUNKS
     slots = tl.load(slot_ptr + chunks, mask=inside, other=-1)
-    gain = tl.load(gains_ptr + chunks * 3, mask=inside, other=0.0) != 0
+    acts = tl.load(gains_ptr + chunks * 3, mask=inside, other=0.0)
+    gain = acts != 0
     gain = gain | (tl.load(gains_ptr + chunks * 3 + 1, mask=inside, other=0.0) != 0)
     gain = gain | (tl.load(gains_ptr + chunks * 3 + 2, mask=inside, other=0.0) != 0)
     live = ((slots >= 0) & (slots < SLOTS) & gain).to(tl.int32)
     place = tl.cumsum(live, axis=0) * live
     num_live = tl.sum(live, axis=0)
     item = tl.program_id(0)
+    release(BULK)
     while item < num_live * SPLITS:
-        chunk = tl.sum(tl.where(place == item % num_live + 1, chunks, 0), axis=0)
+        is_it = place == item % num_live + 1
+        chunk = tl.sum(tl.where(is_it, chunks, 0), axis=0)
+        slot = tl.sum(tl.where(is_it, slots, 0), axis=0)
+        act = tl.sum(tl.where(is_it, acts, 0.0), axis=0)
         split = item // num_live
-        slot = tl.load(slot_ptr + chunk)
-        act = tl.load(gains_ptr + chunk * 3)
         start, width = locate(chunk, NARROW, NUM_WIDE)
         totals, squares = _graft_range(
             x_ptr,
@@ -328,6 +334,7 @@ def watch_kernel(
     BS: tl.constexpr,
     BF: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """One program: one chunk's `watched` from the sums of all splits."""
     chunk = tl.program_id(0)
@@ -339,6 +346,7 @@ def watch_kernel(
     cols = tl.arange(0, BF)
     splits = tl.arange(0, BS)
     inside = (splits < SPLITS)[:, None] & (cols < width)[None, :]
+    await_release(BULK)
     at = sums_ptr + splits[:, None] * 2 * D + (start + cols)[None, :]
     totals = tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
     squares = tl.sum(tl.load(at + D, mask=inside, other=0.0), axis=0)

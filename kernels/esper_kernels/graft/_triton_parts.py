@@ -150,3 +150,17 @@ def blend(base, values, gain, limit):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def release(IS_CHAINED: tl.constexpr):
+    """Lets the kernel that waits for this one start its programs."""
+    if IS_CHAINED and not _IS_INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_release(IS_CHAINED: tl.constexpr):
+    """Waits until the kernel before this one has written everything."""
+    if IS_CHAINED and not _IS_INTERPRETED:
+        tl.extra.cuda.gdc_wait()

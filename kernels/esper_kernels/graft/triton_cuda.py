@@ -63,6 +63,11 @@ def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
     }
 
 
+def _chained(tiles: Tiles) -> dict[str, Any]:
+    """A second kernel's programs start while the first one's last ones run, where Hopper can."""
+    return {"launch_pdl": True} if tiles.is_bulk else {}
+
+
 def _view(case: Case, tiles: Tiles, of: Tensor) -> Any:
     """What a kernel takes for an activation."""
     if not tiles.is_bulk:
@@ -85,7 +90,7 @@ def _launch_forward(
     sums = watched
     if tiles.splits > 1:
         sums = x.new_empty((tiles.splits, 2, case.features), dtype=torch.float32)
-    common = {**_common(case, tiles), "GROUP": min(16, tiles.rows)}
+    common = {**_common(case, tiles), "GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
     if is_in_place and tiles.splits > 1 and case.chunks <= MAX_SEARCHED:
         num_items = case.chunks * tiles.splits
         programs = min(num_items, multiprocessors(case) * PROGRAMS_IN_PLACE)
@@ -134,6 +139,8 @@ def _launch_forward(
             BS=triton.next_power_of_2(tiles.splits),
             BF=padded(case)[0],
             IN_PLACE=is_in_place,
+            BULK=tiles.is_bulk,
+            **_chained(tiles),
         )
     return watched
 
@@ -228,5 +235,7 @@ def backward(
         BC=min(1024, triton.next_power_of_2(case.chunks)),
         HAS_BIAS=case.has_bias,
         IS_GATED=is_gated,
+        BULK=tiles.is_bulk,
+        **_chained(tiles),
     )
     return dx, d_body, channels
