@@ -1,4 +1,18 @@
 """GPU kernels, one folder an operation, each beside its reference.
 
-Nothing stands here yet: see the CHANGELOG.
+`esper_kernels.jax` holds the operations for JAX, `esper_kernels.torch` those for torch; neither loads
+the other's framework, and this package loads none.
 """
+
+from esper_kernels._dispatch import IMPLEMENTATIONS, Choice
+from esper_kernels._errors import ArgumentError, KernelError, UnavailableError
+from esper_kernels.graft import Body
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "ArgumentError",
+    "Body",
+    "Choice",
+    "KernelError",
+    "UnavailableError",
+]

@@ -1,18 +1,23 @@
 """Sizes of tiles: a pure function of shapes and device, chosen by measurement beforehand.
 
-The tables hold what `python -m benchmarks kernels run` found fastest on one H200; other devices use
-them scaled to their number of multiprocessors. Loads neither jax nor torch.
+The tables hold what was fastest of some 150 choices on one H200, at 16,384 rows of 64 chunks 64 wide
+in bfloat16; other shapes scale from there. Loads neither jax nor torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from esper_kernels.graft._case import Case
 
-MULTIPROCESSORS = {"NVIDIA H200": 132, "NVIDIA H100 80GB HBM3": 132, "cpu": 4}
-"""By device name; `cpu` stands for the interpreter, where few programs are wanted."""
 _USUAL = 132
+MULTIPROCESSORS = {"cpu": 4}
+"""By device name, where not `_USUAL`; `cpu` stands for the interpreter, to want few programs."""
+BULK_DEVICES = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA GH200", "NVIDIA B", "NVIDIA GB")
+"""How the names of devices with a copy engine for tiles begin: Hopper and newer."""
+_MAX_SUMS = 16384
+"""Entries that the kernel which adds up the splits' sums holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,55 +32,99 @@ class Tiles:
     stages: int
     """Tiles in flight in a program."""
     is_bulk: bool = False
-    """Whether the copy engine moves tiles (Hopper and newer; even chunks a power of two wide)."""
-    registers: int | None = None
-    """At most so many a thread; None leaves it to the compiler."""
+    """Whether the copy engine moves tiles."""
 
 
-def multiprocessors(case: Case) -> int:
-    """Of the device, or what most have where it is not in the table."""
-    return MULTIPROCESSORS.get(case.device, _USUAL)
+class _Line(NamedTuple):
+    """One line of a table: the first that fits is taken."""
+
+    rank: int
+    """Largest padded rank that it serves."""
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+    """A multiprocessor."""
 
 
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
+_FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
+_BACKWARD = (_Line(16, 64, 4, 3, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
+_IN_PLACE = (_Line(64, 128, 4, 3, 2), _Line(256, 64, 8, 2, 2))
 
 
 def padded(case: Case) -> tuple[int, int]:
     """Width and rank of the tiles: powers of two, at least 16 as matrix units need.
 
-    >>> from esper_kernels.graft._case import Case
     >>> padded(Case(rows=1, features=40, chunks=1, slots=1, rank=3, dtype="float32",
     ...             body_dtype="float32", has_bias=False, activation="none", device="cpu"))
     (64, 16)
     """
-    return _power(case.width), _power(case.rank)
+    width, rank = (max(16, 1 << (size - 1).bit_length()) for size in (case.width, case.rank))
+    return width, rank
 
 
-# (largest rank, rows of a tile, warps, stages, programs a multiprocessor), for bfloat16, width 64
-_FORWARD = ((16, 64, 4, 2, 16), (64, 64, 4, 2, 16), (256, 64, 4, 2, 8))
-_BACKWARD = ((16, 64, 4, 2, 4), (64, 64, 4, 2, 2), (256, 64, 8, 2, 2))
+def multiprocessors(case: Case) -> int:
+    """Of the device."""
+    return MULTIPROCESSORS.get(case.device, _USUAL)
 
 
-def _choose(case: Case, table: tuple[tuple[int, int, int, int, int], ...]) -> Tiles:
+def _is_bulk(case: Case) -> bool:
+    """Whether the copy engine can move this case's tiles: whole, aligned, a power of two wide."""
+    return (
+        case.device.startswith(BULK_DEVICES)
+        and case.dtype == "bfloat16"
+        and case.is_even
+        and padded(case)[0] == case.width
+        and case.width <= 128
+        and case.features % 8 == 0
+    )
+
+
+def _choose(case: Case, table: tuple[_Line, ...]) -> Tiles:
     width, rank = padded(case)
-    _, rows, warps, stages, per_sm = next(line for line in table if rank <= line[0])
-    if case.dtype == "float32" or width > 64:
-        rows, stages = rows // 2, 1
-    if width * rank > 4096:
-        warps = 8
-    if case.rows <= 32:
+    line = next(line for line in table if rank <= line.rank and (width <= 64 or line is table[-1]))
+    rows, stages = line.rows, line.stages
+    if case.activation == "gated":
+        rows, stages = min(rows, 64), min(stages, 2)
+    if case.dtype == "float32":
+        rows, stages = 32, 1
+    if case.rows <= 64:
         rows = 32
-    programs = multiprocessors(case) * per_sm
-    splits = max(1, min(programs // case.chunks, -(-case.rows // (2 * rows))))
-    return Tiles(rows=rows, splits=splits, warps=warps, stages=stages)
+    programs = multiprocessors(case) * line.programs
+    most = min(-(-case.rows // rows), _MAX_SUMS // width)
+    return Tiles(
+        rows=rows,
+        splits=max(1, min(programs // case.chunks, most)),
+        warps=line.warps if rows > 32 else 4,
+        stages=stages,
+        is_bulk=_is_bulk(case),
+    )
 
 
 def forward_tiles(case: Case) -> Tiles:
-    """Of the forward pass."""
+    """Of the forward pass.
+
+    >>> case = Case(rows=16384, features=4096, chunks=64, slots=64, rank=16, dtype="bfloat16",
+    ...             body_dtype="float32", has_bias=True, activation="relu", device="NVIDIA H200")
+    >>> forward_tiles(case)
+    Tiles(rows=64, splits=4, warps=4, stages=4, is_bulk=True)
+    """
     return _choose(case, _FORWARD)
 
 
 def backward_tiles(case: Case) -> Tiles:
-    """Of the backward pass; its splits cost a share of the body's gradients each."""
+    """Of the backward pass; each split costs a share of the body's gradients."""
     return _choose(case, _BACKWARD)
+
+
+def in_place_tiles(case: Case) -> Tiles:
+    """Of the forward pass in place: many small ranges, shared among the live chunks."""
+    tiles = _choose(case, _IN_PLACE)
+    splits = max(1, min(-(-case.rows // (2 * tiles.rows)), 64))
+    return Tiles(
+        rows=tiles.rows,
+        splits=splits,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        is_bulk=tiles.is_bulk,
+    )

@@ -254,9 +254,7 @@ def reduce_kernel(
         total = tl.zeros([BK], tl.float32)
         if chunk >= 0:
             learn = tl.load(gains_ptr + chunk * 3 + 1)
-            square, _, broken = _sum_sums(
-                sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS
-            )
+            square, _, broken = _sum_sums(sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS)
             if (learn != 0) & (broken == 0) & is_finite(square):
                 share = shares_ptr + chunk.to(tl.int64) * K + k
                 for split in range(SPLITS):

@@ -9,7 +9,8 @@ import triton.language as tl
 
 # Triton's interpreter multiplies bfloat16 as if it were integers (in float32 the products are the
 # same, for those of two bfloat16 numbers are exact there), and cuts off instead of rounding to it.
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_IS_INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
 _GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBE = tl.constexpr(0.044715)
@@ -38,7 +39,9 @@ def find(slot_ptr, gains_ptr, chunk, SLOTS):
 
 
 @triton.jit
-def load_matrix(ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr):
+def load_matrix(
+    ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
+):
     """`[F, R]` of one slot, zero beyond the chunk's width and the rank."""
     at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + cols[:, None] * RANK + ranks[None, :]
     is_real = (cols[:, None] < width) & (ranks[None, :] < RANK)
@@ -46,7 +49,9 @@ def load_matrix(ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
-def load_up(ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr):
+def load_up(
+    ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
+):
     """`[R, F]` of one slot, zero beyond the chunk's width and the rank."""
     at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + ranks[:, None] * WIDTH + cols[None, :]
     is_real = (cols[None, :] < width) & (ranks[:, None] < RANK)
@@ -141,15 +146,17 @@ def blend(base, values, gain, limit):
     """`base + gain * values`, an entry of `base`, bit for bit, where `|values| < limit` is false."""
     if _IS_INTERPRETED or base.dtype != tl.bfloat16:
         wide = narrow(base.to(tl.float32) + gain * values, base.dtype)
-        return tl.where(tl.abs(values) < limit, wide, base)
-    return tl.inline_asm_elementwise(
-        _BLEND,
-        "=r,r,r,r,r,r,r,r",
-        [base, values, gain, limit],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+        blended = tl.where(tl.abs(values) < limit, wide, base)
+    else:
+        blended = tl.inline_asm_elementwise(
+            _BLEND,
+            "=r,r,r,r,r,r,r,r",
+            [base, values, gain, limit],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    return blended
 
 
 @triton.jit

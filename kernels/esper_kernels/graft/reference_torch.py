@@ -98,7 +98,9 @@ def watch(case: Case, x: Tensor) -> Tensor:
     return torch.stack([widths * x.shape[0], *sums, widths, is_dead[0].sum(1)], dim=1)
 
 
-def forward(case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor
+) -> tuple[Tensor, Tensor]:
     """`y` and `watched`; see the README beside this file."""
     act = torch.where(is_live(case, slot, gains), gains[:, 0], 0.0)
     u = split(case, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,24 +11,33 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._blocks import Tiles, backward_tiles, forward_tiles, multiprocessors, padded
+from esper_kernels.graft._blocks import (
+    Tiles,
+    backward_tiles,
+    forward_tiles,
+    in_place_tiles,
+    multiprocessors,
+    padded,
+)
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
 from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel, watch_kernel
+from esper_kernels.graft._triton_parts import IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_SIDE = 256
 MAX_MATRIX = 16384
 MAX_SEARCHED = 1024
 """Chunks among which each program in place looks for the live ones itself."""
-PROGRAMS_IN_PLACE = 4
+PROGRAMS_IN_PLACE = 2
 """A multiprocessor."""
 
 
 def refuses(case: Case) -> str | None:
     """Why Triton cannot serve a case, None if it can."""
     if case.device == "cpu" and not IS_INTERPRETED:
-        return "x is on the CPU; Triton needs a CUDA device (TRITON_INTERPRET=1 interprets, for tests)"
+        return (
+            "x is on the CPU; Triton needs a CUDA device (TRITON_INTERPRET=1 interprets, for tests)"
+        )
     width, rank = padded(case)
     if max(width, rank) > MAX_SIDE or width * rank > MAX_MATRIX:
         return (
@@ -59,8 +68,13 @@ def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
         "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
         "PRECISION": "ieee" if case.dtype == "float32" else "tf32",
         "num_warps": tiles.warps,
-        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
+
+
+def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
+    """Without the copy engine where an activation does not begin at a multiple of 16 bytes."""
+    is_aligned = all(of.data_ptr() % 16 == 0 for of in activations)
+    return replace(tiles, is_bulk=tiles.is_bulk and is_aligned)
 
 
 def _chained(tiles: Tiles) -> dict[str, Any]:
@@ -86,11 +100,15 @@ def _launch_forward(
     case: Case, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
 ) -> Tensor:
     is_in_place = y is x
+    tiles = _aligned(tiles, x, y)
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
     sums = watched
     if tiles.splits > 1:
         sums = x.new_empty((tiles.splits, 2, case.features), dtype=torch.float32)
-    common = {**_common(case, tiles), "GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
+    common = {
+        **_common(case, tiles),
+        "GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0])),
+    }
     if is_in_place and tiles.splits > 1 and case.chunks <= MAX_SEARCHED:
         num_items = case.chunks * tiles.splits
         programs = min(num_items, multiprocessors(case) * PROGRAMS_IN_PLACE)
@@ -173,7 +191,7 @@ def forward_in_place(
     """The same into the memory of `x`; dormant chunks are neither read nor written."""
     if case.rows == 0:
         return reference_torch.forward_in_place(case, x, body, slot, gains)
-    return x, _launch_forward(case, x, x, body, slot, gains, tiles or forward_tiles(case))
+    return x, _launch_forward(case, x, x, body, slot, gains, tiles or in_place_tiles(case))
 
 
 def backward(
@@ -190,7 +208,7 @@ def backward(
     """`dx`, the body's gradients and `channels`; see the README beside this file."""
     if case.rows == 0:
         return reference_torch.backward(case, x, dy, body, slot, gains, watched)
-    tiles = tiles or backward_tiles(case)
+    tiles = _aligned(tiles or backward_tiles(case), x, dy)
     size = case.width * case.rank
     is_gated = body.gate is not None
     share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)

@@ -1,0 +1,8 @@
+"""One site of a growing network: forward with statistics, and backward. See the README here.
+
+`esper_kernels.graft.jax` and `esper_kernels.graft.torch` are its two faces.
+"""
+
+from esper_kernels.graft._case import ACTIVATIONS, Activation, Body, Case, check
+
+__all__ = ["ACTIVATIONS", "Activation", "Body", "Case", "check"]

@@ -1,0 +1,200 @@
+"""`graft` for JAX: forward and backward as plain functions, and joined by a custom derivative."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_kernels._dispatch import Choice, choose
+from esper_kernels._errors import ArgumentError
+from esper_kernels.graft import reference_jax
+from esper_kernels.graft._case import Body, Case, check
+
+Array = jax.Array
+_PALLAS = "esper_kernels.graft.pallas_mosaic_gpu"
+
+
+def explain(
+    x: Any,
+    body: Body,
+    slot: Any,
+    gains: Any,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> Choice:
+    """What `graft` would run for these arguments, and why nothing better.
+
+    Args:
+      x: arrays, or their `jax.ShapeDtypeStruct`, as `graft` takes them; the others too.
+
+    Raises:
+      ArgumentError: the arguments do not fit together.
+      UnavailableError: `implementation` cannot serve them; says why.
+    """
+    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    return _choose(case, implementation)
+
+
+def forward(
+    x: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """`y [N, D]` and `watched [C, 5]`; for callers with a derivative rule of their own.
+
+    Arguments and errors as for `graft`.
+    """
+    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    y, watched = _backend(case, implementation).forward(case, x, body, slot, gains)
+    return y, watched
+
+
+def forward_in_place(
+    x: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """The same into the memory of `x` where XLA can give it up, `watched` for live chunks only.
+
+    Not differentiable. Under `jit`, donate `x` or let this be its last use; else XLA copies it.
+    """
+    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    y, watched = _backend(case, implementation).forward_in_place(case, x, body, slot, gains)
+    return y, watched
+
+
+def backward(
+    x: Array,
+    dy: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    watched: Array,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> tuple[Array, Body, Array]:
+    """`dx [N, D]`, the body's gradients and `channels [C, 5]`, from what `forward` took and gave.
+
+    Raises:
+      ArgumentError: `dy` is not as `x`; else as for `graft`.
+    """
+    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ArgumentError(f"dy is {dy.shape} {dy.dtype}; it must be as x: {x.shape} {x.dtype}")
+    backend = _backend(case, implementation)
+    dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
+    return dx, d_body, channels
+
+
+def graft(
+    x: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    tap: Array | None = None,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """`y = x + act * body(x)` in the live chunks, and what seeds watch; differentiable in reverse.
+
+    The README beside this file has the mathematics.
+
+    Args:
+      x: [N, D], bfloat16 or float32.
+      body: matrices of P slots.
+      slot: [C] int32, the slot that serves each chunk, -1 for none.
+      gains: [C, 3] float32: act, learn, feel.
+      tap: [C, 5] float32 zeros, or None; `channels` arrive as its cotangent.
+      activation: `none`, `relu`, `gelu`, `silu` or `gated`.
+      implementation: `auto`, `pallas` or `reference`.
+
+    Returns:
+      y: [N, D].
+      watched: [C, 5] float32, without a derivative.
+
+    Raises:
+      ArgumentError: a dtype, rank or size is wrong; names which. While tracing.
+      UnavailableError: `implementation` cannot serve the call; says why. While tracing.
+
+    >>> body = Body(down=jnp.ones((1, 2, 1)), up=jnp.ones((1, 1, 2)))
+    >>> y, _ = graft(jnp.ones((2, 4)), body, jnp.array([-1, 0], jnp.int32), jnp.ones((2, 3)))
+    >>> y[0].tolist()
+    [1.0, 1.0, 3.0, 3.0]
+    """
+    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    if tap is None:
+        tap = jnp.zeros((case.chunks, 5), jnp.float32)
+    choice = _choose(case, implementation).implementation
+    y, watched = _graft((case, choice), x, body, slot, gains, tap)
+    return y, watched
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _graft(
+    static: tuple[Case, str], x: Array, body: Body, slot: Array, gains: Array, tap: Array
+) -> tuple[Array, Array]:
+    del tap
+    y, watched = _module(static[1]).forward(static[0], x, body, slot, gains)
+    return y, watched
+
+
+def _fwd(
+    static: tuple[Case, str], x: Array, body: Body, slot: Array, gains: Array, tap: Array
+) -> Any:
+    y, watched = _graft(static, x, body, slot, gains, tap)
+    return (y, watched), (x, body, slot, gains, watched)
+
+
+def _bwd(static: tuple[Case, str], kept: Any, cotangents: tuple[Array, Array]) -> Any:
+    x, body, slot, gains, watched = kept
+    dx, d_body, channels = _module(static[1]).backward(
+        static[0], x, cotangents[0], body, slot, gains, watched
+    )
+    no_slot = np.zeros(slot.shape, jax.dtypes.float0)
+    return dx, d_body, no_slot, jnp.zeros_like(gains), channels
+
+
+_graft.defvjp(_fwd, _bwd)
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    return "cpu" if device.platform == "cpu" else device.device_kind
+
+
+def _refuses_pallas(case: Case) -> str | None:
+    try:
+        module = importlib.import_module(_PALLAS)
+    except ImportError as error:
+        return f"{_PALLAS} cannot be imported ({error})"
+    refusal: str | None = module.refuses(case)
+    return refusal
+
+
+def _choose(case: Case, implementation: str) -> Choice:
+    candidates = {"pallas": _refuses_pallas(case), "reference": reference_jax.refuses(case)}
+    return choose("graft", implementation, candidates, framework="jax")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(_PALLAS) if name == "pallas" else reference_jax
+
+
+def _backend(case: Case, implementation: str) -> Any:
+    return _module(_choose(case, implementation).implementation)

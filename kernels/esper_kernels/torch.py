@@ -1,0 +1,6 @@
+"""The operations for torch. Loads no JAX."""
+
+from esper_kernels.graft.torch import explain, graft, graft_
+from esper_kernels.potential.torch import potential
+
+__all__ = ["explain", "graft", "graft_", "potential"]
