@@ -32,6 +32,7 @@ __all__ = [
 
 BENCHMARKS: dict[str, str] = {
     "lifecycle": "benchmarks.lifecycle",
+    "kernels": "benchmarks.kernels",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -1,7 +1,7 @@
 """GPU kernels, one folder an operation, each beside its reference.
 
-`esper_kernels.jax` holds the operations for JAX, `esper_kernels.torch` those for torch; neither loads
-the other's framework, and this package loads none.
+`esper_kernels.jax` holds the operations for JAX, `esper_kernels.torch` those for torch; neither
+loads the other's framework, and this package loads none.
 """
 
 from esper_kernels._dispatch import IMPLEMENTATIONS, Choice

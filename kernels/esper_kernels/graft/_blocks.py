@@ -1,7 +1,7 @@
 """Sizes of tiles: a pure function of shapes and device, chosen by measurement beforehand.
 
-The tables hold what was fastest of some 150 choices on one H200, at 16,384 rows of 64 chunks 64 wide
-in bfloat16; other shapes scale from there. Loads neither jax nor torch.
+The tables hold what was fastest of some 150 choices on one H200, at 16,384 rows of 64 chunks 64
+wide in bfloat16; other shapes scale from there. Loads neither jax nor torch.
 """
 
 from __future__ import annotations

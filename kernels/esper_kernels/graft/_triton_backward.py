@@ -1,5 +1,6 @@
 """The backward pass: `x` and `dy` read once, `dx` written once, the body recomputed."""
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -257,7 +258,7 @@ def reduce_kernel(
             square, _, broken = _sum_sums(sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS)
             if (learn != 0) & (broken == 0) & is_finite(square):
                 share = shares_ptr + chunk.to(tl.int64) * K + k
-                for split in range(SPLITS):
+                for _ in range(SPLITS):
                     total += tl.load(share, mask=k < K, other=0.0)
                     share += CHUNKS * K
                 total *= learn

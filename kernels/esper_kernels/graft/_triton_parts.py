@@ -1,5 +1,6 @@
 """Pieces that the Triton kernels share."""
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import os
@@ -143,7 +144,7 @@ lop3.b32 $0, o, $1, m, 0xe4;
 
 @triton.jit
 def blend(base, values, gain, limit):
-    """`base + gain * values`, an entry of `base`, bit for bit, where `|values| < limit` is false."""
+    """`base + gain * values`, an entry of `base` bit for bit where not `|values| < limit`."""
     if _IS_INTERPRETED or base.dtype != tl.bfloat16:
         wide = narrow(base.to(tl.float32) + gain * values, base.dtype)
         blended = tl.where(tl.abs(values) < limit, wide, base)

@@ -30,8 +30,7 @@ def explain(
 ) -> Choice:
     """What `graft` would run for these arguments, and why nothing better.
 
-    Args:
-      x: arrays, or their `jax.ShapeDtypeStruct`, as `graft` takes them; the others too.
+    The arguments are those of `graft`; for arrays, their `jax.ShapeDtypeStruct` will do.
 
     Raises:
       ArgumentError: the arguments do not fit together.

@@ -29,7 +29,7 @@ def split(case: Case, x: Array) -> Array:
 
 
 def _join(case: Case, parts: Array) -> Array:
-    flat = parts.reshape(parts.shape[0], -1)
+    flat = parts.reshape(parts.shape[0], case.chunks * case.width)
     if case.is_even:
         return flat
     _, is_real = _columns(case)
@@ -90,7 +90,7 @@ def _gather(case: Case, body: Body, slot: Array, dtype: Any) -> Body:
 
 
 def _add(base: Array, gain: Array, values: Array) -> Array:
-    """`base + gain * values`, an entry of `base` itself where the gain is 0 or values not finite."""
+    """`base + gain * values`; `base` itself where the gain is 0 or a value is not finite."""
     gain = gain.astype(_wide(base.dtype))[None, :, None]
     wide = base.astype(gain.dtype) + gain * values.astype(gain.dtype)
     return jnp.where((gain != 0) & jnp.isfinite(values), wide.astype(base.dtype), base)

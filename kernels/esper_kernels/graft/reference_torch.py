@@ -80,7 +80,7 @@ def _gather(case: Case, body: Body, slot: Tensor, dtype: torch.dtype) -> list[Te
 
 
 def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
-    """`base + gain * values`, an entry of `base` itself where the gain is 0 or values not finite."""
+    """`base + gain * values`; `base` itself where the gain is 0 or a value is not finite."""
     gain = gain.to(_wide(base.dtype))[None, :, None]
     wide = base.to(gain.dtype) + gain * values.to(gain.dtype)
     return torch.where((gain != 0) & values.isfinite(), wide.to(base.dtype), base)

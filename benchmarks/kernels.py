@@ -1,0 +1,347 @@
+"""The GPU kernels and their rivals on one NVIDIA GPU: first correct, then timed.
+
+Rows of the headline size are 16,384 x 4,096 in bfloat16, 64 chunks of 64 with a relu body each, all
+live, unless the name says otherwise. `step` is forward and backward. A ratio to the copy is to the
+device-to-device copy of one such activation; to the floor, to two and a half copies: x and dy read
+twice and once, y and dx written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the device too
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from benchmarks._device_timing import time_jax, time_torch
+from benchmarks._records import BenchmarkError
+from benchmarks._timing import Row, exact, ratio, summarise
+from esper_kernels.graft import Body, Case, check, reference_jax, reference_torch, triton_cuda
+from esper_kernels.graft._specs import Spec
+from esper_kernels.graft.jax import explain as explain_jax
+from esper_kernels.potential._case import check as check_potential
+from esper_kernels.potential.jax import potential as potential_jax
+from esper_kernels.potential.reference_torch import potential as potential_eager
+from esper_kernels.potential.triton_cuda import potential as potential_triton
+
+NUM_SETS = 3
+ACTIVATION_PASSES = 2.5
+Rows = dict[str, Row]
+
+
+class Arguments(NamedTuple):
+    """One set of inputs on the device."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    body: Body
+    slot: torch.Tensor
+    gains: torch.Tensor
+
+
+def measure(*, quick: bool) -> Mapping[str, Row]:
+    """All rows; `quick` takes few samples."""
+    if not torch.cuda.is_available():
+        raise BenchmarkError("kernels needs an NVIDIA GPU, and torch sees none.")
+    repeats = 5 if quick else 30
+    rows: Rows = {}
+    for rank in (16, 64):
+        rows |= _headline(rank, repeats=repeats)
+    rows |= _in_place(repeats=repeats)
+    rows |= _small(repeats=repeats)
+    rows |= _potential(repeats=repeats)
+    rows |= _many_seeds(repeats=repeats)
+    return rows
+
+
+def _draw(spec: Spec, seed: int, live: int | None = None) -> Arguments:
+    source = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, over: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=source, device="cuda") / over
+
+    width, rank = spec.width, spec.rank
+    slot = torch.randperm(spec.chunks, generator=source, device="cuda").int()
+    slot[slot >= (spec.slots if live is None else live)] = -1
+    return Arguments(
+        x=normal(spec.rows, spec.features).bfloat16(),
+        dy=normal(spec.rows, spec.features).bfloat16(),
+        body=Body(
+            down=normal(spec.slots, width, rank, over=width**0.5),
+            up=normal(spec.slots, rank, width, over=rank**0.5),
+            bias=normal(spec.slots, rank),
+        ),
+        slot=slot,
+        gains=torch.rand((spec.chunks, 3), generator=source, device="cuda") + 0.1,
+    )
+
+
+def _case(of: Arguments) -> Case:
+    name = torch.cuda.get_device_name()
+    return check(of.x, of.body, of.slot, of.gains, activation="relu", device=name)
+
+
+def _step(backend: Any, case: Case, of: Arguments) -> Any:
+    x, dy, body, slot, gains = of
+    y, watched = backend.forward(case, x, body, slot, gains)
+    return y, watched, backend.backward(case, x, dy, body, slot, gains, watched)
+
+
+def _forward(backend: Any, case: Case, of: Arguments) -> Any:
+    return backend.forward(case, of.x, of.body, of.slot, of.gains)
+
+
+# --- correctness -----------------------------------------------------------------------------
+
+
+def _flat(results: Any) -> list[torch.Tensor]:
+    y, watched, (dx, d_body, channels) = results
+    return [y, watched, dx, *(leaf for leaf in d_body if leaf is not None), channels]
+
+
+def _error(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+def _hold(case: Case, of: Arguments, backends: Mapping[str, Any]) -> None:
+    """Refuses to time what is further from float64 than twice the reference."""
+
+    def wide(leaf: torch.Tensor | None) -> torch.Tensor | None:
+        return None if leaf is None else leaf.bfloat16().double()
+
+    body = Body(*(wide(leaf) for leaf in of.body))
+    exactly = Arguments(of.x.double(), of.dy.double(), body, of.slot, of.gains.double())
+    true = _flat(_step(reference_torch, case, exactly))
+    usual = _flat(_step(reference_torch, case, of))
+    for name, backend in backends.items():
+        found, again = (_flat(_step(backend, case, of)) for _ in range(2))
+        for k, (ours, right, theirs, twice) in enumerate(
+            zip(found, true, usual, again, strict=True)
+        ):
+            error, allowed = _error(ours, right), 2 * _error(theirs, right) + 2.0**-16
+            if not error <= allowed or not torch.equal(ours, twice):
+                raise BenchmarkError(
+                    f"{name}, result {k}: error {error:.2g}, at most {allowed:.2g} is right; "
+                    f"same bits twice: {torch.equal(ours, twice)}."
+                )
+
+
+# --- the headline ----------------------------------------------------------------------------
+
+
+def _headline(rank: int, *, repeats: int) -> Rows:
+    spec = Spec(name="headline", rows=16384, features=4096, chunks=64, slots=64, rank=rank)
+    sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
+    case = _case(sets[0])
+    _hold(case, sets[0], {"triton": triton_cuda})
+    torch.cuda.empty_cache()
+    outputs = [torch.empty_like(of.x) for of in sets]
+    compiled_forward = torch.compile(lambda of: _forward(reference_torch, case, of))
+    compiled_step = torch.compile(lambda of: _step(reference_torch, case, of))
+
+    def each(function: Callable[[Arguments], object]) -> list[Callable[[], object]]:
+        return [lambda of=of: function(of) for of in sets]  # type: ignore[misc]
+
+    samples = time_torch(
+        {
+            "copy": [
+                lambda of=of, y=y: y.copy_(of.x)  # type: ignore[misc]
+                for of, y in zip(sets, outputs, strict=True)
+            ],
+            "forward_triton": each(lambda of: _forward(triton_cuda, case, of)),
+            "step_triton": each(lambda of: _step(triton_cuda, case, of)),
+        },
+        {
+            "forward_eager": each(lambda of: _forward(reference_torch, case, of)),
+            "step_eager": each(lambda of: _step(reference_torch, case, of)),
+            "forward_compile": each(compiled_forward),
+            "step_compile": each(compiled_step),
+        },
+        repeats=repeats,
+    )
+    samples |= _headline_jax(case, sets, repeats=repeats)
+    return _headline_rows(rank, spec, samples)
+
+
+def _to_jax(of: Arguments) -> tuple[Any, ...]:
+    x, dy, body, slot, gains = jax.tree.map(jnp.from_dlpack, tuple(of))
+    return x, dy, Body(*body), slot, gains
+
+
+def _headline_jax(case: Case, sets: Sequence[Arguments], *, repeats: int) -> dict[str, list[float]]:
+    inputs = [_to_jax(of) for of in sets]
+    backends: dict[str, Any] = {"xla": reference_jax}
+    x, _, body, slot, gains = inputs[0]
+    refusals = explain_jax(x, body, slot, gains, activation="relu").refusals
+    if "pallas" not in refusals:
+        from esper_kernels.graft import pallas_mosaic_gpu
+
+        backends["pallas"] = pallas_mosaic_gpu
+    samples = {}
+    for name, backend in backends.items():
+
+        def forward(x: Any, dy: Any, body: Any, slot: Any, gains: Any, of: Any = backend) -> Any:
+            return of.forward(case, x, body, slot, gains)
+
+        def step(x: Any, dy: Any, body: Any, slot: Any, gains: Any, of: Any = backend) -> Any:
+            y, watched = of.forward(case, x, body, slot, gains)
+            return y, watched, of.backward(case, x, dy, body, slot, gains, watched)
+
+        samples[f"forward_{name}"] = time_jax(jax.jit(forward), inputs, repeats=repeats)
+        samples[f"step_{name}"] = time_jax(jax.jit(step), inputs, repeats=repeats)
+    return samples
+
+
+def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) -> Rows:
+    one = spec.rows * spec.features * 2
+    passes = {"copy": 2, "forward": 2, "step": 5}
+    copy = samples["copy"]
+    shape = f"{spec.rows} x {spec.features} bfloat16, {spec.chunks} chunks, R = {rank}"
+    rate = 2 * one / sorted(copy)[len(copy) // 2]
+    rows: Rows = {}
+    for name, seconds in samples.items():
+        counted = passes[name.split("_")[0]] * one
+        per_second = counted / sorted(seconds)[len(seconds) // 2]
+        rows[f"{name}_r{rank}"] = summarise(
+            seconds,
+            "us",
+            shape=shape,
+            counted_bytes=counted,
+            bytes_per_second=per_second,
+            percent_of_copy_rate=100 * per_second / rate,
+            timer="CUPTI" if name.endswith(("xla", "pallas")) else "CUDA events",
+        )
+    floor = [ACTIVATION_PASSES * seconds for seconds in copy]
+    for ours in ("triton", "pallas"):
+        if f"forward_{ours}" not in samples:
+            continue
+        forward, step = samples[f"forward_{ours}"], samples[f"step_{ours}"]
+        rows[f"forward_{ours}_over_copy_r{rank}"] = ratio(forward, copy)
+        rows[f"step_{ours}_over_floor_r{rank}"] = ratio(step, floor)
+        for rival in ("eager", "compile", "xla"):
+            rows[f"forward_{rival}_over_{ours}_r{rank}"] = ratio(
+                samples[f"forward_{rival}"], forward
+            )
+            rows[f"step_{rival}_over_{ours}_r{rank}"] = ratio(samples[f"step_{rival}"], step)
+    return rows
+
+
+# --- few live chunks, and a small batch ------------------------------------------------------
+
+
+def _in_place(*, repeats: int) -> Rows:
+    spec = Spec(name="in_place", rows=16384, features=4096, chunks=64, slots=64, rank=16)
+    works: dict[str, list[Callable[[], object]]] = {"all": [], "all_in_place": [], "four": []}
+    for seed in range(NUM_SETS):
+        whole, few = _draw(spec, seed), _draw(spec, seed, live=4)
+        case = _case(whole)
+        works["all"].append(lambda case=case, of=whole: _forward(triton_cuda, case, of))  # type: ignore[misc]
+        for name, of in (("all_in_place", whole), ("four", few)):
+            # In place again and again: gains so small that x stays what it is.
+            gains = 1e-4 * of.gains
+            works[name].append(
+                lambda case=case, of=of, gains=gains: triton_cuda.forward_in_place(  # type: ignore[misc]
+                    case, of.x, of.body, of.slot, gains
+                )
+            )
+    samples = time_torch(works, {}, repeats=repeats)
+    return {
+        "in_place_triton_4_of_64_r16": summarise(samples["four"], "us"),
+        "in_place_triton_all_r16": summarise(samples["all_in_place"], "us"),
+        "in_place_triton_4_of_64_over_all_live_r16": ratio(samples["four"], samples["all"]),
+    }
+
+
+def _small(*, repeats: int) -> Rows:
+    spec = Spec(name="small", rows=32, features=512, chunks=8, slots=8, rank=16)
+    of = _draw(spec, 0)
+    case = _case(of)
+    samples = time_torch(
+        {"small": [lambda: _forward(triton_cuda, case, of)]}, {}, repeats=repeats, inner=100
+    )
+    rows = {"small_forward_triton": summarise(samples["small"], "us", shape="32 x 512, 8 chunks")}
+    seconds = _headline_jax(case, [of], repeats=repeats)
+    for name in ("xla", "pallas"):
+        if f"forward_{name}" in seconds:
+            rows[f"small_forward_{name}"] = summarise(seconds[f"forward_{name}"], "us")
+    return rows
+
+
+# --- potential -------------------------------------------------------------------------------
+
+
+def _potential(*, repeats: int) -> Rows:
+    spec = Spec(name="potential", rows=16384, features=4096, chunks=64, slots=64, rank=16)
+    sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
+    asked = torch.ones(spec.chunks, dtype=torch.bool, device="cuda")
+    case = check_potential(sets[0].x, sets[0].dy, asked, device=torch.cuda.get_device_name())
+    first = sets[0]
+    true = potential_eager(case, first.x.double(), first.dy.double(), asked)
+    error = _error(potential_triton(case, first.x, first.dy, asked), true)
+    if not error <= 1e-5:
+        raise BenchmarkError(f"potential in triton: error {error:.2g}, at most 1e-5 is right.")
+
+    def each(function: Any) -> list[Callable[[], object]]:
+        return [lambda of=of: function(case, of.x, of.dy, asked) for of in sets]  # type: ignore[misc]
+
+    samples = time_torch(
+        {"triton": each(potential_triton)},
+        {"eager": each(potential_eager), "compile": each(torch.compile(potential_eager))},
+        repeats=repeats,
+    )
+    inputs = [tuple(map(jnp.from_dlpack, (of.x, of.dy))) for of in sets]
+    every = jnp.ones((spec.chunks,), bool)
+    samples["xla"] = time_jax(
+        jax.jit(lambda x, dy: potential_jax(x, dy, every)), inputs, repeats=repeats
+    )
+    read = 2 * spec.rows * spec.features * 2
+    rows: Rows = {}
+    for name, seconds in samples.items():
+        per_second = read / sorted(seconds)[len(seconds) // 2]
+        rows[f"potential_{name}"] = summarise(
+            seconds, "us", counted_bytes=read, bytes_per_second=per_second
+        )
+    return rows
+
+
+# --- ten thousand seeds ----------------------------------------------------------------------
+
+
+def _many_seeds(*, repeats: int) -> Rows:
+    """One training step's seed work on a host of 48 layers, 4 of 256 chunks live in each."""
+    layers, rows_of_batch = 48, 4096
+    spec = Spec(name="many", rows=rows_of_batch, features=4096, chunks=256, slots=8, rank=16)
+    sets = [_draw(spec, layer, live=4) for layer in range(layers)]
+    case = _case(sets[0])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _step(triton_cuda, case, sets[0])
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    one = spec.rows * spec.features * 2
+    banks = sum(leaf.nbytes for of in sets for leaf in of.body if leaf is not None)
+    samples = time_torch(
+        {"step": [lambda of=of: _step(triton_cuda, case, of) for of in sets]},  # type: ignore[misc]
+        {},
+        repeats=max(3, repeats // 3),
+        inner=layers,
+    )
+    told = {
+        "seeds": layers * spec.chunks,
+        "layers": layers,
+        "batch_rows": rows_of_batch,
+        "live_bodies": layers * 4,
+    }
+    return {
+        "seed_work_12288_seeds_triton": summarise(
+            [layers * seconds for seconds in samples["step"]], "ms", **told
+        ),
+        "memory_of_banks_12288_seeds": exact(banks / 2**20, "MiB", **told),
+        "memory_of_scratch_12288_seeds": exact((extra - 2 * one) / 2**20, "MiB", **told),
+    }

@@ -1,0 +1,174 @@
+"""Every implementation behind one face, numpy in and float64 out; and the float64 truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import esper_kernels.graft.jax as graft_jax
+import esper_kernels.graft.torch as graft_torch
+from esper_kernels import Body, UnavailableError
+from esper_kernels.graft import check, reference_torch
+from esper_kernels.graft._specs import Inputs, Spec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = ("bfloat16", "float32")
+
+
+class Outcome(NamedTuple):
+    """All results of forward and backward; float64, None for what a body lacks."""
+
+    y: np.ndarray
+    watched: np.ndarray
+    dx: np.ndarray
+    down: np.ndarray
+    up: np.ndarray
+    bias: np.ndarray | None
+    gate: np.ndarray | None
+    channels: np.ndarray
+
+
+Runner = Callable[[Spec, Inputs, str], Outcome]
+
+
+def _torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.from_numpy(array).to(DEVICE, dtype)
+
+
+def _wide(of: Any) -> Any:
+    if of is None:
+        return None
+    return of.detach().double().cpu().numpy() if isinstance(of, torch.Tensor) else np.float64(of)
+
+
+def torch_arguments(spec: Spec, inputs: Inputs, dtype: str) -> tuple[Any, ...]:
+    """`x, body, slot, gains` on the device; the body stays float32."""
+    del spec
+    leaves = (inputs.down, inputs.up, inputs.bias, inputs.gate)
+    body = Body(*(None if leaf is None else _torch(leaf) for leaf in leaves))
+    x = _torch(inputs.x, getattr(torch, dtype))
+    return x, body, _torch(inputs.slot), _torch(inputs.gains)
+
+
+def run_torch(implementation: str) -> Runner:
+    """An implementation for torch, through autograd."""
+
+    def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
+        x, body, slot, gains = torch_arguments(spec, inputs, dtype)
+        tap = torch.zeros((spec.chunks, 5), device=DEVICE)
+        for leaf in (x, tap, *body):
+            if leaf is not None:
+                leaf.requires_grad_()
+        y, watched = graft_torch.graft(
+            x,
+            body,
+            slot,
+            gains,
+            tap,
+            activation=spec.activation,
+            implementation=implementation,
+        )
+        y.backward(_torch(inputs.dy, y.dtype))
+        d_body = (None if leaf is None else _wide(leaf.grad) for leaf in body)
+        return Outcome(_wide(y), _wide(watched), _wide(x.grad), *d_body, _wide(tap.grad))
+
+    return run
+
+
+def run_jax(implementation: str) -> Runner:
+    """An implementation for JAX, jitted, through its custom derivative."""
+
+    def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
+        body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
+
+        @jax.jit
+        def both(x: Any, body: Body, tap: Any, dy: Any) -> Any:
+            def grow(x: Any, body: Body, tap: Any) -> Any:
+                return graft_jax.graft(
+                    x,
+                    body,
+                    jnp.asarray(inputs.slot),
+                    jnp.asarray(inputs.gains),
+                    tap,
+                    activation=spec.activation,
+                    implementation=implementation,
+                )
+
+            (y, watched), pull = jax.vjp(grow, x, body, tap)
+            return y, watched, pull((dy, jnp.zeros_like(watched)))
+
+        x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
+        y, watched, (dx, d_body, channels) = both(x, body, jnp.zeros((spec.chunks, 5)), dy)
+        d_leaves = (_wide(leaf) for leaf in d_body)
+        return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
+
+    return run
+
+
+RUNNERS: dict[str, Runner] = {
+    "torch-reference": run_torch("reference"),
+    "torch-triton": run_torch("triton"),
+    "jax-reference": run_jax("reference"),
+    "jax-pallas": run_jax("pallas"),
+}
+
+
+def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """What an implementation's framework makes of float32 numbers."""
+    if name.startswith("torch"):
+        return _wide(_torch(array, getattr(torch, dtype)))
+    return _wide(jnp.asarray(array).astype(dtype))
+
+
+def truth(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
+    """The definition in float64, of the numbers that the dtype holds."""
+
+    def rounded(array: np.ndarray | None) -> Any:
+        return None if array is None else _torch(array, getattr(torch, dtype)).double()
+
+    x, dy = rounded(inputs.x), rounded(inputs.dy)
+    body = Body(*(rounded(leaf) for leaf in inputs[2:6]))
+    slot, gains = _torch(inputs.slot), _torch(inputs.gains)
+    narrow = Body(*(None if leaf is None else leaf.float() for leaf in body))
+    case = check(x.float(), narrow, slot, gains, activation=spec.activation, device="cpu")
+    y, watched = reference_torch.forward(case, x, body, slot, gains.double())
+    dx, d_body, channels = reference_torch.backward(
+        case, x, dy, body, slot, gains.double(), watched
+    )
+    return Outcome(*map(_wide, (y, watched, dx, *d_body, channels)))
+
+
+def refusal(name: str, spec: Spec, dtype: str) -> str | None:
+    """Why an implementation cannot serve a spec here, None if it can."""
+    framework, implementation = name.split("-")
+    inputs = spec_shapes(spec, dtype, framework)
+    explain = graft_torch.explain if framework == "torch" else graft_jax.explain
+    try:
+        explain(*inputs, activation=spec.activation, implementation=implementation)
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def spec_shapes(spec: Spec, dtype: str, framework: str) -> tuple[Any, ...]:
+    """`x, body, slot, gains` without values."""
+
+    def array(dtype: str, *shape: int) -> Any:
+        if framework == "torch":
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=DEVICE)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    matrix = (spec.slots, spec.width, spec.rank)
+    body = Body(
+        down=array("float32", *matrix),
+        up=array("float32", spec.slots, spec.rank, spec.width),
+        bias=array("float32", spec.slots, spec.rank) if spec.has_bias else None,
+        gate=array("float32", *matrix) if spec.activation == "gated" else None,
+    )
+    x = array(dtype, spec.rows, spec.features)
+    return x, body, array("int32", spec.chunks), array("float32", spec.chunks, 3)

@@ -1,0 +1,157 @@
+"""One class that every implementation of `graft` passes, interpreted on a CPU or on a device."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from implementations import DEVICE, DTYPES, RUNNERS, Outcome, refusal, rounded, truth
+
+from esper_kernels.graft._specs import SPECS, Spec, draw
+
+BY_NAME = {spec.name: spec for spec in SPECS}
+HERE = [spec.name for spec in SPECS if spec.is_small or DEVICE != "cpu"]
+REFERENCES = ("torch-reference", "jax-reference")
+FLOORS = {"bfloat16": 2.0**-9, "float32": 4e-6}
+PLAIN = Spec(name="plain", rows=72, features=96, chunks=3, slots=3, rank=8, activation="relu")
+
+
+def bits(array):
+    """The float64 image of values, NaN and the sign of zero told apart."""
+    return np.ascontiguousarray(array).view(np.int64)
+
+
+def error(found, true):
+    """Size of the difference over the size of the truth."""
+    scale = np.linalg.norm(true)
+    return np.linalg.norm(found - true) / scale if scale else np.linalg.norm(found)
+
+
+@pytest.fixture(params=RUNNERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def run(name):
+    def runner(spec, inputs, dtype="bfloat16"):
+        reason = refusal(name, spec, dtype)
+        if reason is not None:
+            pytest.skip(reason)
+        return RUNNERS[name](spec, inputs, dtype)
+
+    return runner
+
+
+class TestConformance:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("spec_name", HERE)
+    def test_no_further_from_the_truth_than_twice_the_reference(self, run, spec_name, dtype):
+        spec = BY_NAME[spec_name]
+        inputs = draw(spec)
+        found, true = run(spec, inputs, dtype), truth(spec, inputs, dtype)
+        usual = [RUNNERS[name](spec, inputs, dtype) for name in REFERENCES]
+        for field in Outcome._fields:
+            ours, right = getattr(found, field), getattr(true, field)
+            if right is None:
+                assert ours is None
+                continue
+            assert ours.shape == right.shape
+            columns = range(5) if field in {"watched", "channels"} else [...]
+            for k in columns:
+                pick = (slice(None), k) if k is not ... else ...
+                # A sum over a chunk may be lucky in the reference: one rounding of r is granted.
+                floor = FLOORS[dtype] if field == "channels" else 4e-6
+                worst = max(error(getattr(of, field)[pick], right[pick]) for of in usual)
+                allowed = 2 * worst + floor
+                assert error(ours[pick], right[pick]) <= allowed, (field, k)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+    @pytest.mark.parametrize("gains", [(0, 0, 0), (0, 1, 0)], ids=["dormant", "training"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_identity_bit_for_bit_where_nothing_acts(self, run, name, gains, dtype):
+        inputs = draw(PLAIN)
+        for array in (inputs.x, inputs.dy):
+            array[0, :8] = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38, -3e38]
+        inputs.down[0] = np.nan
+        found = run(PLAIN, inputs._replace(gains=np.full((3, 3), gains, np.float32)), dtype)
+        for ours, given in ((found.y, inputs.x), (found.dx, inputs.dy)):
+            np.testing.assert_array_equal(bits(ours), bits(rounded(name, given, dtype)))
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_broken_body_reaches_nothing(self, run):
+        inputs = draw(PLAIN)
+        clean = run(PLAIN, inputs)
+        chunk = 1
+        slot = int(inputs.slot[chunk])
+        down = inputs.down.copy()
+        down[slot, 0, 0] = np.nan
+        broken = run(PLAIN, inputs._replace(down=down))
+        mine = slice(chunk * 32, (chunk + 1) * 32)
+        others = np.r_[0:32, 64:96]
+        for field in ("y", "dx"):
+            ours, before = getattr(broken, field), getattr(clean, field)
+            np.testing.assert_array_equal(bits(ours[:, others]), bits(before[:, others]))
+        host = truth(PLAIN, inputs._replace(slot=np.full(3, -1, np.int32)), "bfloat16")
+        np.testing.assert_array_equal(broken.y[:, mine], host.y[:, mine])
+        np.testing.assert_array_equal(broken.dx[:, 32], host.dx[:, 32])
+        assert np.isfinite(broken.dx).all()
+        for field in ("down", "up", "bias"):
+            ours, before = getattr(broken, field), getattr(clean, field)
+            assert not ours[slot].any()
+            rest = [p for p in range(3) if p != slot]
+            np.testing.assert_array_equal(bits(ours[rest]), bits(before[rest]))
+        assert broken.channels[chunk, 1:].tolist() == [1, 0, 0, 1]
+        np.testing.assert_array_equal(broken.channels[[0, 2]], clean.channels[[0, 2]])
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_broken_input_stays_in_its_chunk_and_is_no_error_of_the_body(self, run, value):
+        inputs = draw(PLAIN)
+        clean = run(PLAIN, inputs)
+        x = inputs.x.copy()
+        x[5, 40] = value
+        broken = run(PLAIN, inputs._replace(x=x))
+        others = np.r_[0:32, 64:96]
+        np.testing.assert_array_equal(bits(broken.y[:, others]), bits(clean.y[:, others]))
+        np.testing.assert_array_equal(bits(broken.dx[:, others]), bits(clean.dx[:, others]))
+        rows = np.r_[0:5, 6:72]
+        np.testing.assert_array_equal(bits(broken.y[rows]), bits(clean.y[rows]))
+        assert not broken.channels[:, 4].any()
+        np.testing.assert_array_equal(broken.channels[[0, 2]], clean.channels[[0, 2]])
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_overflowing_body_is_an_error(self, run):
+        inputs = draw(PLAIN)
+        up = np.full_like(inputs.up, 3e38)
+        found = run(PLAIN, inputs._replace(up=up))
+        assert found.channels[:, 4].all()
+        assert np.isfinite(found.y).all()
+        assert not found.down.any()
+
+    def test_same_bits_every_time(self, run):
+        inputs = draw(PLAIN)
+        for first, second in zip(run(PLAIN, inputs), run(PLAIN, inputs), strict=True):
+            assert first is second or np.array_equal(bits(first), bits(second))
+
+    def test_dead_features_are_counted(self, run):
+        inputs = draw(PLAIN)
+        inputs.x[:, [0, 1, 95]] = 0
+        inputs.x[:-1, 40] = 0
+        assert run(PLAIN, inputs).watched[:, 4].tolist() == [2, 0, 1]
+
+    def test_slots_beyond_the_bank_serve_nobody(self, run):
+        inputs = draw(PLAIN)
+        found = run(PLAIN, inputs._replace(slot=np.array([3, -7, 1], np.int32)))
+        assert found.channels[:, 1].tolist() == [0, 0, 1]
+        assert not found.down[[0, 2]].any()
+
+    def test_learn_scales_the_body_and_feel_the_input(self, run):
+        inputs = draw(PLAIN)
+        one = inputs._replace(gains=np.ones((3, 3), np.float32))
+        half = one._replace(gains=np.tile(np.float32([1, 0.5, 1]), (3, 1)))
+        deaf = one._replace(gains=np.tile(np.float32([1, 1, 0]), (3, 1)))
+        whole = run(PLAIN, one)
+        np.testing.assert_array_equal(2 * run(PLAIN, half).down, whole.down)
+        np.testing.assert_array_equal(run(PLAIN, deaf).down, whole.down)
+        assert not np.array_equal(run(PLAIN, deaf).dx, whole.dx)
