@@ -258,7 +258,7 @@ def reduce_kernel(
             square, _, broken = _sum_sums(sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS)
             if (learn != 0) & (broken == 0) & is_finite(square):
                 share = shares_ptr + chunk.to(tl.int64) * K + k
-                for _ in range(SPLITS):
+                for _split in range(SPLITS):
                     total += tl.load(share, mask=k < K, other=0.0)
                     share += CHUNKS * K
                 total *= learn

@@ -126,7 +126,8 @@ def backward(
     u, slope = split(case, x), split(case, dy)
     narrow = _gather(case, body, slot, x.dtype)
     r, pull = torch.func.vjp(partial(_run, case.activation), u, *narrow)
-    d_u, *d_narrow = pull(slope)
+    pulled: tuple[Tensor, ...] = pull(slope)
+    d_u, d_narrow = pulled[0], pulled[1:]
 
     wide = _wide(x.dtype)
     gradient_square = slope.to(wide).square().sum((0, 2))

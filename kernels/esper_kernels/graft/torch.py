@@ -258,7 +258,7 @@ def _graft_backward(
     backend = _backend(case, x, implementation)
     dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
     nothing = [x.new_empty(0) if leaf is None else leaf for leaf in d_body]
-    return dx, *nothing, channels  # type: ignore[return-value]
+    return dx, *nothing, channels
 
 
 @_graft_backward.register_fake

@@ -86,7 +86,7 @@ def _size_kernel(
         for first in range(0, AREA, BK):
             at = shares_ptr + chunk.to(tl.int64) * AREA + first + tl.arange(0, BK)
             total = tl.zeros([BK], tl.float32)
-            for _ in range(SPLITS):
+            for _split in range(SPLITS):
                 total += tl.load(at)
                 at += tl.cast(CHUNKS, tl.int64) * AREA
             size += total * total

@@ -1,0 +1,205 @@
+"""What torch asks of an operation: registration, compilation, the form in place, clear errors."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from implementations import DEVICE, torch_arguments
+
+import esper_kernels.torch as kernels
+from esper_kernels import ArgumentError, Body, UnavailableError
+from esper_kernels.graft import triton_cuda
+from esper_kernels.graft._blocks import Tiles
+from esper_kernels.graft._specs import Spec, draw
+
+SPEC = Spec(name="small", rows=64, features=64, chunks=4, slots=3, rank=4, activation="gelu")
+IMPLEMENTATIONS = ["reference", "triton"]
+
+
+def arguments(spec=SPEC, dtype="float32"):
+    return torch_arguments(spec, draw(spec), dtype)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+class TestRegistration:
+    def test_operations_keep_torchs_contract(self, implementation):
+        x, body, slot, gains = arguments()
+        leaves = [None if leaf is None else leaf.requires_grad_() for leaf in body]
+        given = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
+        torch.library.opcheck(torch.ops.esper.graft.default, given)
+
+    def test_compiles_without_a_graph_break(self, implementation):
+        def loss(x, down, up, bias, tap):
+            y, watched = kernels.graft(
+                2 * x,
+                Body(down, up, bias),
+                slot,
+                gains,
+                tap,
+                activation="gelu",
+                implementation=implementation,
+            )
+            return (y * y).sum() + watched.detach().sum()
+
+        x, body, slot, gains = arguments()
+        results = []
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            tap = torch.zeros((4, 5), device=DEVICE)
+            leaves = [of.clone().requires_grad_() for of in (x, *body[:3], tap)]
+            function(*leaves).backward()
+            results.append([leaf.grad for leaf in leaves])
+        for plain, compiled in zip(*results, strict=True):
+            assert torch.equal(plain, compiled)
+
+    def test_everything_is_written(self):
+        x, body, slot, gains = arguments()
+        slot[0] = -1
+        with torch.no_grad():
+            before = _everything(x, body, slot, gains)
+            torch.use_deterministic_algorithms(True)  # what is allocated then holds NaN
+            try:
+                after = _everything(x, body, slot, gains)
+            finally:
+                torch.use_deterministic_algorithms(False)
+        for first, second in zip(before, after, strict=True):
+            assert torch.equal(first, second)
+
+    def test_tiles_change_no_value_by_more_than_rounding(self):
+        x, body, slot, gains = arguments()
+        case = kernels_case(x, body, slot, gains)
+        for splits in (1, 2, 3):
+            tiles = Tiles(rows=16, splits=splits, warps=4, stages=1)
+            y, watched = triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)
+            usual, sums = triton_cuda.forward(case, x, body, slot, gains)
+            torch.testing.assert_close(y, usual)
+            torch.testing.assert_close(watched, sums)
+
+
+def kernels_case(x, body, slot, gains):
+    from esper_kernels.graft import check
+
+    return check(x, body, slot, gains, activation="gelu", device="cpu")
+
+
+def _everything(x, body, slot, gains):
+    case = kernels_case(x, body, slot, gains)
+    y, watched = triton_cuda.forward(case, x, body, slot, gains)
+    dx, d_body, channels = triton_cuda.backward(case, x, x + 1, body, slot, gains, watched)
+    z, live = triton_cuda.forward_in_place(case, x.clone(), body, slot, gains)
+    return [y, watched, dx, *d_body[:3], channels, z, live]
+
+
+class TestInPlace:
+    @pytest.mark.parametrize("num_live", [0, 1, 3])
+    @pytest.mark.parametrize("rows", [40, 300])
+    def test_equals_graft_and_leaves_dormant_chunks_alone(self, implementation, rows, num_live):
+        spec = Spec(name="s", rows=rows, features=64, chunks=4, slots=3, rank=4, num_live=num_live)
+        x, body, slot, gains = arguments(spec)
+        static = {"activation": "relu", "implementation": implementation}
+        y, watched = kernels.graft(x, body, slot, gains, **static)
+        watched_live = kernels.graft_(x, body, slot, gains, **static)
+        torch.testing.assert_close(x, y)
+        is_live = slot >= 0
+        torch.testing.assert_close(watched_live[is_live], watched[is_live])
+        assert not watched_live[~is_live].any()
+
+    def test_refuses_where_a_gradient_would_pass(self):
+        x, body, slot, gains = arguments()
+        body.up.requires_grad_()
+        with pytest.raises(ArgumentError, match="no_grad"):
+            kernels.graft_(x, body, slot, gains, activation="gelu")
+
+
+class TestBadInput:
+    def refuse(self, match, activation="gelu", **changes):
+        x, body, slot, gains = arguments()
+        given = {"x": x, "body": body, "slot": slot, "gains": gains}
+        for name, change in changes.items():
+            given[name] = change(given[name])
+        with pytest.raises(ArgumentError, match=match):
+            kernels.graft(**given, activation=activation)
+
+    def test_dtype(self):
+        self.refuse(r"x\.dtype is float16.*bfloat16 or float32", x=lambda x: x.half())
+        self.refuse(r"slot\.dtype is int64", slot=lambda slot: slot.long())
+
+    def test_rank(self):
+        self.refuse(r"x\.ndim is 3", x=lambda x: x[None])
+
+    def test_layout(self):
+        self.refuse("x is not contiguous", x=lambda x: x.T.contiguous().T)
+
+    def test_chunks(self):
+        self.refuse(r"body\.down\.shape", x=lambda x: x[:, :60].contiguous())
+        self.refuse(
+            r"slot\.shape\[0\] is 64",
+            x=lambda x: x[:, :3].contiguous(),
+            slot=lambda slot: slot.repeat(16),
+        )
+
+    def test_activation(self):
+        self.refuse("none, relu, gelu, silu, gated", activation="tanh")
+        self.refuse(r"body\.gate is None", activation="gated")
+
+    def test_mixed_devices(self):
+        self.refuse("gains is on meta", gains=lambda gains: gains.to("meta"))
+
+
+class TestDispatch:
+    def test_auto_says_what_runs(self):
+        choice = kernels.explain(*arguments(), activation="gelu")
+        assert choice.implementation == "triton"
+        assert str(choice) == "graft: triton"
+
+    def test_too_wide_for_triton_runs_the_reference_and_says_why(self):
+        spec = Spec(name="wide", rows=4, features=600, chunks=2, slots=1, rank=4)
+        x, body, slot, gains = arguments(spec)
+        choice = kernels.explain(x, body, slot, gains, activation="relu")
+        assert choice.implementation == "reference"
+        assert "300 wide" in choice.refusals["triton"]
+        with pytest.raises(UnavailableError, match="triton: a chunk 300 wide"):
+            kernels.graft(x, body, slot, gains, activation="relu", implementation="triton")
+
+    def test_forced_triton_without_a_gpu(self, monkeypatch):
+        if DEVICE != "cpu":
+            pytest.skip("there is one")
+        monkeypatch.setattr(triton_cuda, "IS_INTERPRETED", False)
+        with pytest.raises(UnavailableError, match="Triton needs a CUDA device"):
+            kernels.graft(*arguments(), activation="gelu", implementation="triton")
+
+    @pytest.mark.parametrize("name", ["pallas", "cuda"])
+    def test_names_that_torch_does_not_have(self, name):
+        with pytest.raises((UnavailableError, ArgumentError), match="torch has|must be one of"):
+            kernels.explain(*arguments(), activation="gelu", implementation=name)
+
+
+class TestPotential:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("rows", "features", "chunks"), [(70, 64, 4), (33, 47, 3), (0, 8, 2)])
+    def test_size_of_x_dy(self, implementation, rows, features, chunks, dtype):
+        x, dy = torch.randn(2, rows, features, device=DEVICE).to(dtype)
+        asked = torch.arange(chunks, device=DEVICE) != 1
+        sizes = kernels.potential(x, dy, asked, implementation=implementation)
+        for chunk, (u, slope) in enumerate(
+            zip(
+                np.array_split(x.double().cpu().numpy(), chunks, axis=1),
+                np.array_split(dy.double().cpu().numpy(), chunks, axis=1),
+                strict=True,
+            )
+        ):
+            right = np.square(u.T @ slope).sum() * (chunk != 1)
+            np.testing.assert_allclose(sizes[chunk].item(), right, rtol=1e-4)
+
+    def test_nan_stays_in_its_chunk(self, implementation):
+        x, dy = torch.randn(2, 32, 64, device=DEVICE)
+        x[3, 5] = torch.nan
+        sizes = kernels.potential(
+            x, dy, torch.ones(4, dtype=torch.bool, device=DEVICE), implementation=implementation
+        )
+        assert sizes.isnan().tolist() == [True, False, False, False]

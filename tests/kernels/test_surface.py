@@ -1,0 +1,89 @@
+"""What is loaded when, what is public, and tile sizes as a pure function."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import esper_kernels
+from esper_kernels.graft import Case
+from esper_kernels.graft._blocks import backward_tiles, forward_tiles, in_place_tiles
+from esper_kernels.graft._specs import SPECS
+
+ROOT = Path(__file__).parents[2]
+HEADLINE = Case(
+    rows=16384,
+    features=4096,
+    chunks=64,
+    slots=64,
+    rank=16,
+    dtype="bfloat16",
+    body_dtype="float32",
+    has_bias=True,
+    activation="relu",
+    device="NVIDIA H200",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "foreign"),
+    [
+        ("esper_kernels", {"torch", "jax", "triton"}),
+        ("esper_kernels.jax", {"torch", "triton"}),
+        ("esper_kernels.torch", {"jax", "triton"}),
+    ],
+)
+def test_loads_no_foreign_framework(module, foreign):
+    code = f"import sys, {module}; print({foreign!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_public_surface():
+    import esper_kernels.jax
+    import esper_kernels.torch
+
+    assert set(esper_kernels.jax.__all__) == {
+        "backward",
+        "explain",
+        "forward",
+        "forward_in_place",
+        "graft",
+        "potential",
+    }
+    assert set(esper_kernels.torch.__all__) == {"explain", "graft", "graft_", "potential"}
+
+
+@pytest.mark.parametrize("choose", [forward_tiles, backward_tiles, in_place_tiles])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_tiles_cover_any_shape(choose, spec):
+    case = replace(
+        HEADLINE,
+        rows=max(spec.rows, 1),
+        features=spec.features,
+        chunks=spec.chunks,
+        slots=spec.slots,
+        rank=spec.rank,
+        activation=spec.activation,
+    )
+    tiles = choose(case)
+    assert tiles == choose(replace(case))
+    assert tiles.rows >= 16
+    assert tiles.splits >= 1
+    assert not tiles.is_bulk or case.is_even
+
+
+def test_headline_tiles_are_the_measured_ones():
+    shapes = [
+        (tiles.rows, tiles.splits, tiles.warps, tiles.stages, tiles.is_bulk)
+        for case in (HEADLINE, replace(HEADLINE, rank=64))
+        for tiles in (forward_tiles(case), backward_tiles(case))
+    ]
+    assert shapes == [
+        (64, 4, 4, 4, True),
+        (64, 4, 4, 3, True),
+        (64, 4, 4, 5, True),
+        (128, 2, 8, 3, True),
+    ]
