@@ -1,0 +1,162 @@
+"""`graft` in Pallas, lowered by Mosaic GPU for Hopper's matrix units and copy engine; bfloat16.
+
+The kernels leave partial sums of each range of rows; XLA adds them in a fixed order here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from esper_kernels.graft._case import NUM_WATCHED, Body, Case
+from esper_kernels.graft.reference_jax import is_live
+
+Array = jax.Array
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+OLDEST_JAX = (0, 11)
+MOST_COLUMNS = 256
+MOST_GRADIENT = 4096
+"""Entries F * R of a body's matrix whose gradient the registers of a warpgroup hold."""
+
+
+def refuses(case: Case) -> str | None:
+    """Why this backend cannot serve the case, or None if it can."""
+    if jax.__version_info__[:2] < OLDEST_JAX:
+        return f"needs JAX 0.11 or newer, this is {jax.__version__}"
+    if not any(name in case.device for name in HOPPER):
+        return f"needs an NVIDIA Hopper GPU ({', '.join(HOPPER)}), the device is {case.device}"
+    if case.dtype != "bfloat16":
+        return f"takes bfloat16 activations, not {case.dtype}: matrix units round float32 to tf32"
+    if case.rows == 0 or case.rows % 8:
+        return (
+            f"takes a positive multiple of 8 rows, as the copy engine's tiles do, not {case.rows}"
+        )
+    if not case.is_even or case.width % 64 or case.width > MOST_COLUMNS:
+        return f"takes chunks of 64, 128, 192 or 256 features each, not {sorted({*case.widths})}"
+    if case.activation == "gated":
+        return "has no gated form"
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import padded_rank
+
+    if case.width * padded_rank(case) > MOST_GRADIENT:
+        return (
+            f"holds a body's gradients in registers: F * R is {case.width} * {padded_rank(case)}"
+            f" (R padded), it may be {MOST_GRADIENT}"
+        )
+    return None
+
+
+def _operands(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
+    """`down^T [P, R, F]`, `up [P, R, F]` and a float32 bias [P, R], R padded with zeros.
+
+    Without a bias `unused`, a float32 matrix, stands in its place.
+    """
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import padded_rank
+
+    more = padded_rank(case) - case.rank
+    down = jnp.swapaxes(body.down, 1, 2).astype(jnp.bfloat16)
+    up = body.up.astype(jnp.bfloat16)
+    if more:
+        down, up = (jnp.pad(leaf, ((0, 0), (0, more), (0, 0))) for leaf in (down, up))
+    if body.bias is None:
+        return down, up, unused
+    # As the reference sees it: rounded to the activation's dtype.
+    bias = jax.lax.reduce_precision(body.bias.astype(jnp.float32), 8, 7)
+    return down, up, jnp.pad(bias, ((0, 0), (0, more)))
+
+
+def _watched(case: Case, sums: Array, is_measured: Array | None = None) -> Array:
+    """[C, 5] from `sums [C, F + 64]` of squares by feature, then of values; one reduction."""
+    lane = jnp.arange(sums.shape[1])[None, None, :]
+    column = jnp.arange(NUM_WATCHED)[None, :, None]
+    of_squares, entry = lane < case.width, sums[:, None, :]
+    constant = jnp.where(column == 0, float(case.rows * case.width), float(case.width))
+    shares = [
+        (column == 1, jnp.where(of_squares, 0.0, entry)),
+        (column == 2, jnp.where(of_squares, entry, 0.0)),
+        (column == 4, (of_squares & (entry == 0)).astype(jnp.float32)),
+    ]
+    share = jnp.where(lane == 0, constant, 0.0)
+    for is_here, value in shares:
+        share = jnp.where(is_here, value, share)
+    if is_measured is not None:
+        share = jnp.where(is_measured[:, None, None], share, 0.0)
+    return jnp.sum(share, axis=2)
+
+
+def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tuple[Array, Array]:
+    """`y` and `watched`; see the README beside this file."""
+    from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel
+
+    y, sums = forward_kernel(case)(x, *_operands(case, body, gains), slot, gains)
+    return y, _watched(case, jnp.sum(sums, axis=0))
+
+
+def forward_in_place(
+    case: Case, x: Array, body: Body, slot: Array, gains: Array
+) -> tuple[Array, Array]:
+    """The same in the memory of `x`, with `watched` for live chunks only.
+
+    Donate `x`, or let nothing use it afterwards: else XLA copies it first.
+    """
+    from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel, in_place_parts
+
+    live = is_live(case, slot, gains)
+    place = jnp.cumsum(live, dtype=jnp.int32)
+    count, where = place[-1:], jnp.where(live, place - 1, case.chunks)
+    chunks = jnp.arange(case.chunks, dtype=jnp.int32)
+    order = jnp.zeros((case.chunks,), jnp.int32).at[where].set(chunks, mode="drop")
+    ref = jax.new_ref(x)
+    (sums,) = forward_kernel(case, is_in_place=True)(
+        ref, *_operands(case, body, gains), slot, gains, order, count
+    )
+    y = jax.freeze(ref)
+    part = jnp.arange(sums.shape[0], dtype=jnp.int32)
+    served = live[None, :] & (part[:, None] < in_place_parts(case, count))
+    sums = jnp.sum(jnp.where(served[:, :, None], sums, 0.0), axis=0)
+    return y, _watched(case, sums, live)
+
+
+def backward(
+    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Body, Array]:
+    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
+
+    dx, grads, sums, bias = backward_kernel(case)(x, dy, *_operands(case, body, gains), slot, gains)
+    grads, bias = jnp.sum(grads, axis=0), jnp.sum(bias, axis=0)[:, : case.rank]
+    sums = jnp.sum(sums, axis=(0, 3))
+
+    live = is_live(case, slot, gains)
+    is_sound = jnp.isfinite(sums[:, 1])
+    is_flowing = is_sound & jnp.isfinite(sums[:, 3]) & jnp.all(jnp.isfinite(grads), axis=(1, 2, 3))
+    if case.has_bias:
+        is_flowing &= jnp.all(jnp.isfinite(bias), axis=1)
+    fed = jnp.isfinite(sums[:, 0]) & jnp.isfinite(watched[:, 2])
+    channels = [
+        sums[:, 0],
+        live.astype(jnp.float32),
+        jnp.where(live & is_sound, sums[:, 1], 0.0),
+        jnp.where(live & is_sound, -sums[:, 2], 0.0),
+        (live & fed & ~is_flowing).astype(jnp.float32),
+    ]
+
+    learns = live & is_flowing & (gains[:, 1] != 0)
+    rows = jnp.where(learns, slot, case.slots)
+    chunks = jnp.arange(case.chunks, dtype=jnp.int32)
+    nobody = jnp.full((case.slots,), case.chunks, jnp.int32)
+    chunk = nobody.at[rows].set(chunks, mode="drop")
+    served, chunk = chunk < case.chunks, jnp.minimum(chunk, case.chunks - 1)
+    learn = gains[:, 1][chunk]
+
+    def learned(leaf: Array, like: Array) -> Array:
+        shape = (-1, *(1,) * (leaf.ndim - 1))
+        share = jnp.where(served.reshape(shape), leaf[chunk] * learn.reshape(shape), 0.0)
+        return share.astype(like.dtype)
+
+    d_body = Body(
+        down=learned(grads[:, 0, :, : case.rank], body.down),
+        up=jnp.swapaxes(learned(grads[:, 1, :, : case.rank], body.up), 1, 2),
+        bias=None if body.bias is None else learned(bias, body.bias),
+    )
+    return dx, d_body, jnp.stack(channels, axis=1)
