@@ -175,7 +175,7 @@ class TestDispatch:
 
     @pytest.mark.parametrize("name", ["pallas", "cuda"])
     def test_names_that_torch_does_not_have(self, name):
-        with pytest.raises((UnavailableError, ArgumentError), match="torch has|must be one of"):
+        with pytest.raises((UnavailableError, ArgumentError), match=r"torch has|must be one of"):
             kernels.explain(*arguments(), activation="gelu", implementation=name)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import esper_kernels
 from esper_kernels.graft import Case
 from esper_kernels.graft._blocks import backward_tiles, forward_tiles, in_place_tiles
 from esper_kernels.graft._specs import SPECS

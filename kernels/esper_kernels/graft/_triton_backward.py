@@ -55,7 +55,7 @@ def backward_kernel(
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one chunk, one range of rows."""
+    """One program: one chunk, every SPLITS-th tile of rows."""
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
@@ -68,8 +68,9 @@ def backward_kernel(
     ALL_COLS: tl.constexpr = (NUM_WIDE == 0) and (BF == NARROW)
     IS_FULL: tl.constexpr = ALL_ROWS and ALL_COLS
     is_real = cols < width
-    begin = split * (TILES * BM)
-    stride = tl.cast(D, tl.int64) * BM
+    begin = split * BM
+    STEP: tl.constexpr = SPLITS * BM
+    stride = tl.cast(D, tl.int64) * STEP
     corner = begin.to(tl.int64) * D + start
     offsets = rows[:, None] * D + cols[None, :]
     sums_at = sums_ptr + (split * CHUNKS + chunk) * 4
@@ -94,13 +95,13 @@ def backward_kernel(
         blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
-            is_row = begin + tile * BM + rows < N
+            is_row = begin + tile * STEP + rows < N
             inside = is_row[:, None]
             if not ALL_COLS:  # a mask over columns would keep loads from being wide
                 inside = inside & is_real[None, :]
             if BULK:
-                u = x_ptr.load([begin + tile * BM, start])
-                dy = dy_ptr.load([begin + tile * BM, start])
+                u = x_ptr.load([begin + tile * STEP, start])
+                dy = dy_ptr.load([begin + tile * STEP, start])
             elif IS_FULL:
                 u = tl.load(x_ptr + at + offsets)
                 dy = tl.load(dy_ptr + at + offsets)
@@ -148,7 +149,7 @@ def backward_kernel(
             blight += tl.sum(d_u * 0.0, axis=1)
             dx = blend(dy, d_u, feel, limit)
             if BULK:
-                dx_ptr.store([begin + tile * BM, start], dx)
+                dx_ptr.store([begin + tile * STEP, start], dx)
             elif IS_FULL:
                 tl.store(dx_ptr + at + offsets, dx)
             else:
@@ -175,13 +176,13 @@ def backward_kernel(
     else:
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
-            is_row = begin + tile * BM + rows < N
+            is_row = begin + tile * STEP + rows < N
             inside = is_row[:, None]
             if not ALL_COLS:  # a mask over columns would keep loads from being wide
                 inside = inside & is_real[None, :]
             if BULK:
-                dy = dy_ptr.load([begin + tile * BM, start])
-                dx_ptr.store([begin + tile * BM, start], dy)
+                dy = dy_ptr.load([begin + tile * STEP, start])
+                dx_ptr.store([begin + tile * STEP, start], dy)
             elif IS_FULL:
                 dy = tl.load(dy_ptr + at + offsets)
                 tl.store(dx_ptr + at + offsets, dy)

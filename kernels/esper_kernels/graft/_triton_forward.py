@@ -40,6 +40,7 @@ def _graft_range(
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     TILES: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
     BR: tl.constexpr,
@@ -53,13 +54,13 @@ def _graft_range(
     ALL_COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`y` of TILES tiles of one chunk; returns each feature's sums of x and of x^2."""
+    """`y` of TILES tiles of one chunk, STEP rows apart; each feature's sums of x and of x^2."""
     dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
     cols = tl.arange(0, BF)
     ranks = tl.arange(0, BR)
     is_real = cols < width
-    stride = tl.cast(D, tl.int64) * BM
+    stride = tl.cast(D, tl.int64) * STEP
     corner = begin.to(tl.int64) * D + start
     offsets = rows[:, None] * D + cols[None, :]
     total = tl.zeros([GROUP, BF], tl.float32)
@@ -74,11 +75,11 @@ def _graft_range(
             gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
-            inside = (begin + tile * BM + rows < N)[:, None]
+            inside = (begin + tile * STEP + rows < N)[:, None]
             if not ALL_COLS:  # a mask over columns would keep loads from being wide
                 inside = inside & is_real[None, :]
             if BULK:
-                u = x_ptr.load([begin + tile * BM, start])
+                u = x_ptr.load([begin + tile * STEP, start])
             elif ALL_ROWS and ALL_COLS:
                 u = tl.load(x_ptr + at + offsets)
             else:
@@ -95,7 +96,7 @@ def _graft_range(
             r = dot(narrow(a, dtype), up, PRECISION)
             y = blend(u, r, act, float("inf"))
             if BULK:
-                y_ptr.store([begin + tile * BM, start], y)
+                y_ptr.store([begin + tile * STEP, start], y)
             elif ALL_ROWS and ALL_COLS:
                 tl.store(y_ptr + at + offsets, y)
             else:
@@ -106,18 +107,18 @@ def _graft_range(
     else:
         for tile in tl.range(0, TILES, num_stages=STAGES):
             at = corner + tile * stride
-            inside = (begin + tile * BM + rows < N)[:, None]
+            inside = (begin + tile * STEP + rows < N)[:, None]
             if not ALL_COLS:
                 inside = inside & is_real[None, :]
             if BULK:
-                u = x_ptr.load([begin + tile * BM, start])
+                u = x_ptr.load([begin + tile * STEP, start])
             elif ALL_ROWS and ALL_COLS:
                 u = tl.load(x_ptr + at + offsets)
             else:
                 u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
             if not IN_PLACE:
                 if BULK:
-                    y_ptr.store([begin + tile * BM, start], u)
+                    y_ptr.store([begin + tile * STEP, start], u)
                 elif ALL_ROWS and ALL_COLS:
                     tl.store(y_ptr + at + offsets, u)
                 else:
@@ -162,7 +163,7 @@ def forward_kernel(
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one chunk, one range of rows."""
+    """One program: one chunk, every SPLITS-th tile of rows, so that all work in one neighbourhood."""
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
@@ -183,13 +184,14 @@ def forward_kernel(
         act,
         start,
         width,
-        split * (TILES * BM),
+        split * BM,
         is_live & (act != 0),
         N,
         D,
         WIDTH,
         RANK,
         TILES,
+        SPLITS * BM,
         BM,
         BF,
         BR,
@@ -277,13 +279,14 @@ def in_place_kernel(
             act,
             start,
             width,
-            split * (TILES * BM),
+            split * BM,
             act != 0,
             N,
             D,
             WIDTH,
             RANK,
             TILES,
+            SPLITS * BM,
             BM,
             BF,
             BR,
