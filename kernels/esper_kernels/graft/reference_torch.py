@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -126,9 +125,8 @@ def backward(
     learn, feel = (torch.where(live, gains[:, k], 0.0) for k in (1, 2))
     u, slope = split(case, x), split(case, dy)
     narrow = _gather(case, body, slot, x.dtype)
-    pull: Callable[[Tensor], tuple[Tensor, ...]]
-    r, pull = torch.func.vjp(partial(_run, case.activation), u, *narrow)
-    d_u, *d_narrow = pull(slope)
+    pulled = torch.func.vjp(partial(_run, case.activation), u, *narrow)
+    r, (d_u, *d_narrow) = pulled[0], pulled[1](slope)
 
     wide = _wide(x.dtype)
     gradient_square = slope.to(wide).square().sum((0, 2))
