@@ -112,7 +112,7 @@ def forward_in_place(
     )
     y = jax.freeze(ref)
     part = jnp.arange(sums.shape[0], dtype=jnp.int32)
-    served = live[None, :] & (part[:, None] < in_place_parts(case, count))
+    served = live[None, :] & (part[:, None] < in_place_parts(case, place[-1]))
     sums = jnp.sum(jnp.where(served[:, :, None], sums, 0.0), axis=0)
     return y, _watched(case, sums, live)
 

@@ -71,8 +71,8 @@ def backward_tuning(case: Case) -> Tuning:
 
 
 def in_place_splits(case: Case) -> int:
-    """Most row ranges that one chunk is cut into in place."""
-    return max(8, multiprocessors(case) * 64 // case.chunks)
+    """Most row ranges that one chunk is cut into in place; XLA reads the sums of all of them."""
+    return max(8, multiprocessors(case) * 32 // case.chunks)
 
 
 def matrix(*shape: int, minor: int = COLUMNS) -> Any:
