@@ -163,7 +163,7 @@ def forward_kernel(
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one chunk, every SPLITS-th tile of rows, so that all work in one neighbourhood."""
+    """One program: one chunk, every SPLITS-th tile of rows, so that all work side by side."""
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
