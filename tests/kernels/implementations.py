@@ -103,7 +103,9 @@ def run_jax(implementation: str) -> Runner:
             return y, watched, pull((dy, jnp.zeros_like(watched)))
 
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
-        y, watched, (dx, d_body, channels) = both(x, body, jnp.zeros((spec.chunks, 5)), dy)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            results = both(x, body, jnp.zeros((spec.chunks, 5)), dy)
+        y, watched, (dx, d_body, channels) = results
         d_leaves = (_wide(leaf) for leaf in d_body)
         return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
 

@@ -86,3 +86,20 @@ def test_headline_tiles_are_the_measured_ones():
         (64, 4, 4, 5, True),
         (128, 2, 8, 3, True),
     ]
+
+
+def test_potential_for_jax():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from esper_kernels.jax import potential
+
+    source = np.random.default_rng(0)
+    x, dy = source.standard_normal((2, 20, 11)).astype(np.float32)
+    asked = np.array([True, True, False])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        sizes = jax.jit(potential)(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(asked))
+    chunks = zip(np.array_split(x, 3, axis=1), np.array_split(dy, 3, axis=1), strict=True)
+    right = [np.square(u.T @ slope).sum() for u, slope in chunks]
+    np.testing.assert_allclose(sizes, right * asked, rtol=1e-4)

@@ -45,7 +45,7 @@ def _columns(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
 def _activate(activation: str, h: Array) -> Array:

@@ -47,7 +47,7 @@ def potential(x: Array, dy: Array, is_asked: Array, *, implementation: str = "au
     """
     case = check(x, dy, is_asked, device=_device_name())
     _choose(case, implementation)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = jnp.float32
 
     def sizes(a: Array, b: Array, chunks: int) -> Array:
         a, b = (of.reshape(case.rows, chunks, of.shape[1] // max(chunks, 1)) for of in (a, b))
