@@ -1,5 +1,7 @@
 """One class that every implementation of `graft` passes, interpreted on a CPU or on a device."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,13 @@ def error(found, true):
     return np.linalg.norm(found - true) / scale if scale else np.linalg.norm(found)
 
 
+@cache
+def references(spec_name, dtype):
+    """What the references make of a spec: the error that is usual in its dtype."""
+    spec = BY_NAME[spec_name]
+    return [RUNNERS[name](spec, draw(spec), dtype) for name in REFERENCES]
+
+
 @pytest.fixture(params=RUNNERS)
 def name(request):
     return request.param
@@ -50,7 +59,7 @@ class TestConformance:
         spec = BY_NAME[spec_name]
         inputs = draw(spec)
         found, true = run(spec, inputs, dtype), truth(spec, inputs, dtype)
-        usual = [RUNNERS[name](spec, inputs, dtype) for name in REFERENCES]
+        usual = references(spec_name, dtype)
         for field in Outcome._fields:
             ours, right = getattr(found, field), getattr(true, field)
             if right is None:
