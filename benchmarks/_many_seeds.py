@@ -32,7 +32,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
     growth = ef.growth(
         lattice,
         policy=policies.chain(policies.periodic(every=2, count=8), policies.concurrency(32)),
-        levels=2,
+        bodies_at_once=1,
         max_ablations=2,
     )
 

@@ -50,7 +50,7 @@ def _lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Ro
             policies.concurrency(400),
             policies.budget(2000),
         ),
-        levels=1,
+        bodies_at_once=None,
     )
     source = np.random.default_rng(0)
     state = growth.init(jax.random.key(0))

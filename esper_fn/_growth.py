@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
+from esper_fn._control import once_if
 from esper_fn._lattice import (
     Lattice,
     Reading,
@@ -112,8 +113,8 @@ class Growth:
     grafts: tuple[grafting.Graft, ...]
     governor: governors.Governor
     settings: lifecycle.Settings
-    levels: tuple[int, ...]
-    """Bucketed numbers of live bodies per bank for which each site compiles a variant."""
+    bodies_at_once: int | None
+    """Bodies of a bank computed in one round over the live ones; None for every slot."""
     max_ablations: int
 
     def init(self, key: Key) -> GrowthState:
@@ -139,7 +140,8 @@ class Growth:
 
     def seeds(self, state: GrowthState) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
-        return self._view(state, state.bodies, zero_taps(self.lattice))
+        taps = zero_taps(self.lattice)
+        return self._view(state, state.bodies, taps, at_once=self.bodies_at_once)
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
         """What `optim.per_body` must know of every slot."""
@@ -190,9 +192,9 @@ class Growth:
     def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Like `jax.value_and_grad` of `loss_fn(params, seeds, *args)`, with the seeds measured.
 
-        The number of bodies computed follows the number alive: each site compiles one variant of
-        its bodies for each of `levels` and switches between them inside the program. Under `vmap`
-        over states a switch computes every variant: use `growth(levels=1)` there.
+        Each site loops over its live bodies, `bodies_at_once` in a round, so time and memory follow
+        the number alive. Under `vmap` over states every round selects among whole activations: use
+        `growth(bodies_at_once=None)` there.
 
         Args:
           loss_fn: pure; returns a scalar, or `(scalar, aux)` with `has_aux`.
@@ -210,7 +212,7 @@ class Growth:
             visits = Visits()
 
             def loss(params: Params, bodies: Bodies, taps: Any) -> Any:
-                seeds = self._view(state, bodies, taps, visits=visits)
+                seeds = self._view(state, bodies, taps, at_once=self.bodies_at_once, visits=visits)
                 return loss_fn(params, seeds, *args, **kwargs)
 
             value, (d_params, d_bodies, d_taps) = jax.value_and_grad(
@@ -385,11 +387,11 @@ class Growth:
         ) -> tuple[GrowthState, SurveyInfo]:
             taps = zero_taps(self.lattice)
 
-            # Under the `vmap` of the ablations a switch would compute every variant.
+            # Under the `vmap` of the ablations every round would select among whole activations.
             def loss(gains: Array, probes: Any) -> Scalar:
-                levels = () if probes is None else self.levels
+                at_once = None if probes is None else self.bodies_at_once
                 seeds = self._view(
-                    state, state.bodies, taps, probes=probes, gains=gains, levels=levels
+                    state, state.bodies, taps, probes=probes, gains=gains, at_once=at_once
                 )
                 value = loss_fn(params, seeds, *args, **kwargs)
                 return jnp.asarray(value[0] if has_aux else value, jnp.float32)
@@ -455,7 +457,7 @@ class Growth:
         *,
         probes: Any = None,
         gains: Array | None = None,
-        levels: tuple[int, ...] | None = None,
+        at_once: int | None = None,
         visits: Visits | None = None,
     ) -> Seeds:
         if gains is None:
@@ -467,7 +469,7 @@ class Growth:
             bodies,
             taps,
             probes=probes,
-            levels=self.levels if levels is None else levels,
+            at_once=at_once,
             visits=visits,
         )
 
@@ -483,21 +485,14 @@ class Growth:
             name = self.lattice.names[bank.blueprint]
             old, new = state.bodies[site][name], bodies[site][name]
             learns = slots[site][name].learns
-            pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-            if not pairs:
-                kept[site][name] = old
-                drifts.append(jnp.zeros(learns.shape, jnp.float32))
-                errors.append(jnp.zeros(learns.shape, bool))
-                continue
-            moved = sum(_square(b.astype(jnp.float32) - a.astype(jnp.float32)) for a, b in pairs)
-            size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)
-            is_sound = jnp.isfinite(moved)
-            kept[site][name] = jax.tree.map(
-                lambda a, b, stands=learns & is_sound: select_slots(stands, b, a), old, new
+            still = (old, jnp.zeros(learns.shape, jnp.float32), jnp.zeros(learns.shape, bool))
+            kept[site][name], drift, error = (
+                once_if(jnp.any(learns), partial(_take_in, new, learns), still)
+                if jax.tree.leaves(old)
+                else still
             )
-            drift = jnp.sqrt(moved) / (jnp.sqrt(size) + 1e-12)
-            drifts.append(jnp.where(learns & is_sound, drift, 0.0))
-            errors.append(learns & ~is_sound)
+            drifts.append(drift)
+            errors.append(error)
         where = jnp.where(state.owner == NONE, self.lattice.num_seeds, state.owner)
         num_seeds = self.lattice.num_seeds
         drift = (
@@ -557,6 +552,20 @@ def _evidence(seeds: SeedState, variation: Scalar) -> tuple[Float32[Array, "S"],
     return told, is_measured
 
 
+def _take_in(
+    new: Params, learns: Bool[Array, "P"], still: tuple[Params, Array, Array]
+) -> tuple[Params, Float32[Array, "P"], Bool[Array, "P"]]:
+    """One bank's new parameters where they may stand, how far they moved, and which ones broke."""
+    old = still[0]
+    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    moved = sum(_square(b.astype(jnp.float32) - a.astype(jnp.float32)) for a, b in pairs)
+    size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)
+    stands = learns & jnp.isfinite(moved)
+    kept = jax.tree.map(lambda a, b: select_slots(stands, b, a), old, new)
+    drift = jnp.sqrt(moved) / (jnp.sqrt(size) + 1e-12)
+    return kept, jnp.where(stands, drift, 0.0), learns & ~stands
+
+
 def growth(
     lattice: Lattice,
     *,
@@ -564,7 +573,7 @@ def growth(
     graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
     governor: governors.Governor | None = None,
     settings: lifecycle.Settings | None = None,
-    levels: int | Sequence[int] | None = None,
+    bodies_at_once: int | None = 1,
     max_ablations: int = 8,
 ) -> Growth:
     """Assembles a growing network.
@@ -576,13 +585,13 @@ def growth(
         and a command may choose another; `grafting.linear()` when left out.
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
-      levels: numbers of live bodies per bank for which each site compiles a variant, or how many
-        such levels (1 to 4) More levels follow the live bodies more closely and compile longer.
-        By default none, an eighth of the capacity, all.
+      bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One
+        at a time needs the least memory and is fastest on a CPU; a GPU wants more. None computes
+        every slot, dead or alive, without a loop: for `vmap` over whole states.
       max_ablations: seeds measured by ablation in one survey.
 
     Raises:
-      ValueError: levels that are not increasing, negative, or beyond the capacity; a grafting
+      ValueError: bodies_at_once or max_ablations below 1; strategies of one name; a grafting
         strategy that cannot end within the longest stay in GRAFTING.
     """
     grafts = (
@@ -606,6 +615,10 @@ def growth(
                 "num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
+    if bodies_at_once is not None and bodies_at_once < 1:
+        raise ValueError(
+            f"bodies_at_once must be at least 1, or None for every slot, got {bodies_at_once!r}"
+        )
     if max_ablations < 1:
         raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
     return Growth(
@@ -614,29 +627,6 @@ def growth(
         grafts=grafts,
         governor=governors.standard() if governor is None else governor,
         settings=limits,
-        levels=_levels(levels, _largest_pool(lattice)),
+        bodies_at_once=bodies_at_once,
         max_ablations=max_ablations,
     )
-
-
-def _largest_pool(lattice: Lattice) -> int:
-    _, counts = np.unique(lattice.tables.slot_pool_start, return_counts=True)
-    return int(counts.max())
-
-
-def _levels(levels: int | Sequence[int] | None, capacity: int) -> tuple[int, ...]:
-    if levels is None:
-        levels = 4
-    if isinstance(levels, int):
-        few = -(-capacity // 8)
-        choices = {1: (), 2: (0,), 3: (0, few), 4: (0, 1, few)}
-        if levels not in choices:
-            raise ValueError(f"levels must be 1 to 4, or the levels themselves, got {levels!r}")
-        chosen = choices[levels]
-        return tuple(dict.fromkeys((*chosen, capacity)))
-    given = tuple(levels)
-    if not given or list(given) != sorted(set(given)) or given[0] < 0 or given[-1] > capacity:
-        raise ValueError(
-            f"levels must increase within 0..{capacity} (the largest bank), got {given}"
-        )
-    return given if given[-1] == capacity else (*given, capacity)

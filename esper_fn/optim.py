@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from esper_fn._control import once_if
 from esper_fn._lattice import select_slots
 from esper_fn._typing import Array, Bodies, Bool, Params
 
@@ -120,9 +121,14 @@ def _update_bank(
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
-    state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
-    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
-        gradients, state, bank
-    )
-    still = jax.tree.map(jnp.zeros_like, updates)
-    return choose(slots.learns, updates, still), choose(slots.learns, moved, state)
+    of_bank = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))
+
+    def step(carry: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:
+        still, state = carry
+        state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
+        updates, moved = of_bank(gradients, state, bank)
+        return choose(slots.learns, updates, still), choose(slots.learns, moved, state)
+
+    shapes = jax.eval_shape(of_bank, gradients, state, bank)[0]
+    still = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return once_if(jnp.any(slots.is_born | slots.learns), step, (still, state))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from esper_fn._control import once_if
 from esper_fn._growth import Growth, GrowthState
 from esper_fn._lattice import per_slot_tree, select_slots
 from esper_fn._typing import Array, Bodies, Bool, Int32, Params
@@ -60,6 +61,14 @@ def anchor(params: Params, opt_state: Any, state: GrowthState, *, every: int = 5
     )
 
 
+class _Guarded(NamedTuple):
+    """What a roll-back and a renewal of the anchor work on, in place."""
+
+    now: Snapshot
+    is_born: Bool[Array, "Q"]
+    held: Anchor
+
+
 def guard(
     growth: Growth,
     held: Anchor,
@@ -89,42 +98,46 @@ def guard(
     born_newer = held.is_born_newer | state.is_born
     now = Snapshot(params=params, opt_state=opt_state, bodies=state.bodies, loss=state.loss)
 
-    def go_back() -> tuple[Snapshot, Bool[Array, "Q"], Anchor]:
+    aged = held._replace(is_born_since=born_since, is_born_newer=born_newer, age=held.age + 1)
+
+    def go_back(carry: _Guarded) -> _Guarded:
         young = per_slot_tree(growth.lattice, born_since)
+        older = carry.held.older
         bodies = {
             site: {
                 name: jax.tree.map(
                     lambda new, old, is_young=young[site][name]: select_slots(is_young, new, old),
                     bank,
-                    held.older.bodies[site][name],
+                    older.bodies[site][name],
                 )
                 for name, bank in at_site.items()
             }
-            for site, at_site in state.bodies.items()
+            for site, at_site in carry.now.bodies.items()
         }
-        restored = held.older._replace(bodies=bodies)
-        kept = held._replace(
+        restored = older._replace(bodies=bodies)
+        kept = carry.held._replace(
             older=restored,
             newer=restored,
             is_born_since=born_since,
             is_born_newer=born_since,
             age=jnp.int32(0),
         )
-        return restored, born_since, kept
+        return _Guarded(now=restored, is_born=born_since, held=kept)
 
-    def go_on() -> tuple[Snapshot, Bool[Array, "Q"], Anchor]:
-        is_due = (held.age + 1 >= held.every) & (verdict.alarm == Alarm.CALM)
-        aged = held._replace(is_born_since=born_since, is_born_newer=born_newer, age=held.age + 1)
+    def renew(carry: _Guarded) -> _Guarded:
         renewed = Anchor(
-            older=held.newer,
-            newer=now,
+            older=carry.held.newer,
+            newer=carry.now,
             is_born_since=born_newer,
             is_born_newer=jnp.zeros_like(born_newer),
             age=jnp.int32(0),
             every=held.every,
         )
-        return now, state.is_born, jax.lax.cond(is_due, lambda: renewed, lambda: aged)
+        return carry._replace(held=renewed)
 
-    chosen, is_born, held = jax.lax.cond(verdict.should_roll_back, go_back, go_on)
+    is_due = (aged.age >= held.every) & (verdict.alarm == Alarm.CALM)
+    guarded = _Guarded(now=now, is_born=state.is_born, held=aged)
+    guarded = once_if(is_due & ~verdict.should_roll_back, renew, guarded)
+    chosen, is_born, held = once_if(verdict.should_roll_back, go_back, guarded)
     state = state._replace(bodies=chosen.bodies, loss=chosen.loss, is_born=is_born)
     return chosen.params, chosen.opt_state, state, held

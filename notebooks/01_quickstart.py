@@ -148,7 +148,7 @@ growth = ef.growth(
         ef.policies.quota(4),
     ),
     graft=ef.grafting.linear(num_steps=50),
-    levels=1,  # one compiled variant: quick to compile, and small bodies cost little anyway
+    bodies_at_once=None,  # one compiled variant: quick to compile, and small bodies cost little anyway
 )
 optimizer = ef.optim.per_body(adam)  # the host's Adam, and one of its own for every body
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from esper_fn._control import once_if
 from esper_fn._lattice._lattice import Lattice, fresh_bank
 from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
 from esper_fn.lifecycle import NONE
@@ -104,13 +105,12 @@ def give_birth(lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key:
         site = lattice.sites[bank.site].name
         name = lattice.names[bank.blueprint]
         here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
-        old = bodies[site][name]
 
-        def renew(here: Bool[Array, "P"] = here, old: object = old, index: int = index) -> object:
+        def renew(old: object, here: Bool[Array, "P"] = here, index: int = index) -> object:
             fresh = fresh_bank(lattice, lattice.tables.banks[index], jax.random.fold_in(key, index))
             return jax.tree.map(lambda new, kept: select_slots(here, new, kept), fresh, old)
 
-        born[site][name] = jax.lax.cond(jnp.any(here), renew, lambda old=old: old)
+        born[site][name] = once_if(jnp.any(here), renew, bodies[site][name])
     return born
 
 

@@ -27,6 +27,27 @@ def read(
     return jnp.moveaxis(jnp.take(x, columns, axis=-1, mode="fill", fill_value=0), -2, 0)
 
 
+def window(
+    chunking: Chunking, chunk: Int32[Array, ""], values: Float[Array, "... F"]
+) -> tuple[Int32[Array, ""], Bool[Array, "*"], Float[Array, "... F"]]:
+    """One chunk in place.
+
+    Returns the first of F neighbouring features of the activation that hold the chunk, which of
+    them are its own, and its values moved to these.
+    """
+    safe = jnp.maximum(chunk, 0)
+    if chunking.is_even:
+        return safe * chunking.widest, jnp.ones((), bool), values
+    first, last = jnp.asarray(chunking.starts)[safe], chunking.features - chunking.widest
+    start, is_real = jnp.minimum(first, last), jnp.asarray(chunk_mask(chunking))[safe]
+    # A narrow chunk at the very end: its window begins one feature early.
+    is_late = first > last
+    moved = jnp.roll(values, 1, axis=-1), jnp.roll(is_real, 1)
+    values = jnp.where(is_late, moved[0], values)
+    is_real = jnp.where(is_late, moved[1], is_real)
+    return start, is_real.reshape(*(1,) * (values.ndim - 1), -1), values
+
+
 class Placed(NamedTuple):
     """Which of `n` slots serves each chunk."""
 

@@ -12,9 +12,10 @@ output `r = body(u)` and the incoming gradient `dy`::
 A gain of exactly 0 selects the other operand instead of multiplying, so `y` is `x` and `d x` is
 `dy` bit for bit, NaN and -0.0 included, and a body that is not finite reaches nothing.
 
-So that time follows the bodies alive, each site switches between variants that compute none, few or
-all of its slots. The host's own operations stand outside the switch, compiled once, and a gain of 0
-selects element by element: the host's bits cannot depend on its dormant or learning seeds.
+So that time and memory follow the bodies alive, each site runs a loop over them, a few at a time,
+that changes the activation in place. The host's own operations stand outside the loop, compiled
+once, and a gain of 0 selects element by element: the host's bits cannot depend on its dormant or
+learning seeds.
 
 **How the measurements leave a pure loss function.** Every call takes a *tap*, a zero array with one
 row a chunk, on which its output does not depend. The derivative rule returns the measurements as
@@ -26,13 +27,14 @@ does not reach reads zero rows: not measured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice._chunks import lay_out, per_feature, place, read, split
+from esper_fn._control import once_if
+from esper_fn._lattice._chunks import lay_out, per_feature, place, read, split, window
 from esper_fn._lattice._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Float32, Int32, Params
 from esper_fn.base import Blueprint, BodySpec
@@ -75,8 +77,8 @@ class Wiring(NamedTuple):
     spec: BodySpec
     blueprints: tuple[Blueprint, ...]
     """Of the site's banks, in order."""
-    levels: tuple[int, ...]
-    """Bodies computed per bank, one variant each, increasing; the last one holds every slot."""
+    at_once: int | None
+    """Bodies a round computes; None for every slot in one go, dead or alive."""
 
 
 class BankView(NamedTuple):
@@ -96,44 +98,54 @@ def _is_live(bank: BankView) -> Bool[Array, "P"]:
     return (bank.chunk >= 0) & jnp.any(bank.gains != 0, axis=-1)
 
 
-# --- variants by the number of live bodies ---------------------------------------------------
-
-
-@lru_cache(maxsize=512)
-def _variants(operation: Callable[..., Any], wiring: Wiring) -> tuple[Callable[..., Any], ...]:
-    return tuple(partial(operation, wiring, level) for level in wiring.levels)
-
-
-def _at_level(operation: Callable[..., Any], wiring: Wiring, banks: Banks, *operands: Array) -> Any:
-    """`operation` in the smallest variant that holds the fullest bank."""
-    variants = _variants(operation, wiring)
-    if len(variants) == 1:
-        return variants[0](banks, *operands)
-    counts = [jnp.sum(_is_live(bank), dtype=jnp.int32) for bank in banks]
-    fullest = jnp.max(jnp.stack(counts))
-    level = jnp.sum(jnp.asarray(wiring.levels, jnp.int32) < fullest, dtype=jnp.int32)
-    return jax.lax.switch(level, variants, banks, *operands)
+# --- rounds over the live bodies ---------------------------------------------------------------
 
 
 class _Live(NamedTuple):
-    """The slots of one bank that a variant computes."""
+    """The slots of one bank that one round computes."""
 
-    order: Int32[Array, "n"] | None
-    """Which slots; None for all of them."""
+    slot: Int32[Array, "n"]
+    """Which ones; beyond the bank where there is nothing to do."""
     bodies: Params
     chunk: Int32[Array, "n"]
     """Negative for a slot with nothing to do."""
     gains: Float32[Array, "n 3"]
 
 
-def _pick(bank: BankView, max_live: int) -> _Live:
+def _rounds(wiring: Wiring, bank: BankView, run: Callable[[_Live, Any], Any], carry: Any) -> Any:
+    """`carry` after `run(live, carry)` for a few live bodies at a time, in slot order."""
+    num_slots, at_once = bank.chunk.shape[0], wiring.at_once
     is_live = _is_live(bank)
     chunk = jnp.where(is_live, bank.chunk, -1)
-    if max_live >= bank.chunk.shape[0]:
-        return _Live(order=None, bodies=bank.bodies, chunk=chunk, gains=bank.gains)
-    order = jnp.argsort(~is_live, stable=True)[:max_live].astype(jnp.int32)
-    bodies, chunk, gains = jax.tree.map(lambda leaf: leaf[order], (bank.bodies, chunk, bank.gains))
-    return _Live(order=order, bodies=bodies, chunk=chunk, gains=gains)
+    if at_once is None:
+        every = jnp.arange(num_slots, dtype=jnp.int32)
+        return run(_Live(slot=every, bodies=bank.bodies, chunk=chunk, gains=bank.gains), carry)
+    num_live = jnp.sum(is_live, dtype=jnp.int32)
+    order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
+    order = jnp.concatenate([order, jnp.full((at_once - 1,), num_slots, jnp.int32)])
+
+    def once(state: Any) -> Any:
+        done, carry = state
+        slot = jax.lax.dynamic_slice_in_dim(order, done, at_once)
+        safe = jnp.minimum(slot, num_slots - 1)
+        bodies, gains = jax.tree.map(lambda leaf: _take(leaf, safe), (bank.bodies, bank.gains))
+        here = jnp.where(slot < num_slots, chunk[safe], -1)
+        return done + at_once, run(_Live(slot=slot, bodies=bodies, chunk=here, gains=gains), carry)
+
+    _, carry = jax.lax.while_loop(lambda state: state[0] < num_live, once, (jnp.int32(0), carry))
+    return carry
+
+
+def _if_any_live(wiring: Wiring, banks: Banks, run: Callable[[Any], Any], carry: Any) -> Any:
+    """`run(carry)` where a body lives, else `carry`."""
+    if wiring.at_once is None:
+        return run(carry)
+    is_any = jnp.any(jnp.concatenate([_is_live(bank) for bank in banks]))
+    return once_if(is_any, run, carry)
+
+
+def _take(leaf: Array, rows: Int32[Array, "n"]) -> Array:
+    return leaf.at[rows].get(mode="promise_in_bounds")
 
 
 # --- one bank --------------------------------------------------------------------------------
@@ -169,6 +181,13 @@ def _add(
     base: Float[Array, "... D"], chunking: Chunking, chunk: Array, gain: Array, values: Array
 ) -> Float[Array, "... D"]:
     """`base + gain * values` in the slots' chunks, `base` itself where the gain is 0."""
+    if chunk.shape[0] == 1:
+        gain = jnp.where(chunk[0] >= 0, gain[0], 0.0)
+        start, is_real, values = window(chunking, chunk[0], values[0])
+        old = jax.lax.dynamic_slice_in_dim(base, start, chunking.widest, axis=-1)
+        wide = old.astype(jnp.float32) + gain * values.astype(jnp.float32)
+        new = jnp.where(is_real & (gain != 0), wide.astype(base.dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(base, new, start, axis=-1)
     placed = place(chunking, chunk)
     factor = per_feature(gain, chunking, placed, base.ndim)
     wide = base.astype(jnp.float32) + factor * lay_out(values, chunking, placed).astype(jnp.float32)
@@ -182,7 +201,7 @@ class _Pulled(NamedTuple):
     feel: Float32[Array, "n"]
     """How much of `d_u` the host feels."""
     d_u: Float[Array, "n ... F"]
-    channels: Float32[Array, "n 4"]
+    channels: Float32[Array, "n 5"]
 
 
 def _pull(wiring: Wiring, blueprint: Blueprint, live: _Live, u: Array, dy: Array) -> _Pulled:
@@ -203,6 +222,7 @@ def _pull(wiring: Wiring, blueprint: Blueprint, live: _Live, u: Array, dy: Array
     worth = jnp.where(wide != 0, -dy.astype(jnp.float32) * wide, 0.0)
     channels = jnp.stack(
         [
+            _per_slot(jnp.square(dy.astype(jnp.float32)), jnp.sum),
             jnp.ones_like(learn),
             _per_slot(jnp.square(wide), jnp.sum),
             _per_slot(worth, jnp.sum),
@@ -221,45 +241,94 @@ def _pull(wiring: Wiring, blueprint: Blueprint, live: _Live, u: Array, dy: Array
 # --- one site --------------------------------------------------------------------------------
 
 
-def _forward(wiring: Wiring, max_live: int, banks: Banks, source: Array, target: Array) -> Array:
-    y = target
-    if max_live == 0:
+def _forward(wiring: Wiring, banks: Banks, source: Array, target: Array) -> Array:
+    def run(y: Array) -> Array:
+        for blueprint, bank in zip(wiring.blueprints, banks, strict=True):
+
+            def act(live: _Live, y: Array, blueprint: Blueprint = blueprint) -> Array:
+                u = read(source, wiring.source, live.chunk)
+                r = _run(blueprint, wiring, live, live.bodies, u)
+                gain = jnp.where(_is_finite(r), live.gains[:, 0], 0.0)
+                return _add(y, wiring.target, live.chunk, gain, r)
+
+            y = _rounds(wiring, bank, act, y)
         return y
-    for blueprint, bank in zip(wiring.blueprints, banks, strict=True):
-        live = _pick(bank, max_live)
-        r = _run(blueprint, wiring, live, live.bodies, read(source, wiring.source, live.chunk))
-        act = jnp.where(_is_finite(r), live.gains[:, 0], 0.0)
-        y = _add(y, wiring.target, live.chunk, act, r)
-    return y
+
+    return _if_any_live(wiring, banks, run, target)
 
 
-def _backward(wiring: Wiring, max_live: int, banks: Banks, source: Array, dy: Array) -> Any:
+class _Pulling(NamedTuple):
+    """What the rounds of the backward pass fill in."""
+
+    d_source: Array
+    channels: Float32[Array, "C 5"]
+    d_bodies: tuple[Params, ...]
+    """Of each bank."""
+
+
+def _backward(wiring: Wiring, banks: Banks, source: Array, dy: Array) -> _Pulling:
     """Gradients of the bodies and of what they read, and the channels that need a gradient."""
-    d_source = jnp.zeros_like(source) if wiring.is_span else dy
-    channels = jnp.zeros_like(dy, shape=(wiring.target.chunks, 4), dtype=jnp.float32)
-    d_bodies = [jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks]
-    for index, bank in enumerate(banks if max_live else ()):
-        live = _pick(bank, max_live)
-        u, slope = read(source, wiring.source, live.chunk), read(dy, wiring.target, live.chunk)
-        pulled = _pull(wiring, wiring.blueprints[index], live, u, slope)
-        d_source = _add(d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u)
-        rows = jnp.where(live.chunk >= 0, live.chunk, wiring.target.chunks)
-        channels = channels.at[rows].add(pulled.channels, mode="drop")
-        d_bodies[index] = (
-            pulled.bodies
-            if live.order is None
-            else jax.tree.map(
-                lambda zero, new, order=live.order: zero.at[order].set(new),
-                d_bodies[index],
-                pulled.bodies,
+
+    def pull(so_far: _Pulling) -> _Pulling:
+        slope = dy if wiring.is_span else so_far.d_source
+        for index in range(len(banks)):
+            so_far = _rounds(
+                wiring, banks[index], partial(_pull_into, wiring, index, source, slope), so_far
             )
-        )
-    slopes = jnp.sum(split(_over_rows(dy, jnp.square), wiring.target), axis=-1, keepdims=True)
-    return tuple(d_bodies), d_source, jnp.concatenate([slopes, channels], axis=-1)
+        return so_far
+
+    pulled = _if_any_live(
+        wiring,
+        banks,
+        pull,
+        _Pulling(
+            d_source=jnp.zeros_like(source) if wiring.is_span else dy,
+            channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
+            d_bodies=tuple(jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks),
+        ),
+    )
+    # Where no body lives `d_source` still is `dy`, and measuring it here, after the loop, leaves
+    # XLA free to work in the buffer of `dy` and to go on with the host meanwhile.
+    still = dy if wiring.is_span else pulled.d_source
+    slopes = jnp.sum(split(_over_rows(still, jnp.square), wiring.target), axis=-1)
+    slopes = jnp.where(pulled.channels[:, 1] > 0, pulled.channels[:, 0], slopes)
+    return pulled._replace(channels=pulled.channels.at[:, 0].set(slopes))
+
+
+def _pull_into(
+    wiring: Wiring, index: int, source: Array, dy: Array, live: _Live, so_far: _Pulling
+) -> _Pulling:
+    """One round of bank `index`."""
+    u, slope = read(source, wiring.source, live.chunk), read(dy, wiring.target, live.chunk)
+    pulled = _pull(wiring, wiring.blueprints[index], live, u, slope)
+    rows = jnp.where(live.chunk >= 0, live.chunk, wiring.target.chunks)
+    filled = jax.tree.map(
+        lambda old, new: old.at[live.slot].set(new, mode="drop"),
+        so_far.d_bodies[index],
+        pulled.bodies,
+    )
+    return _Pulling(
+        d_source=_add(so_far.d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u),
+        channels=so_far.channels.at[rows].add(pulled.channels, mode="drop"),
+        d_bodies=(*so_far.d_bodies[:index], filled, *so_far.d_bodies[index + 1 :]),
+    )
 
 
 def _over_rows(x: Float[Array, "... D"], measure: Callable[[Array], Array]) -> Float32[Array, "D"]:
     return jnp.sum(measure(x.astype(jnp.float32)), axis=tuple(range(x.ndim - 1)))
+
+
+def _apart(banks: Banks, measure: Callable[[Array], Array], x: Array) -> Array:
+    """`measure(x)`, in a computation of its own.
+
+    A conditional that always holds, which XLA cannot know. Without it XLA would fuse whatever made
+    `x` (a pooling, say) into each reduction and compute it several times.
+    """
+    always = jnp.all(banks[0].chunk >= jnp.iinfo(jnp.int32).min + 1)
+    like = jax.eval_shape(measure, x)
+    return jax.lax.cond(
+        always, measure, lambda x: jnp.zeros_like(x, shape=like.shape, dtype=like.dtype), x
+    )
 
 
 def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
@@ -281,23 +350,15 @@ def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
     )
 
 
-def _forward_and_watch(
-    wiring: Wiring, max_live: int, banks: Banks, source: Array, target: Array
-) -> tuple[Array, Float32[Array, "C 5"]]:
-    # Measured inside the variant, where `target` is a buffer: outside, XLA fuses whatever made it
-    # (a pooling, say) into each reduction and computes it several times.
-    return _forward(wiring, max_live, banks, source, target), _watch(wiring, target)
-
-
 def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
     """Cotangents of the banks, of the source and of the tap."""
     banks, source, watched = kept
-    d_bodies, d_source, channels = _at_level(_backward, wiring, banks, source, dy)
+    pulled = _backward(wiring, banks, source, dy)
     d_banks = tuple(
         BankView(bodies=leaves, chunk=None, gains=jnp.zeros_like(bank.gains))  # type: ignore[arg-type]
-        for leaves, bank in zip(d_bodies, banks, strict=True)
+        for leaves, bank in zip(pulled.d_bodies, banks, strict=True)
     )
-    return d_banks, d_source, jnp.concatenate([watched, channels], axis=-1)
+    return d_banks, pulled.d_source, jnp.concatenate([watched, pulled.channels], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -306,14 +367,13 @@ def grow_in_place(
 ) -> Float[Array, "... D"]:
     """`y` for a site whose bodies read what they write to."""
     del tap
-    y: Array = _at_level(_forward, wiring, banks, x, x)
-    return y
+    return _forward(wiring, banks, x, x)
 
 
 def _in_place_fwd(wiring: Wiring, banks: Banks, x: Array, tap: Array) -> Any:
     del tap
-    y, watched = _at_level(_forward_and_watch, wiring, banks, x, x)
-    return y, (banks, x, watched)
+    watched = _apart(banks, partial(_watch, wiring), x)
+    return _forward(wiring, banks, x, x), (banks, x, watched)
 
 
 grow_in_place.defvjp(_in_place_fwd, _pull_site)
@@ -329,14 +389,13 @@ def grow_span(
 ) -> Float[Array, "... D"]:
     """`y` for a site whose bodies read `source` and write to `target`."""
     del tap
-    y: Array = _at_level(_forward, wiring, banks, source, target)
-    return y
+    return _forward(wiring, banks, source, target)
 
 
 def _span_fwd(wiring: Wiring, banks: Banks, source: Array, target: Array, tap: Array) -> Any:
     del tap
-    y, watched = _at_level(_forward_and_watch, wiring, banks, source, target)
-    return y, (banks, source, watched)
+    watched = _apart(banks, partial(_watch, wiring), target)
+    return _forward(wiring, banks, source, target), (banks, source, watched)
 
 
 def _span_bwd(wiring: Wiring, kept: Any, dy: Array) -> Any:

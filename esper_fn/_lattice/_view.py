@@ -62,7 +62,7 @@ def view(
     bodies: Bodies,
     taps: Taps,
     *,
-    levels: tuple[int, ...] = (),
+    at_once: int | None = None,
     probes: Probes | None = None,
     visits: Visits | None = None,
 ) -> Seeds:
@@ -74,8 +74,7 @@ def view(
       gains_of_slots: see `slot_gains`.
       bodies: parameters of all banks.
       taps: see `zero_taps`.
-      levels: numbers of live bodies per bank and layer that get a variant of their own, besides
-        the one that computes every slot.
+      at_once: bodies a site computes in one round over the live ones; None for every slot.
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
     """
@@ -114,7 +113,7 @@ def view(
                 is_span=place.is_span,
                 spec=place.spec,
                 blueprints=tuple(lattice.blueprints[bank.blueprint] for bank in banks),
-                levels=(*(level for level in levels if level < size), size),
+                at_once=None if at_once is None else min(at_once, size),
             )
         )
     layout = Layout(

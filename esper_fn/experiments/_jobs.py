@@ -187,7 +187,7 @@ def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth
             },
             min_contribution=job.min_contribution,
         ),
-        levels=2,
+        bodies_at_once=1,
         max_ablations=4,
     )
 

@@ -108,7 +108,7 @@ def calm_track(num_steps: int = 1000, loss: float = 1.0, deviation: float = 0.01
 
 def rig(lattice: Any, *, rows: int, **parts: Any) -> Rig:
     parts = {"policy": ef.policies.never(), "governor": ef.governors.lenient(), **parts}
-    growth = ef.growth(lattice, levels=1, **parts)
+    growth = ef.growth(lattice, bodies_at_once=None, **parts)
     return Rig(growth=growth, update=jax.jit(growth.update), rows=rows)
 
 

@@ -40,7 +40,7 @@ def _newborn(topology: Any) -> Any:
         blueprints={name: ef.blueprints.get(name) for name in names},
         capacity=1,
     )
-    growth = ef.growth(lattice, levels=1)
+    growth = ef.growth(lattice, bodies_at_once=None)
     return names, growth, growth.init(jax.random.key(3))
 
 

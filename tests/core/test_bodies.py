@@ -56,10 +56,10 @@ def loss_fn(params: Any, seeds: ef.Seeds, x: jax.Array) -> Any:
 
 
 @cache
-def setting(levels: int = 1) -> Any:
+def setting(at_once: int | None = None) -> Any:
     growth = ef.growth(
         LATTICE,
-        levels=levels,
+        bodies_at_once=at_once,
         policy=ef.policies.never(),
         governor=ef.governors.lenient(),
     )
@@ -116,11 +116,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("at_once", [None, 1, 3])
 @pytest.mark.parametrize("fault", list(FAULTS))
 @pytest.mark.parametrize("stage", LIVE)
-def test_a_broken_body_reaches_nothing(stage: Stage, fault: str, levels: int) -> None:
-    growth, state, run, update, params, x = setting(levels)
+def test_a_broken_body_reaches_nothing(stage: Stage, fault: str, at_once: int | None) -> None:
+    growth, state, run, update, params, x = setting(at_once)
     blueprint, change = FAULTS[fault]
     state = populated(growth, state, stage, blueprint)
     bad = with_body(state, BAD, change)

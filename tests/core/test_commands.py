@@ -265,7 +265,7 @@ def assert_same(after: Any, control: Any) -> None:
 def test_commands_come_before_policies() -> None:
     policy = ef.policies.scripted([(0, cull(0)), (0, cull(1))])
     lattice = small().growth.lattice
-    growth = ef.growth(lattice, policy=policy, governor=ef.governors.lenient(), levels=1)
+    growth = ef.growth(lattice, policy=policy, governor=ef.governors.lenient(), bodies_at_once=None)
     state = place(growth, growth.init(jax.random.key(0)), [2, 2, 0, 0, 0, 0, 0])
     commands = growth.commands([roll_back(0)])
     update = jax.jit(growth.update)

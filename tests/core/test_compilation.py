@@ -97,7 +97,7 @@ def test_new_thresholds_and_numbers_compile_nothing() -> None:
             capacity=1,
         ),
         policy=ef.policies.periodic(every=5),
-        levels=1,
+        bodies_at_once=None,
     )
     optimizer = ef.optim.per_body(standard(optax.sgd(1e-2)))
     params = jnp.ones((6, 3)) * 0.1

@@ -43,11 +43,11 @@ class Case(NamedTuple):
 
 
 @cache
-def case(levels: int = 1, names: tuple[str, ...] = FEW) -> Case:
+def case(at_once: int | None = None, names: tuple[str, ...] = FEW) -> Case:
     """The blueprints at every kind of site, each seed acting with another alpha."""
     blueprints = {name: DENSE[name] for name in names}
     lattice = ef.lattice(sites=SITES, blueprints=blueprints, capacity=8 // len(names) + 1)
-    growth = ef.growth(lattice, levels=levels)
+    growth = ef.growth(lattice, bodies_at_once=at_once)
     rows = {}
     for seed in range(lattice.num_seeds):
         site, _, chunk = lattice.locate(seed)
@@ -111,19 +111,21 @@ def expected(given: Case, site: Site, xs: Any, dtype: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("shape", "levels", "names"),
+    ("shape", "at_once", "names"),
     [
-        ((64,), 1, ALL),
-        ((), 1, FEW),
+        ((64,), None, ALL),
+        ((), None, FEW),
         ((2, 3), 1, FEW),
         ((2, 3, 2), 1, FEW),
+        ((5,), 1, FEW),
+        ((64,), 1, ALL),
         ((5,), 3, FEW),
     ],
 )
 def test_float32_is_the_formula(
-    shape: tuple[int, ...], levels: int, names: tuple[str, ...]
+    shape: tuple[int, ...], at_once: int | None, names: tuple[str, ...]
 ) -> None:
-    given = case(levels, names)
+    given = case(at_once, names)
     xs = inputs(shape, jnp.float32)
     ys = given.run(given.state, xs)
     for site in SITES:
@@ -170,9 +172,9 @@ def _odd_numbers(dtype: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("levels", [1, 3])
-def test_act_0_is_the_identity_of_bits(levels: int, dtype: str) -> None:
-    given = case(levels)
+@pytest.mark.parametrize("at_once", [None, 1, 3])
+def test_act_0_is_the_identity_of_bits(at_once: int | None, dtype: str) -> None:
+    given = case(at_once)
     stages = {
         Stage.TRAINING: 0.0,
         Stage.GERMINATED: 0.0,

@@ -25,7 +25,7 @@ def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None
         ),
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(fossils_learn=fossils_learn),
-        levels=1,
+        bodies_at_once=None,
     )
 
     def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: jax.Array) -> jax.Array:

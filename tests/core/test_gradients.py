@@ -61,14 +61,14 @@ def loss_fn(inputs: Any, seeds: ef.Seeds, weights: Any) -> jax.Array:
 
 
 @cache
-def compiled(levels: int) -> Any:
-    growth = ef.growth(LATTICE, levels=levels)
+def compiled(at_once: int | None) -> Any:
+    growth = ef.growth(LATTICE, bodies_at_once=at_once)
     return growth, jax.jit(growth.value_and_grad(loss_fn), compiler_options=QUICK)
 
 
 @cache
-def ran(levels: int = 1, alpha: float = ALPHA) -> Ran:
-    growth, run = compiled(levels)
+def ran(at_once: int | None = None, alpha: float = ALPHA) -> Ran:
+    growth, run = compiled(at_once)
     rows = {
         seed: ("silu", seed % NUM_STAGES, alpha if 3 <= seed % NUM_STAGES <= 7 else 0.0)
         for seed in range(LATTICE.num_seeds)
@@ -128,11 +128,11 @@ def test_the_gains_of_a_stage(stage: Stage) -> None:
     np.testing.assert_allclose(gains_of(stage), GAINS[stage], rtol=1e-6)
 
 
-@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("at_once", [None, 1, 3])
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 @pytest.mark.parametrize("stage", Stage)
-def test_gradients_of_every_stage(stage: Stage, site: ef.Site, levels: int) -> None:
-    given = ran(levels)
+def test_gradients_of_every_stage(stage: Stage, site: ef.Site, at_once: int | None) -> None:
+    given = ran(at_once)
     _, learn, feel = GAINS[stage]
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)
     d_params, d_u, r = by_hand(given, site, stage) if 1 <= stage <= 7 else (None, 0.0, None)
@@ -289,7 +289,7 @@ def chain_host(params: Any, grow: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def chain() -> Any:
-    growth = ef.growth(CHAIN, levels=1)
+    growth = ef.growth(CHAIN, bodies_at_once=None)
     run = jax.jit(
         growth.value_and_grad(lambda p, seeds, x: chain_host(p, seeds.grow, x)),
         compiler_options=QUICK,

@@ -539,7 +539,9 @@ def surveyed() -> Surveyed:
         return mean_square(seeds.grow("hidden", batch @ params), batch)
 
     with strict():
-        growth = ef.growth(lattice, policy=ef.policies.never(), levels=1, max_ablations=2)
+        growth = ef.growth(
+            lattice, policy=ef.policies.never(), bodies_at_once=None, max_ablations=2
+        )
         key = jax.random.key(1)
         batch = jax.random.normal(key, (8, 4))
         params = jnp.eye(4) * 0.5

@@ -226,7 +226,7 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
     )
     growth = ef.growth(
         lattice,
-        levels=1,
+        bodies_at_once=None,
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(
             min_steps={Stage.GERMINATED: 2}, max_steps={Stage.TRAINING: 30}, embargo_steps=1

@@ -41,7 +41,7 @@ GROWTH = ef.growth(
         ef.grafting.stability(3, hold_steps=1, back_steps=1),
     ],
     governor=ef.governors.standard(patience=3, veto_steps=3, max_drift=5.0),
-    levels=1,
+    bodies_at_once=None,
 )
 
 

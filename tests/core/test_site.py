@@ -89,18 +89,11 @@ def test_a_lattice_says_what_does_not_fit() -> None:
         _lattice(site, dtype=jnp.int32)
 
 
-@pytest.mark.parametrize("levels", [0, 5, (), (2, 1), (1, 1), (-1, 2), (0, 5)])
-def test_levels_that_make_no_sense(levels: Any) -> None:
-    lattice = _lattice(ef.site("s", features=4, chunks=4), capacity=4)
-    with pytest.raises(ValueError, match="levels must"):
-        ef.growth(lattice, levels=levels)
-
-
-def test_levels() -> None:
-    lattice = _lattice(ef.site("s", features=32, chunks=32), capacity=32)
-    assert [ef.growth(lattice, levels=n).levels for n in (1, 2, 3)] == [(32,), (0, 32), (0, 4, 32)]
-    assert ef.growth(lattice, levels=(0, 2)).levels == (0, 2, 32)
-    assert ef.growth(_lattice(ef.site("s", features=4))).levels == (0, 1)
+@pytest.mark.parametrize("count", [0, -1])
+def test_numbers_at_once_that_make_no_sense(count: int) -> None:
+    lattice = _lattice(ef.site("s", features=4))
+    with pytest.raises(ValueError, match="bodies_at_once must be at least 1"):
+        ef.growth(lattice, bodies_at_once=count)
 
 
 def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None:

@@ -275,7 +275,7 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
         return params
 
     params = jax.jit(train, compiler_options=QUICK)(params)
-    growth = ef.growth(lattice, levels=1)
+    growth = ef.growth(lattice, bodies_at_once=None)
     survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
     _, info = survey(params, blank(growth), batch)
     assert float(info.loss) < 1.6  # it did learn something

@@ -70,7 +70,7 @@ def test_a_model_grows(model: tuple[Any, Any]) -> None:
             blueprints={"low_rank": ef.blueprints.low_rank(2)},
             capacity=2,
         ),
-        levels=1,
+        bodies_at_once=None,
     )
 
     def loss_fn(params: Any, seeds: Any, batch: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def test_a_host_reaches_all_its_sites_and_is_itself_while_they_sleep(name: str) 
             blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
             capacity=1,
         ),
-        levels=1,
+        bodies_at_once=None,
     )
     params = host.init(jax.random.key(0))
     state = growth.init(jax.random.key(1))

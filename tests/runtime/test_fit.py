@@ -38,7 +38,12 @@ def grow(policy: P.Policy, **options: Any) -> ef.Growth:
         capacity=2,
     )
     return ef.growth(
-        lattice, policy=policy, graft=ef.grafting.linear(8), settings=QUICK, levels=1, **options
+        lattice,
+        policy=policy,
+        graft=ef.grafting.linear(8),
+        settings=QUICK,
+        bodies_at_once=None,
+        **options,
     )
 
 
