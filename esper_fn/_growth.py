@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -477,28 +476,29 @@ class Growth:
         self, state: GrowthState, bodies: Bodies
     ) -> tuple[Bodies, Float32[Array, "S"], Bool[Array, "S"]]:
         """Parameters that may stand, how far each body moved, and which ones broke."""
-        slots = self.slots(state)
-        kept: dict[str, dict[str, Any]] = {site: {} for site in bodies}
-        drifts, errors = [], []
-        for bank in self.lattice.tables.banks:
-            site = self.lattice.sites[bank.site].name
-            name = self.lattice.names[bank.blueprint]
-            old, new = state.bodies[site][name], bodies[site][name]
-            learns = slots[site][name].learns
-            still = (old, jnp.zeros(learns.shape, jnp.float32), jnp.zeros(learns.shape, bool))
-            kept[site][name], drift, error = (
-                once_if(jnp.any(learns), partial(_take_in, new, learns), still)
-                if jax.tree.leaves(old)
-                else still
-            )
-            drifts.append(drift)
-            errors.append(error)
+        learns = slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+
+        def take_in(still: tuple[Bodies, Array, Array]) -> tuple[Bodies, Array, Array]:
+            kept: dict[str, dict[str, Any]] = {site: {} for site in bodies}
+            drifts, errors = [], []
+            for bank in self.lattice.tables.banks:
+                site = self.lattice.sites[bank.site].name
+                name = self.lattice.names[bank.blueprint]
+                kept[site][name], drift, error = _take_in(
+                    still[0][site][name],
+                    bodies[site][name],
+                    learns[bank.start : bank.start + bank.num_slots],
+                )
+                drifts.append(drift)
+                errors.append(error)
+            return kept, jnp.concatenate(drifts), jnp.concatenate(errors)
+
+        still = (state.bodies, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns))
+        kept, drifts, errors = once_if(jnp.any(learns), take_in, still)
         where = jnp.where(state.owner == NONE, self.lattice.num_seeds, state.owner)
         num_seeds = self.lattice.num_seeds
-        drift = (
-            jnp.zeros((num_seeds,), jnp.float32).at[where].set(jnp.concatenate(drifts), mode="drop")
-        )
-        error = jnp.zeros((num_seeds,), bool).at[where].set(jnp.concatenate(errors), mode="drop")
+        drift = jnp.zeros((num_seeds,), jnp.float32).at[where].set(drifts, mode="drop")
+        error = jnp.zeros((num_seeds,), bool).at[where].set(errors, mode="drop")
         return kept, drift, error
 
     def _ramp(
@@ -553,10 +553,11 @@ def _evidence(seeds: SeedState, variation: Scalar) -> tuple[Float32[Array, "S"],
 
 
 def _take_in(
-    new: Params, learns: Bool[Array, "P"], still: tuple[Params, Array, Array]
+    old: Params, new: Params, learns: Bool[Array, "P"]
 ) -> tuple[Params, Float32[Array, "P"], Bool[Array, "P"]]:
     """One bank's new parameters where they may stand, how far they moved, and which ones broke."""
-    old = still[0]
+    if not jax.tree.leaves(old):
+        return old, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns)
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
     moved = sum(_square(b.astype(jnp.float32) - a.astype(jnp.float32)) for a, b in pairs)
     size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)

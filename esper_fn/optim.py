@@ -84,19 +84,33 @@ def per_body(
         d_host, d_banks = gradients
         host_params, banks = params
         host_updates, host_state = of_host.update(d_host, state.host, host_params, **extra)
-        updates: dict[str, dict[str, Any]] = {site: dict(at) for site, at in d_banks.items()}
-        states: dict[str, dict[str, Any]] = {}
-        for site, at_site in _with_parameters(banks).items():
-            states[site] = {}
-            for name, bank in at_site.items():
-                updates[site][name], states[site][name] = _update_bank(
-                    of_body,
-                    d_banks[site][name],
-                    state.bodies[site][name],
-                    bank,
-                    slots[site][name],
-                    extra,
-                )
+        of_banks = _with_parameters(banks)
+        is_any = [
+            jnp.any(slots[site][name].is_born | slots[site][name].learns)
+            for site, at_site in of_banks.items()
+            for name in at_site
+        ]
+
+        def step(carry: tuple[Bodies, Any]) -> tuple[Bodies, Any]:
+            updates = {site: dict(at_site) for site, at_site in carry[0].items()}
+            states: dict[str, dict[str, Any]] = {site: {} for site in of_banks}
+            for site, at_site in of_banks.items():
+                for name, bank in at_site.items():
+                    updates[site][name], states[site][name] = _update_bank(
+                        of_body,
+                        d_banks[site][name],
+                        carry[1][site][name],
+                        bank,
+                        slots[site][name],
+                        extra,
+                    )
+            return updates, states
+
+        updates, states = d_banks, state.bodies
+        if is_any:
+            shapes = jax.eval_shape(step, (d_banks, state.bodies))[0]
+            still = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.bodies))
         return (host_updates, updates), PerBodyState(host=host_state, bodies=states)
 
     return PerBody(init=init, update=update)
@@ -121,14 +135,9 @@ def _update_bank(
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
-    of_bank = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))
-
-    def step(carry: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:
-        still, state = carry
-        state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
-        updates, moved = of_bank(gradients, state, bank)
-        return choose(slots.learns, updates, still), choose(slots.learns, moved, state)
-
-    shapes = jax.eval_shape(of_bank, gradients, state, bank)[0]
-    still = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return once_if(jnp.any(slots.is_born | slots.learns), step, (still, state))
+    state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
+    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
+        gradients, state, bank
+    )
+    still = jax.tree.map(jnp.zeros_like, updates)
+    return choose(slots.learns, updates, still), choose(slots.learns, moved, state)

@@ -100,18 +100,23 @@ def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Arr
 
 def give_birth(lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key: Key) -> Bodies:
     """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit."""
-    born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
-    for index, bank in enumerate(lattice.tables.banks):
-        site = lattice.sites[bank.site].name
-        name = lattice.names[bank.blueprint]
-        here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
 
-        def renew(old: object, here: Bool[Array, "P"] = here, index: int = index) -> object:
-            fresh = fresh_bank(lattice, lattice.tables.banks[index], jax.random.fold_in(key, index))
-            return jax.tree.map(lambda new, kept: select_slots(here, new, kept), fresh, old)
+    def bear(bodies: Bodies) -> Bodies:
+        born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
+        for index, bank in enumerate(lattice.tables.banks):
+            site = lattice.sites[bank.site].name
+            name = lattice.names[bank.blueprint]
+            here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
 
-        born[site][name] = once_if(jnp.any(here), renew, bodies[site][name])
-    return born
+            def renew(old: object, here: Bool[Array, "P"] = here, index: int = index) -> object:
+                own_key = jax.random.fold_in(key, index)
+                fresh = fresh_bank(lattice, lattice.tables.banks[index], own_key)
+                return jax.tree.map(lambda new, kept: select_slots(here, new, kept), fresh, old)
+
+            born[site][name] = once_if(jnp.any(here), renew, bodies[site][name])
+        return born
+
+    return once_if(jnp.any(is_born), bear, bodies)
 
 
 def select_slots(is_first: Bool[Array, "P"], first: Array, second: Array) -> Array:
