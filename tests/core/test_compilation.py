@@ -113,3 +113,26 @@ def test_new_thresholds_and_numbers_compile_nothing() -> None:
         state = state._replace(settings=other, grafts=(ramp,), policy=rival)
         step(params, state, opt_state, (X, Y), none)
     assert count.num_compiled == 0
+
+
+def test_temporaries_follow_the_live_bodies_and_not_the_capacity() -> None:
+    """Promise 7; computing every slot at once is what the loop is held against."""
+
+    def temporaries(capacity: int, at_once: int | None) -> int:
+        lattice = ef.lattice(
+            sites=[ef.site("hidden", features=64, chunks=64)],
+            blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
+            capacity=capacity,
+        )
+        growth = ef.growth(lattice, bodies_at_once=at_once)
+
+        def loss_fn(params: Any, seeds: Any, x: Any) -> Any:
+            return jnp.mean(jnp.square(seeds.grow("hidden", x * params)))
+
+        run = jax.jit(growth.value_and_grad(loss_fn))
+        state = growth.init(jax.random.key(0))
+        program = run.lower(jnp.ones((1, 64)), state, jnp.ones((512, 64))).compile()
+        return int(program.memory_analysis().temp_size_in_bytes)
+
+    assert temporaries(64, 1) < 1.2 * temporaries(4, 1)
+    assert temporaries(64, None) > 3 * temporaries(4, None)
