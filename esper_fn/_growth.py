@@ -586,9 +586,10 @@ def growth(
         and a command may choose another; `grafting.linear()` when left out.
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
-      bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One
-        at a time needs the least memory and is fastest on a CPU; a GPU wants more. None computes
-        every slot, dead or alive, without a loop: for `vmap` over whole states.
+      bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One at a
+        time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for the
+        host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
+        whole states.
       max_ablations: seeds measured by ablation in one survey.
 
     Raises:

@@ -191,10 +191,11 @@ def test_evaluation_seeds_enter_a_jit_without_tracing_it_anew() -> None:
     np.testing.assert_allclose(first, ran(plainly, None)[0], rtol=1e-5)
 
 
-def test_a_population_under_vmap_is_a_loop_over_its_members() -> None:
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_population_under_vmap_is_a_loop_over_its_members(at_once: int | None) -> None:
     """Whole training steps: parameters, states, optimiser states and readings of four networks."""
     growth = ef.growth(
-        LATTICE, bodies_at_once=None, policy=ef.policies.periodic(every=1, score="gradient")
+        LATTICE, bodies_at_once=at_once, policy=ef.policies.periodic(every=1, score="gradient")
     )
     optimizer = ef.optim.per_body(standard(optax.sgd(0.05)))
     step = make_step(growth, plainly, optimizer)
