@@ -177,6 +177,17 @@ def _run(
     return jnp.where(is_real.reshape(-1, *(1,) * (r.ndim - 2), r.shape[-1]), r, jnp.zeros_like(r))
 
 
+def _choose(is_first: Bool[Array, "..."], first: Array, second: Array) -> Array:
+    """`where(is_first, first, second)` on the bits.
+
+    XLA on CPU may select numbers of 16 bits as float32 and flush subnormal ones to zero on the way.
+    """
+    if first.dtype.itemsize != 2:
+        return jnp.where(is_first, first, second)
+    chosen: Array = jnp.where(is_first, first.view(jnp.uint16), second.view(jnp.uint16))
+    return chosen.view(first.dtype)
+
+
 def _add(
     base: Float[Array, "... D"], chunking: Chunking, chunk: Array, gain: Array, values: Array
 ) -> Float[Array, "... D"]:
@@ -186,12 +197,12 @@ def _add(
         start, is_real, values = window(chunking, chunk[0], values[0])
         old = jax.lax.dynamic_slice_in_dim(base, start, chunking.widest, axis=-1)
         wide = old.astype(jnp.float32) + gain * values.astype(jnp.float32)
-        new = jnp.where(is_real & (gain != 0), wide.astype(base.dtype), old)
+        new = _choose(is_real & (gain != 0), wide.astype(base.dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(base, new, start, axis=-1)
     placed = place(chunking, chunk)
     factor = per_feature(gain, chunking, placed, base.ndim)
     wide = base.astype(jnp.float32) + factor * lay_out(values, chunking, placed).astype(jnp.float32)
-    return jnp.where(factor != 0, wide.astype(base.dtype), base)
+    return _choose(factor != 0, wide.astype(base.dtype), base)
 
 
 class _Pulled(NamedTuple):
