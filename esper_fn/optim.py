@@ -109,7 +109,7 @@ def per_body(
         updates, states = d_banks, state.bodies
         if is_any:
             shapes = jax.eval_shape(step, (d_banks, state.bodies))[0]
-            still = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            still = jax.tree.map(lambda g, s: jnp.zeros_like(g, dtype=s.dtype), d_banks, shapes)
             updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.bodies))
         return (host_updates, updates), PerBodyState(host=host_state, bodies=states)
 

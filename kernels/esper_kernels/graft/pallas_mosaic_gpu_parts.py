@@ -1,5 +1,6 @@
 """What the Pallas kernels of `graft` share: sizes, buffers, activations and their slopes."""
 
+# mypy: disable-error-code="abstract"
 from __future__ import annotations
 
 from dataclasses import dataclass
