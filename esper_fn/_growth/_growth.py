@@ -1,0 +1,280 @@
+"""One growing network: the assembly of lattice, lifecycle, grafting, policy and governor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn import governors, grafting, lifecycle, policies
+from esper_fn._growth._state import GrowthState, Info, LossFn
+from esper_fn._growth._survey import survey
+from esper_fn._growth._update import update
+from esper_fn._lattice import (
+    Lattice,
+    Reading,
+    Seeds,
+    Visits,
+    init_bodies,
+    per_slot_tree,
+    readings_of,
+    slot_gains,
+    view,
+    zero_taps,
+)
+from esper_fn._typing import Bodies, Key, Params, Scalar
+from esper_fn.commands import Command, Commands, pack
+from esper_fn.errors import LatticeError
+from esper_fn.lifecycle import NONE, Stage
+from esper_fn.optim import Slots
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """The static part of a growing network; its methods are pure. Make one with `growth`."""
+
+    lattice: Lattice
+    policy: policies.Policy
+    grafts: tuple[grafting.Graft, ...]
+    governor: governors.Governor
+    settings: lifecycle.Settings
+    bodies_at_once: int | None
+    """Bodies of a bank computed in one round over the live ones; None for every slot."""
+    max_ablations: int
+
+    def init(self, key: Key) -> GrowthState:
+        """All seeds dormant, all slots free."""
+        body_key, key = jax.random.split(key)
+        num_slots = self.lattice.num_slots
+        state = GrowthState(
+            seeds=lifecycle.seed_state(self.lattice.num_seeds),
+            bodies=init_bodies(self.lattice, body_key),
+            owner=jnp.full((num_slots,), NONE, jnp.int32),
+            is_born=jnp.zeros((num_slots,), bool),
+            loss=lifecycle.loss_track(),
+            settings=self.settings,
+            grafts=tuple(graft.hyper for graft in self.grafts),
+            policy=self.policy.init(self.lattice),
+            governor=self.governor.state,
+            key=key,
+            step=jnp.int32(0),
+        )
+        # A buffer of its own for every leaf, so that a step may donate the state.
+        own: GrowthState = jax.tree.map(jnp.copy, state)
+        return own
+
+    def seeds(self, state: GrowthState) -> Seeds:
+        """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
+        return view(
+            self.lattice,
+            state.owner,
+            slot_gains(state.seeds, state.owner, state.settings),
+            state.bodies,
+            zero_taps(self.lattice),
+            at_once=self.bodies_at_once,
+        )
+
+    def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
+        """What `optim.per_body` must know of every slot."""
+        born = per_slot_tree(self.lattice, state.is_born)
+        learns = per_slot_tree(
+            self.lattice, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+        )
+        return {
+            site: {
+                name: Slots(is_born=at_site[name], learns=learns[site][name]) for name in at_site
+            }
+            for site, at_site in born.items()
+        }
+
+    def commands(self, commands: Sequence[Command] = (), size: int = 4) -> Commands:
+        """Commands as arrays for `update`; see `esper_fn.commands.pack`."""
+        return pack(self.lattice, [graft.name for graft in self.grafts], commands, size)
+
+    def seed(self, state: GrowthState, index: int) -> lifecycle.Seed:
+        """One seed to read; transfers a row from the device."""
+        place, layer, chunk = self.lattice.locate(index)
+        row = jax.device_get(jax.tree.map(lambda leaf: leaf[index], state.seeds))
+        told = row.telemetry
+
+        def known(value: Any, count: Any) -> float | None:
+            return float(value) if count > 0 else None
+
+        return lifecycle.Seed(
+            index=index,
+            site=place.name,
+            layer=layer,
+            chunk=chunk,
+            stage=Stage(int(row.stage)),
+            parent=Stage(int(row.parent)),
+            steps_in_stage=int(row.steps_in_stage),
+            blueprint=self.lattice.names[int(row.blueprint)] if row.blueprint >= 0 else None,
+            slot=int(row.slot) if row.slot >= 0 else None,
+            alpha=float(row.alpha),
+            graft=self.grafts[int(row.graft)].name,
+            embargo_steps=int(row.embargo_steps),
+            error_count=int(row.error_count),
+            stability=float(row.stability),
+            utility=known(told.utility, told.num_live_steps),
+            potential=known(row.potential, row.num_potentials),
+            contribution=known(row.contribution, row.num_contributions),
+        )
+
+    def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
+        """Like `jax.value_and_grad` of `loss_fn(params, seeds, *args)`, with the seeds measured.
+
+        Each site loops over its live bodies, `bodies_at_once` in a round, so time and memory follow
+        the number alive. Under `vmap` over states every round selects among whole activations: use
+        `growth(bodies_at_once=None)` there.
+
+        Args:
+          loss_fn: pure; returns a scalar, or `(scalar, aux)` with `has_aux`.
+          has_aux: whether it returns more than the loss.
+
+        Returns:
+          A function of `(params, state, *args, **kwargs)` that returns
+          `(value, (d params, d bodies), readings)`.
+
+        Raises:
+          LatticeError: while tracing, where the loss function does not reach a site.
+        """
+
+        def run(params: Params, state: GrowthState, *args: Any, **kwargs: Any) -> Any:
+            visits = Visits()
+            gains = slot_gains(state.seeds, state.owner, state.settings)
+
+            def loss(params: Params, bodies: Bodies, taps: Any) -> Any:
+                seeds = view(
+                    self.lattice,
+                    state.owner,
+                    gains,
+                    bodies,
+                    taps,
+                    at_once=self.bodies_at_once,
+                    visits=visits,
+                )
+                return loss_fn(params, seeds, *args, **kwargs)
+
+            value, (d_params, d_bodies, d_taps) = jax.value_and_grad(
+                loss, argnums=(0, 1, 2), has_aux=has_aux
+            )(params, state.bodies, zero_taps(self.lattice))
+            missed = [site.name for site in self.lattice.sites if site.name not in visits.names]
+            if missed:
+                raise LatticeError(
+                    f"the loss function never reaches site(s) {missed}; call "
+                    f"`seeds.grow({missed[0]!r}, activation)` in the model or leave the site out "
+                    "of the lattice"
+                )
+            return value, (d_params, d_bodies), readings_of(d_taps)
+
+        return run
+
+    def update(
+        self,
+        state: GrowthState,
+        bodies: Bodies,
+        readings: Reading,
+        loss: Scalar,
+        commands: Commands | None = None,
+    ) -> tuple[GrowthState, Info]:
+        """One step of every seed's life.
+
+        Args:
+          state: before the step.
+          bodies: parameters after the optimiser's update; bodies that do not learn keep their old
+            ones whatever stands here, bit for bit, and so does one that became non-finite.
+          readings: from `value_and_grad`.
+          loss: the training loss of the step.
+          commands: what people ask, from `commands`.
+
+        Returns:
+          The state for the next step, and what happened.
+        """
+        return update(self, state, bodies, readings, loss, commands)
+
+    def survey(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
+        """Measures where growth would pay and what living seeds are worth.
+
+        Growth potential of every chunk from the gradient's second moments, and, for up to
+        `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
+        loss with it; one that is not finite counts as an error of the seed. Give it held-out
+        batches.
+
+        Args:
+          loss_fn: as in `value_and_grad`; deterministic.
+          has_aux: whether it returns more than the loss.
+
+        Returns:
+          A function of `(params, state, *args, **kwargs)` that returns `(state, SurveyInfo)`.
+        """
+        return survey(self, loss_fn, has_aux=has_aux)
+
+
+def growth(
+    lattice: Lattice,
+    *,
+    policy: policies.Policy | None = None,
+    graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
+    governor: governors.Governor | None = None,
+    settings: lifecycle.Settings | None = None,
+    bodies_at_once: int | None = 1,
+    max_ablations: int = 8,
+) -> Growth:
+    """Assembles a growing network.
+
+    Args:
+      lattice: where and what can grow.
+      policy: who asks for growth; `policies.plateau()` when left out.
+      graft: the grafting strategy, or several of different names of which the first is the default
+        and a command may choose another; `grafting.linear()` when left out.
+      governor: the guard; `governors.standard()` when left out.
+      settings: the gates' thresholds; `lifecycle.settings()` when left out.
+      bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One at a
+        time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for the
+        host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
+        whole states.
+      max_ablations: seeds measured by ablation in one survey.
+
+    Raises:
+      ValueError: bodies_at_once or max_ablations below 1; strategies of one name; a grafting
+        strategy that cannot end within the longest stay in GRAFTING.
+    """
+    grafts = (
+        (grafting.linear(),)
+        if graft is None
+        else (graft,)
+        if isinstance(graft, grafting.Graft)
+        else tuple(graft)
+    )
+    if not grafts or len({one.name for one in grafts}) != len(grafts):
+        raise ValueError(
+            f"graft needs strategies of different names, got {[one.name for one in grafts]}"
+        )
+    limits = lifecycle.settings() if settings is None else settings
+    longest = int(limits.max_steps[Stage.GRAFTING])
+    for one in grafts:
+        if float(one.max_step) * longest < 1 - grafting.ROUNDING:
+            raise ValueError(
+                f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but "
+                f"every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer "
+                "num_steps, or "
+                "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
+            )
+    if bodies_at_once is not None and bodies_at_once < 1:
+        raise ValueError(
+            f"bodies_at_once must be at least 1, or None for every slot, got {bodies_at_once!r}"
+        )
+    if max_ablations < 1:
+        raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
+    return Growth(
+        lattice=lattice,
+        policy=policies.plateau() if policy is None else policy,
+        grafts=grafts,
+        governor=governors.standard() if governor is None else governor,
+        settings=limits,
+        bodies_at_once=bodies_at_once,
+        max_ablations=max_ablations,
+    )

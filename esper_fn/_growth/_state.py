@@ -1,0 +1,79 @@
+"""What a growing network is made of, and what it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from esper_fn import governors, lifecycle
+from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key
+from esper_fn.commands import Outcomes
+from esper_fn.lifecycle import SeedState
+
+LossFn = Callable[..., Any]
+
+
+class GrowthState(NamedTuple):
+    """Everything that grows, as one pytree."""
+
+    seeds: SeedState
+    bodies: Bodies
+    owner: Int32[Array, "Q"]
+    """The seed that holds each slot, or `NONE`."""
+    is_born: Bool[Array, "Q"]
+    """Slots that got a newborn body in the last update."""
+    loss: lifecycle.LossTrack
+    settings: lifecycle.Settings
+    grafts: tuple[Any, ...]
+    """The grafting strategies' numbers."""
+    policy: Any
+    governor: Any
+    key: Key
+    step: Int32[Array, ""]
+
+
+class Info(NamedTuple):
+    """What happened in one step; nothing of it is needed for the next one."""
+
+    loss: Float32[Array, ""]
+    before: Int8[Array, "S"]
+    """Stages at the start of the step."""
+    stage: Int8[Array, "S"]
+    """Stages after it."""
+    cause: Int8[Array, "S"]
+    """A `Cause` where the two differ."""
+    waiting_for: Int8[Array, "S"]
+    """The `Gate` that is closed on the seed's way forward."""
+    evidence: Float32[Array, "S"]
+    """The measurement the seed's stage is judged by: utility in TRAINING, alpha in GRAFTING, the
+    loss variation in STABILIZATION, contribution in EVALUATING and FINE_TUNING, potential when
+    DORMANT."""
+    is_measured: Bool[Array, "S"]
+    """Whether `evidence` is a measurement, which may be zero, or only not measured yet."""
+    alpha: Float32[Array, "S"]
+    blueprint: Int8[Array, "S"]
+    request_code: Int8[Array, "S"]
+    """A `Code` for what was asked of each seed, by command or policy."""
+    asked_by: Int8[Array, "S"]
+    """Index in `Policy.rules`, or `NONE`."""
+    vetoed_by: Int8[Array, "S"]
+    outcomes: Outcomes
+    verdict: governors.Verdict
+    num_live: Int32[Array, ""]
+    """Bodies that compute in the next step."""
+    num_parameters: Float32[Array, ""]
+    """Parameters of bodies that act in the next step."""
+    num_flops: Float32[Array, ""]
+    """Forward operations of the live bodies on one example."""
+
+
+class SurveyInfo(NamedTuple):
+    """What a survey measured."""
+
+    loss: Float32[Array, ""]
+    raw_potential: Float32[Array, "S"]
+    potential: Float32[Array, "S"]
+    ablated: Int32[Array, "V"]
+    """Seeds whose contribution was measured, or `NONE`."""
+    contribution: Float32[Array, "V"]
+    """Loss without the seed minus loss with it; 0 where `ablated` is `NONE`."""

@@ -1,0 +1,91 @@
+"""What a survey measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn import lifecycle, telemetry
+from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
+from esper_fn._lattice import slot_gains, view, zero_probes, zero_taps
+from esper_fn._typing import Array, Params, Scalar
+from esper_fn.lifecycle import NONE, Stage, is_in
+
+if TYPE_CHECKING:
+    from esper_fn._growth._growth import Growth
+
+
+def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., Any]:
+    """`Growth.survey`."""
+
+    def run(
+        params: Params, state: GrowthState, *args: Any, **kwargs: Any
+    ) -> tuple[GrowthState, SurveyInfo]:
+        taps = zero_taps(growth.lattice)
+
+        # Under the `vmap` of the ablations every round would select among whole activations.
+        def loss(gains: Array, probes: Any) -> Scalar:
+            at_once = None if probes is None else growth.bodies_at_once
+            seeds = view(
+                growth.lattice,
+                state.owner,
+                gains,
+                state.bodies,
+                taps,
+                probes=probes,
+                at_once=at_once,
+            )
+            value = loss_fn(params, seeds, *args, **kwargs)
+            return jnp.asarray(value[0] if has_aux else value, jnp.float32)
+
+        gains = slot_gains(state.seeds, state.owner, state.settings)
+        with_all, moments = jax.value_and_grad(loss, argnums=1)(gains, zero_probes(growth.lattice))
+        scores = [telemetry.potentials(moment) for moment in moments]
+        raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
+        white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
+        reached = jnp.concatenate([moment.num_rows.reshape(-1) for moment in moments]) > 0
+        is_measured = reached & jnp.isfinite(white)
+
+        seeds = state.seeds
+        on_trial = is_in(seeds.stage, [Stage.EVALUATING, Stage.FINE_TUNING])
+        urgency = jnp.where(on_trial, -seeds.num_contributions.astype(jnp.float32), -jnp.inf)
+        count = min(growth.max_ablations, growth.lattice.num_seeds)
+        urgent, chosen = jax.lax.top_k(urgency, count)
+        is_chosen = urgent > -jnp.inf
+
+        def without(index: Array) -> Scalar:
+            is_out = (state.owner == index) & (state.owner != NONE)
+            return loss(jnp.where(is_out[:, None], 0.0, gains), None)
+
+        missing = jax.lax.cond(
+            jnp.any(is_chosen),
+            lambda: jax.vmap(without)(chosen.astype(jnp.int32)),
+            lambda: jnp.zeros((count,), jnp.float32),
+        )
+        worth = missing - with_all
+        is_known = is_chosen & jnp.isfinite(worth)
+        rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
+        failed = jnp.where(is_chosen & ~is_known, chosen, growth.lattice.num_seeds)
+        seen = seeds.num_contributions[chosen]
+        averaged = jnp.where(
+            seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth
+        )
+        seeds = seeds._replace(
+            potential=jnp.where(is_measured, white, seeds.potential),
+            num_potentials=seeds.num_potentials + is_measured.astype(jnp.int32),
+            contribution=seeds.contribution.at[rows].set(averaged, mode="drop"),
+            num_contributions=seeds.num_contributions.at[rows].add(1, mode="drop"),
+            error_count=seeds.error_count.at[failed].add(1, mode="drop"),
+        )
+        return state._replace(seeds=seeds), SurveyInfo(
+            loss=with_all,
+            raw_potential=raw,
+            potential=white,
+            ablated=jnp.where(is_known, chosen, NONE).astype(jnp.int32),
+            contribution=jnp.where(is_known, worth, 0.0),
+        )
+
+    return run

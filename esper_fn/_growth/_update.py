@@ -1,0 +1,241 @@
+"""One step of every seed's life."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
+from esper_fn._control import once_if
+from esper_fn._growth._state import GrowthState, Info
+from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
+from esper_fn._typing import Array, Bodies, Bool, Float32, Params, Scalar
+from esper_fn.commands import Commands, no_commands
+from esper_fn.lifecycle import NONE, OWNS_BODY, Gate, Move, SeedState, Stage, is_in
+
+if TYPE_CHECKING:
+    from esper_fn._growth._growth import Growth
+
+
+def update(
+    growth: Growth,
+    state: GrowthState,
+    bodies: Bodies,
+    readings: Reading,
+    loss: Scalar,
+    commands: Commands | None = None,
+) -> tuple[GrowthState, Info]:
+    """`Growth.update`."""
+    if commands is None:
+        commands = no_commands(1)
+    policy_key, birth_key, key = jax.random.split(state.key, 3)
+    loss = jnp.asarray(loss, jnp.float32)
+
+    kept, drift, body_error = _settle(growth, state, bodies)
+    track, is_spike = lifecycle.track_loss(state.loss, loss)
+    seeds, shown = telemetry.take_in(state.seeds, readings, is_spike, body_error)
+    judged, verdict = growth.governor.judge(
+        state.governor,
+        governors.Evidence(seeds=seeds, loss=loss, track=track, drift=drift),
+    )
+    variation = lifecycle.loss_variation(track)
+    seeds = _ramp(growth, seeds, state.grafts, track, is_spike, drift, shown)
+    signals = lifecycle.Signals(
+        has_error=shown.has_error,
+        is_quarantined=verdict.is_quarantined,
+        loss_variation=variation,
+        has_training_place=lifecycle.has_training_place(seeds, state.settings),
+    )
+    limits = state.settings
+
+    stays = lifecycle.stay(growth.lattice.num_seeds)
+    move = jax.lax.cond(
+        jnp.any(signals.has_error | signals.is_quarantined),
+        lambda: lifecycle.follow(stays, seeds, signals, limits, lifecycle.GUARD_EDGES),
+        lambda: stays,
+    )
+    policy, proposal = growth.policy.decide(
+        growth.lattice,
+        state.policy,
+        policies.Observation(step=state.step, seeds=seeds, owner=state.owner, loss=track),
+        policies.no_proposal(growth.lattice.num_seeds),
+        policy_key,
+    )
+    done = _execute.execute(
+        growth.lattice,
+        seeds,
+        state.owner,
+        _execute.merge(growth.lattice, commands, proposal),
+        num_grafts=len(growth.grafts),
+        guarded=move,
+        is_vetoing=verdict.is_vetoing,
+    )
+    seeds, move = done.seeds, done.move
+    own = lifecycle.follow(move, seeds, signals, limits, lifecycle.EDGES)
+    waits = (move.target == NONE) & seeds.is_paused
+    move = Move(*(jnp.where(waits, old, new) for old, new in zip(move, own, strict=True)))
+
+    before = seeds.stage
+    evidence, is_measured = _evidence(seeds, variation)
+    waiting_for = jnp.where(
+        move.target == NONE,
+        lifecycle.waiting_for(seeds, signals, limits),
+        jnp.int8(Gate.OPEN),
+    )
+    blueprint = seeds.blueprint
+    seeds = lifecycle.enter(seeds, move, limits)
+    begins_to_graft = (move.target == Stage.GRAFTING) | (
+        (seeds.stage == Stage.GRAFTING) & (seeds.graft != state.seeds.graft)
+    )
+    seeds = seeds._replace(
+        graft_memory=jax.lax.cond(
+            jnp.any(begins_to_graft),
+            lambda of: jnp.where(
+                begins_to_graft[:, None], grafting.start_memory(growth.grafts, seeds.graft), of
+            ),
+            lambda of: of,
+            seeds.graft_memory,
+        )
+    )
+    holds = is_in(seeds.stage, OWNS_BODY)
+    owner = give(release(state.owner, holds), done.slot, done.is_born)
+    seeds = seeds._replace(
+        slot=jnp.where(holds, seeds.slot, NONE),
+        blueprint=jnp.where(holds, seeds.blueprint, jnp.int8(NONE)),
+    )
+    is_born = (owner != NONE) & done.is_born[jnp.maximum(owner, 0)]
+    after = state._replace(
+        seeds=seeds,
+        bodies=give_birth(growth.lattice, kept, is_born, birth_key),
+        owner=owner,
+        is_born=is_born,
+        loss=track,
+        policy=policy,
+        governor=judged,
+        key=key,
+        step=state.step + 1,
+    )
+    gains = slot_gains(seeds, owner, limits)
+    tables = growth.lattice.tables
+    of_slot = (tables.slot_group, tables.slot_blueprint)
+    is_live = jnp.any(gains != 0, axis=-1)
+    info = Info(
+        loss=loss,
+        before=before,
+        stage=seeds.stage,
+        cause=move.cause,
+        waiting_for=waiting_for,
+        evidence=evidence,
+        is_measured=is_measured,
+        alpha=seeds.alpha,
+        blueprint=jnp.where(holds, seeds.blueprint, blueprint),
+        request_code=done.code,
+        asked_by=proposal.asked_by,
+        vetoed_by=proposal.vetoed_by,
+        outcomes=_execute.answer(growth.lattice, commands, done.code, before, seeds.stage),
+        verdict=verdict,
+        num_live=jnp.sum(is_live, dtype=jnp.int32),
+        num_parameters=jnp.sum(
+            jnp.where(gains[:, 0] != 0, jnp.asarray(tables.costs[of_slot]), 0.0)
+        ),
+        num_flops=jnp.sum(jnp.where(is_live, jnp.asarray(tables.flops[of_slot]), 0.0)),
+    )
+    return after, info
+
+
+def _settle(
+    growth: Growth, state: GrowthState, bodies: Bodies
+) -> tuple[Bodies, Float32[Array, "S"], Bool[Array, "S"]]:
+    """Parameters that may stand, how far each body moved, and which ones broke."""
+    learns = slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+
+    def take_in(still: tuple[Bodies, Array, Array]) -> tuple[Bodies, Array, Array]:
+        kept: dict[str, dict[str, Any]] = {site: {} for site in bodies}
+        drifts, errors = [], []
+        for bank in growth.lattice.tables.banks:
+            site = growth.lattice.sites[bank.site].name
+            name = growth.lattice.names[bank.blueprint]
+            kept[site][name], drift, error = _take_in(
+                still[0][site][name],
+                bodies[site][name],
+                learns[bank.start : bank.start + bank.num_slots],
+            )
+            drifts.append(drift)
+            errors.append(error)
+        return kept, jnp.concatenate(drifts), jnp.concatenate(errors)
+
+    still = (state.bodies, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns))
+    kept, drifts, errors = once_if(jnp.any(learns), take_in, still)
+    where = jnp.where(state.owner == NONE, growth.lattice.num_seeds, state.owner)
+    num_seeds = growth.lattice.num_seeds
+    drift = jnp.zeros((num_seeds,), jnp.float32).at[where].set(drifts, mode="drop")
+    error = jnp.zeros((num_seeds,), bool).at[where].set(errors, mode="drop")
+    return kept, drift, error
+
+
+def _ramp(
+    growth: Growth,
+    seeds: SeedState,
+    hypers: tuple[Any, ...],
+    track: lifecycle.LossTrack,
+    is_spike: Bool[Array, ""],
+    drift: Float32[Array, "S"],
+    shown: telemetry.SeedEvidence,
+) -> SeedState:
+    shape = seeds.stage.shape
+    trend = (track.fast - track.slow) / (jnp.abs(track.slow) + 1e-12)
+    alpha, memory = grafting.ramp(
+        growth.grafts,
+        hypers,
+        grafting.Evidence(
+            is_spike=jnp.broadcast_to(is_spike, shape),
+            loss_trend=jnp.broadcast_to(trend, shape),
+            drift=drift,
+            gradient_ratio=shown.gradient_ratio,
+            stability=seeds.stability,
+        ),
+        chosen=seeds.graft,
+        memory=seeds.graft_memory,
+        alpha=seeds.alpha,
+        is_moving=(seeds.stage == Stage.GRAFTING) & ~seeds.is_paused & ~shown.has_error,
+    )
+    return seeds._replace(alpha=alpha, graft_memory=memory)
+
+
+def _square(leaf: Array) -> Float32[Array, "P"]:
+    return jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
+
+
+def _evidence(seeds: SeedState, variation: Scalar) -> tuple[Float32[Array, "S"], Bool[Array, "S"]]:
+    stage = seeds.stage
+    contribution = seeds.contribution, seeds.num_contributions > 0
+    measured = {
+        Stage.DORMANT: (seeds.potential, seeds.num_potentials > 0),
+        Stage.TRAINING: (seeds.telemetry.utility, seeds.telemetry.num_live_steps > 0),
+        Stage.GRAFTING: (seeds.alpha, jnp.ones(stage.shape, bool)),
+        Stage.STABILIZATION: (variation, jnp.isfinite(variation)),
+        Stage.EVALUATING: contribution,
+        Stage.FINE_TUNING: contribution,
+    }
+    told, is_measured = jnp.zeros(stage.shape, jnp.float32), jnp.zeros(stage.shape, bool)
+    for of, (value, is_known) in measured.items():
+        told = jnp.where((stage == of) & is_known, value, told)
+        is_measured = jnp.where(stage == of, is_known, is_measured)
+    return told, is_measured
+
+
+def _take_in(
+    old: Params, new: Params, learns: Bool[Array, "P"]
+) -> tuple[Params, Float32[Array, "P"], Bool[Array, "P"]]:
+    """One bank's new parameters where they may stand, how far they moved, and which ones broke."""
+    if not jax.tree.leaves(old):
+        return old, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns)
+    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    moved = sum(_square(b.astype(jnp.float32) - a.astype(jnp.float32)) for a, b in pairs)
+    size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)
+    stands = learns & jnp.isfinite(moved)
+    kept = jax.tree.map(lambda a, b: select_slots(stands, b, a), old, new)
+    drift = jnp.sqrt(moved) / (jnp.sqrt(size) + 1e-12)
+    return kept, jnp.where(stands, drift, 0.0), learns & ~stands
