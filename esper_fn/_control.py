@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from esper_fn._typing import Array, Bool
 
@@ -17,11 +20,92 @@ def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Ca
     """`run(carry)` where `is_wanted`, else `carry`: a loop of one round or none.
 
     `jax.lax.cond` would copy every array that a branch hands on untouched; the carry of a loop
-    stays in its buffer.
+    stays in its buffer. Differentiable in both modes, any number of times: derivatives do go
+    through a `cond`.
     """
+    if _is_sharded():
+        carry = jax.tree.map(
+            lambda leaf, of: vary_alike(leaf, of, is_wanted), carry, jax.eval_shape(run, carry)
+        )
+    leaves, structure = jax.tree.flatten(carry)
+    # What `run` closes over becomes an argument: a derivative rule may hold no tracer.
+    traced = jax.make_jaxpr(run)(carry)
 
-    def once(state: tuple[Bool[Array, ""], Carry]) -> tuple[Bool[Array, ""], Carry]:
-        wanted, carry = state
-        return jnp.zeros_like(wanted), run(carry)
+    def run_leaves(leaves: list[Array], consts: list[Array]) -> list[Array]:
+        return list(jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(*leaves))
 
-    return jax.lax.while_loop(lambda state: state[0], once, (is_wanted, carry))[1]
+    chosen = _once_if(run_leaves, is_wanted, leaves, traced.consts)
+    return jax.tree.unflatten(structure, chosen)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _once_if(
+    run: Callable[..., list[Array]], is_wanted: Array, leaves: list[Array], consts: list[Array]
+) -> list[Array]:
+    def once(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+        wanted, leaves = state
+        return jnp.zeros_like(wanted), run(leaves, consts)
+
+    return jax.lax.while_loop(lambda state: state[0], once, (is_wanted, leaves))[1]
+
+
+@_once_if.defjvp
+def _follow(run: Callable[..., list[Array]], primals: Any, tangents: Any) -> Any:
+    is_wanted, leaves, consts = primals
+    _, d_leaves, d_consts = tangents
+    moves = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def moving(of: list[Array]) -> list[Array]:
+        return [leaf for leaf, does in zip(of, moves, strict=True) if does]
+
+    def complete(of: list[Array]) -> list[Any]:
+        rest = iter(of)
+        return [
+            next(rest) if does else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+            for leaf, does in zip(leaves, moves, strict=True)
+        ]
+
+    def push(d_moving: list[Array]) -> list[Array]:
+        return moving(jax.jvp(run, (leaves, consts), (complete(d_moving), d_consts))[1])
+
+    pushed = jax.lax.cond(is_wanted, push, lambda d_moving: d_moving, moving(d_leaves))
+    return _once_if(run, *primals), complete(pushed)
+
+
+def cond(
+    is_first: Bool[Array, ""],
+    first: Callable[..., Carry],
+    second: Callable[..., Carry],
+    *operands: Any,
+) -> Carry:
+    """`jax.lax.cond`, whose branches may differ in how they vary inside a `shard_map`."""
+    if _is_sharded():
+        of_first, of_second = (jax.eval_shape(branch, *operands) for branch in (first, second))
+        first, second = _like(first, of_second), _like(second, of_first)
+    chosen: Carry = jax.lax.cond(is_first, first, second, *operands)
+    return chosen
+
+
+def _like(branch: Callable[..., Carry], other: Carry) -> Callable[..., Carry]:
+    return lambda *operands: jax.tree.map(vary_alike, branch(*operands), other)
+
+
+def _is_sharded() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def vary_alike(tree: Any, *like: Any) -> Any:
+    """Inside a `shard_map`, marks `tree` as varying where one of `like` does."""
+    axes = frozenset[str]().union(*map(_varying_axes, like))
+
+    def cast(leaf: Array) -> Array:
+        missing = axes - _varying_axes(leaf)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    of = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    axes: frozenset[str] = of.manual_axis_type.varying
+    return axes

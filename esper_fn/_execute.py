@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from esper_fn._control import cond
 from esper_fn._lattice import UNSERVED, Lattice, allocate
 from esper_fn._typing import Array, Bool, Int8, Int32
 from esper_fn.commands import Code, Commands, Kind, Outcomes
@@ -117,7 +117,7 @@ def execute(
             slot=jnp.full(is_asked.shape, NONE, jnp.int32),
         )
 
-    target, code, slot = jax.lax.cond(jnp.any(is_asked), check, nothing)
+    target, code, slot = cond(jnp.any(is_asked), check, nothing)
 
     kind = requests.kind
     is_done = code == Code.DONE

@@ -9,6 +9,9 @@ from esper_fn._typing import Array, Bool, DType, Float, Key, Params
 Topology: TypeAlias = Literal["vector", "sequence", "image"]
 TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
 
+Activation: TypeAlias = Literal["none", "relu", "gelu", "silu", "gated"]
+Implementation: TypeAlias = Literal["auto", "loops", "pallas", "reference"]
+
 
 class BodySpec(NamedTuple):
     """The place a body is built for."""
@@ -72,15 +75,21 @@ class Blueprint(NamedTuple):
     topologies: tuple[Topology, ...]
     can_span: bool
     """Whether it may read one activation and write into another of a different width."""
+    activation: Activation | None = None
+    """Names `phi` where `apply` is `phi(x down + bias) up` of a dict with these entries, `bias`
+    optional (with `gated`: `silu(x gate) * (x down)` for `phi`), so that GPU kernels may compute
+    it. `gelu` is the one by tanh. None leaves it to `apply` everywhere."""
 
 
 __all__ = [
     "TOPOLOGIES",
+    "Activation",
     "ApplyBody",
     "Blueprint",
     "BodySpec",
     "Cost",
     "CostBody",
+    "Implementation",
     "InitBody",
     "Topology",
 ]

@@ -139,5 +139,7 @@ def _update_bank(
     updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
         gradients, state, bank
     )
+    # In the dtypes that `init` chose, whatever the gradients' are: a step must not change them.
+    moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
     still = jax.tree.map(jnp.zeros_like, updates)
     return choose(slots.learns, updates, still), choose(slots.learns, moved, state)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies
+from esper_fn._control import vary_alike
 from esper_fn._growth._state import GrowthState, Info, LossFn
 from esper_fn._growth._survey import survey
 from esper_fn._growth._update import update
@@ -26,6 +27,7 @@ from esper_fn._lattice import (
     zero_taps,
 )
 from esper_fn._typing import Bodies, Key, Params, Scalar
+from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.errors import LatticeError
 from esper_fn.lifecycle import NONE, Stage
@@ -43,6 +45,8 @@ class Growth:
     settings: lifecycle.Settings
     bodies_at_once: int | None
     """Bodies of a bank computed in one round over the live ones; None for every slot."""
+    implementation: Implementation
+    """What computes the bodies; see `growth`."""
     max_ablations: int
 
     def init(self, key: Key) -> GrowthState:
@@ -75,6 +79,7 @@ class Growth:
             state.bodies,
             zero_taps(self.lattice),
             at_once=self.bodies_at_once,
+            implementation=self.implementation,
         )
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
@@ -154,13 +159,14 @@ class Growth:
                     bodies,
                     taps,
                     at_once=self.bodies_at_once,
+                    implementation=self.implementation,
                     visits=visits,
                 )
                 return loss_fn(params, seeds, *args, **kwargs)
 
             value, (d_params, d_bodies, d_taps) = jax.value_and_grad(
                 loss, argnums=(0, 1, 2), has_aux=has_aux
-            )(params, state.bodies, zero_taps(self.lattice))
+            )(params, state.bodies, vary_alike(zero_taps(self.lattice), state.owner))
             missed = [site.name for site in self.lattice.sites if site.name not in visits.names]
             if missed:
                 raise LatticeError(
@@ -181,6 +187,8 @@ class Growth:
         commands: Commands | None = None,
     ) -> tuple[GrowthState, Info]:
         """One step of every seed's life.
+
+        Differentiable in the bodies; what was measured counts as constant.
 
         Args:
           state: before the step.
@@ -221,6 +229,7 @@ def growth(
     governor: governors.Governor | None = None,
     settings: lifecycle.Settings | None = None,
     bodies_at_once: int | None = 1,
+    implementation: Implementation = "auto",
     max_ablations: int = 8,
 ) -> Growth:
     """Assembles a growing network.
@@ -236,6 +245,9 @@ def growth(
         time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for the
         host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
         whole states.
+      implementation: what computes the bodies of a site. `auto`: a GPU kernel where one can, else
+        `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
+        every bank of the form that a blueprint's `activation` names, except over spans.
       max_ablations: seeds measured by ablation in one survey.
 
     Raises:
@@ -267,6 +279,10 @@ def growth(
         raise ValueError(
             f"bodies_at_once must be at least 1, or None for every slot, got {bodies_at_once!r}"
         )
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
+        )
     if max_ablations < 1:
         raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
     return Growth(
@@ -276,5 +292,6 @@ def growth(
         governor=governors.standard() if governor is None else governor,
         settings=limits,
         bodies_at_once=bodies_at_once,
+        implementation=implementation,
         max_ablations=max_ablations,
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import lifecycle, telemetry
+from esper_fn._control import cond, vary_alike
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
 from esper_fn._lattice import slot_gains, view, zero_probes, zero_taps
 from esper_fn._typing import Array, Params, Scalar
@@ -37,12 +38,15 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
                 taps,
                 probes=probes,
                 at_once=at_once,
+                implementation=growth.implementation if probes is not None else "loops",
             )
             value = loss_fn(params, seeds, *args, **kwargs)
             return jnp.asarray(value[0] if has_aux else value, jnp.float32)
 
         gains = slot_gains(state.seeds, state.owner, state.settings)
-        with_all, moments = jax.value_and_grad(loss, argnums=1)(gains, zero_probes(growth.lattice))
+        with_all, moments = jax.value_and_grad(loss, argnums=1)(
+            gains, vary_alike(zero_probes(growth.lattice), state.owner)
+        )
         scores = [telemetry.potentials(moment) for moment in moments]
         raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
         white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
@@ -60,7 +64,7 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
             is_out = (state.owner == index) & (state.owner != NONE)
             return loss(jnp.where(is_out[:, None], 0.0, gains), None)
 
-        missing = jax.lax.cond(
+        missing = cond(
             jnp.any(is_chosen),
             lambda: jax.vmap(without)(chosen.astype(jnp.int32)),
             lambda: jnp.zeros((count,), jnp.float32),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
-from esper_fn._control import once_if
+from esper_fn._control import cond, once_if
 from esper_fn._growth._state import GrowthState, Info
 from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
 from esper_fn._typing import Array, Bodies, Bool, Float32, Params, Scalar
@@ -31,7 +31,7 @@ def update(
     if commands is None:
         commands = no_commands(1)
     policy_key, birth_key, key = jax.random.split(state.key, 3)
-    loss = jnp.asarray(loss, jnp.float32)
+    loss, readings = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), readings))
 
     kept, drift, body_error = _settle(growth, state, bodies)
     track, is_spike = lifecycle.track_loss(state.loss, loss)
@@ -51,7 +51,7 @@ def update(
     limits = state.settings
 
     stays = lifecycle.stay(growth.lattice.num_seeds)
-    move = jax.lax.cond(
+    move = cond(
         jnp.any(signals.has_error | signals.is_quarantined),
         lambda: lifecycle.follow(stays, seeds, signals, limits, lifecycle.GUARD_EDGES),
         lambda: stays,
@@ -90,7 +90,7 @@ def update(
         (seeds.stage == Stage.GRAFTING) & (seeds.graft != state.seeds.graft)
     )
     seeds = seeds._replace(
-        graft_memory=jax.lax.cond(
+        graft_memory=cond(
             jnp.any(begins_to_graft),
             lambda of: jnp.where(
                 begins_to_graft[:, None], grafting.start_memory(growth.grafts, seeds.graft), of
@@ -170,6 +170,8 @@ def _settle(
     kept, drifts, errors = once_if(jnp.any(learns), take_in, still)
     where = jnp.where(state.owner == NONE, growth.lattice.num_seeds, state.owner)
     num_seeds = growth.lattice.num_seeds
+    # Constant, like all that is measured; the root has no derivative where nothing moved.
+    drifts = jax.lax.stop_gradient(drifts)
     drift = jnp.zeros((num_seeds,), jnp.float32).at[where].set(drifts, mode="drop")
     error = jnp.zeros((num_seeds,), bool).at[where].set(errors, mode="drop")
     return kept, drift, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from esper_fn._control import once_if
+from esper_fn._control import cond, once_if
 from esper_fn._lattice._lattice import Lattice, fresh_bank
 from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
 from esper_fn.lifecycle import NONE
@@ -35,7 +35,7 @@ def allocate(
       The slot of each seed that got one, `UNSERVED` where the blueprint does not serve the site,
       else `NONE` (not asked, or its pool is full).
     """
-    slot: Int32[Array, "S"] = jax.lax.cond(
+    slot: Int32[Array, "S"] = cond(
         jnp.any(is_requested),
         lambda: _allocate(lattice, owner, is_requested, blueprint),
         lambda: jnp.full(is_requested.shape, NONE, jnp.int32),
@@ -88,7 +88,7 @@ def give(
         seeds = jnp.arange(slot.shape[0], dtype=jnp.int32)
         return owner.at[jnp.where(is_given, slot, owner.shape[0])].set(seeds, mode="drop")
 
-    taken: Int32[Array, "Q"] = jax.lax.cond(jnp.any(is_given), take, lambda: owner)
+    taken: Int32[Array, "Q"] = cond(jnp.any(is_given), take, lambda: owner)
     return taken
 
 

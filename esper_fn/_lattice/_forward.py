@@ -33,11 +33,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._control import once_if
-from esper_fn._lattice._chunks import lay_out, per_feature, place, read, split, window
-from esper_fn._lattice._site import Chunking, chunk_mask
-from esper_fn._typing import Array, Bool, Float, Float32, Int32, Params
-from esper_fn.base import Blueprint, BodySpec
+from esper_fn._control import cond
+from esper_fn._lattice import _kernels
+from esper_fn._lattice._bodies import add, bits, is_finite, outputs, pull
+from esper_fn._lattice._chunks import read, split
+from esper_fn._lattice._rounds import Banks, BankView, Live, Wiring, if_any_live, rounds
+from esper_fn._typing import Array, Float, Float32, Params
+from esper_fn.base import Blueprint
 
 
 class Reading(NamedTuple):
@@ -68,208 +70,32 @@ class Reading(NamedTuple):
 NUM_CHANNELS = len(Reading._fields)
 
 
-class Wiring(NamedTuple):
-    """The static part of a site's forward."""
+def _forward(
+    wiring: Wiring, banks: Banks, source: Array, target: Array
+) -> tuple[Array, Float32[Array, "C 5"] | None]:
+    """`y`, and the channels that need no gradient where a kernel measured them on its way."""
+    served, rest = _kernels.divide(wiring, banks, target)
+    y, watched = _kernels.forward(wiring, banks, served, target)
 
-    source: Chunking
-    target: Chunking
-    is_span: bool
-    spec: BodySpec
-    blueprints: tuple[Blueprint, ...]
-    """Of the site's banks, in order."""
-    at_once: int | None
-    """Bodies a round computes; None for every slot in one go, dead or alive."""
-
-
-class BankView(NamedTuple):
-    """One bank at one layer of a site, as the forward needs it."""
-
-    bodies: Params
-    chunk: Int32[Array, "P"]
-    """The chunk each slot serves; negative for a free slot."""
-    gains: Float32[Array, "P 3"]
-    """act, learn, feel; all zero for a free slot."""
-
-
-Banks = tuple[BankView, ...]
-
-
-def _is_live(bank: BankView) -> Bool[Array, "P"]:
-    return (bank.chunk >= 0) & jnp.any(bank.gains != 0, axis=-1)
-
-
-# --- rounds over the live bodies ---------------------------------------------------------------
-
-
-class _Live(NamedTuple):
-    """The slots of one bank that one round computes."""
-
-    slot: Int32[Array, "n"]
-    """Which ones; beyond the bank where there is nothing to do."""
-    bodies: Params
-    chunk: Int32[Array, "n"]
-    """Negative for a slot with nothing to do."""
-    gains: Float32[Array, "n 3"]
-
-
-def _rounds(wiring: Wiring, bank: BankView, run: Callable[[_Live, Any], Any], carry: Any) -> Any:
-    """`carry` after `run(live, carry)` for a few live bodies at a time, in slot order."""
-    num_slots, at_once = bank.chunk.shape[0], wiring.at_once
-    is_live = _is_live(bank)
-    chunk = jnp.where(is_live, bank.chunk, -1)
-    if at_once is None:
-        every = jnp.arange(num_slots, dtype=jnp.int32)
-        return run(_Live(slot=every, bodies=bank.bodies, chunk=chunk, gains=bank.gains), carry)
-    num_live = jnp.sum(is_live, dtype=jnp.int32)
-    order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
-    order = jnp.concatenate([order, jnp.full((at_once - 1,), num_slots, jnp.int32)])
-
-    def once(state: Any) -> Any:
-        done, carry = state
-        slot = jax.lax.dynamic_slice_in_dim(order, done, at_once)
-        safe = jnp.minimum(slot, num_slots - 1)
-        bodies, gains = jax.tree.map(lambda leaf: _take(leaf, safe), (bank.bodies, bank.gains))
-        here = jnp.where(slot < num_slots, chunk[safe], -1)
-        return done + at_once, run(_Live(slot=slot, bodies=bodies, chunk=here, gains=gains), carry)
-
-    _, carry = jax.lax.while_loop(lambda state: state[0] < num_live, once, (jnp.int32(0), carry))
-    return carry
-
-
-def _if_any_live(wiring: Wiring, banks: Banks, run: Callable[[Any], Any], carry: Any) -> Any:
-    """`run(carry)` where a body lives, else `carry`."""
-    if wiring.at_once is None:
-        return run(carry)
-    is_any = jnp.any(jnp.concatenate([_is_live(bank) for bank in banks]))
-    return once_if(is_any, run, carry)
-
-
-def _take(leaf: Array, rows: Int32[Array, "n"]) -> Array:
-    return leaf.at[rows].get(mode="promise_in_bounds")
-
-
-# --- one bank --------------------------------------------------------------------------------
-
-
-def _column(values: Array, like: Array) -> Array:
-    """`[n]` shaped to broadcast against `[n, ...]`."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def _per_slot(values: Array, reduce: Callable[..., Array]) -> Array:
-    return reduce(values, axis=tuple(range(1, values.ndim)))
-
-
-def _is_finite(values: Array) -> Bool[Array, "n"]:
-    return _per_slot(jnp.isfinite(values), jnp.all)
-
-
-def _run(
-    blueprint: Blueprint, wiring: Wiring, live: _Live, bodies: Params, u: Float[Array, "n ... F"]
-) -> Float[Array, "n ... G"]:
-    """The bodies' outputs, zero in the padding of narrow chunks."""
-    chunk = jnp.maximum(live.chunk, 0)
-    mask = jnp.asarray(chunk_mask(wiring.source))[chunk]
-    r = jax.vmap(lambda body, x, real: blueprint.apply(body, x, wiring.spec, real))(bodies, u, mask)
-    if wiring.target.is_even:
-        return r
-    is_real = jnp.asarray(chunk_mask(wiring.target))[chunk]
-    return jnp.where(is_real.reshape(-1, *(1,) * (r.ndim - 2), r.shape[-1]), r, jnp.zeros_like(r))
-
-
-def _choose(is_first: Bool[Array, "..."], first: Array, second: Array) -> Array:
-    """`where(is_first, first, second)` on the bits.
-
-    XLA on CPU may select numbers of 16 bits as float32 and flush subnormal ones to zero on the way.
-    """
-    if first.dtype.itemsize != 2:
-        return jnp.where(is_first, first, second)
-    chosen: Array = jnp.where(is_first, first.view(jnp.uint16), second.view(jnp.uint16))
-    return chosen.view(first.dtype)
-
-
-def _add(
-    base: Float[Array, "... D"], chunking: Chunking, chunk: Array, gain: Array, values: Array
-) -> Float[Array, "... D"]:
-    """`base + gain * values` in the slots' chunks, `base` itself where the gain is 0."""
-    if chunk.shape[0] == 1:
-        gain = jnp.where(chunk[0] >= 0, gain[0], 0.0)
-        start, is_real, values = window(chunking, chunk[0], values[0])
-        old = jax.lax.dynamic_slice_in_dim(base, start, chunking.widest, axis=-1)
-        wide = old.astype(jnp.float32) + gain * values.astype(jnp.float32)
-        new = _choose(is_real & (gain != 0), wide.astype(base.dtype), old)
-        return jax.lax.dynamic_update_slice_in_dim(base, new, start, axis=-1)
-    placed = place(chunking, chunk)
-    factor = per_feature(gain, chunking, placed, base.ndim)
-    wide = base.astype(jnp.float32) + factor * lay_out(values, chunking, placed).astype(jnp.float32)
-    return _choose(factor != 0, wide.astype(base.dtype), base)
-
-
-class _Pulled(NamedTuple):
-    """One bank's share of the backward pass."""
-
-    bodies: Params
-    feel: Float32[Array, "n"]
-    """How much of `d_u` the host feels."""
-    d_u: Float[Array, "n ... F"]
-    channels: Float32[Array, "n 5"]
-
-
-def _pull(wiring: Wiring, blueprint: Blueprint, live: _Live, u: Array, dy: Array) -> _Pulled:
-    r, pull = jax.vjp(partial(_run, blueprint, wiring, live), live.bodies, u)
-    d_bodies, d_u = pull(dy)
-    learn, feel = live.gains[:, 1], live.gains[:, 2]
-    is_sound = _is_finite(r)
-    is_flowing = is_sound & _is_finite(d_u)
-    for leaf in jax.tree.leaves(d_bodies):
-        is_flowing = is_flowing & _is_finite(leaf)
-
-    def learned(leaf: Array) -> Array:
-        is_taught = _column((learn != 0) & is_flowing, leaf)
-        return jnp.where(is_taught, leaf * _column(learn, leaf).astype(leaf.dtype), 0)
-
-    was_fed_soundly = _is_finite(u) & _is_finite(dy)
-    wide = jnp.where(_column(is_sound, r), r.astype(jnp.float32), 0.0)
-    worth = jnp.where(wide != 0, -dy.astype(jnp.float32) * wide, 0.0)
-    channels = jnp.stack(
-        [
-            _per_slot(jnp.square(dy.astype(jnp.float32)), jnp.sum),
-            jnp.ones_like(learn),
-            _per_slot(jnp.square(wide), jnp.sum),
-            _per_slot(worth, jnp.sum),
-            (was_fed_soundly & ~is_flowing).astype(jnp.float32),
-        ],
-        axis=-1,
-    )
-    return _Pulled(
-        bodies=jax.tree.map(learned, d_bodies),
-        feel=jnp.where(is_flowing, feel, 0.0),
-        d_u=d_u,
-        channels=jnp.where((live.chunk >= 0)[:, None], channels, 0.0),
-    )
-
-
-# --- one site --------------------------------------------------------------------------------
-
-
-def _forward(wiring: Wiring, banks: Banks, source: Array, target: Array) -> Array:
     def run(y: Array) -> Array:
-        for blueprint, bank in zip(wiring.blueprints, banks, strict=True):
+        for index in rest:
 
-            def act(live: _Live, y: Array, blueprint: Blueprint = blueprint) -> Array:
+            def act(live: Live, y: Array, blueprint: Blueprint = wiring.blueprints[index]) -> Array:
                 u = read(source, wiring.source, live.chunk)
-                r = _run(blueprint, wiring, live, live.bodies, u)
-                gain = jnp.where(_is_finite(r), live.gains[:, 0], 0.0)
-                return _add(y, wiring.target, live.chunk, gain, r)
+                r = outputs(blueprint, wiring, live, live.bodies, u)
+                gain = jnp.where(is_finite(r), live.gains[:, 0], 0.0)
+                return add(y, wiring.target, live.chunk, gain, r)
 
-            y = _rounds(wiring, bank, act, y)
+            y = rounds(wiring, banks[index], act, y)
         return y
 
-    return _if_any_live(wiring, banks, run, target)
+    return if_any_live(wiring, [banks[index] for index in rest], run, bits(y)).view(
+        y.dtype
+    ), watched
 
 
 class _Pulling(NamedTuple):
-    """What the rounds of the backward pass fill in."""
+    """What the backward pass fills in, bank by bank."""
 
     d_source: Array
     channels: Float32[Array, "C 5"]
@@ -277,27 +103,33 @@ class _Pulling(NamedTuple):
     """Of each bank."""
 
 
-def _backward(wiring: Wiring, banks: Banks, source: Array, dy: Array) -> _Pulling:
+def _pull_all(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: Array) -> _Pulling:
     """Gradients of the bodies and of what they read, and the channels that need a gradient."""
+    served, rest = _kernels.divide(wiring, banks, dy)
+    begun = _Pulling(
+        d_source=jnp.zeros_like(source) if wiring.is_span else dy,
+        channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
+        d_bodies=tuple(jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks),
+    )
+    if served:
+        begun = _Pulling(*_kernels.backward(wiring, banks, served, source, watched, dy))
 
-    def pull(so_far: _Pulling) -> _Pulling:
-        slope = dy if wiring.is_span else so_far.d_source
-        for index in range(len(banks)):
-            so_far = _rounds(
-                wiring, banks[index], partial(_pull_into, wiring, index, source, slope), so_far
-            )
+    def pull_rest(so_far: _Pulling) -> _Pulling:
+        for index in rest:
+            step = partial(_pull_into, wiring, index, source, dy)
+            so_far = rounds(wiring, banks[index], step, so_far)
         return so_far
 
-    pulled = _if_any_live(
-        wiring,
-        banks,
-        pull,
-        _Pulling(
-            d_source=jnp.zeros_like(source) if wiring.is_span else dy,
-            channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
-            d_bodies=tuple(jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks),
-        ),
-    )
+    def as_bits(of: _Pulling) -> _Pulling:
+        is_looping = wiring.at_once is not None
+        return of._replace(d_source=bits(of.d_source)) if is_looping else of
+
+    pulled = if_any_live(wiring, [banks[index] for index in rest], pull_rest, as_bits(begun))
+    pulled = pulled._replace(d_source=pulled.d_source.view(source.dtype))
+    if served:
+        # The kernel measured all of `dy`, the loops once more what they serve.
+        slopes = begun.channels[:, 0]
+        return pulled._replace(channels=pulled.channels.at[:, 0].set(slopes))
     # Where no body lives `d_source` still is `dy`, and measuring it here, after the loop, leaves
     # XLA free to work in the buffer of `dy` and to go on with the host meanwhile.
     still = dy if wiring.is_span else pulled.d_source
@@ -306,12 +138,25 @@ def _backward(wiring: Wiring, banks: Banks, source: Array, dy: Array) -> _Pullin
     return pulled._replace(channels=pulled.channels.at[:, 0].set(slopes))
 
 
+_backward = jax.custom_jvp(_pull_all, nondiff_argnums=(0,))
+
+
+@_backward.defjvp
+def _backward_tangent(wiring: Wiring, primals: Any, tangents: Any) -> Any:
+    """Second derivatives compute every slot: a loop of unknown length has none in reverse."""
+    every = wiring._replace(at_once=None, implementation="loops")
+    moved = jax.jvp(partial(_pull_all, every), primals, tangents)[1]
+    return _backward(wiring, *primals), moved
+
+
 def _pull_into(
-    wiring: Wiring, index: int, source: Array, dy: Array, live: _Live, so_far: _Pulling
+    wiring: Wiring, index: int, source: Array, dy: Array, live: Live, so_far: _Pulling
 ) -> _Pulling:
     """One round of bank `index`."""
-    u, slope = read(source, wiring.source, live.chunk), read(dy, wiring.target, live.chunk)
-    pulled = _pull(wiring, wiring.blueprints[index], live, u, slope)
+    u = read(source, wiring.source, live.chunk)
+    # No other seed has written to the chunk, and so no copy of `dy` need be kept.
+    slope = read(dy if wiring.is_span else so_far.d_source, wiring.target, live.chunk)
+    pulled = pull(wiring, wiring.blueprints[index], live, u, slope.view(dy.dtype))
     rows = jnp.where(live.chunk >= 0, live.chunk, wiring.target.chunks)
     filled = jax.tree.map(
         lambda old, new: old.at[live.slot].set(new, mode="drop"),
@@ -319,7 +164,7 @@ def _pull_into(
         pulled.bodies,
     )
     return _Pulling(
-        d_source=_add(so_far.d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u),
+        d_source=add(so_far.d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u),
         channels=so_far.channels.at[rows].add(pulled.channels, mode="drop"),
         d_bodies=(*so_far.d_bodies[:index], filled, *so_far.d_bodies[index + 1 :]),
     )
@@ -337,9 +182,7 @@ def _apart(banks: Banks, measure: Callable[[Array], Array], x: Array) -> Array:
     """
     always = jnp.all(banks[0].chunk >= jnp.iinfo(jnp.int32).min + 1)
     like = jax.eval_shape(measure, x)
-    return jax.lax.cond(
-        always, measure, lambda x: jnp.zeros_like(x, shape=like.shape, dtype=like.dtype), x
-    )
+    return cond(always, measure, lambda x: jnp.zeros_like(x, shape=like.shape, dtype=like.dtype), x)
 
 
 def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
@@ -361,10 +204,20 @@ def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
     )
 
 
+def _grow(
+    wiring: Wiring, banks: Banks, source: Array, target: Array
+) -> tuple[Array, Float32[Array, "C 5"]]:
+    """`y` and the channels that need no gradient."""
+    y, watched = _forward(wiring, banks, source, target)
+    if watched is None:
+        watched = _apart(banks, partial(_watch, wiring), target)
+    return y, watched
+
+
 def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
     """Cotangents of the banks, of the source and of the tap."""
     banks, source, watched = kept
-    pulled = _backward(wiring, banks, source, dy)
+    pulled = _backward(wiring, banks, source, watched, dy)
     d_banks = tuple(
         BankView(bodies=leaves, chunk=None, gains=jnp.zeros_like(bank.gains))  # type: ignore[arg-type]
         for leaves, bank in zip(pulled.d_bodies, banks, strict=True)
@@ -373,24 +226,52 @@ def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_place(wiring: Wiring, banks: Banks, x: Array, tap: Array) -> tuple[Array, Array]:
+    del tap
+    return _grow(wiring, banks, x, x)
+
+
+def _in_place_fwd(wiring: Wiring, banks: Banks, x: Array, tap: Array) -> Any:
+    # Itself, so that an outer derivative goes by the same rule.
+    y, watched = _in_place(wiring, banks, x, tap)
+    return (y, watched), (banks, x, watched)
+
+
+def _in_place_bwd(wiring: Wiring, kept: Any, cotangents: tuple[Array, Array]) -> Any:
+    return _pull_site(wiring, kept, cotangents[0])
+
+
+_in_place.defvjp(_in_place_fwd, _in_place_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _span(
+    wiring: Wiring, banks: Banks, source: Array, target: Array, tap: Array
+) -> tuple[Array, Array]:
+    del tap
+    return _grow(wiring, banks, source, target)
+
+
+def _span_fwd(wiring: Wiring, banks: Banks, source: Array, target: Array, tap: Array) -> Any:
+    y, watched = _span(wiring, banks, source, target, tap)
+    return (y, watched), (banks, source, watched)
+
+
+def _span_bwd(wiring: Wiring, kept: Any, cotangents: tuple[Array, Array]) -> Any:
+    d_banks, d_source, d_tap = _pull_site(wiring, kept, cotangents[0])
+    return d_banks, d_source, cotangents[0], d_tap
+
+
+_span.defvjp(_span_fwd, _span_bwd)
+
+
 def grow_in_place(
     wiring: Wiring, banks: Banks, x: Float[Array, "... D"], tap: Float32[Array, "C K"]
 ) -> Float[Array, "... D"]:
     """`y` for a site whose bodies read what they write to."""
-    del tap
-    return _forward(wiring, banks, x, x)
+    return _in_place(wiring, banks, x, tap)[0]
 
 
-def _in_place_fwd(wiring: Wiring, banks: Banks, x: Array, tap: Array) -> Any:
-    del tap
-    watched = _apart(banks, partial(_watch, wiring), x)
-    return _forward(wiring, banks, x, x), (banks, x, watched)
-
-
-grow_in_place.defvjp(_in_place_fwd, _pull_site)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def grow_span(
     wiring: Wiring,
     banks: Banks,
@@ -399,19 +280,4 @@ def grow_span(
     tap: Float32[Array, "C K"],
 ) -> Float[Array, "... D"]:
     """`y` for a site whose bodies read `source` and write to `target`."""
-    del tap
-    return _forward(wiring, banks, source, target)
-
-
-def _span_fwd(wiring: Wiring, banks: Banks, source: Array, target: Array, tap: Array) -> Any:
-    del tap
-    watched = _apart(banks, partial(_watch, wiring), target)
-    return _forward(wiring, banks, source, target), (banks, source, watched)
-
-
-def _span_bwd(wiring: Wiring, kept: Any, dy: Array) -> Any:
-    d_banks, d_source, d_tap = _pull_site(wiring, kept, dy)
-    return d_banks, d_source, dy, d_tap
-
-
-grow_span.defvjp(_span_fwd, _span_bwd)
+    return _span(wiring, banks, source, target, tap)[0]

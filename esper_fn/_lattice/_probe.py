@@ -59,7 +59,7 @@ def _bwd(chunkings: tuple[Chunking, Chunking], source: Array, dy: Array) -> Any:
         return jnp.einsum("cnf,cng->cfg", a, b, precision="highest")
 
     moments = Moments(
-        num_rows=jnp.full((x.shape[0],), x.shape[1], jnp.float32),
+        num_rows=jnp.full_like(x, x.shape[1], shape=(x.shape[0],)),
         x_dy=product(x, slope),
         x_x=product(x, x),
         dy_dy=product(slope, slope),

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from esper_fn._lattice._forward import BankView, Wiring, grow_in_place, grow_span
+from esper_fn._control import vary_alike
+from esper_fn._lattice._forward import grow_in_place, grow_span
 from esper_fn._lattice._probe import Moments, probe
+from esper_fn._lattice._rounds import BankView, Wiring
 from esper_fn._lattice._site import Site
 from esper_fn._typing import Array, Float
 from esper_fn.errors import LatticeError, UnknownNameError
@@ -119,12 +121,12 @@ class Seeds:
         if self._layout.visits is not None:
             self._layout.visits.names[name] = None
         if source is not None:
-            x, source = _vary_alike(x, source), _vary_alike(source, x)
-        banks = tuple(bank._replace(bodies=_vary_alike(bank.bodies, x)) for bank in view.banks)
-        tap = _vary_alike(view.tap, x)
+            x, source = vary_alike(x, source), vary_alike(source, x)
+        banks = tuple(bank._replace(bodies=vary_alike(bank.bodies, x)) for bank in view.banks)
+        tap = vary_alike(view.tap, x)
         if view.probe is not None:
             chunkings = (wiring.source, wiring.target)
-            x = probe(chunkings, x if source is None else source, x, _vary_alike(view.probe, x))
+            x = probe(chunkings, x if source is None else source, x, vary_alike(view.probe, x))
         if source is None:
             return grow_in_place(wiring, banks, x, tap)
         return grow_span(wiring, banks, source, x, tap)
@@ -158,21 +160,6 @@ class Seeds:
             visits=self._layout.visits,
         )
         return Seeds(layout, (view,))
-
-
-def _vary_alike(tree: Any, x: Array) -> Any:
-    """Inside a `shard_map`, marks `tree` as varying where `x` does: cotangents are summed."""
-
-    def cast(leaf: Array) -> Array:
-        missing = _varying_axes(x) - _varying_axes(leaf)
-        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-def _varying_axes(x: Array) -> frozenset[str]:
-    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
-    return axes
 
 
 def _check_activation(place: Site, argument: str, x: Any, features: int) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice._forward import NUM_CHANNELS, BankView, Reading, Wiring
+from esper_fn._lattice._forward import NUM_CHANNELS, Reading
 from esper_fn._lattice._lattice import Lattice, bank_capacity, local_chunk
 from esper_fn._lattice._probe import Moments, zero_moments
+from esper_fn._lattice._rounds import BankView, Wiring
 from esper_fn._lattice._seeds import Layout, Seeds, SiteView, Visits
 from esper_fn._typing import Array, Bodies, Float32, Int32
+from esper_fn.base import Implementation
 from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
 
 Taps = tuple[Array, ...]
@@ -63,6 +65,7 @@ def view(
     taps: Taps,
     *,
     at_once: int | None = None,
+    implementation: Implementation = "auto",
     probes: Probes | None = None,
     visits: Visits | None = None,
 ) -> Seeds:
@@ -75,6 +78,7 @@ def view(
       bodies: parameters of all banks.
       taps: see `zero_taps`.
       at_once: bodies a site computes in one round over the live ones; None for every slot.
+      implementation: see `esper_fn.growth`.
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
     """
@@ -114,6 +118,7 @@ def view(
                 spec=place.spec,
                 blueprints=tuple(lattice.blueprints[bank.blueprint] for bank in banks),
                 at_once=None if at_once is None else min(at_once, size),
+                implementation=implementation,
             )
         )
     layout = Layout(

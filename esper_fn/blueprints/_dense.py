@@ -84,7 +84,7 @@ def low_rank(rank: int = 4) -> Blueprint:
         weights = rank * (spec.inputs + spec.outputs)
         return Cost(parameters=weights, flops=2 * weights * positions)
 
-    return Blueprint("low_rank", init, apply, cost, TOPOLOGIES, can_span=True)
+    return Blueprint("low_rank", init, apply, cost, TOPOLOGIES, can_span=True, activation="none")
 
 
 def _two_matrices(key: Key, spec: BodySpec, width: int, dtype: DType) -> dict[str, Array]:
@@ -127,11 +127,13 @@ def bottleneck(width: int = 8, activation: Activation = "relu") -> Blueprint:
         weights = width * (spec.inputs + spec.outputs)
         return Cost(parameters=weights + width, flops=(2 * weights + 2 * width) * positions)
 
-    return Blueprint("bottleneck", init, apply, cost, TOPOLOGIES, can_span=True)
+    return Blueprint(
+        "bottleneck", init, apply, cost, TOPOLOGIES, can_span=True, activation=activation
+    )
 
 
 def gated(width: int = 8) -> Blueprint:
-    """`r = (silu(x gate) * (x value)) up`, `up = 0` at birth (Shazeer, GLU variants, 2020).
+    """`r = (silu(x gate) * (x down)) up`, `up = 0` at birth (Shazeer, GLU variants, 2020).
 
     Args:
       width: inner width R.
@@ -142,21 +144,21 @@ def gated(width: int = 8) -> Blueprint:
         gate_key, value_key = jax.random.split(key)
         return {
             "gate": lecun_normal(gate_key, (spec.inputs, width), dtype),
-            "value": lecun_normal(value_key, (spec.inputs, width), dtype),
+            "down": lecun_normal(value_key, (spec.inputs, width), dtype),
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
-        r: Array = (jax.nn.silu(x @ params["gate"]) * (x @ params["value"])) @ params["up"]
+        r: Array = (jax.nn.silu(x @ params["gate"]) * (x @ params["down"])) @ params["up"]
         return r
 
     def cost(spec: BodySpec, positions: int) -> Cost:
         weights = width * (2 * spec.inputs + spec.outputs)
         return Cost(parameters=weights, flops=(2 * weights + 5 * width) * positions)
 
-    return Blueprint("gated", init, apply, cost, TOPOLOGIES, can_span=True)
+    return Blueprint("gated", init, apply, cost, TOPOLOGIES, can_span=True, activation="gated")
 
 
 def normalised(width: int = 8, epsilon: float = 1e-5) -> Blueprint:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._control import cond
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar, UInt8
 from esper_fn.lifecycle._gates import EDGES, TESTS, Cause, Edge, Gate, Settings, Signals
 from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, ON_ITS_WAY, TRANSITIONS, Stage
@@ -45,7 +46,7 @@ def follow(
     Returns:
       The completed `Move`.
     """
-    found = jax.lax.cond(
+    found = cond(
         jnp.any(is_in(seeds.stage, [edge.source for edge in edges])),
         lambda: _first_open(seeds, signals, limits, edges),
         lambda: jnp.full(seeds.stage.shape, _NO_EDGE, jnp.uint8),
@@ -96,7 +97,7 @@ def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Ar
                 gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
         return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
 
-    told: Int8[Array, "S"] = jax.lax.cond(
+    told: Int8[Array, "S"] = cond(
         jnp.any(seeds.is_paused | is_in(seeds.stage, list(forward))),
         first_closed,
         lambda: jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8),
@@ -175,7 +176,7 @@ def has_training_place(seeds: SeedState, limits: Settings) -> Bool[Array, "S"]:
 
     # Counting along the seeds is what takes time: only where some of the ready ones get a place.
     num_ready = jnp.sum(is_ready, dtype=jnp.int32)
-    places: Bool[Array, "S"] = jax.lax.cond(
+    places: Bool[Array, "S"] = cond(
         (num_places > 0) & (num_ready > num_places),
         first_ready,
         lambda: is_ready & (num_ready <= num_places),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Kind
@@ -170,7 +171,5 @@ def by_priority(proposal: Proposal) -> Int32[Array, "S"]:
 
 def when_asked(proposal: Proposal, narrow: Any) -> Proposal:
     """`narrow(proposal)`, computed only in steps in which a germination is asked."""
-    result: Proposal = jax.lax.cond(
-        jnp.any(germinations(proposal)), narrow, lambda same: same, proposal
-    )
+    result: Proposal = cond(jnp.any(germinations(proposal)), narrow, lambda same: same, proposal)
     return result

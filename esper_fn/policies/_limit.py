@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
@@ -39,7 +39,7 @@ def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
     num_asked = jnp.sum(asks, dtype=jnp.int32)
     return strike(
         proposal,
-        jax.lax.cond(
+        cond(
             (num_kept > 0) & (num_kept < num_asked),
             is_late,
             lambda: jnp.broadcast_to(num_kept <= 0, asks.shape),
@@ -97,9 +97,7 @@ def budget(parameters: int) -> Policy:
 
             # Ordering all seeds is what takes time: not where all of them fit, roundings included.
             is_ample = spent + jnp.sum(price) < state.limit * _CERTAINLY
-            return strike(
-                same, jax.lax.cond(is_ample, lambda: jnp.zeros(asks.shape, bool), is_beyond)
-            )
+            return strike(same, cond(is_ample, lambda: jnp.zeros(asks.shape, bool), is_beyond))
 
         return state, when_asked(proposal, narrow)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Float32, Int32, Key
 from esper_fn.commands import Command, Commands, Kind, pack
@@ -158,7 +159,7 @@ def periodic(
         lattice: Lattice, state: _Periodic, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Periodic, Proposal]:
         is_due = (seen.step >= state.start) & ((seen.step - state.start) % state.every == 0)
-        return state, jax.lax.cond(
+        return state, cond(
             is_due,
             lambda same: _propose(
                 lattice,
@@ -237,7 +238,7 @@ def plateau(
             best=jnp.where(has_fallen, loss, state.best),
             last_gain=jnp.where(has_fallen | has_grown, seen.step, state.last_gain),
         )
-        return state, jax.lax.cond(
+        return state, cond(
             seen.step - state.last_gain >= state.patience,
             lambda same: _propose(
                 lattice,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from esper_fn import rollback
+from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._typing import Array, Int32, Params
 from esper_fn.commands import Commands, no_commands
@@ -74,7 +75,7 @@ def make_step(
     ) -> tuple[TrainState, Info]:
         params, opt_state, grown, held = state
         if survey_every is not None:
-            grown = jax.lax.cond(
+            grown = cond(
                 grown.step % survey_every == 0,
                 lambda: measure(params, grown, survey_batch)[0],
                 lambda: grown,

@@ -53,7 +53,7 @@ def bottleneck(phi: Callable[[np.ndarray], np.ndarray]) -> Body:
 
 
 def gated(p: Params, x: np.ndarray) -> np.ndarray:
-    return dot(silu(dot(x, p["gate"])) * dot(x, p["value"]), p["up"])
+    return dot(silu(dot(x, p["gate"])) * dot(x, p["down"]), p["up"])
 
 
 def normalised(p: Params, x: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ DENSE: dict[str, Body] = {
 
 def cut(params: Params, inputs: int, outputs: int) -> dict[str, Any]:
     """The parameters of a dense body as those of a narrower chunk, the padding left out."""
-    rows, columns = ("down", "gate", "value"), ("up", "scale", "shift")
+    rows, columns = ("down", "gate"), ("up", "scale", "shift")
     return {
         name: value[:inputs] if name in rows else value[..., :outputs] if name in columns else value
         for name, value in params.items()

@@ -135,5 +135,36 @@ def check_decisions(num_devices: int) -> None:
         np.testing.assert_array_equal(ours, plain)
 
 
+def check_members(num_devices: int) -> None:
+    """A network of its own on every device, whole steps inside the `shard_map`."""
+    growth, optimizer, carry, x = setting()
+    mesh = jax.make_mesh((num_devices,), ("members",), axis_types=(AxisType.Auto,))
+    own = PartitionSpec("members")
+    train = make_run(growth, optimizer, local_loss)
+
+    def run(carry: Any, x: jax.Array) -> Any:
+        (params, state, opt_state), told = train(carry, x)
+        state, measured = growth.survey(local_loss)(params, state, x)
+        return (params, state, opt_state), (told, measured)
+
+    scaled = [(1 + 0.2 * member) * x for member in range(num_devices)]
+
+    def one(carry: Any, x: jax.Array) -> Any:
+        member = jax.tree.map(lambda leaf: leaf[0], carry)
+        return jax.tree.map(lambda leaf: leaf[None], run(member, x[0]))
+
+    whole = jax.shard_map(one, mesh=mesh, in_specs=(own, own), out_specs=own)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_devices), carry)
+    after, told = jax.jit(whole, compiler_options=QUICK)(stacked, jnp.stack(scaled))
+    for member, mine in enumerate(scaled):
+        want = jax.jit(run, compiler_options=QUICK)(carry, mine)
+        for got, other in zip(jax.tree.leaves((after, told)), jax.tree.leaves(want), strict=True):
+            if jnp.issubdtype(other.dtype, jnp.floating):
+                np.testing.assert_allclose(got[member], other, rtol=1e-4, atol=1e-6)
+            elif not jnp.issubdtype(other.dtype, jax.dtypes.prng_key):
+                np.testing.assert_array_equal(got[member], other)
+
+
 if __name__ == "__main__":
     check_decisions(2)
+    check_members(2)

@@ -264,6 +264,33 @@ def test_the_same_inputs_give_the_same_bits_again() -> None:
     assert same_bits(run(host.params, state, host.batch), run(host.params, state, host.batch))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_population_in_loops_keeps_every_bit_of_16(dtype: str) -> None:
+    """Subnormal numbers and the payloads of NaN, which a select by way of float32 would lose."""
+    lattice = ef.lattice(
+        sites=[ef.site("hidden", features=256, chunks=4)],
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=4,
+    )
+    growth = ef.growth(lattice, bodies_at_once=1)
+    rows = [{}, {1: ("low_rank", Stage.TRAINING, 0.0)}, {0: ("low_rank", Stage.TRAINING, 0.0)}]
+    members = [place(growth, blank(growth), row) for row in rows]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    every = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(256, 256)
+
+    def grow(state: Any, x: jax.Array, d: jax.Array) -> Any:
+        def loss(_: Any, seeds: Any, x: jax.Array) -> Any:
+            y, pull = jax.vjp(lambda x: seeds.grow("hidden", x), x)
+            return jnp.float32(0), (y, *pull(d))
+
+        (_, told), _, _ = growth.value_and_grad(loss, has_aux=True)((), state, x)
+        return told
+
+    y, d_x = jax.jit(jax.vmap(grow, in_axes=(0, None, None)))(stacked, every, every)
+    for got in (*y, *d_x):
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint16), every.view(np.uint16))
+
+
 def test_an_acting_seed_does_change_the_loss() -> None:
     """The guard of this file: had bodies no effect at all, every test above would pass."""
     host, growth, blank_state, run = compiled("mlp", 3)

@@ -263,3 +263,22 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
     assert counts[first + 1 : 8] == list(range(1, 8 - first))
     assert counts[9 : second + 1] == [0] * (second + 1 - 9)
     assert counts[second + 1 :] == list(range(1, 14 - second))
+
+
+def test_the_optimiser_state_keeps_its_dtypes() -> None:
+    """Moments in bfloat16 and gradients in float32: Optax alone would promote in the first step."""
+    optimizer = ef.optim.per_body(standard(optax.adam(0.1)))
+    banks = _banks(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _random(1)))
+    params = (_host(1), banks)
+    state = optimizer.init(params)
+    slots = {
+        "site": {
+            name: Slots(is_born=jnp.zeros((SLOTS,), bool), learns=jnp.ones((SLOTS,), bool))
+            for name in ("body", "empty")
+        }
+    }
+    _, after = optimizer.update((_host(2), _banks(_random(2))), state, params, slots=slots)
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(
+        lambda leaf: leaf.dtype, state
+    )
+    assert not same_bits(after.bodies, state.bodies)

@@ -1,0 +1,137 @@
+"""What the bodies of one bank compute, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from esper_fn._lattice._chunks import lay_out, per_feature, place, window
+from esper_fn._lattice._rounds import Live, Wiring
+from esper_fn._lattice._site import Chunking, chunk_mask
+from esper_fn._typing import Array, Bool, Float, Float32, Params
+from esper_fn.base import Blueprint
+
+
+def _column(values: Array, like: Array) -> Array:
+    """`[n]` shaped to broadcast against `[n, ...]`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _per_slot(values: Array, reduce: Callable[..., Array]) -> Array:
+    return reduce(values, axis=tuple(range(1, values.ndim)))
+
+
+def is_finite(values: Array) -> Bool[Array, "n"]:
+    """Whether all of a slot's values are."""
+    return _per_slot(jnp.isfinite(values), jnp.all)
+
+
+def outputs(
+    blueprint: Blueprint, wiring: Wiring, live: Live, bodies: Params, u: Float[Array, "n ... F"]
+) -> Float[Array, "n ... G"]:
+    """The bodies' outputs, zero in the padding of narrow chunks."""
+    chunk = jnp.maximum(live.chunk, 0)
+    mask = jnp.asarray(chunk_mask(wiring.source))[chunk]
+    r = jax.vmap(lambda body, x, real: blueprint.apply(body, x, wiring.spec, real))(bodies, u, mask)
+    if wiring.target.is_even:
+        return r
+    is_real = jnp.asarray(chunk_mask(wiring.target))[chunk]
+    return jnp.where(is_real.reshape(-1, *(1,) * (r.ndim - 2), r.shape[-1]), r, jnp.zeros_like(r))
+
+
+def bits(x: Array) -> Array:
+    """`x`, numbers of 16 bits as integers.
+
+    XLA on CPU may select 16-bit floats as float32 and flush subnormal ones to zero on the way; so
+    would a loop whose carry a `vmap` selects.
+    """
+    return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+@jax.custom_jvp
+def choose(is_first: Bool[Array, "..."], first: Array, second: Array) -> Array:
+    """`where(is_first, first, second)` on the bits."""
+    chosen: Array = jnp.where(is_first, bits(first), bits(second))
+    return chosen.view(first.dtype)
+
+
+@choose.defjvp
+def _choose_tangent(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
+    return choose(*primals), jnp.where(primals[0], *tangents[1:])
+
+
+def add(base: Array, chunking: Chunking, chunk: Array, gain: Array, values: Array) -> Array:
+    """`base + gain * values` in the slots' chunks, `base` itself where the gain is 0.
+
+    Args:
+      base: `[..., D]`, of `values`' dtype or its `bits`.
+      chunking: how D splits.
+      chunk: of each slot; negative where it serves none.
+      gain: of each slot, float32.
+      values: `[n, ..., F]`.
+
+    Returns:
+      What `base` is.
+    """
+    if chunk.shape[0] == 1:
+        gain = jnp.where(chunk[0] >= 0, gain[0], 0.0)
+        start, is_real, values = window(chunking, chunk[0], values[0])
+        part = jax.lax.dynamic_slice_in_dim(base, start, chunking.widest, axis=-1)
+        old = part.view(values.dtype)
+        wide = old.astype(jnp.float32) + gain * values.astype(jnp.float32)
+        new = choose(is_real & (gain != 0), wide.astype(old.dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(base, new.view(base.dtype), start, axis=-1)
+    placed = place(chunking, chunk)
+    factor = per_feature(gain, chunking, placed, base.ndim)
+    old = base.view(values.dtype)
+    wide = old.astype(jnp.float32) + factor * lay_out(values, chunking, placed).astype(jnp.float32)
+    return choose(factor != 0, wide.astype(old.dtype), old).view(base.dtype)
+
+
+class Pulled(NamedTuple):
+    """One bank's share of the backward pass."""
+
+    bodies: Params
+    feel: Float32[Array, "n"]
+    """How much of `d_u` the host feels."""
+    d_u: Float[Array, "n ... F"]
+    channels: Float32[Array, "n 5"]
+
+
+def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) -> Pulled:
+    """The bodies' gradients, and what the step measured of them."""
+    r, of = jax.vjp(partial(outputs, blueprint, wiring, live), live.bodies, u)
+    d_bodies, d_u = of(dy)
+    learn, feel = live.gains[:, 1], live.gains[:, 2]
+    is_sound = is_finite(r)
+    is_flowing = is_sound & is_finite(d_u)
+    for leaf in jax.tree.leaves(d_bodies):
+        is_flowing = is_flowing & is_finite(leaf)
+
+    def learned(leaf: Array) -> Array:
+        is_taught = _column((learn != 0) & is_flowing, leaf)
+        return jnp.where(is_taught, leaf * _column(learn, leaf).astype(leaf.dtype), 0)
+
+    was_fed_soundly = is_finite(u) & is_finite(dy)
+    wide = jnp.where(_column(is_sound, r), r.astype(jnp.float32), 0.0)
+    worth = jnp.where(wide != 0, -dy.astype(jnp.float32) * wide, 0.0)
+    channels = jnp.stack(
+        [
+            _per_slot(jnp.square(dy.astype(jnp.float32)), jnp.sum),
+            jnp.ones_like(learn),
+            _per_slot(jnp.square(wide), jnp.sum),
+            _per_slot(worth, jnp.sum),
+            (was_fed_soundly & ~is_flowing).astype(jnp.float32),
+        ],
+        axis=-1,
+    )
+    return Pulled(
+        bodies=jax.tree.map(learned, d_bodies),
+        feel=jnp.where(is_flowing, feel, 0.0),
+        d_u=d_u,
+        channels=jnp.where((live.chunk >= 0)[:, None], channels, 0.0),
+    )

@@ -1,0 +1,94 @@
+"""Where the GPU kernels of `esper_kernels` compute a bank instead of a loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import esper_kernels.jax as kernels
+from esper_fn._lattice._chunks import place
+from esper_fn._lattice._rounds import Banks, BankView, Wiring, is_live
+from esper_fn._typing import Array, Float32, Int32, Params
+from esper_kernels import Body
+
+
+def divide(wiring: Wiring, banks: Banks, x: Array) -> tuple[list[int], list[int]]:
+    """The banks that kernels compute here, and those that loops do.
+
+    Raises:
+      UnavailableError: a kernel is forced that cannot serve a bank of its form; says why.
+    """
+    every = list(range(len(banks)))
+    if wiring.implementation == "loops" or wiring.is_span or x.dtype == jnp.float16:
+        return [], every
+    if wiring.implementation == "auto" and wiring.at_once is None:
+        return [], every
+    served = [index for index in every if _is_served(wiring, index, banks[index], x)]
+    return served, [index for index in every if index not in served]
+
+
+def _is_served(wiring: Wiring, index: int, bank: BankView, x: Array) -> bool:
+    if wiring.blueprints[index].activation is None:
+        return False
+    arrays, options = _call(wiring, index, bank)
+    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+    choice = kernels.explain(rows, *arrays, **options)
+    return wiring.implementation != "auto" or choice.implementation != "reference"
+
+
+def _call(
+    wiring: Wiring, index: int, bank: BankView
+) -> tuple[tuple[Body, Int32[Array, "C"], Float32[Array, "C 3"]], dict[str, Any]]:
+    """A kernel's arguments that describe the bodies: matrices, each chunk's slot and gains."""
+    placed = place(wiring.target, jnp.where(is_live(bank), bank.chunk, -1))
+    slot = jnp.where(placed.is_served, placed.slot, -1)
+    gains = jnp.where(placed.is_served[:, None], bank.gains[placed.slot], 0.0)
+    options = {
+        "activation": wiring.blueprints[index].activation,
+        "implementation": wiring.implementation,
+    }
+    return (Body(**bank.bodies), slot, gains), options
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def forward(
+    wiring: Wiring, banks: Banks, served: list[int], x: Array
+) -> tuple[Array, Float32[Array, "C 5"] | None]:
+    """`x` with the served banks' bodies added, and what the first of them measured of `x`.
+
+    The first bank's kernel copies and measures all of `x`; the others work in place.
+    """
+    y, watched = _rows(x), None
+    for index in served:
+        arrays, options = _call(wiring, index, banks[index])
+        if watched is None:
+            y, watched = kernels.forward(y, *arrays, **options)
+        else:
+            y, _ = kernels.forward_in_place(y, *arrays, **options)
+    return y.reshape(x.shape), watched
+
+
+def backward(
+    wiring: Wiring, banks: Banks, served: list[int], x: Array, watched: Array, dy: Array
+) -> tuple[Array, Float32[Array, "C 5"], tuple[Params, ...]]:
+    """`d x`, the channels that need a gradient, and the gradients of all banks' bodies."""
+    d_bodies = [jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks]
+    first, *others = served
+
+    def fill(index: int, d_body: Body) -> None:
+        d_bodies[index] = {name: getattr(d_body, name) for name in d_bodies[index]}
+
+    arrays, options = _call(wiring, first, banks[first])
+    d_x, d_body, channels = kernels.backward(_rows(x), _rows(dy), *arrays, watched, **options)
+    fill(first, d_body)
+    for index in others:
+        arrays, options = _call(wiring, index, banks[index])
+        d_x, d_body, more = kernels.backward_in_place(_rows(x), d_x, *arrays, watched, **options)
+        fill(index, d_body)
+        channels = channels.at[:, 1:].add(more[:, 1:])
+    return d_x.reshape(dy.shape), channels, tuple(d_bodies)

@@ -1,0 +1,159 @@
+"""Derivatives of derivatives: through the control flow, the forward, and whole training steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import QUICK, blank, place, same_bits, standard
+
+import esper_fn as ef
+from esper_fn._control import once_if
+from esper_fn.lifecycle import Stage
+
+LATTICE = ef.lattice(
+    sites=[
+        ef.site("hidden", features=7, chunks=3),
+        ef.span("over", source_features=7, features=5, chunks=2),
+    ],
+    blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
+    capacity=3,
+)
+ROWS = {
+    0: ("gelu", Stage.TRAINING, 0.0),
+    1: ("gelu", Stage.FINE_TUNING, 0.7),
+    2: ("gelu", Stage.FOSSILIZED, 1.0),
+    4: ("gelu", Stage.FINE_TUNING, 0.4),
+}
+
+
+def _normal(*shape: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng([seed, *shape])
+    return jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
+
+
+PARAMS = {"in": _normal(4, 7), "out": _normal(7, 5)}
+X = _normal(6, 4, seed=1)
+
+
+def model(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+    h = seeds.grow("hidden", jnp.tanh(x @ params["in"]))
+    return seeds.grow("over", h @ params["out"], source=h)
+
+
+def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(model(params, seeds, x) - 1))
+
+
+def penalised(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+    slope = jax.grad(lambda x: jnp.sum(jnp.square(model(params, seeds, x))))(x)
+    return loss_fn(params, seeds, x) + jnp.mean(jnp.square(slope))
+
+
+def setting(at_once: int | None, rows: Any = None) -> tuple[ef.Growth, ef.GrowthState]:
+    growth = ef.growth(LATTICE, bodies_at_once=at_once, policy=ef.policies.never())
+    return growth, place(growth, blank(growth), ROWS if rows is None else rows)
+
+
+def _close(got: Any, want: Any) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_once_if_has_the_derivatives_of_a_conditional(is_wanted: bool) -> None:
+    def loop(x: jax.Array, times: jax.Array) -> jax.Array:
+        def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            value, count = carry
+            inner = once_if(times > 2, lambda of: of * jnp.sin(x), value)
+            return inner * times.astype(jnp.float32), count + times
+
+        value, count = once_if(jnp.bool_(is_wanted), run, (x * x, jnp.int32(1)))
+        return jnp.sum(value) * count.astype(jnp.float32)
+
+    def plain(x: jax.Array, times: jax.Array) -> jax.Array:
+        turned = jnp.where(times > 2, jnp.sin(x), 1.0) * times.astype(jnp.float32)
+        factor = turned * (1 + times).astype(jnp.float32) if is_wanted else 1.0
+        return jnp.sum(x * x * factor)
+
+    x, times = _normal(3), jnp.int32(3)
+    for derive in (jax.grad, jax.jacfwd, jax.hessian):
+        _close(jax.jit(derive(loop))(x, times), derive(plain)(x, times))
+    many = jnp.stack([x, 2 * x]), jnp.asarray([2, 3], jnp.int32)
+    _close(jax.vmap(jax.grad(loop))(*many), jax.vmap(jax.grad(plain))(*many))
+
+
+def test_a_gradient_penalty_is_the_same_in_a_loop_and_in_one_go() -> None:
+    results = []
+    for at_once in (1, 2, None):
+        growth, state = setting(at_once)
+        graded = jax.jit(growth.value_and_grad(penalised), compiler_options=QUICK)
+        results.append(graded(PARAMS, state, X)[:2])
+    _close(results[0], results[2])
+    _close(results[1], results[2])
+
+
+def test_a_gradient_penalty_over_fossils_is_that_of_the_plain_network() -> None:
+    """With act = feel = 1 a body is a part of the host like any other."""
+    growth, state = setting(1, {2: ("gelu", Stage.FOSSILIZED, 1.0)})
+
+    class Plain:
+        def grow(self, name: str, x: jax.Array, *, source: Any = None) -> jax.Array:
+            del source
+            if name != "hidden":
+                return x
+            slot = int(state.seeds.slot[2])
+            body = jax.tree.map(lambda leaf: leaf[slot], state.bodies["hidden"]["gelu"])
+            # Chunks of 3, 2 and 2 features; the third one's body has a padded row.
+            u = jnp.pad(x[:, 5:], ((0, 0), (0, 1)))
+            hidden = jax.nn.gelu(u @ body["down"] + body["bias"][None])
+            return x.at[:, 5:].add((hidden @ body["up"])[:, :2])
+
+    want = jax.value_and_grad(lambda params: penalised(params, Plain(), X))(PARAMS)
+    value, (d_params, _), _ = growth.value_and_grad(penalised)(PARAMS, state, X)
+    _close((value, d_params), want)
+
+
+def test_a_penalty_on_the_host_does_not_feel_a_body_in_training() -> None:
+    growth, state = setting(1, {0: ("gelu", Stage.TRAINING, 0.0)})
+    graded = jax.jit(growth.value_and_grad(penalised))
+    value, (d_params, d_bodies), _ = graded(PARAMS, state, X)
+    quiet, (d_quiet, _), _ = graded(PARAMS, setting(1, {})[1], X)
+    assert same_bits((value, d_params), (quiet, d_quiet))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies))
+
+
+def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss after two steps, with respect to where they began: as through `jax.lax.cond`."""
+
+    def outer(growth: ef.Growth, state: ef.GrowthState) -> Any:
+        optimizer = ef.optim.per_body(standard(optax.adam(1e-2, eps_root=1e-8)))
+
+        def run(params: Any) -> jax.Array:
+            now, opt_state = state, optimizer.init((params, state.bodies))
+            for _ in range(2):
+                loss, grads, readings = growth.value_and_grad(loss_fn)(params, now, X)
+                updates, opt_state = optimizer.update(
+                    grads, opt_state, (params, now.bodies), slots=growth.slots(now)
+                )
+                params, bodies = optax.apply_updates((params, now.bodies), updates)
+                now, _ = growth.update(now, bodies, readings, loss)
+            return loss_fn(params, growth.seeds(now), X)
+
+        return jax.jit(jax.value_and_grad(run), compiler_options=QUICK)(PARAMS)
+
+    ours = [outer(*setting(at_once)) for at_once in (1, None)]
+
+    def conditional(is_wanted: jax.Array, run: Any, carry: Any) -> Any:
+        return jax.lax.cond(is_wanted, run, lambda carry: carry, carry)
+
+    for module in ("optim", "_growth._update", "_lattice._allocate"):
+        monkeypatch.setattr(f"esper_fn.{module}.once_if", conditional)
+    want = outer(*setting(None))
+    assert float(optax.tree.norm(want[1])) > 0
+    _close(ours[0], want)
+    _close(ours[1], want)
