@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,11 +113,57 @@ def run_jax(implementation: str) -> Runner:
     return run
 
 
+def run_torch_in_place(implementation: str) -> Runner:
+    """An implementation for torch in place, which has no backward."""
+
+    def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
+        x, body, slot, gains = torch_arguments(spec, inputs, dtype)
+        static = {"activation": spec.activation, "implementation": implementation}
+        watched = graft_torch.graft_(x, body, slot, gains, **static)
+        return Outcome(_wide(x), _wide(watched), *(None,) * 6)
+
+    return run
+
+
+def run_jax_in_place(implementation: str) -> Runner:
+    """An implementation for JAX in place, `x` and `dy` given up."""
+
+    def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
+        body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
+        slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
+        static = {"activation": spec.activation, "implementation": implementation}
+
+        @partial(jax.jit, donate_argnums=0)
+        def forward(x: Any, body: Body) -> Any:
+            return graft_jax.forward_in_place(x, body, slot, gains, **static)
+
+        @partial(jax.jit, donate_argnums=1)
+        def backward(x: Any, dy: Any, body: Body, watched: Any) -> Any:
+            return graft_jax.backward_in_place(x, dy, body, slot, gains, watched, **static)
+
+        x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            y, watched = forward(jnp.copy(x), body)
+            dx, d_body, channels = backward(x, dy, body, watched)
+        d_leaves = (_wide(leaf) for leaf in d_body)
+        return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
+
+    return run
+
+
 RUNNERS: dict[str, Runner] = {
     "torch-reference": run_torch("reference"),
     "torch-triton": run_torch("triton"),
     "jax-reference": run_jax("reference"),
     "jax-pallas": run_jax("pallas"),
+}
+
+
+IN_PLACE: dict[str, Runner] = {
+    "torch-reference": run_torch_in_place("reference"),
+    "torch-triton": run_torch_in_place("triton"),
+    "jax-reference": run_jax_in_place("reference"),
+    "jax-pallas": run_jax_in_place("pallas"),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from implementations import DEVICE, DTYPES, RUNNERS, Outcome, refusal, rounded, truth
+from implementations import DEVICE, DTYPES, IN_PLACE, RUNNERS, Outcome, refusal, rounded, truth
 
 from esper_kernels.graft._specs import SPECS, Spec, draw
 
@@ -36,20 +36,52 @@ def references(spec_name, dtype):
     return [RUNNERS[name](spec, draw(spec), dtype) for name in REFERENCES]
 
 
+def live_chunks(spec, inputs):
+    served = (inputs.slot >= 0) & (inputs.slot < spec.slots)
+    return served & inputs.gains.any(axis=1)
+
+
+def hold(found, true, usual, dtype):
+    """Every result that an implementation has, to twice the error of the references."""
+    for field in Outcome._fields:
+        ours, right = getattr(found, field), getattr(true, field)
+        if right is None:
+            assert ours is None
+            continue
+        assert ours.shape == right.shape
+        columns = range(5) if field in {"watched", "channels"} else [...]
+        for k in columns:
+            pick = (slice(None), k) if k is not ... else ...
+            # A sum over a chunk may be lucky in the reference: one rounding of r is granted.
+            floor = FLOORS[dtype] if field == "channels" else 4e-6
+            worst = max(error(getattr(of, field)[pick], right[pick]) for of in usual)
+            allowed = 2 * worst + floor
+            assert error(ours[pick], right[pick]) <= allowed, (field, k)
+
+
 @pytest.fixture(params=RUNNERS)
 def name(request):
     return request.param
 
 
-@pytest.fixture
-def run(name):
-    def runner(spec, inputs, dtype="bfloat16"):
+def runner(runners, name):
+    def run(spec, inputs, dtype="bfloat16"):
         reason = refusal(name, spec, dtype)
         if reason is not None:
             pytest.skip(reason)
-        return RUNNERS[name](spec, inputs, dtype)
+        return runners[name](spec, inputs, dtype)
 
-    return runner
+    return run
+
+
+@pytest.fixture
+def run(name):
+    return runner(RUNNERS, name)
+
+
+@pytest.fixture
+def run_in_place(name):
+    return runner(IN_PLACE, name)
 
 
 class TestConformance:
@@ -59,21 +91,7 @@ class TestConformance:
         spec = BY_NAME[spec_name]
         inputs = draw(spec)
         found, true = run(spec, inputs, dtype), truth(spec, inputs, dtype)
-        usual = references(spec_name, dtype)
-        for field in Outcome._fields:
-            ours, right = getattr(found, field), getattr(true, field)
-            if right is None:
-                assert ours is None
-                continue
-            assert ours.shape == right.shape
-            columns = range(5) if field in {"watched", "channels"} else [...]
-            for k in columns:
-                pick = (slice(None), k) if k is not ... else ...
-                # A sum over a chunk may be lucky in the reference: one rounding of r is granted.
-                floor = FLOORS[dtype] if field == "channels" else 4e-6
-                worst = max(error(getattr(of, field)[pick], right[pick]) for of in usual)
-                allowed = 2 * worst + floor
-                assert error(ours[pick], right[pick]) <= allowed, (field, k)
+        hold(found, true, references(spec_name, dtype), dtype)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
     @pytest.mark.parametrize("gains", [(0, 0, 0), (0, 1, 0)], ids=["dormant", "training"])
@@ -164,3 +182,62 @@ class TestConformance:
         np.testing.assert_array_equal(2 * run(PLAIN, half).down, whole.down)
         np.testing.assert_array_equal(run(PLAIN, deaf).down, whole.down)
         assert not np.array_equal(run(PLAIN, deaf).dx, whole.dx)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("spec_name", HERE)
+    def test_in_place_is_the_same_and_measures_live_chunks_only(
+        self, run_in_place, spec_name, dtype
+    ):
+        spec = BY_NAME[spec_name]
+        inputs = draw(spec)
+        found, true = run_in_place(spec, inputs, dtype), truth(spec, inputs, dtype)
+        dormant = ~live_chunks(spec, inputs)
+
+        def masked(of):
+            rows = {"watched": of.watched.copy(), "channels": of.channels.copy()}
+            for measured in rows.values():
+                measured[dormant] = 0
+            of = of._replace(**rows)
+            if found.dx is None:
+                of = Outcome(of.y, of.watched, *(None,) * 6)
+            return of
+
+        assert not found.watched[dormant].any()
+        assert found.channels is None or not found.channels[dormant].any()
+        hold(found, masked(true), [masked(of) for of in references(spec_name, dtype)], dtype)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_in_place_leaves_what_does_not_act_bit_for_bit(self, run_in_place, name):
+        inputs = draw(PLAIN)
+        for array in (inputs.x, inputs.dy):
+            for chunk in range(3):
+                array[0, 32 * chunk : 32 * chunk + 8] = [
+                    np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38, -3e38,
+                ]  # fmt: skip
+        inputs.gains[0] = 0
+        inputs.gains[1] = [0, 1, 0]
+        found = run_in_place(PLAIN, inputs)
+        for ours, given in ((found.y, inputs.x), (found.dx, inputs.dy)):
+            if ours is not None:
+                right = rounded(name, given, "bfloat16")
+                np.testing.assert_array_equal(bits(ours[:, :64]), bits(right[:, :64]))
+        assert found.watched[:, 0].tolist() == [0, 72 * 32, 72 * 32]
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_in_place_tells_broken_bodies_from_broken_input(self, run_in_place):
+        inputs = draw(PLAIN)
+        inputs.x[5, 40] = np.inf
+        inputs.down[inputs.slot[2]] = np.nan
+        found = run_in_place(PLAIN, inputs)
+        assert np.isfinite(found.y[:, :32]).all()
+        assert np.isfinite(found.y[:, 64:]).all()
+        if found.channels is not None:
+            assert found.channels[:, 4].tolist() == [0, 0, 1]
+            assert not found.down[inputs.slot[2]].any()
+            assert found.down[inputs.slot[0]].any()
+
+    def test_in_place_same_bits_every_time(self, run_in_place):
+        inputs = draw(PLAIN)
+        pairs = zip(run_in_place(PLAIN, inputs), run_in_place(PLAIN, inputs), strict=True)
+        for first, second in pairs:
+            assert first is second or np.array_equal(bits(first), bits(second))

@@ -1,5 +1,7 @@
 """What torch asks of an operation: registration, compilation, the form in place, clear errors."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -10,12 +12,17 @@ from implementations import DEVICE, torch_arguments
 
 import esper_kernels.torch as kernels
 from esper_kernels import ArgumentError, Body, UnavailableError
-from esper_kernels.graft import triton_cuda
+from esper_kernels.graft import check
 from esper_kernels.graft._blocks import Tiles
 from esper_kernels.graft._specs import Spec, draw
 
 SPEC = Spec(name="small", rows=64, features=64, chunks=4, slots=3, rank=4, activation="gelu")
-IMPLEMENTATIONS = ["reference", "triton"]
+HAS_TRITON = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no build for this platform")
+IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
+
+if HAS_TRITON:
+    from esper_kernels.graft import triton_cuda
 
 
 def arguments(spec=SPEC, dtype="float32"):
@@ -57,6 +64,7 @@ class TestRegistration:
         for plain, compiled in zip(*results, strict=True):
             assert torch.equal(plain, compiled)
 
+    @needs_triton
     def test_everything_is_written(self):
         x, body, slot, gains = arguments()
         slot[0] = -1
@@ -70,6 +78,7 @@ class TestRegistration:
         for first, second in zip(before, after, strict=True):
             assert torch.equal(first, second)
 
+    @needs_triton
     def test_tiles_change_no_value_by_more_than_rounding(self):
         x, body, slot, gains = arguments()
         case = kernels_case(x, body, slot, gains)
@@ -82,8 +91,6 @@ class TestRegistration:
 
 
 def kernels_case(x, body, slot, gains):
-    from esper_kernels.graft import check
-
     return check(x, body, slot, gains, activation="gelu", device="cpu")
 
 
@@ -152,11 +159,13 @@ class TestBadInput:
 
 
 class TestDispatch:
+    @needs_triton
     def test_auto_says_what_runs(self):
         choice = kernels.explain(*arguments(), activation="gelu")
         assert choice.implementation == "triton"
         assert str(choice) == "graft: triton"
 
+    @needs_triton
     def test_too_wide_for_triton_runs_the_reference_and_says_why(self):
         spec = Spec(name="wide", rows=4, features=600, chunks=2, slots=1, rank=4)
         x, body, slot, gains = arguments(spec)
@@ -166,6 +175,7 @@ class TestDispatch:
         with pytest.raises(UnavailableError, match="triton: a chunk 300 wide"):
             kernels.graft(x, body, slot, gains, activation="relu", implementation="triton")
 
+    @needs_triton
     def test_forced_triton_without_a_gpu(self, monkeypatch):
         if DEVICE != "cpu":
             pytest.skip("there is one")

@@ -46,13 +46,21 @@ def test_public_surface():
 
     assert set(esper_kernels.jax.__all__) == {
         "backward",
+        "backward_in_place",
         "explain",
+        "explain_potential",
         "forward",
         "forward_in_place",
         "graft",
         "potential",
     }
-    assert set(esper_kernels.torch.__all__) == {"explain", "graft", "graft_", "potential"}
+    assert set(esper_kernels.torch.__all__) == {
+        "explain",
+        "explain_potential",
+        "graft",
+        "graft_",
+        "potential",
+    }
 
 
 @pytest.mark.parametrize("choose", [forward_tiles, backward_tiles, in_place_tiles])
@@ -103,3 +111,84 @@ def test_potential_for_jax():
     chunks = zip(np.array_split(x, 3, axis=1), np.array_split(dy, 3, axis=1), strict=True)
     right = [np.square(u.T @ slope).sum() for u, slope in chunks]
     np.testing.assert_allclose(sizes, right * asked, rtol=1e-4)
+
+
+def _jax_arguments():
+    import jax
+    import jax.numpy as jnp
+
+    from esper_kernels import Body
+
+    shape = jax.ShapeDtypeStruct
+    body = Body(down=shape((2, 8, 4), jnp.float32), up=shape((2, 4, 8), jnp.float32))
+    return shape((6, 16), jnp.float32), body, shape((2,), jnp.int32), shape((2, 3), jnp.float32)
+
+
+def test_explain_for_jax_while_tracing():
+    import jax
+    import jax.numpy as jnp
+
+    from esper_kernels.jax import explain, explain_potential
+
+    chosen = []
+
+    def trace(x, body, slot, gains):
+        chosen.append(explain(x, body, slot, gains))
+        chosen.append(explain_potential(x, x, slot == 0))
+        return x
+
+    given = _jax_arguments()
+    jax.eval_shape(trace, *given)
+    chosen.append(explain(*given))
+    asked = jax.ShapeDtypeStruct((2,), jnp.bool_)
+    chosen.append(explain_potential(given[0], given[0], asked))
+    assert [choice.operation for choice in chosen] == ["graft", "potential"] * 2
+    assert chosen[0] == chosen[2]
+    assert chosen[1] == chosen[3]
+    assert chosen[1].refusals == {"pallas": "no kernel is built"}
+
+
+def test_jax_chooses_for_the_device_that_runs_the_call(monkeypatch):
+    import jax
+    import jax.numpy as jnp
+
+    from esper_kernels._jax_device import device_name
+
+    class Gpu:
+        platform, device_kind = "gpu", "NVIDIA H200"
+
+    cpu = jax.devices("cpu")[0]
+    x, shape = jax.device_put(jnp.ones(2), cpu), jax.ShapeDtypeStruct((2,), jnp.float32)
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [cpu if backend == "cpu" else Gpu()])
+    assert device_name(shape) == "NVIDIA H200"
+    assert device_name(x) == "cpu"
+    for default in (cpu, "cpu"):
+        with jax.default_device(default):
+            assert device_name(shape) == "cpu"
+
+
+def test_explain_potential_for_torch():
+    torch = pytest.importorskip("torch")
+    from esper_kernels import UnavailableError
+    from esper_kernels.torch import explain_potential
+
+    x, asked = torch.ones(4, 600), torch.ones(2, dtype=torch.bool)
+    choice = explain_potential(x, x, asked)
+    assert choice.implementation == "reference"
+    with pytest.raises(UnavailableError, match="potential"):
+        explain_potential(x, x, asked, implementation="triton")
+
+
+def test_triton_refuses_old_gpus_for_both_operations(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from esper_kernels._torch_choice import refuses_triton
+    from esper_kernels.graft import torch as graft_torch
+    from esper_kernels.potential import torch as potential_torch
+
+    class Old:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    case = replace(HEADLINE, device="Tesla T4")
+    for module in (graft_torch._TRITON, potential_torch._TRITON):
+        assert "Tesla T4 has no bfloat16 matrix units" in refuses_triton(module, case, Old())

@@ -12,6 +12,7 @@ import numpy as np
 
 from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
+from esper_kernels._jax_device import device_name
 from esper_kernels.graft import reference_jax
 from esper_kernels.graft._case import Body, Case, check
 
@@ -36,7 +37,7 @@ def explain(
       ArgumentError: the arguments do not fit together.
       UnavailableError: `implementation` cannot serve them; says why.
     """
-    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
     return _choose(case, implementation)
 
 
@@ -53,7 +54,7 @@ def forward(
 
     Arguments and errors as for `graft`.
     """
-    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
     y, watched = _backend(case, implementation).forward(case, x, body, slot, gains)
     return y, watched
 
@@ -71,7 +72,7 @@ def forward_in_place(
 
     Not differentiable. Under `jit`, donate `x` or let this be its last use; else XLA copies it.
     """
-    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
     y, watched = _backend(case, implementation).forward_in_place(case, x, body, slot, gains)
     return y, watched
 
@@ -92,12 +93,49 @@ def backward(
     Raises:
       ArgumentError: `dy` is not as `x`; else as for `graft`.
     """
-    case = check(x, body, slot, gains, activation=activation, device=_device_name())
-    if dy.shape != x.shape or dy.dtype != x.dtype:
-        raise ArgumentError(f"dy is {dy.shape} {dy.dtype}; it must be as x: {x.shape} {x.dtype}")
+    case = _check(x, dy, body, slot, gains, activation)
     backend = _backend(case, implementation)
     dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
     return dx, d_body, channels
+
+
+def backward_in_place(
+    x: Array,
+    dy: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    watched: Array,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> tuple[Array, Body, Array]:
+    """`backward` into the memory of `dy` where XLA can give it up, for live chunks only.
+
+    Takes what `backward` takes. `watched` may come from `forward` or from `forward_in_place` of
+    this `x`: only its rows of live chunks are read, to tell a body that breaks from input that was
+    broken before. Under `jit`, donate `dy` or let this be its last use; else XLA copies it.
+
+    Returns:
+      dx: [N, D], `dy` untouched in dormant chunks.
+      d_body: as `backward` gives it.
+      channels: [C, 5], as `backward` gives it in live chunks; zero rows, not measured, elsewhere,
+        `gradient_square` too.
+
+    Raises:
+      ArgumentError: `dy` is not as `x`; else as for `graft`.
+    """
+    case = _check(x, dy, body, slot, gains, activation)
+    backend = _backend(case, implementation)
+    dx, d_body, channels = backend.backward_in_place(case, x, dy, body, slot, gains, watched)
+    return dx, d_body, channels
+
+
+def _check(x: Any, dy: Any, body: Body, slot: Any, gains: Any, activation: str) -> Case:
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ArgumentError(f"dy is {dy.shape} {dy.dtype}; it must be as x: {x.shape} {x.dtype}")
+    return case
 
 
 def graft(
@@ -136,7 +174,7 @@ def graft(
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """
-    case = check(x, body, slot, gains, activation=activation, device=_device_name())
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
     if tap is None:
         tap = jnp.zeros((case.chunks, 5), jnp.float32)
     choice = _choose(case, implementation).implementation
@@ -170,11 +208,6 @@ def _bwd(static: tuple[Case, str], kept: Any, cotangents: tuple[Array, Array]) -
 
 
 _graft.defvjp(_fwd, _bwd)
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return "cpu" if device.platform == "cpu" else device.device_kind
 
 
 def _refuses_pallas(case: Case) -> str | None:

@@ -5,6 +5,8 @@ The kernels leave partial sums of each range of rows; XLA adds them in a fixed o
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -46,23 +48,30 @@ def refuses(case: Case) -> str | None:
     return None
 
 
-def _operands(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
-    """`down^T [P, R, F]`, `up [P, R, F]` and a float32 bias [P, R], R padded with zeros.
+def _padded(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
+    """`down [P, F, R]`, `up [P, R, F]` and the bias [P, R], R padded with zeros.
 
     Without a bias `unused`, a float32 matrix, stands in its place.
     """
     from esper_kernels.graft.pallas_mosaic_gpu_parts import padded_rank
 
     more = padded_rank(case) - case.rank
-    down = jnp.swapaxes(body.down, 1, 2).astype(jnp.bfloat16)
-    up = body.up.astype(jnp.bfloat16)
-    if more:
-        down, up = (jnp.pad(leaf, ((0, 0), (0, more), (0, 0))) for leaf in (down, up))
-    if body.bias is None:
-        return down, up, unused
-    # As the reference sees it: rounded to the activation's dtype.
-    bias = jax.lax.reduce_precision(body.bias.astype(jnp.float32), 8, 7)
-    return down, up, jnp.pad(bias, ((0, 0), (0, more)))
+    bias = unused if body.bias is None else body.bias
+    if not more:
+        return body.down, body.up, bias
+    down = jnp.pad(body.down, ((0, 0), (0, 0), (0, more)))
+    up = jnp.pad(body.up, ((0, 0), (0, more), (0, 0)))
+    return down, up, bias if body.bias is None else jnp.pad(bias, ((0, 0), (0, more)))
+
+
+def _operands(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
+    """`down^T [P, R, F]`, `up [P, R, F]` in bfloat16 and a float32 bias [P, R], R padded."""
+    down, up, bias = _padded(case, body, unused)
+    down = jnp.swapaxes(down, 1, 2)
+    if case.has_bias:
+        # As the reference sees it: rounded to the activation's dtype.
+        bias = jax.lax.reduce_precision(bias.astype(jnp.float32), 8, 7)
+    return down.astype(jnp.bfloat16), up.astype(jnp.bfloat16), bias
 
 
 def _watched(case: Case, sums: Array, is_measured: Array | None = None) -> Array:
@@ -88,8 +97,13 @@ def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tupl
     """`y` and `watched`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel
 
-    y, sums = forward_kernel(case)(x, *_operands(case, body, gains), slot, gains)
-    return y, _watched(case, jnp.sum(sums, axis=0))
+    y, sums = forward_kernel(case)(x, *_padded(case, body, gains), slot, gains)
+    return y, _watched(case, _add_up(sums))
+
+
+def _add_up(sums: Array) -> Array:
+    """The sum over a short first axis, written out so that XLA joins it to what reads it."""
+    return reduce(jnp.add, [sums[k] for k in range(sums.shape[0])])
 
 
 def forward_in_place(
@@ -99,22 +113,13 @@ def forward_in_place(
 
     Donate `x`, or let nothing use it afterwards: else XLA copies it first.
     """
-    from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel, in_place_parts
+    from esper_kernels.graft.pallas_mosaic_gpu_forward import in_place_kernel
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import forward_share, gather_sums
 
-    live = is_live(case, slot, gains)
-    place = jnp.cumsum(live, dtype=jnp.int32)
-    count, where = place[-1:], jnp.where(live, place - 1, case.chunks)
-    chunks = jnp.arange(case.chunks, dtype=jnp.int32)
-    order = jnp.zeros((case.chunks,), jnp.int32).at[where].set(chunks, mode="drop")
     ref = jax.new_ref(x)
-    (sums,) = forward_kernel(case, is_in_place=True)(
-        ref, *_operands(case, body, gains), slot, gains, order, count
-    )
-    y = jax.freeze(ref)
-    part = jnp.arange(sums.shape[0], dtype=jnp.int32)
-    served = live[None, :] & (part[:, None] < in_place_parts(case, place[-1]))
-    sums = jnp.sum(jnp.where(served[:, :, None], sums, 0.0), axis=0)
-    return y, _watched(case, sums, live)
+    sums, where = in_place_kernel(case)(ref, *_padded(case, body, gains), slot, gains)
+    (sums,) = gather_sums(forward_share(case), where, sums)
+    return jax.freeze(ref), _watched(case, sums, where[:, 0] >= 0)
 
 
 def backward(
@@ -123,10 +128,37 @@ def backward(
     """`dx`, the body's gradients and `channels`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
 
-    dx, grads, sums, bias = backward_kernel(case)(x, dy, *_operands(case, body, gains), slot, gains)
-    grads, bias = jnp.sum(grads, axis=0), jnp.sum(bias, axis=0)[:, : case.rank]
-    sums = jnp.sum(sums, axis=(0, 3))
+    dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, body, gains), slot, gains)
+    sums = [jnp.sum(of, axis=0) for of in partial_sums]
+    return dx, *_learned(case, body, slot, gains, watched, sums)
 
+
+def backward_in_place(
+    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Body, Array]:
+    """The same in the memory of `dy`, with `channels` for live chunks only.
+
+    Donate `dy`, or let nothing use it afterwards: else XLA copies it first.
+    """
+    from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import backward_share, gather_sums
+
+    share, ref = backward_share(case), jax.new_ref(dy)
+    kernel = backward_kernel(case, share=share)
+    *partial_sums, where = kernel(x, ref, *_operands(case, body, gains), slot, gains)
+    sums = gather_sums(share, where, *partial_sums)
+    return jax.freeze(ref), *_learned(case, body, slot, gains, watched, sums)
+
+
+def _learned(
+    case: Case, body: Body, slot: Array, gains: Array, watched: Array, of_chunks: list[Array]
+) -> tuple[Body, Array]:
+    """The body's gradients and `channels`.
+
+    `of_chunks` is `[C, 2, F, R]`, `[C, 4, 64]` and `[C, R]`: what `backward_kernel` leaves, summed.
+    """
+    grads, sums, bias = of_chunks
+    bias, sums = bias[:, : case.rank], jnp.sum(sums, axis=2)
     live = is_live(case, slot, gains)
     is_sound = jnp.isfinite(sums[:, 1])
     is_flowing = is_sound & jnp.isfinite(sums[:, 3]) & jnp.all(jnp.isfinite(grads), axis=(1, 2, 3))
@@ -159,4 +191,4 @@ def backward(
         up=jnp.swapaxes(learned(grads[:, 1, :, : case.rank], body.up), 1, 2),
         bias=None if body.bias is None else learned(bias, body.bias),
     )
-    return dx, d_body, jnp.stack(channels, axis=1)
+    return d_body, jnp.stack(channels, axis=1)

@@ -28,15 +28,18 @@ from esper_kernels.graft._case import Case
 from esper_kernels.graft.pallas_mosaic_gpu_parts import (
     COLUMNS,
     ROWS,
+    Share,
     Tuning,
     activate_and_pull,
     add_bias,
     backward_tuning,
     block,
+    is_live_at,
     load,
     matrix,
     num_tiles,
     padded_rank,
+    share_out,
     zero_rows,
     zero_tile,
 )
@@ -46,42 +49,79 @@ NUM_SUMS = 4
 
 
 @lru_cache(maxsize=256)
-def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[..., Any]:
+def backward_kernel(
+    case: Case, *, tuning: Tuning | None = None, share: Share | None = None
+) -> Callable[..., Any]:
     """The kernel of a case.
 
     Args:
       case: static part of the call; `pallas_mosaic_gpu.refuses` has passed it.
       tuning: sizes, if not those chosen for the case.
+      share: how live chunks are shared out, to write into `dy` and leave dormant chunks alone.
 
     Returns:
       `(x, dy, down_t, up, bias, slot, gains) -> (dx, grads, sums, d_bias)` with `down_t [P, R, F]`
       and, to be summed over the S ranges of rows, `grads [S, C, 2, F, R]` (d_down and d_up^T),
       `sums [S, C, 4, 64]` (see `NUM_SUMS`) and `d_bias [S, C, R]`. Of chunks that are not live
-      only the sum of dy^2 is defined.
+      only the sum of dy^2 is defined. In place `(x, dy, ...) -> (grads, sums, d_bias, where)`,
+      where `dy` is a reference and, instead of S and C, there is one axis of programs;
+      `where [C, 2]` is for `gather_sums`.
     """
     chosen = tuning or backward_tuning(case)
-    width, rank, slots = case.width, padded_rank(case), case.slots
+    width, rank = case.width, padded_rank(case)
     tiles, splits = num_tiles(case), chosen.splits
     stages, x_stages = chosen.stages, max(2, chosen.stages - 1)
     num_blocks, is_narrow = width // COLUMNS, rank < COLUMNS
     has_bias, is_ragged = case.has_bias, case.rows % ROWS != 0
     layout = plgpu.Layout.WGMMA
 
-    def kernel(
+    def separate(
         x: Any, dy: Any, down: Any, up: Any, bias: Any, slot: Any, gains: Any, *rest: Any
     ) -> None:
-        dx, grads, sums, d_bias, x_s, dy_s, a_s, da_s, *weights = rest[:-5]
-        bias_s, sums_s, x_here, dy_here, ready = rest[-5:]
+        dx, grads, sums, d_bias, *scratch = rest
+        program = lax.axis_index("program")
+        chunk, part = lax.rem(program, case.chunks), lax.div(program, case.chunks)
+        live = is_live_at(case, slot, gains, chunk)
+        leave = grads.at[part, chunk], sums.at[part, chunk], d_bias.at[part, chunk]
+        own = slot[chunk], gains[chunk, 2], live
+        walk((x, dy, dx), (down, up, bias), own, (chunk, part, splits), leave, *scratch)
+
+    def in_place(
+        shared: Share,
+        x: Any,
+        dy: Any,
+        down: Any,
+        up: Any,
+        bias: Any,
+        slot: Any,
+        gains: Any,
+        *rest: Any,
+    ) -> None:
+        grads, sums, d_bias, where, *scratch = rest
+        program = lax.axis_index("program")
+        leave = grads.at[program], sums.at[program], d_bias.at[program]
+
+        def serve(chunk: Any, part: Any, parts: Any) -> None:
+            own = slot[chunk], gains[chunk, 2], None
+            walk((x, dy, dy), (down, up, bias), own, (chunk, part, parts), leave, *scratch)
+
+        share_out(case, shared, slot, gains, where, serve)
+
+    def walk(
+        activations: Any, bank: Any, of_chunk: Any, where: Any, leave: Any, *scratch: Any
+    ) -> None:
+        x, dy, dx = activations
+        down, up, bias = bank
+        own, feel, live = of_chunk
+        chunk, part, parts = where
+        grads, sums, d_bias = leave
+        x_s, dy_s, a_s, da_s, *weights = scratch[:-5]
+        bias_s, sums_s, x_here, dy_here, ready = scratch[-5:]
         down_s, up_s = weights[:2]
         # With few columns the products over R want them in another tiling.
         down_n, up_n = weights[2:] if is_narrow else weights
-        program = lax.axis_index("program")
-        chunk, part = lax.rem(program, case.chunks), lax.div(program, case.chunks)
-        own, feel = slot[chunk], gains[chunk, 2]
-        is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (feel != 0.0)
-        live = (own >= 0) & (own < slots) & is_used
-        first = lax.div(part * tiles, splits)
-        count = lax.div((part + 1) * tiles, splits) - first
+        first = lax.div(part * tiles, parts)
+        count = lax.div((part + 1) * tiles, parts) - first
         columns = pl.ds(chunk * width, width)
 
         def rows_of(ref: Any, step: Any) -> Any:
@@ -103,7 +143,13 @@ def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[...
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 fetch_dy(refill, lax.rem(refill, stages))
 
-        @pl.when(live)
+        def when_live(do: Callable[[], None]) -> None:
+            if live is None:
+                do()
+            else:
+                pl.when(live)(do)
+
+        @when_live
         def _weights() -> None:
             plgpu.copy_gmem_to_smem(down.at[own], down_s, ready)
             plgpu.copy_gmem_to_smem(up.at[own], up_s, ready)
@@ -116,7 +162,8 @@ def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[...
         for ahead in range(stages):
             pl.when(ahead < count)(partial(fetch_dy, ahead, ahead))
         for ahead in range(x_stages):
-            pl.when(live & (ahead < count))(partial(fetch_x, ahead, ahead))
+            is_there = ahead < count if live is None else live & (ahead < count)
+            pl.when(is_there)(partial(fetch_x, ahead, ahead))
 
         def pass_on(i: Any, gradient_square: Any) -> Any:
             buffer = lax.rem(i, stages)
@@ -128,11 +175,13 @@ def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[...
             send(i, dy_s.at[buffer])
             return gradient_square
 
-        @pl.when(jnp.logical_not(live))
-        def _dormant() -> None:
+        def dormant() -> None:
             sums_s[0] = lax.fori_loop(0, count, pass_on, zero_rows())
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums_s, sums.at[part, chunk])
+            plgpu.copy_smem_to_gmem(sums_s, sums)
+
+        if live is not None:
+            pl.when(jnp.logical_not(live))(dormant)
 
         def step(i: Any, carry: Any, *, d_down: Any, d_up: Any) -> Any:
             gradient_square, output_square, worth, flaw, d_bias_ = carry
@@ -196,11 +245,11 @@ def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[...
             send(i, slope)
             return gradient_square, output_square, worth, flaw, d_bias_
 
-        @pl.when(live)
+        @when_live
         def _live() -> None:
             plgpu.barrier_wait(ready)
 
-            def walk(d_down: Any, d_up: Any) -> Any:
+            def accumulate(d_down: Any, d_up: Any) -> Any:
                 start = (
                     *(zero_rows() for _ in range(NUM_SUMS)),
                     zero_tile(rank) if has_bias else 0,
@@ -212,29 +261,33 @@ def backward_kernel(case: Case, *, tuning: Tuning | None = None) -> Callable[...
                 if has_bias:
                     bias_s[...] = jnp.sum(carry[-1], axis=0)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(sums_s, sums.at[part, chunk])
+                plgpu.copy_smem_to_gmem(sums_s, sums)
                 if has_bias:
-                    plgpu.copy_smem_to_gmem(bias_s, d_bias.at[part, chunk])
+                    plgpu.copy_smem_to_gmem(bias_s, d_bias)
                 return d_down[...], d_up[...]
 
             of_body = plgpu.WGMMAAccumulatorRef((width, rank), jnp.float32)
-            grads[part, chunk, 0], grads[part, chunk, 1] = pl.run_scoped(walk, of_body, of_body)
+            grads[0], grads[1] = pl.run_scoped(accumulate, of_body, of_body)
 
         plgpu.wait_smem_to_gmem(0)
 
     hidden = matrix(rank, ROWS) if is_narrow else matrix(ROWS, rank)
     weight = matrix(rank, width)
     again = (matrix(rank, width, minor=rank),) * 2 if is_narrow else ()
-    partial_sums = (splits, case.chunks)
+    axes = (splits, case.chunks) if share is None else (share.programs,)
+    outputs = [
+        jax.ShapeDtypeStruct((*axes, 2, width, rank), jnp.float32),
+        jax.ShapeDtypeStruct((*axes, NUM_SUMS, ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((*axes, rank), jnp.float32),
+    ]
+    if share is None:
+        outputs.insert(0, jax.ShapeDtypeStruct((case.rows, case.features), jnp.bfloat16))
+    else:
+        outputs.append(jax.ShapeDtypeStruct((case.chunks, 2), jnp.int32))
     return plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((case.rows, case.features), jnp.bfloat16),
-            jax.ShapeDtypeStruct((*partial_sums, 2, width, rank), jnp.float32),
-            jax.ShapeDtypeStruct((*partial_sums, NUM_SUMS, ROWS), jnp.float32),
-            jax.ShapeDtypeStruct((*partial_sums, rank), jnp.float32),
-        ),
-        grid=(case.chunks * splits,),
+        separate if share is None else partial(in_place, share),
+        out_type=tuple(outputs),
+        grid=(case.chunks * splits if share is None else share.programs,),
         grid_names=("program",),
         scratch_types=(
             matrix(x_stages, ROWS, width),

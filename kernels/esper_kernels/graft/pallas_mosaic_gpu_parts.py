@@ -3,6 +3,7 @@
 # mypy: disable-error-code="abstract"
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,6 @@ ROWS = 64
 """Rows of a tile: what one matrix instruction of a warpgroup takes."""
 COLUMNS = 64
 """Columns of a block: 128 bytes, the widest swizzle."""
-IN_PLACE_PROGRAMS = 2
-"""Programs a multiprocessor of the form in place, which shares the live chunks out among them."""
 
 # Square root of 2 / pi, and that times 0.044715: the tanh form of gelu.
 _ROOT = 0.7978845608028654
@@ -35,6 +34,18 @@ class Tuning:
     """Row ranges of a chunk, each one program of one warpgroup."""
     stages: int
     """Tiles in flight in a program."""
+    group: int = 1
+    """Neighbouring chunks that a program of the forward kernel serves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """How a kernel in place shares the live chunks out."""
+
+    programs: int
+    """At least one for every chunk."""
+    most: int
+    """Ranges of rows that one chunk is cut into, at most."""
 
 
 def padded_rank(case: Case) -> int:
@@ -55,9 +66,9 @@ def num_tiles(case: Case) -> int:
     return -(-case.rows // ROWS)
 
 
-def _splits(case: Case, per_multiprocessor: int) -> int:
+def _splits(case: Case, per_multiprocessor: int, group: int = 1) -> int:
     programs = multiprocessors(case) * per_multiprocessor
-    return max(1, min(programs // case.chunks, num_tiles(case) // 2))
+    return max(1, min(programs * group // case.chunks, num_tiles(case) // 2))
 
 
 def forward_tuning(case: Case) -> Tuning:
@@ -71,9 +82,89 @@ def backward_tuning(case: Case) -> Tuning:
     return Tuning(splits=_splits(case, 2), stages=3)
 
 
-def in_place_splits(case: Case) -> int:
-    """Most row ranges that one chunk is cut into in place; XLA reads the sums of all of them."""
-    return max(8, multiprocessors(case) * 32 // case.chunks)
+def forward_share(case: Case) -> Share:
+    """Of the forward kernel in place."""
+    programs = max(multiprocessors(case) * 2, case.chunks)
+    return Share(programs=programs, most=max(8, multiprocessors(case) * 32 // case.chunks))
+
+
+def backward_share(case: Case) -> Share:
+    """Of the backward kernel in place; XLA reads `most` sets of gradients for every chunk."""
+    programs = max(multiprocessors(case) * 2, case.chunks)
+    return Share(programs=programs, most=max(4, multiprocessors(case) * 8 // case.chunks))
+
+
+def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
+    """Whether a body is at work in the chunk."""
+    own = slot[chunk]
+    is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (gains[chunk, 2] != 0.0)
+    return (own >= 0) & (own < case.slots) & is_used
+
+
+def share_out(
+    case: Case,
+    share: Share,
+    slot: Any,
+    gains: Any,
+    where: Any,
+    serve: Callable[[Any, Any, Any], None],
+) -> None:
+    """Calls `serve(chunk, part, parts)` in the programs that have a range of a live chunk.
+
+    With L live chunks, program p has range `p // L` of the live chunk that is number `p % L`.
+    `where [C, 2]` gets that number, -1 for a dormant chunk, and L.
+    """
+    program = lax.axis_index("program")
+    chunks, zero = case.chunks, jnp.int32(0)
+    unroll = next(step for step in (8, 4, 2, 1) if chunks % step == 0)
+
+    def count(c: Any, carry: Any) -> Any:
+        live = is_live_at(case, slot, gains, c).astype(jnp.int32)
+        return carry[0] + live, carry[1] + jnp.where(c < program, live, zero)
+
+    num_live, place = lax.fori_loop(0, chunks, count, (zero, zero), unroll=unroll)
+
+    @pl.when(program < chunks)
+    def _tell() -> None:
+        is_mine = is_live_at(case, slot, gains, program)
+        where[program, 0] = jnp.where(is_mine, place, jnp.int32(-1))
+        where[program, 1] = num_live
+
+    many = jnp.maximum(num_live, 1)
+    number, part = lax.rem(program, many), lax.div(program, many)
+    parts = jnp.minimum(lax.div(jnp.int32(share.programs), many), share.most)
+
+    def find(c: Any, carry: Any) -> Any:
+        before, found = carry
+        live = is_live_at(case, slot, gains, c)
+        found = jnp.where(live & (before == number), c, found)
+        return before + live.astype(jnp.int32), found
+
+    @pl.when((num_live > 0) & (part < parts))
+    def _serve() -> None:
+        _, chunk = lax.fori_loop(0, chunks, find, (zero, zero), unroll=unroll)
+        serve(chunk, part, parts)
+
+
+def gather_sums(share: Share, where: jax.Array, *partial_sums: jax.Array) -> list[jax.Array]:
+    """Each chunk's sums over its ranges, 0 for dormant chunks; from `[programs, ...]`.
+
+    Args:
+      share: how the kernel shared its work out.
+      where: [C, 2], see `share_out`.
+      partial_sums: what each program left; not defined for programs without work.
+    """
+    place, num_live = where[None, :, 0], where[None, :, 1]
+    part = jnp.arange(share.most, dtype=jnp.int32)[:, None]
+    parts = jnp.minimum(lax.div(jnp.int32(share.programs), jnp.maximum(num_live, 1)), share.most)
+    is_real = (place >= 0) & (part < parts)
+    program = jnp.where(is_real, place + part * num_live, 0)
+
+    def add(of: jax.Array) -> jax.Array:
+        mask = is_real.reshape(*is_real.shape, *(1,) * (of.ndim - 1))
+        return jnp.sum(jnp.where(mask, of[program], jnp.zeros((), of.dtype)), axis=0)
+
+    return [add(of) for of in partial_sums]
 
 
 def matrix(*shape: int, minor: int = COLUMNS) -> Any:
@@ -86,6 +177,12 @@ def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """The whole of a buffer in shared memory, in registers; by rows as the matrix units hold it."""
     whole: Any = plgpu.load  # older JAX wants an index, newer JAX warns of one
     return whole(ref, layout=layout)
+
+
+def bring(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+    """The same from global memory."""
+    whole: Any = plgpu.load
+    return whole(ref, layout=layout, optimized=False)
 
 
 def zero_rows() -> jax.Array:

@@ -128,8 +128,11 @@ def forward_in_place(
 ) -> tuple[Array, Array]:
     """The same with `watched` for live chunks only. Donate `x` to spare the copy."""
     y, watched = forward(case, x, body, slot, gains)
-    live = is_live(case, slot, gains)[:, None]
-    return y, jnp.where(live, watched, jnp.zeros_like(watched))
+    return y, _of_live(case, watched, slot, gains)
+
+
+def _of_live(case: Case, measured: Array, slot: Array, gains: Array) -> Array:
+    return jnp.where(is_live(case, slot, gains)[:, None], measured, jnp.zeros_like(measured))
 
 
 def backward(
@@ -171,3 +174,11 @@ def backward(
         jax.tree.map(learned, d_body, body),
         jnp.stack([gradient_square, *channels], axis=1),
     )
+
+
+def backward_in_place(
+    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Body, Array]:
+    """The same with `channels` for live chunks only. Donate `dy` to spare the copy."""
+    dx, d_body, channels = backward(case, x, dy, body, slot, gains, watched)
+    return dx, d_body, _of_live(case, channels, slot, gains)

@@ -3,6 +3,7 @@
 All of it works under `torch.compile` without a graph break: the compiler sees one operation.
 """
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import importlib
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
+from esper_kernels._torch_choice import check_places, device_name, refuses_triton
 from esper_kernels.graft import reference_torch
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check
 
 _TRITON = "esper_kernels.graft.triton_cuda"
-_MIN_CAPABILITY = (8, 0)
 
 
 def explain(
@@ -48,9 +49,10 @@ def graft(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`y = x + act * body(x)` in the live chunks, and what seeds watch; differentiable.
+    """`y = x + act * body(x)` in the live chunks, and what seeds watch; differentiable once.
 
-    The README beside this file has the mathematics.
+    `gains` get no gradient: they are set, not learned. The README beside this file has the
+    mathematics.
 
     Args:
       x: [N, D], contiguous, bfloat16 or float32.
@@ -113,44 +115,25 @@ def graft_(
 # --- checks and choice -----------------------------------------------------------------------
 
 
-def _device_name(x: Tensor) -> str:
-    return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
-
-
 def _check(
     x: Tensor, body: Body, slot: Tensor, gains: Tensor, activation: str, *others: Tensor
 ) -> Case:
-    named = {"x": x, "slot": slot, "gains": gains}
-    named |= {f"body.{name}": of for name, of in body._asdict().items() if of is not None}
-    for name, of in named.items():
-        if of.device != x.device:
-            raise ArgumentError(f"{name} is on {of.device}, x on {x.device}; move them together")
-        if not of.is_contiguous():
-            raise ArgumentError(f"{name} is not contiguous, strides {of.stride()}; .contiguous()")
+    leaves = {f"body.{name}": of for name, of in body._asdict().items()}
+    check_places(x, {"slot": slot, "gains": gains, **leaves})
     for of in others:
         if of.shape != x.shape or of.dtype != x.dtype or of.device != x.device:
             raise ArgumentError(
                 f"dy is {tuple(of.shape)} {of.dtype} on {of.device}; it must be as x: "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    return check(x, body, slot, gains, activation=activation, device=_device_name(x))
-
-
-def _refuses_triton(case: Case, x: Tensor) -> str | None:
-    if x.device.type not in {"cuda", "cpu"}:
-        return f"x is on {x.device}; Triton serves CUDA devices"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < _MIN_CAPABILITY:
-        return f"{case.device} has no bfloat16 matrix units (compute capability 8.0)"
-    try:
-        module = importlib.import_module(_TRITON)
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    refusal: str | None = module.refuses(case)
-    return refusal
+    return check(x, body, slot, gains, activation=activation, device=device_name(x))
 
 
 def _choose(case: Case, x: Tensor, implementation: str) -> Choice:
-    candidates = {"triton": _refuses_triton(case, x), "reference": reference_torch.refuses(case)}
+    candidates = {
+        "triton": refuses_triton(_TRITON, case, x),
+        "reference": reference_torch.refuses(case),
+    }
     return choose("graft", implementation, candidates, framework="torch")
 
 
@@ -278,7 +261,7 @@ def _(
     _check(x, Body(down, up, bias, gate), slot, gains, activation, dy)
     leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
     bank = torch.empty_like(down), torch.empty_like(up), *leaves
-    return torch.empty_like(x), *bank, _of_chunks(x, slot, NUM_CHANNELS)  # type: ignore[return-value]
+    return torch.empty_like(x), *bank, _of_chunks(x, slot, NUM_CHANNELS)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

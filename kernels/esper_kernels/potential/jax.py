@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from esper_kernels._dispatch import Choice, choose
+from esper_kernels._jax_device import device_name
 from esper_kernels.potential._case import PotentialCase, check
 
 Array = jax.Array
 
 
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return "cpu" if device.platform == "cpu" else device.device_kind
+def explain(x: Any, dy: Any, is_asked: Any, *, implementation: str = "auto") -> Choice:
+    """What `potential` would run for these arguments, and why nothing better.
 
+    The arguments are those of `potential`; for arrays, their `jax.ShapeDtypeStruct` will do.
 
-def explain(x: Array, dy: Array, is_asked: Array, *, implementation: str = "auto") -> Choice:
-    """What `potential` would run for these arguments."""
-    return _choose(check(x, dy, is_asked, device=_device_name()), implementation)
+    Raises:
+      ArgumentError: the arguments do not fit together.
+      UnavailableError: `implementation` cannot serve them; says why.
+    """
+    return _choose(check(x, dy, is_asked, device=device_name(x)), implementation)
 
 
 def _choose(case: PotentialCase, implementation: str) -> Choice:
@@ -45,7 +50,7 @@ def potential(x: Array, dy: Array, is_asked: Array, *, implementation: str = "au
     >>> potential(jnp.ones((3, 4)), jnp.ones((3, 4)), jnp.array([True, False])).tolist()
     [36.0, 0.0]
     """
-    case = check(x, dy, is_asked, device=_device_name())
+    case = check(x, dy, is_asked, device=device_name(x))
     _choose(case, implementation)
     wide = jnp.float32
 

@@ -1,5 +1,6 @@
 """`potential` for torch: a registered operation, in Triton or in plain torch."""
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import importlib
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels._dispatch import Choice, choose
-from esper_kernels._errors import ArgumentError
+from esper_kernels._torch_choice import check_places, device_name, refuses_triton
 from esper_kernels.potential import reference_torch
 from esper_kernels.potential._case import PotentialCase, check
 
@@ -17,8 +18,13 @@ _TRITON = "esper_kernels.potential.triton_cuda"
 
 
 def explain(x: Tensor, dy: Tensor, is_asked: Tensor, *, implementation: str = "auto") -> Choice:
-    """What `potential` would run for these arguments, and why nothing better."""
-    return _choose(_check(x, dy, is_asked), implementation)
+    """What `potential` would run for these arguments, and why nothing better.
+
+    Raises:
+      ArgumentError: the arguments do not fit together.
+      UnavailableError: `implementation` cannot serve them; says why.
+    """
+    return _choose(_check(x, dy, is_asked), x, implementation)
 
 
 def potential(x: Tensor, dy: Tensor, is_asked: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -45,33 +51,19 @@ def potential(x: Tensor, dy: Tensor, is_asked: Tensor, *, implementation: str = 
 
 
 def _check(x: Tensor, dy: Tensor, is_asked: Tensor) -> PotentialCase:
-    for name, of in {"x": x, "dy": dy, "is_asked": is_asked}.items():
-        if of.device != x.device:
-            raise ArgumentError(f"{name} is on {of.device}, x on {x.device}; move them together")
-        if not of.is_contiguous():
-            raise ArgumentError(f"{name} is not contiguous, strides {of.stride()}; .contiguous()")
-    device = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
-    return check(x, dy, is_asked, device=device)
+    check_places(x, {"dy": dy, "is_asked": is_asked})
+    return check(x, dy, is_asked, device=device_name(x))
 
 
-def _refuses_triton(case: PotentialCase) -> str | None:
-    try:
-        module = importlib.import_module(_TRITON)
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    refusal: str | None = module.refuses(case)
-    return refusal
-
-
-def _choose(case: PotentialCase, implementation: str) -> Choice:
-    candidates = {"triton": _refuses_triton(case), "reference": None}
+def _choose(case: PotentialCase, x: Tensor, implementation: str) -> Choice:
+    candidates = {"triton": refuses_triton(_TRITON, case, x), "reference": None}
     return choose("potential", implementation, candidates, framework="torch")
 
 
 @torch.library.custom_op("esper::potential", mutates_args=())
 def _potential(x: Tensor, dy: Tensor, is_asked: Tensor, implementation: str) -> Tensor:
     case = _check(x, dy, is_asked)
-    chosen = _choose(case, implementation).implementation
+    chosen = _choose(case, x, implementation).implementation
     backend: Any = importlib.import_module(_TRITON) if chosen == "triton" else reference_torch
     sizes: Tensor = backend.potential(case, x, dy, is_asked)
     return sizes
@@ -79,5 +71,5 @@ def _potential(x: Tensor, dy: Tensor, is_asked: Tensor, implementation: str) -> 
 
 @_potential.register_fake
 def _(x: Tensor, dy: Tensor, is_asked: Tensor, implementation: str) -> Tensor:
-    _choose(_check(x, dy, is_asked), implementation)
+    _choose(_check(x, dy, is_asked), x, implementation)
     return x.new_empty(is_asked.shape, dtype=torch.float32)
