@@ -33,6 +33,7 @@ __all__ = [
 BENCHMARKS: dict[str, str] = {
     "lifecycle": "benchmarks.lifecycle",
     "kernels": "benchmarks.kernels",
+    "gpu": "benchmarks.gpu",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -24,8 +24,8 @@ Runner = Callable[[], object]
 def measure(*, quick: bool) -> Mapping[str, Row]:
     """All rows; `quick` takes fewer samples."""
     rows: dict[str, Row] = {"state_bytes_per_seed": exact(state_bytes_per_seed(), "bytes")}
-    rows |= _lifecycle_rows("10k", 10_000, repeats=60 if quick else 400)
-    rows |= _lifecycle_rows("1m", 1_000_000, repeats=20 if quick else 80)
+    rows |= lifecycle_rows("10k", 10_000, repeats=60 if quick else 400)
+    rows |= lifecycle_rows("1m", 1_000_000, repeats=20 if quick else 80)
     rows |= _training_rows(repeats=8 if quick else 120)
     rows |= _many_seeds(steps=4 if quick else 12)
     return rows
@@ -34,7 +34,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 # --- the lifecycle and policy step alone -----------------------------------------------------
 
 
-def _lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row]:
+def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row]:
     """`Growth.update` in a run with births every ten steps; steps with a birth in a row apart."""
     num_sites = 10
     width = num_seeds // num_sites
@@ -107,7 +107,7 @@ def _lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Ro
 BATCH = 128
 
 
-def _live(growth: ef.Growth, state: ef.GrowthState, seeds: list[int]) -> ef.GrowthState:
+def with_live(growth: ef.Growth, state: ef.GrowthState, seeds: list[int]) -> ef.GrowthState:
     """`state` with the seeds in FINE_TUNING, each with a slot of its own."""
     tables = growth.lattice.tables
     rows, owner = jax.tree.map(np.array, state.seeds), np.array(state.owner)
@@ -172,7 +172,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
         name: runtime.init(
             optimizer,
             jax.tree.map(jnp.copy, params),
-            _live(growth, blank, [first + chunk for chunk in chunks]),
+            with_live(growth, blank, [first + chunk for chunk in chunks]),
             anchor_every=None,
         )
         for name, chunks in {
