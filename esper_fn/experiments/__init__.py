@@ -5,13 +5,12 @@ from esper_fn.experiments._compare import (
     Comparison,
     Progress,
     evaluator,
-    intervals,
     loss_of,
     prepare,
     run,
-    summary,
 )
 from esper_fn.experiments._jobs import POLICIES, Job, equal_parameters, job, names, policy
+from esper_fn.experiments._summary import intervals, summary
 
 __all__ = [
     "POLICIES",

@@ -1,0 +1,74 @@
+"""Rows of several runs as a summary with intervals."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from esper_fn.experiments._compare import Comparison
+
+_ACCURACIES = {
+    "host": "host_accuracy",
+    "grown": "grown_accuracy",
+    "static": "static_equal_params_accuracy",
+    "random": "random_growth_accuracy",
+}
+
+
+def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the rows with 95 % intervals (Student's t); differences are paired by seed."""
+    columns = {
+        name: np.asarray([row[name] for row in rows], np.float64) for name in _ACCURACIES.values()
+    }
+    for rival in ("host", "random", "static"):
+        columns[f"grown_minus_{rival}"] = columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
+    return {name: _interval(values) for name, values in columns.items()}
+
+
+# Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom; beyond that the normal's.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return {"mean": mean, "low": mean, "high": mean}
+    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96
+    half = quantile * float(values.std(ddof=1)) / count**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summary(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a run folder: the first row, and the rest of them as repeats."""
+    return {
+        "schema": 1,
+        "data": comparison.job.data,
+        "host": comparison.host.name,
+        "task": comparison.data.task,
+        "steps": comparison.steps,
+        "policy": comparison.policy_name,
+        **rows[0],
+        "wall_seconds": sum(row["wall_seconds"] for row in rows),
+        "recompilations_after_first_step": sum(
+            row["recompilations_after_first_step"] for row in rows
+        ),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: version(name)
+                for name in ("esper-fn", "jax", "jaxlib", "flax", "optax", "numpy")
+            },
+        },
+        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+        "repeats": None
+        if len(rows) == 1
+        else {"count": len(rows), "rows": rows, "intervals": intervals(rows)},
+    }
