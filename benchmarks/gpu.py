@@ -16,6 +16,7 @@ from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from benchmarks.lifecycle import lifecycle_rows, with_live
 from esper_fn import data, experiments, policies
+from esper_fn.base import Implementation
 
 WIDTH, DEPTH, ROWS = 4096, 48, 4096
 
@@ -42,6 +43,13 @@ def _ready(run: Callable[[], Any]) -> Callable[[], object]:
 # --- one site -----------------------------------------------------------------------------------
 
 CALLS = 10
+_WAYS: tuple[tuple[str, Implementation, int], ...] = (
+    ("auto", "auto", 1),
+    ("loops", "loops", 1),
+    ("loops of 4", "loops", 4),
+    ("loops of 16", "loops", 16),
+    ("reference", "reference", 1),
+)
 
 
 def _site_rows(*, repeats: int) -> dict[str, Row]:
@@ -56,8 +64,8 @@ def _site_rows(*, repeats: int) -> dict[str, Row]:
     samples: dict[str, list[float]] = {}
     for name, seeds in {"all": range(64), "4": range(0, 64, 16), "none": range(0)}.items():
         runners = {}
-        for kind in ("auto", "loops", "reference"):
-            growth = ef.growth(lattice, implementation=kind)
+        for kind, implementation, at_once in _WAYS:
+            growth = ef.growth(lattice, implementation=implementation, bodies_at_once=at_once)
             state = with_live(growth, growth.init(jax.random.key(0)), list(seeds))
 
             def loss(x: Any, seeds: Any, dy: Any) -> jax.Array:
