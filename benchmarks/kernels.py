@@ -9,7 +9,9 @@ twice and once, y and dx written.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the device too
@@ -173,15 +175,22 @@ def _to_jax(of: Arguments) -> tuple[Any, ...]:
     return x, dy, Body(*body), slot, gains
 
 
+def _pallas(of: Arguments) -> Any:
+    """The backend where it can run here, else None."""
+    x, _, body, slot, gains = _to_jax(of)
+    if "pallas" in explain_jax(x, body, slot, gains, activation="relu").refusals:
+        return None
+    from esper_kernels.graft import pallas_mosaic_gpu
+
+    return pallas_mosaic_gpu
+
+
 def _headline_jax(case: Case, sets: Sequence[Arguments], *, repeats: int) -> dict[str, list[float]]:
     inputs = [_to_jax(of) for of in sets]
     backends: dict[str, Any] = {"xla": reference_jax}
-    x, _, body, slot, gains = inputs[0]
-    refusals = explain_jax(x, body, slot, gains, activation="relu").refusals
-    if "pallas" not in refusals:
-        from esper_kernels.graft import pallas_mosaic_gpu
-
-        backends["pallas"] = pallas_mosaic_gpu
+    pallas = _pallas(sets[0])
+    if pallas is not None:
+        backends["pallas"] = pallas
     samples = {}
     for name, backend in backends.items():
 
@@ -236,25 +245,71 @@ def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) ->
 
 def _in_place(*, repeats: int) -> Rows:
     spec = Spec(name="in_place", rows=16384, features=4096, chunks=64, slots=64, rank=16)
-    works: dict[str, list[Callable[[], object]]] = {"all": [], "all_in_place": [], "four": []}
-    for seed in range(3 * NUM_SETS):  # four chunks alone would stay in the cache
-        whole, few = _draw(spec, seed), _draw(spec, seed, live=4)
-        case = _case(whole)
-        works["all"].append(lambda case=case, of=whole: _forward(triton_cuda, case, of))  # type: ignore[misc]
-        for name, of in (("all_in_place", whole), ("four", few)):
-            # In place again and again: gains so small that x stays what it is.
-            gains = 1e-4 * of.gains
-            works[name].append(
-                lambda case=case, of=of, gains=gains: triton_cuda.forward_in_place(  # type: ignore[misc]
-                    case, of.x, of.body, of.slot, gains
-                )
-            )
-    samples = time_torch(works, {}, repeats=repeats)
-    return {
-        "in_place_triton_4_of_64_r16": summarise(samples["four"], "us"),
-        "in_place_triton_all_r16": summarise(samples["all_in_place"], "us"),
-        "in_place_triton_4_of_64_over_all_live_r16": ratio(samples["four"], samples["all"]),
+    # Four chunks alone would stay in the cache of three sets.
+    whole, few = ([_draw(spec, seed, live) for seed in range(3 * NUM_SETS)] for live in (None, 4))
+    case = _case(whole[0])
+
+    def small(of: Arguments) -> Arguments:
+        """In place again and again: gains so small that x stays what it is."""
+        return of._replace(gains=1e-4 * of.gains)
+
+    sets = {"all": whole, "all_in_place": [*map(small, whole)], "four": [*map(small, few)]}
+    works: dict[str, list[Callable[[], object]]] = {}
+    for name, arguments in sets.items():
+        function = triton_cuda.forward if name == "all" else triton_cuda.forward_in_place
+        works[name] = [
+            lambda of=of, function=function: function(case, of.x, of.body, of.slot, of.gains)  # type: ignore[misc]
+            for of in arguments
+        ]
+    works["warm"] = works["four"][:1]
+    # Four chunks read and written 16 bytes at a time, and nothing else done.
+    wide = [of.x.view(torch.complex128).view(spec.rows, 4, 16, -1)[:, :, 0] for of in whole]
+    works["touch"] = [partial(of.add_, 0) for of in wide]
+    samples = {"triton": time_torch(works, {}, repeats=repeats)}
+    pallas = _pallas(whole[0])
+    if pallas is not None:
+        samples["pallas"] = {
+            "all": time_jax(
+                jax.jit(partial(pallas.forward, case)),
+                [(x, *rest) for x, _, *rest in map(_to_jax, sets["all"])],
+                repeats=repeats,
+            ),
+            **{
+                name: _time_in_place(pallas, case, sets[name], repeats)
+                for name in ("all_in_place", "four")
+            },
+        }
+    ours = samples["triton"]
+    rows = {
+        "in_place_triton_in_cache_4_of_64_r16": summarise(ours["warm"], "us"),
+        "in_place_touch_4_of_64": summarise(ours["touch"], "us"),
     }
+    for name, of in samples.items():
+        rows[f"in_place_{name}_4_of_64_r16"] = summarise(of["four"], "us")
+        rows[f"in_place_{name}_all_r16"] = summarise(of["all_in_place"], "us")
+        rows[f"in_place_{name}_4_of_64_over_all_live_r16"] = ratio(of["four"], of["all"])
+    return rows
+
+
+def _time_in_place(
+    backend: Any, case: Case, sets: Sequence[Arguments], repeats: int
+) -> list[float]:
+    """Each call gives up one activation of a ring and gets it back."""
+    function = jax.jit(partial(backend.forward_in_place, case), donate_argnums=0)
+    ring = deque((jnp.copy(x), rest) for x, _, *rest in map(_to_jax, sets))
+
+    class Turn(jax.stages.Compiled):
+        """The timer calls what is compiled as it is; anything else it would trace."""
+
+        def __init__(self) -> None: ...
+
+        def __call__(self) -> Any:
+            x, rest = ring.popleft()
+            y, watched = function(x, *rest)
+            ring.append((y, rest))
+            return watched
+
+    return time_jax(Turn(), [()] * len(sets), repeats=repeats)
 
 
 def _small(*, repeats: int) -> Rows:

@@ -17,12 +17,14 @@ from esper_kernels.graft._blocks import Tiles
 from esper_kernels.graft._specs import Spec, draw
 
 SPEC = Spec(name="small", rows=64, features=64, chunks=4, slots=3, rank=4, activation="gelu")
+TALL = Spec(name="tall", rows=300, features=64, chunks=4, slots=3, rank=4, activation="gelu")
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no build for this platform")
 IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 if HAS_TRITON:
     from esper_kernels.graft import triton_cuda
+    from esper_kernels.graft._arrivals import arrivals
 
 
 def arguments(spec=SPEC, dtype="float32"):
@@ -121,6 +123,62 @@ class TestInPlace:
         body.up.requires_grad_()
         with pytest.raises(ArgumentError, match="no_grad"):
             kernels.graft_(x, body, slot, gains, activation="gelu")
+
+
+@needs_triton
+class TestCounters:
+    def run(self):
+        x, body, slot, gains = arguments(TALL)
+        case = kernels_case(x, body, slot, gains)
+        tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
+        sums = [triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)[1]]
+        return [*sums, triton_cuda.forward_in_place(case, x, body, slot, gains)[1]]
+
+    def test_are_zero_after_every_call(self):
+        self.run()
+        counters = arrivals(torch.empty(1, device=DEVICE), 4)
+        assert not counters.any()
+
+    def test_change_no_bit(self, monkeypatch):
+        counted = self.run()
+        monkeypatch.setattr(triton_cuda, "arrivals", lambda x, chunks: None)
+        for first, second in zip(counted, self.run(), strict=True):
+            assert torch.equal(first, second)
+
+    def test_there_are_none_for_more_chunks_than_are_counted(self):
+        assert arrivals(torch.empty(1, device=DEVICE), 5_000) is None
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs are a GPU's")
+    def test_streams_and_graphs_have_their_own(self):
+        x = torch.empty(1, device=DEVICE)
+        here = arrivals(x, 4)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            there = arrivals(x, 4)
+        taken = [here, there]
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            taken += [arrivals(x, 4), arrivals(x, 4)]
+        assert len({of.data_ptr() for of in taken}) == 4
+        assert arrivals(x, 4).data_ptr() == here.data_ptr()
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
+    def test_graphs_beside_each_other_keep_their_results(self):
+        given = arguments(TALL, "bfloat16")
+        case = kernels_case(*given)
+        right = triton_cuda.forward(case, *given)[1]
+        graphs, streams, found = [], [], []
+        for _ in range(4):
+            graphs.append(torch.cuda.CUDAGraph())
+            streams.append(torch.cuda.Stream())
+            with torch.cuda.graph(graphs[-1]):
+                found.append(triton_cuda.forward(case, *given)[1])
+        for _ in range(20):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for watched in found:
+            assert torch.equal(watched, right)
 
 
 class TestBadInput:

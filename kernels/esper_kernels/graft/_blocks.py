@@ -6,7 +6,7 @@ wide in bfloat16; other shapes scale from there. Loads neither jax nor torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from esper_kernels.graft._case import Case
@@ -27,7 +27,7 @@ class Tiles:
     rows: int
     """Rows of a tile."""
     splits: int
-    """Row ranges, each one program a chunk."""
+    """Row ranges, each one program a chunk; in place, programs in all."""
     warps: int
     stages: int
     """Tiles in flight in a program."""
@@ -118,13 +118,8 @@ def backward_tiles(case: Case) -> Tiles:
 
 
 def in_place_tiles(case: Case) -> Tiles:
-    """Of the forward pass in place: many small ranges, shared among the live chunks."""
+    """Of the forward pass in place; here `splits` is programs in all, for the live chunks."""
     tiles = _choose(case, _IN_PLACE)
-    splits = max(1, min(-(-case.rows // (2 * tiles.rows)), 64))
-    return Tiles(
-        rows=tiles.rows,
-        splits=splits,
-        warps=tiles.warps,
-        stages=tiles.stages,
-        is_bulk=tiles.is_bulk,
-    )
+    rank = padded(case)[1]
+    line = next(line for line in _IN_PLACE if rank <= line.rank)
+    return replace(tiles, splits=multiprocessors(case) * line.programs)

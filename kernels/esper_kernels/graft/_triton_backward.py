@@ -13,11 +13,12 @@ from esper_kernels.graft._triton_parts import (
     dot,
     find,
     is_finite,
-    load_matrix,
-    load_up,
+    load_body,
+    load_tile,
     locate,
     narrow,
     release,
+    store_tile,
 )
 
 
@@ -66,7 +67,6 @@ def backward_kernel(
     cols = tl.arange(0, BF)
     ranks = tl.arange(0, BR)
     ALL_COLS: tl.constexpr = (NUM_WIDE == 0) and (BF == NARROW)
-    IS_FULL: tl.constexpr = ALL_ROWS and ALL_COLS
     is_real = cols < width
     begin = split * BM
     STEP: tl.constexpr = SPLITS * BM
@@ -77,13 +77,21 @@ def backward_kernel(
     slope_square = tl.zeros([BM], tl.float32)
 
     if is_live:
-        down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-        up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
-            bias = narrow(bias, dtype).to(tl.float32)[None, :]
-        if ACTIVATION == "gated":
-            gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+        down, up, bias, gate = load_body(
+            down_ptr,
+            up_ptr,
+            bias_ptr,
+            gate_ptr,
+            slot,
+            width,
+            cols,
+            ranks,
+            RANK,
+            WIDTH,
+            HAS_BIAS,
+            ACTIVATION,
+            dtype,
+        )
         d_down = tl.zeros([BF, BR], tl.float32)
         d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
         d_gate = tl.zeros([BF, BR], tl.float32)
@@ -94,20 +102,11 @@ def backward_kernel(
         limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
         blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
         for tile in tl.range(0, TILES, num_stages=STAGES):
-            at = corner + tile * stride
-            is_row = begin + tile * STEP + rows < N
-            inside = is_row[:, None]
-            if not ALL_COLS:  # a mask over columns would keep loads from being wide
-                inside = inside & is_real[None, :]
-            if BULK:
-                u = x_ptr.load([begin + tile * STEP, start])
-                dy = dy_ptr.load([begin + tile * STEP, start])
-            elif IS_FULL:
-                u = tl.load(x_ptr + at + offsets)
-                dy = tl.load(dy_ptr + at + offsets)
-            else:
-                u = tl.load(x_ptr + at + offsets, mask=inside, other=0.0)
-                dy = tl.load(dy_ptr + at + offsets, mask=inside, other=0.0)
+            row = begin + tile * STEP
+            at = corner + tile * stride + offsets
+            is_row = row + rows < N
+            u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+            dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
             h = dot(u, down, PRECISION)
             slope_a = dot(dy, tl.trans(up), PRECISION)
             if HAS_BIAS:
@@ -148,12 +147,7 @@ def backward_kernel(
             slope_square += tl.sum(wide * wide, axis=1)
             blight += tl.sum(d_u * 0.0, axis=1)
             dx = blend(dy, d_u, feel, limit)
-            if BULK:
-                dx_ptr.store([begin + tile * STEP, start], dx)
-            elif IS_FULL:
-                tl.store(dx_ptr + at + offsets, dx)
-            else:
-                tl.store(dx_ptr + at + offsets, dx, mask=inside)
+            store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
         release(BULK)
         share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
         is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
@@ -175,20 +169,11 @@ def backward_kernel(
         tl.store(sums_at + 3, broken)
     else:
         for tile in tl.range(0, TILES, num_stages=STAGES):
-            at = corner + tile * stride
-            is_row = begin + tile * STEP + rows < N
-            inside = is_row[:, None]
-            if not ALL_COLS:  # a mask over columns would keep loads from being wide
-                inside = inside & is_real[None, :]
-            if BULK:
-                dy = dy_ptr.load([begin + tile * STEP, start])
-                dx_ptr.store([begin + tile * STEP, start], dy)
-            elif IS_FULL:
-                dy = tl.load(dy_ptr + at + offsets)
-                tl.store(dx_ptr + at + offsets, dy)
-            else:
-                dy = tl.load(dy_ptr + at + offsets, mask=inside, other=0.0)
-                tl.store(dx_ptr + at + offsets, dy, mask=inside)
+            row = begin + tile * STEP
+            at = corner + tile * stride + offsets
+            is_row = row + rows < N
+            dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+            store_tile(dx_ptr, row, start, at, dy, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
             wide = dy.to(tl.float32)
             slope_square += tl.sum(wide * wide, axis=1)
     tl.store(sums_at, tl.sum(slope_square, axis=0))

@@ -117,6 +117,83 @@ def narrow(values, dtype: tl.constexpr):
     return values.to(dtype)
 
 
+@triton.jit
+def load_body(
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    gate_ptr,
+    slot,
+    width,
+    cols,
+    ranks,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """`down`, `up`, and bias and gate, which stand for nothing where a body has none."""
+    down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+    up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+    bias = tl.zeros([1, 1], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
+        bias = narrow(bias, dtype).to(tl.float32)[None, :]
+    gate = down
+    if ACTIVATION == "gated":
+        gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
+    return down, up, bias, gate
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    row,
+    start,
+    at,
+    is_row,
+    is_real,
+    BULK: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_COLS: tl.constexpr,
+):
+    """A tile at `row` and feature `start`, zero where there is none; `ptr + at` are its entries."""
+    if BULK:
+        tile = ptr.load([row, start])
+    elif ALL_ROWS and ALL_COLS:
+        tile = tl.load(ptr + at)
+    elif ALL_COLS:  # a mask over columns would keep loads from being wide
+        tile = tl.load(ptr + at, mask=is_row[:, None], other=0.0)
+    else:
+        tile = tl.load(ptr + at, mask=is_row[:, None] & is_real[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    row,
+    start,
+    at,
+    tile,
+    is_row,
+    is_real,
+    BULK: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_COLS: tl.constexpr,
+):
+    """Where `load_tile` loads."""
+    if BULK:
+        ptr.store([row, start], tile)
+    elif ALL_ROWS and ALL_COLS:
+        tl.store(ptr + at, tile)
+    elif ALL_COLS:
+        tl.store(ptr + at, tile, mask=is_row[:, None])
+    else:
+        tl.store(ptr + at, tile, mask=is_row[:, None] & is_real[None, :])
+
+
 # Two entries at a time: what the compiler makes of a select between bfloat16 numbers converts and
 # selects one at a time.
 _BLEND = tl.constexpr("""

@@ -10,7 +10,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
-from esper_kernels.graft._case import NUM_WATCHED, Body, Case
+from esper_kernels.graft._case import Body, Case
 from esper_kernels.graft.reference_jax import is_live
 
 Array = jax.Array
@@ -75,22 +75,29 @@ def _operands(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Arra
 
 
 def _watched(case: Case, sums: Array, is_measured: Array | None = None) -> Array:
-    """[C, 5] from `sums [C, F + 64]` of squares by feature, then of values; one reduction."""
-    lane = jnp.arange(sums.shape[1])[None, None, :]
-    column = jnp.arange(NUM_WATCHED)[None, :, None]
-    of_squares, entry = lane < case.width, sums[:, None, :]
-    constant = jnp.where(column == 0, float(case.rows * case.width), float(case.width))
-    shares = [
-        (column == 1, jnp.where(of_squares, 0.0, entry)),
-        (column == 2, jnp.where(of_squares, entry, 0.0)),
-        (column == 4, (of_squares & (entry == 0)).astype(jnp.float32)),
+    """[C, 5] from `sums [C, F + 64]` of squares by feature, then of values."""
+    square, value = sums[:, : case.width], sums[:, case.width :]
+    zero = jnp.zeros((), jnp.float32)
+    shares = (
+        jnp.pad(value, ((0, 0), (0, case.width - value.shape[1]))),
+        square,
+        (square == 0).astype(jnp.float32),
+    )
+    # All three in one reduction: alone, each would be a kernel.
+    total, square, dead = jax.lax.reduce(shares, (zero,) * 3, _add_each, (1,))
+    columns = [
+        jnp.full_like(total, case.rows * case.width),
+        total,
+        square,
+        jnp.full_like(total, case.width),
+        dead,
     ]
-    share = jnp.where(lane == 0, constant, 0.0)
-    for is_here, value in shares:
-        share = jnp.where(is_here, value, share)
-    if is_measured is not None:
-        share = jnp.where(is_measured[:, None, None], share, 0.0)
-    return jnp.sum(share, axis=2)
+    watched = jnp.stack(columns, axis=1)
+    return watched if is_measured is None else jnp.where(is_measured[:, None], watched, 0.0)
+
+
+def _add_each(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(map(jnp.add, left, right))
 
 
 def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tuple[Array, Array]:

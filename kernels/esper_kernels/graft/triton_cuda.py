@@ -11,25 +11,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.graft import reference_torch
+from esper_kernels.graft._arrivals import arrivals
 from esper_kernels.graft._blocks import (
     Tiles,
     backward_tiles,
     forward_tiles,
     in_place_tiles,
-    multiprocessors,
     padded,
 )
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
-from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel, watch_kernel
+from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
+from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
 
 MAX_SIDE = 256
 MAX_MATRIX = 16384
 MAX_SEARCHED = 1024
 """Chunks among which each program in place looks for the live ones itself."""
-PROGRAMS_IN_PLACE = 2
-"""A multiprocessor."""
+MAX_PARTS = 64
+"""Row ranges of a chunk in place: sums that one program adds up at once."""
+PAD = 32
+"""Floats behind the sums of squares by feature; the first is the sum of values."""
 
 
 def refuses(case: Case) -> str | None:
@@ -48,27 +51,42 @@ def refuses(case: Case) -> str | None:
     return None
 
 
-def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
-    width, rank = padded(case)
-    num_tiles = triton.cdiv(triton.cdiv(case.rows, tiles.rows), tiles.splits)
+def _cut(case: Case, tiles: Tiles) -> dict[str, Any]:
     return {
         "NARROW": case.features // case.chunks,
         "NUM_WIDE": case.num_wide,
+        "BF": padded(case)[0],
+        "BULK": tiles.is_bulk,
+    }
+
+
+def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
+    return _cut(case, tiles) | {
         "WIDTH": case.width,
         "RANK": case.rank,
-        "SPLITS": tiles.splits,
-        "TILES": num_tiles,
         "BM": tiles.rows,
-        "BF": width,
-        "BR": rank,
+        "BR": padded(case)[1],
         "STAGES": tiles.stages,
-        "BULK": tiles.is_bulk,
         "ACTIVATION": case.activation,
         "HAS_BIAS": case.has_bias,
-        "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
         "PRECISION": "ieee" if case.dtype == "float32" else "tf32",
         "num_warps": tiles.warps,
     }
+
+
+def _split(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """How rows are cut where every chunk has the same number of programs."""
+    num_tiles = triton.cdiv(triton.cdiv(case.rows, tiles.rows), tiles.splits)
+    return {
+        "SPLITS": tiles.splits,
+        "TILES": num_tiles,
+        "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
+    }
+
+
+def _folded(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """How many rows of a tile the sums of the watch keep apart."""
+    return {"GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
 
 
 def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
@@ -99,65 +117,96 @@ def _bank(x: Tensor, body: Body) -> tuple[Tensor, ...]:
 def _launch_forward(
     case: Case, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
 ) -> Tensor:
-    is_in_place = y is x
+    """`watched`, with `y` written."""
     tiles = _aligned(tiles, x, y)
+    programs, width = case.chunks * tiles.splits, padded(case)[0]
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-    sums = watched
+    sums, counters = watched, None
     if tiles.splits > 1:
-        sums = x.new_empty((tiles.splits, 2, case.features), dtype=torch.float32)
-    common = {
+        sums = x.new_empty((programs, width + PAD), dtype=torch.float32)
+        counters = arrivals(x, case.chunks)
+    rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
+    forward_kernel[(programs,)](
+        _view(case, tiles, x),
+        _view(case, tiles, y),
+        *_bank(x, body),
+        slot,
+        gains,
+        sums,
+        watched,
+        slot if counters is None else counters,
+        case.rows,
+        case.features,
+        case.chunks,
+        case.slots,
+        IN_PLACE=y is x,
+        IS_COUNTED=counters is not None,
         **_common(case, tiles),
-        "GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0])),
-    }
-    if is_in_place and tiles.splits > 1 and case.chunks <= MAX_SEARCHED:
-        num_items = case.chunks * tiles.splits
-        programs = min(num_items, multiprocessors(case) * PROGRAMS_IN_PLACE)
-        in_place_kernel[(programs,)](
-            _view(case, tiles, x),
-            *_bank(x, body),
-            slot,
-            gains,
-            sums,
-            case.rows,
-            case.features,
-            case.slots,
-            CHUNKS=case.chunks,
-            BC=triton.next_power_of_2(case.chunks),
-            PROGRAMS=programs,
-            **common,
-        )
-    else:
-        forward_kernel[(case.chunks * tiles.splits,)](
-            _view(case, tiles, x),
-            _view(case, tiles, y),
-            *_bank(x, body),
-            slot,
-            gains,
-            sums,
-            watched,
-            case.rows,
-            case.features,
-            case.chunks,
-            case.slots,
-            IN_PLACE=is_in_place,
-            **common,
-        )
-    if tiles.splits > 1:
+        **_split(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    )
+    if tiles.splits > 1 and counters is None:
         watch_kernel[(case.chunks,)](
             sums,
             watched,
+            case.rows,
+            CHUNKS=case.chunks,
+            SPLITS=tiles.splits,
+            **_cut(case, tiles),
+            **rest,
+            **_chained(tiles),
+        )
+    return watched
+
+
+def _launch_in_place(
+    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+) -> Tensor:
+    """`watched`, with the live chunks of `x` rewritten."""
+    tiles = _aligned(tiles, x)
+    num_tiles = triton.cdiv(case.rows, tiles.rows)
+    most = min(num_tiles, MAX_PARTS)
+    programs = max(case.chunks, min(case.chunks * most, tiles.splits))
+    sums = x.new_empty((programs, padded(case)[0] + PAD), dtype=torch.float32)
+    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+    counters = arrivals(x, case.chunks)
+    rest = {
+        "CHUNKS": case.chunks,
+        "BC": triton.next_power_of_2(case.chunks),
+        "PROGRAMS": programs,
+        "MOST": most,
+        "BS": triton.next_power_of_2(most),
+        "PAD": PAD,
+    }
+    in_place_kernel[(programs,)](
+        _view(case, tiles, x),
+        *_bank(x, body),
+        slot,
+        gains,
+        sums,
+        watched,
+        slot if counters is None else counters,
+        case.rows,
+        case.features,
+        case.slots,
+        IS_COUNTED=counters is not None,
+        TILES=num_tiles,
+        ALL_ROWS=case.rows % tiles.rows == 0,
+        **_common(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    )
+    if counters is None:
+        watch_in_place_kernel[(case.chunks,)](
+            sums,
+            watched,
             slot,
             gains,
             case.rows,
-            case.features,
             case.slots,
-            SPLITS=tiles.splits,
-            NARROW=case.features // case.chunks,
-            NUM_WIDE=case.num_wide,
-            BS=triton.next_power_of_2(tiles.splits),
-            BF=padded(case)[0],
-            IN_PLACE=is_in_place,
-            BULK=tiles.is_bulk,
+            **_cut(case, tiles),
+            **rest,
             **_chained(tiles),
         )
     return watched
@@ -191,7 +240,10 @@ def forward_in_place(
     """The same into the memory of `x`; dormant chunks are neither read nor written."""
     if case.rows == 0:
         return reference_torch.forward_in_place(case, x, body, slot, gains)
-    return x, _launch_forward(case, x, x, body, slot, gains, tiles or in_place_tiles(case))
+    if case.chunks > MAX_SEARCHED:
+        tiles = replace(forward_tiles(case), splits=1)
+        return x, _launch_forward(case, x, x, body, slot, gains, tiles)
+    return x, _launch_in_place(case, x, body, slot, gains, tiles or in_place_tiles(case))
 
 
 def backward(
@@ -232,6 +284,7 @@ def backward(
         case.slots,
         K=share,
         **_common(case, tiles),
+        **_split(case, tiles),
     )
     piece = 1024
     reduce_kernel[(case.chunks + case.slots * triton.cdiv(share, piece),)](
