@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,9 +99,6 @@ def _forward(backend: Any, case: Case, of: Arguments) -> Any:
     return backend.forward(case, of.x, of.body, of.slot, of.gains)
 
 
-# --- correctness -----------------------------------------------------------------------------
-
-
 def _flat(results: Any) -> list[torch.Tensor]:
     y, watched, (dx, d_body, channels) = results
     return [y, watched, dx, *(leaf for leaf in d_body if leaf is not None), channels]
@@ -133,9 +131,6 @@ def _hold(case: Case, of: Arguments, backends: Mapping[str, Any]) -> None:
                 )
 
 
-# --- the headline ----------------------------------------------------------------------------
-
-
 def _headline(rank: int, *, repeats: int) -> Rows:
     spec = Spec(name="headline", rows=16384, features=4096, chunks=64, slots=64, rank=rank)
     sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
@@ -145,6 +140,11 @@ def _headline(rank: int, *, repeats: int) -> Rows:
     outputs = [torch.empty_like(of.x) for of in sets]
     compiled_forward = torch.compile(lambda of: _forward(reference_torch, case, of))
     compiled_step = torch.compile(lambda of: _step(reference_torch, case, of))
+
+    with ThreadPoolExecutor() as pool:
+        programs = pool.submit(_programs, case, sets[0])
+        compiled_forward(sets[0]), compiled_step(sets[0])
+        programs.result()
 
     def each(function: Callable[[Arguments], object]) -> list[Callable[[], object]]:
         return [lambda of=of: function(of) for of in sets]  # type: ignore[misc]
@@ -166,13 +166,12 @@ def _headline(rank: int, *, repeats: int) -> Rows:
         },
         repeats=repeats,
     )
-    samples |= _headline_jax(case, sets, repeats=repeats)
+    samples |= _time_programs(programs.result(), sets, repeats=repeats)
     return _headline_rows(rank, spec, samples)
 
 
-def _to_jax(of: Arguments) -> tuple[Any, ...]:
-    x, dy, body, slot, gains = jax.tree.map(jnp.from_dlpack, tuple(of))
-    return x, dy, Body(*body), slot, gains
+def _to_jax(of: Arguments) -> Arguments:
+    return Arguments(*jax.tree.map(jnp.from_dlpack, tuple(of)))
 
 
 def _pallas(of: Arguments) -> Any:
@@ -185,25 +184,26 @@ def _pallas(of: Arguments) -> Any:
     return pallas_mosaic_gpu
 
 
-def _headline_jax(case: Case, sets: Sequence[Arguments], *, repeats: int) -> dict[str, list[float]]:
-    inputs = [_to_jax(of) for of in sets]
-    backends: dict[str, Any] = {"xla": reference_jax}
-    pallas = _pallas(sets[0])
-    if pallas is not None:
-        backends["pallas"] = pallas
-    samples = {}
-    for name, backend in backends.items():
+def _programs(case: Case, of: Arguments) -> dict[str, Any]:
+    """XLA's and Pallas's forward and step, compiled side by side."""
+    backends = {"xla": reference_jax, "pallas": _pallas(of)}
+    functions = {
+        f"{name}_{backend}": partial(function, module, case)
+        for backend, module in backends.items()
+        if module is not None
+        for name, function in (("forward", _forward), ("step", _step))
+    }
+    argument = _to_jax(of)
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda f: jax.jit(f).lower(argument).compile(), functions.values())
+        return dict(zip(functions, compiled, strict=True))
 
-        def forward(x: Any, dy: Any, body: Any, slot: Any, gains: Any, of: Any = backend) -> Any:
-            return of.forward(case, x, body, slot, gains)
 
-        def step(x: Any, dy: Any, body: Any, slot: Any, gains: Any, of: Any = backend) -> Any:
-            y, watched = of.forward(case, x, body, slot, gains)
-            return y, watched, of.backward(case, x, dy, body, slot, gains, watched)
-
-        samples[f"forward_{name}"] = time_jax(jax.jit(forward), inputs, repeats=repeats)
-        samples[f"step_{name}"] = time_jax(jax.jit(step), inputs, repeats=repeats)
-    return samples
+def _time_programs(
+    programs: Mapping[str, Any], sets: Sequence[Arguments], *, repeats: int
+) -> dict[str, list[float]]:
+    inputs = [(_to_jax(of),) for of in sets]
+    return {name: time_jax(of, inputs, repeats=repeats) for name, of in programs.items()}
 
 
 def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) -> Rows:
@@ -240,9 +240,6 @@ def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) ->
     return rows
 
 
-# --- few live chunks, and a small batch ------------------------------------------------------
-
-
 def _in_place(*, repeats: int) -> Rows:
     spec = Spec(name="in_place", rows=16384, features=4096, chunks=64, slots=64, rank=16)
     # Four chunks alone would stay in the cache of three sets.
@@ -270,8 +267,8 @@ def _in_place(*, repeats: int) -> Rows:
     if pallas is not None:
         samples["pallas"] = {
             "all": time_jax(
-                jax.jit(partial(pallas.forward, case)),
-                [(x, *rest) for x, _, *rest in map(_to_jax, sets["all"])],
+                jax.jit(partial(_forward, pallas, case)),
+                [(_to_jax(of),) for of in whole],
                 repeats=repeats,
             ),
             **{
@@ -320,14 +317,11 @@ def _small(*, repeats: int) -> Rows:
         {"small": [lambda: _forward(triton_cuda, case, of)]}, {}, repeats=repeats, inner=100
     )
     rows = {"small_forward_triton": summarise(samples["small"], "us", shape="32 x 512, 8 chunks")}
-    seconds = _headline_jax(case, [of], repeats=repeats)
+    seconds = _time_programs(_programs(case, of), [of], repeats=repeats)
     for name in ("xla", "pallas"):
         if f"forward_{name}" in seconds:
             rows[f"small_forward_{name}"] = summarise(seconds[f"forward_{name}"], "us")
     return rows
-
-
-# --- potential -------------------------------------------------------------------------------
 
 
 def _potential(*, repeats: int) -> Rows:
@@ -362,9 +356,6 @@ def _potential(*, repeats: int) -> Rows:
             seconds, "us", counted_bytes=read, bytes_per_second=per_second
         )
     return rows
-
-
-# --- ten thousand seeds ----------------------------------------------------------------------
 
 
 def _many_seeds(*, repeats: int) -> Rows:
