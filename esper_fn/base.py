@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from esper_fn._typing import Array, Bool, DType, Float, Key, Params
+from esper_fn._typing import Array, Bool, DType, Float, Float32, Key, Params
 
 Topology: TypeAlias = Literal["vector", "sequence", "image"]
 TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
@@ -33,6 +33,23 @@ class InitBody(Protocol):
 
     def __call__(self, key: Key, spec: BodySpec, dtype: DType) -> Params:
         """Parameters with which `apply` returns exactly zero: a newborn is the identity."""
+        ...
+
+
+class InitAlong(Protocol):
+    """Makes the parameters of one body whose first matrix looks where a survey says."""
+
+    def __call__(
+        self, key: Key, spec: BodySpec, dtype: DType, directions: Float32[Array, "F U"]
+    ) -> Params:
+        """Parameters like `init`'s, with which `apply` returns exactly zero as well.
+
+        `directions` are columns of a first matrix, ready to use: most useful first, scaled so that
+        `x @ directions` is as large as `init`'s own pre-activations are on the measured input, zero
+        in padded features. A column of zeros is no direction; it, and every inner unit that gets
+        none, is filled as `init` does. So with nothing but zeros the result is `init`'s, bit for
+        bit.
+        """
         ...
 
 
@@ -72,6 +89,9 @@ class Blueprint(NamedTuple):
     topologies: tuple[Topology, ...]
     can_span: bool
     """Whether it may read one activation and write into another of a different width."""
+    init_along: InitAlong | None = None
+    """For births along a survey's directions (`growth(directed_births=...)`); None where a body has
+    no first matrix that would profit."""
 
 
 __all__ = [
@@ -81,6 +101,7 @@ __all__ = [
     "BodySpec",
     "Cost",
     "CostBody",
+    "InitAlong",
     "InitBody",
     "Topology",
 ]
