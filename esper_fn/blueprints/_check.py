@@ -20,8 +20,9 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
     """Runs a blueprint at every topology it claims and raises where it breaks its contract.
 
     Looked at: the parameters' dtype, the output's shape and dtype (float32 and bfloat16), identity
-    at birth, that some parameter receives a gradient at birth, and that the stated cost counts the
-    real parameters.
+    at birth, that some parameter receives a gradient at birth, that the stated cost counts the real
+    parameters, and of `init_along` that it makes the same leaves, the identity as well, and without
+    any direction exactly what `init` makes.
 
     Raises:
       ValueError: naming the blueprint, the topology, and what was found instead.
@@ -55,7 +56,8 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     rng = np.random.default_rng(0)
     shape = (*_SHAPES[spec.topology], spec.outputs)
     x = jnp.asarray(rng.standard_normal((*shape[:-1], spec.inputs)), dtype)
-    params = blueprint.init(jax.random.key(0), spec, dtype)
+    key = jax.random.key(0)
+    params = blueprint.init(key, spec, dtype)
     leaves = jax.tree.leaves(params)
     if any(leaf.dtype != dtype for leaf in leaves):
         dtypes = sorted({leaf.dtype.name for leaf in leaves})
@@ -72,3 +74,21 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     stated = blueprint.cost(spec, 1).parameters
     if stated != count:
         fail(f"cost states {stated} parameters, init makes {count}")
+    if blueprint.init_along is None:
+        return
+    told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
+    directed = blueprint.init_along(key, spec, dtype, told)
+    if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
+        leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
+    ):
+        fail(f"init_along must make the {asked} parameters that init makes")
+    r, _ = at_birth(directed, x, jnp.zeros(shape, dtype))
+    if not np.all(np.asarray(r) == 0):
+        fail("the output at birth along directions must be exactly zero")
+    alike = jax.tree.map(
+        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
+        blueprint.init_along(key, spec, dtype, jnp.zeros_like(told)),
+        params,
+    )
+    if not jax.tree.all(alike):
+        fail("init_along without a direction (all zero) must make exactly what init makes")

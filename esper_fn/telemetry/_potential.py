@@ -40,23 +40,26 @@ def potentials(moments: Moments) -> Potentials:
     Returns:
       Scores with `moments.num_rows`' shape.
     """
-    crossed, _, white = _whiten(moments)
+    crossed, _, half = _whiten_inputs(moments)
+    right = _factor(moments.dy_dy / _count(moments))
+    white = jax.scipy.linalg.solve_triangular(right, jnp.swapaxes(half, -1, -2), lower=True)
     return Potentials(raw=_leading(crossed), whitened=_leading(white))
 
 
 def directions(moments: Moments) -> Float32[Array, "... F U"]:
-    """Where in a chunk's input the next body should look: the whitened score's own directions.
+    """Where in a chunk's input the next body should look.
 
-    With `W = E[x x^T]^-1/2 E[x dy^T] E[dy dy^T]^-1/2`, the matrix that `potentials` scores, and
-    its left singular vectors `u_k`, largest singular value first, the columns are
+    With the left singular vectors `u_k` of `E[x x^T]^-1/2 E[x dy^T]`, largest singular value first,
+    the columns are
 
         d_k = c_k E[x x^T]^-1/2 u_k,   c_k such that E[(x . d_k)^2] = trace E[x x^T] / F,
 
     the mean square that a column of `lecun_normal` gives on this input. A body with pre-activations
-    `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's gradient, and no
-    other choice of as many uncorrelated `z` correlates more with `dy`. This is GradMax
-    (Evci et al., ICLR 2022) turned round, from a zero first matrix to a zero last one, and made
-    independent of units like the expansion score of self-expanding networks (Mitchell et al., 2023).
+    `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's gradient; of all
+    uncorrelated `z` of that size these have the largest `|E[z dy^T]|`. It is GradMax (Evci et al.,
+    ICLR 2022) turned round, from a zero first matrix to a zero last one, with its constraint on what
+    the units see rather than on their weights. The score's other factor, `E[dy dy^T]^-1/2`, makes
+    places comparable; within one place it would weigh up small gradients.
 
     Args:
       moments: see `Moments`; any leading axes before the matrices.
@@ -66,8 +69,8 @@ def directions(moments: Moments) -> Float32[Array, "... F U"]:
       nothing (a squared singular value under `RANK_TOLERANCE` of the largest), not finite where the
       moments are not. The sign of a column means nothing.
     """
-    _, left, turned = _whiten(moments)
-    white = jnp.swapaxes(turned, -1, -2)
+    _, left, white = _whiten_inputs(moments)
+    turned = jnp.swapaxes(white, -1, -2)
     inputs, outputs = white.shape[-2:]
     count = min(NUM_DIRECTIONS, inputs, outputs)
     is_tall = inputs > outputs
@@ -95,19 +98,16 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-def _whiten(moments: Moments) -> tuple[Array, Array, Array]:
-    """`E[x dy^T]`, the Cholesky factor `A` of `E[x x^T]`, and `(A^-1 E[x dy^T] B^-T)^T`.
+def _whiten_inputs(moments: Moments) -> tuple[Array, Array, Array]:
+    """`E[x dy^T]`, the Cholesky factor `A` of `E[x x^T]` with its ridge, and `A^-1 E[x dy^T]`.
 
-    `B` is the factor of `E[dy dy^T]`. Singular values, and `A^-T` times left singular vectors, are
-    those of the symmetric whitening: the two differ by rotations.
+    Singular values, and `A^-T` times left singular vectors, are those of the symmetric whitening:
+    the two differ by a rotation.
     """
     count = _count(moments)
     crossed = moments.x_dy / count
     left = _factor(moments.x_x / count)
-    right = _factor(moments.dy_dy / count)
-    half = jax.scipy.linalg.solve_triangular(left, crossed, lower=True)
-    white = jax.scipy.linalg.solve_triangular(right, jnp.swapaxes(half, -1, -2), lower=True)
-    return crossed, left, white
+    return crossed, left, jax.scipy.linalg.solve_triangular(left, crossed, lower=True)
 
 
 def _factor(covariance: Array) -> Array:
