@@ -57,9 +57,9 @@ def directions(moments: Moments) -> Float32[Array, "... F U"]:
     the mean square that a column of `lecun_normal` gives on this input. A body with pre-activations
     `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's gradient; of all
     uncorrelated `z` of that size these have the largest `|E[z dy^T]|`. It is GradMax (Evci et al.,
-    ICLR 2022) turned round, from a zero first matrix to a zero last one, with its constraint on what
-    the units see rather than on their weights. The score's other factor, `E[dy dy^T]^-1/2`, makes
-    places comparable; within one place it would weigh up small gradients.
+    ICLR 2022) turned round, from a zero first matrix to a zero last one, with its constraint on
+    what the units see rather than on their weights. The score's other factor,
+    `E[dy dy^T]^-1/2`, makes places comparable; within one place it would weigh up small gradients.
 
     Args:
       moments: see `Moments`; any leading axes before the matrices.

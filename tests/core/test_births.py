@@ -344,7 +344,7 @@ def test_a_body_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> N
             if growth.lattice.sites[bank.site].name != site:
                 continue
             name = growth.lattice.names[bank.blueprint]
-            idle = np.array([i for i in range(bank.num_slots) if bank.start + i not in used])
+            idle = np.array([bank.start + at not in used for at in range(bank.num_slots)])
             old, new = (jax.tree.leaves(of.bodies[site][name]) for of in (state, born))
             assert same_bits([leaf[idle] for leaf in old], [leaf[idle] for leaf in new])
 
