@@ -35,8 +35,9 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
         )
     for topology in blueprint.topologies:
         across = features + 2 if blueprint.can_span else features
-        _check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
-        _check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
+        for check_one in (_check_one, _check_along):
+            check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
+            check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
 
 
 def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
@@ -56,8 +57,7 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     rng = np.random.default_rng(0)
     shape = (*_SHAPES[spec.topology], spec.outputs)
     x = jnp.asarray(rng.standard_normal((*shape[:-1], spec.inputs)), dtype)
-    key = jax.random.key(0)
-    params = blueprint.init(key, spec, dtype)
+    params = blueprint.init(jax.random.key(0), spec, dtype)
     leaves = jax.tree.leaves(params)
     if any(leaf.dtype != dtype for leaf in leaves):
         dtypes = sorted({leaf.dtype.name for leaf in leaves})
@@ -74,16 +74,31 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     stated = blueprint.cost(spec, 1).parameters
     if stated != count:
         fail(f"cost states {stated} parameters, init makes {count}")
+
+
+def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
     if blueprint.init_along is None:
         return
+
+    def fail(found: str) -> None:
+        asked = jnp.dtype(dtype).name
+        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {asked}: {found}")
+
+    @jax.jit
+    def output(params: Params, x: Array) -> Array:
+        return blueprint.apply(params, x, spec, jnp.ones((spec.inputs,), bool))
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((*_SHAPES[spec.topology], spec.inputs)), dtype)
     told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
+    key = jax.random.key(0)
+    params = blueprint.init(key, spec, dtype)
     directed = blueprint.init_along(key, spec, dtype, told)
     if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
         leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
     ):
-        fail(f"init_along must make the {asked} parameters that init makes")
-    r, _ = at_birth(directed, x, jnp.zeros(shape, dtype))
-    if not np.all(np.asarray(r) == 0):
+        fail("init_along must make parameters of the shapes and dtype that init makes")
+    if not np.all(np.asarray(output(directed, x)) == 0):
         fail("the output at birth along directions must be exactly zero")
     alike = jax.tree.map(
         lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),

@@ -167,7 +167,7 @@ def test_check_holds_blueprints_to_the_contract_of_directions() -> None:
     for init_along, words in (
         (also, "at birth along directions must be exactly zero"),
         (shifted, r"without a direction \(all zero\) must make exactly what init makes"),
-        (wide, "must make the bfloat16 parameters that init makes"),
+        (wide, "parameters of the shapes and dtype that init makes"),
     ):
         with pytest.raises(ValueError, match=words):
             ef.blueprints.check(good._replace(init_along=init_along))
