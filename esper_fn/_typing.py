@@ -15,6 +15,8 @@
 | M | commands of one step |
 | V | seeds measured by ablation in one survey |
 | T | steps |
+| N | seeds of a site's layer whose directions a survey remembers |
+| U | directions remembered of a seed |
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from esper_fn._typing import Array, Bool, DType, Float, Key, Params
+from esper_fn._typing import Array, Bool, DType, Float, Float32, Key, Params
 
 Topology: TypeAlias = Literal["vector", "sequence", "image"]
 TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
@@ -36,6 +36,23 @@ class InitBody(Protocol):
 
     def __call__(self, key: Key, spec: BodySpec, dtype: DType) -> Params:
         """Parameters with which `apply` returns exactly zero: a newborn is the identity."""
+        ...
+
+
+class InitAlong(Protocol):
+    """Makes the parameters of one body whose first matrix looks where a survey says."""
+
+    def __call__(
+        self, key: Key, spec: BodySpec, dtype: DType, directions: Float32[Array, "F U"]
+    ) -> Params:
+        """Parameters like `init`'s, with which `apply` returns exactly zero as well.
+
+        `directions` are columns of a first matrix, ready to use: most useful first, scaled so that
+        `x @ directions` is as large as `init`'s own pre-activations are on the measured input, zero
+        in padded features. A column of zeros is no direction; it, and every inner unit that gets
+        none, is filled as `init` does. So with nothing but zeros the result is `init`'s, bit for
+        bit.
+        """
         ...
 
 
@@ -79,6 +96,9 @@ class Blueprint(NamedTuple):
     """Names `phi` where `apply` is `phi(x down + bias) up` of a dict with these entries, `bias`
     optional (with `gated`: `silu(x gate) * (x down)` for `phi`), so that GPU kernels may compute
     it. `gelu` is the one by tanh. None leaves it to `apply` everywhere."""
+    init_along: InitAlong | None = None
+    """For births along a survey's directions (`growth(directed_births=...)`); None where a body has
+    no first matrix that would profit."""
 
 
 __all__ = [
@@ -90,6 +110,7 @@ __all__ = [
     "Cost",
     "CostBody",
     "Implementation",
+    "InitAlong",
     "InitBody",
     "Topology",
 ]

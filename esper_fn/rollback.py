@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import once_if
-from esper_fn._growth import Growth, GrowthState
+from esper_fn._growth import Growth, GrowthState, forget
 from esper_fn._lattice import per_slot_tree, select_slots
 from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 from esper_fn.governors import Alarm, Verdict
@@ -139,5 +139,8 @@ def guard(
     guarded = _Guarded(now=now, is_born=state.is_born, held=aged)
     guarded = once_if(is_due & ~verdict.should_roll_back, renew, guarded)
     chosen, is_born, held = once_if(verdict.should_roll_back, go_back, guarded)
-    state = state._replace(bodies=chosen.bodies, loss=chosen.loss, is_born=is_born)
+    memory = state.memory
+    if memory is not None:
+        memory = forget(memory, verdict.should_roll_back)
+    state = state._replace(bodies=chosen.bodies, loss=chosen.loss, is_born=is_born, memory=memory)
     return chosen.params, chosen.opt_state, state, held

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from esper_fn import governors, grafting, lifecycle, policies
+from esper_fn import governors, grafting, lifecycle, policies, telemetry
 from esper_fn._control import vary_alike
 from esper_fn._growth._state import GrowthState, Info, LossFn
 from esper_fn._growth._survey import survey
@@ -19,7 +19,9 @@ from esper_fn._lattice import (
     Reading,
     Seeds,
     Visits,
+    has_directed,
     init_bodies,
+    no_directions,
     per_slot_tree,
     readings_of,
     slot_gains,
@@ -48,6 +50,8 @@ class Growth:
     implementation: Implementation
     """What computes the bodies; see `growth`."""
     max_ablations: int
+    directed_births: int
+    """Seeds of each layer whose directions a survey remembers for their next body."""
 
     def init(self, key: Key) -> GrowthState:
         """All seeds dormant, all slots free."""
@@ -65,6 +69,9 @@ class Growth:
             governor=self.governor.state,
             key=key,
             step=jnp.int32(0),
+            memory=no_directions(self.lattice, self.directed_births, telemetry.NUM_DIRECTIONS)
+            if self.directed_births
+            else None,
         )
         # A buffer of its own for every leaf, so that a step may donate the state.
         own: GrowthState = jax.tree.map(jnp.copy, state)
@@ -208,8 +215,9 @@ class Growth:
 
         Growth potential of every chunk from the gradient's second moments, and, for up to
         `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
-        loss with it; one that is not finite counts as an error of the seed. Give it held-out
-        batches.
+        loss with it; one that is not finite counts as an error of the seed. With
+        `directed_births`, the state remembers where bodies of the most promising dormant seeds
+        should look. Give it held-out batches.
 
         Args:
           loss_fn: as in `value_and_grad`; deterministic.
@@ -231,6 +239,7 @@ def growth(
     bodies_at_once: int | None = 1,
     implementation: Implementation = "auto",
     max_ablations: int = 8,
+    directed_births: int = 0,
 ) -> Growth:
     """Assembles a growing network.
 
@@ -249,10 +258,17 @@ def growth(
         `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
         every bank of the form that a blueprint's `activation` names, except over spans.
       max_ablations: seeds measured by ablation in one survey.
+      directed_births: N, the dormant seeds of highest potential in each layer of each site whose
+        directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
+        the next survey, with a blueprint that offers `init_along`, its body begins along them; any
+        other body begins as the blueprint's `init` says. A survey replaces what an earlier one
+        remembered; one that did not reach a site, or found nothing finite there, forgets it, and
+        so does a roll-back. With 0, the default, there is no memory and no cost.
 
     Raises:
-      ValueError: bodies_at_once or max_ablations below 1; strategies of one name; a grafting
-        strategy that cannot end within the longest stay in GRAFTING.
+      ValueError: bodies_at_once or max_ablations below 1, directed_births below 0, or above it
+        where no blueprint offers `init_along`; strategies of one name; a grafting strategy that
+        cannot end within the longest stay in GRAFTING.
     """
     grafts = (
         (grafting.linear(),)
@@ -285,6 +301,14 @@ def growth(
         )
     if max_ablations < 1:
         raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
+    if directed_births < 0:
+        raise ValueError(f"directed_births must be at least 0, got {directed_births!r}")
+    if directed_births and not any(has_directed(lattice, place) for place in lattice.sites):
+        raise ValueError(
+            f"directed_births={directed_births}, but none of the blueprints {list(lattice.names)} "
+            "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
+            "leave it at 0"
+        )
     return Growth(
         lattice=lattice,
         policy=policies.plateau() if policy is None else policy,
@@ -294,4 +318,5 @@ def growth(
         bodies_at_once=bodies_at_once,
         implementation=implementation,
         max_ablations=max_ablations,
+        directed_births=directed_births,
     )

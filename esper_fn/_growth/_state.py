@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from esper_fn import governors, lifecycle
+from esper_fn._lattice import Memory
 from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Outcomes
 from esper_fn.lifecycle import SeedState
@@ -30,6 +31,8 @@ class GrowthState(NamedTuple):
     governor: Any
     key: Key
     step: Int32[Array, ""]
+    memory: Memory | None = None
+    """Directions for bodies to come, of the last survey; None without `directed_births`."""
 
 
 class Info(NamedTuple):
@@ -65,6 +68,8 @@ class Info(NamedTuple):
     """Parameters of bodies that act in the next step."""
     num_flops: Float32[Array, ""]
     """Forward operations of the live bodies on one example."""
+    num_directed: Int32[Array, ""]
+    """Bodies born along a survey's directions in this step."""
 
 
 class SurveyInfo(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from esper_fn import lifecycle, telemetry
 from esper_fn._control import cond, vary_alike
+from esper_fn._growth._births import remember
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
 from esper_fn._lattice import slot_gains, view, zero_probes, zero_taps
 from esper_fn._typing import Array, Params, Scalar
@@ -84,7 +85,11 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
             num_contributions=seeds.num_contributions.at[rows].add(1, mode="drop"),
             error_count=seeds.error_count.at[failed].add(1, mode="drop"),
         )
-        return state._replace(seeds=seeds), SurveyInfo(
+        memory = state.memory
+        if memory is not None:
+            is_eligible = is_measured & (seeds.stage == Stage.DORMANT)
+            memory = remember(growth.lattice, memory, moments, is_eligible, white)
+        return state._replace(seeds=seeds, memory=memory), SurveyInfo(
             loss=with_all,
             raw_potential=raw,
             potential=white,

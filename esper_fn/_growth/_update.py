@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
 from esper_fn._control import cond, once_if
+from esper_fn._growth._births import spend
 from esper_fn._growth._state import GrowthState, Info
 from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
 from esper_fn._typing import Array, Bodies, Bool, Float32, Params, Scalar
@@ -106,9 +107,14 @@ def update(
         blueprint=jnp.where(holds, seeds.blueprint, jnp.int8(NONE)),
     )
     is_born = (owner != NONE) & done.is_born[jnp.maximum(owner, 0)]
+    memory, num_directed = state.memory, jnp.int32(0)
+    if memory is not None:
+        memory, num_directed = spend(growth.lattice, memory, done.is_born, seeds.blueprint)
     after = state._replace(
         seeds=seeds,
-        bodies=give_birth(growth.lattice, kept, is_born, birth_key),
+        bodies=give_birth(
+            growth.lattice, kept, is_born, birth_key, owner=owner, memory=state.memory
+        ),
         owner=owner,
         is_born=is_born,
         loss=track,
@@ -116,6 +122,7 @@ def update(
         governor=judged,
         key=key,
         step=state.step + 1,
+        memory=memory,
     )
     gains = slot_gains(seeds, owner, limits)
     tables = growth.lattice.tables
@@ -141,6 +148,7 @@ def update(
             jnp.where(gains[:, 0] != 0, jnp.asarray(tables.costs[of_slot]), 0.0)
         ),
         num_flops=jnp.sum(jnp.where(is_live, jnp.asarray(tables.flops[of_slot]), 0.0)),
+        num_directed=num_directed,
     )
     return after, info
 

@@ -8,6 +8,7 @@ from esper_fn._lattice._allocate import (
     release,
     select_slots,
 )
+from esper_fn._lattice._directions import Directions, Memory, has_directed, no_directions
 from esper_fn._lattice._forward import Reading
 from esper_fn._lattice._lattice import Lattice, init_bodies, lattice
 from esper_fn._lattice._probe import Moments
@@ -25,7 +26,9 @@ from esper_fn._lattice._view import (
 __all__ = [
     "UNSERVED",
     "BareSeeds",
+    "Directions",
     "Lattice",
+    "Memory",
     "Moments",
     "Reading",
     "Seeds",
@@ -35,8 +38,10 @@ __all__ = [
     "chunk_mask",
     "give",
     "give_birth",
+    "has_directed",
     "init_bodies",
     "lattice",
+    "no_directions",
     "per_slot_tree",
     "readings_of",
     "release",

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import cond, once_if
+from esper_fn._lattice._directions import Memory, of_slots
 from esper_fn._lattice._lattice import Lattice, fresh_bank
-from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key
+from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key, Params
 from esper_fn.lifecycle import NONE
 
 UNSERVED = -2
@@ -98,8 +99,25 @@ def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Arr
     return jnp.where((owner != NONE) & keeps, owner, NONE)
 
 
-def give_birth(lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key: Key) -> Bodies:
-    """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit."""
+def give_birth(
+    lattice: Lattice,
+    bodies: Bodies,
+    is_born: Bool[Array, "Q"],
+    key: Key,
+    *,
+    owner: Int32[Array, "Q"] | None = None,
+    memory: Memory | None = None,
+) -> Bodies:
+    """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit.
+
+    Args:
+      lattice: the static layout.
+      bodies: parameters of all banks.
+      is_born: which slots.
+      key: for the drawn parameters; the same ones with and without a memory.
+      owner: who holds each slot, for `memory`.
+      memory: directions of some seeds; their bodies begin along them where the blueprint can.
+    """
 
     def bear(bodies: Bodies) -> Bodies:
         born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
@@ -109,14 +127,24 @@ def give_birth(lattice: Lattice, bodies: Bodies, is_born: Bool[Array, "Q"], key:
             here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
 
             def renew(old: object, here: Bool[Array, "P"] = here, index: int = index) -> object:
-                own_key = jax.random.fold_in(key, index)
-                fresh = fresh_bank(lattice, lattice.tables.banks[index], own_key)
-                return jax.tree.map(lambda new, kept: select_slots(here, new, kept), fresh, old)
+                bank, own_key = lattice.tables.banks[index], jax.random.fold_in(key, index)
+                fresh = fresh_bank(lattice, bank, own_key)
+                told = None if memory is None else memory[bank.site]
+                can = lattice.blueprints[bank.blueprint].init_along is not None
+                if can and told is not None and owner is not None:
+                    is_told, along = of_slots(bank, owner, told)
+                    directed = fresh_bank(lattice, bank, own_key, along)
+                    fresh = _choose(is_told, directed, fresh)
+                return _choose(here, fresh, old)
 
             born[site][name] = once_if(jnp.any(here), renew, bodies[site][name])
         return born
 
     return once_if(jnp.any(is_born), bear, bodies)
+
+
+def _choose(is_first: Bool[Array, "P"], first: Params, second: Params) -> Params:
+    return jax.tree.map(lambda a, b: select_slots(is_first, a, b), first, second)
 
 
 def select_slots(is_first: Bool[Array, "P"], first: Array, second: Array) -> Array:

@@ -11,6 +11,7 @@ import esper_kernels.jax as kernels
 from esper_fn._lattice._chunks import place
 from esper_fn._lattice._rounds import Banks, BankView, Wiring, is_live
 from esper_fn._typing import Array, Float32, Int32, Params
+from esper_fn.errors import LatticeError
 from esper_kernels import Body
 
 
@@ -32,6 +33,11 @@ def divide(wiring: Wiring, banks: Banks, x: Array) -> tuple[list[int], list[int]
 def _is_served(wiring: Wiring, index: int, bank: BankView, x: Array) -> bool:
     if wiring.blueprints[index].activation is None:
         return False
+    if not isinstance(bank.bodies, dict) or not set(bank.bodies) <= set(Body._fields):
+        raise LatticeError(
+            f"blueprint {wiring.blueprints[index].name!r} names an activation, so its parameters "
+            f"must be a dict of some of {Body._fields}; see `esper_fn.blueprints.check`"
+        )
     arrays, options = _call(wiring, index, bank)
     rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
     choice = kernels.explain(rows, *arrays, **options)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._lattice._site import Site
-from esper_fn._typing import Array, Bodies, DType, Int32, Key
+from esper_fn._typing import Array, Bodies, DType, Float32, Int32, Key
 from esper_fn.base import Blueprint, Cost
 from esper_fn.errors import LatticeError, UnknownNameError
 
@@ -270,12 +270,15 @@ def init_bodies(self: Lattice, key: Key) -> Bodies:
     return bodies
 
 
-def fresh_bank(self: Lattice, bank: Bank, key: Key) -> object:
-    """Newborn parameters for every slot of one bank, `[P, ...]`."""
+def fresh_bank(
+    self: Lattice, bank: Bank, key: Key, along: Float32[Array, "P F U"] | None = None
+) -> object:
+    """Newborn parameters for every slot of one bank, `[P, ...]`; along directions, if given."""
     blueprint, place = self.blueprints[bank.blueprint], self.sites[bank.site]
-    return jax.vmap(lambda k: blueprint.init(k, place.spec, self.dtype))(
-        jax.random.split(key, bank.num_slots)
-    )
+    keys, init_along = jax.random.split(key, bank.num_slots), blueprint.init_along
+    if along is None or init_along is None:
+        return jax.vmap(lambda k: blueprint.init(k, place.spec, self.dtype))(keys)
+    return jax.vmap(lambda k, d: init_along(k, place.spec, self.dtype, d))(keys, along)
 
 
 def local_chunk(self: Lattice, owner: Int32[Array, "Q"]) -> Int32[Array, "Q"]:

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import esper_kernels.jax as kernels
 from esper_fn._typing import Array, Params
 from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Topology
+from esper_kernels import Body
 
 _SHAPES: dict[Topology, tuple[int, ...]] = {
     "vector": (3,),
@@ -20,8 +22,9 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
     """Runs a blueprint at every topology it claims and raises where it breaks its contract.
 
     Looked at: the parameters' dtype, the output's shape and dtype (float32 and bfloat16), identity
-    at birth, that some parameter receives a gradient at birth, and that the stated cost counts the
-    real parameters.
+    at birth, that some parameter receives a gradient at birth, that the stated cost counts the real
+    parameters; of `init_along` that it makes the same leaves, the identity as well, and without any
+    direction exactly what `init` makes; and that `apply` is the form that `activation` names.
 
     Raises:
       ValueError: naming the blueprint, the topology, and what was found instead.
@@ -34,8 +37,9 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
         )
     for topology in blueprint.topologies:
         across = features + 2 if blueprint.can_span else features
-        _check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
-        _check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
+        for check_one in (_check_one, _check_along, _check_activation):
+            check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
+            check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
 
 
 def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
@@ -72,3 +76,71 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     stated = blueprint.cost(spec, 1).parameters
     if stated != count:
         fail(f"cost states {stated} parameters, init makes {count}")
+
+
+def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+    if blueprint.init_along is None:
+        return
+
+    def fail(found: str) -> None:
+        asked = jnp.dtype(dtype).name
+        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {asked}: {found}")
+
+    @jax.jit
+    def output(params: Params, x: Array) -> Array:
+        return blueprint.apply(params, x, spec, jnp.ones((spec.inputs,), bool))
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((*_SHAPES[spec.topology], spec.inputs)), dtype)
+    told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
+    key = jax.random.key(0)
+    params = blueprint.init(key, spec, dtype)
+    directed = blueprint.init_along(key, spec, dtype, told)
+    if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
+        leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
+    ):
+        fail("init_along must make parameters of the shapes and dtype that init makes")
+    if not np.all(np.asarray(output(directed, x)) == 0):
+        fail("the output at birth along directions must be exactly zero")
+    alike = jax.tree.map(
+        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
+        blueprint.init_along(key, spec, dtype, jnp.zeros_like(told)),
+        params,
+    )
+    if not jax.tree.all(alike):
+        fail("init_along without a direction (all zero) must make exactly what init makes")
+
+
+def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+    if blueprint.activation is None or spec.inputs != spec.outputs:
+        return
+
+    def fail(found: str) -> None:
+        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology}: {found}")
+
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype),
+        blueprint.init(jax.random.key(0), spec, dtype),
+    )
+    if not isinstance(params, dict) or not {"down", "up"} <= set(params) <= set(Body._fields):
+        fail(
+            f"with activation={blueprint.activation!r} its parameters must be a dict of `down`, "
+            f"`up` and, where it has them, `bias` and `gate`, got {jax.tree.structure(params)}"
+        )
+    x = jnp.asarray(rng.standard_normal((*_SHAPES[spec.topology], spec.inputs)), dtype)
+    rows = x.reshape(-1, spec.inputs)
+    y, _ = kernels.graft(
+        rows,
+        Body(**{name: leaf[None] for name, leaf in params.items()}),
+        jnp.zeros((1,), jnp.int32),
+        jnp.ones((1, 3), jnp.float32),
+        activation=blueprint.activation,
+        implementation="reference",
+    )
+    r = blueprint.apply(params, x, spec, jnp.ones((spec.inputs,), bool)).reshape(rows.shape)
+    if not np.allclose(y - rows, r, rtol=1e-4, atol=1e-4):
+        fail(
+            f"apply is not the form that activation={blueprint.activation!r} names; see "
+            "`esper_fn.base.Blueprint`, or leave it None"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from esper_fn._typing import Array, DType, Float, Key, Params
+from esper_fn._typing import Array, DType, Float, Float32, Key, Params
 
 
 def lecun_normal(key: Key, shape: tuple[int, ...], dtype: DType) -> Float[Array, "..."]:
@@ -14,6 +14,28 @@ def lecun_normal(key: Key, shape: tuple[int, ...], dtype: DType) -> Float[Array,
     for size in shape[:-1]:
         fan_in *= size
     return jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+
+
+def spanning(
+    key: Key, width: int, dtype: DType, directions: Float32[Array, "F U"]
+) -> Float[Array, "F R"]:
+    """`lecun_normal` of shape `(F, width)` whose first columns are `directions`, where not zero."""
+    inputs, count = directions.shape
+    drawn = lecun_normal(key, (inputs, width), dtype)
+    told = jnp.zeros((inputs, width), dtype)
+    told = told.at[:, : min(count, width)].set(directions[:, :width].astype(dtype))
+    return jnp.where(jnp.any(told != 0, axis=0, keepdims=True), told, drawn)
+
+
+def mirrored(directions: Float32[Array, "F U"]) -> Float32[Array, "F V"]:
+    """Every direction followed by its opposite, `V = 2 U`.
+
+    For each of relu, silu and gelu `phi(z) - phi(-z) = z`, so a pair of opposite units sees
+    the linear function `z` whatever the sign that a singular vector happens to have, and
+    `|E[phi(z) dy]|^2 + |E[phi(-z) dy]|^2 >= |E[z dy]|^2 / 2`. One unit alone has no such bound.
+    """
+    both = jnp.stack([directions, -directions], axis=-1)
+    return both.reshape(directions.shape[0], -1)
 
 
 def cast(params: Params, x: Array) -> Params:

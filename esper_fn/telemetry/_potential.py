@@ -13,6 +13,8 @@ from esper_fn._typing import Array, Float32
 NUM_DIRECTIONS = 4
 """Singular values that count: what a body of this width could use."""
 RIDGE = 1e-3
+RANK_TOLERANCE = 1e-5
+"""Squared singular values under this share of the largest are rounding."""
 
 
 class Potentials(NamedTuple):
@@ -38,13 +40,74 @@ def potentials(moments: Moments) -> Potentials:
     Returns:
       Scores with `moments.num_rows`' shape.
     """
-    count = jnp.maximum(moments.num_rows, 1.0)[..., None, None]
-    crossed = moments.x_dy / count
-    left = _factor(moments.x_x / count)
-    right = _factor(moments.dy_dy / count)
-    half = jax.scipy.linalg.solve_triangular(left, crossed, lower=True)
+    crossed, _, half = _whiten_inputs(moments)
+    right = _factor(moments.dy_dy / _count(moments))
     white = jax.scipy.linalg.solve_triangular(right, jnp.swapaxes(half, -1, -2), lower=True)
     return Potentials(raw=_leading(crossed), whitened=_leading(white))
+
+
+def directions(moments: Moments) -> Float32[Array, "... F U"]:
+    """Where in a chunk's input the next body should look.
+
+    With the left singular vectors `u_k` of `E[x x^T]^-1/2 E[x dy^T]`, largest singular value first,
+    the columns are
+
+        d_k = c_k E[x x^T]^-1/2 u_k,   c_k such that E[(x . d_k)^2] = trace E[x x^T] / F,
+
+    the mean square that a column of `lecun_normal` gives on this input. A body with pre-activations
+    `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's gradient; of all
+    uncorrelated `z` of that size these have the largest `|E[z dy^T]|`. It is GradMax (Evci et al.,
+    ICLR 2022) turned round, from a zero first matrix to a zero last one, with its constraint on
+    what the units see rather than on their weights. The score's other factor,
+    `E[dy dy^T]^-1/2`, makes places comparable; within one place it would weigh up small gradients.
+
+    Args:
+      moments: see `Moments`; any leading axes before the matrices.
+
+    Returns:
+      `U = min(NUM_DIRECTIONS, F, G)` columns; zero where float32 cannot tell a direction from
+      nothing (a squared singular value under `RANK_TOLERANCE` of the largest), not finite where the
+      moments are not. The sign of a column means nothing.
+    """
+    _, left, white = _whiten_inputs(moments)
+    turned = jnp.swapaxes(white, -1, -2)
+    inputs, outputs = white.shape[-2:]
+    count = min(NUM_DIRECTIONS, inputs, outputs)
+    is_tall = inputs > outputs
+    gram = _product(turned, white) if is_tall else _product(white, turned)
+    squares, vectors = jnp.linalg.eigh(gram)
+    squares, vectors = squares[..., ::-1][..., :count], vectors[..., ::-1][..., :count]
+    if is_tall:
+        vectors = _product(white, vectors)
+    along = jax.scipy.linalg.solve_triangular(jnp.swapaxes(left, -1, -2), vectors, lower=False)
+    covariance = moments.x_x / _count(moments)
+    power = jnp.sum(along * _product(covariance, along), axis=-2, keepdims=True)
+    wanted = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / inputs
+    is_real = (squares > RANK_TOLERANCE * squares[..., :1])[..., None, :] & (power > 0)
+    scale = jnp.sqrt(wanted / jnp.where(is_real, power, 1.0))
+    # What is not finite must show: a comparison would hide it.
+    is_unknown = ~jnp.isfinite(squares[..., None, :1])
+    return jnp.where(is_real | is_unknown, along * scale, 0.0)
+
+
+def _count(moments: Moments) -> Array:
+    return jnp.maximum(moments.num_rows, 1.0)[..., None, None]
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _whiten_inputs(moments: Moments) -> tuple[Array, Array, Array]:
+    """`E[x dy^T]`, the Cholesky factor `A` of `E[x x^T]` with its ridge, and `A^-1 E[x dy^T]`.
+
+    Singular values, and `A^-T` times left singular vectors, are those of the symmetric whitening:
+    the two differ by a rotation.
+    """
+    count = _count(moments)
+    crossed = moments.x_dy / count
+    left = _factor(moments.x_x / count)
+    return crossed, left, jax.scipy.linalg.solve_triangular(left, crossed, lower=True)
 
 
 def _factor(covariance: Array) -> Array:

@@ -228,6 +228,19 @@ def _init_with(value: str) -> Any:
     return init
 
 
+def _renamed() -> Any:
+    good = ef.blueprints.low_rank(2)
+
+    def init(key: Any, spec: BodySpec, dtype: Any) -> Any:
+        made = good.init(key, spec, dtype)
+        return {"first": made["down"], "up": made["up"]}
+
+    def apply(params: Any, x: Any, spec: BodySpec, mask: Any) -> Any:
+        return good.apply({"down": params["first"], "up": params["up"]}, x, spec, mask)
+
+    return {"init": init, "apply": apply, "init_along": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -247,6 +260,8 @@ def _init_with(value: str) -> Any:
             },
             r"apply must return \(3, 8\) bfloat16, got \(3, 8\) float32",
         ),
+        ({"activation": "relu"}, "apply is not the form that activation='relu' names"),
+        ({"activation": "none", **_renamed()}, r"parameters must be a dict of `down`.*'first'"),
         ({"topologies": ()}, r"topologies must be some of .*, got \(\)"),
         ({"topologies": ("graph",)}, r"topologies must be some of .*, got \('graph',\)"),
     ],
