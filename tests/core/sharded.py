@@ -35,7 +35,7 @@ def local_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 
 def setting() -> Any:
-    growth = ef.growth(LATTICE, bodies_at_once=1, policy=ef.policies.never())
+    growth = ef.growth(LATTICE, bodies_at_once=1, policy=ef.policies.never(), directed_births=1)
     state = place(growth, blank(growth), ROWS)
     rng = np.random.default_rng(0)
     params = {
