@@ -121,10 +121,10 @@ def forward_in_place(
     Donate `x`, or let nothing use it afterwards: else XLA copies it first.
     """
     from esper_kernels.graft.pallas_mosaic_gpu_forward import in_place_kernel
-    from esper_kernels.graft.pallas_mosaic_gpu_parts import forward_share, gather_sums
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import forward_share, gather_sums, live_words
 
-    ref = jax.new_ref(x)
-    sums, where = in_place_kernel(case)(ref, *_padded(case, body, gains), slot, gains)
+    ref, words = jax.new_ref(x), live_words(is_live(case, slot, gains))
+    sums, where = in_place_kernel(case)(ref, *_padded(case, body, gains), slot, gains, words)
     (sums,) = gather_sums(forward_share(case), where, sums)
     return jax.freeze(ref), _watched(case, sums, where[:, 0] >= 0)
 
@@ -148,11 +148,11 @@ def backward_in_place(
     Donate `dy`, or let nothing use it afterwards: else XLA copies it first.
     """
     from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
-    from esper_kernels.graft.pallas_mosaic_gpu_parts import backward_share, gather_sums
+    from esper_kernels.graft.pallas_mosaic_gpu_parts import backward_share, gather_sums, live_words
 
     share, ref = backward_share(case), jax.new_ref(dy)
-    kernel = backward_kernel(case, share=share)
-    *partial_sums, where = kernel(x, ref, *_operands(case, body, gains), slot, gains)
+    kernel, words = backward_kernel(case, share=share), live_words(is_live(case, slot, gains))
+    *partial_sums, where = kernel(x, ref, *_operands(case, body, gains), slot, gains, words)
     sums = gather_sums(share, where, *partial_sums)
     return jax.freeze(ref), *_learned(case, body, slot, gains, watched, sums)
 

@@ -63,9 +63,9 @@ def backward_kernel(
       `(x, dy, down_t, up, bias, slot, gains) -> (dx, grads, sums, d_bias)` with `down_t [P, R, F]`
       and, to be summed over the S ranges of rows, `grads [S, C, 2, F, R]` (d_down and d_up^T),
       `sums [S, C, 4, 64]` (see `NUM_SUMS`) and `d_bias [S, C, R]`. Of chunks that are not live
-      only the sum of dy^2 is defined. In place `(x, dy, ...) -> (grads, sums, d_bias, where)`,
-      where `dy` is a reference and, instead of S and C, there is one axis of programs;
-      `where [C, 2]` is for `gather_sums`.
+      only the sum of dy^2 is defined. In place `(x, dy, ..., words) -> (grads, sums, d_bias,
+      where)`, where `dy` is a reference, `words` from `live_words` and, instead of S and C, there
+      is one axis of programs; `where [C, 2]` is for `gather_sums`.
     """
     chosen = tuning or backward_tuning(case)
     width, rank = case.width, padded_rank(case)
@@ -95,6 +95,7 @@ def backward_kernel(
         bias: Any,
         slot: Any,
         gains: Any,
+        words: Any,
         *rest: Any,
     ) -> None:
         grads, sums, d_bias, where, *scratch = rest
@@ -105,7 +106,7 @@ def backward_kernel(
             own = slot[chunk], gains[chunk, 2], None
             walk((x, dy, dy), (down, up, bias), own, (chunk, part, parts), leave, *scratch)
 
-        share_out(case, shared, slot, gains, where, serve)
+        share_out(case, shared, words, where, serve)
 
     def walk(
         activations: Any, bank: Any, of_chunk: Any, where: Any, leave: Any, *scratch: Any

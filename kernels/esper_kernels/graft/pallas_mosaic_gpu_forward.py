@@ -91,13 +91,16 @@ def in_place_kernel(
     """The kernel of a case in place; dormant chunks are neither read nor written.
 
     Returns:
-      `(x, down, up, bias, slot, gains) -> (sums, where)` with `x` a reference and, of each program,
-      `sums [programs, F + 64]`; `where [C, 2]` is for `gather_sums`.
+      `(x, down, up, bias, slot, gains, words) -> (sums, where)` with `x` a reference, `words` from
+      `live_words` and, of each program, `sums [programs, F + 64]`; `where [C, 2]` is for
+      `gather_sums`.
     """
     chosen = tuning or replace(forward_tuning(case), group=1)
     shared = share or forward_share(case)
 
-    def kernel(x: Any, down: Any, up: Any, bias: Any, slot: Any, gains: Any, *rest: Any) -> None:
+    def kernel(
+        x: Any, down: Any, up: Any, bias: Any, slot: Any, gains: Any, words: Any, *rest: Any
+    ) -> None:
         sums, where, *scratch = rest
         program = lax.axis_index("program")
 
@@ -107,7 +110,7 @@ def in_place_kernel(
             leave = [sums.at[program]]
             _walk(case, chosen, (x, None), (down, up, bias), acts, (part, parts), leave, scratch)
 
-        share_out(case, shared, slot, gains, where, serve)
+        share_out(case, shared, words, where, serve)
 
     return plgpu.kernel(
         kernel,

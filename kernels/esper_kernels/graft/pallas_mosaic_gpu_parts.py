@@ -101,32 +101,65 @@ def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
     return (own >= 0) & (own < case.slots) & is_used
 
 
+def live_words(live: jax.Array) -> jax.Array:
+    """`live [C]` as bits, 32 chunks to an int32."""
+    bits = jnp.pad(live, (0, -live.shape[0] % 32)).reshape(-1, 32).astype(jnp.uint32)
+    words = jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+    return words.view(jnp.int32)
+
+
+def _count_ones(word: Any) -> Any:
+    """Bits that are set in an int32, two, four and eight bits at a time."""
+    word -= lax.shift_right_logical(word, jnp.int32(1)) & 0x55555555
+    word = (word & 0x33333333) + (lax.shift_right_logical(word, jnp.int32(2)) & 0x33333333)
+    word = (word + lax.shift_right_logical(word, jnp.int32(4))) & 0x0F0F0F0F
+    return lax.shift_right_logical(word * 0x01010101, jnp.int32(24))
+
+
+def _find_one(word: Any, number: Any) -> Any:
+    """Where bit `number` of those that are set stands, by halves."""
+    at = jnp.int32(0)
+    for width in (16, 8, 4, 2, 1):
+        low = word & jnp.int32((1 << width) - 1)
+        count = _count_ones(low)
+        is_high = number >= count
+        number = jnp.where(is_high, number - count, number)
+        word = jnp.where(is_high, lax.shift_right_logical(word, jnp.int32(width)), low)
+        at += jnp.where(is_high, jnp.int32(width), jnp.int32(0))
+    return at
+
+
 def share_out(
-    case: Case,
-    share: Share,
-    slot: Any,
-    gains: Any,
-    where: Any,
-    serve: Callable[[Any, Any, Any], None],
+    case: Case, share: Share, words: Any, where: Any, serve: Callable[[Any, Any, Any], None]
 ) -> None:
     """Calls `serve(chunk, part, parts)` in the programs that have a range of a live chunk.
 
     With L live chunks, program p has range `p // L` of the live chunk that is number `p % L`.
-    `where [C, 2]` gets that number, -1 for a dormant chunk, and L.
+
+    Args:
+      case: static part of the call.
+      share: how many programs, and ranges at most.
+      words: see `live_words`.
+      where: `[C, 2]` gets each chunk's number among the live ones, -1 for a dormant one, and L.
+      serve: what to do.
     """
-    program = lax.axis_index("program")
-    chunks, zero = case.chunks, jnp.int32(0)
-    unroll = next(step for step in (8, 4, 2, 1) if chunks % step == 0)
+    program, zero = lax.axis_index("program"), jnp.int32(0)
+    num_words = -(-case.chunks // 32)
+    unroll = num_words if num_words <= 8 else 1
+    own, bit = lax.div(program, jnp.int32(32)), lax.rem(program, jnp.int32(32))
+    below = lax.shift_left(jnp.int32(1), bit) - 1
 
-    def count(c: Any, carry: Any) -> Any:
-        live = is_live_at(case, slot, gains, c).astype(jnp.int32)
-        return carry[0] + live, carry[1] + jnp.where(c < program, live, zero)
+    def count(w: Any, carry: Any) -> Any:
+        word, w = words[w], jnp.int32(w)
+        ones = _count_ones(word)
+        before = jnp.where(w < own, ones, jnp.where(w == own, _count_ones(word & below), zero))
+        return carry[0] + ones, carry[1] + before
 
-    num_live, place = lax.fori_loop(0, chunks, count, (zero, zero), unroll=unroll)
+    num_live, place = lax.fori_loop(0, num_words, count, (zero, zero), unroll=unroll)
 
-    @pl.when(program < chunks)
+    @pl.when(program < case.chunks)
     def _tell() -> None:
-        is_mine = is_live_at(case, slot, gains, program)
+        is_mine = (lax.shift_right_logical(words[own], bit) & 1) == 1
         where[program, 0] = jnp.where(is_mine, place, jnp.int32(-1))
         where[program, 1] = num_live
 
@@ -134,16 +167,20 @@ def share_out(
     number, part = lax.rem(program, many), lax.div(program, many)
     parts = jnp.minimum(lax.div(jnp.int32(share.programs), many), share.most)
 
-    def find(c: Any, carry: Any) -> Any:
-        before, found = carry
-        live = is_live_at(case, slot, gains, c)
-        found = jnp.where(live & (before == number), c, found)
-        return before + live.astype(jnp.int32), found
+    def find(w: Any, carry: Any) -> Any:
+        left, at, word, first = carry
+        here, w = words[w], jnp.int32(w)
+        ones = _count_ones(here)
+        is_here = (left >= 0) & (left < ones)
+        at, word = jnp.where(is_here, left, at), jnp.where(is_here, here, word)
+        first = jnp.where(is_here, 32 * w, first)
+        return jnp.where(is_here, jnp.int32(-1), left - ones), at, word, first
 
     @pl.when((num_live > 0) & (part < parts))
     def _serve() -> None:
-        _, chunk = lax.fori_loop(0, chunks, find, (zero, zero), unroll=unroll)
-        serve(chunk, part, parts)
+        begin = (number, zero, zero, zero)
+        _, at, word, first = lax.fori_loop(0, num_words, find, begin, unroll=unroll)
+        serve(first + _find_one(word, at), part, parts)
 
 
 def gather_sums(share: Share, where: jax.Array, *partial_sums: jax.Array) -> list[jax.Array]:
