@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from esper_fn._typing import Array, Bool
 
@@ -30,12 +30,12 @@ def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Ca
     leaves, structure = jax.tree.flatten(carry)
     # What `run` closes over becomes an argument: a derivative rule may hold no tracer.
     traced = jax.make_jaxpr(run)(carry)
-
-    def run_leaves(leaves: list[Array], consts: list[Array]) -> list[Array]:
-        return list(jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(*leaves))
-
-    chosen = _once_if(run_leaves, is_wanted, leaves, traced.consts)
+    chosen = _once_if(_of_leaves(traced.jaxpr), is_wanted, leaves, traced.consts)
     return jax.tree.unflatten(structure, chosen)
+
+
+def _of_leaves(jaxpr: Jaxpr) -> Callable[[list[Array], list[Array]], list[Array]]:
+    return lambda leaves, consts: list(jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*leaves))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -107,5 +107,6 @@ def vary_alike(tree: Any, *like: Any) -> Any:
 
 def _varying_axes(x: Any) -> frozenset[str]:
     of = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    axes: frozenset[str] = of.manual_axis_type.varying
-    return axes
+    # None where nothing is kept track of: `shard_map(check_vma=False)`, `pmap`.
+    kind = of.manual_axis_type
+    return frozenset() if kind is None else frozenset(kind.varying)

@@ -50,7 +50,8 @@ def per_body(
 
     Args:
       host: for the host's parameters.
-      bodies: for each body; `host` when left out.
+      bodies: for each body; `host` when left out. One that draws random numbers from a key in its
+        state draws the same ones for every body.
 
     Returns:
       `init((params, bodies))` and
@@ -65,13 +66,16 @@ def per_body(
 
     def init(params: tuple[Params, Bodies]) -> PerBodyState:
         host_params, banks = params
-        return PerBodyState(
+        state = PerBodyState(
             host=of_host.init(host_params),
             bodies={
                 site: {name: jax.vmap(of_body.init)(bank) for name, bank in at_site.items()}
                 for site, at_site in _with_parameters(banks).items()
             },
         )
+        # Some transformations keep the parameters themselves; a step may donate both.
+        own: PerBodyState = jax.tree.map(jnp.copy, state)
+        return own
 
     def update(
         gradients: tuple[Params, Bodies],

@@ -36,9 +36,12 @@ from esper_fn.lifecycle import NONE, Stage
 from esper_fn.optim import Slots
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Growth:
-    """The static part of a growing network; its methods are pure. Make one with `growth`."""
+    """The static part of a growing network; its methods are pure. Make one with `growth`.
+
+    Equal only to itself, so it may be a static argument of `jit`.
+    """
 
     lattice: Lattice
     policy: policies.Policy
@@ -266,9 +269,9 @@ def growth(
         so does a roll-back. With 0, the default, there is no memory and no cost.
 
     Raises:
-      ValueError: bodies_at_once or max_ablations below 1, directed_births below 0, or above it
-        where no blueprint offers `init_along`; strategies of one name; a grafting strategy that
-        cannot end within the longest stay in GRAFTING.
+      ValueError: bodies_at_once or max_ablations no int or below 1, directed_births no int, below
+        0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
+        strategy that cannot end within the longest stay in GRAFTING.
     """
     grafts = (
         (grafting.linear(),)
@@ -291,18 +294,14 @@ def growth(
                 "num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
-    if bodies_at_once is not None and bodies_at_once < 1:
-        raise ValueError(
-            f"bodies_at_once must be at least 1, or None for every slot, got {bodies_at_once!r}"
-        )
+    if bodies_at_once is not None:
+        _check_count("bodies_at_once", bodies_at_once, 1, ", or None for every slot")
+    _check_count("max_ablations", max_ablations, 1)
+    _check_count("directed_births", directed_births, 0)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
         )
-    if max_ablations < 1:
-        raise ValueError(f"max_ablations must be at least 1, got {max_ablations!r}")
-    if directed_births < 0:
-        raise ValueError(f"directed_births must be at least 0, got {directed_births!r}")
     if directed_births and not any(has_directed(lattice, place) for place in lattice.sites):
         raise ValueError(
             f"directed_births={directed_births}, but none of the blueprints {list(lattice.names)} "
@@ -320,3 +319,8 @@ def growth(
         max_ablations=max_ablations,
         directed_births=directed_births,
     )
+
+
+def _check_count(name: str, value: object, least: int, also: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int, at least {least}{also}, got {value!r}")

@@ -100,6 +100,8 @@ class Pulled(NamedTuple):
     """How much of `d_u` the host feels."""
     d_u: Float[Array, "n ... F"]
     channels: Float32[Array, "n 5"]
+    is_flowing: Bool[Array, "n"]
+    """Whether output and gradients are finite."""
 
 
 def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) -> Pulled:
@@ -134,4 +136,5 @@ def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) 
         feel=jnp.where(is_flowing, feel, 0.0),
         d_u=d_u,
         channels=jnp.where((live.chunk >= 0)[:, None], channels, 0.0),
+        is_flowing=is_flowing,
     )

@@ -73,7 +73,7 @@ def lay_out(
         return served.reshape(*served.shape[:-2], chunking.features)
     chunk, offset = _of_feature(chunking)
     columns = placed.slot[chunk] * chunking.widest + offset
-    flat = apart.reshape(*apart.shape[:-2], -1)
+    flat = apart.reshape(*apart.shape[:-2], apart.shape[-2] * apart.shape[-1])
     return jnp.take(flat, columns, axis=-1, mode="clip")
 
 

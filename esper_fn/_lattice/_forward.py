@@ -37,7 +37,7 @@ from esper_fn._control import cond
 from esper_fn._lattice import _kernels
 from esper_fn._lattice._bodies import add, bits, is_finite, outputs, pull
 from esper_fn._lattice._chunks import read, split
-from esper_fn._lattice._rounds import Banks, BankView, Live, Wiring, if_any_live, rounds
+from esper_fn._lattice._rounds import Banks, BankView, Live, Wiring, if_any_live, is_live, rounds
 from esper_fn._typing import Array, Float, Float32, Params
 from esper_fn.base import Blueprint
 
@@ -103,7 +103,8 @@ class _Pulling(NamedTuple):
     """Of each bank."""
 
 
-def _pull_all(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: Array) -> _Pulling:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: Array) -> _Pulling:
     """Gradients of the bodies and of what they read, and the channels that need a gradient."""
     served, rest = _kernels.divide(wiring, banks, dy)
     begun = _Pulling(
@@ -111,6 +112,8 @@ def _pull_all(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: A
         channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
         d_bodies=tuple(jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks),
     )
+    if not dy.size:
+        return begun
     if served:
         begun = _Pulling(*_kernels.backward(wiring, banks, served, source, watched, dy))
 
@@ -120,11 +123,8 @@ def _pull_all(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: A
             so_far = rounds(wiring, banks[index], step, so_far)
         return so_far
 
-    def as_bits(of: _Pulling) -> _Pulling:
-        is_looping = wiring.at_once is not None
-        return of._replace(d_source=bits(of.d_source)) if is_looping else of
-
-    pulled = if_any_live(wiring, [banks[index] for index in rest], pull_rest, as_bits(begun))
+    begun = begun._replace(d_source=bits(begun.d_source))
+    pulled = if_any_live(wiring, [banks[index] for index in rest], pull_rest, begun)
     pulled = pulled._replace(d_source=pulled.d_source.view(source.dtype))
     if served:
         # The kernel measured all of `dy`, the loops once more what they serve.
@@ -138,15 +138,60 @@ def _pull_all(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: A
     return pulled._replace(channels=pulled.channels.at[:, 0].set(slopes))
 
 
-_backward = jax.custom_jvp(_pull_all, nondiff_argnums=(0,))
-
-
 @_backward.defjvp
 def _backward_tangent(wiring: Wiring, primals: Any, tangents: Any) -> Any:
-    """Second derivatives compute every slot: a loop of unknown length has none in reverse."""
-    every = wiring._replace(at_once=None, implementation="loops")
-    moved = jax.jvp(partial(_pull_all, every), primals, tangents)[1]
-    return _backward(wiring, *primals), moved
+    """What is measured counts as constant."""
+    pulled = _backward(wiring, *primals)
+    banks, source, _, dy = primals
+    d_banks, d_source, _, d_dy = tangents
+    _, (moved, d_bodies) = jax.jvp(
+        partial(_pull_slots, wiring), (banks, source, dy), (d_banks, d_source, d_dy)
+    )
+    still = jnp.zeros_like(pulled.channels)
+    return pulled, _Pulling(d_source=moved, channels=still, d_bodies=d_bodies)
+
+
+def _pull_slots(
+    wiring: Wiring, banks: Banks, source: Array, dy: Array
+) -> tuple[Array, tuple[Params, ...]]:
+    """The gradients of `_backward` by a loop over all slots, which has a reverse derivative.
+
+    A body that is not alive, or breaks, is left out by a conditional: selecting afterwards would
+    leave `0 * inf` in its derivative.
+    """
+    d_source = jnp.zeros_like(source) if wiring.is_span else dy
+    all_bodies = []
+    for blueprint, bank in zip(wiring.blueprints, banks, strict=True):
+
+        def step(
+            d_source: Array, at: BankView, blueprint: Blueprint = blueprint
+        ) -> tuple[Array, Params]:
+            slot = jnp.zeros((1,), jnp.int32)
+            live = Live(slot, *jax.tree.map(lambda leaf: leaf[None], at))
+            u = read(source, wiring.source, live.chunk)
+            given = (live.bodies, u, read(dy, wiring.target, live.chunk))
+            bodies, u, slope = jax.lax.stop_gradient(given)
+            checked = pull(wiring, blueprint, live._replace(bodies=bodies), u, slope)
+            moves = checked.is_flowing[0] & (at.chunk >= 0)
+            # Safe numbers where it does not: under `vmap` the conditional computes both sides.
+            given = jax.tree.map(lambda leaf: jnp.where(moves, leaf, 0), given)
+
+            def move(d_source: Array, given: Any) -> tuple[Array, Params]:
+                bodies, u, slope = given
+                pulled = pull(wiring, blueprint, live._replace(bodies=bodies), u, slope)
+                moved = add(d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u)
+                return moved, pulled.bodies
+
+            def rest(d_source: Array, given: Any) -> tuple[Array, Params]:
+                return d_source, jax.tree.map(jnp.zeros_like, given[0])
+
+            d_source, d_bodies = cond(moves, move, rest, d_source, given)
+            return d_source, jax.tree.map(lambda leaf: leaf[0], d_bodies)
+
+        at_work = bank._replace(chunk=jnp.where(is_live(bank), bank.chunk, -1))
+        d_source, d_bodies = jax.lax.scan(step, d_source, at_work)
+        all_bodies.append(d_bodies)
+    return d_source, tuple(all_bodies)
 
 
 def _pull_into(
@@ -186,9 +231,11 @@ def _apart(banks: Banks, measure: Callable[[Array], Array], x: Array) -> Array:
 
 
 def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
-    """The channels that need no gradient."""
+    """The channels that need no gradient; none in an empty call."""
     chunking = wiring.target
     rows = target.size // chunking.features
+    if not rows:
+        return jnp.zeros_like(target, shape=(chunking.chunks, 5), dtype=jnp.float32)
     sizes = jnp.asarray(chunking.sizes, jnp.float32)
     square = _over_rows(target, jnp.square)
     dead = split((square == 0).astype(jnp.float32), chunking)

@@ -22,7 +22,9 @@ def divide(wiring: Wiring, banks: Banks, x: Array) -> tuple[list[int], list[int]
       UnavailableError: a kernel is forced that cannot serve a bank of its form; says why.
     """
     every = list(range(len(banks)))
-    if wiring.implementation == "loops" or wiring.is_span or x.dtype == jnp.float16:
+    if wiring.implementation == "loops" or wiring.is_span:
+        return [], every
+    if x.dtype == jnp.float16 or not x.size:
         return [], every
     if wiring.implementation == "auto" and wiring.at_once is None:
         return [], every

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from esper_fn._control import vary_alike
 from esper_fn._lattice._forward import grow_in_place, grow_span
@@ -144,7 +145,7 @@ class Seeds:
     def layer(self, name: str, index: int | Array) -> Seeds:
         """One layer of a site with layers, for a stack written as a Python loop."""
         num_layers = self._layout.sites[self._find(name)].num_layers
-        if isinstance(index, int) and not 0 <= index < num_layers:
+        if isinstance(index, (int, np.integer)) and not 0 <= index < num_layers:
             raise LatticeError(
                 f"site {name!r} has layers 0..{num_layers - 1}, got {index}; declare more with "
                 "`layers=`"

@@ -112,7 +112,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
 
 
 def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
-    if blueprint.activation is None or spec.inputs != spec.outputs:
+    if blueprint.activation is None or spec.inputs != spec.outputs or dtype != jnp.float32:
         return
 
     def fail(found: str) -> None:

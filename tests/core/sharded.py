@@ -106,7 +106,18 @@ def check_gradients(num_devices: int) -> Any:
     def run(graded: Any, x: jax.Array) -> Any:
         return jax.jit(graded, compiler_options=QUICK)(params, state, x)
 
+    untracked = jax.shard_map(
+        lambda params, state, x: growth.value_and_grad(local_loss)(params, state, x)[1],
+        mesh=mesh,
+        in_specs=(whole, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
     want, want_grads, told = run(growth.value_and_grad(local_loss), x)
+    for got, other in zip(
+        jax.tree.leaves(run(untracked, x)), jax.tree.leaves(want_grads), strict=True
+    ):
+        np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
     placed = jax.device_put(x, NamedSharding(mesh, split))
     ways = [(growth.value_and_grad(sharded_loss), x, float(num_devices))]
     if num_devices > 1:

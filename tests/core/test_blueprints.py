@@ -206,6 +206,11 @@ def test_check_accepts_every_registered_blueprint(name: str) -> None:
     ef.blueprints.check(ef.blueprints.get(name))
 
 
+@pytest.mark.parametrize("good", [ef.blueprints.low_rank(2), ef.blueprints.bottleneck(3)])
+def test_check_accepts_a_form_that_cannot_span(good: Blueprint) -> None:
+    ef.blueprints.check(good._replace(can_span=False))
+
+
 def _planted(**changes: Any) -> Blueprint:
     good = ef.blueprints.low_rank(2)
     return good._replace(**{"name": "planted", "topologies": ("vector",), **changes})

@@ -157,3 +157,29 @@ def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(optax.tree.norm(want[1])) > 0
     _close(ours[0], want)
     _close(ours[1], want)
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+@pytest.mark.parametrize("at_once", [1, None])
+def test_a_body_that_breaks_reaches_no_second_derivative(
+    is_alive: bool, at_once: int | None
+) -> None:
+    """Alive, or left in a free slot: its products overflow, and 0 times infinity is NaN."""
+    growth, quiet = setting(at_once, {})
+    slot = int(setting(at_once, {0: ROWS[0]})[1].seeds.slot[0])
+    state = setting(at_once, {0: ROWS[0]} if is_alive else {})[1]
+    huge = jax.tree.map(lambda leaf: leaf.at[slot].set(1e30), state.bodies["hidden"])
+    graded = jax.jit(growth.value_and_grad(penalised))
+    broken = state._replace(bodies={**state.bodies, "hidden": huge})
+    value, (d_params, d_bodies), readings = graded(PARAMS, broken, X)
+    want, (d_want, _), _ = graded(PARAMS, quiet, X)
+    assert same_bits((value, d_params), (want, d_want))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(d_bodies))
+    assert (float(readings.num_errors[0]) > 0) == is_alive
+
+
+def test_no_tracer_leaks() -> None:
+    growth, state = setting(1)
+    with jax.checking_leaks():
+        loss, (_, bodies), readings = jax.jit(growth.value_and_grad(penalised))(PARAMS, state, X)
+        jax.block_until_ready(jax.jit(growth.update)(state, bodies, readings, loss))

@@ -207,3 +207,24 @@ def test_a_body_reads_and_writes_its_own_chunk_alone() -> None:
     assert not differs[chunk.stop :].any()
     assert differs[chunk].all()
     assert given.gains[seed] > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2, None])
+def test_an_empty_batch_is_no_measurement(at_once: int | None) -> None:
+    lattice = ef.lattice(
+        sites=[ef.site("hidden", features=7, chunks=3)],
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=3,
+    )
+    growth = ef.growth(lattice, bodies_at_once=at_once)
+    state = place(growth, blank(growth), {1: ("low_rank", Stage.TRAINING, 0.0)})
+
+    def loss(_: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(seeds.grow("hidden", x))
+
+    value, (_, bodies), readings = growth.value_and_grad(loss)((), state, jnp.zeros((0, 7)))
+    assert float(value) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((bodies, readings)))
+    after, found = growth.survey(loss)((), state, jnp.zeros((0, 7)))
+    assert not np.any(after.seeds.num_potentials)
+    assert float(found.loss) == 0

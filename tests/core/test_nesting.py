@@ -18,6 +18,7 @@ import sharded
 from support import QUICK, blank, make_step, place, same_bits, standard
 
 import esper_fn as ef
+from esper_fn.errors import LatticeError
 from esper_fn.lifecycle import Stage
 
 LAYERS = 2
@@ -249,3 +250,23 @@ def test_two_devices_take_the_same_decisions() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_growth_may_be_a_static_argument() -> None:
+    growth, _, state, _ = setting(1)
+    count = jax.jit(lambda growth, state: growth.slots(state), static_argnums=0)
+    assert set(count(growth, state)) == {place.name for place in growth.lattice.sites}
+
+
+@pytest.mark.parametrize("index", [2, -1, np.int64(2)])
+def test_a_layer_that_is_not_there(index: Any) -> None:
+    growth, _, state, _ = setting(1)
+    with pytest.raises(LatticeError, match=r"layers 0\.\.1, got"):
+        growth.seeds(state).layer("deep", index)
+
+
+@pytest.mark.parametrize("name", ["bodies_at_once", "max_ablations", "directed_births"])
+@pytest.mark.parametrize("value", [1.5, True, -1])
+def test_counts_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an int, at least .*, got {value}"):
+        ef.growth(LATTICE, **{name: value})

@@ -282,3 +282,13 @@ def test_the_optimiser_state_keeps_its_dtypes() -> None:
         lambda leaf: leaf.dtype, state
     )
     assert not same_bits(after.bodies, state.bodies)
+
+
+def test_a_state_that_holds_the_parameters_has_its_own_copy() -> None:
+    """So that one step may donate both."""
+    keeper = optax.GradientTransformation(lambda params: params, lambda g, state, _: (g, state))
+    optimizer = ef.optim.per_body(keeper)
+    params = (_host(1), _banks(_random(1)))
+    state = optimizer.init(params)
+    donated = jax.jit(lambda params, state: (params, state), donate_argnums=(0, 1))(params, state)
+    assert same_bits(donated[1].bodies["site"]["body"], donated[0][1]["site"]["body"])
