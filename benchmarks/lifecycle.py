@@ -26,7 +26,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
     rows: dict[str, Row] = {"state_bytes_per_seed": exact(state_bytes_per_seed(), "bytes")}
     rows |= lifecycle_rows("10k", 10_000, repeats=60 if quick else 400)
     rows |= lifecycle_rows("1m", 1_000_000, repeats=20 if quick else 80)
-    rows |= _training_rows(repeats=8 if quick else 120)
+    rows |= _training_rows(repeats=8 if quick else 400)
     rows |= _many_seeds(steps=4 if quick else 12)
     return rows
 
