@@ -15,7 +15,9 @@ BY_NAME = {spec.name: spec for spec in SPECS}
 HERE = [spec.name for spec in SPECS if spec.is_small or DEVICE != "cpu"]
 REFERENCES = ("torch-reference", "jax-reference")
 FLOORS = {"bfloat16": 2.0**-9, "float32": 4e-6}
-PLAIN = Spec(name="plain", rows=72, features=96, chunks=3, slots=3, rank=8, activation="relu")
+WIDE = 64
+"""As Pallas takes chunks."""
+PLAIN = Spec(name="plain", rows=72, features=3 * WIDE, chunks=3, slots=3, rank=8, activation="relu")
 
 
 def bits(array):
@@ -114,14 +116,14 @@ class TestConformance:
         down = inputs.down.copy()
         down[slot, 0, 0] = np.nan
         broken = run(PLAIN, inputs._replace(down=down))
-        mine = slice(chunk * 32, (chunk + 1) * 32)
-        others = np.r_[0:32, 64:96]
+        mine = slice(chunk * WIDE, (chunk + 1) * WIDE)
+        others = np.r_[0:WIDE, 2 * WIDE : 3 * WIDE]
         for field in ("y", "dx"):
             ours, before = getattr(broken, field), getattr(clean, field)
             np.testing.assert_array_equal(bits(ours[:, others]), bits(before[:, others]))
         host = truth(PLAIN, inputs._replace(slot=np.full(3, -1, np.int32)), "bfloat16")
         np.testing.assert_array_equal(broken.y[:, mine], host.y[:, mine])
-        np.testing.assert_array_equal(broken.dx[:, 32], host.dx[:, 32])
+        np.testing.assert_array_equal(broken.dx[:, WIDE], host.dx[:, WIDE])
         assert np.isfinite(broken.dx).all()
         for field in ("down", "up", "bias"):
             ours, before = getattr(broken, field), getattr(clean, field)
@@ -137,9 +139,9 @@ class TestConformance:
         inputs = draw(PLAIN)
         clean = run(PLAIN, inputs)
         x = inputs.x.copy()
-        x[5, 40] = value
+        x[5, WIDE + 8] = value
         broken = run(PLAIN, inputs._replace(x=x))
-        others = np.r_[0:32, 64:96]
+        others = np.r_[0:WIDE, 2 * WIDE : 3 * WIDE]
         np.testing.assert_array_equal(bits(broken.y[:, others]), bits(clean.y[:, others]))
         np.testing.assert_array_equal(bits(broken.dx[:, others]), bits(clean.dx[:, others]))
         rows = np.r_[0:5, 6:72]
@@ -163,8 +165,8 @@ class TestConformance:
 
     def test_dead_features_are_counted(self, run):
         inputs = draw(PLAIN)
-        inputs.x[:, [0, 1, 95]] = 0
-        inputs.x[:-1, 40] = 0
+        inputs.x[:, [0, 1, 3 * WIDE - 1]] = 0
+        inputs.x[:-1, WIDE + 8] = 0
         assert run(PLAIN, inputs).watched[:, 4].tolist() == [2, 0, 1]
 
     def test_slots_beyond_the_bank_serve_nobody(self, run):
@@ -211,7 +213,7 @@ class TestConformance:
         inputs = draw(PLAIN)
         for array in (inputs.x, inputs.dy):
             for chunk in range(3):
-                array[0, 32 * chunk : 32 * chunk + 8] = [
+                array[0, WIDE * chunk : WIDE * chunk + 8] = [
                     np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38, -3e38,
                 ]  # fmt: skip
         inputs.gains[0] = 0
@@ -220,8 +222,8 @@ class TestConformance:
         for ours, given in ((found.y, inputs.x), (found.dx, inputs.dy)):
             if ours is not None:
                 right = rounded(name, given, "bfloat16")
-                np.testing.assert_array_equal(bits(ours[:, :64]), bits(right[:, :64]))
-        assert found.watched[:, 0].tolist() == [0, 72 * 32, 72 * 32]
+                np.testing.assert_array_equal(bits(ours[:, : 2 * WIDE]), bits(right[:, : 2 * WIDE]))
+        assert found.watched[:, 0].tolist() == [0, 72 * WIDE, 72 * WIDE]
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_in_place_tells_broken_bodies_from_broken_input(self, run_in_place):
@@ -229,8 +231,8 @@ class TestConformance:
         inputs.x[5, 40] = np.inf
         inputs.down[inputs.slot[2]] = np.nan
         found = run_in_place(PLAIN, inputs)
-        assert np.isfinite(found.y[:, :32]).all()
-        assert np.isfinite(found.y[:, 64:]).all()
+        assert np.isfinite(found.y[:, :WIDE]).all()
+        assert np.isfinite(found.y[:, 2 * WIDE :]).all()
         if found.channels is not None:
             assert found.channels[:, 4].tolist() == [0, 0, 1]
             assert not found.down[inputs.slot[2]].any()
