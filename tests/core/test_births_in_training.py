@@ -198,7 +198,7 @@ def test_without_directed_births_nothing_is_there() -> None:
     state = jax.eval_shape(ef.growth(many, directed_births=8).init, jax.random.key(0))
     kept = jax.tree.leaves((state.seeds, state.memory))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) < 200 * many.num_seeds
-    with pytest.raises(ValueError, match="directed_births must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="directed_births must be an int, at least 0, got -1"):
         ef.growth(lattice, directed_births=-1)
     alone = ef.lattice(
         sites=[ef.site("a", features=8)],

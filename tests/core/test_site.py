@@ -89,13 +89,6 @@ def test_a_lattice_says_what_does_not_fit() -> None:
         _lattice(site, dtype=jnp.int32)
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_numbers_at_once_that_make_no_sense(count: int) -> None:
-    lattice = _lattice(ef.site("s", features=4))
-    with pytest.raises(ValueError, match="bodies_at_once must be at least 1"):
-        ef.growth(lattice, bodies_at_once=count)
-
-
 def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None:
     lattice = _lattice(
         ef.site("a", features=6, chunks=2),

@@ -226,11 +226,6 @@ def test_what_is_not_finite_is_not_measured() -> None:
     assert same_bits(after.seeds.potential, state.seeds.potential)
 
 
-def test_max_ablations_is_checked() -> None:
-    with pytest.raises(ValueError, match="max_ablations must be at least 1, got 0"):
-        ef.growth(LATTICE, max_ablations=0)
-
-
 # --- the planted bottleneck ------------------------------------------------------------------
 
 
