@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from esper_fn._typing import Array, Bool
 
@@ -28,14 +28,18 @@ def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Ca
             lambda leaf, of: vary_alike(leaf, of, is_wanted), carry, jax.eval_shape(run, carry)
         )
     leaves, structure = jax.tree.flatten(carry)
-    # What `run` closes over becomes an argument: a derivative rule may hold no tracer.
+    # What `run` closes over becomes an argument: a derivative rule may hold no tracer. Traced
+    # twice, as newer JAX keeps what was closed over in the first trace.
     traced = jax.make_jaxpr(run)(carry)
-    chosen = _once_if(_of_leaves(traced.jaxpr), is_wanted, leaves, traced.consts)
+    explicit = jax.make_jaxpr(
+        lambda leaves, consts: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(*leaves)
+    )(leaves, traced.consts)
+    chosen = _once_if(_with_consts(explicit), is_wanted, leaves, traced.consts)
     return jax.tree.unflatten(structure, chosen)
 
 
-def _of_leaves(jaxpr: Jaxpr) -> Callable[[list[Array], list[Array]], list[Array]]:
-    return lambda leaves, consts: list(jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*leaves))
+def _with_consts(explicit: ClosedJaxpr) -> Callable[[list[Array], list[Array]], list[Array]]:
+    return lambda leaves, consts: list(jaxpr_as_fun(explicit)(*leaves, *consts))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
