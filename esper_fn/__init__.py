@@ -20,6 +20,7 @@ from esper_fn._version import __version__
 
 if TYPE_CHECKING:
     from esper_fn import (
+        base,
         blueprints,
         commands,
         data,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         report,
         rollback,
         runtime,
+        telemetry,
     )
     from esper_fn._ambient import discover, using
     from esper_fn._growth import Growth, GrowthState, Info, SurveyInfo, growth
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from esper_fn.lifecycle import Seed, SeedState, Stage
 
 _MODULES = (
+    "base",
     "blueprints",
     "commands",
     "data",
@@ -59,6 +62,7 @@ _MODULES = (
     "report",
     "rollback",
     "runtime",
+    "telemetry",
 )
 _NAMES = {
     "BareSeeds": "_lattice",
@@ -112,6 +116,7 @@ __all__ = [
     "Stage",
     "SurveyInfo",
     "__version__",
+    "base",
     "blueprints",
     "commands",
     "data",
@@ -133,5 +138,6 @@ __all__ = [
     "runtime",
     "site",
     "span",
+    "telemetry",
     "using",
 ]

@@ -54,7 +54,9 @@ def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, 
     """The sites that `linen.Grow` and `nnx.Grow` modules declare, in the order of their calls.
 
     Args:
-      run: calls the model once, e.g. `lambda x: model(x)`; nothing is computed.
+      run: calls the model once, e.g. `lambda x: model(x)`; nothing is computed. An NNX model that
+        draws random numbers or keeps statistics needs `model.eval()` first: its state may not
+        change while it is traced.
       *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
       **kwargs: its keyword arguments.
 

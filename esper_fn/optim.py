@@ -57,7 +57,8 @@ def per_body(
       `init((params, bodies))` and
       `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
       `Growth.slots`, which returns `((host updates, body updates), state)` for
-      `optax.apply_updates`. Further keywords (a loss, say) go to both transformations.
+      `optax.apply_updates`. Further keywords (a loss, say) go to both transformations. `init`
+      raises `TypeError` for anything but the pair.
 
     >>> optimizer = per_body(optax.adamw(1e-3))
     """
@@ -65,6 +66,11 @@ def per_body(
     of_body = optax.with_extra_args_support(host if bodies is None else bodies)
 
     def init(params: tuple[Params, Bodies]) -> PerBodyState:
+        if not isinstance(params, tuple) or len(params) != 2:
+            raise TypeError(
+                "init takes the pair (host parameters, bodies): "
+                f"`optimizer.init((params, state.bodies))`, got {type(params).__name__}"
+            )
         host_params, banks = params
         state = PerBodyState(
             host=of_host.init(host_params),

@@ -14,6 +14,7 @@ from esper_fn._lattice._rounds import Live, Wiring
 from esper_fn._lattice._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Float32, Params
 from esper_fn.base import Blueprint
+from esper_fn.errors import LatticeError
 
 
 def _column(values: Array, like: Array) -> Array:
@@ -37,6 +38,12 @@ def outputs(
     chunk = jnp.maximum(live.chunk, 0)
     mask = jnp.asarray(chunk_mask(wiring.source))[chunk]
     r = jax.vmap(lambda body, x, real: blueprint.apply(body, x, wiring.spec, real))(bodies, u, mask)
+    wanted = (*u.shape[:-1], wiring.spec.outputs)
+    if r.shape != wanted or r.dtype != u.dtype:
+        raise LatticeError(
+            f"blueprint {blueprint.name!r}: apply must return {wanted[1:]} {u.dtype}, its input's "
+            f"dtype whatever the parameters' is, got {r.shape[1:]} {r.dtype}"
+        )
     if wiring.target.is_even:
         return r
     is_real = jnp.asarray(chunk_mask(wiring.target))[chunk]

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status.
 
     0 for success, 2 for a wrong call, 1 for a run that failed. Errors of Esper-fn are printed as
-    one line; anything else is a bug and keeps its traceback.
+    one line, and so are those of the file system; anything else is a bug and keeps its traceback.
     """
     parser = argparse.ArgumentParser(
         prog="esper", description="Grow neural networks while they train."
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the run folder holds what was measured so far", file=sys.stderr)
         return 130
-    except (EsperError, ModuleNotFoundError) as error:
+    except (EsperError, ModuleNotFoundError, OSError) as error:
         print(f"esper: {error}", file=sys.stderr)
         return FAILURE
     return status
@@ -61,7 +61,12 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "growth, growth at random places, and a static network of equal size.",
     )
     # Names are checked against the registries below, which cost an import of JAX.
-    grow.add_argument("--data", default="digits", metavar="NAME", help="data set (digits)")
+    grow.add_argument(
+        "--data",
+        default="digits",
+        metavar="NAME",
+        help="digits (default), fashion-mnist, mnist1d or shakespeare",
+    )
     grow.add_argument("--data-folder", metavar="DIR", help="where its files lie ($ESPER_DATA)")
     grow.add_argument("--steps", type=_count(40), metavar="N", help="training steps of each arm")
     grow.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of weights and order")
@@ -72,7 +77,12 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="N",
         help="runs, with seeds from --seed on",
     )
-    grow.add_argument("--policy", default="periodic", metavar="NAME", help="who asks for growth")
+    grow.add_argument(
+        "--policy",
+        default="periodic",
+        metavar="NAME",
+        help="who asks for growth: periodic (default), plateau, random or none",
+    )
     grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")
     grow.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     grow.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")

@@ -90,3 +90,10 @@ def test_help_and_version_load_no_jax() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "esper-fn" in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["grow", "--steps", "40", "--out", "/proc/nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert "/proc/nowhere" in said
+    assert "Traceback" not in said

@@ -14,6 +14,7 @@ from support import QUICK, blank, body_of, place, same_bits
 
 import esper_fn as ef
 from esper_fn._lattice._site import Site
+from esper_fn.errors import LatticeError
 from esper_fn.lifecycle import Stage
 
 DENSE = {
@@ -228,3 +229,20 @@ def test_an_empty_batch_is_no_measurement(at_once: int | None) -> None:
     after, found = growth.survey(loss)((), state, jnp.zeros((0, 7)))
     assert not np.any(after.seeds.num_potentials)
     assert float(found.loss) == 0
+
+
+def test_a_blueprint_that_returns_another_dtype_is_named() -> None:
+    good = ef.blueprints.low_rank(2)
+
+    def apply(params: Any, x: jax.Array, spec: Any, mask: jax.Array) -> jax.Array:
+        return good.apply(params, x, spec, mask).astype(jnp.float32)
+
+    lattice = ef.lattice(
+        sites=[ef.site("hidden", features=4)],
+        blueprints={"mine": good._replace(name="mine", apply=apply, activation=None)},
+        capacity=1,
+    )
+    growth = ef.growth(lattice)
+    seeds = growth.seeds(blank(growth))
+    with pytest.raises(LatticeError, match=r"'mine': apply must return \(2, 4\) bfloat16.*float32"):
+        seeds.grow("hidden", jnp.ones((2, 4), jnp.bfloat16))

@@ -292,3 +292,8 @@ def test_a_state_that_holds_the_parameters_has_its_own_copy() -> None:
     state = optimizer.init(params)
     donated = jax.jit(lambda params, state: (params, state), donate_argnums=(0, 1))(params, state)
     assert same_bits(donated[1].bodies["site"]["body"], donated[0][1]["site"]["body"])
+
+
+def test_init_wants_the_pair() -> None:
+    with pytest.raises(TypeError, match=r"init\(\(params, state.bodies\)\)`, got dict"):
+        ef.optim.per_body(optax.sgd(0.1)).init(_host(1))
