@@ -144,9 +144,30 @@ def ramps(run: Run, arm: str) -> list[Ramp]:
             value = float("nan") if alpha is None else alpha
             open_lives.setdefault(key, []).append((record["step"], value))
     ended.extend((int(key), life) for key, life in open_lives.items())
-    fates = _fates(events_of(run, arm))
-    found = [_ramp(seed, life, fates.get(seed, ())) for seed, life in ended]
+    events = events_of(run, arm)
+    fates = _fates(events)
+    found = [
+        _ramp(seed, _anchored(life, seed, events), fates.get(seed, ())) for seed, life in ended
+    ]
     return sorted(found, key=lambda ramp: (ramp.steps[0], ramp.seed))
+
+
+def _anchored(
+    life: list[tuple[int, float]], seed: int, events: Iterable[dict[str, Any]]
+) -> list[tuple[int, float]]:
+    """A life with the steps between samples where its ramp began, at 0, and where it ended."""
+    before, points = -1, dict(life)
+    for event in events:
+        step = event["step"]
+        if event["seed"] != seed or step > life[-1][0]:
+            continue
+        if event["to"] in TERMINAL and step < life[0][0]:
+            before = step
+        elif event["to"] == "GRAFTING":
+            points.setdefault(step, 0.0)
+        elif event["from"] == "GRAFTING" and event["to"] == "STABILIZATION":
+            points.setdefault(step, next(alpha for at, alpha in life if at >= step))
+    return sorted((step, alpha) for step, alpha in points.items() if step > before)
 
 
 def _fates(events: Iterable[dict[str, Any]]) -> dict[int, list[tuple[int, str]]]:

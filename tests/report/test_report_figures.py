@@ -144,6 +144,38 @@ def test_a_seed_that_tries_again_has_two_lives() -> None:
     np.testing.assert_array_equal(second.alpha, [np.nan, 1])
 
 
+def test_a_ramp_begins_and_ends_where_the_events_say() -> None:
+    """Between two samples, and each life of a seed by its own events."""
+
+    def event(step: int, origin: str, to: str) -> dict[str, Any]:
+        return {"arm": "grown", "step": step, "seed": 4, "site": "s", "from": origin, "to": to}
+
+    def metrics(step: int, alpha: dict[str, float]) -> dict[str, Any]:
+        return {"arm": "grown", "step": step, "alpha": alpha}
+
+    run = report.Run(
+        summary={},
+        events=[
+            event(30, "TRAINING", "GRAFTING"),
+            event(60, "GRAFTING", "CULLED"),
+            event(83, "TRAINING", "GRAFTING"),
+            event(93, "GRAFTING", "STABILIZATION"),
+        ],
+        metrics=[
+            metrics(25, {"4": 0.0}),
+            metrics(50, {"4": 0.6}),
+            metrics(75, {}),
+            metrics(80, {"4": 0.0}),
+            metrics(100, {"4": 1.0}),
+        ],
+    )
+    first, second = ramps(run, "grown")
+    np.testing.assert_array_equal(first.steps, [25, 30, 50])
+    np.testing.assert_array_equal(first.alpha, [0, 0, 0.6])
+    np.testing.assert_array_equal(second.steps, [80, 83, 93, 100])
+    np.testing.assert_array_equal(second.alpha, [0, 0, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("draw", "key"),
     [
