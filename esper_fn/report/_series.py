@@ -166,7 +166,8 @@ def _anchored(
         elif event["to"] == "GRAFTING":
             points.setdefault(step, 0.0)
         elif event["from"] == "GRAFTING" and event["to"] == "STABILIZATION":
-            points.setdefault(step, next(alpha for at, alpha in life if at >= step))
+            # A sample's step counts the steps done, an event's is its own: at 275 it came before.
+            points[step] = next((alpha for at, alpha in life if at > step), life[-1][1])
     return sorted((step, alpha) for step, alpha in points.items() if step > before)
 
 

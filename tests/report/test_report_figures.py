@@ -159,20 +159,21 @@ def test_a_ramp_begins_and_ends_where_the_events_say() -> None:
             event(30, "TRAINING", "GRAFTING"),
             event(60, "GRAFTING", "CULLED"),
             event(83, "TRAINING", "GRAFTING"),
-            event(93, "GRAFTING", "STABILIZATION"),
+            event(90, "GRAFTING", "STABILIZATION"),
         ],
         metrics=[
             metrics(25, {"4": 0.0}),
             metrics(50, {"4": 0.6}),
             metrics(75, {}),
             metrics(80, {"4": 0.0}),
+            metrics(90, {"4": 0.9}),
             metrics(100, {"4": 1.0}),
         ],
     )
     first, second = ramps(run, "grown")
     np.testing.assert_array_equal(first.steps, [25, 30, 50])
     np.testing.assert_array_equal(first.alpha, [0, 0, 0.6])
-    np.testing.assert_array_equal(second.steps, [80, 83, 93, 100])
+    np.testing.assert_array_equal(second.steps, [80, 83, 90, 100])
     np.testing.assert_array_equal(second.alpha, [0, 0, 1, 1])
 
 
