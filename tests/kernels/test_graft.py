@@ -228,7 +228,7 @@ class TestConformance:
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_in_place_tells_broken_bodies_from_broken_input(self, run_in_place):
         inputs = draw(PLAIN)
-        inputs.x[5, 40] = np.inf
+        inputs.x[5, WIDE + 8] = np.inf
         inputs.down[inputs.slot[2]] = np.nan
         found = run_in_place(PLAIN, inputs)
         assert np.isfinite(found.y[:, :WIDE]).all()
