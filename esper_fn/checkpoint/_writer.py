@@ -92,18 +92,20 @@ class Writer:
 
     @property
     def last_acknowledged(self) -> int | None:
-        """The newest step written by this writer, or verified by `newest_sound`."""
+        """The newest step written by this writer, or found sound by `restore`."""
         return self._written if self._written is not None else self._last_good
 
-    def newest_sound(self) -> int | None:
-        """Verifies from the newest step backwards; steps found damaged make way for later ones."""
+    def restore(self, step: int | None = None, **options: Any) -> _folder.Restored:
+        """`checkpoint.restore` from this writer's folder, with its key, after the save under way.
+
+        What is found sound stays from now on, and what is found damaged makes way for later steps.
+        """
         self._settle()
-        for step in reversed(_folder.steps(self.path)):
-            if _folder.first_damage(self.path, step, key=self._key) is None:
-                self._last_good = step
-                return step
-            self._unsound.add(step)
-        return None
+        restored = _folder.restore(self.path, step, key=self._key, **options)
+        self._unsound |= {damage.step for damage in restored.passed_over}
+        if self._written is None:
+            self._last_good = max(restored.step, self._last_good or 0)
+        return restored
 
     def save(
         self,

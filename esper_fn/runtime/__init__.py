@@ -13,13 +13,18 @@ from esper_fn.runtime._fit import (
     in_memory,
     segment_length,
 )
+from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
+from esper_fn.runtime._saving import Checkpoints
+from esper_fn.runtime._signals import termination
 from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
 __all__ = [
     "Batches",
+    "Checkpoints",
     "CompilationCount",
     "Fit",
     "Segment",
+    "SnapshotClock",
     "Step",
     "TrainState",
     "compile_fit",
@@ -31,7 +36,9 @@ __all__ = [
     "init",
     "lifecycle_events",
     "make_step",
+    "rollback_reports",
     "scan_steps",
     "segment_length",
     "stage_counts",
+    "termination",
 ]
