@@ -30,7 +30,7 @@ from esper_fn.checkpoint._retention import (
     within_bytes,
 )
 from esper_fn.checkpoint._types import register
-from esper_fn.checkpoint._writer import CheckpointWarning, Writer
+from esper_fn.checkpoint._writer import CheckpointWarning, Writer, warn
 
 __all__ = [
     "VERSION",
@@ -58,5 +58,6 @@ __all__ = [
     "save",
     "steps",
     "verify",
+    "warn",
     "within_bytes",
 ]

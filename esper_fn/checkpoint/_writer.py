@@ -34,7 +34,8 @@ class CheckpointWarning(UserWarning):
     """A step was not written; training goes on."""
 
 
-def _warn(error: BaseException) -> None:
+def warn(error: BaseException) -> None:
+    """The default of `Writer(on_failure=)`: a `CheckpointWarning`."""
     warnings.warn(f"a checkpoint was not written: {error}", CheckpointWarning, stacklevel=2)
 
 
@@ -53,7 +54,7 @@ class Writer:
         keep: _retention.Retention | None = None,
         key: bytes | None = None,
         share_unchanged: bool = True,
-        on_failure: Callable[[BaseException], None] = _warn,
+        on_failure: Callable[[BaseException], None] = warn,
     ) -> None:
         """Opens a folder, making it if need be, and removes what a killed writer left.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,7 @@ class Checkpoints:
         folder that holds steps is refused.
       note: gives JSON that is saved along, whatever the caller needs to go on.
       recall: told the note of the step the run goes on from, before its first segment.
+      settings: JSON of anything else that must be the same when the run goes on.
     """
 
     writer: checkpoint.Writer
@@ -50,6 +51,7 @@ class Checkpoints:
     resume: bool = True
     note: Callable[[], Any] | None = None
     recall: Callable[[Any], None] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.every_steps, int) or self.every_steps < 1:
@@ -72,7 +74,7 @@ def save(to: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss:
         progress.step,
         {"state": progress.state, "losses": progress.losses},
         record={
-            "settings": settings,
+            "settings": {**to.settings, **settings},
             "record": _encoded(progress.record),
             "note": None if to.note is None else _encoded(to.note()),
         },
@@ -123,7 +125,7 @@ def load(
         )
     if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
         raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
-    _check_settings(path, record["settings"], settings)
+    _check_settings(path, record["settings"], {**to.settings, **settings})
     if step > num_steps:
         raise ResumeError(
             f"{path}: step {step} lies beyond num_steps={num_steps}; ask for more, or prune it"
