@@ -1,5 +1,6 @@
 """Running a growing network: the ready step and loop, and the pieces to write one's own."""
 
+from esper_fn.runtime._carry import Carried, carry_over
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import (
@@ -20,6 +21,7 @@ from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
 __all__ = [
     "Batches",
+    "Carried",
     "Checkpoints",
     "CompilationCount",
     "Fit",
@@ -27,6 +29,7 @@ __all__ = [
     "SnapshotClock",
     "Step",
     "TrainState",
+    "carry_over",
     "compile_fit",
     "compile_fit_host",
     "count_compilations",

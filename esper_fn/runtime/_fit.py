@@ -123,7 +123,7 @@ def fit(
     num_steps: int,
     key: Key,
     survey_batch: Any,
-    start: GrowthState | None = None,
+    start: GrowthState | TrainState | None = None,
     survey_every: int | None = 25,
     anchor_every: int | None = 50,
     segment_steps: int = 25,
@@ -149,7 +149,8 @@ def fit(
       num_steps: in all.
       key: for bodies and policies.
       survey_batch: a held-out batch for surveys.
-      start: the growth to start from; `growth.init(key)` when left out.
+      start: the growth to start from, or a whole state, whose parameters are taken then;
+        `growth.init(key)` when left out.
       survey_every: steps between surveys; None for none.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
@@ -176,9 +177,12 @@ def fit(
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
-    params = jax.tree.map(jnp.copy, params)
-    grown = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
-    state = init(optimizer, params, grown, anchor_every=anchor_every)
+    start = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
+    if isinstance(start, TrainState):
+        state = start
+    else:
+        params = jax.tree.map(jnp.copy, params)
+        state = init(optimizer, params, start, anchor_every=anchor_every)
     survey_batch = jax.tree.map(jnp.asarray, survey_batch)
     settings = {
         **_saving.describe(growth),

@@ -26,11 +26,6 @@ STEPS = 120
 
 
 @pytest.fixture(scope="module")
-def job() -> Job:
-    return mlp()
-
-
-@pytest.fixture(scope="module")
 def whole(job: Job) -> runtime.Fit:
     return job.fit(num_steps=STEPS)
 
@@ -226,7 +221,7 @@ def test_a_failing_disk_does_not_end_training_and_is_told_within_one_interval(
 def test_rollbacks_are_reported_with_what_they_restored(job: Job, tmp_path: Path) -> None:
     def batches(first: int, count: int) -> Any:
         inputs, targets = job.batches(first, count)
-        hit = (np.arange(first, first + count) == 78)[:, None, None]
+        hit = (np.arange(first, first + count) == 79)[:, None, None]
         return np.where(hit, np.float32(np.nan), inputs), targets
 
     broken = job._replace(batches=batches)
@@ -235,14 +230,14 @@ def test_rollbacks_are_reported_with_what_they_restored(job: Job, tmp_path: Path
     def listen(segment: runtime.Segment) -> None:
         states[segment.first_step + segment.num_steps] = jax.device_get(segment.state.params)
 
-    done = broken.fit(num_steps=80, anchor_every=25, segment_steps=1, listener=listen)
+    done = broken.fit(num_steps=80, anchor_every=25, listener=listen)
     assert len(done.rollbacks) == done.num_rollbacks == 1
     report = done.rollbacks[0]
-    assert (report["step"], report["alarm"], report["loss"]) == (78, "NON_FINITE_LOSS", None)
+    assert (report["step"], report["alarm"], report["loss"]) == (79, "NON_FINITE_LOSS", None)
     assert report["restored_step"] == 50
-    assert report["steps_undone"] == 29
-    assert_same(jax.tree.map(np.asarray, states[50]), jax.tree.map(np.asarray, states[79]))
-    out = [event for event in done.events if event["step"] == 78 and event["to"] == "ROLLED_BACK"]
+    assert report["steps_undone"] == 30
+    assert_same(jax.tree.map(np.asarray, states[50]), jax.tree.map(np.asarray, states[80]))
+    out = [event for event in done.events if event["step"] == 79 and event["to"] == "ROLLED_BACK"]
     assert out
     assert [row["seed"] for row in report["quarantined"]] == [event["seed"] for event in out]
     assert [row["stage"] for row in report["quarantined"]] == [event["from"] for event in out]
