@@ -17,5 +17,6 @@ except ImportError as error:
 def test_importing_the_bridge_names_the_remedy():
     done = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == (
-        "torch_bridge needs PyTorch 2.11 or newer: pip install 'esper-fn[torch]'"
+        "torch_bridge needs PyTorch 2.11 or newer, which is not installed: "
+        "pip install 'esper-fn[torch]'"
     )
