@@ -344,6 +344,7 @@ class Bridge:
         self.optimizers.resting, self.optimizers.learning = resting, learning
 
     def _loaded(self) -> None:
+        self._num_steps = int(self._lifecycle.state.step)
         self._was = None
         self.optimizers.kept.clear()
         self._refresh()
