@@ -29,6 +29,7 @@ from esper_fn.checkpoint._retention import (
     pinned,
     within_bytes,
 )
+from esper_fn.checkpoint._structure import from_structure, to_structure
 from esper_fn.checkpoint._types import register
 from esper_fn.checkpoint._writer import CheckpointWarning, Writer, warn
 
@@ -48,6 +49,7 @@ __all__ = [
     "decide",
     "every",
     "everything",
+    "from_structure",
     "history",
     "inspect",
     "latest",
@@ -57,6 +59,7 @@ __all__ = [
     "restore",
     "save",
     "steps",
+    "to_structure",
     "verify",
     "warn",
     "within_bytes",

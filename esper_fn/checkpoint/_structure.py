@@ -256,6 +256,29 @@ def build(structure: Any, values: list[Any], like: Any = None) -> Any:
     return value
 
 
+def to_structure(value: Any) -> tuple[Any, list[str], list[Any]]:
+    """The structure of a tree of arrays as JSON, the leaves' paths, and the leaves.
+
+    Raises:
+      CheckpointError: a leaf that is no array, or a random key.
+
+    >>> import numpy as np
+    >>> structure, names, arrays = to_structure({"w": [np.ones(2)]})
+    >>> names, from_structure(structure, arrays)["w"][0].tolist()
+    (['w/0'], [1.0, 1.0])
+    """
+    structure, leaves, arrays = describe(value)
+    for leaf in leaves:
+        if leaf.is_scalar or leaf.key is not None:
+            raise CheckpointError(f"{leaf.path}: only plain arrays here, got {leaf.dtype}")
+    return structure, [leaf.path for leaf in leaves], arrays
+
+
+def from_structure(structure: Any, arrays: list[Any]) -> Any:
+    """The tree again; see `build`."""
+    return build(structure, arrays)
+
+
 def _node(node: Any) -> tuple[str, list[str], list[Any]]:
     if not isinstance(node, dict):
         raise CorruptCheckpointError(f"a node of the structure is {_short(node)}")

@@ -43,7 +43,8 @@ class Checkpoints:
         folder that holds steps is refused.
       note: gives JSON that is saved along, whatever the caller needs to go on.
       recall: told the note of the step the run goes on from, before its first segment.
-      settings: JSON of anything else that must be the same when the run goes on.
+      settings: JSON of anything else that must be the same when the run goes on, under names of its
+        own.
     """
 
     writer: checkpoint.Writer
@@ -159,7 +160,7 @@ def check_alike(fresh: Any, state: Any, where: str) -> None:
     """Raises `ResumeError`, naming the path, where structure, shape or dtype differ."""
     of_fresh = dict(_leaves(fresh))
     of_state = dict(_leaves(state))
-    for name in of_fresh.keys() | of_state.keys():
+    for name in [*of_fresh, *(name for name in of_state if name not in of_fresh)]:
         if name not in of_fresh or name not in of_state:
             side = "now" if name in of_fresh else "in the checkpoint"
             raise ResumeError(
@@ -225,7 +226,7 @@ def describe(growth: Growth) -> dict[str, Any]:
         "blueprints": list(growth.lattice.names),
         "capacity": growth.lattice.capacity,
         "dtype": str(jnp.dtype(growth.lattice.dtype)),
-        "policy": list(growth.policy.rules),
+        "policy_rules": list(growth.policy.rules),
         "grafts": [graft.name for graft in growth.grafts],
         "bodies_at_once": growth.bodies_at_once,
         "implementation": growth.implementation,
