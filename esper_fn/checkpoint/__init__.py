@@ -4,6 +4,7 @@ A folder of steps, each written whole or not at all, each verified byte for byte
 back. `docs/checkpoints.md` says what is promised.
 """
 
+from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.checkpoint._folder import (
     Damage,
     Restored,
@@ -53,6 +54,7 @@ __all__ = [
     "history",
     "inspect",
     "latest",
+    "num_disk_bytes",
     "pinned",
     "prune",
     "register",

@@ -83,6 +83,7 @@ class Writer:
         self._pool: list[np.ndarray] = []
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copiers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-copy")
         self._is_closed = False
         self._overhead = OVERHEAD_BYTES
         self._unsound: set[int] = set()
@@ -155,7 +156,7 @@ class Writer:
             for name, number in (metrics or {}).items()
             if np.isfinite(float(number))
         }
-        copies = _arrays.fetch(arrays, leaves, self._pool)
+        copies = _arrays.fetch(arrays, leaves, self._pool, self._copiers)
         self._pool = [copy for copy in copies if copy is not None]
         self._pending = self._thread.submit(
             self._write, step, structure, tuple(leaves), copies, noted, numbers, tuple(parts)
@@ -180,6 +181,7 @@ class Writer:
         finally:
             self._is_closed = True
             self._thread.shutdown()
+            self._copiers.shutdown()
             os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -222,7 +224,7 @@ class Writer:
         incoming = self._incoming(planned, noted)
         self._collect(incoming)
         if self.keep.max_bytes is not None:
-            held = _files.disk_bytes(self.path)
+            held = _files.num_disk_bytes(self.path)
             if held + incoming > self.keep.max_bytes:
                 raise CheckpointError(
                     f"step {step} needs about {incoming} bytes beside {held} that must stay, but "
