@@ -66,11 +66,9 @@ def fetch(
 
 def _as_bits(array: np.ndarray, leaf: Leaf) -> np.ndarray:
     kind = storage(leaf.dtype)
-    return (
-        array
-        if array.dtype == kind
-        else np.ascontiguousarray(array).view(kind).reshape(array.shape)
-    )
+    if array.dtype == kind:
+        return array
+    return np.ascontiguousarray(array).view(kind).reshape(array.shape)
 
 
 def digests(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> list[str | None]:

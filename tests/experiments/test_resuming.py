@@ -118,7 +118,12 @@ def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
 
-    assert grow("whole").wait(300) == 0
+    def finish(name: str, *more: str) -> None:
+        process = grow(name, *more)
+        said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+
+    finish("whole")
     process = grow("stopped", "--resume", "auto")
     assert process.stdout is not None
     assert any("grown where" in line and "step" in line for line in process.stdout)
@@ -135,7 +140,7 @@ def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    assert grow("stopped", "--resume", "auto").wait(300) == 0
+    finish("stopped", "--resume", "auto")
     whole, stopped = (report.read(tmp_path / name) for name in ("whole", "stopped"))
     assert timeless(whole.summary) == timeless(stopped.summary)
     assert (whole.events, whole.metrics) == (stopped.events, stopped.metrics)
