@@ -107,6 +107,7 @@ def load(
     Warns with a `CheckpointWarning` that names newer steps that are damaged.
     """
     path = to.writer.path
+    to.writer.wait()  # a save of an earlier run may still be under way
     there = checkpoint.steps(path)
     if not there:
         return None
