@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -229,7 +229,7 @@ def form_of(blueprint: Blueprint, spec: BodySpec) -> Form:
     }
     inner = {"vector": (5,), "sequence": (2, 5), "image": (2, 4, 5)}[spec.topology]
     u = source.standard_normal((*inner, spec.inputs)).astype(np.float32)
-    mask = np.ones((spec.inputs,), bool)
+    mask: Any = np.ones((spec.inputs,), bool)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         wanted = np.asarray(jax.jit(lambda p, u: blueprint.apply(p, u, spec, mask))(drawn, u))
     leaves = {name: torch.from_numpy(leaf)[None] for name, leaf in drawn.items()}

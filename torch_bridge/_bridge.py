@@ -200,9 +200,7 @@ class Bridge:
         self._check_open()
         self.optimizers.check_complete()
         readings, value, drift, has_broken = self._read(loss)
-        info, born = self._lifecycle.advance(
-            readings, value, drift, has_broken, commands, _rows(len(commands))
-        )
+        info, born = self._lifecycle.advance(readings, value, drift, has_broken, commands)
         with torch.no_grad():
             for slot, leaves in born:
                 self._bear(slot, leaves)
@@ -395,10 +393,3 @@ def _reading(site: Seeds) -> Tensor:
     grad = site.tap.grad
     return torch.zeros_like(site.tap) if grad is None else grad
 
-
-def _rows(count: int) -> int:
-    """Rows for commands: few sizes, as each is compiled once."""
-    size = 4
-    while size < count:
-        size *= 4
-    return size

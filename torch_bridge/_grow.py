@@ -114,9 +114,10 @@ def grow(
         for bank in lattice.tables.banks
     ]
     lifecycle = Lifecycle(growth, seed)
+    empty = lifecycle.empty_bodies()
     shared = Shared()
     seeds = [
-        _seeds(place, site, lifecycle.first_bodies[site.name], shared, stacked, model)
+        _seeds(place, site, empty[site.name], shared, stacked, model)
         for place, site in zip(places, sites, strict=True)
     ]
     starts = np.cumsum([0, *(site.num_seeds for site in sites)])
@@ -134,7 +135,7 @@ def grow(
     seeds[0].lifecycle = lifecycle
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
-        model.register_forward_hook(shared.end, always_call=True),
+        model.register_forward_hook(shared.end),
     ]
     for place, own in zip(places, seeds, strict=True):
         place.module.add_module("seeds", own)

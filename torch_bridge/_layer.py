@@ -211,13 +211,10 @@ def _pull_any(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor, slope: 
 def _pull_dense(
     plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor
 ) -> Measured:
-    """`r = phi(u down + bias) up`, and `<dy, r> = <phi(z)^T dy, up>`, which costs no pass over r."""
+    """`r = phi(u down + bias) up`; `<dy, r> = <phi(z)^T dy, up>` costs no pass over r."""
     del plan
     name = bank.form.activation
-    rows, dy = (
-        u.reshape(u.shape[0], -1, u.shape[-1]),
-        slope.reshape(*slope.shape[:1], -1, slope.shape[-1]),
-    )
+    rows, dy = (of.reshape(of.shape[0], -1, of.shape[-1]) for of in (u, slope))
     down, up = leaves["down"].to(u.dtype), leaves["up"].to(u.dtype)
     if bank.columns is not None:
         up = torch.where(bank.mask[:, None, :], up, 0.0)

@@ -69,7 +69,7 @@ def _backward(
     return pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
-class Grafted(torch.autograd.Function):
+class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
     """`y` of a site in eager mode, with the measurements as the gradient of `tap`."""
 
     @staticmethod
@@ -108,7 +108,7 @@ def _named(plan: SitePlan, names: Any, leaves: Any) -> dict[str, Leaves]:
     }
 
 
-class Anchored(torch.autograd.Function):
+class Anchored(torch.autograd.Function):  # type: ignore[misc]
     """`x` as a tensor that requires a gradient, for hosts that are frozen up to here."""
 
     @staticmethod
@@ -150,7 +150,7 @@ def site_op(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tu
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
     y, watched = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
-    return _like(y, x), watched
+    return _own(y, x, x), watched
 
 
 @site_op.register_fake
@@ -159,10 +159,10 @@ def _(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tuple[Te
     return torch.empty_like(x), tap.new_empty((tap.shape[0], NUM_WATCHED))
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in the layout that the fake operation promised, and never `x` itself."""
+def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
+    """`y` in the layout of `x`, which the fake operation promised, and never `given` itself."""
     promised = torch.empty_like(x)
-    if y.stride() == promised.stride() and y.data_ptr() != x.data_ptr():
+    if y.stride() == promised.stride() and y.data_ptr() != given.data_ptr():
         return y
     return promised.copy_(y)
 
@@ -175,14 +175,13 @@ def site_backward_op(
     site, plan = _site(handle)
     grads = [torch.zeros_like(leaf) for leaf in stacked]
     if not plan.banks and not plan.is_watching:
-        return _like(dy, x), watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)), grads
+        return _own(dy, x, dy), watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)), grads
     pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched)
     for (name, leaf), grad in zip(site.leaf_names, grads, strict=True):
         for bank in plan.banks:
             if bank.bank == name:
                 grad.index_copy_(0, bank.rows, pulled.d_bodies[name][leaf])
-    d_x = pulled.d_x.clone() if pulled.d_x.data_ptr() == dy.data_ptr() else pulled.d_x
-    return _like(d_x, x), torch.cat([watched, pulled.channels], dim=1), grads
+    return _own(pulled.d_x, x, dy), torch.cat([watched, pulled.channels], dim=1), grads
 
 
 @site_backward_op.register_fake

@@ -42,7 +42,7 @@ class Kept:
     def squares(self, values: list[Tensor]) -> Tensor:
         """float32[n]: the sum of squares of each body, of values that belong to `params`."""
         if self.is_stacked:
-            return sum(of.float().square().flatten(1).sum(1) for of in values)  # type: ignore[return-value]
+            return sum(of.float().square().flatten(1).sum(1) for of in values)
         each = torch.stack([of.float().square().sum() for of in values])
         return each.reshape(-1, self.num_leaves).sum(1)
 

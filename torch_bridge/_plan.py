@@ -1,4 +1,4 @@
-"""Who is alive at a site, as its forward needs it: host facts that decide what runs, and indices."""
+"""Who is alive at a site: facts for Python that decide what runs, and indices."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def plan_bank(
       gains: float32[n, 3].
     """
     order = np.argsort(chunks, kind="stable")
-    slots, chunks, gains = slots[order].astype(np.int64), chunks[order].astype(np.int64), gains
+    slots, chunks = slots[order].astype(np.int64), chunks[order].astype(np.int64)
     mask = np.arange(cut.widest)[None, :] < cut.sizes[chunks][:, None]
     columns = None
     if not cut.is_even:
