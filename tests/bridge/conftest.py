@@ -12,8 +12,9 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Lifecycles of one shape are compiled once, by whichever worker comes first."""
+    folder = tmp_path_factory.getbasetemp().parent / "esper-bridge-jax"
     told = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp().parent / "esper-bridge-jax"),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
     before = {name: getattr(jax.config, name) for name in told}

@@ -34,13 +34,13 @@ def test_output_and_gradients_are_the_bare_models_bit_for_bit(name: str, stage: 
     make, targets, x, options = INPUTS[name]
     bare = make()
     model = copy.deepcopy(bare)
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     bridge = grow(model, targets, watch_every=1, **{"capacity": 4, **options})
     assert type(model) is make
     assert all(dict(model.named_parameters())[n] is p for n, p in before.items())
     if stage != "dormant":
         to = Stage[stage.upper()]
-        place(bridge, {seed: ("bottleneck", to, 0.0) for seed in range(0, 4)})
+        place(bridge, dict.fromkeys(range(4), ("bottleneck", to, 0.0)))
     wanted, found = bare(x), model(x)
     assert torch.equal(found, wanted)
     d_bare = gradients(bare, wanted.square().sum())
