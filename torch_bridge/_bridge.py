@@ -392,4 +392,3 @@ _UTILITY = ef.Reading._fields.index("utility")
 def _reading(site: Seeds) -> Tensor:
     grad = site.tap.grad
     return torch.zeros_like(site.tap) if grad is None else grad
-

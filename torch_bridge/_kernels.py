@@ -42,10 +42,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` and what was measured of `x`."""
+    """`y` as rows, [N, D], and what was measured of `x`."""
     body, activation = _call(plan, bodies)
-    y, watched = kernels.graft(_rows(x), body, plan.row, plan.gains, activation=activation)
-    return y.reshape(x.shape), watched
+    return kernels.graft(_rows(x), body, plan.row, plan.gains, activation=activation)
 
 
 def backward(

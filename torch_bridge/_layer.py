@@ -129,9 +129,8 @@ def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
     return torch.where(gain != 0, wide.to(base.dtype), base)
 
 
-def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> Tensor:
-    """`y`, in memory of its own."""
-    y = x.clone()
+def forward_(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) -> None:
+    """Makes of `y`, a copy of `x`, the grown activation."""
     for bank in plan.banks:
         if not bank.acts:
             continue
@@ -140,7 +139,6 @@ def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> Tensor:
         act = plan.gains[:, 0].index_select(0, bank.chunk)
         act = torch.where(r.flatten(1).isfinite().all(1), act, 0.0)
         put_(plan.cut, bank, y, _add(u, act, r))
-    return y
 
 
 def backward(

@@ -55,12 +55,6 @@ class Lifecycle:
         """A copied model (an average of its weights, say) is at the same point of the same life."""
         return self
 
-    def __reduce__(self) -> Any:
-        raise BridgeError(
-            "a grown model cannot be pickled; save model.state_dict(), with safetensors or "
-            "torch.save, grow a fresh model alike and load it there"
-        )
-
     def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
         """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
         shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).bodies

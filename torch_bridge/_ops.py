@@ -46,11 +46,13 @@ def _forward(
     last = x.movedim(axis, -1)
     with torch.no_grad(), _plainly(x):
         if plan.banks and _kernels.serves(plan, bodies, last):
-            y, watched = _kernels.forward(plan, bodies, last)
-            return y.movedim(-1, axis), watched
-        y = _layer.forward(plan, bodies, last) if plan.banks else last.clone()
-        watched = _layer.watch(plan.cut, last) if watches else _no_measure(plan, x)
-        return y.movedim(-1, axis), watched
+            rows, watched = _kernels.forward(plan, bodies, last)
+            if axis == -1:  # a view may not be changed in place by whoever comes next
+                return torch.ops.aten._unsafe_view(rows, x.shape), watched
+            return torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis)), watched
+        y = x.clone()
+        _layer.forward_(plan, bodies, last, y.movedim(axis, -1))
+        return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x)
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -229,16 +230,21 @@ class Seeds(nn.Module):  # type: ignore[misc]
             self.plan = self.plan.to(device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["tap"] = self.tap.detach().clone()
-        del state["handle"]
-        return state
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seeds:
+        own = {"tap", "handle"}
+        twin: Seeds = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for name, of in self.__dict__.items():
+            twin.__dict__[name] = None if name in own else copy.deepcopy(of, memo)
+        twin.tap = torch.zeros_like(self.tap, requires_grad=True)
+        twin.handle = _ops.new_handle(twin)
+        return twin
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.tap = self.tap.requires_grad_()
-        self.handle = _ops.new_handle(self)
+    def __reduce__(self) -> Any:
+        raise BridgeError(
+            "a grown model cannot be pickled; save model.state_dict() with safetensors, grow a "
+            "fresh model alike and load it there"
+        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lifecycles of one shape are compiled once, by whichever worker comes first."""
+    folder = tmp_path_factory.getbasetemp().parent / "esper-bridge-jax"
+    told = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in told}
+    for name, value in told.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
