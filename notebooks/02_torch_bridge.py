@@ -29,8 +29,10 @@ import copy
 import os
 import pydoc_data.topics
 import tempfile
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, without ipywidgets
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
 
 import jax
