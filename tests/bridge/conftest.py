@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import jax
 import pytest
-import torch
+
+HAS_TORCH = find_spec("torch") is not None
+if not HAS_TORCH:
+    collect_ignore_glob = ["test_[!t]*.py", "test_tr*.py", "test_to_*.py"]  # all but torch_absent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +31,11 @@ def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    if not HAS_TORCH:
+        yield
+        return
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,5 +1,9 @@
 """A lifecycle that goes through its stages within a few dozen steps."""
 
+from contextlib import contextmanager
+
+import torch
+
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
 
@@ -31,6 +35,15 @@ def options():
         ),
         "verbose": False,
     }
+
+
+@contextmanager
+def one_thread():
+    """Take from torch the choice of how many threads add up: sums then have the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def differences(ours, theirs):

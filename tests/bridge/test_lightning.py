@@ -8,7 +8,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
-from short_lives import GROWN, differences, options  # noqa: E402
+from short_lives import GROWN, differences, one_thread, options  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
@@ -38,6 +38,12 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from short_lives import GROWN, differences, options  # noqa: E402
+from short_lives import GROWN, differences, one_thread, options  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 
 import esper_fn as ef  # noqa: E402
@@ -15,8 +15,8 @@ from torch_bridge.transformers import GrowthCallback  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _offline():
-    with pytest.MonkeyPatch.context() as patch:
+def _offline_in_one_thread():
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
