@@ -19,9 +19,9 @@ from torch_bridge._bodies import Form
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._optim import Learning, Watcher
+from torch_bridge._optim import Partial, Watcher
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, plan_bank
-from torch_bridge._settle import settle
+from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds, Shared
 
 
@@ -34,6 +34,37 @@ class Bank(NamedTuple):
     num_slots: int
     first_seed: int
     form: Form
+
+
+class _Transfer:
+    """Numbers on their way from a device to the host."""
+
+    def __init__(self, told: Tensor, *, is_waiting: bool) -> None:
+        self._event: Any = None
+        if is_waiting or told.device.type != "cuda":
+            self._host = told.cpu()
+            return
+        self._host = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+        self._host.copy_(told, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(told.device))
+
+    def finish(self) -> np.ndarray:
+        """The numbers, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy().copy()
+
+
+class Measured(NamedTuple):
+    """One step, for the lifecycle."""
+
+    told: _Transfer
+    """Readings, the loss, the drifts."""
+    learning: Learning
+    before: list[Tensor] | None
+    """The learning bodies before the optimiser's step, if there was one."""
+    scale: float
 
 
 class Bridge:
@@ -54,6 +85,7 @@ class Bridge:
         shared: Shared,
         group: Group,
         watch_every: int,
+        lag: int,
         handles: Sequence[Any],
     ) -> None:
         self.model = model
@@ -71,6 +103,10 @@ class Bridge:
         self.optimizers = Watcher(host, bodies)
         self._host = host
         self._num_steps = 0
+        self._lag = lag
+        self._pending: list[Measured] = []
+        self._asked: list[Command] = []
+        self._is_reached = False
         self._is_open = True
         self._was: tuple[np.ndarray, np.ndarray] | None = None
         lifecycle.on_load = self._loaded
@@ -178,7 +214,7 @@ class Bridge:
 
     # --- one step ----------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info:
+    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info | None:
         """One step of every seed's life; call it after `optimizer.step()`.
 
         Reads what the backward passes since the last call measured, in one transfer, advances the
@@ -191,7 +227,8 @@ class Bridge:
           commands: what people ask; see `esper_fn.commands`.
 
         Returns:
-          What happened, with NumPy leaves.
+          What happened, with NumPy leaves. With `lag`, what the step that many calls ago led to;
+          None before there was one, and commands wait.
 
         Raises:
           BridgeError: a site was never reached, bodies are in no optimiser, or the bridge was
@@ -199,47 +236,67 @@ class Bridge:
         """
         self._check_open()
         self.optimizers.check_complete()
-        readings, value, drift, has_broken = self._read(loss)
-        info, born = self._lifecycle.advance(readings, value, drift, has_broken, commands)
+        self._pending.append(self._measure(loss))
+        self._asked += commands
+        if len(self._pending) <= self._lag:
+            self._end_step()
+            return None
+        measured = self._read(self._pending.pop(0))
+        asked, self._asked = self._asked, []
+        info, born = self._lifecycle.advance(*measured, asked)
         with torch.no_grad():
             for slot, leaves in born:
                 self._bear(slot, leaves)
-        self._num_steps += 1
-        self._refresh()
+        self._end_step()
         return info
 
-    def _read(self, loss: Tensor | float) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-        """Readings [S, K], the loss, and how far each slot's body moved and whether it broke."""
+    def _end_step(self) -> None:
+        self._num_steps += 1
+        self._refresh()
+
+    def _measure(self, loss: Tensor | float) -> Measured:
+        """Everything the lifecycle needs of this step, on its way to the host."""
+        optimizers = self.optimizers
         with torch.no_grad():
             taps = [_reading(site) for site in self.sites]
             place = taps[0].device
             is_one = all(tap.device == place for tap in taps)
-            readings = torch.cat(taps if is_one else [tap.cpu() for tap in taps])
-            value = torch.as_tensor(loss, dtype=torch.float32).detach().to(readings.device)
-            flat = self._group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
-            settled = settle(self.optimizers.kept)
-            moved = [of.to(flat.device) for of in settled.drift]
-            told = torch.cat([flat, *moved]).cpu().numpy()  # the step's one transfer
-        size = readings.numel()
-        measured = told[:size].reshape(-1, NUM_CHANNELS).copy()
-        measured, value_mean = self._group.of_mean(measured, float(told[size]))
-        scale = self.optimizers.scale
-        if scale != 1.0:
-            measured[:, _UTILITY] /= scale
-            measured[:, _GRADIENT_SQUARE] /= scale**2
-        if not self._num_steps and self._watch_every:
-            self._check_reached(measured)
-        drift = np.zeros((self.lattice.num_slots,), np.float32)
-        has_broken = np.zeros((self.lattice.num_slots,), bool)
-        settled.finish(told[size + 1 :], self._slots_of(settled), drift, has_broken)
-        self.optimizers.kept.clear()
-        for site in self.sites:
-            site.tap.grad = None
-        return measured, value_mean, drift, has_broken
+            readings = torch.cat(taps if is_one else [tap.to(place) for tap in taps])
+            value = torch.as_tensor(loss, dtype=torch.float32).detach().to(place)
+            told = self._group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
+            if optimizers.before is not None:
+                drift = optimizers.learning.drift(optimizers.before, place)
+                told = torch.cat([told, drift])
+            for site in self.sites:
+                site.tap.grad = None
+        before, optimizers.before = optimizers.before, None
+        return Measured(
+            told=_Transfer(told, is_waiting=not self._lag),
+            learning=optimizers.learning,
+            before=before,
+            scale=optimizers.scale,
+        )
 
-    def _slots_of(self, settled: Any) -> list[np.ndarray]:
-        """The flat slots behind each entry of what moved."""
-        return [self._learning_slots[id(kept.params[0])] for kept in settled.kept]
+    def _read(self, of: Measured) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+        """Readings [S, K], the loss, how far each slot's body moved and whether it broke, [Q]."""
+        told = of.told.finish()
+        num_seeds, num_slots = self.lattice.num_seeds, self.lattice.num_slots
+        size = num_seeds * NUM_CHANNELS
+        readings, loss = self._group.of_mean(
+            told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size])
+        )
+        readings[:, _UTILITY] /= of.scale
+        readings[:, _GRADIENT_SQUARE] /= of.scale**2
+        if not self._is_reached and self._watch_every:
+            self._check_reached(readings)
+        drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
+        if of.before is not None:
+            moved, slots = told[size + 1 :], of.learning.slots
+            is_broken = ~np.isfinite(moved)
+            drift[slots], has_broken[slots] = np.where(is_broken, 0.0, moved), is_broken
+            for entry in np.flatnonzero(is_broken).tolist():
+                of.learning.put_back(entry, of.before)
+        return readings, loss, drift, has_broken
 
     def _check_reached(self, measured: np.ndarray) -> None:
         first = 0
@@ -253,6 +310,7 @@ class Bridge:
                     "it out of targets"
                 )
             first += chunks
+        self._is_reached = True
 
     def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
         bank = self._bank_of(slot)
@@ -317,33 +375,32 @@ class Bridge:
 
     def _tell_optimizers(self, learns: np.ndarray) -> None:
         resting: list[nn.Parameter] = []
-        learning: list[Learning] = []
-        self._learning_slots: dict[int, np.ndarray] = {}
+        banks: list[tuple[list[nn.Parameter], np.ndarray, bool]] = []
+        partial: list[Partial] = []
         for bank in self.banks:
             here = learns[bank.start : bank.start + bank.num_slots]
             yes, no = np.flatnonzero(here), np.flatnonzero(~here)
-            num_leaves = len(bank.site.names_of(bank.name))
-            if not num_leaves:
+            if not bank.site.names_of(bank.name):
                 continue
             if not yes.size:
                 resting += bank.site.parameters_of(bank.name)
                 continue
+            slots, params = yes, bank.site.parameters_of(bank.name, tuple(yes.tolist()))
             if bank.site.is_stacked:
-                params = bank.site.parameters_of(bank.name)
-                told = None if not no.size else torch.tensor(here, device=params[0].device)
-                learning.append(Learning(params, num_leaves, told, is_stacked=True))
-                slots = np.arange(bank.start, bank.start + bank.num_slots)
+                slots = np.arange(bank.num_slots)
+                if no.size:
+                    partial.append(Partial(params, torch.tensor(here, device=params[0].device)))
             else:
                 resting += bank.site.parameters_of(bank.name, tuple(no.tolist()))
-                params = bank.site.parameters_of(bank.name, tuple(yes.tolist()))
-                learning.append(Learning(params, num_leaves, None, is_stacked=False))
-                slots = bank.start + yes
-            self._learning_slots[id(params[0])] = slots
-        self.optimizers.resting, self.optimizers.learning = resting, learning
+            banks.append((params, bank.start + slots, bank.site.is_stacked))
+        optimizers = self.optimizers
+        optimizers.resting, optimizers.partial = resting, partial
+        optimizers.learning = Learning(banks)
 
     def _loaded(self) -> None:
         self._was = None
-        self.optimizers.kept.clear()
+        self.optimizers.before = None
+        self._pending.clear()
         self._refresh()
 
     # --- survey, end -------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def grow(
     topology: Topology | Mapping[str, Topology] | None = None,
     stacked: bool = False,
     watch_every: int = 16,
+    lag: int = 0,
     seed: int = 0,
     process_group: Any = None,
     verbose: bool = True,
@@ -73,6 +74,9 @@ def grow(
         count bodies of a bank then share.
       watch_every: dormant chunks are measured in every so manieth step; 0 for never. Live ones are
         always.
+      lag: training steps by which the lifecycle follows. With 0 `bridge.step` waits for the device;
+        with 1 it reads what the step before measured, so that a GPU need not wait for Python:
+        every decision then comes one step later. A body that breaks reaches nothing meanwhile.
       seed: of everything random in the lifecycle.
       process_group: whose ranks decide together; the default one, if there is any.
       verbose: prints what was found.
@@ -91,7 +95,7 @@ def grow(
     >>> bridge.lattice.num_seeds
     2
     """
-    _check(model, watch_every)
+    _check(model, watch_every, lag)
     places = find(model, targets, features)
     sites = _sites(places, chunks, topology)
     lattice = ef.lattice(
@@ -141,20 +145,28 @@ def grow(
         place.module.add_module("seeds", own)
         handles.append(place.module.register_forward_hook(own.hook))
     bridge = Bridge(
-        model, growth, seeds, banks, lifecycle, shared, Group(process_group), watch_every, handles
+        model,
+        growth,
+        seeds,
+        banks,
+        lifecycle,
+        shared,
+        Group(process_group),
+        watch_every,
+        lag,
+        handles,
     )
     if verbose:
         sys.stdout.write(bridge.summary() + "\n")
     return bridge
 
 
-def _check(model: object, watch_every: object) -> None:
+def _check(model: object, watch_every: object, lag: object) -> None:
     if not isinstance(model, nn.Module):
         raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(watch_every, int) or isinstance(watch_every, bool) or watch_every < 0:
-        raise BridgeError(
-            f"watch_every must be an int, at least 0 (0 for never), got {watch_every!r}"
-        )
+    for name, value in {"watch_every": watch_every, "lag": lag}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise BridgeError(f"{name} must be an int, at least 0, got {value!r}")
 
 
 def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:
