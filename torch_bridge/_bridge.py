@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,56 +15,13 @@ import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
 from torch_bridge import _survey, _unwrap
-from torch_bridge._bodies import Form
+from torch_bridge._banks import Bank, tell_optimizers, tell_sites
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._optim import Partial, Watcher
-from torch_bridge._plan import NUM_CHANNELS, BankPlan, plan_bank
-from torch_bridge._settle import Learning
+from torch_bridge._measure import Measured, measure, read
+from torch_bridge._optim import Watcher
 from torch_bridge._site import Seeds, Shared
-
-
-class Bank(NamedTuple):
-    """One bank of the lattice and the module that holds its bodies."""
-
-    site: Seeds
-    name: str
-    start: int
-    num_slots: int
-    first_seed: int
-    form: Form
-
-
-class _Transfer:
-    """Numbers on their way from a device to the host."""
-
-    def __init__(self, told: Tensor, *, is_waiting: bool) -> None:
-        self._event: Any = None
-        if is_waiting or told.device.type != "cuda":
-            self._host = told.cpu()
-            return
-        self._host = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
-        self._host.copy_(told, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(told.device))
-
-    def finish(self) -> np.ndarray:
-        """The numbers, once they are here."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.numpy().copy()
-
-
-class Measured(NamedTuple):
-    """One step, for the lifecycle."""
-
-    told: _Transfer
-    """Readings, the loss, the drifts."""
-    learning: Learning
-    before: list[Tensor] | None
-    """The learning bodies before the optimiser's step, if there was one."""
-    scale: float
 
 
 class Bridge:
@@ -236,14 +193,18 @@ class Bridge:
         """
         self._check_open()
         self.optimizers.check_complete()
-        self._pending.append(self._measure(loss))
+        self._pending.append(
+            measure(self.sites, self.optimizers, self._group, loss, is_waiting=not self._lag)
+        )
         self._asked += commands
         if len(self._pending) <= self._lag:
             self._end_step()
             return None
-        measured = self._read(self._pending.pop(0))
+        found = read(self._pending.pop(0), self._group, self.lattice)
+        if not self._is_reached and self._watch_every:
+            self._check_reached(found.readings)
         asked, self._asked = self._asked, []
-        info, born = self._lifecycle.advance(*measured, asked)
+        info, born = self._lifecycle.advance(*found, asked)
         with torch.no_grad():
             for slot, leaves in born:
                 self._bear(slot, leaves)
@@ -253,50 +214,6 @@ class Bridge:
     def _end_step(self) -> None:
         self._num_steps += 1
         self._refresh()
-
-    def _measure(self, loss: Tensor | float) -> Measured:
-        """Everything the lifecycle needs of this step, on its way to the host."""
-        optimizers = self.optimizers
-        with torch.no_grad():
-            taps = [_reading(site) for site in self.sites]
-            place = taps[0].device
-            is_one = all(tap.device == place for tap in taps)
-            readings = torch.cat(taps if is_one else [tap.to(place) for tap in taps])
-            value = torch.as_tensor(loss, dtype=torch.float32).detach().to(place)
-            told = self._group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
-            if optimizers.before is not None:
-                drift = optimizers.learning.drift(optimizers.before, place)
-                told = torch.cat([told, drift])
-            for site in self.sites:
-                site.tap.grad = None
-        before, optimizers.before = optimizers.before, None
-        return Measured(
-            told=_Transfer(told, is_waiting=not self._lag),
-            learning=optimizers.learning,
-            before=before,
-            scale=optimizers.scale,
-        )
-
-    def _read(self, of: Measured) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-        """Readings [S, K], the loss, how far each slot's body moved and whether it broke, [Q]."""
-        told = of.told.finish()
-        num_seeds, num_slots = self.lattice.num_seeds, self.lattice.num_slots
-        size = num_seeds * NUM_CHANNELS
-        readings, loss = self._group.of_mean(
-            told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size])
-        )
-        readings[:, _UTILITY] /= of.scale
-        readings[:, _GRADIENT_SQUARE] /= of.scale**2
-        if not self._is_reached and self._watch_every:
-            self._check_reached(readings)
-        drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
-        if of.before is not None:
-            moved, slots = told[size + 1 :], of.learning.slots
-            is_broken = ~np.isfinite(moved)
-            drift[slots], has_broken[slots] = np.where(is_broken, 0.0, moved), is_broken
-            for entry in np.flatnonzero(is_broken).tolist():
-                of.learning.put_back(entry, of.before)
-        return readings, loss, drift, has_broken
 
     def _check_reached(self, measured: np.ndarray) -> None:
         first = 0
@@ -339,63 +256,8 @@ class Bridge:
                     site.plan = replace(site.plan, is_watching=watching)
             return
         self._was = gains.copy(), owner.copy()
-        by_seed = np.zeros((self.lattice.num_seeds, 3), np.float32)
-        row = np.full((self.lattice.num_seeds,), -1, np.int32)
-        is_held = owner >= 0
-        by_seed[owner[is_held]] = gains[is_held]
-        is_live = is_held & np.any(gains != 0, axis=1)
-        plans: dict[int, list[BankPlan]] = {id(site): [] for site in self.sites}
-        for bank in self.banks:
-            here = slice(bank.start, bank.start + bank.num_slots)
-            slots = np.flatnonzero(is_live[here])
-            if not slots.size:
-                continue
-            chunks = owner[here][slots] - bank.first_seed
-            plan = plan_bank(
-                bank.site.plan.cut, bank.name, bank.form, slots, chunks, gains[here][slots]
-            )
-            row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
-            plans[id(bank.site)].append(plan)
-        flats: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        first = 0
-        for site in self.sites:
-            device, last = site.tap.device, first + site.plan.cut.chunks
-            if device not in flats:
-                flats[device] = torch.tensor(by_seed, device=device), torch.tensor(row).to(device)
-            on_gains, on_row = flats[device]
-            site.plan = replace(
-                site.plan,
-                banks=tuple(of.to(device) for of in plans[id(site)]),
-                gains=on_gains[first:last],
-                row=on_row[first:last],
-                is_watching=watching,
-            )
-            first = last
-        self._tell_optimizers(gains[:, 1] != 0)
-
-    def _tell_optimizers(self, learns: np.ndarray) -> None:
-        resting: list[nn.Parameter] = []
-        banks: list[tuple[list[nn.Parameter], np.ndarray, bool]] = []
-        partial: list[Partial] = []
-        for bank in self.banks:
-            here = learns[bank.start : bank.start + bank.num_slots]
-            yes, no = np.flatnonzero(here), np.flatnonzero(~here)
-            if not bank.site.names_of(bank.name):
-                continue
-            if not yes.size:
-                resting += bank.site.parameters_of(bank.name)
-                continue
-            slots, params = yes, bank.site.parameters_of(bank.name, tuple(yes.tolist()))
-            if bank.site.is_stacked:
-                slots = np.arange(bank.num_slots)
-                if no.size:
-                    partial.append(Partial(params, torch.tensor(here, device=params[0].device)))
-            else:
-                resting += bank.site.parameters_of(bank.name, tuple(no.tolist()))
-            banks.append((params, bank.start + slots, bank.site.is_stacked))
-        optimizers = self.optimizers
-        optimizers.resting, optimizers.partial = resting, partial
-        optimizers.learning = Learning(banks)
+        tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
+        tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
 
     def _loaded(self) -> None:
         self._was = None
@@ -441,10 +303,3 @@ class Bridge:
 
 
 _MOST_LINES = 12
-_GRADIENT_SQUARE = ef.Reading._fields.index("gradient_square")
-_UTILITY = ef.Reading._fields.index("utility")
-
-
-def _reading(site: Seeds) -> Tensor:
-    grad = site.tap.grad
-    return torch.zeros_like(site.tap) if grad is None else grad

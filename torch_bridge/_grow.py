@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
+from torch_bridge._banks import Bank
 from torch_bridge._bodies import form_of
-from torch_bridge._bridge import Bank, Bridge
+from torch_bridge._bridge import Bridge
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
@@ -141,6 +142,7 @@ def grow(
         model.register_forward_pre_hook(shared.begin, prepend=True),
         model.register_forward_hook(shared.end),
     ]
+    _tell_compiler()
     for place, own in zip(places, seeds, strict=True):
         place.module.add_module("seeds", own)
         handles.append(place.module.register_forward_hook(own.hook))
@@ -167,6 +169,18 @@ def _check(model: object, watch_every: object, lag: object) -> None:
     for name, value in {"watch_every": watch_every, "lag": lag}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise BridgeError(f"{name} must be an int, at least 0, got {value!r}")
+
+
+def _tell_compiler() -> None:
+    """Makes `torch.compile` look at hooks.
+
+    By default it compiles the hooks there are and trusts that none are added: it would go on running
+    what it compiled of this model before, or of a bare one of the same class.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
 
 
 def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:
