@@ -174,8 +174,8 @@ def _check(model: object, watch_every: object, lag: object) -> None:
 def _tell_compiler() -> None:
     """Makes `torch.compile` look at hooks.
 
-    By default it compiles the hooks there are and trusts that none are added: it would go on running
-    what it compiled of this model before, or of a bare one of the same class.
+    By default it compiles the hooks there are and trusts that none are added: it would go on
+    running what it compiled of this model before, or of a bare one of the same class.
     """
     import torch._dynamo
 
