@@ -11,6 +11,24 @@
     ├── LatticeError              (also ValueError)
     ├── CommandError              (also ValueError)
     ├── RunFolderError            (also ValueError)
+    ├── CheckpointError           (also ValueError)
+    │   ├── CorruptCheckpointError
+    │   ├── NoCheckpointError     (also FileNotFoundError)
+    │   └── ResumeError
+    ├── BusError
+    │   ├── BusAddressError       (also ValueError)
+    │   ├── BusSecurityError      (also ValueError)
+    │   ├── BusUnavailableError   (also ConnectionError)
+    │   ├── BusyError
+    │   ├── FencedError
+    │   ├── NobodyListensError
+    │   ├── NoOutcomeError        (also TimeoutError)
+    │   └── MessageError          (also ValueError)
+    │       ├── OversizedError
+    │       ├── UndecodableError
+    │       ├── UnsupportedVersionError
+    │       └── ForgedError
+    ├── RunStoppedError
     └── NonFiniteLossError        (also FloatingPointError)
 
 Every message names the value, what is allowed, and the remedy.
@@ -45,6 +63,22 @@ class RunFolderError(EsperError, ValueError):
     """A run folder cannot be made or written, or does not hold a run."""
 
 
+class CheckpointError(EsperError, ValueError):
+    """A checkpoint cannot be written, read, or put where it is asked to go."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A step on disk is not, byte for byte, what was acknowledged."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no step to restore."""
+
+
+class ResumeError(CheckpointError):
+    """A run was to be resumed with other settings than it was begun with."""
+
+
 class UnknownNameError(EsperError, ValueError):
     """A name that is none of the allowed ones.
 
@@ -72,3 +106,67 @@ class CommandError(EsperError, ValueError):
 
 class NonFiniteLossError(EsperError, FloatingPointError):
     """The host's loss is not finite and rolling back did not help."""
+
+
+class BusError(EsperError):
+    """Something between a run and those who steer and watch it."""
+
+
+class BusAddressError(BusError, ValueError):
+    """An address of a bus that cannot be one."""
+
+
+class BusSecurityError(BusError, ValueError):
+    """A bus that others could reach, without a key; or a key that is none."""
+
+
+class BusUnavailableError(BusError, ConnectionError):
+    """The bus's server does not answer."""
+
+
+class BusyError(BusError):
+    """More commands wait than the bus keeps; nothing was accepted."""
+
+
+class FencedError(BusError):
+    """Another process has taken over this run's place on the bus."""
+
+
+class NobodyListensError(BusError):
+    """No living run has this name."""
+
+
+class NoOutcomeError(BusError, TimeoutError):
+    """A command was accepted, and its outcome did not come in time."""
+
+
+class MessageError(BusError, ValueError):
+    """A message that cannot be sent or taken; `reason` is the word dead letters use."""
+
+    reason = "undecodable"
+
+
+class OversizedError(MessageError):
+    """A message larger than its topic takes."""
+
+    reason = "oversized"
+
+
+class UndecodableError(MessageError):
+    """Bytes that are no message."""
+
+
+class UnsupportedVersionError(MessageError):
+    """A message of a kind or version this side does not know."""
+
+    reason = "unsupported"
+
+
+class ForgedError(MessageError):
+    """A message without a signature, or with one that does not hold."""
+
+    reason = "forged"
+
+
+class RunStoppedError(EsperError):
+    """A run was ended by a command."""

@@ -29,10 +29,30 @@ except ImportError as _error:
 
 from torch_bridge._bodies import register_blueprint
 from torch_bridge._bridge import Bridge
+from torch_bridge._convert import (
+    JaxModule,
+    TorchFunction,
+    from_torch,
+    to_torch,
+    tree_to_jax,
+    tree_to_torch,
+)
 from torch_bridge._errors import BridgeError
 from torch_bridge._grow import grow
 from torch_bridge._targets import blocks
 
-__all__ = ["Bridge", "BridgeError", "blocks", "grow", "register_blueprint"]
+__all__ = [
+    "Bridge",
+    "BridgeError",
+    "JaxModule",
+    "TorchFunction",
+    "blocks",
+    "from_torch",
+    "grow",
+    "register_blueprint",
+    "to_torch",
+    "tree_to_jax",
+    "tree_to_torch",
+]
 
 del _torch

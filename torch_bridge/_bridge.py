@@ -260,6 +260,7 @@ class Bridge:
         tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
 
     def _loaded(self) -> None:
+        self._num_steps = int(self._lifecycle.state.step)
         self._was = None
         self.optimizers.before = None
         self._pending.clear()

@@ -343,6 +343,7 @@ def growth(
       ValueError: bodies_at_once or max_ablations no int or below 1, directed_births no int, below
         0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
         strategy that cannot end within the longest stay in GRAFTING.
+      UnknownNameError: the policy asks for a blueprint that the lattice does not offer.
     """
     grafts = (
         (grafting.linear(),)
@@ -379,9 +380,11 @@ def growth(
             "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
             "leave it at 0"
         )
+    chosen = policies.plateau() if policy is None else policy
+    jax.eval_shape(lambda: chosen.init(lattice))  # a policy that does not fit says so here
     return Growth(
         lattice=lattice,
-        policy=policies.plateau() if policy is None else policy,
+        policy=chosen,
         grafts=grafts,
         governor=governors.standard() if governor is None else governor,
         settings=limits,

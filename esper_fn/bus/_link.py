@@ -1,0 +1,148 @@
+"""One connection to a Redis server: no hidden retry, no answer read by the wrong caller."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+from typing import Any
+
+import redis.asyncio as redis_asyncio
+from redis.asyncio.retry import Retry as RedisRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from esper_fn.bus._address import Address
+from esper_fn.bus._resilience import CircuitBreaker
+from esper_fn.errors import BusSecurityError, BusUnavailableError
+
+_CONNECT_SECONDS = 2.0
+
+
+class Script:
+    """A Lua script and its digest."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Link:
+    """One connection, one call at a time.
+
+    Whatever goes wrong between a request and its answer, cancellation included, closes the
+    connection: its next user must never read that answer.
+
+    Args:
+      address: of the server.
+      breaker: shared by all links to it.
+    """
+
+    def __init__(self, address: Address, breaker: CircuitBreaker) -> None:
+        self._address = address
+        self._breaker = breaker
+        is_tcp = not address.url.startswith("unix")
+        keepalive = {
+            getattr(socket, name): value
+            for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+            if hasattr(socket, name)
+        }
+        options: dict[str, Any] = (
+            {"socket_keepalive": True, "socket_keepalive_options": keepalive} if is_tcp else {}
+        )
+        pool = redis_asyncio.ConnectionPool.from_url(
+            address.url,
+            protocol=2,
+            retry=RedisRetry(NoBackoff(), 0),
+            socket_timeout=None,
+            socket_connect_timeout=_CONNECT_SECONDS,
+            **options,
+        )
+        self._connection: Any = pool.make_connection()
+        self._lock = asyncio.Lock()
+
+    async def call(self, *arguments: Any, timeout_seconds: float | None) -> Any:
+        """Sends a command and returns the server's answer.
+
+        Raises:
+          BusUnavailableError: no answer, or a server that cannot answer now.
+          ResponseError: the server refuses.
+        """
+        async with self._lock:
+            if self._breaker.is_open:
+                raise BusUnavailableError(
+                    f"the bus at {self._address.shown} does not answer; next attempt in "
+                    f"{self._breaker.seconds_left():.1f} s"
+                )
+            is_answered = False
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    if not self._connection.is_connected:
+                        async with asyncio.timeout(_CONNECT_SECONDS):
+                            await self._connection.connect()
+                    await self._connection.send_command(*arguments)
+                    answer = await self._connection.read_response(disconnect_on_error=False)
+                is_answered = True
+            except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
+                is_answered = True
+                raise BusUnavailableError(
+                    f"the bus at {self._address.shown} cannot take this now: {error}"
+                ) from error
+            except ResponseError:
+                is_answered = True
+                raise
+            except AuthenticationError as error:
+                raise BusSecurityError(
+                    f"the bus at {self._address.shown} refuses the user or password: {error}"
+                ) from error
+            except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
+                # TimeoutError is an OSError.
+                self._breaker.failed()
+                raise BusUnavailableError(
+                    f"the bus at {self._address.shown} does not answer: "
+                    f"{error or type(error).__name__}"
+                ) from error
+            finally:
+                if not is_answered:
+                    await self._drop()
+            self._breaker.succeeded()
+            return answer
+
+    async def run(
+        self, script: Script, keys: list[str], arguments: list[Any], *, timeout_seconds: float
+    ) -> Any:
+        """Runs a script, which the server may have to be told first."""
+        try:
+            return await self.call(
+                "EVALSHA",
+                script.digest,
+                len(keys),
+                *keys,
+                *arguments,
+                timeout_seconds=timeout_seconds,
+            )
+        except NoScriptError:
+            return await self.call(
+                "EVAL", script.text, len(keys), *keys, *arguments, timeout_seconds=timeout_seconds
+            )
+
+    async def _drop(self) -> None:
+        await self._connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Disconnects."""
+        await self._connection.disconnect(nowait=True)

@@ -1,0 +1,348 @@
+"""Every message that crosses the bus, as frozen tagged structs.
+
+A struct's tag is `kind/version`. Fields with a default may be added within a version: readers
+ignore what they do not know. Anything else is a new version and a migration (`Schema`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from esper_fn.bus._topics import Topic
+
+Name = Annotated[str, Meta(max_length=200)]
+Words = Annotated[str, Meta(max_length=2_000)]
+Id = Annotated[str, Meta(min_length=1, max_length=80)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+
+MAX_BATCH = 256
+"""Commands in one all-or-nothing batch."""
+
+_COUNTER = itertools.count()
+_COUNTER_LOCK = threading.Lock()
+_ORIGIN = f"{os.getpid():x}-{os.urandom(6).hex()}"
+
+
+def new_id() -> str:
+    """A name no other command has: process, chance and a counter; no clock, so none can repeat it.
+
+    >>> new_id() != new_id()
+    True
+    """
+    global _ORIGIN  # noqa: PLW0603 -- a forked process must not repeat its parent's
+    with _COUNTER_LOCK:
+        if not _ORIGIN.startswith(f"{os.getpid():x}-"):
+            _ORIGIN = f"{os.getpid():x}-{os.urandom(6).hex()}"
+        return f"{_ORIGIN}-{next(_COUNTER)}"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True):
+    """Root of all messages."""
+
+    topic: ClassVar[Topic]
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """What is asked of a run. Delivered at least once, in force exactly once.
+
+    Attributes:
+      id: a command with the same id is answered with the first one's outcome.
+      expires_after_seconds: refused, and never carried out, when it is older than that; its age
+        is counted on the sender's clock until it is published, and then on the server's.
+      sender: who asks, for people.
+    """
+
+    topic: ClassVar[Topic] = Topic.COMMANDS
+    id: Id = msgspec.field(default_factory=new_id)
+    expires_after_seconds: Annotated[float, Meta(gt=0, le=30 * 86_400)] | None = None
+    sender: Name = ""
+
+
+class SeedCommand(Command, frozen=True, kw_only=True):
+    """What is asked of one seed.
+
+    Attributes:
+      seed: its number within its site, or among all seeds where `site` is left out.
+      site: name of the site.
+    """
+
+    seed: Count
+    site: Name | None = None
+
+
+class Germinate(SeedCommand, frozen=True, kw_only=True, tag="germinate/1"):
+    """Give a dormant seed a newborn body."""
+
+    blueprint: Name
+    graft: Name | None = None
+
+
+class Transition(SeedCommand, frozen=True, kw_only=True, tag="transition/1"):
+    """Move a seed to a stage that may follow its own."""
+
+    target: Name
+
+
+class SetGraft(SeedCommand, frozen=True, kw_only=True, tag="set_graft/1"):
+    """Change a seed's grafting strategy."""
+
+    graft: Name
+
+
+class Cull(SeedCommand, frozen=True, kw_only=True, tag="cull/1"):
+    """Remove a seed's body."""
+
+
+class Cancel(SeedCommand, frozen=True, kw_only=True, tag="cancel/1"):
+    """Call off a seed that does not act yet."""
+
+
+class RollBack(SeedCommand, frozen=True, kw_only=True, tag="roll_back/1"):
+    """Remove a seed's body and keep the seed out until it is released."""
+
+
+class Release(SeedCommand, frozen=True, kw_only=True, tag="release/1"):
+    """Let a rolled-back seed sleep and grow again."""
+
+
+class HoldSeed(SeedCommand, frozen=True, kw_only=True, tag="hold_seed/1"):
+    """Keep a seed in its stage until it is let go."""
+
+
+class LetSeedGo(SeedCommand, frozen=True, kw_only=True, tag="let_seed_go/1"):
+    """End a hold."""
+
+
+class Pause(Command, frozen=True, kw_only=True, tag="pause/1"):
+    """Stand still at the next step boundary, until Resume."""
+
+
+class Resume(Command, frozen=True, kw_only=True, tag="resume/1"):
+    """End a pause."""
+
+
+class Checkpoint(Command, frozen=True, kw_only=True, tag="checkpoint/1"):
+    """Save the run at the next step boundary."""
+
+    label: Name = ""
+
+
+OneSeed = (
+    Germinate | Transition | SetGraft | Cull | Cancel | RollBack | Release | HoldSeed | LetSeedGo
+)
+
+
+class Batch(Command, frozen=True, kw_only=True, tag="batch/1"):
+    """Commands to different seeds that all take force in one step, or none does."""
+
+    commands: Annotated[tuple[OneSeed, ...], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class EmergencyStop(Command, frozen=True, kw_only=True, tag="emergency_stop/1"):
+    """End the run at the next step boundary; overtakes everything that waits."""
+
+    topic: ClassVar[Topic] = Topic.URGENT
+    reason: Words = ""
+
+
+class SeedOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of one seed: codes and stages by name."""
+
+    seed: int
+    code: Name
+    before: Name | None = None
+    after: Name | None = None
+
+
+class Outcome(Message, frozen=True, kw_only=True, tag="outcome/1"):
+    """What became of a command; exactly one for each id.
+
+    Attributes:
+      command_id: of the command answered.
+      code: DONE, or why not.
+      words: the same for people, with the remedy where there is one.
+      step: the training step it took force in, or was refused before.
+      seeds: one row a seed asked for.
+    """
+
+    topic: ClassVar[Topic] = Topic.OUTCOMES
+    command_id: Id
+    code: Name
+    words: Words = ""
+    step: int = -1
+    seeds: tuple[SeedOutcome, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it took force."""
+        return self.code == "DONE"
+
+
+class Column(msgspec.Struct, frozen=True, array_like=True):
+    """One array, little-endian, by its NumPy name of a dtype: `u1`, `i2`, `i4`, `f4` or `f8`."""
+
+    dtype: Annotated[str, Meta(pattern="^(u1|i1|i2|i4|i8|f4|f8)$")]
+    data: bytes
+
+    @classmethod
+    def of(cls, values: Any) -> Column:
+        """The column of an array of one axis."""
+        array = np.ascontiguousarray(values)
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        return cls(array.dtype.str[1:], array.tobytes())
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The values, read-only."""
+        return np.frombuffer(self.data, np.dtype(f"<{self.dtype}"))
+
+
+class Frame(Message, frozen=True, kw_only=True, tag="frame/1"):
+    """The state of all seeds after a step, one column a quantity.
+
+    Attributes:
+      step: the training step it shows.
+      columns: by name, all of the same length: a row a seed.
+    """
+
+    topic: ClassVar[Topic] = Topic.TELEMETRY
+    step: int
+    columns: dict[Name, Column]
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """One column."""
+        return self.columns[name].array()
+
+
+class StepMetrics(Message, frozen=True, kw_only=True, tag="step_metrics/1"):
+    """The scalars of one step, or of the last of several."""
+
+    topic: ClassVar[Topic] = Topic.TELEMETRY
+    step: int
+    loss: float
+    steps_per_second: float = 0.0
+    num_live: int = 0
+    num_parameters: int = 0
+    num_rollbacks: int = 0
+    num_dropped: int = 0
+    """Telemetry messages the run has dropped so far."""
+    stages: dict[Name, int] = {}
+    values: dict[Name, float] = {}
+
+
+class LifecycleEvent(Message, frozen=True, kw_only=True, tag="lifecycle_event/1"):
+    """A seed changed its stage."""
+
+    topic: ClassVar[Topic] = Topic.EVENTS
+    step: int
+    seed: int
+    site: Name
+    layer: int
+    chunk: int
+    source: Name
+    target: Name
+    cause: Words
+    blueprint: Name | None = None
+    measured: dict[Name, float | None] = {}
+
+
+class Alert(Message, frozen=True, kw_only=True, tag="alert/1"):
+    """Somebody should look."""
+
+    topic: ClassVar[Topic] = Topic.EVENTS
+    name: Name
+    level: Annotated[str, Meta(pattern="^(info|warning|critical)$")]
+    words: Words
+    step: int = -1
+
+
+class CheckpointEvent(Message, frozen=True, kw_only=True, tag="checkpoint_event/1"):
+    """A checkpoint was saved, restored, or failed."""
+
+    topic: ClassVar[Topic] = Topic.EVENTS
+    step: int
+    what: Annotated[str, Meta(pattern="^(saved|restored|failed)$")]
+    words: Words = ""
+
+
+class Announcement(Message, frozen=True, kw_only=True, tag="announcement/1"):
+    """A run has taken its place on the bus: what it serves."""
+
+    topic: ClassVar[Topic] = Topic.EVENTS
+    run: Name
+    host: Name
+    pid: int
+    sites: dict[Name, int]
+    """Seeds of each site."""
+    blueprints: tuple[Name, ...] = ()
+    grafts: tuple[Name, ...] = ()
+    version: Name = ""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat/1"):
+    """A run lives."""
+
+    topic: ClassVar[Topic] = Topic.EVENTS
+    run: Name
+    step: int
+    is_paused: bool = False
+
+
+class DeadLetter(Message, frozen=True, kw_only=True, tag="dead_letter/1"):
+    """A message that was set aside.
+
+    Attributes:
+      reason: one word: undecodable, unsupported, oversized, forged, replayed, expired, failing,
+        gap.
+      words: what was wrong, for people.
+      from_topic: where it lay.
+      entry_id: its name there.
+      size_bytes: of its payload.
+      deliveries: how often it was handed out.
+      payload: its bytes; empty where it was too large to keep.
+      signature: what it was signed with.
+    """
+
+    topic: ClassVar[Topic] = Topic.DEAD
+    reason: Name
+    words: Words
+    from_topic: Topic
+    entry_id: Name
+    size_bytes: int
+    deliveries: int = 1
+    payload: bytes = b""
+    signature: bytes = b""
+
+
+class Probe(Message, frozen=True, kw_only=True, tag="probe/1"):
+    """Carries a time and ballast: for measuring a bus."""
+
+    topic: ClassVar[Topic] = Topic.TELEMETRY
+    sent_ns: int
+    ballast: bytes = b""
+
+
+AnyMessage = (
+    OneSeed
+    | Pause
+    | Resume
+    | Checkpoint
+    | Batch
+    | EmergencyStop
+    | Outcome
+    | Frame
+    | StepMetrics
+    | LifecycleEvent
+    | Alert
+    | CheckpointEvent
+    | Announcement
+    | Heartbeat
+    | DeadLetter
+    | Probe
+)

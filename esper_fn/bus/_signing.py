@@ -1,0 +1,132 @@
+"""Who may command: HMAC-SHA256 over the bytes as they travel.
+
+    signature = key_id || "." || HMAC-SHA256(key, "esper-bus 1" 0 stream 0 key_id 0 payload)
+
+The stream's name (run and topic) is part of it, so that a message cannot be moved to another
+stream; so is the parcel's format and every message's version, which lie in the payload.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esper_fn.errors import BusSecurityError, ForgedError
+
+_MIN_KEY_BYTES = 16
+_MAC_BYTES = 32
+_LONGEST_SIGNATURE = 64 + 1 + _MAC_BYTES
+KEYS_VARIABLE = "ESPER_BUS_KEYS"
+KEY_FILE_VARIABLE = "ESPER_BUS_KEY_FILE"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keyring:
+    """The keys one side holds. To rotate: add the new key everywhere, then make it active
+    everywhere, then remove the old one.
+
+    Args:
+      active: id of the key that signs; None signs nothing and accepts everything.
+      keys: by id, at least 16 bytes each; any of them verifies.
+
+    Raises:
+      BusSecurityError: a short key, an id that is none, or an active key that is not there.
+    """
+
+    active: str | None = None
+    keys: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for key_id, key in self.keys.items():
+            if not (key_id.isascii() and key_id.isidentifier() and len(key_id) <= 64):
+                raise BusSecurityError(
+                    f"key id {key_id!r} must be letters, digits and _, at most 64"
+                )
+            if len(key) < _MIN_KEY_BYTES:
+                raise BusSecurityError(
+                    f"key {key_id!r} has {len(key)} bytes; at least {_MIN_KEY_BYTES}; "
+                    "`python -c 'import secrets; print(secrets.token_hex(32))'` makes one"
+                )
+        if self.active is not None and self.active not in self.keys:
+            raise BusSecurityError(
+                f"active={self.active!r} is none of the keys {sorted(self.keys)}"
+            )
+        if self.keys and self.active is None:
+            raise BusSecurityError("active must name the key that signs; the first one, usually")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether messages must be signed."""
+        return bool(self.keys)
+
+    def sign(self, stream: str, payload: bytes) -> bytes:
+        """The signature of a payload in a stream; empty without a key."""
+        if self.active is None:
+            return b""
+        name = self.active.encode()
+        return name + b"." + _mac(self.keys[self.active], stream, name, payload)
+
+    def verify(self, stream: str, payload: bytes, signature: bytes) -> None:
+        """Holds a signature against the keys, in constant time.
+
+        Raises:
+          ForgedError: it is missing or does not hold. Nothing is checked without a key.
+        """
+        if not self.keys:
+            return
+        if not signature:
+            raise ForgedError("the message is not signed, and this side requires it")
+        name, dot, given = signature.partition(b".")
+        key = self.keys.get(name.decode("ascii", "replace")) if dot else None
+        if key is None or len(signature) > _LONGEST_SIGNATURE:
+            raise ForgedError(f"signed with a key that is not held here ({name[:16]!r})")
+        # Bytes of any length compare in constant time; a truncated one is unequal.
+        if not hmac.compare_digest(_mac(key, stream, name, payload), given):
+            raise ForgedError(f"the signature by key {name.decode()!r} does not hold")
+
+
+NO_KEYS = Keyring()
+"""Signs nothing, accepts everything: for a bus only this machine can reach."""
+
+
+def read_keys(environment: Mapping[str, str] | None = None) -> Keyring:
+    """The keys of this process: `$ESPER_BUS_KEYS`, or the file `$ESPER_BUS_KEY_FILE` names.
+
+    Both hold `id:hex` pairs, apart by commas or lines; the first one signs.
+
+    Raises:
+      BusSecurityError: not such pairs, or a file that others may read.
+    """
+    environment = os.environ if environment is None else environment
+    text, origin = environment.get(KEYS_VARIABLE, ""), f"${KEYS_VARIABLE}"
+    if not text and (path := environment.get(KEY_FILE_VARIABLE)):
+        origin = path
+        if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
+            raise BusSecurityError(f"{path} may be read by others; chmod 600 it")
+        text = Path(path).read_text(encoding="ascii")
+    keys: dict[str, bytes] = {}
+    for part in text.replace(",", "\n").split():
+        key_id, _, digits = part.partition(":")
+        try:
+            keys[key_id] = bytes.fromhex(digits)
+        except ValueError:
+            # The text may hold a key, so it is not shown.
+            raise BusSecurityError(
+                f"{origin}: key {key_id!r} must be written id:hex, as in first:00ff..."
+            ) from None
+    return Keyring(active=next(iter(keys), None), keys=keys)
+
+
+def new_key(key_id: str = "first") -> str:
+    """A fresh key as `read_keys` reads it."""
+    return f"{key_id}:{secrets.token_hex(32)}"
+
+
+def _mac(key: bytes, stream: str, name: bytes, payload: bytes) -> bytes:
+    covered = b"esper-bus 1\0" + stream.encode() + b"\0" + name + b"\0" + payload
+    return hmac.digest(key, covered, "sha256")

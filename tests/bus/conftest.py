@@ -1,0 +1,53 @@
+"""A real server for the whole session, and both transports by one fixture."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import pytest
+
+from esper_fn import bus
+
+
+@pytest.fixture(scope="session")
+def server():
+    with bus.PrivateServer(with_port=True) as running:
+        yield running
+
+
+@pytest.fixture
+def run_name():
+    return f"run-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(params=["memory", "redis"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def make(kind, request, run_name):
+    """Makes transports that share one server; a test closes none of them."""
+    broker = bus.Broker()
+    url = request.getfixturevalue("server").url if kind == "redis" else "memory"
+
+    def make(run=run_name):
+        if kind == "memory":
+            return bus.MemoryTransport(run, broker)
+        return bus.RedisTransport(bus.parse_address(url), run, has_key=False)
+
+    return make
+
+
+def run_async(main, *transports):
+    """Runs a coroutine and closes the transports in its loop."""
+
+    async def whole():
+        try:
+            return await asyncio.wait_for(main, 60)
+        finally:
+            for transport in transports:
+                await transport.close()
+
+    return asyncio.run(whole())

@@ -1,0 +1,311 @@
+"""The contract of `Transport`, for every implementation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from conftest import run_async
+
+from esper_fn import bus
+from esper_fn.bus import Entry, Settlement, Topic
+from esper_fn.errors import BusUnavailableError, BusyError, FencedError
+
+
+def entries(*texts):
+    return [Entry(text.encode(), b"") for text in texts]
+
+
+def texts(deliveries):
+    return [delivery.payload.decode() for delivery in deliveries]
+
+
+def settlement(number, deliveries=(), *, outcomes=(), dead=(), sequences=None):
+    done, cursor = {}, {}
+    for delivery in deliveries:
+        done.setdefault(delivery.topic, []).append(delivery.entry_id)
+        cursor[delivery.topic] = delivery.entry_id
+    return Settlement(number, done, cursor, sequences or {}, entries(*outcomes), entries(*dead))
+
+
+async def read(transport, *topics, group="run", consumer="a", limit=100, wait=0.0):
+    return await transport.read(
+        topics or [Topic.COMMANDS], group, consumer, limit=limit, wait_seconds=wait
+    )
+
+
+def test_entries_come_out_in_order_and_once_for_each_group(make):
+    t = make()
+
+    async def main():
+        await t.open()
+        await t.publish(Topic.EVENTS, "p", 0, entries("a", "b"))
+        await t.publish(Topic.EVENTS, "p", 2, entries("c"))
+        first = await read(t, Topic.EVENTS, group="g", limit=2)
+        assert texts(first) == ["a", "b"]
+        assert texts(await read(t, Topic.EVENTS, group="g")) == ["c"]
+        assert await read(t, Topic.EVENTS, group="g") == []
+        assert texts(await read(t, Topic.EVENTS, group="h")) == ["a", "b", "c"]
+        assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 2
+        assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 0
+        assert await t.length(Topic.EVENTS) == 3
+
+    run_async(main(), t)
+
+
+def test_a_repeated_publication_adds_nothing(make):
+    t = make()
+
+    async def main():
+        first = await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
+        again = await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
+        more = await t.publish(Topic.COMMANDS, "p", 1, entries("b", "c"))
+        other = await t.publish(Topic.COMMANDS, "q", 0, entries("x"))
+        assert [p.num_new for p in (first, again, more, other)] == [2, 0, 1, 1]
+        assert texts(await read(t)) == ["a", "b", "c", "x"]
+
+    run_async(main(), t)
+
+
+def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
+    t = make()
+    limit = bus.POLICIES[Topic.URGENT].max_entries
+
+    async def main():
+        await t.publish(Topic.URGENT, "p", 0, entries(*map(str, range(limit - 1))))
+        with pytest.raises(BusyError, match=f"at most {limit:,}"):
+            await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
+        assert await t.length(Topic.URGENT) == limit - 1
+        await t.attach("h", lease_seconds=9)
+        got = await read(t, Topic.URGENT, limit=500)
+        with pytest.raises(BusyError):
+            await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
+        await t.acknowledge(Topic.URGENT, "run", [d.entry_id for d in got])
+        await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
+        assert await t.length(Topic.URGENT) == limit + 1
+
+    run_async(main(), t)
+
+
+def test_telemetry_forgets_the_oldest(make):
+    t = make()
+    limit = bus.POLICIES[Topic.TELEMETRY].max_entries
+
+    async def main():
+        for start in range(0, 3 * limit, 500):
+            await t.publish(
+                Topic.TELEMETRY, "p", start, entries(*map(str, range(start, start + 500)))
+            )
+        assert limit <= await t.length(Topic.TELEMETRY) <= 1.1 * limit
+
+    run_async(main(), t)
+
+
+def test_a_waiting_reader_wakes_within_milliseconds(make):
+    reader, writer = make(), make()
+
+    async def main():
+        await reader.open()
+        await writer.open()
+        task = asyncio.create_task(read(reader, Topic.URGENT, Topic.COMMANDS, wait=None))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        began = time.perf_counter()
+        await writer.publish(Topic.URGENT, "p", 0, entries("now"))
+        assert texts(await task) == ["now"]
+        assert time.perf_counter() - began < 0.5
+
+    run_async(main(), reader, writer)
+
+
+def test_a_reader_gives_up_after_its_time(make):
+    t = make()
+
+    async def main():
+        began = time.perf_counter()
+        assert await read(t, wait=0.2) == []
+        assert 0.15 < time.perf_counter() - began < 2
+        assert await t.tail({Topic.EVENTS: "0-0"}, limit=9, wait_seconds=0.05) == []
+
+    run_async(main(), t)
+
+
+def test_tail_shows_everyone_everything(make):
+    t, u = make(), make()
+
+    async def main():
+        await t.publish(Topic.EVENTS, "p", 0, entries("old"))
+        after = await t.last_ids([Topic.EVENTS, Topic.OUTCOMES])
+        assert after[Topic.OUTCOMES] == "0-0"
+        await t.publish(Topic.EVENTS, "p", 1, entries("new"))
+        for reader in (t, u):
+            assert texts(await reader.tail(after, limit=9, wait_seconds=1)) == ["new"]
+        assert texts(await t.page(Topic.EVENTS, after="0-0", limit=9)) == ["old", "new"]
+
+    run_async(main(), t, u)
+
+
+def test_what_is_not_acknowledged_is_claimed_with_its_count(make):
+    t = make()
+
+    async def main():
+        await t.publish(Topic.TELEMETRY, "p", 0, entries("a", "b"))
+        (a, _) = await read(t, Topic.TELEMETRY, group="g", consumer="dies")
+        await t.acknowledge(Topic.TELEMETRY, "g", [a.entry_id])
+        for count in (2, 3):
+            claimed = await t.claim(Topic.TELEMETRY, "g", "heir", idle_seconds=0.0, limit=9)
+            assert [(d.payload, d.deliveries) for d in claimed] == [(b"b", count)]
+        assert await t.claim(Topic.TELEMETRY, "g", "heir", idle_seconds=60, limit=9) == []
+        await t.bury(Topic.TELEMETRY, "g", [claimed[0].entry_id], Entry(b"dead"))
+        await t.bury(Topic.TELEMETRY, "g", [claimed[0].entry_id], Entry(b"dead"))
+        assert texts(await t.page(Topic.DEAD, after="0-0", limit=9)) == ["dead"]
+        assert await t.claim(Topic.TELEMETRY, "g", "x", idle_seconds=0.0, limit=9) == []
+
+    run_async(main(), t)
+
+
+def test_two_consumers_of_a_group_share_without_overlap(make):
+    t, u = make(), make()
+
+    async def take(transport, name, seen):
+        while len(seen) < 400:
+            got = await read(transport, Topic.EVENTS, group="g", consumer=name, limit=7, wait=0.2)
+            await transport.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in got])
+            seen += texts(got)
+            if not got:
+                return
+
+    async def main():
+        await t.publish(Topic.EVENTS, "p", 0, entries(*map(str, range(400))))
+        seen = []
+        await asyncio.gather(take(t, "a", seen), take(u, "b", seen))
+        assert sorted(map(int, seen)) == list(range(400))
+
+    run_async(main(), t, u)
+
+
+def test_one_holder_at_a_time(make):
+    t, u = make(), make()
+
+    async def main():
+        one = await t.attach("one", lease_seconds=0.3)
+        with pytest.raises(bus.LeaseHeldError, match="held by one"):
+            await u.attach("two", lease_seconds=9)
+        assert await u.living() == [t.run] if hasattr(t, "_broker") else t.run in await u.living()
+        assert await t.renew(one.lease, lease_seconds=0.3) > 1_600_000_000_000
+        await asyncio.sleep(0.4)
+        two = await u.attach("two", lease_seconds=9)
+        assert two.lease.epoch > one.lease.epoch
+        with pytest.raises(FencedError, match="driven by two"):
+            await t.renew(one.lease, lease_seconds=9)
+        with pytest.raises(FencedError, match="must not go on"):
+            await t.settle(one.lease, settlement(1))
+        await t.release(one.lease)  # does not end the other's
+        await u.renew(two.lease, lease_seconds=9)
+        three = await t.attach("three", lease_seconds=9, should_take_over=True, least_epoch=70)
+        assert three.lease.epoch == 71
+        await t.release(three.lease)
+        assert t.run not in await u.living()
+
+    run_async(main(), t, u)
+
+
+def test_a_settlement_is_whole_and_counts_once(make):
+    t = make()
+
+    async def main():
+        held = await t.attach("h", lease_seconds=9)
+        await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
+        await t.publish(Topic.URGENT, "p", 0, entries("stop"))
+        got = await read(t, Topic.URGENT, Topic.COMMANDS)
+        assert texts(got) == ["stop", "a", "b"]
+        done = settlement(1, got[:2], outcomes=["A"], dead=["D"], sequences={"p/commands": 0})
+        for _ in range(3):
+            await t.settle(held.lease, done)
+        assert texts(await t.page(Topic.OUTCOMES, after="0-0", limit=9)) == ["A"]
+        assert texts(await t.page(Topic.DEAD, after="0-0", limit=9)) == ["D"]
+        again = await t.attach("h", lease_seconds=9)
+        assert again.sequences == {"p/commands": 0}
+        assert again.cursor[Topic.URGENT] == got[0].entry_id
+        assert again.attempts == {(Topic.COMMANDS, got[2].entry_id): 1}
+        assert texts(await read(t, Topic.URGENT, Topic.COMMANDS)) == ["b"]
+        await t.settle(again.lease, settlement(1, got[2:], sequences={"p/commands": -1}))
+        last = await t.attach("h", lease_seconds=9)
+        assert (last.sequences, last.attempts) == ({}, {})
+
+    run_async(main(), t)
+
+
+def test_a_run_restored_to_an_earlier_position_gets_its_commands_again(make):
+    t = make()
+
+    async def main():
+        held = await t.attach("h", lease_seconds=9)
+        await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b", "c"))
+        got = await read(t)
+        await t.settle(held.lease, settlement(1, got[:2]))
+        saved = {Topic.COMMANDS: got[0].entry_id}
+        again = await t.attach("h", lease_seconds=9, cursor=saved)
+        assert texts(await read(t)) == ["b", "c"]
+        assert again.leftovers == []
+        # In force, but its settlement was lost: handed back for its first outcome.
+        later = await t.attach("h", lease_seconds=9, cursor={Topic.COMMANDS: got[2].entry_id})
+        assert texts(later.leftovers) == ["b", "c"] or texts(later.leftovers) == ["c"]
+        assert await read(t) == []
+
+    run_async(main(), t)
+
+
+def test_trim_and_discard(make):
+    t = make()
+
+    async def main():
+        await t.publish(Topic.COMMANDS, "p", 0, entries(*"abcd"))
+        rows = await t.page(Topic.COMMANDS, after="0-0", limit=9)
+        assert await t.trim(Topic.COMMANDS, rows[2].entry_id) == 2
+        assert await t.discard(Topic.COMMANDS, [rows[3].entry_id, rows[0].entry_id]) == 1
+        assert texts(await t.page(Topic.COMMANDS, after="0-0", limit=9)) == ["c"]
+        assert await t.discard(Topic.COMMANDS, []) == 0
+
+    run_async(main(), t)
+
+
+def test_a_cancelled_call_leaves_nothing_for_the_next_one(make):
+    t = make()
+
+    async def main():
+        await t.publish(Topic.EVENTS, "p", 0, entries("a"))
+        for turn in range(40):
+            task = asyncio.create_task(t.length(Topic.EVENTS))
+            for _ in range(turn % 4):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            assert texts(await t.page(Topic.EVENTS, after="0-0", limit=9)) == ["a"]
+        waiting = asyncio.create_task(read(t, wait=None))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        await t.publish(Topic.COMMANDS, "p", 0, entries("b"))
+        got = await read(t, wait=1)
+        # A read that was cancelled on its way may have taken the entry: it is claimed then.
+        got += await t.claim(Topic.COMMANDS, "run", "a", idle_seconds=0.0, limit=9)
+        assert set(texts(got)) == {"b"}
+
+    run_async(main(), t)
+
+
+def test_a_closed_transport_says_so(make):
+    t = make()
+
+    async def main():
+        await t.open()
+        await t.close()
+        with pytest.raises(BusUnavailableError, match="closed"):
+            await t.length(Topic.EVENTS)
+
+    run_async(main())
