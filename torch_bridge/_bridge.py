@@ -103,10 +103,13 @@ class Bridge:
         self, host: dict[str, Any] | None = None, bodies: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Groups for an optimiser, with options of their own for the host and for the bodies."""
-        own = {"params": [p for p in self._host if p.requires_grad], **(host or {})}
+        grown = self.body_parameters()
+        known = {id(p) for p in grown}
+        # Not `_host`: `fully_shard` puts other parameters in their places.
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         return [
-            *([own] if own["params"] else []),
-            {"params": self.body_parameters(), **(bodies or {})},
+            *([{"params": rest, **(host or {})}] if rest else []),
+            {"params": grown, **(bodies or {})},
         ]
 
     def summary(self) -> str:

@@ -53,7 +53,7 @@ class Watcher:
         self.scale = 1.0
         me = weakref.ref(self)
         self._handles = [
-            register_optimizer_step_pre_hook(lambda of, args, kwargs: _pre(me, of)),
+            register_optimizer_step_pre_hook(lambda of, args, kwargs: _pre(me, of, args, kwargs)),
             register_optimizer_step_post_hook(lambda of, args, kwargs: _post(me, of)),
         ]
         for handle in self._handles:
@@ -98,14 +98,18 @@ class Watcher:
             return
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
-        for p in self.resting:
-            p.grad = None
+        self.rest()
         if self.before is None and self.learning.groups:
             self.before = self.learning.snapshot()
         for bank in self.partial:
             of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
             for of in (*bank.params, *of_state):
                 self._saved.append((of, of.detach().clone(), bank.learns))
+
+    def rest(self) -> None:
+        """Takes the gradients of resting bodies away."""
+        for p in self.resting:
+            p.grad = None
 
     def after_step(self, optimizer: Any) -> None:
         """Puts resting rows of stacked bodies back."""
@@ -142,10 +146,29 @@ def _put_back(of: Tensor, old: Tensor, learns: Tensor) -> None:
     of.copy_(torch.where(learns.reshape(-1, *(1,) * (of.ndim - 1)), of, old))
 
 
-def _pre(me: Any, optimizer: Optimizer) -> None:
+def _pre(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    """Before a step, or, where the backward pass is in the step's closure, after that."""
     watcher = me()
-    if watcher is not None:
+    if watcher is None:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
         watcher.before_step(optimizer)
+        return None
+    num_calls = 0
+
+    def with_watcher() -> Any:
+        nonlocal num_calls
+        loss = closure()
+        with torch.no_grad():
+            if num_calls:  # some optimisers ask again in the same step
+                watcher.rest()
+            else:
+                watcher.before_step(optimizer)
+        num_calls += 1
+        return loss
+
+    return args[:1], {**kwargs, "closure": with_watcher}
 
 
 def _post(me: Any, optimizer: Optimizer) -> None:
