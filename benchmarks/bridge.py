@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,11 +25,20 @@ STEPS = 16
 
 def measure(*, quick: bool) -> Mapping[str, Row]:
     """All rows that this machine can take; `quick` takes few samples."""
-    rows = _cnn_rows(repeats=2 if quick else 12)
+    parts: dict[str, Callable[[], dict[str, Row]]] = {
+        "cnn": lambda: _cnn_rows(repeats=2 if quick else 12),
+        "cpu": lambda: _cpu_rows(repeats=2 if quick else 10, is_compiled=not quick),
+    }
     if torch.cuda.is_available():
-        rows |= _gpu_rows(repeats=2 if quick else 6, is_compiled=True)
-    else:
-        rows |= _cpu_rows(repeats=2 if quick else 10, is_compiled=not quick)
+        parts["gpu"] = lambda: _gpu_rows(repeats=2 if quick else 4, is_compiled=True)
+    rows: dict[str, Row] = {}
+    for name, part in parts.items():
+        start = time.perf_counter()
+        try:
+            rows |= part()
+        except Exception:  # a part that fails must not cost the others; `check` misses its rows
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return rows
 
 
