@@ -41,18 +41,19 @@ def _plainly(x: Tensor) -> AbstractContextManager[Any]:
 
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, _layer.Kept | None]:
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
     last = x.movedim(axis, -1)
     with torch.no_grad(), _plainly(x):
         if plan.banks and _kernels.serves(plan, bodies, last):
             rows, watched = _kernels.forward(plan, bodies, last)
             if axis == -1:  # a view may not be changed in place by whoever comes next
-                return torch.ops.aten._unsafe_view(rows, x.shape), watched
-            return torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis)), watched
-        y = x.clone()
-        _layer.forward_(plan, bodies, last, y.movedim(axis, -1))
-        return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x)
+                return torch.ops.aten._unsafe_view(rows, x.shape), watched, None
+            y = torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis))
+            return y, watched, None
+        y = torch.empty_like(x)
+        kept = _layer.forward(plan, bodies, last, y.movedim(axis, -1))
+        return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x), kept
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
@@ -60,14 +61,20 @@ def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
 
 
 def _backward(
-    plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, dy: Tensor, watched: Tensor
+    plan: SitePlan,
+    axis: int,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    kept: _layer.Kept | None = None,
 ) -> _layer.Pulled:
     last, slope = x.movedim(axis, -1), dy.movedim(axis, -1)
     with torch.no_grad(), _plainly(x):
         if plan.banks and _kernels.serves(plan, bodies, last):
             pulled = _kernels.backward(plan, bodies, last, slope, watched)
         else:
-            pulled = _layer.backward(plan, bodies, last, slope, watched)
+            pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
     return pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
@@ -81,8 +88,8 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         """`names` are the parameters of each live bank, in the order of `leaves`."""
         del tap
         bodies = _named(plan, names, leaves)
-        y, watched = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, watched, *leaves)
+        y, watched, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, watched, *(kept or (None, None)), *leaves)
         ctx.static = (plan, axis, names)
         return y
 
@@ -91,8 +98,9 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of `x`, of the tap and of the bodies."""
         plan, axis, names = ctx.static
-        x, watched, *leaves = ctx.saved_tensors
-        pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched)
+        x, watched, z, r_square, *leaves = ctx.saved_tensors
+        kept = None if z is None else _layer.Kept(z, r_square)
+        pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched, kept)
         grads = [
             pulled.d_bodies[bank.bank][name]
             for bank, of in zip(plan.banks, names, strict=True)
@@ -151,7 +159,7 @@ def site_op(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tu
     del tap
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
-    y, watched = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
+    y, watched, _ = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
     return _own(y, x, x), watched
 
 

@@ -21,50 +21,15 @@ from torch.optim.optimizer import (
 )
 
 from torch_bridge._errors import BridgeError
+from torch_bridge._settle import Learning
 
 
-class Kept:
-    """The learning bodies of one bank before a step."""
-
-    def __init__(
-        self, params: list[nn.Parameter], num_leaves: int, learns: Tensor | None, is_stacked: bool
-    ) -> None:
-        self.params = params
-        """Body by body; where they are stacked, `[P, ...]` each."""
-        self.num_leaves = num_leaves
-        self.learns = learns
-        """bool[P] where stacked and not all learn."""
-        self.is_stacked = is_stacked
-        self.before = [p.detach().clone() for p in params]
-        self.state: list[tuple[Tensor, Tensor]] = []
-        """Rows of an optimiser's state, and what they were."""
-
-    def squares(self, values: list[Tensor]) -> Tensor:
-        """float32[n]: the sum of squares of each body, of values that belong to `params`."""
-        if self.is_stacked:
-            return sum(of.float().square().flatten(1).sum(1) for of in values)
-        each = torch.stack([of.float().square().sum() for of in values])
-        return each.reshape(-1, self.num_leaves).sum(1)
-
-    def put_back(self, index: int) -> None:
-        """Gives one body its old numbers."""
-        with torch.no_grad():
-            if self.is_stacked:
-                for p, old in zip(self.params, self.before, strict=True):
-                    p[index] = old[index]
-                return
-            here = slice(index * self.num_leaves, (index + 1) * self.num_leaves)
-            for p, old in zip(self.params[here], self.before[here], strict=True):
-                p.copy_(old)
-
-
-class Learning(NamedTuple):
-    """A bank in which a body learns; see `Kept`."""
+class Partial(NamedTuple):
+    """A bank whose bodies are stacked, some of which learn and some rest."""
 
     params: list[nn.Parameter]
-    num_leaves: int
-    learns: Tensor | None
-    is_stacked: bool
+    learns: Tensor
+    """bool[P]."""
 
 
 class Watcher:
@@ -79,8 +44,11 @@ class Watcher:
         self._is_complete = not self._bodies
         self.resting: list[nn.Parameter] = []
         """Parameters none of whose bodies learn."""
-        self.learning: list[Learning] = []
-        self.kept: list[Kept] = []
+        self.learning = Learning(())
+        self.partial: list[Partial] = []
+        self.before: list[Tensor] | None = None
+        """The learning bodies before the first step since the last `bridge.step`."""
+        self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scaler: Any = None
         self.scale = 1.0
         me = weakref.ref(self)
@@ -131,18 +99,12 @@ class Watcher:
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
         self.rest()
-        for bank in self.learning:
-            if not any(id(p) in held for p in bank.params):
-                continue
-            kept = Kept(*bank)
-            if bank.learns is not None:
-                kept.state = [
-                    (of, of.detach().clone())
-                    for p in bank.params
-                    for of in optimizer.state.get(p, {}).values()
-                    if isinstance(of, Tensor) and of.shape == p.shape
-                ]
-            self.kept.append(kept)
+        if self.before is None and self.learning.groups:
+            self.before = self.learning.snapshot()
+        for bank in self.partial:
+            of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
+            for of in (*bank.params, *of_state):
+                self._saved.append((of, of.detach().clone(), bank.learns))
 
     def rest(self) -> None:
         """Takes the gradients of resting bodies away."""
@@ -152,20 +114,15 @@ class Watcher:
     def after_step(self, optimizer: Any) -> None:
         """Puts resting rows of stacked bodies back."""
         with torch.no_grad():
-            for kept in self.kept:
-                if kept.learns is None:
-                    continue
-                for p, old in zip(kept.params, kept.before, strict=True):
-                    _put_back(p, old, kept.learns)
-                known = {id(of) for of, _ in kept.state}
-                for of, old in kept.state:
-                    _put_back(of, old, kept.learns)
-                for p in kept.params:
-                    for of in optimizer.state.get(p, {}).values():
-                        is_row = isinstance(of, Tensor) and of.shape == p.shape
-                        if is_row and id(of) not in known:
-                            _put_back(of, torch.zeros_like(of), kept.learns)
-                kept.state = []
+            known = {id(of) for of, _, _ in self._saved}
+            for of, old, learns in self._saved:
+                _put_back(of, old, learns)
+            self._saved.clear()
+            for bank in self.partial:
+                for p in bank.params:
+                    for of in _rows_of(optimizer, p):
+                        if id(of) not in known:  # made in this very step
+                            _put_back(of, torch.zeros_like(of), bank.learns)
 
     def forget(self, params: list[nn.Parameter], slot: int | None) -> None:
         """Removes what optimisers remember of a newborn: all of it, or one row where stacked."""
@@ -175,9 +132,14 @@ class Watcher:
                     optimizer.state.pop(p, None)
                     p.grad = None
                     continue
-                for of in optimizer.state.get(p, {}).values():
-                    if isinstance(of, Tensor) and of.shape == p.shape:
-                        of[slot] = 0
+                for of in _rows_of(optimizer, p):
+                    of[slot] = 0
+
+
+def _rows_of(optimizer: Any, p: nn.Parameter) -> list[Tensor]:
+    """What an optimiser remembers of each number of a parameter."""
+    remembered = optimizer.state.get(p, {}).values()
+    return [of for of in remembered if isinstance(of, Tensor) and of.shape == p.shape]
 
 
 def _put_back(of: Tensor, old: Tensor, learns: Tensor) -> None:

@@ -67,6 +67,8 @@ class BankPlan:
     acts: bool
     """Whether a body acts; of n bodies some may have a gain of 0."""
     feels: bool
+    is_full: bool
+    """Every body acts, learns with a gain of 1 and is felt."""
 
     def to(self, device: torch.device) -> BankPlan:
         """The same on another device."""
@@ -111,6 +113,7 @@ def plan_bank(
         is_all=cut.is_even and len(chunks) == cut.chunks,
         acts=bool(np.any(gains[:, 0] != 0)),
         feels=bool(np.any(gains[:, 2] != 0)),
+        is_full=bool(np.all(gains != 0) and np.all(gains[:, 1] == 1)),
     )
 
 

@@ -91,6 +91,21 @@ def test_gradients_and_readings_are_those_of_eager() -> None:
         torch.testing.assert_close(own, tap)
 
 
+def test_a_model_compiled_before_it_grew_is_compiled_anew() -> None:
+    model, bare = Mlp(), Mlp()
+    backend, count = counting()
+    x = torch.randn(5, 6)
+    compiled, other = (torch.compile(of, backend=backend) for of in (model, bare))
+    compiled(x)
+    bridge = grow(model, ["fc1", "fc2"])
+    for of in (other, compiled):
+        loss = of(x).square().mean()
+        loss.backward()
+    bridge.step(loss)
+    assert len(count) == 3
+    assert int(bridge.state.seeds.telemetry.num_steps[0]) == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 def test_dormant_is_bitwise_the_bare_model_with_inductor() -> None:
     model = Mlp()

@@ -104,6 +104,36 @@ def test_each_stage_has_its_three_gains(
     assert reading["num_live"].tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("bank", ["bottleneck", "low_rank"])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6)])
+def test_a_site_in_which_all_live_computes_as_its_bodies_one_by_one(
+    bank: str, shape: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    bridge = grow(model, "0")
+    place(bridge, {k: (bank, Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    assert bridge.sites[0].plan.banks[0].is_full
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 8)
+    site, first = bridge.sites[0], next(of.start for of in bridge.banks if of.name == bank)
+    slots = [int(bridge.state.seeds.slot[k]) - first for k in range(2)]
+    h = (x @ model[0].weight.T + model[0].bias).detach().requires_grad_()
+    bodies = [body_by_hand(site, bank, s, u) for s, u in zip(slots, h.chunk(2, -1), strict=True)]
+    wanted = h + torch.cat([0.3 * bodies[0], 0.5 * bodies[1]], dim=-1)
+    params = site.parameters_of(bank, tuple(slots))
+    d_h, *_ = torch.autograd.grad(wanted, [h, *params], dy, retain_graph=True)
+    # What a body learns does not shrink with its alpha.
+    d_params = torch.autograd.grad(torch.cat(bodies, dim=-1), params, dy)
+    y = model(x)
+    torch.testing.assert_close(y, wanted)
+    y.backward(dy)
+    torch.testing.assert_close(model[0].bias.grad, d_h.reshape(-1, 8).sum(0))
+    for p, grad in zip(params, d_params, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    utility = site.tap.grad[:, ef.Reading._fields.index("utility")]
+    told = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), bodies, strict=True)]
+    torch.testing.assert_close(utility, torch.stack(told).detach())
+
+
 def test_blueprints_of_every_kind_agree_with_jax() -> None:
     from torch_bridge._bodies import form_of
 

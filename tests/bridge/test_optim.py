@@ -106,6 +106,25 @@ def test_stacked_newborns_have_zero_moments_and_match_slot_by_slot_under_sgd() -
         assert single.any()
 
 
+def test_a_lag_of_one_decides_one_step_later() -> None:
+    found = []
+    for lag in (0, 1):
+        torch.manual_seed(0)
+        model = Mlp()
+        bridge = grow(model, "fc1", lag=lag)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        told = [ef.commands.germinate(0, "low_rank")]
+        first = train(model, bridge, optimizer, commands=told)
+        assert (first is None) == bool(lag)
+        stages = []
+        for _ in range(5):
+            info = train(model, bridge, optimizer)
+            stages.append(int(info.stage[0]))
+        found.append(stages)
+    assert found[0] == [Stage.GERMINATED] + [Stage.TRAINING] * 4
+    assert found[1][1:] == found[0][:-1]
+
+
 def test_an_optimiser_made_before_is_found_out() -> None:
     model = Mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
