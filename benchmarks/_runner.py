@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, str] = {
     "kernels": "benchmarks.kernels",
     "gpu": "benchmarks.gpu",
     "checkpoint": "benchmarks.checkpoint",
+    "bridge": "benchmarks.bridge",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 
