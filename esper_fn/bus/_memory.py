@@ -214,6 +214,8 @@ class MemoryTransport:
             out = []
             for topic in topics:
                 stream = self._run().streams[topic]
+                if group.startswith(RUN_GROUP) and group not in stream.groups:
+                    raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
                 of = stream.groups.setdefault(group, _Group())
                 now = self._broker.clock()
                 for key, entry in _after(stream, of.last, limit):
@@ -300,20 +302,21 @@ class MemoryTransport:
             start, leftovers = {}, []
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
-                of = stream.groups.setdefault(RUN_GROUP, _Group())
-                start[topic] = (cursor or run.cursor).get(topic, BEGINNING)
-                of.last = order(start[topic])
-                for key, pending in sorted(of.pending.items()):
-                    if key not in stream.entries:
-                        del of.pending[key]
-                    elif key <= of.last:
-                        entry = stream.entries[key]
-                        leftovers.append(
-                            Delivery(topic, _name(key), *entry, pending.deliveries + 1)
-                        )
-                    else:
-                        name = (topic, _name(key))
-                        run.attempts[name] = run.attempts.get(name, 0) + 1
+                start[topic] = (run.cursor if cursor is None else cursor).get(topic, BEGINNING)
+                at = order(start[topic])
+                for name in [name for name in stream.groups if name.startswith(RUN_GROUP)]:
+                    for key, pending in sorted(stream.groups.pop(name).pending.items()):
+                        entry_id, entry = _name(key), stream.entries.get(key)
+                        if entry is None:
+                            run.attempts.pop((topic, entry_id), None)
+                        elif key <= at:
+                            count = pending.deliveries + 1
+                            leftovers.append(Delivery(topic, entry_id, *entry, count))
+                        else:
+                            tried = run.attempts.get((topic, entry_id), 0)
+                            run.attempts[topic, entry_id] = tried + 1
+                stream.groups[f"{RUN_GROUP}{run.epoch}"] = _Group(last=at)
+            self._broker.wake()
             return Attached(
                 lease=Lease(holder, run.epoch),
                 generation=self._broker.generation,
@@ -327,7 +330,8 @@ class MemoryTransport:
     async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
         """See `Transport`."""
         with self._broker.lock:
-            self._check(lease).expires_at = self._broker.clock() + lease_seconds
+            run = self._check(lease)
+            run.holder, run.expires_at = lease.holder, self._broker.clock() + lease_seconds
             return self._broker.now_ms()
 
     async def release(self, lease: Lease) -> None:
@@ -345,7 +349,7 @@ class MemoryTransport:
                 return
             run.number = settlement.number
             for topic, entry_ids in settlement.done.items():
-                _acknowledge(run.streams[topic], RUN_GROUP, entry_ids)
+                _acknowledge(run.streams[topic], lease.group, entry_ids)
                 for entry_id in entry_ids:
                     run.attempts.pop((topic, entry_id), None)
             run.cursor.update(settlement.cursor)
@@ -387,6 +391,12 @@ class MemoryTransport:
         with self._broker.lock:
             return len(self._run().streams[topic].entries)
 
+    async def holder(self) -> str | None:
+        """See `Transport`."""
+        with self._broker.lock:
+            run = self._run()
+            return run.holder if run.expires_at > self._broker.clock() else None
+
     async def living(self) -> list[str]:
         """See `Transport`."""
         now = self._broker.clock()
@@ -411,10 +421,11 @@ class MemoryTransport:
 
     def _check(self, lease: Lease) -> _Run:
         run = self._run()
-        if (run.holder, run.epoch) != lease:
+        if run.epoch != lease.epoch:
             raise FencedError(
                 f"run {self._name!r} is driven by {run.holder or 'nobody'} now (epoch "
-                f"{run.epoch}); this process held epoch {lease.epoch} and must not go on"
+                f"{run.epoch}); this process held epoch {lease.epoch} and must not go on",
+                run.epoch,
             )
         return run
 
@@ -456,7 +467,7 @@ def _acknowledge(stream: _Stream, group: str, entry_ids: Sequence[str]) -> int:
 
 
 def _backlog(stream: _Stream) -> int:
-    group = stream.groups.get(RUN_GROUP)
+    group = next((g for name, g in stream.groups.items() if name.startswith(RUN_GROUP)), None)
     if group is None:
         return len(stream.keys)
     return len(stream.keys) - bisect_right(stream.keys, group.last) + len(group.pending)

@@ -149,8 +149,12 @@ class RedisTransport:
             try:
                 answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
             except ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
+                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                     raise
+                if group.startswith(RUN_GROUP):
+                    raise FencedError(
+                        f"the lease on run {self._name!r} of group {group} is over"
+                    ) from None
                 await self._make_groups(streams, group)
                 return await once(block, timeout)
             return _deliveries(topics, streams, answer)
@@ -338,6 +342,11 @@ class RedisTransport:
         """See `Transport`."""
         return int(await self._call("XLEN", self.stream(topic)))
 
+    async def holder(self) -> str | None:
+        """See `Transport`."""
+        held = await self._call("GET", self._lease_key(self._name))
+        return None if held is None else held.decode().partition(" ")[2]
+
     async def living(self) -> list[str]:
         """See `Transport`."""
         names, cursor = set(), b"0"
@@ -405,7 +414,8 @@ class RedisTransport:
         held, epoch = answer[1].decode(), int(answer[2])
         raise FencedError(
             f"run {self._name!r} is driven by {held.partition(' ')[2] or 'nobody'} now (epoch "
-            f"{epoch}); this process held epoch {lease.epoch} and must not go on"
+            f"{epoch}); this process held epoch {lease.epoch} and must not go on",
+            epoch,
         )
 
 
