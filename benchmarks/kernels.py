@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the device too
 
@@ -22,6 +22,15 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks._device_timing import time_jax, time_torch
+from benchmarks._kernel_checks import (
+    Arguments,
+    error_of,
+    forward,
+    hold,
+    hold_in_place,
+    step,
+    to_jax,
+)
 from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise
 from esper_kernels.graft import Body, Case, check, reference_jax, reference_torch, triton_cuda
@@ -35,16 +44,6 @@ from esper_kernels.potential.triton_cuda import potential as potential_triton
 NUM_SETS = 3
 ACTIVATION_PASSES = 2.5
 Rows = dict[str, Row]
-
-
-class Arguments(NamedTuple):
-    """One set of inputs on the device."""
-
-    x: torch.Tensor
-    dy: torch.Tensor
-    body: Body
-    slot: torch.Tensor
-    gains: torch.Tensor
 
 
 def measure(*, quick: bool) -> Mapping[str, Row]:
@@ -89,57 +88,19 @@ def _case(of: Arguments) -> Case:
     return check(of.x, of.body, of.slot, of.gains, activation="relu", device=name)
 
 
-def _step(backend: Any, case: Case, of: Arguments) -> Any:
-    x, dy, body, slot, gains = of
-    y, watched = backend.forward(case, x, body, slot, gains)
-    return y, watched, backend.backward(case, x, dy, body, slot, gains, watched)
-
-
-def _forward(backend: Any, case: Case, of: Arguments) -> Any:
-    return backend.forward(case, of.x, of.body, of.slot, of.gains)
-
-
-def _flat(results: Any) -> list[torch.Tensor]:
-    y, watched, (dx, d_body, channels) = results
-    return [y, watched, dx, *(leaf for leaf in d_body if leaf is not None), channels]
-
-
-def _error(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found.double() - true).norm() / true.norm())
-
-
-def _hold(case: Case, of: Arguments, backends: Mapping[str, Any]) -> None:
-    """Refuses to time what is further from float64 than twice the reference."""
-
-    def wide(leaf: torch.Tensor | None) -> torch.Tensor | None:
-        return None if leaf is None else leaf.bfloat16().double()
-
-    body = Body(*(wide(leaf) for leaf in of.body))
-    exactly = Arguments(of.x.double(), of.dy.double(), body, of.slot, of.gains.double())
-    true = _flat(_step(reference_torch, case, exactly))
-    usual = _flat(_step(reference_torch, case, of))
-    for name, backend in backends.items():
-        found, again = (_flat(_step(backend, case, of)) for _ in range(2))
-        for k, (ours, right, theirs, twice) in enumerate(
-            zip(found, true, usual, again, strict=True)
-        ):
-            error, allowed = _error(ours, right), 2 * _error(theirs, right) + 2.0**-16
-            if not error <= allowed or not torch.equal(ours, twice):
-                raise BenchmarkError(
-                    f"{name}, result {k}: error {error:.2g}, at most {allowed:.2g} is right; "
-                    f"same bits twice: {torch.equal(ours, twice)}."
-                )
-
-
 def _headline(rank: int, *, repeats: int) -> Rows:
     spec = Spec(name="headline", rows=16384, features=4096, chunks=64, slots=64, rank=rank)
     sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
     case = _case(sets[0])
-    _hold(case, sets[0], {"triton": triton_cuda})
+    found = {"triton": partial(step, triton_cuda, case, sets[0])}
+    pallas = _pallas(sets[0])
+    if pallas is not None:
+        found["pallas"] = partial(jax.jit(partial(step, pallas, case)), to_jax(sets[0]))
+    hold(case, sets[0], found)
     torch.cuda.empty_cache()
     outputs = [torch.empty_like(of.x) for of in sets]
-    compiled_forward = torch.compile(lambda of: _forward(reference_torch, case, of))
-    compiled_step = torch.compile(lambda of: _step(reference_torch, case, of))
+    compiled_forward = torch.compile(lambda of: forward(reference_torch, case, of))
+    compiled_step = torch.compile(lambda of: step(reference_torch, case, of))
 
     with ThreadPoolExecutor() as pool:
         programs = pool.submit(_programs, case, sets[0])
@@ -155,12 +116,12 @@ def _headline(rank: int, *, repeats: int) -> Rows:
                 lambda of=of, y=y: y.copy_(of.x)  # type: ignore[misc]
                 for of, y in zip(sets, outputs, strict=True)
             ],
-            "forward_triton": each(lambda of: _forward(triton_cuda, case, of)),
-            "step_triton": each(lambda of: _step(triton_cuda, case, of)),
+            "forward_triton": each(lambda of: forward(triton_cuda, case, of)),
+            "step_triton": each(lambda of: step(triton_cuda, case, of)),
         },
         {
-            "forward_eager": each(lambda of: _forward(reference_torch, case, of)),
-            "step_eager": each(lambda of: _step(reference_torch, case, of)),
+            "forward_eager": each(lambda of: forward(reference_torch, case, of)),
+            "step_eager": each(lambda of: step(reference_torch, case, of)),
             "forward_compile": each(compiled_forward),
             "step_compile": each(compiled_step),
         },
@@ -170,13 +131,9 @@ def _headline(rank: int, *, repeats: int) -> Rows:
     return _headline_rows(rank, spec, samples)
 
 
-def _to_jax(of: Arguments) -> Arguments:
-    return Arguments(*jax.tree.map(jnp.from_dlpack, tuple(of)))
-
-
 def _pallas(of: Arguments) -> Any:
     """The backend where it can run here, else None."""
-    x, _, body, slot, gains = _to_jax(of)
+    x, _, body, slot, gains = to_jax(of)
     if "pallas" in explain_jax(x, body, slot, gains, activation="relu").refusals:
         return None
     from esper_kernels.graft import pallas_mosaic_gpu
@@ -191,9 +148,9 @@ def _programs(case: Case, of: Arguments) -> dict[str, Any]:
         f"{name}_{backend}": partial(function, module, case)
         for backend, module in backends.items()
         if module is not None
-        for name, function in (("forward", _forward), ("step", _step))
+        for name, function in (("forward", forward), ("step", step))
     }
-    argument = _to_jax(of)
+    argument = to_jax(of)
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda f: jax.jit(f).lower(argument).compile(), functions.values())
         return dict(zip(functions, compiled, strict=True))
@@ -202,7 +159,7 @@ def _programs(case: Case, of: Arguments) -> dict[str, Any]:
 def _time_programs(
     programs: Mapping[str, Any], sets: Sequence[Arguments], *, repeats: int
 ) -> dict[str, list[float]]:
-    inputs = [(_to_jax(of),) for of in sets]
+    inputs = [(to_jax(of),) for of in sets]
     return {name: time_jax(of, inputs, repeats=repeats) for name, of in programs.items()}
 
 
@@ -244,7 +201,9 @@ def _in_place(*, repeats: int) -> Rows:
     spec = Spec(name="in_place", rows=16384, features=4096, chunks=64, slots=64, rank=16)
     # Four chunks alone would stay in the cache of three sets.
     whole, few = ([_draw(spec, seed, live) for seed in range(3 * NUM_SETS)] for live in (None, 4))
-    case = _case(whole[0])
+    case, pallas = _case(whole[0]), _pallas(whole[0])
+    hold_in_place(case, few[0], pallas)
+    torch.cuda.empty_cache()
 
     def small(of: Arguments) -> Arguments:
         """In place again and again: gains so small that x stays what it is."""
@@ -263,12 +222,11 @@ def _in_place(*, repeats: int) -> Rows:
     wide = [of.x.view(torch.complex128).view(spec.rows, 4, 16, -1)[:, :, 0] for of in whole]
     works["touch"] = [partial(of.add_, 0) for of in wide]
     samples = {"triton": time_torch(works, {}, repeats=repeats)}
-    pallas = _pallas(whole[0])
     if pallas is not None:
         samples["pallas"] = {
             "all": time_jax(
-                jax.jit(partial(_forward, pallas, case)),
-                [(_to_jax(of),) for of in whole],
+                jax.jit(partial(forward, pallas, case)),
+                [(to_jax(of),) for of in whole],
                 repeats=repeats,
             ),
             **{
@@ -293,7 +251,7 @@ def _time_in_place(
 ) -> list[float]:
     """Each call gives up one activation of a ring and gets it back."""
     function = jax.jit(partial(backend.forward_in_place, case), donate_argnums=0)
-    ring = deque((jnp.copy(x), rest) for x, _, *rest in map(_to_jax, sets))
+    ring = deque((jnp.copy(x), rest) for x, _, *rest in map(to_jax, sets))
 
     class Turn(jax.stages.Compiled):
         """The timer calls what is compiled as it is; anything else it would trace."""
@@ -314,7 +272,7 @@ def _small(*, repeats: int) -> Rows:
     of = _draw(spec, 0)
     case = _case(of)
     samples = time_torch(
-        {"small": [lambda: _forward(triton_cuda, case, of)]}, {}, repeats=repeats, inner=100
+        {"small": [lambda: forward(triton_cuda, case, of)]}, {}, repeats=repeats, inner=100
     )
     rows = {"small_forward_triton": summarise(samples["small"], "us", shape="32 x 512, 8 chunks")}
     seconds = _time_programs(_programs(case, of), [of], repeats=repeats)
@@ -331,7 +289,7 @@ def _potential(*, repeats: int) -> Rows:
     case = check_potential(sets[0].x, sets[0].dy, asked, device=torch.cuda.get_device_name())
     first = sets[0]
     true = potential_eager(case, first.x.double(), first.dy.double(), asked)
-    error = _error(potential_triton(case, first.x, first.dy, asked), true)
+    error = error_of(potential_triton(case, first.x, first.dy, asked), true)
     if not error <= 1e-5:
         raise BenchmarkError(f"potential in triton: error {error:.2g}, at most 1e-5 is right.")
 
@@ -367,13 +325,13 @@ def _many_seeds(*, repeats: int) -> Rows:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _step(triton_cuda, case, sets[0])
+    step(triton_cuda, case, sets[0])
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     one = spec.rows * spec.features * 2
     banks = sum(leaf.nbytes for of in sets for leaf in of.body if leaf is not None)
     samples = time_torch(
-        {"step": [lambda of=of: _step(triton_cuda, case, of) for of in sets]},  # type: ignore[misc]
+        {"step": [lambda of=of: step(triton_cuda, case, of) for of in sets]},  # type: ignore[misc]
         {},
         repeats=max(3, repeats // 3),
         inner=layers,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from esper_fn import (
         base,
         blueprints,
+        checkpoint,
         commands,
         data,
         errors,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _MODULES = (
     "base",
     "blueprints",
+    "checkpoint",
     "commands",
     "data",
     "errors",
@@ -118,6 +120,7 @@ __all__ = [
     "__version__",
     "base",
     "blueprints",
+    "checkpoint",
     "commands",
     "data",
     "discover",

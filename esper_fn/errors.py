@@ -11,6 +11,10 @@
     ├── LatticeError              (also ValueError)
     ├── CommandError              (also ValueError)
     ├── RunFolderError            (also ValueError)
+    ├── CheckpointError           (also ValueError)
+    │   ├── CorruptCheckpointError
+    │   ├── NoCheckpointError     (also FileNotFoundError)
+    │   └── ResumeError
     ├── BusError
     │   ├── BusAddressError       (also ValueError)
     │   ├── BusSecurityError      (also ValueError)
@@ -57,6 +61,22 @@ class CorruptDataError(DataError, ValueError):
 
 class RunFolderError(EsperError, ValueError):
     """A run folder cannot be made or written, or does not hold a run."""
+
+
+class CheckpointError(EsperError, ValueError):
+    """A checkpoint cannot be written, read, or put where it is asked to go."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A step on disk is not, byte for byte, what was acknowledged."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no step to restore."""
+
+
+class ResumeError(CheckpointError):
+    """A run was to be resumed with other settings than it was begun with."""
 
 
 class UnknownNameError(EsperError, ValueError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 
 from esper_fn import telemetry
 from esper_fn._lattice import Directions, Lattice, Memory, Moments, chunk_mask
-from esper_fn._typing import Array, Bool, Float32, Int8, Int32
+from esper_fn._typing import Array, Bool, DType, Float32, Int8, Int32, Key, Params
+from esper_fn.base import Blueprint, BodySpec
 from esper_fn.lifecycle import NONE
 
 
@@ -90,3 +92,46 @@ def forget(memory: Memory, should: Bool[Array, ""]) -> Memory:
 def _inner(leaf: Array) -> tuple[int, ...]:
     """The axes of a moment behind layers and chunks."""
     return leaf.shape[-2:] if leaf.ndim > 2 else ()
+
+
+def newborn(
+    lattice: Lattice, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
+) -> Params:
+    """`Growth.newborn`."""
+    index = next(
+        i
+        for i, bank in enumerate(lattice.tables.banks)
+        if bank.start <= slot < bank.start + bank.num_slots
+    )
+    bank = lattice.tables.banks[index]
+    own_key = _slot_key(key, index, slot - bank.start, bank.num_slots)
+    blueprint, spec = lattice.blueprints[bank.blueprint], lattice.sites[bank.site].spec
+    told = None if memory is None else memory[bank.site]
+    if told is not None and blueprint.init_along is not None:
+        rows = np.flatnonzero(np.asarray(told.seed).reshape(-1) == seed)
+        if seed != NONE and rows.size:
+            along = told.along.reshape(-1, *told.along.shape[2:])[int(rows[0])]
+            return _initialiser(blueprint, spec, lattice.dtype, True)(own_key, along)
+    return _initialiser(blueprint, spec, lattice.dtype, False)(own_key)
+
+
+@lru_cache(maxsize=256)
+def _initialiser(
+    blueprint: Blueprint, spec: BodySpec, dtype: DType, is_directed: bool
+) -> Callable[..., Params]:
+    if is_directed and blueprint.init_along is not None:
+        along = blueprint.init_along
+        return jax.jit(lambda key, directions: along(key, spec, dtype, directions))
+    return jax.jit(lambda key: blueprint.init(key, spec, dtype))
+
+
+def _slot_key(key: Key, bank: int, slot: int, num_slots: int) -> Key:
+    """The key that `give_birth` uses for a slot of a bank."""
+    keys: Key = _slot_keys(key, bank, num_slots)[slot]
+    return keys
+
+
+_slot_keys = jax.jit(
+    lambda key, bank, num_slots: jax.random.split(jax.random.fold_in(key, bank), num_slots),
+    static_argnums=2,
+)

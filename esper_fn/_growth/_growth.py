@@ -11,11 +11,14 @@ import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies, telemetry
 from esper_fn._control import vary_alike
-from esper_fn._growth._state import GrowthState, Info, LossFn
-from esper_fn._growth._survey import survey
-from esper_fn._growth._update import update
+from esper_fn._growth._births import newborn
+from esper_fn._growth._state import GrowthState, Info, LossFn, SurveyInfo
+from esper_fn._growth._survey import conclude, on_trial, survey
+from esper_fn._growth._update import advance, update
 from esper_fn._lattice import (
     Lattice,
+    Memory,
+    Moments,
     Reading,
     Seeds,
     Visits,
@@ -28,7 +31,7 @@ from esper_fn._lattice import (
     view,
     zero_taps,
 )
-from esper_fn._typing import Bodies, Key, Params, Scalar
+from esper_fn._typing import Array, Bodies, Bool, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.errors import LatticeError
@@ -231,6 +234,74 @@ class Growth:
         """
         return survey(self, loss_fn, has_aux=has_aux)
 
+    # For a host outside of JAX, which keeps the bodies itself (`torch_bridge`): the same steps
+    # with the state's bodies left alone.
+
+    def advance(
+        self,
+        state: GrowthState,
+        readings: Reading,
+        loss: Scalar,
+        *,
+        drift: Float32[Array, "S"],
+        has_broken: Bool[Array, "S"],
+        commands: Commands | None = None,
+    ) -> tuple[GrowthState, Info, Key]:
+        """`update` without the bodies: whoever holds them settles and bears them.
+
+        Args:
+          state: before the step; its `bodies` are handed on.
+          readings: as in `update`.
+          loss: as in `update`.
+          drift: how far each seed's body moved, over the size it had.
+          has_broken: seeds whose body became non-finite and was put back.
+          commands: as in `update`.
+
+        Returns:
+          The state, what happened, and the key for `newborn` of the slots that `is_born`.
+        """
+        return advance(
+            self, state, readings, loss, drift=drift, has_broken=has_broken, commands=commands
+        )
+
+    def newborn(
+        self, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
+    ) -> Params:
+        """The body that `update` puts into a slot, bit for bit. Not for use inside `jit`.
+
+        Args:
+          key: from `advance`.
+          slot: on the flat slot axis.
+          seed: who holds it.
+          memory: of the state before `advance`.
+        """
+        return newborn(self.lattice, key, slot, seed, memory)
+
+    def on_trial(self, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
+        """The seeds whose contribution a survey should measure now, and which rows are meant."""
+        return on_trial(self, state)
+
+    def conclude(
+        self,
+        state: GrowthState,
+        moments: Sequence[Moments],
+        loss: Scalar,
+        chosen: Int32[Array, "V"],
+        is_chosen: Bool[Array, "V"],
+        missing: Float32[Array, "V"],
+    ) -> tuple[GrowthState, SurveyInfo]:
+        """What a survey makes of its measurements.
+
+        Args:
+          state: as it was surveyed.
+          moments: of each site.
+          loss: on held-out data.
+          chosen: from `on_trial`.
+          is_chosen: from `on_trial`.
+          missing: the loss without each of them.
+        """
+        return conclude(self, state, moments, loss, chosen, is_chosen, missing)
+
 
 def growth(
     lattice: Lattice,
@@ -272,6 +343,7 @@ def growth(
       ValueError: bodies_at_once or max_ablations no int or below 1, directed_births no int, below
         0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
         strategy that cannot end within the longest stay in GRAFTING.
+      UnknownNameError: the policy asks for a blueprint that the lattice does not offer.
     """
     grafts = (
         (grafting.linear(),)
@@ -308,9 +380,11 @@ def growth(
             "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
             "leave it at 0"
         )
+    chosen = policies.plateau() if policy is None else policy
+    jax.eval_shape(lambda: chosen.init(lattice))  # a policy that does not fit says so here
     return Growth(
         lattice=lattice,
-        policy=policies.plateau() if policy is None else policy,
+        policy=chosen,
         grafts=grafts,
         governor=governors.standard() if governor is None else governor,
         settings=limits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,8 +12,8 @@ from esper_fn import lifecycle, telemetry
 from esper_fn._control import cond, vary_alike
 from esper_fn._growth._births import remember
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
-from esper_fn._lattice import slot_gains, view, zero_probes, zero_taps
-from esper_fn._typing import Array, Params, Scalar
+from esper_fn._lattice import Moments, slot_gains, view, zero_probes, zero_taps
+from esper_fn._typing import Array, Bool, Float32, Int32, Params, Scalar
 from esper_fn.lifecycle import NONE, Stage, is_in
 
 if TYPE_CHECKING:
@@ -48,18 +48,7 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
         with_all, moments = jax.value_and_grad(loss, argnums=1)(
             gains, vary_alike(zero_probes(growth.lattice), state.owner)
         )
-        scores = [telemetry.potentials(moment) for moment in moments]
-        raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
-        white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
-        reached = jnp.concatenate([moment.num_rows.reshape(-1) for moment in moments]) > 0
-        is_measured = reached & jnp.isfinite(white)
-
-        seeds = state.seeds
-        on_trial = is_in(seeds.stage, [Stage.EVALUATING, Stage.FINE_TUNING])
-        urgency = jnp.where(on_trial, -seeds.num_contributions.astype(jnp.float32), -jnp.inf)
-        count = min(growth.max_ablations, growth.lattice.num_seeds)
-        urgent, chosen = jax.lax.top_k(urgency, count)
-        is_chosen = urgent > -jnp.inf
+        chosen, is_chosen = on_trial(growth, state)
 
         def without(index: Array) -> Scalar:
             is_out = (state.owner == index) & (state.owner != NONE)
@@ -67,34 +56,63 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
 
         missing = cond(
             jnp.any(is_chosen),
-            lambda: jax.vmap(without)(chosen.astype(jnp.int32)),
-            lambda: jnp.zeros((count,), jnp.float32),
+            lambda: jax.vmap(without)(chosen),
+            lambda: jnp.zeros(chosen.shape, jnp.float32),
         )
-        worth = missing - with_all
-        is_known = is_chosen & jnp.isfinite(worth)
-        rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
-        failed = jnp.where(is_chosen & ~is_known, chosen, growth.lattice.num_seeds)
-        seen = seeds.num_contributions[chosen]
-        averaged = jnp.where(
-            seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth
-        )
-        seeds = seeds._replace(
-            potential=jnp.where(is_measured, white, seeds.potential),
-            num_potentials=seeds.num_potentials + is_measured.astype(jnp.int32),
-            contribution=seeds.contribution.at[rows].set(averaged, mode="drop"),
-            num_contributions=seeds.num_contributions.at[rows].add(1, mode="drop"),
-            error_count=seeds.error_count.at[failed].add(1, mode="drop"),
-        )
-        memory = state.memory
-        if memory is not None:
-            is_eligible = is_measured & (seeds.stage == Stage.DORMANT)
-            memory = remember(growth.lattice, memory, moments, is_eligible, white)
-        return state._replace(seeds=seeds, memory=memory), SurveyInfo(
-            loss=with_all,
-            raw_potential=raw,
-            potential=white,
-            ablated=jnp.where(is_known, chosen, NONE).astype(jnp.int32),
-            contribution=jnp.where(is_known, worth, 0.0),
-        )
+        return conclude(growth, state, moments, with_all, chosen, is_chosen, missing)
 
     return run
+
+
+def on_trial(growth: Growth, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
+    """`Growth.on_trial`."""
+    seeds = state.seeds
+    awaits = is_in(seeds.stage, [Stage.EVALUATING, Stage.FINE_TUNING])
+    urgency = jnp.where(awaits, -seeds.num_contributions.astype(jnp.float32), -jnp.inf)
+    count = min(growth.max_ablations, growth.lattice.num_seeds)
+    urgent, chosen = jax.lax.top_k(urgency, count)
+    return chosen.astype(jnp.int32), urgent > -jnp.inf
+
+
+def conclude(
+    growth: Growth,
+    state: GrowthState,
+    moments: Sequence[Moments],
+    loss: Scalar,
+    chosen: Int32[Array, "V"],
+    is_chosen: Bool[Array, "V"],
+    missing: Float32[Array, "V"],
+) -> tuple[GrowthState, SurveyInfo]:
+    """`Growth.conclude`."""
+    seeds = state.seeds
+    scores = [telemetry.potentials(moment) for moment in moments]
+    raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
+    white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
+    reached = jnp.concatenate([moment.num_rows.reshape(-1) for moment in moments]) > 0
+    is_measured = reached & jnp.isfinite(white)
+    worth = missing - loss
+    is_known = is_chosen & jnp.isfinite(worth)
+    rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
+    failed = jnp.where(is_chosen & ~is_known, chosen, growth.lattice.num_seeds)
+    seen = seeds.num_contributions[chosen]
+    averaged = jnp.where(
+        seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth
+    )
+    seeds = seeds._replace(
+        potential=jnp.where(is_measured, white, seeds.potential),
+        num_potentials=seeds.num_potentials + is_measured.astype(jnp.int32),
+        contribution=seeds.contribution.at[rows].set(averaged, mode="drop"),
+        num_contributions=seeds.num_contributions.at[rows].add(1, mode="drop"),
+        error_count=seeds.error_count.at[failed].add(1, mode="drop"),
+    )
+    memory = state.memory
+    if memory is not None:
+        is_eligible = is_measured & (seeds.stage == Stage.DORMANT)
+        memory = remember(growth.lattice, memory, moments, is_eligible, white)
+    return state._replace(seeds=seeds, memory=memory), SurveyInfo(
+        loss=loss,
+        raw_potential=raw,
+        potential=white,
+        ablated=jnp.where(is_known, chosen, NONE).astype(jnp.int32),
+        contribution=jnp.where(is_known, worth, 0.0),
+    )

@@ -12,7 +12,7 @@ from esper_fn._control import cond, once_if
 from esper_fn._growth._births import spend
 from esper_fn._growth._state import GrowthState, Info
 from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
-from esper_fn._typing import Array, Bodies, Bool, Float32, Params, Scalar
+from esper_fn._typing import Array, Bodies, Bool, Float32, Key, Params, Scalar
 from esper_fn.commands import Commands, no_commands
 from esper_fn.lifecycle import NONE, OWNS_BODY, Gate, Move, SeedState, Stage, is_in
 
@@ -29,14 +29,33 @@ def update(
     commands: Commands | None = None,
 ) -> tuple[GrowthState, Info]:
     """`Growth.update`."""
+    kept, drift, body_error = _settle(growth, state, bodies)
+    after, info, birth_key = advance(
+        growth, state, readings, loss, drift=drift, has_broken=body_error, commands=commands
+    )
+    born = give_birth(
+        growth.lattice, kept, after.is_born, birth_key, owner=after.owner, memory=state.memory
+    )
+    return after._replace(bodies=born), info
+
+
+def advance(
+    growth: Growth,
+    state: GrowthState,
+    readings: Reading,
+    loss: Scalar,
+    *,
+    drift: Float32[Array, "S"],
+    has_broken: Bool[Array, "S"],
+    commands: Commands | None,
+) -> tuple[GrowthState, Info, Key]:
+    """`Growth.advance`."""
     if commands is None:
         commands = no_commands(1)
     policy_key, birth_key, key = jax.random.split(state.key, 3)
     loss, readings = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), readings))
-
-    kept, drift, body_error = _settle(growth, state, bodies)
     track, is_spike = lifecycle.track_loss(state.loss, loss)
-    seeds, shown = telemetry.take_in(state.seeds, readings, is_spike, body_error)
+    seeds, shown = telemetry.take_in(state.seeds, readings, is_spike, has_broken)
     judged, verdict = growth.governor.judge(
         state.governor,
         governors.Evidence(seeds=seeds, loss=loss, track=track, drift=drift),
@@ -112,9 +131,6 @@ def update(
         memory, num_directed = spend(growth.lattice, memory, done.is_born, seeds.blueprint)
     after = state._replace(
         seeds=seeds,
-        bodies=give_birth(
-            growth.lattice, kept, is_born, birth_key, owner=owner, memory=state.memory
-        ),
         owner=owner,
         is_born=is_born,
         loss=track,
@@ -150,7 +166,7 @@ def update(
         num_flops=jnp.sum(jnp.where(is_live, jnp.asarray(tables.flops[of_slot]), 0.0)),
         num_directed=num_directed,
     )
-    return after, info
+    return after, info, birth_key
 
 
 def _settle(

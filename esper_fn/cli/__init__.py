@@ -84,6 +84,15 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="who asks for growth: periodic (default), plateau, random or none",
     )
     grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")
+    grow.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="never",
+        help="auto: go on with the stopped run in --out, if there is one",
+    )
+    grow.add_argument(
+        "--save-every", type=_count(1), default=500, metavar="N", help="steps between checkpoints"
+    )
     grow.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     grow.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     grow.set_defaults(run=_run_grow)

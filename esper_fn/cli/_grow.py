@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from esper_fn import data, report
+from esper_fn import data, report, runtime
 from esper_fn import experiments as ex
 from esper_fn.cli._show import Screen
 from esper_fn.errors import RunFolderError
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run in which its checkpoints lie."""
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -24,11 +28,38 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             parser.error(f"argument {kind}: unknown {name!r}; allowed: {', '.join(allowed)}")
     # All that can be refused is refused before a folder is made.
     dataset = data.load(options.data, folder=options.data_folder)
-    comparison = ex.prepare(
-        ex.job(options.data), dataset, steps=options.steps, policy=options.policy
-    )
+    job = ex.job(options.data)
     target = Path(options.out or f"runs/{options.data}-{options.seed}")
-    with _open(target, options.overwrite) as folder:
+    failures: list[BaseException] = []
+
+    def told(error: BaseException) -> None:
+        failures.append(error)
+        print(f"esper: a checkpoint was not written: {error}", file=sys.stderr)
+
+    with runtime.termination() as is_asked:
+        keeping = ex.Keeping(
+            folder=target / CHECKPOINTS,
+            every_steps=options.save_every,
+            settings={
+                "data": options.data,
+                "steps": options.steps or job.steps,
+                "policy": options.policy,
+            },
+            should_stop=is_asked,
+            on_failure=told,
+        )
+        comparison = ex.prepare(
+            job, dataset, steps=options.steps, policy=options.policy, keeping=keeping
+        )
+        try:
+            return _run(options, comparison, target)
+        except ex.StoppedError as stop:
+            print(f"esper: {stop}; `--resume auto` with the same options goes on", file=sys.stderr)
+            return 0 if stop.is_saved else 1
+
+
+def _run(options: argparse.Namespace, comparison: ex.Comparison, target: Path) -> int:
+    with _open(target, options.overwrite, is_resumed=options.resume == "auto") as folder:
         screen = Screen(comparison, num_repeats=options.repeat, is_quiet=options.json)
         rows = []
         for repeat in range(options.repeat):
@@ -56,9 +87,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(target: Path, overwrite: bool) -> report.RunFolder:
+def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolder:
+    """The run folder; what a resumed run had measured is written anew from its checkpoints."""
     try:
-        return report.create(target, overwrite=overwrite)
+        if not is_resumed:
+            folder = report.create(target, overwrite=overwrite)
+            shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
+            return folder
+        return report.create(target, overwrite=True)
     except RunFolderError as error:
         raise RunFolderError(str(error).replace("overwrite=True", "--overwrite")) from None
 

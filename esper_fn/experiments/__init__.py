@@ -3,13 +3,14 @@
 from esper_fn.experiments._compare import (
     Arm,
     Comparison,
-    Progress,
     evaluator,
     loss_of,
     prepare,
     run,
 )
 from esper_fn.experiments._jobs import POLICIES, Job, equal_parameters, job, names, policy
+from esper_fn.experiments._keeping import Keeping, StoppedError
+from esper_fn.experiments._progress import Progress
 from esper_fn.experiments._summary import intervals, summary
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Arm",
     "Comparison",
     "Job",
+    "Keeping",
     "Progress",
+    "StoppedError",
     "equal_parameters",
     "evaluator",
     "intervals",

@@ -18,25 +18,13 @@ from esper_fn._lattice import BareSeeds
 from esper_fn._typing import Array, Params
 from esper_fn.data import Dataset
 from esper_fn.experiments._jobs import Job, equal_parameters, make_growth, policy
+from esper_fn.experiments._keeping import Keeping
+from esper_fn.experiments._progress import Listener, Teller
 from esper_fn.hosts import Host, count_parameters
 from esper_fn.lifecycle import Stage
 
 SURVEY_EVERY = 25
 EVAL_ROWS = 256
-
-
-class Progress(NamedTuple):
-    """What a listener is told after each segment of an arm."""
-
-    arm: str
-    step: int
-    loss: float
-    test_accuracy: float | None
-    test_loss: float | None
-    parameters: int
-    stages: dict[str, int] | None
-    alpha: dict[str, float] | None
-    events: list[dict[str, Any]]
 
 
 class Arm(NamedTuple):
@@ -49,9 +37,8 @@ class Arm(NamedTuple):
     num_fossilized: int
     num_culled: int
     events: list[dict[str, Any]]
-
-
-Listener = Callable[[Progress], None]
+    rollbacks: list[dict[str, Any]]
+    """See `runtime.rollback_reports`."""
 
 
 def loss_of(host: Host) -> Callable[..., Array]:
@@ -112,6 +99,8 @@ class Comparison:
     evaluate: Any
     eval_every: int
     static: dict[int, tuple[Host, Any, Any]]
+    keeping: Keeping | None = None
+    """Saves every arm, and takes up what was saved."""
 
     def grown(self, seed: int, listener: Listener | None = None, *, at_random: bool = False) -> Arm:
         """The growing network; `at_random` draws the places instead of measuring them."""
@@ -122,6 +111,7 @@ class Comparison:
             twin = policy(self.policy_name, self.job, steps=self.steps, score="random")
             start = start._replace(policy=twin.init(self.growth.lattice))
         host_count = count_parameters(self.host)
+        tell = Teller(listener)
 
         def listen(segment: runtime.Segment) -> None:
             infos, state = segment.infos, segment.state
@@ -129,8 +119,7 @@ class Comparison:
             last = segment.first_step + segment.num_steps
             alpha, stage = infos.alpha[-1], infos.stage[-1]
             shown = np.flatnonzero((stage >= Stage.GERMINATED) & (stage <= Stage.FOSSILIZED))
-            self._tell(
-                listener,
+            tell.segment(
                 name,
                 last,
                 segment,
@@ -140,20 +129,26 @@ class Comparison:
                 {str(seed): float(alpha[seed]) for seed in shown.tolist()},
             )
 
-        fitted = runtime.fit(
-            self.growth,
-            loss_of(self.host),
-            self.optimizer,
-            self.host.init(key),
-            self._batches(seed),
-            num_steps=self.steps,
-            key=key,
-            start=start,
-            survey_batch=self._survey_batch(),
-            survey_every=SURVEY_EVERY,
-            listener=listen,
-            segment=self.grow_segment,
-            segment_steps=self._segment_steps(),
+        fitted = self._kept(
+            name,
+            seed,
+            tell,
+            lambda **options: runtime.fit(
+                self.growth,
+                loss_of(self.host),
+                self.optimizer,
+                self.host.init(key),
+                self._batches(seed),
+                num_steps=self.steps,
+                key=key,
+                start=start,
+                survey_batch=self._survey_batch(),
+                survey_every=SURVEY_EVERY,
+                listener=listen,
+                segment=self.grow_segment,
+                segment_steps=self._segment_steps(),
+                **options,
+            ),
         )
         state = fitted.state
         stage = np.asarray(state.growth.seeds.stage)
@@ -168,6 +163,7 @@ class Comparison:
             num_fossilized=int((stage == Stage.FOSSILIZED).sum()),
             num_culled=sum(event["to"] == Stage.CULLED.name for event in fitted.events),
             events=fitted.events,
+            rollbacks=fitted.rollbacks,
         )
 
     def plain(self, seed: int, listener: Listener | None = None) -> Arm:
@@ -199,21 +195,28 @@ class Comparison:
         listener: Listener | None,
     ) -> Arm:
         count = count_parameters(host)
+        tell = Teller(listener)
 
         def listen(done: runtime.Segment) -> None:
             last = done.first_step + done.num_steps
             scores = self._score(last, lambda: (done.state, BareSeeds()), evaluate)
-            self._tell(listener, name, last, done, scores, count, None, None)
+            tell.segment(name, last, done, scores, count, None, None)
 
-        fitted = runtime.fit_host(
-            loss_of(host),
-            self.host_optimizer,
-            host.init(jax.random.key(seed)),
-            self._batches(seed),
-            num_steps=self.steps,
-            segment_steps=self._segment_steps(),
-            listener=listen,
-            segment=segment,
+        fitted = self._kept(
+            name,
+            seed,
+            tell,
+            lambda **options: runtime.fit_host(
+                loss_of(host),
+                self.host_optimizer,
+                host.init(jax.random.key(seed)),
+                self._batches(seed),
+                num_steps=self.steps,
+                segment_steps=self._segment_steps(),
+                listener=listen,
+                segment=segment,
+                **options,
+            ),
         )
         accuracy, _ = evaluate(fitted.state, BareSeeds())
         return Arm(
@@ -224,7 +227,18 @@ class Comparison:
             num_fossilized=0,
             num_culled=0,
             events=[],
+            rollbacks=[],
         )
+
+    def _kept(self, name: str, seed: int, tell: Teller, fit: Any) -> runtime.Fit:
+        """The fit, saved and taken up where there is `keeping`."""
+        if self.keeping is None:
+            return fit()
+        with self.keeping.arm(name, seed, tell.rows, tell.again) as checkpoints:
+            fitted = fit(checkpoints=checkpoints, should_stop=self.keeping.should_stop)
+            saved = checkpoints.writer.last_acknowledged
+        self.keeping.check_done(name, fitted, self.steps, saved)
+        return fitted
 
     def _batches(self, seed: int) -> runtime.Batches:
         return runtime.in_memory(
@@ -254,36 +268,14 @@ class Comparison:
         accuracy, loss = (evaluate or self.evaluate)(*network())
         return float(accuracy), float(loss)
 
-    @staticmethod
-    def _tell(
-        listener: Listener | None,
-        arm: str,
-        last: int,
-        segment: runtime.Segment,
-        scores: tuple[float, float] | None,
-        parameters: int,
-        stages: dict[str, int] | None,
-        alpha: dict[str, float] | None,
-    ) -> None:
-        if listener is None:
-            return
-        listener(
-            Progress(
-                arm=arm,
-                step=last,
-                loss=float(np.mean(segment.losses)),
-                test_accuracy=None if scores is None else scores[0],
-                test_loss=None if scores is None else scores[1],
-                parameters=parameters,
-                stages=stages,
-                alpha=alpha,
-                events=[{"arm": arm, **event} for event in segment.events],
-            )
-        )
-
 
 def prepare(
-    job: Job, data: Dataset, *, steps: int | None = None, policy: str = "periodic"
+    job: Job,
+    data: Dataset,
+    *,
+    steps: int | None = None,
+    policy: str = "periodic",
+    keeping: Keeping | None = None,
 ) -> Comparison:
     """Makes a job ready to run.
 
@@ -292,6 +284,7 @@ def prepare(
       data: from `data.load`.
       steps: of every arm; the job's own number when left out.
       policy: one of `POLICIES`.
+      keeping: saves every arm and takes up what was saved.
 
     Raises:
       UnknownNameError: no such policy.
@@ -323,6 +316,7 @@ def prepare(
         evaluate=evaluator(host, data.test_inputs, data.test_targets),
         eval_every=max(runtime.segment_length(num_steps, 25), num_steps // 20 // 25 * 25 or 1),
         static={},
+        keeping=keeping,
     )
 
 
@@ -339,8 +333,16 @@ def run(
       seed: of weights, order and places.
       listener: told after each segment of each arm.
       announce: told the name of each arm before it is compiled and run.
+
+    Raises:
+      StoppedError: with `keeping`, where that was asked to stop.
     """
     began = time.monotonic()
+    taken_over = comparison.keeping.seconds_before if comparison.keeping else 0.0
+
+    def before() -> float:
+        return comparison.keeping.seconds_before - taken_over if comparison.keeping else 0.0
+
     announce("host")
     plain = comparison.plain(seed, listener)
     announce("grown")
@@ -367,5 +369,6 @@ def run(
         "random_seeds_culled": random.num_culled,
         "recompilations_after_first_step": grown.num_compiled + random.num_compiled,
         "train_flops": {name: arm.train_flops for name, arm in arms.items()},
-        "wall_seconds": time.monotonic() - began,
+        "rollbacks": {"grown": grown.rollbacks, "random": random.rollbacks},
+        "wall_seconds": time.monotonic() - began + before(),
     }

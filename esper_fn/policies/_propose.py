@@ -174,9 +174,11 @@ def periodic(
             proposal,
         )
 
-    return rule(
-        name, lambda lattice: _Periodic(jnp.int32(every), jnp.int32(start), _score(score)), decide
-    )
+    def init(lattice: Lattice) -> _Periodic:
+        _blueprint_of_group(lattice, blueprint)  # a wrong name shows here, not in the first step
+        return _Periodic(jnp.int32(every), jnp.int32(start), _score(score))
+
+    return rule(name, init, decide)
 
 
 def random(*, every: int, start: int = 0, blueprint: str | None = None, count: int = 1) -> Policy:
@@ -217,7 +219,7 @@ def plateau(
     _check(score, count, patience=patience)
 
     def init(lattice: Lattice) -> _Plateau:
-        del lattice
+        _blueprint_of_group(lattice, blueprint)
         return _Plateau(
             score=_score(score),
             patience=jnp.int32(patience),

@@ -1,5 +1,6 @@
 """Running a growing network: the ready step and loop, and the pieces to write one's own."""
 
+from esper_fn.runtime._carry import Carried, carry_over
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import (
@@ -13,15 +14,22 @@ from esper_fn.runtime._fit import (
     in_memory,
     segment_length,
 )
+from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
+from esper_fn.runtime._saving import Checkpoints
+from esper_fn.runtime._signals import termination
 from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
 __all__ = [
     "Batches",
+    "Carried",
+    "Checkpoints",
     "CompilationCount",
     "Fit",
     "Segment",
+    "SnapshotClock",
     "Step",
     "TrainState",
+    "carry_over",
     "compile_fit",
     "compile_fit_host",
     "count_compilations",
@@ -31,7 +39,9 @@ __all__ = [
     "init",
     "lifecycle_events",
     "make_step",
+    "rollback_reports",
     "scan_steps",
     "segment_length",
     "stage_counts",
+    "termination",
 ]

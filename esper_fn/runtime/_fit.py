@@ -18,8 +18,11 @@ from esper_fn.data import batch_indices
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
 from esper_fn.optim import PerBody
+from esper_fn.runtime import _saving
 from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._events import lifecycle_events
+from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
+from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._step import TrainState, init, make_step, scan_steps
 
 Batches = Callable[[int, int], Any]
@@ -38,6 +41,8 @@ class Segment(NamedTuple):
     infos: Info | None
     """Of every step, on the host; None for `fit_host`."""
     events: list[dict[str, Any]]
+    rollbacks: list[dict[str, Any]]
+    """See `rollback_reports`."""
 
 
 class Fit(NamedTuple):
@@ -57,6 +62,12 @@ class Fit(NamedTuple):
     """Forward passes spent on surveys (a backward pass counts as two)."""
     survey_flops: float
     """Forward operations of live bodies on one example, summed over those passes."""
+    rollbacks: list[dict[str, Any]]
+    """What the governor rolled back and quarantined, and why; see `rollback_reports`."""
+    num_steps: int
+    """Steps done in all; fewer than asked for where `should_stop` ended the run."""
+    resumed_from: int | None
+    """The step the run went on from, if it did."""
 
 
 Listener = Callable[[Segment], None]
@@ -112,7 +123,7 @@ def fit(
     num_steps: int,
     key: Key,
     survey_batch: Any,
-    start: GrowthState | None = None,
+    start: GrowthState | TrainState | None = None,
     survey_every: int | None = 25,
     anchor_every: int | None = 50,
     segment_steps: int = 25,
@@ -121,6 +132,8 @@ def fit(
     listener: Listener | None = None,
     max_rollbacks: int = 5,
     segment: Any = None,
+    checkpoints: Checkpoints | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Fit:
     """Trains and grows.
 
@@ -136,7 +149,8 @@ def fit(
       num_steps: in all.
       key: for bodies and policies.
       survey_batch: a held-out batch for surveys.
-      start: the growth to start from; `growth.init(key)` when left out.
+      start: the growth to start from, or a whole state, whose parameters are taken then;
+        `growth.init(key)` when left out.
       survey_every: steps between surveys; None for none.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
@@ -145,51 +159,76 @@ def fit(
       listener: called after each segment.
       max_rollbacks: more of them than this end the run.
       segment: from `compile_fit`, to share one compilation between runs.
+      checkpoints: saves, and goes on from what was saved. A run that goes on is bit for bit the one
+        that was never stopped, its record included; the listener hears only of new segments.
+        Thresholds and other numbers of state are those saved, whatever the arguments say.
+      should_stop: asked after each segment; True ends the run there, saved if there are
+        `checkpoints`. See `termination`.
 
     Returns:
       The last state and the record of the run.
 
     Raises:
+      ResumeError: the folder holds a run with other settings; names the first that differs.
+      NoCheckpointError: it holds steps, but none is sound.
       NonFiniteLossError: the loss is not finite and there is no snapshot to go back to, or going
         back did not help.
     """
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
-    params = jax.tree.map(jnp.copy, params)
-    grown = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
-    state = init(optimizer, params, grown, anchor_every=anchor_every)
+    start = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
+    if isinstance(start, TrainState):
+        state = start
+    else:
+        params = jax.tree.map(jnp.copy, params)
+        state = init(optimizer, params, start, anchor_every=anchor_every)
     survey_batch = jax.tree.map(jnp.asarray, survey_batch)
-    num_rollbacks, num_parameters, body_flops = 0, 0, 0.0
-    num_passes, survey_flops = 0, 0.0
+    settings = {
+        **_saving.describe(growth),
+        "segment_steps": length,
+        "survey_every": survey_every,
+        "anchor_every": anchor_every,
+        "max_commands": max_commands,
+    }
+    totals = {
+        "num_rollbacks": 0,
+        "num_parameters": 0,
+        "body_flops": 0.0,
+        "num_passes": 0,
+        "survey_flops": 0.0,
+    }
 
-    def advance(state: TrainState, first: int) -> tuple[TrainState, np.ndarray, Any, list[Any]]:
-        nonlocal num_rollbacks, num_parameters, body_flops, num_passes, survey_flops
+    def advance(state: TrainState, first: int, record: dict[str, Any]) -> _Advanced:
+        totals = record["totals"]
         asked = growth.commands(commands(first) if commands else (), size=max_commands)
         state, infos = run(state, batches(first, length), survey_batch, asked)
         infos = jax.device_get(infos)
-        num_rollbacks += int(infos.verdict.should_roll_back.sum())
-        num_parameters = int(infos.num_parameters[-1])
+        totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
+        totals["num_parameters"] = int(infos.num_parameters[-1])
         live = infos.num_flops.astype(np.float64)
-        body_flops += float(live.sum())
+        totals["body_flops"] += float(live.sum())
         if survey_every is not None:
             passes = _survey_passes(growth, infos, first, survey_every)
-            num_passes += int(passes.sum())
-            survey_flops += float((passes * live).sum())
-        _check_finite(infos.loss, first, anchor_every, num_rollbacks, max_rollbacks)
-        return state, infos.loss, infos, lifecycle_events(growth, infos, first)
+            totals["num_passes"] += int(passes.sum())
+            totals["survey_flops"] += float((passes * live).sum())
+        _check_finite(infos.loss, first, anchor_every, totals["num_rollbacks"], max_rollbacks)
+        clock = SnapshotClock(anchor_every, **record["clock"])
+        told = rollback_reports(growth, infos, first, clock)
+        record["clock"] = clock.state()
+        events = lifecycle_events(growth, infos, first)
+        return _Advanced(state, infos.loss, infos, events, told)
 
-    state, losses, events, num_compiled = _drive(advance, state, num_steps, length, listener)
-    return Fit(
-        state=state,
-        losses=losses,
-        events=events,
-        num_compiled=num_compiled,
-        num_rollbacks=num_rollbacks,
-        num_parameters=num_parameters,
-        body_flops=body_flops,
-        num_passes=num_passes,
-        survey_flops=survey_flops,
+    return _drive(
+        advance,
+        state,
+        {"totals": totals, "clock": SnapshotClock(anchor_every).state()},
+        settings,
+        num_steps=num_steps,
+        length=length,
+        listener=listener,
+        checkpoints=checkpoints,
+        should_stop=should_stop,
     )
 
 
@@ -215,6 +254,8 @@ def fit_host(
     segment_steps: int = 25,
     listener: Listener | None = None,
     segment: Any = None,
+    checkpoints: Checkpoints | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Fit:
     """Trains the same loss function without any growth: the baseline of every comparison.
 
@@ -224,28 +265,30 @@ def fit_host(
     run = segment or compile_fit_host(loss_fn, optimizer)
     carry = (jax.tree.map(jnp.copy, params), optimizer.init(params))
 
-    def advance(carry: Any, first: int) -> tuple[Any, np.ndarray, None, list[Any]]:
+    def advance(carry: Any, first: int, record: dict[str, Any]) -> _Advanced:
+        del record
         carry, losses = run(carry, batches(first, length))
         losses = jax.device_get(losses)
         _check_finite(losses, first, None, 0, 0)
-        return carry, losses, None, []
+        return _Advanced(carry, losses, None, [], [])
 
     def tell(report: Segment) -> None:
         if listener is not None:
             listener(report._replace(state=report.state[0]))
 
-    (params, _), losses, _, num_compiled = _drive(advance, carry, num_steps, length, tell)
-    return Fit(
-        state=params,
-        losses=losses,
-        events=[],
-        num_compiled=num_compiled,
-        num_rollbacks=0,
-        num_parameters=0,
-        body_flops=0.0,
-        num_passes=0,
-        survey_flops=0.0,
+    totals = dict.fromkeys(("num_rollbacks", "num_parameters", "num_passes"), 0)
+    fitted = _drive(
+        advance,
+        carry,
+        {"totals": {**totals, "body_flops": 0.0, "survey_flops": 0.0}},
+        {"segment_steps": length},
+        num_steps=num_steps,
+        length=length,
+        listener=tell,
+        checkpoints=checkpoints,
+        should_stop=should_stop,
     )
+    return fitted._replace(state=fitted.state[0])
 
 
 def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:
@@ -256,24 +299,78 @@ def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -
     return is_due * (3 + ablations * on_trial)
 
 
+class _Advanced(NamedTuple):
+    """What one segment did."""
+
+    state: Any
+    losses: np.ndarray
+    infos: Info | None
+    events: list[dict[str, Any]]
+    rollbacks: list[dict[str, Any]]
+
+
 def _drive(
-    advance: Any, state: Any, num_steps: int, length: int, listener: Listener | None
-) -> tuple[Any, np.ndarray, list[Any], int]:
-    losses, events = [], []
+    advance: Callable[[Any, int, dict[str, Any]], _Advanced],
+    state: Any,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    num_steps: int,
+    length: int,
+    listener: Listener | None,
+    checkpoints: Checkpoints | None,
+    should_stop: Callable[[], bool] | None,
+) -> Fit:
+    """Segments from where the run stands to its end, or to where it is stopped."""
+    record = {**record, "events": [], "rollbacks": []}
+    losses: list[np.ndarray] = []
+    resumed_from = None
+    first = saved = 0
+    if checkpoints is not None:
+        found = _saving.load(checkpoints, state, settings, num_steps)
+        if found is not None:
+            resumed_from = first = saved = found.step
+            state, record = found.state, found.record
+            losses.append(found.losses)
 
-    def one(first: int) -> None:
-        nonlocal state
-        state, lost, infos, happened = advance(state, first)
-        losses.append(lost)
-        events.extend(happened)
-        if listener is not None:
-            listener(Segment(first, length, state, lost, infos, happened))
+    def save() -> None:
+        nonlocal saved
+        if checkpoints is None or saved == first:
+            return
+        told = np.concatenate(losses)
+        mean = float(np.mean(losses[-1]))
+        _saving.save(checkpoints, _saving.Progress(first, state, told, record), settings, mean)
+        saved = first
 
-    one(0)
-    with count_compilations() as count:
-        for first in range(length, num_steps, length):
-            one(first)
-    return state, np.concatenate(losses), events, count.num_compiled
+    num_compiled = 0
+    while first < num_steps:
+        with count_compilations() as count:
+            state, lost, infos, happened, rollbacks = advance(state, first, record)
+            losses.append(lost)
+            record["events"].extend(happened)
+            record["rollbacks"].extend(rollbacks)
+            if listener is not None:
+                listener(Segment(first, length, state, lost, infos, happened, rollbacks))
+        if first != (resumed_from or 0):
+            num_compiled += count.num_compiled
+        first += length
+        if checkpoints is not None and _saving.is_due(checkpoints, first - length, first):
+            save()
+        if should_stop is not None and should_stop():
+            break
+    save()
+    if checkpoints is not None:
+        checkpoints.writer.wait()
+    return Fit(
+        state=state,
+        losses=np.concatenate(losses),
+        events=record["events"],
+        num_compiled=num_compiled,
+        rollbacks=record["rollbacks"],
+        num_steps=first,
+        resumed_from=resumed_from,
+        **record["totals"],
+    )
 
 
 def _check_finite(

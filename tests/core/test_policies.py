@@ -610,3 +610,21 @@ def test_policies_ask_only_of_seeds_that_can(name: str) -> None:
     for step in range(4):
         told = player.ask(observe(step, stage=stage, potential=ALL, gradient=ALL, loss=1.0))
         assert set(asked(told)) <= {1}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        plateau(blueprint="x"),
+        ef.policies.chain(ef.policies.cooldown(5), periodic(every=3, blueprint="x")),
+    ],
+    ids=["plateau", "chain"],
+)
+def test_growth_refuses_a_policy_with_an_unknown_blueprint(policy):
+    lattice = ef.lattice(
+        sites=[ef.site("s", features=4, chunks=2)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=2,
+    )
+    with pytest.raises(UnknownNameError, match="unknown blueprint 'x'; allowed: scale"):
+        ef.growth(lattice, policy=policy)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,6 +82,17 @@ def run_torch(implementation: str) -> Runner:
     return run
 
 
+@contextmanager
+def strictly() -> Iterator[None]:
+    """JAX as strict as it gets, and float32 products that a GPU does not round to tf32."""
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.default_matmul_precision("highest"),
+    ):
+        yield
+
+
 def run_jax(implementation: str) -> Runner:
     """An implementation for JAX, jitted, through its custom derivative."""
 
@@ -104,7 +116,7 @@ def run_jax(implementation: str) -> Runner:
             return y, watched, pull((dy, jnp.zeros_like(watched)))
 
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
-        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        with strictly():
             results = both(x, body, jnp.zeros((spec.chunks, 5)), dy)
         y, watched, (dx, d_body, channels) = results
         d_leaves = (_wide(leaf) for leaf in d_body)
@@ -142,7 +154,7 @@ def run_jax_in_place(implementation: str) -> Runner:
             return graft_jax.backward_in_place(x, dy, body, slot, gains, watched, **static)
 
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
-        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        with strictly():
             y, watched = forward(jnp.copy(x), body)
             dx, d_body, channels = backward(x, dy, body, watched)
         d_leaves = (_wide(leaf) for leaf in d_body)

@@ -100,13 +100,14 @@ def test_potential_for_jax():
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from implementations import strictly
 
     from esper_kernels.jax import potential
 
     source = np.random.default_rng(0)
     x, dy = source.standard_normal((2, 20, 11)).astype(np.float32)
     asked = np.array([True, True, False])
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    with strictly():
         sizes = jax.jit(potential)(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(asked))
     chunks = zip(np.array_split(x, 3, axis=1), np.array_split(dy, 3, axis=1), strict=True)
     right = [np.square(u.T @ slope).sum() for u, slope in chunks]

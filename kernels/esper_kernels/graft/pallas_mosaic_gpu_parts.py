@@ -104,7 +104,8 @@ def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
 def live_words(live: jax.Array) -> jax.Array:
     """`live [C]` as bits, 32 chunks to an int32."""
     bits = jnp.pad(live, (0, -live.shape[0] % 32)).reshape(-1, 32).astype(jnp.uint32)
-    words = jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+    places = jnp.arange(32, dtype=jnp.uint32)[None]
+    words = jnp.sum(bits << places, axis=1, dtype=jnp.uint32)
     return words.view(jnp.int32)
 
 

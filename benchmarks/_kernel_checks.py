@@ -1,0 +1,115 @@
+"""What holds a kernel to float64 before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from benchmarks._records import BenchmarkError
+from esper_kernels.graft import Body, Case, reference_torch, triton_cuda
+
+
+class Arguments(NamedTuple):
+    """One set of inputs on the device."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    body: Body
+    slot: torch.Tensor
+    gains: torch.Tensor
+
+
+def to_jax(of: Arguments) -> Arguments:
+    return Arguments(*jax.tree.map(jnp.from_dlpack, tuple(of)))
+
+
+def step(backend: Any, case: Case, of: Arguments) -> Any:
+    x, dy, body, slot, gains = of
+    y, watched = backend.forward(case, x, body, slot, gains)
+    return y, watched, backend.backward(case, x, dy, body, slot, gains, watched)
+
+
+def forward(backend: Any, case: Case, of: Arguments) -> Any:
+    return backend.forward(case, of.x, of.body, of.slot, of.gains)
+
+
+def flat(results: Any) -> list[torch.Tensor]:
+    """All results that there are, in their order, as torch sees them."""
+    leaves = jax.tree.leaves(jax.tree.map(torch.from_dlpack, results))
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def error_of(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+def hold(
+    case: Case,
+    of: Arguments,
+    found: Mapping[str, Callable[[], Any]],
+    *,
+    live: torch.Tensor | None = None,
+) -> None:
+    """Refuses to time what is further from float64 than twice the reference, or differs twice.
+
+    Each of `found` gives `y`, `watched` and, where it has them, `dx`, the body's gradients and
+    `channels`. With `live` [C] what is measured is compared as zero elsewhere.
+    """
+
+    def wide(leaf: torch.Tensor | None) -> torch.Tensor | None:
+        return None if leaf is None else leaf.bfloat16().double()
+
+    def masked(results: Any) -> list[torch.Tensor]:
+        y, watched, (dx, d_body, channels) = results
+        if live is not None:
+            watched, channels = (torch.where(live[:, None], of, 0) for of in (watched, channels))
+        return flat((y, watched, (dx, d_body, channels)))
+
+    body = Body(*(wide(leaf) for leaf in of.body))
+    exactly = Arguments(of.x.double(), of.dy.double(), body, of.slot, of.gains.double())
+    true = masked(step(reference_torch, case, exactly))
+    usual = masked(step(reference_torch, case, of))
+    for name, run in found.items():
+        first, again = flat(run()), flat(run())
+        for k, (ours, twice) in enumerate(zip(first, again, strict=True)):
+            error, allowed = error_of(ours, true[k]), 2 * error_of(usual[k], true[k]) + 2.0**-16
+            if not error <= allowed or not torch.equal(ours, twice):
+                raise BenchmarkError(
+                    f"{name}, result {k}: error {error:.2g}, at most {allowed:.2g} is right; "
+                    f"same bits twice: {torch.equal(ours, twice)}."
+                )
+
+
+def hold_in_place(case: Case, of: Arguments, pallas: Any) -> None:
+    """The forms in place; what they leave alone must also keep its bits."""
+    live = (of.slot >= 0) & (of.gains != 0).any(dim=1)
+    x, dy, body, slot, gains = of
+
+    def on_torch() -> Any:
+        return triton_cuda.forward_in_place(case, x.clone(), body, slot, gains)
+
+    found: dict[str, Callable[[], Any]] = {"triton in place": on_torch}
+    if pallas is not None:
+
+        @jax.jit
+        def on_jax(of: Arguments) -> Any:
+            y, watched = pallas.forward_in_place(case, of.x, of.body, of.slot, of.gains)
+            rest = pallas.backward_in_place(case, of.x, of.dy, of.body, of.slot, of.gains, watched)
+            return y, watched, rest
+
+        found["pallas in place"] = partial(on_jax, to_jax(of))
+    hold(case, of, found, live=live)
+    for name, run in found.items():
+        for k, (ours, given) in enumerate(zip(flat(run())[:3:2], (x, dy), strict=False)):
+            at = (~live).nonzero()[:, 0]
+            still, before = (
+                leaf.view(torch.int16).view(case.rows, case.chunks, -1)[:, at]
+                for leaf in (ours, given)
+            )
+            if not torch.equal(still, before):
+                raise BenchmarkError(f"{name}: activation {k} changed where nothing lives.")

@@ -1,0 +1,63 @@
+"""Checkpoints: stop anywhere, lose nothing.
+
+A folder of steps, each written whole or not at all, each verified byte for byte before it is read
+back. `docs/checkpoints.md` says what is promised.
+"""
+
+from esper_fn.checkpoint._folder import (
+    Damage,
+    Restored,
+    damages,
+    history,
+    inspect,
+    restore,
+    steps,
+    verify,
+)
+from esper_fn.checkpoint._manifest import VERSION, Manifest
+from esper_fn.checkpoint._once import prune, save
+from esper_fn.checkpoint._retention import (
+    Context,
+    Decision,
+    Retention,
+    Step,
+    best,
+    decide,
+    every,
+    everything,
+    latest,
+    pinned,
+    within_bytes,
+)
+from esper_fn.checkpoint._types import register
+from esper_fn.checkpoint._writer import CheckpointWarning, Writer, warn
+
+__all__ = [
+    "VERSION",
+    "CheckpointWarning",
+    "Context",
+    "Damage",
+    "Decision",
+    "Manifest",
+    "Restored",
+    "Retention",
+    "Step",
+    "Writer",
+    "best",
+    "damages",
+    "decide",
+    "every",
+    "everything",
+    "history",
+    "inspect",
+    "latest",
+    "pinned",
+    "prune",
+    "register",
+    "restore",
+    "save",
+    "steps",
+    "verify",
+    "warn",
+    "within_bytes",
+]

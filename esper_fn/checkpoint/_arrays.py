@@ -1,0 +1,189 @@
+"""Leaves to parts and back: what is stored together, and what is stored already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from esper_fn.checkpoint._manifest import PACKED, Part
+from esper_fn.checkpoint._structure import Leaf, scalar_value, storage
+from esper_fn.errors import CorruptCheckpointError
+
+SMALL_BYTES = 64 * 2**10
+"""Leaves below this share one array: an array of its own costs Orbax about a millisecond."""
+
+PART_BYTES = 2**20
+"""Parts below this are put together: a folder of its own costs some fifty milliseconds."""
+
+_ALIGN = 16
+
+
+class Planned(NamedTuple):
+    """A part to be written, unless its content is on disk already."""
+
+    part: Part
+    content: str
+    arrays: dict[str, np.ndarray]
+    num_bytes: int
+
+
+def fetch(arrays: Sequence[Any], leaves: Sequence[Leaf], pool: list[np.ndarray]) -> list[Any]:
+    """Copies of the arrays in host memory, in buffers of `pool` where they fit.
+
+    The program that owns the arrays may donate them as soon as this returns.
+    """
+    arrays = [_whole(array) for array in jax.device_get(list(arrays))]
+    spare: dict[Any, list[np.ndarray]] = {}
+    for buffer in pool:
+        spare.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+    copies: list[Any] = []
+    for leaf, array in zip(leaves, arrays, strict=True):
+        if leaf.is_scalar:
+            copies.append(None)
+            continue
+        bits = (
+            array.view(storage(leaf.dtype))
+            if array.ndim
+            else array.reshape(1).view(storage(leaf.dtype)).reshape(())
+        )
+        fitting = spare.get((bits.shape, bits.dtype))
+        buffer = fitting.pop() if fitting else np.empty(bits.shape, bits.dtype)
+        np.copyto(buffer, bits)
+        copies.append(buffer)
+    return copies
+
+
+def _whole(array: Any) -> Any:
+    return (
+        None
+        if array is None
+        else np.ascontiguousarray(array)
+        if np.ndim(array)
+        else np.asarray(array)
+    )
+
+
+def digests(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> list[str | None]:
+    """SHA-256 of each leaf's bytes."""
+    return [
+        None if leaf.is_scalar else hashlib.sha256(_bytes(array)).hexdigest()
+        for leaf, array in zip(leaves, arrays, strict=True)
+    ]
+
+
+def _bytes(array: np.ndarray) -> Any:
+    return array.reshape(-1).view(np.uint8).data if array.size else b""
+
+
+def plan(
+    leaves: Sequence[Leaf],
+    arrays: Sequence[Any],
+    leaf_digests: Sequence[str | None],
+    prefixes: Sequence[str],
+) -> list[Planned]:
+    """Sorts leaves into parts by the longest of the prefixes that their path has."""
+    groups: dict[str, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        if leaf.is_scalar:
+            continue
+        fitting = [p for p in prefixes if leaf.path == p or leaf.path.startswith(f"{p}/")]
+        groups.setdefault(max(fitting, key=len, default=""), []).append(index)
+    rest: list[int] = []
+    large = []
+    for indices in groups.values():
+        size = sum(leaves[index].num_bytes for index in indices)
+        if size < PART_BYTES:
+            rest.extend(indices)
+        else:
+            large.append(indices)
+    return [
+        _planned(indices, leaves, arrays, leaf_digests)
+        for indices in (*large, *([sorted(rest)] if rest else []))
+    ]
+
+
+def _planned(
+    indices: list[int],
+    leaves: Sequence[Leaf],
+    arrays: Sequence[Any],
+    leaf_digests: Sequence[str | None],
+) -> Planned:
+    content = hashlib.sha256()
+    whole: dict[str, np.ndarray] = {}
+    packed: list[np.ndarray] = []
+    offset, places = 0, []
+    for position, index in enumerate(indices):
+        leaf, array = leaves[index], arrays[index]
+        content.update(f"{storage(leaf.dtype)} {leaf.shape} {leaf_digests[index]}\n".encode())
+        if leaf.num_bytes >= SMALL_BYTES:
+            whole[f"leaf{position}"] = array
+            places.append((index, -1))
+            continue
+        places.append((index, offset))
+        padding = -leaf.num_bytes % _ALIGN
+        if array.size:
+            packed.append(array.reshape(-1).view(np.uint8))
+        packed.append(np.zeros(padding, np.uint8))
+        offset += leaf.num_bytes + padding
+    if offset or not whole:
+        whole[PACKED] = np.concatenate([*packed, np.zeros(_ALIGN, np.uint8)])
+    name = content.hexdigest()
+    return Planned(
+        part=Part(folder=f"data/{name[:40]}", leaves=tuple(places)),
+        content=name[:40],
+        arrays=whole,
+        num_bytes=sum(array.nbytes for array in whole.values()),
+    )
+
+
+def expected(part: Part, leaves: Sequence[Leaf]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each of a part's arrays in Orbax."""
+    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    end = -1
+    for position, (index, offset) in enumerate(part.leaves):
+        leaf = leaves[index]
+        if offset < 0:
+            found[f"leaf{position}"] = (leaf.shape, storage(leaf.dtype))
+        else:
+            end = max(end, offset + leaf.num_bytes + -leaf.num_bytes % _ALIGN)
+    if end >= 0 or not found:
+        found[PACKED] = ((max(end, 0) + _ALIGN,), np.dtype(np.uint8))
+    return found
+
+
+def take(
+    part: Part, leaves: Sequence[Leaf], arrays: dict[str, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """A part's leaves, by index, as bits."""
+    found = {}
+    for position, (index, offset) in enumerate(part.leaves):
+        leaf = leaves[index]
+        if offset < 0:
+            found[index] = arrays[f"leaf{position}"]
+            continue
+        piece = arrays[PACKED][offset : offset + leaf.num_bytes]
+        found[index] = piece.copy().view(storage(leaf.dtype)).reshape(leaf.shape)
+    return found
+
+
+def value_of(leaf: Leaf, bits: np.ndarray | None, digest: str | None) -> Any:
+    """The leaf itself, after a last look at its bytes.
+
+    Raises:
+      CorruptCheckpointError: other bytes than were saved.
+    """
+    if leaf.is_scalar:
+        return scalar_value(leaf)
+    if bits is None:
+        raise CorruptCheckpointError(f"{leaf.path}: no array")
+    bits = np.ascontiguousarray(bits).reshape(leaf.shape)
+    if digest is not None and hashlib.sha256(_bytes(bits)).hexdigest() != digest:
+        raise CorruptCheckpointError(f"{leaf.path}: the array read is not the one that was saved")
+    array = bits.reshape(-1).view(jax.numpy.dtype(leaf.dtype)).reshape(leaf.shape)
+    if leaf.key is not None:
+        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=leaf.key)
+    return array

@@ -1,0 +1,135 @@
+"""Files of a step: listing without following links, hashing, syncing, sharing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path, PurePosixPath
+
+from esper_fn.errors import CorruptCheckpointError
+
+MAX_FILES = 100_000
+_PIECE_BYTES = 2**20
+
+
+def is_safe(relative: object) -> bool:
+    """Whether a listed path stays inside its folder on every system."""
+    if not isinstance(relative, str) or not 0 < len(relative) <= 512:
+        return False
+    if any(ord(c) < 32 for c in relative) or "\\" in relative or ":" in relative:
+        return False
+    parts = relative.split("/")
+    return (
+        all(part not in ("", ".", "..") for part in parts)
+        and str(PurePosixPath(relative)) == relative
+    )
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each plain file below a folder, by path relative to it.
+
+    Raises:
+      CorruptCheckpointError: a symbolic link or a special file, or more than `MAX_FILES`.
+    """
+    found: dict[str, int] = {}
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    raise CorruptCheckpointError(f"{entry.path}: neither a plain file nor a folder")
+                found[Path(entry.path).relative_to(folder).as_posix()] = status.st_size
+                if len(found) > MAX_FILES:
+                    raise CorruptCheckpointError(f"{folder}: more than {MAX_FILES} files")
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Of a plain file, which is not opened through a link."""
+    digest = hashlib.sha256()
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """A plain file's bytes, at most `max_bytes` of them.
+
+    Raises:
+      CorruptCheckpointError: missing, not a plain file, or longer.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpointError(f"{path}: not a plain file")
+        if status.st_size > max_bytes:
+            raise CorruptCheckpointError(
+                f"{path}: {status.st_size} bytes, at most {max_bytes} are read"
+            )
+        return file.read(max_bytes + 1)
+
+
+def sync(path: Path) -> None:
+    """Has the system put a file or a folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of all files and folders, from the leaves up."""
+    for where, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(where, name))
+        sync(Path(where))
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """A file that appears whole under its name, and is on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def share(source: Path, target: Path) -> bool:
+    """Gives the files of a folder second names in another; False where the system cannot."""
+    try:
+        for relative in sizes(source):
+            place = target / relative
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source / relative, place, follow_symlinks=False)
+    except (OSError, NotImplementedError, CorruptCheckpointError):
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, those with several names counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                status = os.lstat(Path(where, name))
+            except FileNotFoundError:
+                continue
+            seen[status.st_dev, status.st_ino] = status.st_size
+    return sum(seen.values())

@@ -1,0 +1,71 @@
+"""JSON as files of a checkpoint hold it: bounded, and with one meaning only."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 256
+
+
+def dumps(value: Any) -> bytes:
+    """One line of UTF-8; raises `ValueError` for NaN, infinities and what JSON cannot say."""
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not expressible in JSON: {error}") from None
+
+
+def loads(data: bytes, *, max_bytes: int) -> Any:
+    """Parses strictly.
+
+    Raises:
+      ValueError: more than `max_bytes`, deeper than `MAX_DEPTH`, a key given twice, a number that
+        is not finite, bytes that are not UTF-8, or no JSON at all.
+    """
+    if len(data) > max_bytes:
+        raise ValueError(f"{len(data)} bytes, at most {max_bytes} are read")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_constant=_refuse,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    _check_depth(value)
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a float")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner.extend(one.values())
+            elif isinstance(one, list):
+                inner.extend(one)
+        level, depth = inner, depth + 1

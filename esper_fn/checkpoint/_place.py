@@ -1,0 +1,59 @@
+"""The folder itself: its lock, its leavings, and steps that go."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from esper_fn.checkpoint import _files, _folder, _manifest
+from esper_fn.checkpoint._folder import STEPS, WORK, step_name
+from esper_fn.checkpoint._json import dumps
+from esper_fn.errors import CheckpointError, CorruptCheckpointError
+
+LOCK = "lock"
+
+
+def drop(path: Path, step: int) -> None:
+    """Removes a step: unlisted by one rename first, so that no half of it is ever seen."""
+    work = path / WORK / f"drop-{step_name(step)}-{secrets.token_hex(4)}"
+    work.parent.mkdir(exist_ok=True)
+    os.rename(path / STEPS / step_name(step), work)
+    shutil.rmtree(work)
+
+
+def open_folder(path: Path) -> tuple[str, int]:
+    """Makes a folder ready for a writer: the run's identity and the lock's handle."""
+    (path / STEPS).mkdir(parents=True, exist_ok=True)
+    lock = take_lock(path)
+    try:
+        shutil.rmtree(path / WORK, ignore_errors=True)
+        (path / WORK).mkdir()
+        if not (path / _folder.RUN).is_file():
+            if _folder.steps(path):
+                raise CorruptCheckpointError(
+                    f"{path}: it holds steps but no {_folder.RUN}; restore that file, or use "
+                    "another folder"
+                )
+            content = {"format": _manifest.FORMAT, "run": secrets.token_hex(16)}
+            _files.write_synced(path / _folder.RUN, dumps(content) + b"\n")
+        return _folder.run_identity(path), lock
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def take_lock(path: Path) -> int:
+    """The one writer's lock; the system lets it go when the process ends, however it ends."""
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise CheckpointError(
+            f"{path}: another process is writing checkpoints there; wait for it, or use another "
+            "folder"
+        ) from None
+    return lock

@@ -1,0 +1,235 @@
+"""Which steps stay on disk: small values that combine, decided without touching a disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What a retention sees of a step on disk.
+
+    Attributes:
+      step: training steps done.
+      blobs: bytes by content; steps that share a file name the same content, which then counts
+        once.
+      metrics: of the step.
+      is_sound: False where a verification found it damaged.
+    """
+
+    step: int
+    blobs: Mapping[str, int]
+    metrics: Mapping[str, float]
+    is_sound: bool = True
+
+
+class Context(NamedTuple):
+    """What else there is to know."""
+
+    protected: frozenset[int]
+    """Steps that stay whatever a retention says."""
+    incoming_bytes: int
+    """Of a step about to be written."""
+
+
+Choose = Callable[[Sequence[Step], Context], Mapping[int, str]]
+"""`choose(history, context)`: the steps to keep, and why; `history` is sorted by step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """Which steps to keep.
+
+    `a | b` keeps what either keeps. `a & b` keeps what `b` keeps among what `a` keeps, so put a
+    byte budget last: `(latest(3) | every(1000)) & within_bytes(10**10)`.
+
+    Attributes:
+      name: as code would make it.
+      choose: see `Choose`.
+      max_bytes: a budget that holds at all times, also while a step is being written, or None.
+    """
+
+    name: str
+    choose: Choose
+    max_bytes: int | None = None
+
+    def __or__(self, other: Retention) -> Retention:
+        def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+            return {**other.choose(history, context), **self.choose(history, context)}
+
+        both = [b for b in (self.max_bytes, other.max_bytes) if b is not None]
+        limit = max(both) if len(both) == 2 else None
+        return Retention(name=f"({self.name} | {other.name})", choose=choose, max_bytes=limit)
+
+    def __and__(self, other: Retention) -> Retention:
+        def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+            first = self.choose(history, context)
+            left = [one for one in history if one.step in first or one.step in context.protected]
+            second = other.choose(left, context)
+            return {
+                step: f"{why} and {second[step]}" for step, why in first.items() if step in second
+            }
+
+        both = [b for b in (self.max_bytes, other.max_bytes) if b is not None]
+        limit = min(both) if both else None
+        return Retention(name=f"({self.name} & {other.name})", choose=choose, max_bytes=limit)
+
+
+def latest(num_steps: int) -> Retention:
+    """The newest N.
+
+    >>> latest(3).name
+    'latest(3)'
+    """
+    _check("num_steps", num_steps, 1)
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        del context
+        return {one.step: f"among the latest {num_steps}" for one in history[-num_steps:]}
+
+    return Retention(name=f"latest({num_steps})", choose=choose)
+
+
+def every(num_steps: int) -> Retention:
+    """Steps whose number is a multiple of K."""
+    _check("num_steps", num_steps, 1)
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        del context
+        return {
+            one.step: f"a multiple of {num_steps}" for one in history if one.step % num_steps == 0
+        }
+
+    return Retention(name=f"every({num_steps})", choose=choose)
+
+
+def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Retention:
+    """The N best by a metric; steps without it are never among them, the newest wins a tie.
+
+    Args:
+      num_steps: N.
+      metric: its name, as given to `Writer.save(..., metrics=)`.
+      mode: whether `min` or `max` is best.
+    """
+    _check("num_steps", num_steps, 1)
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+    sign = 1 if mode == "min" else -1
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        del context
+        known = [one for one in history if math.isfinite(one.metrics.get(metric, math.nan))]
+        ranked = sorted(known, key=lambda one: (sign * one.metrics[metric], -one.step))
+        return {
+            one.step: f"among the {num_steps} best by {metric} ({one.metrics[metric]:.6g})"
+            for one in ranked[:num_steps]
+        }
+
+    return Retention(name=f"best({num_steps}, {metric!r}, {mode!r})", choose=choose)
+
+
+def pinned(steps: Iterable[int]) -> Retention:
+    """These steps, by number."""
+    wanted = frozenset(steps)
+    for step in wanted:
+        _check("a pinned step", step, 0)
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        del context
+        return {one.step: "pinned" for one in history if one.step in wanted}
+
+    return Retention(name=f"pinned({sorted(wanted)})", choose=choose)
+
+
+def within_bytes(num_bytes: int) -> Retention:
+    """The newest steps that fit into a budget together with a step about to be written.
+
+    Files that several steps share count once. Protected steps are counted first, since they stay
+    anyhow: a budget holds at all times only if it has room for two steps.
+    """
+    _check("num_bytes", num_bytes, 1)
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        counted: dict[str, int] = {}
+        for one in history:
+            if one.step in context.protected:
+                counted.update(one.blobs)
+        kept = {}
+        for one in reversed(history):
+            wider = {**counted, **one.blobs}
+            if sum(wider.values()) + context.incoming_bytes > num_bytes:
+                if one.step in context.protected:
+                    continue
+                break
+            counted = wider
+            kept[one.step] = f"within {num_bytes} bytes"
+        return kept
+
+    return Retention(name=f"within_bytes({num_bytes})", choose=choose, max_bytes=num_bytes)
+
+
+def everything() -> Retention:
+    """All steps."""
+
+    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
+        del context
+        return {one.step: "everything is kept" for one in history}
+
+    return Retention(name="everything()", choose=choose)
+
+
+class Decision(NamedTuple):
+    """What is to become of one step, and why."""
+
+    step: int
+    is_kept: bool
+    why: str
+
+
+def decide(
+    keep: Retention,
+    history: Iterable[Step],
+    *,
+    protected: Mapping[int, str],
+    incoming_bytes: int = 0,
+) -> list[Decision]:
+    """Pure: what stays and what goes.
+
+    Damaged steps go as soon as a sound one is newer, and at once where there is a byte budget; the
+    protected ones never go.
+
+    Args:
+      keep: the retention.
+      history: all steps on disk.
+      protected: steps that stay, and why: the one just written and the last good one.
+      incoming_bytes: of a step about to be written.
+
+    >>> steps = [Step(step=n, blobs={str(n): 1}, metrics={}) for n in range(4)]
+    >>> [one.step for one in decide(latest(2), steps, protected={0: "pinned"}) if one.is_kept]
+    [0, 2, 3]
+    """
+    steps = sorted(history, key=lambda one: one.step)
+    sound = [one for one in steps if one.is_sound]
+    newest = sound[-1].step if sound else None
+    kept = keep.choose(sound, Context(frozenset(protected), incoming_bytes))
+    decisions = []
+    for one in steps:
+        if one.step in protected:
+            decisions.append(Decision(one.step, True, protected[one.step]))
+        elif not one.is_sound:
+            is_kept = keep.max_bytes is None and (newest is None or newest < one.step)
+            why = "damaged" + (", but no newer step is sound" if is_kept else "")
+            decisions.append(Decision(one.step, is_kept, why))
+        elif one.step in kept:
+            decisions.append(Decision(one.step, True, kept[one.step]))
+        else:
+            decisions.append(Decision(one.step, False, f"not kept by {keep.name}"))
+    return decisions
+
+
+def _check(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int, at least {least}, got {value!r}")

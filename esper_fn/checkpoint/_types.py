@@ -1,0 +1,92 @@
+"""The closed set of NamedTuples that a checkpoint may be made of.
+
+A file names the type of a node; the name is looked up here and nowhere else. Nothing is imported,
+called or found by a name that stands in a file.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import optax
+import optax.contrib
+import optax.transforms
+
+from esper_fn import governors, optim, rollback
+from esper_fn._growth import GrowthState
+from esper_fn._lattice import _directions
+from esper_fn.errors import CheckpointError
+from esper_fn.grafting import _strategies
+from esper_fn.lifecycle import LossTrack, SeedState, Settings
+from esper_fn.lifecycle._state import Telemetry
+from esper_fn.policies import _limit, _propose
+
+_BY_NAME: dict[str, type[Any]] = {}
+_BY_TYPE: dict[type[Any], str] = {}
+
+
+def is_named_tuple(kind: type[Any]) -> bool:
+    """Whether a type is a NamedTuple's."""
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def register(kind: type[Any], name: str | None = None) -> None:
+    """Lets values of a NamedTuple type of yours be rebuilt from a checkpoint.
+
+    Call it where the type is defined, before restoring. Types of Esper-fn and Optax are known.
+
+    Args:
+      kind: a NamedTuple type.
+      name: what files call it, for good; `module.Name` when left out.
+
+    Raises:
+      CheckpointError: no NamedTuple type, or a name that another type has.
+
+    >>> from typing import Any, NamedTuple
+    >>> class Mine(NamedTuple):
+    ...     count: Any
+    >>> register(Mine, "mine.Mine")
+    """
+    if not is_named_tuple(kind):
+        raise CheckpointError(f"register takes a NamedTuple type, got {kind!r}")
+    called = f"{kind.__module__}.{kind.__qualname__}" if name is None else name
+    if _BY_NAME.get(called, kind) is not kind:
+        raise CheckpointError(
+            f"{called!r} is the name of {_BY_NAME[called]!r} already; give another `name`"
+        )
+    _BY_NAME[called] = kind
+    _BY_TYPE[kind] = called
+
+
+def name_of(kind: type[Any]) -> str | None:
+    """What files call a type; None for a type that was not registered."""
+    return _BY_TYPE.get(kind)
+
+
+def type_of(name: str) -> type[Any] | None:
+    """The type that files call `name`; None for no registered one."""
+    return _BY_NAME.get(name)
+
+
+def _register_all(module: ModuleType, prefix: str) -> None:
+    for name, kind in sorted(vars(module).items()):
+        if is_named_tuple(kind) and name == kind.__name__ and kind not in _BY_TYPE:
+            register(kind, f"{prefix}.{name}")
+
+
+for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, optim.PerBodyState):
+    register(_kind, f"esper_fn.{_kind.__name__}")
+register(rollback.Anchor, "esper_fn.rollback.Anchor")
+register(rollback.Snapshot, "esper_fn.rollback.Snapshot")
+for _module, _prefix in (
+    (_directions, "esper_fn.telemetry"),
+    (_strategies, "esper_fn.grafting"),
+    (_propose, "esper_fn.policies"),
+    (_limit, "esper_fn.policies"),
+    (governors, "esper_fn.governors"),
+    (optax, "optax"),
+    (optax.transforms, "optax.transforms"),
+    (optax.contrib, "optax.contrib"),
+):
+    _register_all(_module, _prefix)

@@ -1,0 +1,356 @@
+"""Writing steps: one writer a folder, asynchronous, a step whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax, _retention
+from esper_fn.checkpoint._folder import STEPS, WORK, PathLike, step_name
+from esper_fn.checkpoint._json import dumps
+from esper_fn.checkpoint._manifest import FileInfo, Manifest
+from esper_fn.checkpoint._place import drop, open_folder
+from esper_fn.checkpoint._structure import Leaf, describe
+from esper_fn.errors import CheckpointError
+
+MAX_SHARED = 16
+"""Steps that may share one copy of a part. A flaw of the disk in it costs all of them."""
+
+OVERHEAD_BYTES = 512 * 2**10
+"""What a step takes beside its arrays, before the first one has been measured."""
+
+
+class CheckpointWarning(UserWarning):
+    """A step was not written; training goes on."""
+
+
+def warn(error: BaseException) -> None:
+    """The default of `Writer(on_failure=)`: a `CheckpointWarning`."""
+    warnings.warn(f"a checkpoint was not written: {error}", CheckpointWarning, stacklevel=2)
+
+
+class Writer:
+    """Writes the steps of one run into a folder; close it, or use it as a context manager.
+
+    `save` copies the arrays and returns; hashing, writing and syncing go on in a thread. A step is
+    acknowledged when its folder, manifest and all, has been renamed into place and the rename is
+    on the disk. Until then nobody lists it; after that it is whole.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        keep: _retention.Retention | None = None,
+        key: bytes | None = None,
+        share_unchanged: bool = True,
+        on_failure: Callable[[BaseException], None] = warn,
+    ) -> None:
+        """Opens a folder, making it if need be, and removes what a killed writer left.
+
+        Args:
+          path: the folder.
+          keep: what stays on disk; `latest(3)` when left out.
+          key: at least 16 bytes; manifests get an HMAC then.
+          share_unchanged: give an unchanged part of at least 1 MiB a second name (a hard link)
+            instead of writing it again, up to `MAX_SHARED` times. Where the file system cannot, it
+            is written.
+          on_failure: told of an asynchronous save that failed, in the next call of `save`, `poll`
+            or `wait`; warns when left out.
+
+        Raises:
+          CheckpointError: another writer has the folder, or it holds something else.
+          OSError: the folder cannot be made or written.
+        """
+        if key is not None and len(key) < 16:
+            raise CheckpointError(f"key must have at least 16 bytes, got {len(key)}")
+        self.path = Path(path)
+        self.keep = _retention.latest(3) if keep is None else keep
+        self._key = key
+        self._share = share_unchanged
+        self._on_failure = on_failure
+        self._run, self._lock = open_folder(self.path)
+        self._pool: list[np.ndarray] = []
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._is_closed = False
+        self._overhead = OVERHEAD_BYTES
+        self._unsound: set[int] = set()
+        self._last_good: int | None = None
+        self._written: int | None = None
+        self.num_saved = 0
+        self.num_failed = 0
+
+    @property
+    def last_acknowledged(self) -> int | None:
+        """The newest step written by this writer, or found sound by `restore`."""
+        return self._written if self._written is not None else self._last_good
+
+    def restore(self, step: int | None = None, **options: Any) -> _folder.Restored:
+        """`checkpoint.restore` from this writer's folder, with its key, after the save under way.
+
+        What is found sound stays from now on, and what is found damaged makes way for later steps.
+        """
+        self._settle()
+        restored = _folder.restore(self.path, step, key=self._key, **options)
+        self._unsound |= {damage.step for damage in restored.passed_over}
+        if self._written is None:
+            self._last_good = max(restored.step, self._last_good or 0)
+        return restored
+
+    def save(
+        self,
+        step: int,
+        value: Any,
+        *,
+        record: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        parts: Sequence[str] = (),
+    ) -> None:
+        """Saves a value, asynchronously.
+
+        Waits for the save before it, if that is still under way. The arrays may be donated or
+        changed as soon as this returns.
+
+        Args:
+          step: training steps done.
+          value: a pytree of arrays, random keys, Python numbers and strings.
+          record: JSON that the host wants back.
+          metrics: finite numbers for `best`; others are left out.
+          parts: paths inside `value`; what lies below one is stored, and shared with other steps,
+            on its own.
+
+        Raises:
+          CheckpointError: the writer is closed, the step exists already and is sound, or the value
+            cannot be stored. What goes wrong later goes to `on_failure`.
+        """
+        if self._is_closed:
+            raise CheckpointError(f"{self.path}: this writer is closed")
+        if not isinstance(step, int) or not 0 <= step <= _manifest.MAX_STEP:
+            raise CheckpointError(
+                f"step must be an int from 0 to {_manifest.MAX_STEP}, got {step!r}"
+            )
+        self._settle()
+        if step in _folder.steps(self.path) and step not in self._unsound:
+            if _folder.first_damage(self.path, step, key=self._key) is None:
+                raise CheckpointError(
+                    f"{self.path}: step {step} exists and is sound; prune it first, or write to "
+                    "another folder"
+                )
+            self._unsound.add(step)
+        structure, leaves, arrays = describe(value)
+        noted = None if record is None else _as_json(record)
+        numbers = {
+            name: float(number)
+            for name, number in (metrics or {}).items()
+            if np.isfinite(float(number))
+        }
+        copies = _arrays.fetch(arrays, leaves, self._pool)
+        self._pool = [copy for copy in copies if copy is not None]
+        self._pending = self._thread.submit(
+            self._write, step, structure, tuple(leaves), copies, noted, numbers, tuple(parts)
+        )
+
+    def poll(self) -> bool:
+        """Whether nothing is under way; tells `on_failure` of a save that failed."""
+        if self._pending is not None and self._pending.done():
+            self._settle()
+        return self._pending is None
+
+    def wait(self) -> bool:
+        """Waits until the last save is acknowledged; False where it failed."""
+        return self._settle()
+
+    def close(self) -> None:
+        """Waits, and lets the folder go."""
+        if self._is_closed:
+            return
+        try:
+            self._settle()
+        finally:
+            self._is_closed = True
+            self._thread.shutdown()
+            os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _settle(self) -> bool:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        error = pending.exception()
+        if error is None:
+            self.num_saved += 1
+            return True
+        self.num_failed += 1
+        self._on_failure(error)
+        return False
+
+    def _write(
+        self,
+        step: int,
+        structure: Any,
+        leaves: tuple[Leaf, ...],
+        copies: list[Any],
+        noted: bytes | None,
+        metrics: Mapping[str, float],
+        prefixes: tuple[str, ...],
+    ) -> None:
+        leaf_digests = _arrays.digests(leaves, copies)
+        planned = _arrays.plan(leaves, copies, leaf_digests, prefixes)
+        incoming = self._incoming(planned, noted)
+        self._collect(incoming)
+        if self.keep.max_bytes is not None:
+            held = _files.disk_bytes(self.path)
+            if held + incoming > self.keep.max_bytes:
+                raise CheckpointError(
+                    f"step {step} needs about {incoming} bytes beside {held} that must stay, but "
+                    f"the budget of {self.keep.name} is {self.keep.max_bytes}; it must have room "
+                    "for two steps"
+                )
+        work = self.path / WORK / f"save-{step_name(step)}-{secrets.token_hex(4)}"
+        try:
+            work.mkdir(parents=True)
+            for one in planned:
+                target = work / one.part.folder
+                if target.exists():
+                    continue
+                if not self._shared(one, target):
+                    target.parent.mkdir(exist_ok=True)
+                    _orbax.write(target, one.arrays)
+            if noted is not None:
+                (work / _manifest.RECORD).write_bytes(noted)
+            _files.sync_tree(work)
+            sizes = _files.sizes(work)
+            manifest = Manifest(
+                run=self._run,
+                step=step,
+                structure=structure,
+                leaves=leaves,
+                digests=tuple(leaf_digests),
+                parts=tuple(one.part for one in planned),
+                files={
+                    name: FileInfo(num_bytes=size, sha256=_files.sha256(work / name))
+                    for name, size in sorted(sizes.items())
+                },
+                metrics=metrics,
+                versions={name: version(name) for name in _PACKAGES},
+            )
+            data = _manifest.encode(manifest, self._key)
+            _files.write_synced(work / _manifest.NAME, data)
+            self._commit(step, work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        new = sum(one.num_bytes for one in planned)
+        self._overhead = max(OVERHEAD_BYTES, 2 * (sum(sizes.values()) + len(data) - new))
+        self._collect(0)
+
+    def _incoming(self, planned: list[_arrays.Planned], noted: bytes | None) -> int:
+        new = {
+            one.content: one.num_bytes for one in planned if self._source(one.part.folder) is None
+        }
+        return sum(new.values()) + self._overhead + len(noted or b"")
+
+    def _source(self, folder: str) -> Path | None:
+        """A folder of the same content in a sound step, if it may get another name."""
+        if not self._share:
+            return None
+        for step in reversed(_folder.steps(self.path)):
+            candidate = self.path / STEPS / step_name(step) / folder
+            if step in self._unsound or not candidate.is_dir():
+                continue
+            names = [name for name in candidate.rglob("*") if name.is_file()]
+            most = max((name.stat().st_nlink for name in names), default=MAX_SHARED)
+            return candidate if most < MAX_SHARED else None
+        return None
+
+    def _shared(self, one: _arrays.Planned, target: Path) -> bool:
+        if one.num_bytes < _arrays.PART_BYTES:
+            return False
+        source = self._source(one.part.folder)
+        return source is not None and self._is_intact(source) and _files.share(source, target)
+
+    def _is_intact(self, source: Path) -> bool:
+        """Whether the files still are what their step's manifest says: damage is not handed on."""
+        step = int(source.parents[1].name)
+        try:
+            told = _folder.inspect(self.path, step, key=self._key).files
+            base = source.parents[1]
+            return all(
+                told[name].sha256 == _files.sha256(base / name)
+                for name in (
+                    f"{source.relative_to(base).as_posix()}/{inner}"
+                    for inner in _files.sizes(source)
+                )
+            )
+        except (CheckpointError, OSError, KeyError):
+            return False
+
+    def _commit(self, step: int, work: Path) -> None:
+        target = self.path / STEPS / step_name(step)
+        if target.exists():  # a damaged step of the same number
+            self._drop(step)
+        os.rename(work, target)
+        _files.sync(target.parent)
+        self._unsound.discard(step)
+        self._last_good, self._written = self.last_acknowledged, step
+
+    def _collect(self, incoming: int) -> None:
+        for decision in self.plan(incoming_bytes=incoming):
+            if not decision.is_kept:
+                self._drop(decision.step)
+
+    def plan(self, *, incoming_bytes: int = 0) -> list[_retention.Decision]:
+        """What the retention would do now."""
+        protected = {}
+        if self._last_good is not None and incoming_bytes == 0:
+            protected[self._last_good] = "the last good step before the one just written"
+        if self.last_acknowledged is not None:
+            protected[self.last_acknowledged] = "the step just written"
+        return _retention.decide(
+            self.keep,
+            _folder.history(self.path, key=self._key, unsound=frozenset(self._unsound)),
+            protected=protected,
+            incoming_bytes=incoming_bytes,
+        )
+
+    def _drop(self, step: int) -> None:
+        drop(self.path, step)
+        self._unsound.discard(step)
+
+
+_PACKAGES = ("esper-fn", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
+
+
+def _as_json(record: Any) -> bytes:
+    try:
+        noted = dumps(record)
+    except ValueError as error:
+        raise CheckpointError(f"record: {error}") from None
+    if len(noted) > _folder.MAX_RECORD_BYTES:
+        raise CheckpointError(
+            f"record takes {len(noted)} bytes, at most {_folder.MAX_RECORD_BYTES} are read back"
+        )
+    return noted

@@ -1,0 +1,234 @@
+"""What `fit` saves between segments, and how it goes on from it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_fn import checkpoint
+from esper_fn._growth import Growth
+from esper_fn.errors import CheckpointError, ResumeError
+from esper_fn.runtime._step import TrainState
+
+checkpoint.register(TrainState, "esper_fn.TrainState")
+
+PARTS = (
+    "state/params",
+    "state/opt_state",
+    "state/anchor/older/params",
+    "state/anchor/older/opt_state",
+    "state/anchor/newer/params",
+    "state/anchor/newer/opt_state",
+    "state/growth",
+)
+"""What is stored apart: a frozen host, or a snapshot that was not renewed, is not written again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoints:
+    """Saving and resuming, for `fit` and `fit_host`.
+
+    Attributes:
+      writer: where to; `fit` neither opens nor closes it.
+      every_steps: a step is saved at the end of the first segment that reaches a multiple of it,
+        and at the end of the run.
+      resume: go on from the newest sound step of the writer's folder, if it has one. With False, a
+        folder that holds steps is refused.
+      note: gives JSON that is saved along, whatever the caller needs to go on.
+      recall: told the note of the step the run goes on from, before its first segment.
+      settings: JSON of anything else that must be the same when the run goes on.
+    """
+
+    writer: checkpoint.Writer
+    every_steps: int = 100
+    resume: bool = True
+    note: Callable[[], Any] | None = None
+    recall: Callable[[Any], None] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every_steps, int) or self.every_steps < 1:
+            raise ValueError(f"every_steps must be an int, at least 1, got {self.every_steps!r}")
+
+
+class Progress(NamedTuple):
+    """Where a run stands."""
+
+    step: int
+    state: Any
+    losses: np.ndarray
+    record: dict[str, Any]
+    """JSON: totals and events."""
+
+
+def save(to: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss: float) -> None:
+    """Saves asynchronously."""
+    to.writer.save(
+        progress.step,
+        {"state": progress.state, "losses": progress.losses},
+        record={
+            "settings": {**to.settings, **settings},
+            "record": _encoded(progress.record),
+            "note": None if to.note is None else _encoded(to.note()),
+        },
+        metrics={"loss": loss},
+        parts=PARTS,
+    )
+
+
+def is_due(to: Checkpoints, first: int, last: int) -> bool:
+    """Whether a multiple of `every_steps` lies in `(first, last]`."""
+    return last // to.every_steps > first // to.every_steps
+
+
+def load(
+    to: Checkpoints, fresh: Any, settings: Mapping[str, Any], num_steps: int
+) -> Progress | None:
+    """The newest sound step, or None where there is none.
+
+    Args:
+      to: where to look.
+      fresh: the state a new run would begin with: structure, shapes and shardings must be its own.
+      settings: of this run.
+      num_steps: of this run.
+
+    Raises:
+      NoCheckpointError: there are steps, but none is sound.
+      ResumeError: saved with other settings, or longer than this run.
+
+    Warns with a `CheckpointWarning` that names newer steps that are damaged.
+    """
+    path = to.writer.path
+    there = checkpoint.steps(path)
+    if not there:
+        return None
+    if not to.resume:
+        raise ResumeError(
+            f"{path}: it holds steps {there} of an earlier run; go on from them (resume=True), or "
+            "use another folder"
+        )
+    restored = to.writer.restore(like={"state": fresh, "losses": 0})
+    step, record = restored.step, restored.record
+    if restored.passed_over:
+        told = "; ".join(map(str, restored.passed_over))
+        warnings.warn(
+            f"{path}: going on from step {step}, since newer ones are damaged: {told}",
+            checkpoint.CheckpointWarning,
+            stacklevel=2,
+        )
+    if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
+        raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
+    _check_settings(path, record["settings"], {**to.settings, **settings})
+    if step > num_steps:
+        raise ResumeError(
+            f"{path}: step {step} lies beyond num_steps={num_steps}; ask for more, or prune it"
+        )
+    state, losses = restored.value["state"], restored.value["losses"]
+    if len(losses) != step:
+        raise ResumeError(f"{path}: step {step} holds {len(losses)} losses")
+    check_alike(fresh, state, str(path))
+    if to.recall is not None:
+        to.recall(_decoded(record["note"]))
+    return Progress(
+        step=step,
+        state=jax.tree.map(_placed, fresh, state),
+        losses=losses,
+        record=_decoded(record["record"]),
+    )
+
+
+def _check_settings(path: object, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    for name in sorted(saved.keys() | present.keys()):
+        if saved.get(name) != present.get(name):
+            raise ResumeError(
+                f"{path}: {name} is {present.get(name)!r} now and was {saved.get(name)!r} when the "
+                "step was saved, so the run would not be the one that was stopped; set it back, or "
+                "begin a new run in another folder (`runtime.carry_over` moves a state to a "
+                "larger lattice)"
+            )
+
+
+def check_alike(fresh: Any, state: Any, where: str) -> None:
+    """Raises `ResumeError`, naming the path, where structure, shape or dtype differ."""
+    of_fresh = dict(_leaves(fresh))
+    of_state = dict(_leaves(state))
+    for name in of_fresh.keys() | of_state.keys():
+        if name not in of_fresh or name not in of_state:
+            side = "now" if name in of_fresh else "in the checkpoint"
+            raise ResumeError(
+                f"{where}: {name} exists only {side}; host, optimizer, policy or strategies are "
+                "not the ones of the run that was stopped"
+            )
+        if of_fresh[name] != of_state[name]:
+            raise ResumeError(
+                f"{where}: {name} is {of_fresh[name]} now and {of_state[name]} in the checkpoint"
+            )
+    structures = [str(jax.tree.structure(tree)) for tree in (fresh, state)]
+    if structures[0] != structures[1]:
+        raise ResumeError(f"{where}: the state has another structure now than in the checkpoint")
+
+
+def _leaves(tree: Any) -> list[tuple[str, str]]:
+    return [
+        (jax.tree_util.keystr(path), f"{jnp.result_type(leaf)}{list(np.shape(leaf))}")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _placed(fresh: Any, leaf: Any) -> Any:
+    """The leaf where the fresh one lies, in a buffer of its own, which a step may donate."""
+    if len(fresh.sharding.device_set) > 1:
+        return jax.device_put(leaf, fresh.sharding)
+    return jnp.array(leaf, copy=True)
+
+
+def _encoded(value: Any) -> Any:
+    """JSON that holds non-finite floats too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if isinstance(value, dict):
+        if "$float" in value:
+            raise CheckpointError("a note must not have a key '$float'")
+        return {name: _encoded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(inner) for inner in value]
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"$float"}:
+            return float(value["$float"])
+        return {name: _decoded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_decoded(inner) for inner in value]
+    return value
+
+
+def describe(growth: Growth) -> dict[str, Any]:
+    """What of a growth is no state and must be the same when a run goes on."""
+    return {
+        "sites": [
+            [
+                place.name, place.features, place.chunks, place.topology,
+                place.source_features, place.layers, place.positions,
+            ]
+            for place in growth.lattice.sites
+        ],
+        "blueprints": list(growth.lattice.names),
+        "capacity": growth.lattice.capacity,
+        "dtype": str(jnp.dtype(growth.lattice.dtype)),
+        "policy": list(growth.policy.rules),
+        "grafts": [graft.name for graft in growth.grafts],
+        "bodies_at_once": growth.bodies_at_once,
+        "implementation": growth.implementation,
+        "max_ablations": growth.max_ablations,
+        "directed_births": growth.directed_births,
+    }  # fmt: skip

@@ -1,0 +1,237 @@
+"""A saved run in a larger lattice, on other devices, or only a part of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from checkpoint_support import assert_same, fail
+from growing import Job, mlp
+
+import esper_fn as ef
+from esper_fn import checkpoint, runtime
+from esper_fn.errors import CheckpointError
+from esper_fn.lifecycle import Stage
+
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def restored(job: Job, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Restored:
+    folder = tmp_path_factory.mktemp("carry") / "run"
+    with checkpoint.Writer(folder, on_failure=fail) as writer:
+        job.fit(num_steps=60, checkpoints=runtime.Checkpoints(writer=writer))
+    found = checkpoint.restore(folder)
+    assert (found.value["state"].growth.owner >= 0).sum() >= 2
+    return found
+
+
+def numbers(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: (
+            leaf if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+        ),
+        tree,
+    )
+
+
+def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
+    """A site in front of the old ones, one behind, more room, one blueprint and strategy more."""
+    host = ef.hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
+    return ef.growth(
+        ef.lattice(
+            sites=[ef.site("first", features=6, chunks=3), *host.sites],
+            blueprints={
+                "scale": ef.blueprints.scale_shift(),
+                "bottleneck": job.growth.lattice.blueprints[0],
+            },
+            capacity=5,
+        ),
+        policy=job.growth.policy,
+        graft=[ef.grafting.momentum(), ef.grafting.linear(12)],
+        settings=job.growth.settings,
+        bodies_at_once=None,
+    )
+
+
+def test_into_the_same_lattice_nothing_changes_but_the_anchor(
+    job: Job, restored: checkpoint.Restored
+) -> None:
+    carried = runtime.carry_over(restored, job.growth, job.optimizer, key=KEY)
+    old = restored.value["state"]
+    assert carried.changes == ("anchor: taken now",)
+    for name in ("params", "opt_state", "growth"):
+        assert_same(numbers(getattr(old, name)), numbers(getattr(carried.state, name)))
+    assert_same(numbers(carried.state.anchor.older.params), numbers(old.params))
+
+
+def test_every_seed_and_body_is_where_it_was(job: Job, restored: checkpoint.Restored) -> None:
+    growth = larger(job)
+    state, changes = runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+    before, after = job.growth, growth
+    old = restored.value["state"]
+    was = {}
+    for index in range(before.lattice.num_seeds):
+        seed = before.seed(jax.tree.map(jax.numpy.asarray, old.growth), index)
+        was[seed.site, seed.layer, seed.chunk] = seed
+    live = 0
+    for index in range(after.lattice.num_seeds):
+        seed = after.seed(state.growth, index)
+        twin = was.pop((seed.site, seed.layer, seed.chunk), None)
+        if twin is None:
+            assert (seed.stage, seed.slot, seed.steps_in_stage) == (Stage.DORMANT, None, 0)
+            continue
+        for name in ("stage", "parent", "alpha", "blueprint", "graft", "utility", "contribution"):
+            assert getattr(seed, name) == getattr(twin, name), name
+        if seed.slot is None:
+            continue
+        live += 1
+        assert int(state.growth.owner[seed.slot]) == index
+        assert_same(
+            body(after, numbers(state.growth.bodies), seed),
+            body(before, old.growth.bodies, twin),
+        )
+        assert_same(
+            body(after, numbers(state.opt_state.bodies), seed),
+            body(before, old.opt_state.bodies, twin),
+        )
+    assert not was
+    assert live == (old.growth.owner >= 0).sum() == (np.asarray(state.growth.owner) >= 0).sum()
+    assert "growth.seeds: 5 new, dormant" in changes
+    assert any("new slots, fresh" in change for change in changes)
+
+
+def body(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
+    tables = growth.lattice.tables
+    bank = next(
+        bank
+        for bank in tables.banks
+        if growth.lattice.sites[bank.site].name == seed.site
+        and growth.lattice.names[bank.blueprint] == seed.blueprint
+    )
+    assert seed.slot is not None
+    assert seed.blueprint is not None
+    at = seed.slot - bank.start
+    assert 0 <= at < bank.num_slots
+    return jax.tree.map(lambda leaf: leaf[at], banks[seed.site][seed.blueprint])
+
+
+def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoint.Restored) -> None:
+    growth = larger(job, spans=1)
+    state, _ = runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+
+    def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
+        inputs = seeds.grow("first", batch[0])
+        return job.loss_fn(params, seeds, (inputs, batch[1]))
+
+    old = jax.tree.map(jax.numpy.asarray, restored.value["state"])
+    batch = jax.tree.map(lambda leaf: leaf[0], job.batches(60, 1))
+    before = job.loss_fn(old.params, job.growth.seeds(old.growth), batch)
+    after = loss_fn(state.params, growth.seeds(state.growth), batch)
+    np.testing.assert_allclose(before, after, rtol=1e-6)
+    done = runtime.fit(
+        growth, loss_fn, job.optimizer, job.params, job.batches,
+        num_steps=10, key=KEY, start=state, survey_batch=batch, survey_every=5, segment_steps=5,
+    )  # fmt: skip
+    assert int(done.state.growth.step) == 70
+    assert np.isfinite(done.losses).all()
+    assert done.losses[0] < 1.2 * float(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda job: larger(job, chunks=0), "holds a body that has no place"),
+        (lambda job: mlp(spans=2)._replace(), None),
+    ],
+)
+def test_what_lives_is_never_dropped(
+    job: Job, restored: checkpoint.Restored, change: Any, message: str | None
+) -> None:
+    growth = change(job)
+    growth = growth.growth if isinstance(growth, Job) else growth
+    if message is None:
+        runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+
+
+def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
+    def lattice(**changes: Any) -> ef.Growth:
+        old = job.growth.lattice
+        given = {
+            "sites": old.sites,
+            "blueprints": {"bottleneck": old.blueprints[0]},
+            "capacity": 2,
+            **changes,
+        }
+        return ef.growth(
+            ef.lattice(**given), policy=job.growth.policy, graft=ef.grafting.linear(12)
+        )
+
+    wide = [ef.site(job.growth.lattice.sites[0].name, features=8, chunks=4)]
+    for growth, message in (
+        (lattice(dtype=jax.numpy.bfloat16), "nothing is cast silently"),
+        (lattice(sites=[*wide, *job.growth.lattice.sites[1:]]), "chunks was 2 and is 4"),
+        (
+            lattice(blueprints={"other": ef.blueprints.bottleneck(4)}),
+            r"blueprints \['bottleneck'\]",
+        ),
+        (lattice(blueprints={"bottleneck": ef.blueprints.bottleneck(8)}), "must be the run's"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+    with pytest.raises(CheckpointError, match=r"opt_state.host|must be the run's"):
+        runtime.carry_over(restored, job.growth, ef.optim.per_body(optax.sgd(0.1)), key=KEY)
+    with pytest.raises(CheckpointError, match="does not hold a whole run"):
+        runtime.carry_over(
+            restored._replace(value=restored.value["losses"]), job.growth, job.optimizer, key=KEY
+        )
+
+
+def test_host_only_and_seeds_only(job: Job, tmp_path: Path) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        done = job.fit(num_steps=40, checkpoints=runtime.Checkpoints(writer=writer))
+    host = checkpoint.restore(tmp_path, only="state/params").value
+    assert_same(numbers(done.state.params), host)
+    grown = checkpoint.restore(tmp_path, only="state/growth").value
+    again = job._replace(params=host).fit(num_steps=5, start=grown)
+    assert int(again.state.growth.step) == 45
+    seeds = checkpoint.restore(tmp_path, only="state/growth/seeds").value
+    assert_same(numbers(done.state.growth.seeds), seeds)
+
+
+def test_onto_another_number_of_devices(tmp_path: Path) -> None:
+    program = """
+        import sys, jax, numpy as np, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from esper_fn import checkpoint
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+        split = NamedSharding(mesh, P("data"))
+        array = jax.device_put(jnp.arange(64.0).reshape(8, 8), split)
+        if sys.argv[2] == "save":
+            checkpoint.save(sys.argv[1], 1, {"x": array})
+        else:
+            found = jax.device_put(checkpoint.restore(sys.argv[1]).value["x"], split)
+            assert (found == array).all()
+            print(jax.device_count(), len(found.sharding.device_set))
+    """
+
+    def run(count: int, what: str) -> str:
+        flags = f"--xla_force_host_platform_device_count={count}"
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run"), what],
+            check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags},
+        ).stdout  # fmt: skip
+
+    run(4, "save")
+    assert run(2, "restore") == "2 2\n"

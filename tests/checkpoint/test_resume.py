@@ -1,0 +1,309 @@
+"""A run that was stopped and went on is the run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from checkpoint_support import assert_same, fail, files_of, flip, step_folder
+from growing import Job, digest, mlp, transformer
+
+import esper_fn as ef
+from esper_fn import checkpoint, runtime
+from esper_fn.errors import NoCheckpointError, ResumeError
+from esper_fn.lifecycle import Stage
+
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job) -> runtime.Fit:
+    return job.fit(num_steps=STEPS)
+
+
+def stages_at(fit: runtime.Fit, step: int) -> set[str]:
+    """Stages of seeds once `step` steps are done, dormant ones left out."""
+    last = {event["seed"]: event["to"] for event in fit.events if event["step"] < step}
+    return set(last.values()) - {"DORMANT"}
+
+
+def stopped_at(job: Job, folder: Path, step: int, **options: Any) -> runtime.Fit:
+    """The run, stopped after `step` steps and gone on with from what was saved."""
+    done = 0
+
+    def count(segment: runtime.Segment) -> None:
+        nonlocal done
+        done = segment.first_step + segment.num_steps
+
+    with checkpoint.Writer(folder, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer, every_steps=10**9)
+        first = job.fit(
+            checkpoints=saving, should_stop=lambda: done >= step, listener=count, **options
+        )
+    assert first.num_steps == step
+    with checkpoint.Writer(folder, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer, every_steps=10**9)
+        second = job.fit(checkpoints=saving, **options)
+    assert second.resumed_from == step
+    return second
+
+
+def assert_same_run(one: runtime.Fit, two: runtime.Fit) -> None:
+    np.testing.assert_array_equal(one.losses, two.losses)
+    assert one.events == two.events
+    assert_same(one.state, two.state)
+    for name in ("num_rollbacks", "num_parameters", "body_flops", "num_passes", "survey_flops"):
+        assert getattr(one, name) == getattr(two, name), name
+    assert one.rollbacks == two.rollbacks
+
+
+def test_the_run_has_something_to_lose(whole: runtime.Fit) -> None:
+    seen = set().union(*(stages_at(whole, step) for step in range(0, STEPS, 5)))
+    assert seen >= {"TRAINING", "GRAFTING", "FINE_TUNING", "FOSSILIZED"}
+
+
+@pytest.mark.parametrize("stage", ["TRAINING", "GRAFTING", "FINE_TUNING", "FOSSILIZED"])
+def test_stopped_in_a_stage_and_gone_on_with(
+    job: Job, whole: runtime.Fit, tmp_path: Path, stage: str
+) -> None:
+    step = next(step for step in range(5, STEPS, 5) if stage in stages_at(whole, step))
+    assert_same_run(whole, stopped_at(job, tmp_path, step, num_steps=STEPS))
+
+
+def test_saving_changes_nothing_and_compiles_nothing(
+    job: Job, whole: runtime.Fit, tmp_path: Path
+) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer, every_steps=10)
+        assert_same_run(whole, done := job.fit(num_steps=STEPS, checkpoints=saving))
+        assert done.num_compiled == 0
+        assert writer.num_saved == 12
+        again = job.fit(num_steps=STEPS, checkpoints=saving)  # finished already
+    assert again.resumed_from == STEPS
+    assert_same_run(whole, again)
+
+
+def test_a_finished_run_may_be_made_longer(job: Job, whole: runtime.Fit, tmp_path: Path) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer)
+        job.fit(num_steps=60, checkpoints=saving)
+        assert_same_run(whole, job.fit(num_steps=STEPS, checkpoints=saving))
+
+
+def test_a_damaged_step_is_passed_over_and_said(
+    job: Job, whole: runtime.Fit, tmp_path: Path
+) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        job.fit(num_steps=80, checkpoints=runtime.Checkpoints(writer=writer, every_steps=20))
+    flip(files_of(step_folder(tmp_path, 80))[-1], 40)
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        with pytest.warns(checkpoint.CheckpointWarning, match="going on from step 60.*step 80"):
+            done = job.fit(
+                num_steps=STEPS, checkpoints=runtime.Checkpoints(writer=writer, every_steps=20)
+            )
+        assert done.resumed_from == 60
+        assert_same_run(whole, done)
+    assert set(checkpoint.verify(tmp_path).values()) == {None}
+    for step in checkpoint.steps(tmp_path):
+        flip(files_of(step_folder(tmp_path, step))[-1], 40)
+    with (
+        checkpoint.Writer(tmp_path, on_failure=fail) as writer,
+        pytest.raises(NoCheckpointError, match="nothing to restore: step 120"),
+    ):
+        job.fit(num_steps=STEPS, checkpoints=runtime.Checkpoints(writer=writer))
+
+
+def test_a_note_comes_back_and_saved_numbers_win(job: Job, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(
+            writer=writer, note=lambda: {"x": [1, float("nan"), None]}, recall=heard.append
+        )
+        job.fit(num_steps=20, checkpoints=saving)
+        assert heard == []
+        start = job.growth.init(jax.random.key(9))
+        done = job.fit(num_steps=20, checkpoints=saving, start=start)
+    assert str(heard) == "[{'x': [1, nan, None]}]"
+    assert int(done.state.growth.step) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segment_steps": 4}, "segment_steps is 4 now and was 5"),
+        ({"survey_every": 10, "segment": None}, "survey_every is 10 now and was 5"),
+        ({"anchor_every": None}, "anchor_every is None now and was 50"),
+        ({"max_commands": 5}, "max_commands is 5 now and was 4"),
+        ({"num_steps": 10}, "step 20 lies beyond num_steps=10"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    job: Job, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer)
+        job.fit(num_steps=20, checkpoints=saving)
+        with pytest.raises(ResumeError, match=message):
+            job.fit(**{"num_steps": 40, "checkpoints": saving, **options})
+        with pytest.raises(ResumeError, match="of an earlier run"):
+            job.fit(num_steps=20, checkpoints=runtime.Checkpoints(writer=writer, resume=False))
+
+
+def test_another_lattice_host_or_optimizer_is_refused_by_name(job: Job, tmp_path: Path) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer)
+        job.fit(num_steps=10, checkpoints=saving)
+        with pytest.raises(ResumeError, match="capacity is 1 now and was 2"):
+            mlp(capacity=1).fit(num_steps=20, checkpoints=saving)
+        other = job._replace(optimizer=ef.optim.per_body(optax.sgd(0.1)), segment=None)
+        with pytest.raises(ResumeError, match=r"opt_state.*exists only in the checkpoint"):
+            other.fit(num_steps=20, checkpoints=saving)
+        wider = job._replace(params=jax.tree.map(lambda x: np.repeat(x, 2, 0), job.params))
+        with pytest.raises(ResumeError, match=r"\['weight'\] is float32\[12, 8\] now"):
+            wider.fit(num_steps=20, checkpoints=saving)
+
+
+def test_the_host_alone_goes_on_too(tmp_path: Path, job: Job) -> None:
+    def fit(**options: Any) -> runtime.Fit:
+        return runtime.fit_host(
+            job.loss_fn, optax.adam(1e-2), job.params, job.batches, segment_steps=5, **options
+        )
+
+    done = fit(num_steps=40)
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer)
+        fit(num_steps=40, checkpoints=saving, should_stop=lambda: True)
+        assert checkpoint.steps(tmp_path) == [5]
+        assert_same_run(done, again := fit(num_steps=40, checkpoints=saving))
+    assert again.resumed_from == 5
+
+
+def test_a_failing_disk_does_not_end_training_and_is_told_within_one_interval(
+    job: Job, whole: runtime.Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esper_fn.checkpoint import _orbax
+
+    told: list[BaseException] = []
+    when: list[int] = []
+    write, calls = _orbax.write, 0
+
+    def sometimes(folder: Path, arrays: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 4):
+            raise OSError(28, "No space left on device")
+        write(folder, arrays)
+
+    monkeypatch.setattr(_orbax, "write", sometimes)
+
+    def listen(segment: runtime.Segment) -> None:
+        when.append(len(told))
+
+    with checkpoint.Writer(tmp_path, on_failure=told.append) as writer:
+        saving = runtime.Checkpoints(writer=writer, every_steps=20)
+        done = job.fit(num_steps=STEPS, checkpoints=saving, listener=listen)
+    assert_same_run(whole, done)
+    assert len(told) == 2
+    # Saved after 60 steps and failed; known when the next step is saved, after 80.
+    assert when[80 // 5] == 1
+    assert checkpoint.steps(tmp_path)[-1] == STEPS
+
+
+def test_rollbacks_are_reported_with_what_they_restored(job: Job, tmp_path: Path) -> None:
+    def batches(first: int, count: int) -> Any:
+        inputs, targets = job.batches(first, count)
+        hit = (np.arange(first, first + count) == 79)[:, None, None]
+        return np.where(hit, np.float32(np.nan), inputs), targets
+
+    broken = job._replace(batches=batches)
+    states: dict[int, Any] = {}
+
+    def listen(segment: runtime.Segment) -> None:
+        states[segment.first_step + segment.num_steps] = jax.device_get(segment.state.params)
+
+    done = broken.fit(num_steps=80, anchor_every=25, listener=listen)
+    assert len(done.rollbacks) == done.num_rollbacks == 1
+    report = done.rollbacks[0]
+    assert (report["step"], report["alarm"], report["loss"]) == (79, "NON_FINITE_LOSS", None)
+    assert report["restored_step"] == 50
+    assert report["steps_undone"] == 30
+    assert_same(jax.tree.map(np.asarray, states[50]), jax.tree.map(np.asarray, states[80]))
+    out = [event for event in done.events if event["step"] == 79 and event["to"] == "ROLLED_BACK"]
+    assert out
+    assert [row["seed"] for row in report["quarantined"]] == [event["seed"] for event in out]
+    assert [row["stage"] for row in report["quarantined"]] == [event["from"] for event in out]
+    assert_same_run(
+        broken.fit(num_steps=80, anchor_every=25),
+        stopped_at(broken, tmp_path, 65, num_steps=80, anchor_every=25),
+    )
+
+
+# --- other processes ---------------------------------------------------------------------------
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The run as a program; its compilations are shared with other tests' programs."""
+    cache = folder.parent / "compilations"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(Path(__file__).parent / "growing.py"),
+            str(folder),
+            *map(str, arguments),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+    )
+
+
+def wait_for(process: subprocess.Popen[str], is_it: Callable[[str], bool]) -> None:
+    assert process.stdout is not None
+    assert any(is_it(line) for line in process.stdout), "the program ended early"
+
+
+def test_sigterm_saves_at_the_segments_end_and_exits_with_0_and_a_fresh_process_goes_on(
+    job: Job, tmp_path: Path
+) -> None:
+    process = start(tmp_path / "run", 60, 1000, 0.2)
+    wait_for(process, lambda line: line == "segment 20\n")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    step = checkpoint.steps(tmp_path / "run")[-1]
+    assert f"resumed None done {step} saved {step}" in said
+    assert 25 <= step < 60
+    after, _ = start(tmp_path / "run", 60, 1000, 0).communicate(timeout=60)
+    assert f"resumed {step} done 60 saved 60" in after
+    never_stopped = job.fit(num_steps=60)
+    wanted = digest((never_stopped.state, never_stopped.losses))
+    assert f"digest {wanted} {never_stopped.events}" in after
+
+
+# --- long ones ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [mlp, transformer])
+def test_300_steps_stopped_at_20_random_points(make: Callable[[], Job], tmp_path: Path) -> None:
+    job = make()
+    whole = job.fit(num_steps=300, segment_steps=3)
+    points = 3 * np.random.default_rng(0).choice(np.arange(1, 100), 19, replace=False)
+    grafting = next(s for s in range(3, 300, 3) if "GRAFTING" in stages_at(whole, s))
+    for step in {grafting, *points.tolist()}:
+        again = stopped_at(job, tmp_path / str(step), step, num_steps=300, segment_steps=3)
+        assert_same_run(whole, again)
+    assert Stage.FOSSILIZED in np.asarray(whole.state.growth.seeds.stage)

@@ -1,0 +1,142 @@
+"""`esper grow` stopped anywhere and gone on with is `esper grow`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper_fn import checkpoint, cli, data, report
+from esper_fn import experiments as ex
+from esper_fn.errors import ResumeError
+
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ex.Comparison:
+    return ex.prepare(ex.job("digits"), data.load("digits"), steps=STEPS)
+
+
+@contextmanager
+def kept(comparison: ex.Comparison, keeping: ex.Keeping) -> Iterator[None]:
+    comparison.keeping = keeping
+    try:
+        yield
+    finally:
+        comparison.keeping = None
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs between any two runs."""
+    return {name: value for name, value in row.items() if name != "wall_seconds"}
+
+
+def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None:
+    def run(**options: Any) -> tuple[dict[str, Any], list[ex.Progress]]:
+        told: list[ex.Progress] = []
+        return ex.run(comparison, 0, told.append, **options), told
+
+    wanted, told = run()
+    stops = 0
+    for _ in range(20):
+        asked = 0
+
+        def should_stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return asked >= 3
+
+        with kept(comparison, ex.Keeping(tmp_path, every_steps=1000, should_stop=should_stop)):
+            try:
+                row, again = run()
+            except ex.StoppedError as stop:
+                stops += stop.is_saved
+                continue
+        break
+    assert stops >= 6
+    assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {
+        "host", "grown", "random", "static",
+    }  # fmt: skip
+    assert timeless(row) == timeless(wanted)
+    assert again == told
+    assert row["wall_seconds"] > 0
+
+
+def test_another_job_is_refused_by_name(comparison: ex.Comparison, tmp_path: Path) -> None:
+    with kept(comparison, ex.Keeping(tmp_path, settings={"policy": "periodic"})):
+        comparison.plain(0)
+        comparison.keeping = ex.Keeping(tmp_path, settings={"policy": "plateau"})
+        with pytest.raises(ResumeError, match="policy is 'plateau' now and was 'periodic'"):
+            comparison.plain(0)
+
+
+def lines(folder: Path, name: str) -> list[Any]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
+    """The main job as a program: SIGTERM in the grown arm, SIGKILL in the random one."""
+
+    def grow(name: str, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "esper_fn.cli", "grow", "--steps", "300", "--save-every",
+                "50", "--out", str(tmp_path / name), *more,
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+
+    assert grow("whole").wait(300) == 0
+    process = grow("stopped", "--resume", "auto")
+    assert process.stdout is not None
+    assert any("grown where" in line and "step" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "saved; `--resume auto` with the same options goes on" in said
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+
+    process = grow("stopped", "--resume", "auto")
+    assert process.stdout is not None
+    assert any("grown at random" in line and "step" in line for line in process.stdout)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    assert grow("stopped", "--resume", "auto").wait(300) == 0
+    whole, stopped = (report.read(tmp_path / name) for name in ("whole", "stopped"))
+    assert timeless(whole.summary) == timeless(stopped.summary)
+    assert (whole.events, whole.metrics) == (stopped.events, stopped.metrics)
+    for file in sorted((tmp_path / "stopped" / "checkpoints").glob("*/*")):
+        assert set(checkpoint.verify(file).values()) == {None}
+
+
+def test_overwriting_forgets_old_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with report.create(folder):
+        pass
+    checkpoint.save(folder / "checkpoints" / "seed-0" / "host", 1, {})
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise ex.StoppedError("host", 0, is_saved=True)
+
+    monkeypatch.setattr(ex, "run", stop)
+    assert cli.main(["grow", "--out", str(folder), "--resume", "auto"]) == 0
+    assert (folder / "checkpoints" / "seed-0" / "host").exists()
+    assert cli.main(["grow", "--out", str(folder)]) == 1
+    assert (folder / "checkpoints" / "seed-0" / "host").exists()
+    assert cli.main(["grow", "--out", str(folder), "--overwrite"]) == 0
+    assert not (folder / "checkpoints").exists()

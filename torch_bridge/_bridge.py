@@ -1,0 +1,404 @@
+"""A grown torch model: one call a training step, and one a survey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import esper_fn as ef
+from esper_fn.commands import Command
+from esper_fn.lifecycle import Stage
+from torch_bridge import _survey, _unwrap
+from torch_bridge._bodies import Form
+from torch_bridge._distributed import Group
+from torch_bridge._errors import BridgeError
+from torch_bridge._lifecycle import Lifecycle
+from torch_bridge._optim import Learning, Watcher
+from torch_bridge._plan import NUM_CHANNELS, BankPlan, plan_bank
+from torch_bridge._settle import settle
+from torch_bridge._site import Seeds, Shared
+
+
+class Bank(NamedTuple):
+    """One bank of the lattice and the module that holds its bodies."""
+
+    site: Seeds
+    name: str
+    start: int
+    num_slots: int
+    first_seed: int
+    form: Form
+
+
+class Bridge:
+    """A model that grows; made by `grow`.
+
+    Attributes:
+      model: the model, changed in place.
+      growth: the static part, an `esper_fn.Growth`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        growth: ef.Growth,
+        sites: Sequence[Seeds],
+        banks: Sequence[Bank],
+        lifecycle: Lifecycle,
+        shared: Shared,
+        group: Group,
+        watch_every: int,
+        handles: Sequence[Any],
+    ) -> None:
+        self.model = model
+        self.growth = growth
+        self.sites = list(sites)
+        self.banks = list(banks)
+        self._lifecycle = lifecycle
+        self._shared = shared
+        self._group = group
+        self._watch_every = watch_every
+        self._handles = list(handles)
+        bodies = self.body_parameters()
+        known = {id(p) for p in bodies}
+        host = [p for p in model.parameters() if id(p) not in known]
+        self.optimizers = Watcher(host, bodies)
+        self._host = host
+        self._num_steps = 0
+        self._is_open = True
+        self._was: tuple[np.ndarray, np.ndarray] | None = None
+        lifecycle.on_load = self._loaded
+        self._refresh()
+
+    # --- reading -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ef.GrowthState:
+        """The lifecycle's state, on JAX's CPU device; its bodies are in the model."""
+        return self._lifecycle.state
+
+    @property
+    def lattice(self) -> ef.Lattice:
+        """Sites, blueprints and capacity."""
+        return self.growth.lattice
+
+    @property
+    def stages(self) -> np.ndarray:
+        """int8[S]: the stage of every seed."""
+        return self._lifecycle.stages()
+
+    @property
+    def num_live(self) -> int:
+        """Bodies at work in the next step."""
+        return int(np.any(self._lifecycle.gains() != 0, axis=1).sum())
+
+    def seed(self, index: int) -> ef.Seed:
+        """One seed to read."""
+        return self.growth.seed(self.state, index)
+
+    def body_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all bodies, alive or not."""
+        return [p for site in self.sites for p in site.parameters()]
+
+    def parameter_groups(
+        self, host: dict[str, Any] | None = None, bodies: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimiser, with options of their own for the host and for the bodies."""
+        own = {"params": [p for p in self._host if p.requires_grad], **(host or {})}
+        return [
+            *([own] if own["params"] else []),
+            {"params": self.body_parameters(), **(bodies or {})},
+        ]
+
+    def summary(self) -> str:
+        """What was found, as `grow` prints it."""
+        lattice = self.lattice
+        own = sum(p.numel() for p in self.body_parameters())
+        host = sum(p.numel() for p in self._host)
+        stages = np.bincount(self.stages, minlength=len(Stage))
+        lines = [
+            f"{lattice.num_seeds:,} seeds at {len(self.sites)} sites of {type(self.model).__name__}"
+            f" ({host:,} parameters), room for {lattice.num_slots:,} bodies "
+            f"({own:,} parameters)"
+        ]
+        width = max(len(site.site) for site in self.sites)
+        for site in self.sites[:_MOST_LINES]:
+            cut = site.plan.cut
+            names = ", ".join(bank.name for bank in self.banks if bank.site is site)
+            lines.append(
+                f"  {site.site:<{width}}  {cut.features} features in {cut.chunks} chunks, "
+                f"{site.plan.topology}: {names}"
+            )
+        if len(self.sites) > _MOST_LINES:
+            lines.append(f"  and {len(self.sites) - _MOST_LINES} more")
+        lines.append(
+            "  " + ", ".join(f"{n:,} {Stage(k).name}" for k, n in enumerate(stages.tolist()) if n)
+        )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Bridge: {self.summary()}>"
+
+    # --- optimisers --------------------------------------------------------------------------
+
+    def attach(self, optimizer: Any, scaler: Any = None) -> None:
+        """Checks an optimiser now rather than at its first step, and says what scales the loss.
+
+        Optimisers need not be attached: the bridge notices every step of a `torch.optim.Optimizer`.
+
+        Args:
+          optimizer: one that holds bodies.
+          scaler: a `torch.amp.GradScaler` whose factor is taken out of what the steps measure.
+
+        Raises:
+          BridgeError: no optimiser seen so far holds all bodies.
+        """
+        self.optimizers.check(optimizer)
+        self.optimizers.seen.add(optimizer)
+        self.optimizers.check_complete()
+        if scaler is not None:
+            self.optimizers.scaler = scaler
+            self.optimizers.scale = float(scaler.get_scale())
+
+    @contextmanager
+    def around(self, optimizer: Any) -> Iterator[None]:
+        """Around the step of an optimiser that is no `torch.optim.Optimizer`.
+
+        It needs `param_groups` and `state` of torch's form.
+        """
+        self.optimizers.before_step(optimizer)
+        yield
+        self.optimizers.after_step(optimizer)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info:
+        """One step of every seed's life; call it after `optimizer.step()`.
+
+        Reads what the backward passes since the last call measured, in one transfer, advances the
+        lifecycle on the CPU, gives newborns their parameters and a fresh optimiser state, and takes
+        what does not learn out of the next step. In a process group the measurements of all ranks
+        are added up, so every rank decides the same.
+
+        Args:
+          loss: the training loss, the mean over what this rank saw.
+          commands: what people ask; see `esper_fn.commands`.
+
+        Returns:
+          What happened, with NumPy leaves.
+
+        Raises:
+          BridgeError: a site was never reached, bodies are in no optimiser, or the bridge was
+            unwrapped.
+        """
+        self._check_open()
+        self.optimizers.check_complete()
+        readings, value, drift, has_broken = self._read(loss)
+        info, born = self._lifecycle.advance(
+            readings, value, drift, has_broken, commands, _rows(len(commands))
+        )
+        with torch.no_grad():
+            for slot, leaves in born:
+                self._bear(slot, leaves)
+        self._num_steps += 1
+        self._refresh()
+        return info
+
+    def _read(self, loss: Tensor | float) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+        """Readings [S, K], the loss, and how far each slot's body moved and whether it broke."""
+        with torch.no_grad():
+            taps = [_reading(site) for site in self.sites]
+            place = taps[0].device
+            is_one = all(tap.device == place for tap in taps)
+            readings = torch.cat(taps if is_one else [tap.cpu() for tap in taps])
+            value = torch.as_tensor(loss, dtype=torch.float32).detach().to(readings.device)
+            flat = self._group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
+            settled = settle(self.optimizers.kept)
+            moved = [of.to(flat.device) for of in settled.drift]
+            told = torch.cat([flat, *moved]).cpu().numpy()  # the step's one transfer
+        size = readings.numel()
+        measured = told[:size].reshape(-1, NUM_CHANNELS).copy()
+        measured, value_mean = self._group.of_mean(measured, float(told[size]))
+        scale = self.optimizers.scale
+        if scale != 1.0:
+            measured[:, _UTILITY] /= scale
+            measured[:, _GRADIENT_SQUARE] /= scale**2
+        if not self._num_steps and self._watch_every:
+            self._check_reached(measured)
+        drift = np.zeros((self.lattice.num_slots,), np.float32)
+        has_broken = np.zeros((self.lattice.num_slots,), bool)
+        settled.finish(told[size + 1 :], self._slots_of(settled), drift, has_broken)
+        self.optimizers.kept.clear()
+        for site in self.sites:
+            site.tap.grad = None
+        return measured, value_mean, drift, has_broken
+
+    def _slots_of(self, settled: Any) -> list[np.ndarray]:
+        """The flat slots behind each entry of what moved."""
+        return [self._learning_slots[id(kept.params[0])] for kept in settled.kept]
+
+    def _check_reached(self, measured: np.ndarray) -> None:
+        first = 0
+        for site in self.sites:
+            chunks = site.plan.cut.chunks
+            if not measured[first : first + chunks, 0].any():
+                raise BridgeError(
+                    f"target {site.site!r} was not reached by the backward pass of the first step: "
+                    "its module is never called (some layers are read by their parents instead, "
+                    "as nn.MultiheadAttention.out_proj), or the loss does not depend on it; leave "
+                    "it out of targets"
+                )
+            first += chunks
+
+    def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
+        bank = self._bank_of(slot)
+        local = slot - bank.start
+        params = bank.site.parameters_of(bank.name, (local,))
+        bank.site.write_(
+            bank.name, local, {name: torch.tensor(leaf) for name, leaf in leaves.items()}
+        )
+        self.optimizers.forget(params, local if bank.site.is_stacked else None)
+
+    def _bank_of(self, slot: int) -> Bank:
+        return next(b for b in self.banks if b.start <= slot < b.start + b.num_slots)
+
+    # --- plans -------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Tells every site who lives there now, and optimisers who learns."""
+        gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
+        watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
+        is_same = self._was is not None and all(
+            np.array_equal(a, b) for a, b in zip(self._was, (gains, owner), strict=True)
+        )
+        if is_same:
+            for site in self.sites:
+                if site.plan.is_watching != watching:
+                    site.plan = replace(site.plan, is_watching=watching)
+            return
+        self._was = gains.copy(), owner.copy()
+        by_seed = np.zeros((self.lattice.num_seeds, 3), np.float32)
+        row = np.full((self.lattice.num_seeds,), -1, np.int32)
+        is_held = owner >= 0
+        by_seed[owner[is_held]] = gains[is_held]
+        is_live = is_held & np.any(gains != 0, axis=1)
+        plans: dict[int, list[BankPlan]] = {id(site): [] for site in self.sites}
+        for bank in self.banks:
+            here = slice(bank.start, bank.start + bank.num_slots)
+            slots = np.flatnonzero(is_live[here])
+            if not slots.size:
+                continue
+            chunks = owner[here][slots] - bank.first_seed
+            plan = plan_bank(
+                bank.site.plan.cut, bank.name, bank.form, slots, chunks, gains[here][slots]
+            )
+            row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
+            plans[id(bank.site)].append(plan)
+        flats: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        first = 0
+        for site in self.sites:
+            device, last = site.tap.device, first + site.plan.cut.chunks
+            if device not in flats:
+                flats[device] = torch.tensor(by_seed, device=device), torch.tensor(row).to(device)
+            on_gains, on_row = flats[device]
+            site.plan = replace(
+                site.plan,
+                banks=tuple(of.to(device) for of in plans[id(site)]),
+                gains=on_gains[first:last],
+                row=on_row[first:last],
+                is_watching=watching,
+            )
+            first = last
+        self._tell_optimizers(gains[:, 1] != 0)
+
+    def _tell_optimizers(self, learns: np.ndarray) -> None:
+        resting: list[nn.Parameter] = []
+        learning: list[Learning] = []
+        self._learning_slots: dict[int, np.ndarray] = {}
+        for bank in self.banks:
+            here = learns[bank.start : bank.start + bank.num_slots]
+            yes, no = np.flatnonzero(here), np.flatnonzero(~here)
+            num_leaves = len(bank.site.names_of(bank.name))
+            if not num_leaves:
+                continue
+            if not yes.size:
+                resting += bank.site.parameters_of(bank.name)
+                continue
+            if bank.site.is_stacked:
+                params = bank.site.parameters_of(bank.name)
+                told = None if not no.size else torch.tensor(here, device=params[0].device)
+                learning.append(Learning(params, num_leaves, told, is_stacked=True))
+                slots = np.arange(bank.start, bank.start + bank.num_slots)
+            else:
+                resting += bank.site.parameters_of(bank.name, tuple(no.tolist()))
+                params = bank.site.parameters_of(bank.name, tuple(yes.tolist()))
+                learning.append(Learning(params, num_leaves, None, is_stacked=False))
+                slots = bank.start + yes
+            self._learning_slots[id(params[0])] = slots
+        self.optimizers.resting, self.optimizers.learning = resting, learning
+
+    def _loaded(self) -> None:
+        self._num_steps = int(self._lifecycle.state.step)
+        self._was = None
+        self.optimizers.kept.clear()
+        self._refresh()
+
+    # --- survey, end -------------------------------------------------------------------------
+
+    def survey(self, closure: Callable[[], Tensor]) -> ef.SurveyInfo:
+        """Measures where growth would pay and what living seeds are worth.
+
+        Args:
+          closure: runs the model on held-out data and returns the loss; deterministic. It is
+            called once with gradients and once for each seed under trial, at most
+            `max_ablations` times, without. No `.grad` is touched. A model inside
+            `DistributedDataParallel` is called as `ddp.module` here.
+
+        Returns:
+          What was found, with NumPy leaves; `bridge.state` remembers it.
+        """
+        self._check_open()
+        return _survey.survey(self, closure)
+
+    def unwrap(self) -> nn.Module:
+        """The model without seeds, with the same outputs.
+
+        Bodies that act and are linear in the output of a linear layer, a convolution, an embedding
+        or an affine normalisation are folded into its weights; others stay, as a plain submodule
+        `grown` of their target. The bridge ends here.
+        """
+        self._check_open()
+        _unwrap.unwrap(self)
+        self._is_open = False
+        for handle in self._handles:
+            handle.remove()
+        self.optimizers.close()
+        return self.model
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise BridgeError("this bridge was unwrapped; grow the model again for another one")
+
+
+_MOST_LINES = 12
+_GRADIENT_SQUARE = ef.Reading._fields.index("gradient_square")
+_UTILITY = ef.Reading._fields.index("utility")
+
+
+def _reading(site: Seeds) -> Tensor:
+    grad = site.tap.grad
+    return torch.zeros_like(site.tap) if grad is None else grad
+
+
+def _rows(count: int) -> int:
+    """Rows for commands: few sizes, as each is compiled once."""
+    size = 4
+    while size < count:
+        size *= 4
+    return size

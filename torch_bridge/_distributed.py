@@ -1,0 +1,46 @@
+"""Adding up over the processes of a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+import esper_fn as ef
+
+_SQUARES = [ef.Reading._fields.index("gradient_square")]
+_LINEAR = [ef.Reading._fields.index("utility")]
+
+
+class Group:
+    """The processes that train one model, each on its share of the batch.
+
+    Each rank's loss is the mean over its own share and the model's is the mean over ranks, as
+    `DistributedDataParallel` has it: of a rank's gradient `dy` one W-th counts.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @property
+    def size(self) -> int:
+        """W."""
+        if not dist.is_available() or not dist.is_initialized():
+            return 1
+        return int(dist.get_world_size(self._group))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def of_mean(self, readings: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
+        """Summed readings [S, K] and loss as those of the mean loss."""
+        size = self.size
+        if size > 1:
+            readings[:, _SQUARES] /= size**2
+            readings[:, _LINEAR] /= size
+        return readings, loss / size

@@ -1,0 +1,207 @@
+"""Putting seeds into a torch model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import esper_fn as ef
+from esper_fn.base import Topology
+from torch_bridge._bodies import form_of
+from torch_bridge._bridge import Bank, Bridge
+from torch_bridge._distributed import Group
+from torch_bridge._errors import BridgeError
+from torch_bridge._lifecycle import Lifecycle
+from torch_bridge._plan import Cut, SitePlan
+from torch_bridge._site import Seeds, Shared
+from torch_bridge._targets import Place, Targets, by_pattern, find
+
+
+def grow(
+    model: nn.Module,
+    *,
+    targets: Targets = "all-linear",
+    chunks: int | Mapping[str, int] = 16,
+    blueprints: Mapping[str, ef.base.Blueprint] | None = None,
+    capacity: int = 16,
+    policy: Any = None,
+    graft: Any = None,
+    governor: Any = None,
+    settings: Any = None,
+    max_ablations: int = 8,
+    directed_births: int = 0,
+    features: Mapping[str, int] | None = None,
+    topology: Topology | Mapping[str, Topology] | None = None,
+    stacked: bool = False,
+    watch_every: int = 16,
+    seed: int = 0,
+    process_group: Any = None,
+    verbose: bool = True,
+) -> Bridge:
+    """Puts seeds after some modules of a model, so that it grows while it trains.
+
+    The model keeps its class, its attributes, its parameters' names and its forward; each target
+    gets a child module `seeds` with the bodies' parameters, and a forward hook. While nothing
+    lives, outputs and gradients are the bare model's, bit for bit. Make the optimiser afterwards.
+
+    Args:
+      model: any `nn.Module`; changed in place.
+      targets: whose outputs grow: `"all-linear"`, a module's name or the end of one (`"fc1"`), a
+        regular expression for a whole name (`blocks("h")` for every block of the list `h`), a
+        module class, a function of `(name, module)`, or a sequence of these. A target returns a
+        tensor, or a tuple that begins with one.
+      chunks: seeds along the feature axis, for all or by pattern; no more than features.
+      blueprints: what may grow, by name; `{"low_rank": ef.blueprints.low_rank()}` if left out.
+      capacity: bodies alive at once, for each target and blueprint.
+      policy: as in `esper_fn.growth`, and so are `graft`, `governor`, `settings`,
+        `max_ablations` and `directed_births`.
+      graft: see there.
+      governor: see there.
+      settings: see there.
+      max_ablations: see there.
+      directed_births: see there.
+      features: widths of the last axis by pattern, for targets whose class does not tell.
+      topology: `vector`, `sequence` or `image`, for all or by pattern; by itself, convolutions are
+        images and everything else is a vector.
+      stacked: one parameter for each bank tensor, `[P, ...]`, in place of one for each body. For
+        thousands of live bodies; needs an optimiser that works element by element, whose step
+        count bodies of a bank then share.
+      watch_every: dormant chunks are measured in every so manieth step; 0 for never. Live ones are
+        always.
+      seed: of everything random in the lifecycle.
+      process_group: whose ranks decide together; the default one, if there is any.
+      verbose: prints what was found.
+
+    Returns:
+      The bridge, whose `step` follows every `optimizer.step()`.
+
+    Raises:
+      BridgeError: a target that matches nothing or cannot carry seeds, a blueprint without a form
+        in torch; says what to do.
+      LatticeError: sites, blueprints and capacity do not fit together.
+
+    >>> import esper_fn as ef
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> bridge = grow(model, targets="0", chunks=2, verbose=False)
+    >>> bridge.lattice.num_seeds
+    2
+    """
+    _check(model, watch_every)
+    places = find(model, targets, features)
+    sites = _sites(places, chunks, topology)
+    lattice = ef.lattice(
+        sites=sites,
+        blueprints=blueprints or {"low_rank": ef.blueprints.low_rank()},
+        capacity=capacity,
+    )
+    growth = ef.growth(
+        lattice,
+        policy=policy,
+        graft=graft,
+        governor=governor,
+        settings=settings,
+        max_ablations=max_ablations,
+        directed_births=directed_births,
+    )
+    # Before anything is changed: a blueprint without a torch form must leave the model as it was.
+    forms = [
+        form_of(lattice.blueprints[bank.blueprint], sites[bank.site].spec)
+        for bank in lattice.tables.banks
+    ]
+    lifecycle = Lifecycle(growth, seed)
+    shared = Shared()
+    seeds = [
+        _seeds(place, site, lifecycle.first_bodies[site.name], shared, stacked, model)
+        for place, site in zip(places, sites, strict=True)
+    ]
+    starts = np.cumsum([0, *(site.num_seeds for site in sites)])
+    banks = [
+        Bank(
+            site=seeds[bank.site],
+            name=lattice.names[bank.blueprint],
+            start=bank.start,
+            num_slots=bank.num_slots,
+            first_seed=int(starts[bank.site]),
+            form=form,
+        )
+        for bank, form in zip(lattice.tables.banks, forms, strict=True)
+    ]
+    seeds[0].lifecycle = lifecycle
+    handles = [
+        model.register_forward_pre_hook(shared.begin, prepend=True),
+        model.register_forward_hook(shared.end, always_call=True),
+    ]
+    for place, own in zip(places, seeds, strict=True):
+        place.module.add_module("seeds", own)
+        handles.append(place.module.register_forward_hook(own.hook))
+    bridge = Bridge(
+        model, growth, seeds, banks, lifecycle, shared, Group(process_group), watch_every, handles
+    )
+    if verbose:
+        sys.stdout.write(bridge.summary() + "\n")
+    return bridge
+
+
+def _check(model: object, watch_every: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(watch_every, int) or isinstance(watch_every, bool) or watch_every < 0:
+        raise BridgeError(
+            f"watch_every must be an int, at least 0 (0 for never), got {watch_every!r}"
+        )
+
+
+def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:
+    told = by_pattern(topology, places, "topology", None)
+    sites = []
+    for place, count, kind in zip(
+        places, by_pattern(chunks, places, "chunks", 1), told, strict=True
+    ):
+        is_image = place.axis == 1 and isinstance(place.module, (nn.Conv2d, nn.BatchNorm2d))
+        sites.append(
+            ef.site(
+                place.name,
+                features=place.features,
+                chunks=count,
+                topology=kind or ("image" if is_image else "vector"),
+            )
+        )
+    return sites
+
+
+def _seeds(
+    place: Place,
+    site: ef.Site,
+    bodies: Mapping[str, Mapping[str, np.ndarray]],
+    shared: Shared,
+    is_stacked: bool,
+    model: nn.Module,
+) -> Seeds:
+    like = next(
+        (p for p in (*place.module.parameters(), *model.parameters()) if p.is_floating_point()),
+        torch.zeros(()),
+    )
+    banks: dict[str, list[dict[str, Tensor]]] = {}
+    for name, leaves in bodies.items():
+        count = next((len(leaf) for leaf in leaves.values()), 0)
+        each = [
+            {of: torch.tensor(leaf[slot]).to(like) for of, leaf in leaves.items()}
+            for slot in range(count)
+        ]
+        banks[name] = each or [{}]
+    cut = Cut(site.features, site.chunks)
+    plan = SitePlan(
+        cut=cut,
+        topology=site.topology,
+        banks=(),
+        gains=torch.zeros((site.chunks, 3)),
+        row=torch.full((site.chunks,), -1, dtype=torch.int32),
+        is_watching=False,
+    )
+    own = Seeds(site.name, place.axis, plan, banks, shared, is_stacked=is_stacked)
+    return own.to(like.device)

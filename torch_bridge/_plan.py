@@ -1,0 +1,139 @@
+"""Who is alive at a site, as its forward needs it: host facts that decide what runs, and indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper_fn.base import Topology
+from torch_bridge._bodies import Form
+
+NUM_WATCHED = 5
+NUM_CHANNELS = 10
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a site's features are split: as `numpy.array_split` does."""
+
+    features: int
+    chunks: int
+
+    @property
+    def widest(self) -> int:
+        """F."""
+        return -(-self.features // self.chunks)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all chunks are equally wide."""
+        return self.features % self.chunks == 0
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int64[C]."""
+        narrow, num_wide = divmod(self.features, self.chunks)
+        return narrow + (np.arange(self.chunks) < num_wide).astype(np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64[C]."""
+        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
+        return starts
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """The live bodies of one bank, in the order of their chunks."""
+
+    bank: str
+    form: Form
+    rows: Tensor
+    """[n]: the slot of each body."""
+    chunk: Tensor
+    """[n]: the chunk it serves."""
+    slots: tuple[int, ...]
+    """`rows` for Python."""
+    mask: Tensor
+    """bool[n, F]: real features."""
+    columns: Tensor | None
+    """[n F] features in an uneven split, D where padded; None for an even one."""
+    is_all: bool
+    """Every chunk of an even split is served, in order."""
+    acts: bool
+    """Whether a body acts; of n bodies some may have a gain of 0."""
+    feels: bool
+
+    def to(self, device: torch.device) -> BankPlan:
+        """The same on another device."""
+        columns = None if self.columns is None else self.columns.to(device)
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            chunk=self.chunk.to(device),
+            mask=self.mask.to(device),
+            columns=columns,
+        )
+
+
+def plan_bank(
+    cut: Cut, bank: str, form: Form, slots: np.ndarray, chunks: np.ndarray, gains: np.ndarray
+) -> BankPlan:
+    """The plan of a bank's live bodies, on the CPU.
+
+    Args:
+      cut: of the site.
+      bank: the blueprint's name.
+      form: what computes it.
+      slots: int[n], local to the bank.
+      chunks: int[n].
+      gains: float32[n, 3].
+    """
+    order = np.argsort(chunks, kind="stable")
+    slots, chunks, gains = slots[order].astype(np.int64), chunks[order].astype(np.int64), gains
+    mask = np.arange(cut.widest)[None, :] < cut.sizes[chunks][:, None]
+    columns = None
+    if not cut.is_even:
+        at = cut.starts[chunks][:, None] + np.arange(cut.widest)[None, :]
+        columns = torch.from_numpy(np.where(mask, at, cut.features).reshape(-1))
+    return BankPlan(
+        bank=bank,
+        form=form,
+        rows=torch.from_numpy(slots),
+        chunk=torch.from_numpy(chunks),
+        slots=tuple(slots.tolist()),
+        mask=torch.from_numpy(mask),
+        columns=columns,
+        is_all=cut.is_even and len(chunks) == cut.chunks,
+        acts=bool(np.any(gains[:, 0] != 0)),
+        feels=bool(np.any(gains[:, 2] != 0)),
+    )
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a site computes until the next `bridge.step`."""
+
+    cut: Cut
+    topology: Topology
+    banks: tuple[BankPlan, ...]
+    """Those in which a body lives."""
+    gains: Tensor
+    """float32[C, 3]: act, learn, feel."""
+    row: Tensor
+    """int32[C]: the row of the chunk's body in the one live bank, -1 for none."""
+    is_watching: bool
+    """Whether dormant chunks are measured too."""
+
+    def to(self, device: torch.device) -> SitePlan:
+        """The same on another device."""
+        return replace(
+            self,
+            banks=tuple(bank.to(device) for bank in self.banks),
+            gains=self.gains.to(device),
+            row=self.row.to(device),
+        )

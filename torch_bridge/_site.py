@@ -1,0 +1,309 @@
+"""The module that sits in a target: its bodies' parameters, and the hook that grows its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_bridge import _layer, _ops
+from torch_bridge._errors import BridgeError
+from torch_bridge._plan import NUM_CHANNELS, SitePlan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Body(nn.Module):
+    """The parameters of one slot, or of all slots of a bank, `[P, ...]`, where they are stacked."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, leaf in leaves.items():
+            self.register_parameter(name, nn.Parameter(leaf))
+
+
+class Shared:
+    """What all sites of one model share: whether the model is running, and what a survey wants."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.called: set[str] = set()
+        self.moments: dict[str, list[Tensor]] | None = None
+        """Where a survey gathers second moments; None outside of one."""
+        self.anchors: list[Tensor] = []
+        self.with_moments = False
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """The forward pre-hook of the whole model."""
+        del model, args
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.is_running = True
+            self.called.clear()
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of the whole model."""
+        del model, args, output
+        if not torch.compiler.is_compiling():
+            self.is_running = False
+
+
+class Seeds(nn.Module):
+    """The seeds of one target; a child of it, named `seeds`. Made by `grow`."""
+
+    def __init__(
+        self,
+        name: str,
+        axis: int,
+        plan: SitePlan,
+        banks: Mapping[str, list[dict[str, Tensor]]],
+        shared: Shared,
+        *,
+        is_stacked: bool,
+    ) -> None:
+        super().__init__()
+        self.site = name
+        self.axis = axis
+        self.is_stacked = is_stacked
+        self.plan = plan
+        self.shared = shared
+        self.leaf_names: list[tuple[str, str]] = []
+        for bank, slots in banks.items():
+            self.leaf_names += [(bank, leaf) for leaf in slots[0]]
+            if is_stacked:
+                stacked = {leaf: torch.stack([of[leaf] for of in slots]) for leaf in slots[0]}
+                self.add_module(bank, Body(stacked))
+            else:
+                self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
+        self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
+        self.handle = _ops.new_handle(self)
+        self.lifecycle: Any = None
+        """On the first site: who writes the lifecycle into a state dict, and reads it."""
+
+    # --- parameters --------------------------------------------------------------------------
+
+    def parameters_of(self, bank: str, slots: tuple[int, ...] | None = None) -> list[nn.Parameter]:
+        """The parameters of some slots, slot by slot; the stacked ones of a bank if they are."""
+        module = self.get_submodule(bank)
+        if self.is_stacked:
+            return list(module.parameters())
+        chosen = range(len(module)) if slots is None else slots  # type: ignore[arg-type]
+        return [p for slot in chosen for p in module[slot].parameters()]  # type: ignore[index]
+
+    def names_of(self, bank: str) -> tuple[str, ...]:
+        """The parameters' names in a bank."""
+        return tuple(leaf for of, leaf in self.leaf_names if of == bank)
+
+    def rows_of(self, bank: str, slots: tuple[int, ...]) -> list[Tensor]:
+        """Each of a bank's leaves for some slots, `[n, ...]`; differentiable."""
+        module = self.get_submodule(bank)
+        names = self.names_of(bank)
+        if not self.is_stacked:
+            return [torch.stack([getattr(module[s], name) for s in slots]) for name in names]  # type: ignore[index]
+        leaves = [getattr(module, name) for name in names]
+        if not leaves or slots == tuple(range(leaves[0].shape[0])):
+            return leaves
+        rows = torch.tensor(slots, device=leaves[0].device)
+        return [leaf.index_select(0, rows) for leaf in leaves]
+
+    def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:
+        """Puts new numbers into one slot."""
+        module: Any = self.get_submodule(bank)
+        for name in self.names_of(bank):
+            of = getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
+            of.data.copy_(leaves[name])
+
+    def _all_rows(self) -> list[Tensor]:
+        """Every leaf of every bank, `[P, ...]`, in the order of `leaf_names`."""
+        every: list[Tensor] = []
+        for bank in dict.fromkeys(of for of, _ in self.leaf_names):
+            module: Any = self.get_submodule(bank)
+            for name in self.names_of(bank):
+                if self.is_stacked:
+                    every.append(getattr(module, name))
+                else:
+                    every.append(torch.stack([getattr(body, name) for body in module]))
+        return every
+
+    # --- the forward -------------------------------------------------------------------------
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The forward hook of the target."""
+        del args
+        x, rebuild = _first(self.site, module, output)
+        if torch.compiler.is_compiling():
+            return rebuild(_ops.site_op(x, self.tap, self._all_rows(), self.handle)[0])
+        self._check(module, x)
+        self._count()
+        y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
+        return None if y is None else rebuild(y)
+
+    def _grown(self, x: Tensor) -> Tensor | None:
+        plan = self.plan
+        if plan.banks:
+            names = tuple(self.names_of(bank.bank) for bank in plan.banks)
+            leaves = [leaf for bank in plan.banks for leaf in self.rows_of(bank.bank, bank.slots)]
+            grown: Tensor = _ops.Grafted.apply(plan, self.axis, names, x, self.tap, *leaves)
+            return grown
+        if not torch.is_grad_enabled():
+            return None
+        is_new = not x.requires_grad
+        y = _ops.Anchored.apply(x, self.tap) if is_new else x
+        if plan.is_watching:
+            self._watch(y)
+        return y if is_new else None
+
+    def _watch(self, x: Tensor) -> None:
+        """Measures dormant chunks by a hook of the tensor, which leaves the graph as it was."""
+        cut, axis = self.plan.cut, self.axis
+        with torch.no_grad():
+            watched = _layer.watch(cut, x.movedim(axis, -1))
+
+        def measure(dy: Tensor) -> None:
+            channels = _layer.slopes(cut, dy.detach().movedim(axis, -1))
+            self.add_reading(torch.cat([watched, channels], dim=1))
+
+        x.register_hook(measure)
+
+    def add_reading(self, reading: Tensor) -> None:
+        """Adds to the gradient of the tap."""
+        tap = self.tap
+        tap.grad = reading if tap.grad is None else tap.grad + reading
+
+    def _surveyed(self, x: Tensor) -> Tensor:
+        shared = self.shared
+        if torch.is_grad_enabled() and shared.with_moments:
+            anchor = torch.zeros((), device=x.device, requires_grad=True)
+            shared.anchors.append(anchor)
+            x = _Probed.apply(self, x, anchor)
+        if not self.plan.banks:
+            return x
+        with torch.no_grad():
+            rows = [leaf for of in self.plan.banks for leaf in self.rows_of(of.bank, of.slots)]
+        names = tuple(self.names_of(bank.bank) for bank in self.plan.banks)
+        leaves = [leaf.detach() for leaf in rows]
+        grown: Tensor = _ops.Grafted.apply(
+            self.plan, self.axis, names, x, self.tap.detach(), *leaves
+        )
+        return grown
+
+    # --- checks ------------------------------------------------------------------------------
+
+    def _check(self, module: nn.Module, x: Tensor) -> None:
+        width = self.plan.cut.features
+        if x.ndim <= (self.axis if self.axis > 0 else 0) or x.shape[self.axis] != width:
+            raise BridgeError(
+                f"target {self.site!r} ({type(module).__name__}): its output {tuple(x.shape)} has "
+                f"no feature axis of {width} at axis {self.axis}; say features={{{self.site!r}: "
+                "WIDTH}} or choose another target"
+            )
+        if x.dtype not in DTYPES:
+            raise BridgeError(
+                f"target {self.site!r}: its output is {x.dtype}; seeds need float32, bfloat16 or "
+                "float16, so leave the target out, or the model in one of these"
+            )
+        if x.device != self.tap.device:
+            raise BridgeError(
+                f"target {self.site!r}: its output is on {x.device}, its seeds are on "
+                f"{self.tap.device}; move the whole model (model.to(...)), not single tensors of it"
+            )
+
+    def _count(self) -> None:
+        shared = self.shared
+        if not shared.is_running or torch._C._current_graph_task_id() != -1:
+            return  # a part of the model alone, or a checkpoint's second run
+        if self.site in shared.called:
+            shared.is_running = False
+            raise BridgeError(
+                f"target {self.site!r} is called more than once in one forward pass of the model: "
+                "its seeds would serve two places at once; leave it out of targets, or call a "
+                "module of its own at each place"
+            )
+        shared.called.add(self.site)
+
+    # --- module protocol ---------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Seeds:
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, dtype=torch.int64, device=self.tap.device)).device
+        if device != self.tap.device:
+            self.tap = torch.zeros_like(self.tap, device=device, requires_grad=True)
+            self.plan = self.plan.to(device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["tap"] = self.tap.detach().clone()
+        del state["handle"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.tap = self.tap.requires_grad_()
+        self.handle = _ops.new_handle(self)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lifecycle is not None:
+            destination[prefix + "lifecycle"] = self.lifecycle.pack()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key = prefix + "lifecycle"
+        if self.lifecycle is not None and key in state_dict:
+            packed = state_dict[key]
+            self.lifecycle.unpack(packed)
+            state_dict = {name: of for name, of in state_dict.items() if name != key}
+        elif self.lifecycle is not None:
+            rest[2].append(key)  # missing_keys
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        live = sum(len(bank.slots) for bank in self.plan.banks)
+        return f"{self.site!r}, chunks={self.plan.cut.chunks}, live={live}"
+
+
+class _Probed(torch.autograd.Function):
+    """The identity, whose backward pass gathers a survey's second moments."""
+
+    @staticmethod
+    def forward(ctx: Any, site: Seeds, x: Tensor, anchor: Tensor) -> Tensor:
+        del anchor
+        ctx.site = site
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        site: Seeds = ctx.site
+        found = _layer.moments(site.plan.cut, x.movedim(site.axis, -1), dy.movedim(site.axis, -1))
+        gathered = site.shared.moments
+        if gathered is not None:
+            old = gathered.get(site.site)
+            gathered[site.site] = (
+                found if old is None else [a + b for a, b in zip(old, found, strict=True)]
+            )
+        return None, dy, torch.zeros((), device=dy.device)
+
+
+def _first(site: str, module: nn.Module, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that grows, and how an output is made with another in its place."""
+    if isinstance(output, Tensor):
+        return output, _itself
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        rest = output[1:]
+        if hasattr(output, "_fields"):
+            return output[0], lambda y: type(output)(y, *rest)
+        return output[0], lambda y: type(output)((y, *rest))
+    raise BridgeError(
+        f"target {site!r} ({type(module).__name__}) returns {type(output).__name__}; seeds need a "
+        "tensor, or a tuple that begins with one: choose a layer inside it"
+    )
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y

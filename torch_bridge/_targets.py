@@ -1,0 +1,197 @@
+"""Which modules of a model get seeds, and what their outputs look like."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from torch import nn
+
+from torch_bridge._errors import BridgeError
+
+Target: TypeAlias = str | type | Callable[[str, nn.Module], bool]
+Targets: TypeAlias = Target | Sequence[Target]
+Value = TypeVar("Value")
+
+ALL_LINEAR = "all-linear"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")
+
+
+class Place(NamedTuple):
+    """One target."""
+
+    name: str
+    module: nn.Module
+    features: int
+    axis: int
+    """The feature axis of its output: -1, or 1 as convolutions have it."""
+
+
+def blocks(name: str) -> str:
+    """The pattern of every child of the list `name`: one target a block.
+
+    >>> blocks("h")
+    '(.*\\\\.)?h\\\\.\\\\d+'
+    """
+    return rf"(.*\.)?{re.escape(name)}\.\d+"
+
+
+def find(
+    model: nn.Module, targets: Targets, features: Mapping[str, int] | None = None
+) -> list[Place]:
+    """The modules that `targets` name, in the model's own order.
+
+    Raises:
+      BridgeError: a target matches nothing, or something that cannot carry seeds.
+    """
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen: dict[str, nn.Module] = {}
+    several = isinstance(targets, Sequence) and not isinstance(targets, str)
+    wanted: list[Any] = list(targets) if several else [targets]  # type: ignore[arg-type]
+    if not wanted:
+        raise BridgeError("targets is empty; name modules, or take 'all-linear'")
+    for target in wanted:
+        found = {name: of for name, of in named.items() if _matches(target, name, of)}
+        if not found:
+            raise BridgeError(_nothing(target, named))
+        chosen |= found
+    widths = dict(features or {})
+    places = [
+        _place(name, module, _of_pattern(widths, name, module, None))
+        for name, module in named.items()
+        if name in chosen
+    ]
+    _check_shared(named, places)
+    unused = [p for p in widths if not any(_matches(p, of.name, of.module) for of in places)]
+    if unused:
+        raise BridgeError(
+            f"features names {unused}, which match no target; targets are "
+            f"{_some(of.name for of in places)}"
+        )
+    return places
+
+
+def by_pattern(
+    values: Value | Mapping[str, Value], places: Sequence[Place], argument: str, default: Value
+) -> list[Value]:
+    """One value a place, from a value for all or a mapping of patterns (the first match counts).
+
+    Raises:
+      BridgeError: a pattern that matches no target.
+    """
+    if not isinstance(values, Mapping):
+        return [values] * len(places)
+    for pattern in values:
+        if not any(_matches(pattern, of.name, of.module) for of in places):
+            raise BridgeError(
+                f"{argument} names {pattern!r}, which matches no target; targets are "
+                f"{_some(of.name for of in places)}"
+            )
+    return [_of_pattern(values, of.name, of.module, default) for of in places]
+
+
+def _of_pattern(values: Mapping[str, Any], name: str, module: nn.Module, default: Any) -> Any:
+    return next((of for p, of in values.items() if _matches(p, name, module)), default)
+
+
+def _matches(target: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(target, type):
+        return isinstance(module, target)
+    if callable(target):
+        return bool(target(name, module))
+    if not isinstance(target, str):
+        raise BridgeError(
+            f"a target must be a name, a regular expression, a module class or a function of "
+            f"(name, module), got {target!r}"
+        )
+    if target == ALL_LINEAR:
+        return isinstance(module, nn.Linear) or _is_transposed_linear(module)
+    if name == target or name.endswith("." + target):
+        return True
+    return bool(_REGEX.search(target)) and re.fullmatch(target, name) is not None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """The linear layer of GPT-2 in transformers, whose weight is `[inputs, outputs]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _nothing(target: Any, named: Mapping[str, nn.Module]) -> str:
+    near: list[str] = []
+    if isinstance(target, str):
+        tails = {name.rsplit(".", 1)[-1] for name in named}
+        near = difflib.get_close_matches(target, [*named, *tails], n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return (
+        f"targets={target!r} matches none of the model's {len(named)} modules{hint} "
+        f"(a name, the end of one, a regular expression for a whole name, 'all-linear', a module "
+        f"class or a function; the modules are {_some(named)})"
+    )
+
+
+def _some(names: Any, most: int = 12) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (f", and {len(every) - most} more" if every[most:] else "")
+
+
+def _place(name: str, module: nn.Module, told: int | None) -> Place:
+    if isinstance(module, _CONTAINERS):
+        remedy = "a layer inside it" if list(module.children()) else "another module"
+        raise BridgeError(
+            f"target {name!r} is a {type(module).__name__}: seeds added to it would run as one of "
+            f"its layers; name {remedy} instead, e.g. its last one ({name}.{len(module) - 1})"
+        )
+    if "seeds" in dict(module.named_children()) or hasattr(module, "seeds"):
+        raise BridgeError(
+            f"target {name!r} has an attribute `seeds` already: the model was grown before "
+            "(call bridge.unwrap() first), or the name is taken"
+        )
+    known = _known(module)
+    if known is not None:
+        width, axis = known
+        if told is not None and told != width:
+            raise BridgeError(
+                f"features says {told} for target {name!r}, a {type(module).__name__} whose "
+                f"output has {width}"
+            )
+        return Place(name, module, width, axis)
+    if told is None:
+        raise BridgeError(
+            f"target {name!r} ({type(module).__name__}): the width of its output is not known from "
+            f"its class; say features={{{name!r}: WIDTH}} for the last axis of its output (or of "
+            "the first one, if it returns a tuple)"
+        )
+    return Place(name, module, int(told), -1)
+
+
+def _known(module: nn.Module) -> tuple[int, int] | None:
+    """Features and feature axis of a layer's output."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    if _is_transposed_linear(module):
+        return int(module.nf), -1
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.out_channels, 1
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return module.embedding_dim, -1
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return int(module.normalized_shape[-1]), -1
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d)):
+        return module.num_features, 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
+    return None
+
+
+def _check_shared(named: Mapping[str, nn.Module], places: Sequence[Place]) -> None:
+    for place in places:
+        names = [name for name, module in named.items() if module is place.module]
+        if len(names) > 1:
+            raise BridgeError(
+                f"target {place.name!r} is one module under {len(names)} names ({_some(names)}): "
+                "its seeds would serve several places at once; give each its own module, or leave "
+                "it out of targets"
+            )

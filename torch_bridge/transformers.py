@@ -1,0 +1,128 @@
+"""Growing inside the Hugging Face `Trainer`. Needs `transformers` and `accelerate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from esper_fn.commands import Command
+from torch_bridge._callback import Pace
+from torch_bridge._errors import BridgeError
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "torch_bridge.transformers needs transformers 5 or newer: "
+        "pip install transformers accelerate"
+    ) from error
+
+
+class GrowthCallback(TrainerCallback):
+    """Advances the seeds after every optimiser step of a Hugging Face `Trainer`.
+
+    The `Trainer` shows callbacks no loss, so this one is given to it by `attach`, which also reads
+    what `training_step` returns: right under gradient accumulation, label smoothing and a
+    `compute_loss` of your own. Checkpoints need nothing more: the lifecycle is part of the model's
+    state dict, so `train(resume_from_checkpoint=...)` restores stages, bodies and optimiser state.
+    Logs get `growth/live` and `growth/fossils`.
+
+    Args:
+      bridge: from `torch_bridge.grow`, on the trainer's model or a part of it, made before the
+        optimiser.
+      survey: returns the loss on held-out data, as `bridge.survey` wants it; None for no surveys.
+        The model is in training mode when it is called.
+      survey_every: optimiser steps between two surveys.
+
+    Raises:
+      BridgeError: for arguments that do not fit, for a bridge of another model, and in `train` if
+        `attach` was not called.
+
+    Example:
+      >>> bridge = torch_bridge.grow(model, targets="all-linear", ...)  # doctest: +SKIP
+      >>> trainer = Trainer(model, arguments, train_dataset=data)  # doctest: +SKIP
+      >>> growth = GrowthCallback(bridge).attach(trainer)  # doctest: +SKIP
+      >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        bridge: Any,
+        *,
+        survey: Callable[[], torch.Tensor] | None = None,
+        survey_every: int = 50,
+    ) -> None:
+        self._pace = Pace(bridge, survey, survey_every)
+        self._trainer: Any = None
+
+    @property
+    def bridge(self) -> Any:
+        """What `torch_bridge.grow` returned."""
+        return self._pace.bridge
+
+    @property
+    def last_info(self) -> Any:
+        """The `esper_fn.Info` of the last step."""
+        return self._pace.last_info
+
+    @property
+    def last_survey(self) -> Any:
+        """The `esper_fn.SurveyInfo` of the last survey."""
+        return self._pace.last_survey
+
+    def ask(self, *commands: Command) -> None:
+        """Hand commands to the next step; see `esper_fn.commands`."""
+        self._pace.ask(*commands)
+
+    def attach(self, trainer: Any) -> GrowthCallback:
+        """Add this callback to a trainer and read its losses; call it once, before `train`."""
+        if self._trainer is not None:
+            raise BridgeError(
+                "this GrowthCallback is attached to a trainer already; make another one"
+            )
+        if not any(part is self.bridge.model for part in trainer.model.modules()):
+            raise BridgeError(
+                f"the bridge grows a {type(self.bridge.model).__name__} that is no part of the "
+                f"trainer's {type(trainer.model).__name__}; call torch_bridge.grow on that one "
+                "(Trainer(model_init=...) makes a new model each time: give it model= instead)"
+            )
+        self._trainer = trainer
+        training_step = trainer.training_step
+
+        def reading_step(*args: Any, **kwargs: Any) -> Any:
+            loss = training_step(*args, **kwargs)
+            self._pace.add(loss)  # divided so that a step's losses add up
+            return loss
+
+        trainer.training_step = reading_step
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that losses will be seen, and learn what scales them."""
+        if self._trainer is None:
+            raise BridgeError(
+                "GrowthCallback sees no loss through callbacks=[...] alone; call "
+                "growth.attach(trainer) instead, before train()"
+            )
+        self._pace.forget()
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        optimizer = kwargs.get("optimizer")
+        if scaler is not None and optimizer is not None:
+            self.bridge.attach(getattr(optimizer, "optimizer", optimizer), scaler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the seeds."""
+        self._pace.step(state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the numbers of bodies to what is logged."""
+        if logs is not None and "loss" in logs:
+            logs.update(self._pace.counts())
+            if state.log_history:
+                state.log_history[-1].update(self._pace.counts())
