@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from esper_fn.bus._codec import SCHEMA, Header, Schema, check_size
-from esper_fn.bus._messages import Command, DeadLetter, Outcome
+from esper_fn.bus._messages import Batch, Command, DeadLetter, Outcome, SeedCommand
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._publisher import ServerTime
 from esper_fn.bus._resilience import Clock
@@ -98,6 +98,7 @@ class Intake:
         self._seen: dict[str, int] = dict(position.sequences)
         self._done: list[Done] = []
         self._attempts: dict[tuple[Topic, str], int] = {}
+        self._undone: dict[str, int] = {}
         self._received: dict[tuple[Topic, str], float] = {}
         self._bound: dict[tuple[Topic, str], float] = {}
         self._empty_at: dict[Topic, float] = {}
@@ -106,9 +107,22 @@ class Intake:
 
     # --- from the bus ---------------------------------------------------------------------------
 
-    def restart(self, attempts: dict[tuple[Topic, str], int], sequences: dict[str, int]) -> None:
-        """A lease was taken: how often entries were tried, and numbers the server remembers."""
+    def restart(
+        self,
+        attempts: dict[tuple[Topic, str], int],
+        sequences: dict[str, int],
+        undone: dict[str, int],
+    ) -> None:
+        """A lease was taken.
+
+        Args:
+          attempts: how often entries were tried.
+          sequences: numbers the server remembers, which are in force here too.
+          undone: numbers that were in force in a process whose state is gone. Commands to seeds
+            come again; stopping, pausing and saving were done to that process and are over.
+        """
         self._attempts = dict(attempts)
+        self._undone = dict(undone)
         for key, number in sequences.items():
             self.position.note(key, max(number, self.position.sequences.get(key, -1)))
             self._seen[key] = max(number, self._seen.get(key, -1))
@@ -191,6 +205,11 @@ class Intake:
                 taken = ready.popleft()
                 if taken.command.id in self.position.outcomes:
                     self._finish_again(taken)
+                    continue
+                is_for_seeds = isinstance(taken.command, SeedCommand | Batch)
+                if not is_for_seeds and taken.sequence <= self._undone.get(taken.key, -1):
+                    self.position.note(taken.key, taken.sequence)
+                    self._settle(taken.delivery, None, None)
                     continue
                 name = (topic, taken.delivery.entry_id)
                 if self._attempts.get(name, 0) >= MAX_ATTEMPTS:

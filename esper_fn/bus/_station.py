@@ -307,8 +307,8 @@ class Station:
         self._position.epoch = found.lease.epoch
         if not given:
             self._position.cursor.update(found.cursor)
-        # What the server remembers beyond a checkpoint is undone: it will come again.
-        intake.restart(found.attempts, {} if given else found.sequences)
+        known, undone = ({}, found.sequences) if given else (found.sequences, {})
+        intake.restart(found.attempts, known, undone)
         intake.accept(found.leftovers)
 
     async def _read(self, topic: Topic) -> None:

@@ -205,9 +205,9 @@ class Steering:
         rows = self._rows or []
         num_rows = sum(len(row.commands) for row in rows)
         seeds = {row.seed for one in rows for row in one.commands}
-        waiting = [] if self._is_paused else self._deferred
-        if waiting:
-            self._deferred = []
+        waiting: list[Taken] = []
+        if not self._is_paused:
+            waiting, self._deferred = self._deferred, []
         waiting += self.station.take(self._step, self.max_commands)
         for at, taken in enumerate(waiting):
             command = taken.command

@@ -8,26 +8,27 @@ import time
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import esper_fn as ef
-from esper_fn import bus, checkpoint, hosts, policies, runtime
+from esper_fn import bus, checkpoint, policies, runtime
 from esper_fn.errors import RunStoppedError
 
-HOST = hosts.mlp((6, 8, 2, 4), spans=1, chunks=2)
-LATTICE = ef.lattice(
-    sites=HOST.sites, blueprints={"bottleneck": ef.blueprints.bottleneck(4)}, capacity=2
+SITE = ef.site("hidden", features=8, chunks=4)
+LATTICE = ef.lattice(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
+GROWTH = ef.growth(
+    LATTICE, policy=policies.never(), graft=ef.grafting.linear(8), bodies_at_once=None
 )
-GROWTH = ef.growth(LATTICE, policy=policies.never(), graft=ef.grafting.linear(8), bodies_at_once=None)
-SITE = LATTICE.sites[0]
-OPTIMIZER = ef.optim.per_body(optax.adamw(1e-2))
+OPTIMIZER = ef.optim.per_body(optax.sgd(1e-2))
 
 
 def loss_fn(params, seeds, batch):
     inputs, targets = batch
-    logits = HOST.apply(params, seeds, inputs)
+    hidden = seeds.grow("hidden", jnp.tanh(inputs @ params["in"]))
+    logits = hidden @ params["out"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
@@ -41,7 +42,10 @@ def batches(first, count):
 
 SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
 SEGMENT = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=None)
-PARAMS = HOST.init(jax.random.key(0))
+PARAMS = {
+    "in": jax.random.normal(jax.random.key(0), (6, 8)) / 3,
+    "out": jax.random.normal(jax.random.key(1), (8, 4)) / 3,
+}
 
 
 def fit(steering, *, num_steps=1_000_000, **options):
@@ -127,17 +131,17 @@ def until(condition, seconds=60):
 
 def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
     with running(url, name) as (run, client):
-        born = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="bottleneck"))
+        born = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
         assert born.is_done
         (seed,) = born.seeds
         assert (seed.before, seed.after) == ("DORMANT", "GERMINATED")
-        again = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="bottleneck"))
+        again = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
         assert (again.code, again.words) == (
             "ILLEGAL_TRANSITION",
             "the seed's stage does not allow it",
         )
         assert client.send(bus.Cancel(seed=0)).code in {"DONE", "ILLEGAL_TRANSITION"}
-        wrong = client.send(bus.Germinate(site="nowhere", seed=0, blueprint="bottleneck"))
+        wrong = client.send(bus.Germinate(site="nowhere", seed=0, blueprint="scale"))
         assert wrong.code == "REFUSED"
         assert "unknown site 'nowhere'; allowed:" in wrong.words
         far = client.send(bus.Cull(site=SITE.name, seed=99))
@@ -150,14 +154,14 @@ def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
 def test_a_batch_is_whole_or_nothing(url, name):
     with running(url, name) as (_, client):
         bad = bus.Batch(
-            commands=(bus.Germinate(seed=0, blueprint="bottleneck"), bus.Cull(seed=1))
+            commands=(bus.Germinate(seed=0, blueprint="scale"), bus.Cull(seed=1))
         )
         outcome = client.send(bad)
         assert outcome.code == "ILLEGAL_TRANSITION"
         assert [seed.code for seed in outcome.seeds] == ["BATCH_REFUSED", "ILLEGAL_TRANSITION"]
         assert outcome.seeds[0].after == "DORMANT"
         good = bus.Batch(
-            commands=tuple(bus.Germinate(seed=i, blueprint="bottleneck") for i in range(2))
+            commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2))
         )
         assert client.send(good).is_done
         large = bus.Batch(commands=tuple(bus.Cull(seed=i) for i in range(5)))
@@ -169,9 +173,9 @@ def test_two_commands_to_one_seed_keep_their_order(url, name):
         client.send(bus.Pause())
         ids = []
         for command in (
-            bus.Germinate(seed=0, blueprint="bottleneck"),
+            bus.Germinate(seed=0, blueprint="scale"),
             bus.Cancel(seed=0),
-            bus.Germinate(seed=1, blueprint="bottleneck"),
+            bus.Germinate(seed=1, blueprint="scale"),
         ):
             client.send(command, wait_seconds=None)
             ids.append(command)
@@ -200,7 +204,7 @@ def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
 
 def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
     with running(url, name) as (_, client):
-        client.send(bus.Germinate(seed=1, blueprint="bottleneck"))
+        client.send(bus.Germinate(seed=1, blueprint="scale"))
         kinds = {}
         for message in client.watch(seconds=20, from_beginning=True):
             kinds.setdefault(type(message), message)
@@ -217,11 +221,11 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name
 
     with checkpoint.Writer(tmp_path) as writer:
         with running(url, name, **options(writer)) as (run, client):
-            early = bus.Germinate(seed=0, blueprint="bottleneck")
+            early = bus.Germinate(seed=0, blueprint="scale")
             assert client.send(early).is_done
             assert client.send(bus.Checkpoint()).is_done
             until(lambda: checkpoint.steps(tmp_path))
-            late = bus.Germinate(seed=1, blueprint="bottleneck")
+            late = bus.Germinate(seed=1, blueprint="scale")
             assert client.send(late).is_done
             # As after SIGKILL: what came after the checkpoint is not saved.
             run.steering.should_save = lambda: False
