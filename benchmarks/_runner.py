@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, str] = {
     "lifecycle": "benchmarks.lifecycle",
     "kernels": "benchmarks.kernels",
     "gpu": "benchmarks.gpu",
+    "bus": "benchmarks.bus",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -3,7 +3,7 @@
 See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
-from esper_fn.bus._address import Address, parse_address
+from esper_fn.bus._address import MEMORY, Address, parse_address
 from esper_fn.bus._client import AsyncClient, Client, connect, connect_async
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
 from esper_fn.bus._connect import make_transport
@@ -62,6 +62,7 @@ from esper_fn.bus._transport import (
 
 __all__ = [
     "FORMAT",
+    "MEMORY",
     "NO_KEYS",
     "POLICIES",
     "SCHEMA",

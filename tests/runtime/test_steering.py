@@ -153,16 +153,12 @@ def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
 
 def test_a_batch_is_whole_or_nothing(url, name):
     with running(url, name) as (_, client):
-        bad = bus.Batch(
-            commands=(bus.Germinate(seed=0, blueprint="scale"), bus.Cull(seed=1))
-        )
+        bad = bus.Batch(commands=(bus.Germinate(seed=0, blueprint="scale"), bus.Cull(seed=1)))
         outcome = client.send(bad)
         assert outcome.code == "ILLEGAL_TRANSITION"
         assert [seed.code for seed in outcome.seeds] == ["BATCH_REFUSED", "ILLEGAL_TRANSITION"]
         assert outcome.seeds[0].after == "DORMANT"
-        good = bus.Batch(
-            commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2))
-        )
+        good = bus.Batch(commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2)))
         assert client.send(good).is_done
         large = bus.Batch(commands=tuple(bus.Cull(seed=i) for i in range(5)))
         assert "takes 4 a step" in client.send(large).words
