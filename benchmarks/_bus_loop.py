@@ -115,6 +115,6 @@ def _answers(server: bus.PrivateServer, growth: Any, fit: Any, *, repeats: int) 
     thread.join()
     p99, step = float(np.quantile(waits, 0.99)), float(np.median(steps))
     return {
-        "answer_p99": summarise([p99], "ms", samples=repeats, step_ms=step * 1e3),
-        "answer_p99_minus_step": summarise([max(0.0, p99 - step)], "ms", samples=repeats),
+        "answer_p99": summarise([p99], "ms", num_samples=repeats, step_ms=step * 1e3),
+        "answer_p99_minus_step": summarise([max(0.0, p99 - step)], "ms", num_samples=repeats),
     }

@@ -107,7 +107,10 @@ def _pair(
     told = {**options, "url": server.url, "run": f"b-{secrets.token_hex(6)}"}
     reader = _start(consumer, told)
     stdout: Any = reader.stdout
-    if stdout.readline().strip() != "ready":
+    for line in stdout:  # FastStream logs on stdout
+        if line.strip() == "ready":
+            break
+    else:
         raise RuntimeError(f"{consumer} did not start")
     writer = _start(producer, told)
     sent = _result(writer, producer)
