@@ -159,10 +159,12 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
     return _latencies(waits)
 
 
-# --- bare redis-py ----------------------------------------------------------------------------------
+# --- bare redis-py --------------------------------------------------------------------------------
 
 
-_BATCH = "for i = 1, #ARGV do redis.call('XADD', KEYS[1], 'MAXLEN', '~', 200000, '*', 'm', ARGV[i]) end"
+_BATCH = (
+    "for i = 1, #ARGV do redis.call('XADD', KEYS[1], 'MAXLEN', '~', 200000, '*', 'm', ARGV[i]) end"
+)
 
 
 async def bare_publish(options: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +263,7 @@ async def bare_receive(options: dict[str, Any]) -> dict[str, Any]:
     return _latencies(waits)
 
 
-# --- FastStream -------------------------------------------------------------------------------------
+# --- FastStream -----------------------------------------------------------------------------------
 
 
 async def fast_publish(options: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +275,7 @@ async def fast_publish(options: dict[str, Any]) -> dict[str, Any]:
     payload = bytes(300)
     began = time.perf_counter()
     for _ in range(options["count"] // 100):
-        await asyncio.gather(
-            *(broker.publish(payload, stream=options["run"]) for _ in range(100))
-        )
+        await asyncio.gather(*(broker.publish(payload, stream=options["run"]) for _ in range(100)))
     seconds = time.perf_counter() - began
     await broker.stop()
     return {"seconds": seconds}

@@ -55,9 +55,7 @@ def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[s
     }
     against = [
         ours / theirs
-        for ours, theirs in zip(
-            rates["telemetry_ours"], rates["telemetry_faststream"], strict=True
-        )
+        for ours, theirs in zip(rates["telemetry_ours"], rates["telemetry_faststream"], strict=True)
     ]
     rows["telemetry_ours_over_faststream"] = summarise(against, "ratio")
     rows["telemetry_lost"] = exact(lost, "messages")
@@ -97,7 +95,9 @@ def _raw(server: bus.PrivateServer) -> dict[str, Row]:
         capture_output=True,
         text=True,
     )  # fmt: skip
-    rate = float(told.stdout.strip().splitlines()[-1].split(",")[-7 if "," in told.stdout else 1].strip('"'))
+    rate = float(
+        told.stdout.strip().splitlines()[-1].split(",")[-7 if "," in told.stdout else 1].strip('"')
+    )
     return {"redis_benchmark_xadd": exact(rate, "messages/s", connections=50, pipeline=16)}
 
 

@@ -303,7 +303,7 @@ class MemoryTransport:
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
                 start[topic] = (run.cursor if cursor is None else cursor).get(topic, BEGINNING)
-                at = order(start[topic])
+                at, is_counted = order(start[topic]), False
                 for name in [name for name in stream.groups if name.startswith(RUN_GROUP)]:
                     for key, pending in sorted(stream.groups.pop(name).pending.items()):
                         entry_id, entry = _name(key), stream.entries.get(key)
@@ -312,7 +312,8 @@ class MemoryTransport:
                         elif key <= at:
                             count = pending.deliveries + 1
                             leftovers.append(Delivery(topic, entry_id, *entry, count))
-                        else:
+                        elif not is_counted:
+                            is_counted = True
                             tried = run.attempts.get((topic, entry_id), 0)
                             run.attempts[topic, entry_id] = tried + 1
                 stream.groups[f"{RUN_GROUP}{run.epoch}"] = _Group(last=at)

@@ -83,6 +83,7 @@ for i = 6, #KEYS do
   local stream, cursor = KEYS[i], ARGV[i + 1]
   if cursor == '' then cursor = redis.call('HGET', KEYS[2], 'cursor:' .. stream) or '0-0' end
   cursors[#cursors + 1] = cursor
+  local counted = false
   redis.call('XGROUP', 'CREATE', stream, ARGV[5] .. epoch, cursor, 'MKSTREAM')
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local name = group[2]
@@ -96,7 +97,9 @@ for i = 6, #KEYS do
             redis.call('HDEL', KEYS[5], stream .. ' ' .. row[1])
           elseif before(row[1], cursor) then
             leftovers[#leftovers + 1] = {i - 6, row[1], found[1][2], row[4] + 1}
-          else
+          elseif not counted then
+            -- The first in line was being carried out; those behind it are not suspected.
+            counted = true
             redis.call('HINCRBY', KEYS[5], stream .. ' ' .. row[1], 1)
           end
         end

@@ -233,6 +233,7 @@ class Station:
         self._room = asyncio.Event()
         self._room.set()
         self._gaps = asyncio.Event()
+        self._renewing = asyncio.Lock()
         self._transport = self._make()
         try:
             await self._take_place()
@@ -372,12 +373,14 @@ class Station:
             self._changed.notify_all()
 
     async def _renew(self) -> None:
+        async with self._renewing:
+            await self._renew_alone()
+
+    async def _renew_alone(self) -> None:
         lease = self._lease
         try:
             server_ms = await self._transport.renew(lease, lease_seconds=self._lease_seconds)
         except FencedError as error:
-            if lease is not self._lease:
-                return
             if error.epoch >= lease.epoch:
                 raise
             self.num_lost_servers += 1

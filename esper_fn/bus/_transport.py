@@ -65,7 +65,7 @@ class Attached(NamedTuple):
     leftovers: list[Delivery]
     """Entries in force whose acknowledgement got lost: to be answered and settled again."""
     attempts: dict[tuple[Topic, str], int]
-    """How often a run has ended with an entry handed out and not settled."""
+    """How often a run has ended with an entry handed out, not settled, and first in line."""
     server_ms: int
 
 

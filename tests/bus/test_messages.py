@@ -36,9 +36,9 @@ FIELDS = {
     "level": st.sampled_from(["info", "warning", "critical"]),
     "what": st.sampled_from(["saved", "restored", "failed"]),
     "from_topic": st.sampled_from(Topic),
-    "commands": st.lists(
-        st.builds(bus.Cull, seed=st.integers(0, 9)), min_size=1, max_size=4
-    ).map(tuple),
+    "commands": st.lists(st.builds(bus.Cull, seed=st.integers(0, 9)), min_size=1, max_size=4).map(
+        tuple
+    ),
     "seeds": st.lists(
         st.builds(bus.SeedOutcome, seed=st.integers(0, 9), code=NAMES, before=st.none() | NAMES),
         max_size=3,
@@ -69,9 +69,7 @@ def messages(kind):
                 return st.none() | strategy if is_optional else strategy
         raise AssertionError(f"no strategy for {kind.__name__}.{field.name}: {text}")
 
-    return st.builds(
-        kind, **{field.name: values(field) for field in msgspec.structs.fields(kind)}
-    )
+    return st.builds(kind, **{field.name: values(field) for field in msgspec.structs.fields(kind)})
 
 
 @pytest.mark.parametrize("kind", SCHEMA.kinds.values(), ids=SCHEMA.kinds)
@@ -232,6 +230,10 @@ def test_keys_are_read_from_the_environment_and_files_only_when_private(tmp_path
         bus.read_keys({"ESPER_BUS_KEY_FILE": str(path)})
     path.chmod(0o600)
     assert bus.read_keys({"ESPER_BUS_KEY_FILE": str(path)}).active == "a"
-    for text, words in (("a:xyz", "id:hex"), ("a:00", "at least 16"), ("a-b:" + "00" * 16, "key id")):
+    for text, words in (
+        ("a:xyz", "id:hex"),
+        ("a:00", "at least 16"),
+        ("a-b:" + "00" * 16, "key id"),
+    ):
         with pytest.raises(BusSecurityError, match=words):
             bus.read_keys({"ESPER_BUS_KEYS": text})
