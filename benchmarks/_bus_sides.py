@@ -270,7 +270,7 @@ async def fast_publish(options: dict[str, Any]) -> dict[str, Any]:
     """FastStream's publisher, one message a call, a hundred calls at once."""
     from faststream.redis import RedisBroker
 
-    broker = RedisBroker(options["url"], logger=None)
+    broker = RedisBroker(options["url"], logger=None)  # type: ignore[arg-type]
     await broker.connect()
     payload = bytes(300)
     began = time.perf_counter()
@@ -286,7 +286,7 @@ async def fast_consume(options: dict[str, Any]) -> dict[str, Any]:
     from faststream import AckPolicy
     from faststream.redis import RedisBroker, StreamSub
 
-    broker = RedisBroker(options["url"], logger=None)
+    broker = RedisBroker(options["url"], logger=None)  # type: ignore[arg-type]
     is_done = asyncio.Event()
     seen, first = 0, None
     last = time.perf_counter()
