@@ -383,11 +383,11 @@ class Station:
         except FencedError as error:
             if error.epoch >= lease.epoch:
                 raise
-            self.num_lost_servers += 1
             _LOG.error("the bus's server has lost its memory; taking the place anew")
             with self._lock:
                 self._held().forget_entries()
             await self._attach(first=False)
+            self.num_lost_servers += 1
             self._tell(self._announcement)
             self._tell(
                 Alert(
