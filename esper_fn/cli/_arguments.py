@@ -59,6 +59,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     watch = commands.add_parser("watch", help="show a running experiment live")
     _where(watch)
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S", help="end then")
+    watch.add_argument(
+        "--metrics-port",
+        type=_whole,
+        metavar="N",
+        help="also serve Prometheus metrics at http://127.0.0.1:N/metrics",
+    )
     watch.set_defaults(run=_later("_watch", "watch"))
 
     stop = commands.add_parser("stop", help="end a running experiment at its next step")

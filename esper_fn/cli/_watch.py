@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from esper_fn import bus
+from esper_fn import bus, monitoring
 from esper_fn.bus import Topic
 from esper_fn.cli._steer import connect
 
 _FOREVER_SECONDS = 10 * 365 * 86_400.0
-_TOPICS = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
+_TOPICS = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES, Topic.DEAD)
 
 
 class Board:
@@ -45,6 +48,9 @@ class Board:
                 )
             case bus.Alert():
                 line = f"{message.level}: {message.words}"
+                self.alerts.append(line)
+            case bus.DeadLetter():
+                line = f"set aside ({message.reason}): {message.words}"
                 self.alerts.append(line)
             case bus.Outcome():
                 line = f"step {message.step}: {message.code} {message.words}".rstrip()
@@ -85,10 +91,16 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     del parser
     seconds = options.seconds if options.seconds < math.inf else _FOREVER_SECONDS
     console = Console()
-    with connect(options) as client:
+    with ExitStack() as end:
+        client = end.enter_context(connect(options))
         client.check_listener()
-        board = Board(client.asynchronous.transport.run)
+        run = client.asynchronous.transport.run
+        board = Board(run)
         messages = client.watch(_TOPICS, seconds=seconds)
+        if options.metrics_port is not None:
+            registry = CollectorRegistry()
+            end.callback(monitoring.serve(registry, options.metrics_port))
+            messages = _exported(messages, monitoring.Exporter(run, registry))
         if not console.is_terminal:
             for message in messages:
                 board.take(message)
@@ -102,3 +114,11 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 board.take(message)
                 live.update(board.draw())
     return 0
+
+
+def _exported(
+    messages: Iterator[bus.Message], exporter: monitoring.Exporter
+) -> Iterator[bus.Message]:
+    for message in messages:
+        exporter.take(message)
+        yield message

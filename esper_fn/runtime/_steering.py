@@ -87,6 +87,8 @@ class Steering:
         self._is_paused = False
         self._should_save = False
         self._can_save = False
+        self._writer: Any = None
+        self._saved_step: int | None = None
         self._step = 0
         self._num_rollbacks = 0
         self._told_at: float | None = None
@@ -152,6 +154,8 @@ class Steering:
         self._can_save = checkpoints is not None
         if checkpoints is None:
             return None
+        self._writer = checkpoints.writer
+        self._saved_step = checkpoints.writer.last_acknowledged
         note, recall = checkpoints.note, checkpoints.recall
 
         def with_position() -> dict[str, Any]:
@@ -162,6 +166,8 @@ class Steering:
             if isinstance(saved, dict) and _NOTE in saved:
                 self._restart(bus.RunPosition.from_dict(saved[_NOTE]))
                 saved = saved["note"]
+                step = -1 if self._saved_step is None else self._saved_step
+                self.station.offer([bus.CheckpointEvent(step=step, what="restored")])
             if recall is not None:
                 recall(saved)
 
@@ -327,6 +333,9 @@ class Steering:
                 stages=stage_counts(np.asarray(stage)),
             )
         )
+        if self._writer is not None and self._writer.last_acknowledged != self._saved_step:
+            self._saved_step = self._writer.last_acknowledged
+            messages.append(bus.CheckpointEvent(step=self._saved_step or 0, what="saved"))
         if self._limiter.allows():
             columns = {
                 "stage": np.asarray(stage, np.uint8),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
@@ -102,6 +105,30 @@ def test_watch_tells_a_plain_terminal_line_by_line(esper, loop):
     status, out, _ = esper("watch", "--seconds", "0.5")
     assert status == 0
     assert "loss 0.5000, {'DORMANT': 4}" in out
+
+
+def test_watch_serves_metrics(esper, loop, run_name):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pages = []
+
+    def ask():
+        end = time.monotonic() + 10
+        while not pages and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                url = f"http://127.0.0.1:{port}/metrics"
+                with urllib.request.urlopen(url, timeout=2) as page:
+                    text = page.read().decode()
+                if "esper_loss{" in text:
+                    pages.append(text)
+            time.sleep(0.05)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert esper("watch", "--seconds", "2", "--metrics-port", str(port))[0] == 0
+    asking.join()
+    assert f'esper_loss{{run="{run_name}"}} 0.5' in pages[0]
 
 
 def test_nobody_listening_is_said_and_nothing_hangs(esper):

@@ -220,7 +220,10 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name
             early = bus.Germinate(seed=0, blueprint="scale")
             assert client.send(early).is_done
             assert client.send(bus.Checkpoint()).is_done
-            until(lambda: checkpoint.steps(tmp_path))
+            told = client.watch([bus.Topic.EVENTS], seconds=20, from_beginning=True)
+            saved = next(m for m in told if isinstance(m, bus.CheckpointEvent))
+            assert saved.what == "saved"
+            assert saved.step in checkpoint.steps(tmp_path)
             late = bus.Germinate(seed=1, blueprint="scale")
             assert client.send(late).is_done
             # As after SIGKILL: what came after the checkpoint is not saved.
