@@ -17,7 +17,7 @@ from benchmarks._timing import Row, ratio, summarise
 from esper_fn import bus, policies, runtime
 
 _WIDTH = 512
-_ROWS = 256
+_ROWS = 96
 
 
 def loop_rows(server: bus.PrivateServer, *, repeats: int) -> dict[str, Row]:
@@ -71,7 +71,7 @@ def loop_rows(server: bus.PrivateServer, *, repeats: int) -> dict[str, Row]:
             return fit(steering, num_steps)
 
     fit(None, 20)
-    turns = max(4, repeats // 50)
+    turns = max(3, repeats // 40)
     bare, up, down = [], [], []
     for turn in range(turns):
         bare.append(float(np.median(fit(None, 60))))

@@ -25,10 +25,10 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
     rows: dict[str, Row] = {}
     logging.getLogger("esper_fn.bus").setLevel(logging.ERROR)  # servers are killed on purpose
     with bus.PrivateServer(options={"appendfsync": "everysec"}) as server:
-        rows |= _telemetry(server, repeats=1 if quick else 3, scale=1 if quick else 3)
-        rows |= _commands(server, seconds=2 if quick else 12, repeats=1 if quick else 2)
+        rows |= _telemetry(server, repeats=1 if quick else 2, scale=1 if quick else 2)
+        rows |= _commands(server, seconds=2 if quick else 8, repeats=1 if quick else 2)
         rows |= _raw(server)
-        rows |= loop_rows(server, repeats=200 if quick else 400)
+        rows |= loop_rows(server, repeats=100 if quick else 200)
     return rows
 
 

@@ -4,11 +4,12 @@ See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
 from esper_fn.bus._address import MEMORY, Address, parse_address
+from esper_fn.bus._broker import Broker
 from esper_fn.bus._client import AsyncClient, Client, connect, connect_async
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
 from esper_fn.bus._connect import make_transport
 from esper_fn.bus._intake import Intake, Taken
-from esper_fn.bus._memory import Broker, MemoryTransport
+from esper_fn.bus._memory import MemoryTransport
 from esper_fn.bus._messages import (
     Alert,
     Announcement,

@@ -12,9 +12,9 @@ from types import TracebackType
 import msgspec
 from redis.exceptions import RedisError
 
+from esper_fn.bus._broker import Broker
 from esper_fn.bus._codec import SCHEMA, Schema, check_size
 from esper_fn.bus._connect import LoopThread, make_transport
-from esper_fn.bus._memory import Broker
 from esper_fn.bus._messages import Command, DeadLetter, Message, Outcome, new_id
 from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._resilience import Retry

@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address, check_reach
 from esper_fn.bus._link import Link, Script
+from esper_fn.bus._replies import deliveries, delivery, pairs, server_ms
 from esper_fn.bus._resilience import CircuitBreaker
 from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
 from esper_fn.bus._transport import (
@@ -100,7 +101,7 @@ class RedisTransport:
         except ResponseError:
             settings = {}  # a server whose access rules keep its settings to itself
         check_reach(self._address, settings, has_key=self._has_key)
-        return _server_ms(seconds, micros)
+        return server_ms(seconds, micros)
 
     async def publish(
         self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
@@ -157,7 +158,7 @@ class RedisTransport:
                     ) from None
                 await self._make_groups(streams, group)
                 return await once(block, timeout)
-            return _deliveries(topics, streams, answer)
+            return deliveries(topics, streams, answer)
 
         return await self._wait_for(once, wait_seconds)
 
@@ -173,7 +174,7 @@ class RedisTransport:
             answer = await self._link(f"tail {'+'.join(topics)}").call(
                 "XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last, timeout_seconds=timeout
             )
-            return _deliveries(topics, streams, answer)
+            return deliveries(topics, streams, answer)
 
         return await self._wait_for(once, wait_seconds)
 
@@ -222,7 +223,7 @@ class RedisTransport:
             )
         }
         return [
-            _delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
+            delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
             for entry_id, fields in rows
         ]
 
@@ -268,20 +269,20 @@ class RedisTransport:
         _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
         topic_of = {self.stream(topic): topic for topic in COMMAND_TOPICS}
         tried = {}
-        for name, count in _pairs(attempts):
+        for name, count in pairs(attempts):
             stream, _, entry_id = name.decode().rpartition(" ")
             tried[topic_of[stream], entry_id] = int(count)
         return Attached(
             lease=Lease(holder, epoch),
             generation=generation.decode(),
             cursor={topic: last.decode() for topic, last in zip(COMMAND_TOPICS, at, strict=True)},
-            sequences={name.decode(): int(number) for name, number in _pairs(sequences)},
+            sequences={name.decode(): int(number) for name, number in pairs(sequences)},
             leftovers=[
-                _delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
+                delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
                 for index, entry_id, fields, count in leftovers
             ],
             attempts=tried,
-            server_ms=_server_ms(seconds, micros),
+            server_ms=server_ms(seconds, micros),
         )
 
     async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
@@ -291,7 +292,7 @@ class RedisTransport:
             _RENEW, keys, [lease.holder, lease.epoch, milliseconds(lease_seconds)]
         )
         self._check(answer, lease)
-        return _server_ms(*answer[1:])
+        return server_ms(*answer[1:])
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
@@ -332,7 +333,7 @@ class RedisTransport:
     async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
         """See `Transport`."""
         rows = await self._call("XRANGE", self.stream(topic), f"({after}", "+", "COUNT", limit)
-        return [_delivery(topic, entry_id, fields) for entry_id, fields in rows]
+        return [delivery(topic, entry_id, fields) for entry_id, fields in rows]
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
@@ -417,30 +418,3 @@ class RedisTransport:
             f"{epoch}); this process held epoch {lease.epoch} and must not go on",
             epoch,
         )
-
-
-def _server_ms(seconds: bytes, micros: bytes) -> int:
-    return int(seconds) * 1000 + int(micros) // 1000
-
-
-def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _deliveries(topics: Sequence[Topic], streams: Sequence[str], answer: Any) -> list[Delivery]:
-    if not answer:
-        return []
-    found = {name.decode(): rows for name, rows in answer}
-    return [
-        _delivery(topic, entry_id, fields)
-        for topic, stream in zip(topics, streams, strict=True)
-        for entry_id, fields in found.get(stream, ())
-    ]
-
-
-def _delivery(topic: Topic, entry_id: bytes, fields: list[bytes]) -> Delivery:
-    if fields and fields[0] == b"m":
-        signature = fields[3] if len(fields) > 3 and fields[2] == b"s" else b""
-        return Delivery(topic, entry_id.decode(), fields[1], signature)
-    # Somebody else's entry, or one whose fields are gone: nothing of it can be read.
-    return Delivery(topic, entry_id.decode(), b"")

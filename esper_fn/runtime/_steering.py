@@ -17,9 +17,9 @@ from esper_fn._growth import Growth
 from esper_fn._version import __version__
 from esper_fn.bus import Outcome, SeedOutcome, Taken
 from esper_fn.commands import Code
-from esper_fn.errors import EsperError, RunStoppedError, UnknownNameError
-from esper_fn.lifecycle import NONE, Stage
+from esper_fn.errors import EsperError, RunStoppedError
 from esper_fn.runtime._events import stage_counts
+from esper_fn.runtime._translate import WORDS, lifecycle_event, stage_name, to_core
 
 if TYPE_CHECKING:
     from esper_fn.runtime._fit import Segment
@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 
 _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024
-_WORDS = {
-    Code.UNKNOWN_SEED: "no such seed",
-    Code.ILLEGAL_TRANSITION: "the seed's stage does not allow it",
-    Code.BLUEPRINT_NOT_SERVED: "this site's bank has no such blueprint",
-    Code.UNKNOWN_GRAFT: "no such grafting strategy",
-    Code.BANK_FULL: "no free slot; cull a seed, or build the lattice with more capacity",
-    Code.EMBARGOED: "the seed waits for its embargo to end",
-    Code.VETOED: "the governor allows no germination now",
-    Code.OVERRULED: "the governor moved the seed in this very step",
-    Code.NO_BODY: "only a seed with a body, not yet decided, can be steered so",
-    Code.BATCH_REFUSED: "another command of the batch was refused",
-}
 
 
 class _Rows(NamedTuple):
@@ -271,7 +259,7 @@ class Steering:
             self._finish(taken, "REFUSED", words)
             return None
         try:
-            rows = [_to_core(self._growth, part) for part in parts]
+            rows = [to_core(self._growth, part) for part in parts]
             if len({row.seed for row in rows}) < len(rows):
                 raise ValueError("a batch names a seed twice; send the second command after it")
             if isinstance(command, bus.Batch):
@@ -289,8 +277,8 @@ class Steering:
             SeedOutcome(
                 seed=row.seed,
                 code=code.name,
-                before=_stage(outcomes.before[0, at + i]),
-                after=_stage(outcomes.after[0, at + i]),
+                before=stage_name(outcomes.before[0, at + i]),
+                after=stage_name(outcomes.after[0, at + i]),
             )
             for i, (row, code) in enumerate(zip(rows.commands, codes, strict=True))
         )
@@ -302,7 +290,7 @@ class Steering:
             Outcome(
                 command_id=rows.taken.command.id,
                 code=code.name,
-                words=_WORDS.get(code, ""),
+                words=WORDS.get(code, ""),
                 step=step,
                 seeds=seeds,
             ),
@@ -320,7 +308,7 @@ class Steering:
         took, self._told_at = now - (self._told_at or now), now
         self._num_rollbacks += int(infos.verdict.should_roll_back.sum())
         stage = infos.stage[-1]
-        messages: list[bus.Message] = [_event(event) for event in segment.events]
+        messages: list[bus.Message] = [lifecycle_event(event) for event in segment.events]
         messages.append(
             bus.StepMetrics(
                 step=self._step,
@@ -409,66 +397,6 @@ def steer(
         )
 
     return Steering(growth, station, max_commands=max_commands, frames_per_second=frames_per_second)
-
-
-def _to_core(growth: Growth, command: bus.Command) -> commands.Command:
-    if not isinstance(command, bus.SeedCommand):
-        raise ValueError(f"{type(command).__name__} is not for a seed")
-    seed = _seed(growth, command)
-    match command:
-        case bus.Germinate():
-            return commands.germinate(seed, command.blueprint, command.graft)
-        case bus.SetGraft():
-            return commands.set_graft(seed, command.graft)
-        case bus.Transition():
-            if command.target not in Stage.__members__:
-                raise UnknownNameError("target", command.target, Stage.__members__)
-            return commands.transition(seed, Stage[command.target])
-    return _PLAIN[type(command)](seed)
-
-
-_PLAIN: dict[type[bus.Command], Callable[[int], commands.Command]] = {
-    bus.Cull: commands.cull,
-    bus.Cancel: commands.cancel,
-    bus.RollBack: commands.roll_back,
-    bus.Release: commands.release,
-    bus.HoldSeed: commands.pause,
-    bus.LetSeedGo: commands.resume,
-}
-
-
-def _seed(growth: Growth, command: bus.SeedCommand) -> int:
-    lattice = growth.lattice
-    if command.site is None:
-        return command.seed
-    place = lattice.sites[lattice.site_index(command.site)]
-    if command.seed >= place.num_seeds:
-        raise ValueError(
-            f"seed={command.seed} of site {command.site!r} does not exist; it has seeds "
-            f"0..{place.num_seeds - 1}"
-        )
-    layer, chunk = divmod(command.seed, place.chunks)
-    return lattice.seed_index(command.site, chunk, layer)
-
-
-def _stage(value: Any) -> str | None:
-    return None if int(value) == NONE else Stage(int(value)).name
-
-
-def _event(event: dict[str, Any]) -> bus.LifecycleEvent:
-    measured: dict[str, float | None] = event["measured"]
-    return bus.LifecycleEvent(
-        step=event["step"],
-        seed=event["seed"],
-        site=event["site"],
-        layer=event["layer"],
-        chunk=event["chunk"],
-        source=event["from"],
-        target=event["to"],
-        cause=event["cause"],
-        blueprint=event["blueprint"],
-        measured=measured,
-    )
 
 
 def either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:
