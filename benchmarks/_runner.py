@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, str] = {
     "gpu": "benchmarks.gpu",
     "checkpoint": "benchmarks.checkpoint",
     "bridge": "benchmarks.bridge",
+    "bus": "benchmarks.bus",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -31,6 +31,10 @@ class Requests(NamedTuple):
     graft: Int8[Array, "S"]
     target: Int8[Array, "S"]
     is_command: Bool[Array, "S"]
+    batch: Int32[Array, "S"]
+    """The batch a command belongs to, or NONE."""
+    is_broken: Bool[Array, "M"]
+    """Batches with a row that names no seed, or one that an earlier row names."""
 
 
 class Executed(NamedTuple):
@@ -58,7 +62,19 @@ def merge(lattice: Lattice, commands: Commands, proposal: Proposal) -> Requests:
         graft=put(proposal.graft, commands.graft),
         target=put(proposal.target, commands.target),
         is_command=jnp.zeros((num_seeds,), bool).at[where].set(True, mode="drop"),
+        batch=put(jnp.full((num_seeds,), NONE, jnp.int32), commands.batch),
+        is_broken=_mark(
+            jnp.zeros(commands.kind.shape, bool),
+            commands.batch,
+            (commands.kind != Kind.NONE) & ~is_real,
+        ),
     )
+
+
+def _mark(is_broken: Bool[Array, "M"], batch: Array, if_: Array) -> Bool[Array, "M"]:
+    """Batches broken already, and those that `if_` breaks."""
+    where = jnp.where(if_ & (batch >= 0), batch, is_broken.shape[0])
+    return is_broken.at[where].set(True, mode="drop")
 
 
 def is_addressed(lattice: Lattice, commands: Commands) -> Bool[Array, "M"]:
@@ -194,6 +210,9 @@ def _check(
     slot = allocate(lattice, owner, asks, requests.blueprint)
     code = refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
     code = refuse(code, Code.BANK_FULL, asks & (slot == NONE))
+    is_broken = _mark(requests.is_broken, requests.batch, code != Code.DONE)
+    in_broken = (requests.batch >= 0) & is_broken[jnp.clip(requests.batch, 0)]
+    code = refuse(code, Code.BATCH_REFUSED, in_broken)
     return _Checked(target=target, code=code, slot=slot)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class Code(IntEnum):
     """The governor or a non-finite body moved the seed in this very step."""
     NO_BODY = 12
     """Only a seed that holds a body can be paused, resumed or grafted otherwise."""
+    BATCH_REFUSED = 13
+    """Another command of the same batch was refused, so this one was not carried out."""
 
 
 class Commands(NamedTuple):
@@ -60,6 +62,8 @@ class Commands(NamedTuple):
     graft: Int8[Array, "M"]
     target: Int8[Array, "M"]
     """A `Stage`, for TRANSITION."""
+    batch: Int32[Array, "M"]
+    """Rows of the same number take force together or not at all; NONE for a row on its own."""
 
 
 class Outcomes(NamedTuple):
@@ -80,6 +84,17 @@ class Command:
     blueprint: str | None = None
     graft: str | None = None
     target: Stage | None = None
+    batch: str | None = None
+    """Commands of the same name take force together or not at all; see `together`."""
+
+
+def together(commands: Sequence[Command], name: str = "batch") -> list[Command]:
+    """Commands of one step that take force together, or none of them does.
+
+    >>> [c.batch for c in together([cull(1), cull(2)])]
+    ['batch', 'batch']
+    """
+    return [replace(command, batch=name) for command in commands]
 
 
 def germinate(seed: int, blueprint: str, graft: str | None = None) -> Command:
@@ -139,6 +154,7 @@ def no_commands(size: int = 4) -> Commands:
         blueprint=jnp.full((size,), NONE, jnp.int8),
         graft=jnp.full((size,), NONE, jnp.int8),
         target=jnp.full((size,), NONE, jnp.int8),
+        batch=jnp.full((size,), NONE, jnp.int32),
     )
 
 
@@ -162,7 +178,8 @@ def pack(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
             "step or make room with size="
         )
-    rows = np.full((5, size), NONE, np.int32)
+    rows = np.full((6, size), NONE, np.int32)
+    batches: dict[str, int] = {}
     rows[1] = Kind.NONE
     for column, command in enumerate(commands):
         if not 0 <= command.seed < lattice.num_seeds:
@@ -191,10 +208,13 @@ def pack(
             rows[3, column] = grafts.index(command.graft)
         if command.target is not None:
             rows[4, column] = command.target
+        if command.batch is not None:
+            rows[5, column] = batches.setdefault(command.batch, len(batches))
     return Commands(
         seed=jnp.asarray(rows[0]),
         kind=jnp.asarray(rows[1], jnp.int8),
         blueprint=jnp.asarray(rows[2], jnp.int8),
         graft=jnp.asarray(rows[3], jnp.int8),
         target=jnp.asarray(rows[4], jnp.int8),
+        batch=jnp.asarray(rows[5]),
     )

@@ -129,7 +129,16 @@ class BusyError(BusError):
 
 
 class FencedError(BusError):
-    """Another process has taken over this run's place on the bus."""
+    """Another process has taken over this run's place on the bus.
+
+    Args:
+      message: who, and what to do.
+      epoch: of the newest lease; 0 where the server knows none, having lost its memory.
+    """
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
 
 
 class NobodyListensError(BusError):

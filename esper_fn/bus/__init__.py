@@ -3,9 +3,13 @@
 See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
-from esper_fn.bus._address import Address, parse_address
+from esper_fn.bus._address import MEMORY, Address, parse_address
+from esper_fn.bus._broker import Broker
+from esper_fn.bus._client import AsyncClient, Client, connect, connect_async
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
-from esper_fn.bus._memory import Broker, MemoryTransport
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._intake import Intake, Taken
+from esper_fn.bus._memory import MemoryTransport
 from esper_fn.bus._messages import (
     Alert,
     Announcement,
@@ -38,10 +42,13 @@ from esper_fn.bus._messages import (
     Transition,
     new_id,
 )
+from esper_fn.bus._position import RunPosition
+from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._redis import RedisTransport
 from esper_fn.bus._resilience import CircuitBreaker, RateLimiter, Retry
 from esper_fn.bus._server import PrivateServer
 from esper_fn.bus._signing import NO_KEYS, Keyring, new_key, read_keys
+from esper_fn.bus._station import Station
 from esper_fn.bus._topics import POLICIES, Guarantee, Topic, TopicPolicy, WhenFull
 from esper_fn.bus._transport import (
     Attached,
@@ -56,12 +63,14 @@ from esper_fn.bus._transport import (
 
 __all__ = [
     "FORMAT",
+    "MEMORY",
     "NO_KEYS",
     "POLICIES",
     "SCHEMA",
     "Address",
     "Alert",
     "Announcement",
+    "AsyncClient",
     "Attached",
     "Batch",
     "Broker",
@@ -69,6 +78,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointEvent",
     "CircuitBreaker",
+    "Client",
     "Column",
     "Command",
     "Cull",
@@ -82,6 +92,7 @@ __all__ = [
     "Header",
     "Heartbeat",
     "HoldSeed",
+    "Intake",
     "Keyring",
     "Lease",
     "LeaseHeldError",
@@ -95,23 +106,31 @@ __all__ = [
     "PrivateServer",
     "Probe",
     "Published",
+    "Publisher",
     "RateLimiter",
     "RedisTransport",
     "Release",
     "Resume",
     "Retry",
     "RollBack",
+    "RunPosition",
     "Schema",
     "SeedCommand",
     "SeedOutcome",
+    "ServerTime",
     "SetGraft",
     "Settlement",
+    "Station",
     "StepMetrics",
+    "Taken",
     "Topic",
     "TopicPolicy",
     "Transition",
     "Transport",
     "WhenFull",
+    "connect",
+    "connect_async",
+    "make_transport",
     "new_id",
     "new_key",
     "parse_address",

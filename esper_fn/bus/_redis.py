@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address, check_reach
 from esper_fn.bus._link import Link, Script
+from esper_fn.bus._replies import deliveries, delivery, pairs, server_ms
 from esper_fn.bus._resilience import CircuitBreaker
 from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
 from esper_fn.bus._transport import (
@@ -100,7 +101,7 @@ class RedisTransport:
         except ResponseError:
             settings = {}  # a server whose access rules keep its settings to itself
         check_reach(self._address, settings, has_key=self._has_key)
-        return _server_ms(seconds, micros)
+        return server_ms(seconds, micros)
 
     async def publish(
         self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
@@ -149,11 +150,15 @@ class RedisTransport:
             try:
                 answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
             except ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
+                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                     raise
+                if group.startswith(RUN_GROUP):
+                    raise FencedError(
+                        f"the lease on run {self._name!r} of group {group} is over"
+                    ) from None
                 await self._make_groups(streams, group)
                 return await once(block, timeout)
-            return _deliveries(topics, streams, answer)
+            return deliveries(topics, streams, answer)
 
         return await self._wait_for(once, wait_seconds)
 
@@ -169,7 +174,7 @@ class RedisTransport:
             answer = await self._link(f"tail {'+'.join(topics)}").call(
                 "XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last, timeout_seconds=timeout
             )
-            return _deliveries(topics, streams, answer)
+            return deliveries(topics, streams, answer)
 
         return await self._wait_for(once, wait_seconds)
 
@@ -218,7 +223,7 @@ class RedisTransport:
             )
         }
         return [
-            _delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
+            delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
             for entry_id, fields in rows
         ]
 
@@ -264,20 +269,20 @@ class RedisTransport:
         _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
         topic_of = {self.stream(topic): topic for topic in COMMAND_TOPICS}
         tried = {}
-        for name, count in _pairs(attempts):
+        for name, count in pairs(attempts):
             stream, _, entry_id = name.decode().rpartition(" ")
             tried[topic_of[stream], entry_id] = int(count)
         return Attached(
             lease=Lease(holder, epoch),
             generation=generation.decode(),
             cursor={topic: last.decode() for topic, last in zip(COMMAND_TOPICS, at, strict=True)},
-            sequences={name.decode(): int(number) for name, number in _pairs(sequences)},
+            sequences={name.decode(): int(number) for name, number in pairs(sequences)},
             leftovers=[
-                _delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
+                delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
                 for index, entry_id, fields, count in leftovers
             ],
             attempts=tried,
-            server_ms=_server_ms(seconds, micros),
+            server_ms=server_ms(seconds, micros),
         )
 
     async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
@@ -287,7 +292,7 @@ class RedisTransport:
             _RENEW, keys, [lease.holder, lease.epoch, milliseconds(lease_seconds)]
         )
         self._check(answer, lease)
-        return _server_ms(*answer[1:])
+        return server_ms(*answer[1:])
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
@@ -328,7 +333,7 @@ class RedisTransport:
     async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
         """See `Transport`."""
         rows = await self._call("XRANGE", self.stream(topic), f"({after}", "+", "COUNT", limit)
-        return [_delivery(topic, entry_id, fields) for entry_id, fields in rows]
+        return [delivery(topic, entry_id, fields) for entry_id, fields in rows]
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
@@ -337,6 +342,11 @@ class RedisTransport:
     async def length(self, topic: Topic) -> int:
         """See `Transport`."""
         return int(await self._call("XLEN", self.stream(topic)))
+
+    async def holder(self) -> str | None:
+        """See `Transport`."""
+        held = await self._call("GET", self._lease_key(self._name))
+        return None if held is None else held.decode().partition(" ")[2]
 
     async def living(self) -> list[str]:
         """See `Transport`."""
@@ -405,32 +415,6 @@ class RedisTransport:
         held, epoch = answer[1].decode(), int(answer[2])
         raise FencedError(
             f"run {self._name!r} is driven by {held.partition(' ')[2] or 'nobody'} now (epoch "
-            f"{epoch}); this process held epoch {lease.epoch} and must not go on"
+            f"{epoch}); this process held epoch {lease.epoch} and must not go on",
+            epoch,
         )
-
-
-def _server_ms(seconds: bytes, micros: bytes) -> int:
-    return int(seconds) * 1000 + int(micros) // 1000
-
-
-def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _deliveries(topics: Sequence[Topic], streams: Sequence[str], answer: Any) -> list[Delivery]:
-    if not answer:
-        return []
-    found = {name.decode(): rows for name, rows in answer}
-    return [
-        _delivery(topic, entry_id, fields)
-        for topic, stream in zip(topics, streams, strict=True)
-        for entry_id, fields in found.get(stream, ())
-    ]
-
-
-def _delivery(topic: Topic, entry_id: bytes, fields: list[bytes]) -> Delivery:
-    if fields and fields[0] == b"m":
-        signature = fields[3] if len(fields) > 3 and fields[2] == b"s" else b""
-        return Delivery(topic, entry_id.decode(), fields[1], signature)
-    # Somebody else's entry, or one whose fields are gone: nothing of it can be read.
-    return Delivery(topic, entry_id.decode(), b"")

@@ -29,7 +29,7 @@ if refuses then
       for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
         local of = {}
         for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
-        if of['name'] == ARGV[5] then
+        if string.sub(of['name'], 1, #ARGV[5]) == ARGV[5] then
           -- Entries removed from the middle leave the lag unknown: count all then.
           if of['lag'] then waiting = of['lag'] + of['pending'] end
         end
@@ -82,24 +82,33 @@ local cursors, leftovers = {}, {}
 for i = 6, #KEYS do
   local stream, cursor = KEYS[i], ARGV[i + 1]
   if cursor == '' then cursor = redis.call('HGET', KEYS[2], 'cursor:' .. stream) or '0-0' end
-  redis.pcall('XGROUP', 'CREATE', stream, ARGV[5], cursor, 'MKSTREAM')
-  redis.call('XGROUP', 'SETID', stream, ARGV[5], cursor)
   cursors[#cursors + 1] = cursor
-  local from = '-'
-  while true do
-    local pending = redis.call('XPENDING', stream, ARGV[5], from, '+', 500)
-    for _, row in ipairs(pending) do
-      local found = redis.call('XRANGE', stream, row[1], row[1])
-      if #found == 0 then
-        redis.call('XACK', stream, ARGV[5], row[1])
-      elseif before(row[1], cursor) then
-        leftovers[#leftovers + 1] = {i - 6, row[1], found[1][2], row[4] + 1}
-      else
-        redis.call('HINCRBY', KEYS[5], stream .. ' ' .. row[1], 1)
+  local counted = false
+  redis.call('XGROUP', 'CREATE', stream, ARGV[5] .. epoch, cursor, 'MKSTREAM')
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local name = group[2]
+    if string.sub(name, 1, #ARGV[5]) == ARGV[5] and name ~= ARGV[5] .. epoch then
+      local from = '-'
+      while true do
+        local pending = redis.call('XPENDING', stream, name, from, '+', 500)
+        for _, row in ipairs(pending) do
+          local found = redis.call('XRANGE', stream, row[1], row[1])
+          if #found == 0 then
+            redis.call('HDEL', KEYS[5], stream .. ' ' .. row[1])
+          elseif before(row[1], cursor) then
+            leftovers[#leftovers + 1] = {i - 6, row[1], found[1][2], row[4] + 1}
+          elseif not counted then
+            -- The first in line was being carried out; those behind it are not suspected.
+            counted = true
+            redis.call('HINCRBY', KEYS[5], stream .. ' ' .. row[1], 1)
+          end
+        end
+        if #pending < 500 then break end
+        from = '(' .. pending[#pending][1]
       end
+      -- Wakes whoever reads in it.
+      redis.call('XGROUP', 'DESTROY', stream, name)
     end
-    if #pending < 500 then break end
-    from = '(' .. pending[#pending][1]
   end
 end
 local time = redis.call('TIME')
@@ -144,7 +153,7 @@ for i = 7, #KEYS do
 end
 for i = 7, #KEYS do
   for _ = 1, counts[i] do
-    redis.call('XACK', KEYS[i], ARGV[3], ARGV[at])
+    redis.call('XACK', KEYS[i], ARGV[3] .. ARGV[1], ARGV[at])
     redis.call('HDEL', KEYS[4], KEYS[i] .. ' ' .. ARGV[at])
     at = at + 1
   end

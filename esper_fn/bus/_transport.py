@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 from esper_fn.bus._topics import Topic
 
-RUN_GROUP = "run"
-"""The consumer group through which a run takes its commands."""
+RUN_GROUP = "run:"
+"""How the consumer groups begin through which runs take commands: one for each lease."""
 BEGINNING = "0-0"
 
 
@@ -47,6 +47,11 @@ class Lease(NamedTuple):
     epoch: int
     """Rises with each holder: whoever holds an older one is refused."""
 
+    @property
+    def group(self) -> str:
+        """The consumer group of this lease; it ends with it, so that nobody reads for two."""
+        return f"{RUN_GROUP}{self.epoch}"
+
 
 class Attached(NamedTuple):
     """What a run finds when it takes its place."""
@@ -60,7 +65,7 @@ class Attached(NamedTuple):
     leftovers: list[Delivery]
     """Entries in force whose acknowledgement got lost: to be answered and settled again."""
     attempts: dict[tuple[Topic, str], int]
-    """How often a run has ended with an entry handed out and not settled."""
+    """How often a run has ended with an entry handed out, not settled, and first in line."""
     server_ms: int
 
 
@@ -147,7 +152,11 @@ class Transport(Protocol):
         """Hands out new entries to one consumer of a group, at most `limit` a topic.
 
         Waits for the first one, for ever with None. A group that does not exist starts at the
-        beginning. Only one read of a transport may be under way for the same consumer.
+        beginning, except a lease's. Only one read of a transport may be under way for the same
+        topics and consumer.
+
+        Raises:
+          FencedError: the lease that the group belongs to is over.
         """
         ...
 
@@ -232,6 +241,10 @@ class Transport(Protocol):
 
     async def length(self, topic: Topic) -> int:
         """Entries a stream keeps."""
+        ...
+
+    async def holder(self) -> str | None:
+        """Who holds the run's lease; None when nobody does."""
         ...
 
     async def living(self) -> list[str]:

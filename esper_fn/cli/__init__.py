@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from esper_fn._version import __version__
+from esper_fn.cli import _arguments
 from esper_fn.errors import EsperError
 
 USAGE_ERROR = 2
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_checkpoint(commands)
     _add_export(commands)
+    _arguments.add(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(parser, options)
@@ -97,6 +99,13 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     grow.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     grow.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    grow.add_argument(
+        "--bus",
+        metavar="ADDRESS",
+        help="let the growing arm of the first run be steered and watched: redis://HOST:PORT/DB, "
+        "unix://PATH or memory",
+    )
+    grow.add_argument("--run", dest="run_name", metavar="NAME", help="on the bus (DATA-SEED)")
     grow.set_defaults(run=_run_grow)
 
 

@@ -51,6 +51,10 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         comparison = ex.prepare(
             job, dataset, steps=options.steps, policy=options.policy, keeping=keeping
         )
+        if options.bus is not None:
+            from esper_fn.cli import _steer
+
+            comparison.steering = _steer.prepare(options, comparison.growth)
         try:
             return _run(options, comparison, target)
         except ex.StoppedError as stop:

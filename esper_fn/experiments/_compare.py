@@ -101,6 +101,8 @@ class Comparison:
     static: dict[int, tuple[Host, Any, Any]]
     keeping: Keeping | None = None
     """Saves every arm, and takes up what was saved."""
+    steering: runtime.Steering | None = None
+    """Steers the growing arm of the next run, and that one only, with a boundary at every step."""
 
     def grown(self, seed: int, listener: Listener | None = None, *, at_random: bool = False) -> Arm:
         """The growing network; `at_random` draws the places instead of measuring them."""
@@ -112,6 +114,9 @@ class Comparison:
             start = start._replace(policy=twin.init(self.growth.lattice))
         host_count = count_parameters(self.host)
         tell = Teller(listener)
+        steering = None
+        if not at_random:
+            steering, self.steering = self.steering, None
 
         def listen(segment: runtime.Segment) -> None:
             infos, state = segment.infos, segment.state
@@ -133,7 +138,8 @@ class Comparison:
             name,
             seed,
             tell,
-            lambda **options: runtime.fit(
+            lambda **options: _steered(
+                steering,
                 self.growth,
                 loss_of(self.host),
                 self.optimizer,
@@ -146,7 +152,7 @@ class Comparison:
                 survey_every=SURVEY_EVERY,
                 listener=listen,
                 segment=self.grow_segment,
-                segment_steps=self._segment_steps(),
+                segment_steps=self._segment_steps() if steering is None else 1,
                 **options,
             ),
         )
@@ -267,6 +273,16 @@ class Comparison:
             return None
         accuracy, loss = (evaluate or self.evaluate)(*network())
         return float(accuracy), float(loss)
+
+
+def _steered(steering: runtime.Steering | None, *args: Any, **options: Any) -> runtime.Fit:
+    """`fit`, on a bus where there is one."""
+    if steering is None:
+        return runtime.fit(*args, **options)
+    with steering:
+        fitted = runtime.fit(*args, **options, steering=steering)
+    steering.check_stopped()
+    return fitted
 
 
 def prepare(

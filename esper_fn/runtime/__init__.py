@@ -1,4 +1,11 @@
-"""Running a growing network: the ready step and loop, and the pieces to write one's own."""
+"""Running a growing network: the ready step and loop, and the pieces to write one's own.
+
+`steer` and `Steering` need the extra `bus` and are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from esper_fn.runtime._carry import Carried, carry_over
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
@@ -19,6 +26,18 @@ from esper_fn.runtime._saving import PARTS, Checkpoints
 from esper_fn.runtime._signals import termination
 from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
+if TYPE_CHECKING:
+    from esper_fn.runtime._steering import Steering, steer
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"Steering", "steer"}:
+        from esper_fn.runtime import _steering
+
+        return getattr(_steering, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "PARTS",
     "Batches",
@@ -28,6 +47,7 @@ __all__ = [
     "Fit",
     "Segment",
     "SnapshotClock",
+    "Steering",
     "Step",
     "TrainState",
     "carry_over",
@@ -44,5 +64,6 @@ __all__ = [
     "scan_steps",
     "segment_length",
     "stage_counts",
+    "steer",
     "termination",
 ]

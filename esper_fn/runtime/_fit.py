@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._step import TrainState, init, make_step, scan_steps
+
+if TYPE_CHECKING:
+    from esper_fn.runtime._steering import Steering
 
 Batches = Callable[[int, int], Any]
 """`batches(first_step, count)`: a pytree of arrays with a leading axis of `count` steps."""
@@ -134,6 +137,7 @@ def fit(
     segment: Any = None,
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
+    steering: Steering | None = None,
 ) -> Fit:
     """Trains and grows.
 
@@ -164,6 +168,9 @@ def fit(
         Thresholds and other numbers of state are those saved, whatever the arguments say.
       should_stop: asked after each segment; True ends the run there, saved if there are
         `checkpoints`. See `termination`.
+      steering: from `steer`, opened: commands come in and the run is told of over a bus, between
+        segments. It takes the place of `commands`; an emergency stop ends the run as `should_stop`
+        does.
 
     Returns:
       The last state and the record of the run.
@@ -174,6 +181,16 @@ def fit(
       NonFiniteLossError: the loss is not finite and there is no snapshot to go back to, or going
         back did not help.
     """
+    should_save = None
+    if steering is not None:
+        if commands is not None:
+            raise ValueError("commands must be None with steering, which brings its own")
+        from esper_fn.runtime._steering import both, either  # needs the extra `bus`
+
+        commands, max_commands = steering.commands, steering.max_commands
+        listener = both(listener, steering.listener)
+        should_stop, should_save = either(should_stop, steering.should_stop), steering.should_save
+        checkpoints = steering.join(checkpoints)
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
@@ -229,6 +246,7 @@ def fit(
         listener=listener,
         checkpoints=checkpoints,
         should_stop=should_stop,
+        should_save=should_save,
     )
 
 
@@ -320,6 +338,7 @@ def _drive(
     listener: Listener | None,
     checkpoints: Checkpoints | None,
     should_stop: Callable[[], bool] | None,
+    should_save: Callable[[], bool] | None = None,
 ) -> Fit:
     """Segments from where the run stands to its end, or to where it is stopped."""
     record = {**record, "events": [], "rollbacks": []}
@@ -356,7 +375,10 @@ def _drive(
         first += length
         if checkpoints is not None and _saving.is_due(checkpoints, first - length, first):
             save()
-        if should_stop is not None and should_stop():
+        is_over = should_stop is not None and should_stop()
+        if should_save is not None and should_save():
+            save()
+        if is_over:
             break
     save()
     if checkpoints is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
+import time
 
 import pytest
 
@@ -51,3 +53,13 @@ def run_async(main, *transports):
                 await transport.close()
 
     return asyncio.run(whole())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """A test that leaves a talking thread behind disturbs the next ones: it fails."""
+    yield
+    end = time.monotonic() + 5
+    while left := [t.name for t in threading.enumerate() if t.name.startswith("esper-bus")]:
+        assert time.monotonic() < end, f"left behind: {left}"
+        time.sleep(0.01)

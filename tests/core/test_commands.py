@@ -25,6 +25,7 @@ from esper_fn.commands import (
     resume,
     roll_back,
     set_graft,
+    together,
     transition,
 )
 from esper_fn.errors import CommandError, UnknownNameError
@@ -301,7 +302,7 @@ def test_pack_fills_rows() -> None:
     empty = no_commands(4)
     assert [column.dtype for column in told] == [column.dtype for column in empty]
     assert [column.tolist() for column in pack()] == [column.tolist() for column in empty]
-    assert [column.shape for column in pack(size=0)] == [(0,)] * 5
+    assert [column.shape for column in pack(size=0)] == [(0,)] * 6
 
 
 def test_commands_may_be_left_out() -> None:
@@ -350,3 +351,41 @@ def test_pack_says_what_is_wrong_what_is_allowed_and_what_to_do(
 def test_a_transition_names_a_real_stage() -> None:
     with pytest.raises(ValueError, match="99"):
         transition(0, 99)  # type: ignore[arg-type]
+
+
+def test_a_batch_takes_force_whole_or_not_at_all():
+    state = at(S.DORMANT, S.DORMANT, S.TRAINING, S.GRAFTING)
+    whole = together([germinate(0, "scale"), cull(2)])
+    after, _, codes = send(state, *whole)
+    assert codes[:2] == [Code.DONE, Code.DONE]
+    assert after.seeds.stage[:3].tolist() == [S.GERMINATED, S.DORMANT, S.CULLED]
+    # Seed 1 sleeps and cannot be culled; seed 3 is asked for on its own.
+    after, _, codes = send(state, *together([germinate(0, "scale"), cull(1), cull(2)]), cull(3))
+    assert codes == [
+        Code.BATCH_REFUSED,
+        Code.ILLEGAL_TRANSITION,
+        Code.BATCH_REFUSED,
+        Code.DONE,
+    ]
+    assert after.seeds.stage[:4].tolist() == [S.DORMANT, S.DORMANT, S.TRAINING, S.CULLED]
+    assert int((after.owner != state.owner).sum()) == 1
+
+
+def test_a_batch_with_a_row_nobody_can_answer_for_is_refused():
+    state = at(S.DORMANT, S.DORMANT, S.TRAINING)
+    rows = raw(
+        seed=[0, 99, 2, 1, 1],
+        kind=[Kind.GERMINATE, Kind.GERMINATE, Kind.TRANSITION, Kind.GERMINATE, Kind.GERMINATE],
+        blueprint=[0, 0, NONE, 0, 0],
+        target=[NONE, NONE, S.CULLED, NONE, NONE],
+        batch=[0, 0, NONE, 1, 1],
+    )
+    after, info = send_raw(state, rows)
+    assert [Code(code) for code in info.outcomes.code[:5].tolist()] == [
+        Code.BATCH_REFUSED,
+        Code.UNKNOWN_SEED,
+        Code.DONE,
+        Code.BATCH_REFUSED,
+        Code.DUPLICATE,
+    ]
+    assert after.seeds.stage[:3].tolist() == [S.DORMANT, S.DORMANT, S.CULLED]

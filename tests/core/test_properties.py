@@ -121,6 +121,7 @@ def draw_inputs(rng: np.random.Generator, trouble: float, num_commands: int) -> 
         blueprint=pick([0, 0, 1, 1, -1, 2], (T, M)).astype(np.int8),
         graft=pick([NONE, 0, 1, 2, 2, 3], (T, M)).astype(np.int8),
         target=pick([-1, *[0] * 6, *range(1, 10), *[10] * 3, 11], (T, M)).astype(np.int8),
+        batch=np.full((T, M), NONE, np.int32),
     )
     normal = rng.normal(size=(T,))
     return Inputs(

@@ -1,0 +1,136 @@
+"""The bus on a real Redis, in separate processes, beside bare redis-py and FastStream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks._bus_loop import loop_rows
+from benchmarks._timing import Row, exact, summarise
+from esper_fn import bus
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def measure(*, quick: bool) -> Mapping[str, Row]:
+    """All rows; `quick` sends fewer messages."""
+    rows: dict[str, Row] = {}
+    logging.getLogger("esper_fn.bus").setLevel(logging.ERROR)  # servers are killed on purpose
+    with bus.PrivateServer(options={"appendfsync": "everysec"}) as server:
+        rows |= _telemetry(server, repeats=1 if quick else 2, scale=1 if quick else 2)
+        rows |= _commands(server, seconds=2 if quick else 8, repeats=1 if quick else 2)
+        rows |= _raw(server)
+        rows |= loop_rows(server, repeats=100 if quick else 200)
+    return rows
+
+
+def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[str, Row]:
+    pairs = {
+        "telemetry_ours": ("publish_telemetry", "consume_telemetry", "messages", 40_000 * scale),
+        "telemetry_frames_1k": ("publish_telemetry", "consume_telemetry", "frames", 1_000 * scale),
+        "telemetry_redis_script": ("bare_publish", "bare_consume", "script", 20_000 * scale),
+        "telemetry_redis_pipeline": ("bare_publish", "bare_consume", "pipeline", 10_000 * scale),
+        "telemetry_faststream": ("fast_publish", "fast_consume", "one", 3_000 * scale),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in pairs}
+    sizes: dict[str, float] = {}
+    lost = 0
+    for _ in range(repeats):
+        for name, (producer, consumer, kind, count) in pairs.items():
+            found = _pair(server, producer, consumer, {"kind": kind, "count": count})
+            # From the first message read to the last acknowledgement.
+            rates[name].append(found["seen"] / max(found["seconds"], 1e-9))
+            if name.startswith(("telemetry_ours", "telemetry_frames")):
+                lost += count - found["seen"]
+                sizes[name] = found["bytes"] / max(1, found["seen"])
+    rows = {
+        name: summarise(values, "messages/s", bytes_a_message=sizes.get(name, 300))
+        for name, values in rates.items()
+    }
+    against = [
+        ours / theirs
+        for ours, theirs in zip(rates["telemetry_ours"], rates["telemetry_faststream"], strict=True)
+    ]
+    rows["telemetry_ours_over_faststream"] = summarise(against, "ratio")
+    rows["telemetry_lost"] = exact(lost, "messages")
+    return rows
+
+
+def _commands(server: bus.PrivateServer, *, seconds: int, repeats: int) -> dict[str, Row]:
+    rate = 10_000
+    ours, bare, ratios, medians = [], [], [], []
+    lost = 0
+    for _ in range(repeats):
+        options = {"rate": rate, "count": rate * seconds}
+        one = _pair(server, "send_commands", "receive_commands", options)
+        two = _pair(server, "bare_send", "bare_receive", options)
+        lost += options["count"] - one["seen"]
+        ours.append(one["p99"] / 1e3)
+        medians.append(one["p50"] / 1e3)
+        bare.append(two["p99"] / 1e3)
+        ratios.append(one["p99"] / two["p99"])
+    return {
+        "commands_p50": summarise(medians, "ms", offered_per_second=rate, seconds=seconds),
+        "commands_p99": summarise(ours, "ms", offered_per_second=rate, seconds=seconds),
+        "commands_redis_p99": summarise(bare, "ms", offered_per_second=rate, seconds=seconds),
+        "commands_p99_over_redis": summarise(ratios, "ratio"),
+        "commands_lost": exact(lost, "messages", of=rate * seconds * repeats),
+    }
+
+
+def _raw(server: bus.PrivateServer) -> dict[str, Row]:
+    program = os.environ.get("ESPER_REDIS_BENCHMARK") or shutil.which("redis-benchmark")
+    if program is None:
+        return {}
+    told = subprocess.run(
+        [program, "-s", str(server.socket), "-n", "200000", "-c", "50", "-P", "16", "-q", "--csv",
+         "XADD", "raw", "MAXLEN", "~", "1000", "*", "m", "x" * 300],
+        check=True,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    rate = float(
+        told.stdout.strip().splitlines()[-1].split(",")[-7 if "," in told.stdout else 1].strip('"')
+    )
+    return {"redis_benchmark_xadd": exact(rate, "messages/s", connections=50, pipeline=16)}
+
+
+def _pair(
+    server: bus.PrivateServer, producer: str, consumer: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    told = {**options, "url": server.url, "run": f"b-{secrets.token_hex(6)}"}
+    reader = _start(consumer, told)
+    stdout: Any = reader.stdout
+    for line in stdout:  # FastStream logs on stdout
+        if line.strip() == "ready":
+            break
+    else:
+        raise RuntimeError(f"{consumer} did not start")
+    writer = _start(producer, told)
+    sent = _result(writer, producer)
+    return {**sent, **_result(reader, consumer)}
+
+
+def _start(side: str, options: Mapping[str, Any]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks._bus_sides", side, json.dumps(options)],
+        cwd=_ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _result(process: subprocess.Popen[str], side: str) -> dict[str, Any]:
+    out, _ = process.communicate(timeout=300)
+    if process.returncode:
+        raise RuntimeError(f"{side} ended with status {process.returncode}")
+    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return found

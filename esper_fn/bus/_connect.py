@@ -1,0 +1,103 @@
+"""From an address to a transport, and an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._broker import Broker
+from esper_fn.bus._memory import MemoryTransport
+from esper_fn.bus._redis import RedisTransport
+from esper_fn.bus._signing import Keyring
+from esper_fn.bus._transport import Transport
+from esper_fn.errors import BusAddressError
+
+T = TypeVar("T")
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def make_transport(url: str, run: str, *, keys: Keyring, broker: Broker | None = None) -> Transport:
+    """The transport to an address.
+
+    Args:
+      url: `memory`, `redis://`, `rediss://` or `unix://`.
+      run: name of the run.
+      keys: whether messages are signed decides which addresses are safe.
+      broker: for `memory`; the process's own where left out.
+
+    Raises:
+      BusAddressError: the address or the name is none.
+    """
+    if not _RUN.fullmatch(run):
+        raise BusAddressError(
+            f"run={run!r} must be letters, digits, dots, - and _, at most 100, a letter or digit "
+            "first"
+        )
+    address = parse_address(url)
+    if address.is_memory:
+        return MemoryTransport(run, broker)
+    return RedisTransport(address, run, has_key=keys.is_required)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Uvloop's where it is installed."""
+    try:
+        import uvloop  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+class LoopThread:
+    """An event loop in a daemon thread.
+
+    Args:
+      name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.loop = new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def call(self, work: Coroutine[Any, Any, T], timeout_seconds: float | None = None) -> T:
+        """Runs a coroutine there and waits for it."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result(timeout_seconds)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def soon(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Has a function called there."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(work, *arguments)
+
+    def close(self) -> None:
+        """Cancels what runs there and ends the thread."""
+        if self.loop.is_closed():
+            return
+
+        async def finish() -> None:
+            own = asyncio.current_task()
+            others = [task for task in asyncio.all_tasks() if task is not own]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.get_running_loop().shutdown_asyncgens()
+            await asyncio.sleep(0)  # sockets close in the next turn
+
+        self.call(finish(), 5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5)
+        self.loop.close()

@@ -1,0 +1,422 @@
+"""What a run takes from its command streams: checked, in order, once. No input or output here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from esper_fn.bus._codec import SCHEMA, Header, Schema, check_size
+from esper_fn.bus._messages import Batch, Command, DeadLetter, Outcome, SeedCommand
+from esper_fn.bus._position import RunPosition
+from esper_fn.bus._publisher import ServerTime
+from esper_fn.bus._resilience import Clock
+from esper_fn.bus._signing import NO_KEYS, Keyring
+from esper_fn.bus._topics import COMMAND_TOPICS, Topic
+from esper_fn.bus._transport import Delivery, order
+from esper_fn.errors import MessageError, UndecodableError
+
+MAX_ATTEMPTS = 5
+"""A command during which the run ended so often is set aside."""
+MAX_HELD = 1_024
+"""Commands kept back for an earlier one of the same producer."""
+REPLAY_WINDOW_MS = 86_400_000
+_LARGEST_KEPT_BYTES = 64 * 1024
+
+
+class Taken(NamedTuple):
+    """A command whose turn it is."""
+
+    delivery: Delivery
+    command: Command
+    trace: str | None
+    key: str
+    sequence: int
+
+
+class Done(NamedTuple):
+    """An entry that needs no more attention, and what to tell about it."""
+
+    topic: Topic
+    entry_id: str
+    outcome: Outcome | None
+    dead: DeadLetter | None
+
+
+@dataclass(slots=True)
+class _Held:
+    taken: Taken
+    since: float
+
+
+@dataclass(slots=True)
+class _Line:
+    """Entries of one stream in order of arrival, up to the oldest unfinished one."""
+
+    entries: deque[str] = field(default_factory=deque)
+    finished: set[str] = field(default_factory=set)
+
+
+class Intake:
+    """Decides about each delivery: take it, hold it, answer it again, or set it aside.
+
+    Args:
+      position: what is in force already; kept up to date here.
+      stream: name of a topic's stream, for signatures.
+      keys: to verify with.
+      server_time: for the age of commands.
+      clock: seconds, rising.
+      gap_seconds: how long a missing number is waited for.
+      schema: the messages there are.
+    """
+
+    def __init__(
+        self,
+        position: RunPosition,
+        stream: Callable[[Topic], str],
+        *,
+        keys: Keyring = NO_KEYS,
+        server_time: ServerTime | None = None,
+        clock: Clock = time.monotonic,
+        gap_seconds: float = 1.0,
+        schema: Schema = SCHEMA,
+    ) -> None:
+        self.position = position
+        self._stream = stream
+        self._keys = keys
+        self._time = server_time or ServerTime(clock)
+        self._clock = clock
+        self._gap_seconds = gap_seconds
+        self._schema = schema
+        self._ready: dict[Topic, deque[Taken]] = {topic: deque() for topic in COMMAND_TOPICS}
+        self._held: dict[str, dict[int, _Held]] = {}
+        self._lines = {topic: _Line() for topic in COMMAND_TOPICS}
+        self._known: set[tuple[Topic, str]] = set()
+        self._seen: dict[str, int] = dict(position.sequences)
+        self._done: list[Done] = []
+        self._attempts: dict[tuple[Topic, str], int] = {}
+        self._undone: dict[str, int] = {}
+        self._received: dict[tuple[Topic, str], float] = {}
+        self._bound: dict[tuple[Topic, str], float] = {}
+        self._empty_at: dict[Topic, float] = {}
+        self._out: set[str] = set()
+        self.counts: dict[str, int] = {}
+
+    # --- from the bus ---------------------------------------------------------------------------
+
+    def restart(
+        self,
+        attempts: dict[tuple[Topic, str], int],
+        sequences: dict[str, int],
+        undone: dict[str, int],
+    ) -> None:
+        """A lease was taken.
+
+        Args:
+          attempts: how often entries were tried.
+          sequences: numbers the server remembers, which are in force here too.
+          undone: numbers that were in force in a process whose state is gone. Commands to seeds
+            come again; stopping, pausing and saving were done to that process and are over.
+        """
+        self._attempts = dict(attempts)
+        self._undone = dict(undone)
+        for key, number in sequences.items():
+            self.position.note(key, max(number, self.position.sequences.get(key, -1)))
+            self._seen[key] = max(number, self._seen.get(key, -1))
+
+    def forget_entries(self) -> None:
+        """The server has lost its streams: names of entries mean nothing any more."""
+        self._known.clear()
+        self._lines = {topic: _Line() for topic in COMMAND_TOPICS}
+        self.position.cursor.clear()
+
+    def drained(self, topic: Topic) -> None:
+        """A stream has nothing more right now: whatever comes later is published later."""
+        self._empty_at[topic] = self._clock()
+
+    def accept(self, deliveries: Iterable[Delivery]) -> None:
+        """Takes deliveries in, in the order of their stream."""
+        now = self._clock()
+        for delivery in deliveries:
+            name = (delivery.topic, delivery.entry_id)
+            cursor = self.position.cursor.get(delivery.topic)
+            if name in self._known:
+                continue
+            if cursor is not None and order(delivery.entry_id) <= order(cursor):
+                self._answer_again(delivery)
+                continue
+            self._known.add(name)
+            self._lines[delivery.topic].entries.append(delivery.entry_id)
+            self._received[name] = now
+            if delivery.topic in self._empty_at:
+                self._bound[name] = self._empty_at[delivery.topic]
+            try:
+                self._check(delivery)
+            except MessageError as error:
+                self._bury(delivery, error.reason, str(error))
+                self._close_gap(delivery, error)
+
+    def expire_gaps(self) -> float | None:
+        """Gives up waiting for numbers that do not come; returns seconds to the next such time."""
+        now, soonest = self._clock(), None
+        for key, held in list(self._held.items()):
+            while held:
+                first = min(held)
+                left = min(h.since for h in held.values()) + self._gap_seconds - now
+                if left > 0:
+                    soonest = left if soonest is None else min(soonest, left)
+                    break
+                missing = range(self._seen.get(key, -1) + 1, first)
+                delivery = held[first].taken.delivery
+                self._count("gap")
+                self._done.append(
+                    Done(
+                        delivery.topic,
+                        "",
+                        None,
+                        DeadLetter(
+                            reason="gap",
+                            words=f"numbers {missing.start} to {missing.stop - 1} of producer "
+                            f"{key.partition('/')[0]} did not come within "
+                            f"{self._gap_seconds} s; later ones went ahead",
+                            from_topic=delivery.topic,
+                            entry_id=delivery.entry_id,
+                            size_bytes=0,
+                        ),
+                    )
+                )
+                self._seen[key] = first - 1
+                self._let_go(key)
+            if not held:
+                self._held.pop(key, None)
+        return soonest
+
+    # --- from the loop --------------------------------------------------------------------------
+
+    def take(self, limit: int) -> list[Taken]:
+        """The next commands: urgent ones first, then in order; expired ones are refused here."""
+        out: list[Taken] = []
+        for topic in COMMAND_TOPICS:
+            ready = self._ready[topic]
+            while ready and len(out) < limit:
+                taken = ready.popleft()
+                if taken.command.id in self.position.outcomes:
+                    self._finish_again(taken)
+                    continue
+                is_for_seeds = isinstance(taken.command, SeedCommand | Batch)
+                if not is_for_seeds and taken.sequence <= self._undone.get(taken.key, -1):
+                    self.position.note(taken.key, taken.sequence)
+                    self._settle(taken.delivery, None, None)
+                    continue
+                name = (topic, taken.delivery.entry_id)
+                if self._attempts.get(name, 0) >= MAX_ATTEMPTS:
+                    words = f"the run ended {MAX_ATTEMPTS} times while it had this command"
+                    self._refuse(taken, "failing", words)
+                    continue
+                if self._is_expired(taken):
+                    words = f"older than {taken.command.expires_after_seconds} s"
+                    self._refuse(taken, "expired", words)
+                    continue
+                out.append(taken)
+                self._out.add(taken.command.id)
+                if name in self._attempts:
+                    # The run ended with this one: alone, it shows whether it was the cause.
+                    return out
+        return out
+
+    def put_back(self, taken: Iterable[Taken]) -> None:
+        """Returns commands, first of their stream again."""
+        for item in reversed(list(taken)):
+            self._out.discard(item.command.id)
+            self._ready[item.delivery.topic].appendleft(item)
+
+    def finish(self, taken: Taken, outcome: Outcome) -> None:
+        """A command is in force, or refused: the position moves on."""
+        self._out.discard(taken.command.id)
+        self.position.keep(outcome)
+        self.position.note(taken.key, taken.sequence)
+        self._settle(taken.delivery, outcome, None)
+
+    def collect(self) -> list[Done]:
+        """What is to be settled since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    @property
+    def has_done(self) -> bool:
+        """Whether `collect` would return something."""
+        return bool(self._done)
+
+    @property
+    def num_waiting(self) -> int:
+        """Commands taken in and not yet taken out."""
+        return sum(map(len, self._ready.values())) + sum(map(len, self._held.values()))
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether `take` would have something to look at."""
+        return any(self._ready.values())
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _check(self, delivery: Delivery) -> None:
+        check_size(delivery.topic, len(delivery.payload))
+        self._keys.verify(self._stream(delivery.topic), delivery.payload, delivery.signature)
+        parcel = self._schema.decode(delivery.payload)
+        header, messages = parcel.header, parcel.messages
+        if len(messages) != 1 or not isinstance(messages[0], Command):
+            raise UndecodableError("an entry of a command stream must hold exactly one command")
+        command = messages[0]
+        if command.topic is not delivery.topic:
+            raise UndecodableError(
+                f"{type(command).__name__} lies on topic {delivery.topic.value!r}; it belongs on "
+                f"{command.topic.value!r}"
+            )
+        self._sort_in(delivery, header, command)
+
+    def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
+        key = f"{header.producer}/{delivery.topic.value}"
+        taken = Taken(delivery, command, header.trace, key, header.sequence)
+        last = self._seen.get(key, -1)
+        if header.sequence <= last:
+            self._count("duplicate")
+            if command.id in self.position.outcomes:
+                self._settle(delivery, self.position.outcome(command.id), None)
+            elif self._is_on_its_way(command.id):
+                self._settle(delivery, None, None)
+            else:
+                self._bury(
+                    delivery,
+                    "replayed",
+                    f"number {header.sequence} of producer {header.producer}, after {last}",
+                )
+            return
+        if key not in self._seen and self._keys.is_required:
+            age_ms = self._time.now_ms() - header.issued_at_ms
+            if header.issued_at_ms <= self.position.issued_floor_ms or age_ms > REPLAY_WINDOW_MS:
+                self._bury(
+                    delivery,
+                    "replayed",
+                    f"by a producer unknown here, issued {age_ms / 1000:.0f} s ago",
+                )
+                return
+        self.position.issued[key] = header.issued_at_ms
+        held = self._held.setdefault(key, {})
+        if header.sequence in held:
+            self._count("duplicate")
+            self._settle(delivery, None, None)
+            return
+        if header.sequence > last + 1 and self.num_waiting >= MAX_HELD:
+            self._bury(delivery, "gap", f"{MAX_HELD} commands wait already")
+            return
+        held[header.sequence] = _Held(taken, self._clock())
+        self._let_go(key)
+
+    def _let_go(self, key: str) -> None:
+        held = self._held.get(key, {})
+        while (following := self._seen.get(key, -1) + 1) in held:
+            taken = held.pop(following).taken
+            self._seen[key] = following
+            self._ready[taken.delivery.topic].append(taken)
+        if not held:
+            self._held.pop(key, None)
+
+    def _close_gap(self, delivery: Delivery, error: MessageError) -> None:
+        """A message that is authentic but unreadable has used up its number."""
+        if error.reason in {"forged", "oversized"}:
+            return
+        try:
+            header = self._schema.decode_header(delivery.payload)
+        except MessageError:
+            return
+        key = f"{header.producer}/{delivery.topic.value}"
+        if header.sequence == self._seen.get(key, -1) + 1:
+            self._seen[key] = header.sequence
+            self.position.note(key, header.sequence)
+            self._let_go(key)
+
+    def _is_on_its_way(self, command_id: str) -> bool:
+        return command_id in self._out or any(
+            taken.command.id == command_id for ready in self._ready.values() for taken in ready
+        )
+
+    def _is_expired(self, taken: Taken) -> bool:
+        limit = taken.command.expires_after_seconds
+        if limit is None:
+            return False
+        now = self._clock()
+        name = (taken.delivery.topic, taken.delivery.entry_id)
+        received = self._received.get(name, now)
+        published_ms, _ = order(taken.delivery.entry_id)
+        in_stream = (self._time.now_ms() - published_ms) / 1000
+        # Whatever the server's clock does, it waited since it came, and not since before the
+        # stream was last seen empty.
+        in_stream = min(in_stream, now - self._bound.get(name, -math.inf))
+        in_stream = max(in_stream, now - received)
+        header = self._schema.decode_header(taken.delivery.payload)
+        return header.held_ms / 1000 + in_stream > limit
+
+    def _refuse(self, taken: Taken, reason: str, words: str) -> None:
+        outcome = Outcome(command_id=taken.command.id, code=reason.upper(), words=words)
+        self._count(reason)
+        self.position.keep(outcome)
+        self.position.note(taken.key, taken.sequence)
+        self._settle(taken.delivery, outcome, _letter(taken.delivery, reason, words))
+
+    def _finish_again(self, taken: Taken) -> None:
+        self._count("duplicate")
+        self.position.note(taken.key, taken.sequence)
+        self._settle(taken.delivery, self.position.outcome(taken.command.id), None)
+
+    def _answer_again(self, delivery: Delivery) -> None:
+        """An entry at or before the cursor is in force: only its answer may have got lost."""
+        self._count("duplicate")
+        outcome = None
+        try:
+            check_size(delivery.topic, len(delivery.payload))
+            self._keys.verify(self._stream(delivery.topic), delivery.payload, delivery.signature)
+            for message in self._schema.decode(delivery.payload).messages:
+                outcome = self.position.outcome(message.id)
+        except (MessageError, AttributeError):
+            pass
+        self._done.append(Done(delivery.topic, delivery.entry_id, outcome, None))
+
+    def _bury(self, delivery: Delivery, reason: str, words: str) -> None:
+        self._count(reason)
+        self._settle(delivery, None, _letter(delivery, reason, words))
+
+    def _settle(self, delivery: Delivery, outcome: Outcome | None, dead: DeadLetter | None) -> None:
+        name = (delivery.topic, delivery.entry_id)
+        self._attempts.pop(name, None)
+        self._received.pop(name, None)
+        self._bound.pop(name, None)
+        line = self._lines[delivery.topic]
+        line.finished.add(delivery.entry_id)
+        while line.entries and line.entries[0] in line.finished:
+            entry_id = line.entries.popleft()
+            line.finished.discard(entry_id)
+            self._known.discard((delivery.topic, entry_id))
+            cursor = self.position.cursor.get(delivery.topic, "0-0")
+            if order(entry_id) > order(cursor):
+                self.position.cursor[delivery.topic] = entry_id
+        self._done.append(Done(delivery.topic, delivery.entry_id, outcome, dead))
+
+    def _count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+def _letter(delivery: Delivery, reason: str, words: str) -> DeadLetter:
+    is_small = reason != "oversized" and len(delivery.payload) <= _LARGEST_KEPT_BYTES
+    return DeadLetter(
+        reason=reason,
+        words=words[:2_000],
+        from_topic=delivery.topic,
+        entry_id=delivery.entry_id,
+        size_bytes=len(delivery.payload),
+        deliveries=delivery.deliveries,
+        payload=delivery.payload if is_small else b"",
+        signature=delivery.signature[:200] if is_small else b"",
+    )

@@ -1,0 +1,176 @@
+"""`esper send`, `esper stop`, `esper dlq`, and the bus of `esper grow`."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from esper_fn import bus
+from esper_fn.cli._arguments import ADDRESS_VARIABLE
+from esper_fn.errors import BusError, NobodyListensError
+
+_CLASSES: dict[str, type[bus.Command]] = {
+    "germinate": bus.Germinate,
+    "transition": bus.Transition,
+    "set-graft": bus.SetGraft,
+    "cull": bus.Cull,
+    "cancel": bus.Cancel,
+    "roll-back": bus.RollBack,
+    "release": bus.Release,
+    "hold": bus.HoldSeed,
+    "let-go": bus.LetSeedGo,
+    "pause": bus.Pause,
+    "resume": bus.Resume,
+    "checkpoint": bus.Checkpoint,
+    "batch": bus.Batch,
+}
+_OPTIONS = ("site", "seed", "blueprint", "graft", "target", "file")
+DONE, NOT_DONE = 0, 1
+
+
+def prepare(options: argparse.Namespace, growth: Any) -> Any:
+    """The steering of `esper grow --bus`; whatever is wrong with the bus is said at once."""
+    from esper_fn import runtime
+
+    name = options.run_name or f"{options.data}-{options.seed}"
+    with bus.connect(options.bus, run=name) as client:
+        if name in client.living():
+            raise BusError(
+                f"a run named {name!r} lives on {options.bus}; choose another name with --run"
+            )
+    steering = runtime.steer(options.bus, growth, run=name)
+    if options.bus != bus.MEMORY:
+        print(
+            f"steer it with: esper send COMMAND --bus {options.bus} --run {name}", file=sys.stderr
+        )
+    return steering
+
+
+def connect(options: argparse.Namespace) -> bus.Client:
+    """A client to the named run, or to the only one there is."""
+    if options.bus == bus.MEMORY:
+        raise BusError(
+            "the bus `memory` lies inside the process of its run; start the run with --bus "
+            f"redis://... and name the same address here, or in ${ADDRESS_VARIABLE}"
+        )
+    if options.run_name is not None:
+        return bus.connect(options.bus, run=options.run_name)
+    with bus.connect(options.bus, run="any") as anyone:
+        living = anyone.living()
+    if len(living) != 1:
+        raise NobodyListensError(
+            f"{len(living)} runs live on {options.bus}: {', '.join(living) or 'none'}; "
+            + ("name one with --run" if living else "start one with `esper grow --bus`")
+        )
+    return bus.connect(options.bus, run=living[0])
+
+
+def send(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Sends one command."""
+    command = _command(parser, options)
+    with connect(options) as client:
+        outcome = client.send(command, wait_seconds=options.wait)
+    if outcome is None:
+        print(f"accepted: {command.id}")
+        return DONE
+    return _show(outcome)
+
+
+def stop(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Stops a run."""
+    del parser
+    command = bus.EmergencyStop(reason=options.reason, sender=_sender())
+    with connect(options) as client:
+        outcome = client.send(command, wait_seconds=options.wait)
+    return _show(outcome)
+
+
+def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Shows and handles dead letters."""
+    if options.what != "list" and not options.letters:
+        parser.error(f"dlq {options.what}: name the letters; `esper dlq list` shows them")
+    with connect(options) as client:
+        letters = client.dead_letters(limit=2_000)
+        if options.what == "list":
+            for name, letter in letters:
+                print(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
+            print(f"{len(letters)} dead letters")
+            return DONE
+        known = dict(letters)
+        if unknown := [name for name in options.letters if name not in known]:
+            raise BusError(f"no dead letter {unknown[0]!r}; `esper dlq list` shows them")
+        for name in options.letters:
+            if options.what == "show":
+                letter = known[name]
+                for key in letter.__struct_fields__:
+                    print(f"{key}: {getattr(letter, key)!r}")
+            elif options.what == "replay":
+                print(f"{name} sent again: {', '.join(client.replay(name))}")
+        if options.what == "drop":
+            print(f"{client.drop(options.letters)} dropped")
+    return DONE
+
+
+def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Prints a fresh key."""
+    del parser
+    print(bus.new_key(options.name))
+    return DONE
+
+
+def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bus.Command:
+    kind = options.kind
+    taken = {field.name: field for field in msgspec.structs.fields(_CLASSES[kind])}
+    if kind == "batch":
+        taken["file"] = taken["id"]
+    for name in _OPTIONS:
+        given = getattr(options, name) is not None
+        if given and name not in taken:
+            parser.error(f"send {kind}: --{name} does not belong to it")
+        is_needed = name in taken and (name == "file" or taken[name].required)
+        if is_needed and not given:
+            parser.error(f"send {kind}: --{name} is missing")
+    fields: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS if name in taken}
+    fields.pop("file", None)
+    if kind == "batch":
+        fields["commands"] = msgspec.json.decode(Path(options.file).read_bytes())
+        fields["commands"] = [_tagged(parser, part) for part in fields["commands"]]
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if options.id is not None:
+        fields["id"] = options.id
+    if options.expires is not None:
+        fields["expires_after_seconds"] = options.expires
+    tag = _CLASSES[kind].__struct_config__.tag
+    try:
+        return msgspec.convert({"kind": tag, "sender": _sender(), **fields}, _CLASSES[kind])
+    except msgspec.ValidationError as error:
+        parser.error(f"send {kind}: {error}")
+
+
+def _tagged(parser: argparse.ArgumentParser, part: Any) -> Any:
+    if not isinstance(part, dict) or part.get("kind") not in _CLASSES:
+        parser.error('send batch: --file must hold a list like [{"kind": "cull", "seed": 3}]')
+    return {**part, "kind": _CLASSES[part["kind"]].__struct_config__.tag}
+
+
+def _sender() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+def _show(outcome: bus.Outcome | None) -> int:
+    if outcome is None:
+        return DONE
+    print(f"{outcome.code}" + (f": {outcome.words}" if outcome.words else ""))
+    for seed in outcome.seeds:
+        print(f"  seed {seed.seed}: {seed.code}, {seed.before} to {seed.after}")
+    if outcome.step >= 0:
+        print(f"  step {outcome.step}")
+    return DONE if outcome.is_done else NOT_DONE

@@ -1,0 +1,124 @@
+"""`esper watch`: a run as a live table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from esper_fn import bus, monitoring
+from esper_fn.bus import Topic
+from esper_fn.cli._steer import connect
+
+_FOREVER_SECONDS = 10 * 365 * 86_400.0
+_TOPICS = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES, Topic.DEAD)
+
+
+class Board:
+    """What has been told so far, as something to draw."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.metrics: bus.StepMetrics | None = None
+        self.lines: deque[str] = deque(maxlen=12)
+        self.alerts: deque[str] = deque(maxlen=5)
+        self.is_paused = False
+
+    def take(self, message: bus.Message) -> str | None:
+        """Takes a message in; returns a line for a plain terminal."""
+        line: str | None = None
+        match message:
+            case bus.StepMetrics():
+                self.metrics = message
+            case bus.Heartbeat():
+                self.is_paused = message.is_paused
+            case bus.LifecycleEvent():
+                line = (
+                    f"step {message.step}: seed {message.seed} ({message.site}) "
+                    f"{message.source} to {message.target}, {message.cause}"
+                )
+            case bus.Alert():
+                line = f"{message.level}: {message.words}"
+                self.alerts.append(line)
+            case bus.DeadLetter():
+                line = f"set aside ({message.reason}): {message.words}"
+                self.alerts.append(line)
+            case bus.Outcome():
+                line = f"step {message.step}: {message.code} {message.words}".rstrip()
+            case bus.CheckpointEvent():
+                line = f"checkpoint {message.what} at step {message.step} {message.words}".rstrip()
+        if line is not None:
+            self.lines.append(line)
+        return line
+
+    def draw(self) -> Any:
+        """The table."""
+        table = Table(title=f"{self.run}{' (paused)' if self.is_paused else ''}")
+        for column in ("step", "loss", "steps/s", "live", "parameters", "roll-backs", "dropped"):
+            table.add_column(column, justify="right")
+        if (m := self.metrics) is not None:
+            table.add_row(
+                f"{m.step:,}",
+                f"{m.loss:.4f}",
+                f"{m.steps_per_second:.1f}",
+                str(m.num_live),
+                f"{m.num_parameters:,}",
+                str(m.num_rollbacks),
+                str(m.num_dropped),
+            )
+        stages = Table(title="stages")
+        shown = {} if self.metrics is None else self.metrics.stages
+        for stage in shown:
+            stages.add_column(stage, justify="right")
+        stages.add_row(*map(str, shown.values()))
+        parts: list[Any] = [table, stages, Text("\n".join(self.lines))]
+        if self.alerts:
+            parts.append(Text("\n".join(self.alerts), style="bold red"))
+        return Group(*parts)
+
+
+def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Shows a run until it is interrupted, or for so many seconds."""
+    del parser
+    seconds = options.seconds if options.seconds < math.inf else _FOREVER_SECONDS
+    console = Console()
+    with ExitStack() as end:
+        client = end.enter_context(connect(options))
+        client.check_listener()
+        run = client.asynchronous.transport.run
+        board = Board(run)
+        messages = client.watch(_TOPICS, seconds=seconds)
+        if options.metrics_port is not None:
+            registry = CollectorRegistry()
+            end.callback(monitoring.serve(registry, options.metrics_port))
+            messages = _exported(messages, monitoring.Exporter(run, registry))
+        if not console.is_terminal:
+            for message in messages:
+                board.take(message)
+                if isinstance(message, bus.StepMetrics):
+                    print(f"step {message.step}: loss {message.loss:.4f}, {message.stages}")
+                elif board.lines and not isinstance(message, bus.Heartbeat | bus.Frame):
+                    print(board.lines[-1])
+            return 0
+        with Live(board.draw(), console=console, refresh_per_second=8) as live:
+            for message in messages:
+                board.take(message)
+                live.update(board.draw())
+    return 0
+
+
+def _exported(
+    messages: Iterator[bus.Message], exporter: monitoring.Exporter
+) -> Iterator[bus.Message]:
+    for message in messages:
+        exporter.take(message)
+        yield message

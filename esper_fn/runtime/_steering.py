@@ -1,0 +1,422 @@
+"""Where a running loop and the bus meet: commands in between steps, words out after them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from esper_fn import bus, commands
+from esper_fn._growth import Growth
+from esper_fn._version import __version__
+from esper_fn.bus import Outcome, SeedOutcome, Taken
+from esper_fn.commands import Code
+from esper_fn.errors import EsperError, RunStoppedError
+from esper_fn.runtime._events import stage_counts
+from esper_fn.runtime._translate import WORDS, lifecycle_event, stage_name, to_core
+
+if TYPE_CHECKING:
+    from esper_fn.runtime._fit import Segment
+    from esper_fn.runtime._saving import Checkpoints
+
+_NOTE = "bus_position"
+_MAX_DEFERRED = 1_024
+
+
+class _Rows(NamedTuple):
+    """A command of the bus as rows of the core."""
+
+    taken: Taken
+    commands: list[commands.Command]
+
+
+class Steering:
+    """Lets a run be steered and watched over a bus, as `fit(..., steering=...)`.
+
+    Between two segments it takes what waits and sets up the rows of the next one; after a segment
+    it answers, from the infos that `fit` has on the host anyway: no transfer of its own, and no
+    wait for a server, which a thread of the station talks to. With `segment_steps=1` every step is
+    such a boundary.
+
+    Use it as a context around `fit`. Make one with `steer`.
+
+    Args:
+      growth: the static part of the run.
+      station: made for a position, or for none.
+      max_commands: rows of a segment; also what `fit` packs.
+      frames_per_second: of the columns of all seeds, at most.
+      clock: seconds, rising.
+    """
+
+    def __init__(
+        self,
+        growth: Growth,
+        station: Callable[[bus.RunPosition | None], bus.Station],
+        *,
+        max_commands: int = 16,
+        frames_per_second: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._growth = growth
+        self._make = station
+        self._clock = clock
+        self.max_commands = max_commands
+        self._limiter = bus.RateLimiter(per_second=frames_per_second, burst=1, clock=clock)
+        self._rows: list[_Rows] | None = None
+        self._running: list[_Rows] = []
+        self._deferred: list[Taken] = []
+        self._stopped_by: bus.EmergencyStop | None = None
+        self._is_paused = False
+        self._should_save = False
+        self._can_save = False
+        self._writer: Any = None
+        self._saved_step: int | None = None
+        self._step = 0
+        self._num_rollbacks = 0
+        self._told_at: float | None = None
+        self.station: bus.Station = station(None)
+
+    def __enter__(self) -> Steering:
+        self.station.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.station.close()
+
+    # --- what `fit` calls -----------------------------------------------------------------------
+
+    def commands(self, step: int) -> list[commands.Command]:
+        """The rows of the segment that begins with a step.
+
+        Raises:
+          FencedError: another process drives the run now.
+          RunStoppedError: stopped before its first step.
+        """
+        self._step = step
+        if self._rows is None and self._boundary():
+            self.check_stopped()
+        self._running, self._rows = self._rows or [], None
+        return [row for rows in self._running for row in rows.commands]
+
+    def listener(self, segment: Segment) -> None:
+        """Answers the commands of a segment and tells of it."""
+        infos = segment.infos
+        if infos is None:
+            return
+        at = 0
+        for rows in self._running:
+            count = len(rows.commands)
+            self._answer(rows, infos.outcomes, at, count, segment.first_step)
+            at += count
+        self._running = []
+        self._step = segment.first_step + segment.num_steps
+        self.station.flush()
+        self._tell(segment)
+
+    def should_stop(self) -> bool:
+        """Takes what waits; stands still while paused; True after an emergency stop.
+
+        Raises:
+          FencedError: another process drives the run now.
+        """
+        return self._boundary()
+
+    def should_save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked, self._should_save = self._should_save, False
+        return asked
+
+    def join(self, checkpoints: Checkpoints | None) -> Checkpoints | None:
+        """Checkpoints that keep the run's position on the bus in their note."""
+        self._can_save = checkpoints is not None
+        if checkpoints is None:
+            return None
+        self._writer = checkpoints.writer
+        self._saved_step = checkpoints.writer.last_acknowledged
+        note, recall = checkpoints.note, checkpoints.recall
+
+        def with_position() -> dict[str, Any]:
+            inner = None if note is None else note()
+            return {"note": inner, _NOTE: self.station.position().as_dict()}
+
+        def from_position(saved: Any) -> None:
+            if isinstance(saved, dict) and _NOTE in saved:
+                self._restart(bus.RunPosition.from_dict(saved[_NOTE]))
+                saved = saved["note"]
+                step = -1 if self._saved_step is None else self._saved_step
+                self.station.offer([bus.CheckpointEvent(step=step, what="restored")])
+            if recall is not None:
+                recall(saved)
+
+        return replace(checkpoints, note=with_position, recall=from_position)
+
+    def check_stopped(self) -> None:
+        """Raises after an emergency stop.
+
+        Raises:
+          RunStoppedError: with who and why.
+        """
+        if self._stopped_by is not None:
+            by = self._stopped_by
+            raise RunStoppedError(
+                f"stopped before step {self._step} by {by.sender or 'a command'}"
+                + (f": {by.reason}" if by.reason else "")
+            )
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an emergency stop is in force."""
+        return self._stopped_by is not None
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _restart(self, position: bus.RunPosition) -> None:
+        self.station.close()
+        self.station = self._make(position)
+        self.station.start()
+
+    def _boundary(self) -> bool:
+        self._rows = self._rows or []
+        self._fill()
+        while self._is_paused and self._stopped_by is None:
+            self.station.wait(None)
+            self._fill()
+        return self._stopped_by is not None
+
+    def _fill(self) -> None:
+        """Takes commands until none waits, or one does not fit into this segment."""
+        rows = self._rows or []
+        num_rows = sum(len(row.commands) for row in rows)
+        seeds = {row.seed for one in rows for row in one.commands}
+        waiting: list[Taken] = []
+        if not self._is_paused:
+            waiting, self._deferred = self._deferred, []
+        waiting += self.station.take(self._step, self.max_commands)
+        for at, taken in enumerate(waiting):
+            command = taken.command
+            if not isinstance(command, bus.SeedCommand | bus.Batch):
+                if isinstance(command, bus.Pause) and rows:
+                    # What came before it takes force in the step before it stands still.
+                    self.station.put_back(waiting[at:])
+                    break
+                self._control(taken)
+                continue
+            if self._is_paused:
+                self._defer(taken)
+                continue
+            found = self._translate(taken)
+            if found is None:
+                continue
+            asked = {row.seed for row in found.commands}
+            if num_rows + len(found.commands) > self.max_commands or asked & seeds:
+                self.station.put_back(waiting[at:])
+                break
+            rows.append(found)
+            num_rows += len(found.commands)
+            seeds |= asked
+        self._rows = rows
+        self.station.flush()
+
+    def _control(self, taken: Taken) -> None:
+        command = taken.command
+        if isinstance(command, bus.Pause | bus.Resume):
+            self._is_paused = isinstance(command, bus.Pause)
+            self.station.set_paused(self._is_paused)
+            self._finish(taken, "DONE", f"before step {self._step}")
+        elif isinstance(command, bus.EmergencyStop):
+            self._stopped_by = command
+            self._finish(taken, "DONE", f"stopped before step {self._step}")
+        elif isinstance(command, bus.Checkpoint) and self._can_save:
+            self._should_save = True
+            self._finish(taken, "DONE", "will be saved at the next step boundary")
+        elif isinstance(command, bus.Checkpoint):
+            self._finish(taken, "REFUSED", "the run keeps no checkpoints; start it with them")
+        else:
+            self._finish(taken, "REFUSED", f"{type(command).__name__} is nothing a run can do")
+
+    def _defer(self, taken: Taken) -> None:
+        if len(self._deferred) < _MAX_DEFERRED:
+            self._deferred.append(taken)
+        else:
+            self._finish(taken, "REFUSED", f"paused, and {_MAX_DEFERRED} commands wait; resume it")
+
+    def _translate(self, taken: Taken) -> _Rows | None:
+        command = taken.command
+        parts = command.commands if isinstance(command, bus.Batch) else (command,)
+        if len(parts) > self.max_commands:
+            words = f"{len(parts)} commands in a batch; this run takes {self.max_commands} a step"
+            self._finish(taken, "REFUSED", words)
+            return None
+        try:
+            rows = [to_core(self._growth, part) for part in parts]
+            if len({row.seed for row in rows}) < len(rows):
+                raise ValueError("a batch names a seed twice; send the second command after it")
+            if isinstance(command, bus.Batch):
+                rows = commands.together(rows, command.id)
+            # `pack` knows every name; what it refuses must not reach the loop.
+            self._growth.commands(rows, size=self.max_commands)
+        except (EsperError, ValueError) as error:
+            self._finish(taken, "REFUSED", str(error))
+            return None
+        return _Rows(taken, rows)
+
+    def _answer(self, rows: _Rows, outcomes: Any, at: int, count: int, step: int) -> None:
+        codes = [Code(int(code)) for code in outcomes.code[0, at : at + count]]
+        seeds = tuple(
+            SeedOutcome(
+                seed=row.seed,
+                code=code.name,
+                before=stage_name(outcomes.before[0, at + i]),
+                after=stage_name(outcomes.after[0, at + i]),
+            )
+            for i, (row, code) in enumerate(zip(rows.commands, codes, strict=True))
+        )
+        bad = [code for code in codes if code is not Code.DONE]
+        # The cause, before what it caused.
+        code = next((c for c in bad if c is not Code.BATCH_REFUSED), bad[0] if bad else Code.DONE)
+        self.station.finish(
+            rows.taken,
+            Outcome(
+                command_id=rows.taken.command.id,
+                code=code.name,
+                words=WORDS.get(code, ""),
+                step=step,
+                seeds=seeds,
+            ),
+        )
+
+    def _finish(self, taken: Taken, code: str, words: str) -> None:
+        outcome = Outcome(
+            command_id=taken.command.id, code=code, words=words[:2_000], step=self._step
+        )
+        self.station.finish(taken, outcome)
+
+    def _tell(self, segment: Segment) -> None:
+        infos: Any = segment.infos
+        now = self._clock()
+        took, self._told_at = now - (self._told_at or now), now
+        self._num_rollbacks += int(infos.verdict.should_roll_back.sum())
+        stage = infos.stage[-1]
+        messages: list[bus.Message] = [lifecycle_event(event) for event in segment.events]
+        messages.append(
+            bus.StepMetrics(
+                step=self._step,
+                loss=float(segment.losses[-1]),
+                steps_per_second=segment.num_steps / took if took > 0 else 0.0,
+                num_live=int(infos.num_live[-1]),
+                num_parameters=int(infos.num_parameters[-1]),
+                num_rollbacks=self._num_rollbacks,
+                num_dropped=self.station.num_dropped,
+                stages=stage_counts(np.asarray(stage)),
+            )
+        )
+        if self._writer is not None and self._writer.last_acknowledged != self._saved_step:
+            self._saved_step = self._writer.last_acknowledged
+            messages.append(bus.CheckpointEvent(step=self._saved_step or 0, what="saved"))
+        if self._limiter.allows():
+            columns = {
+                "stage": np.asarray(stage, np.uint8),
+                "alpha": np.asarray(infos.alpha[-1], np.float32),
+                "blueprint": np.asarray(infos.blueprint[-1], np.int8),
+                "evidence": np.asarray(infos.evidence[-1], np.float32),
+                "is_measured": np.asarray(infos.is_measured[-1], np.uint8),
+            }
+            messages.append(
+                bus.Frame(
+                    step=self._step,
+                    columns={name: bus.Column.of(values) for name, values in columns.items()},
+                )
+            )
+        self.station.offer(messages)
+
+
+def steer(
+    url: str,
+    growth: Growth,
+    *,
+    run: str,
+    keys: bus.Keyring | None = None,
+    position: bus.RunPosition | None = None,
+    max_commands: int = 16,
+    frames_per_second: float = 10.0,
+    keeps_commands: bool = False,
+    should_take_over: bool = False,
+    broker: bus.Broker | None = None,
+) -> Steering:
+    """Takes a run's place on a bus.
+
+    Args:
+      url: `memory` (inside this process), `redis://`, `rediss://` or `unix://`.
+      growth: the static part of the run.
+      run: its name on the bus.
+      keys: commands must be signed with one of them; from the environment where left out.
+      position: what is in force already; from a checkpoint.
+      max_commands: taken in one segment.
+      frames_per_second: of the state of all seeds.
+      keeps_commands: commands in force stay on the server, for a run restored to an earlier
+        checkpoint; `Steering.station.kept_from` forgets them.
+      should_take_over: even from a process that lives.
+      broker: for `memory`.
+
+    Raises:
+      BusAddressError: an address or a name that is none.
+    """
+    keys = bus.read_keys() if keys is None else keys
+    chosen = keys
+    bus.make_transport(url, run, keys=chosen, broker=broker)  # refuses what is wrong, at once
+    sites = {place.name: place.num_seeds for place in growth.lattice.sites}
+    announcement = bus.Announcement(
+        run=run,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        sites=sites,
+        blueprints=growth.lattice.names,
+        grafts=tuple(graft.name for graft in growth.grafts),
+        version=__version__,
+    )
+
+    def station(at: bus.RunPosition | None) -> bus.Station:
+        return bus.Station(
+            lambda: bus.make_transport(url, run, keys=chosen, broker=broker),
+            announcement,
+            position=position if at is None else at,
+            keys=chosen,
+            keeps_commands=keeps_commands,
+            should_take_over=should_take_over,
+        )
+
+    return Steering(growth, station, max_commands=max_commands, frames_per_second=frames_per_second)
+
+
+def either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether one of two says so; both are asked."""
+
+    def ask() -> bool:
+        told = second()
+        return (first is not None and first()) or told
+
+    return ask
+
+
+def both(
+    first: Callable[[Segment], None] | None, second: Callable[[Segment], None]
+) -> Callable[[Segment], None]:
+    """Tells two listeners."""
+
+    def tell(segment: Segment) -> None:
+        second(segment)
+        if first is not None:
+            first(segment)
+
+    return tell

@@ -1,0 +1,165 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Steering a run from elsewhere
+#
+# A growing network trains in one place; you sit in another. This notebook starts a real Redis
+# server of its own, trains a small network in a thread that knows nothing of you, and then asks
+# its seeds to grow, watches them, pauses it, and stops it, over the bus alone.
+
+# %%
+# %matplotlib inline
+# %config InlineBackend.figure_formats = ["retina"]
+import threading
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import esper_fn as ef
+from esper_fn import bus, runtime
+
+# %% [markdown]
+# ## A run on a bus
+#
+# The server is private to this notebook: a socket only you can open, append-only persistence on.
+# Elsewhere, name yours: `redis://127.0.0.1:6379/0`. `memory` would be a bus inside this process.
+
+# %%
+server = bus.PrivateServer()
+server.start()
+
+lattice = ef.lattice(
+    sites=[ef.site("hidden", features=16, chunks=4)],
+    blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
+    capacity=4,
+)
+growth = ef.growth(lattice, policy=ef.policies.never(), graft=ef.grafting.linear(num_steps=50))
+
+key_in, key_out, key_data, key_run = jax.random.split(jax.random.key(0), 4)
+params = {
+    "in": jax.random.normal(key_in, (8, 16)) / 3,
+    "out": jax.random.normal(key_out, (16, 1)) / 4,
+}
+inputs = np.asarray(jax.random.normal(key_data, (512, 8)))
+targets = np.sin(2 * inputs[:, :1]) * inputs[:, 1:2]
+
+
+def loss_fn(params, seeds, batch):
+    x, y = batch
+    hidden = seeds.grow("hidden", jnp.tanh(x @ params["in"]))
+    return jnp.mean((hidden @ params["out"] - y) ** 2)
+
+
+def batches(first, count):
+    rows = (np.arange(first, first + count)[:, None] * 64 + np.arange(64)) % 512
+    return inputs[rows], targets[rows]
+
+
+def train():
+    with runtime.steer(server.url, growth, run="notebook") as steering:
+        runtime.fit(
+            growth,
+            loss_fn,
+            ef.optim.per_body(optax.adam(3e-3)),
+            params,
+            batches,
+            num_steps=1_000_000,
+            key=key_run,
+            survey_batch=(inputs[:128], targets[:128]),
+            segment_steps=5,
+            steering=steering,
+        )
+
+
+run = threading.Thread(target=train)
+run.start()
+
+# %% [markdown]
+# ## Asking for growth
+#
+# `send` waits for what becomes of a command. A refusal says why.
+
+# %%
+client = bus.connect(server.url, run="notebook")
+while "notebook" not in client.living():
+    run.join(0.1)
+
+for seed in (0, 1):
+    command = bus.Germinate(site="hidden", seed=seed, blueprint="bottleneck")
+    print(client.send(command, wait_seconds=120))
+refused = client.send(bus.Germinate(site="hidden", seed=0, blueprint="bottleneck"))
+print(refused.code, "-", refused.words)
+
+# %% [markdown]
+# The same command again, by its id, is answered and not repeated: whoever is unsure whether a
+# command got through sends it again.
+
+# %%
+again = client.send(command)
+print(again.step, again.code)
+
+# %% [markdown]
+# ## Watching
+#
+# The run tells the scalars of its steps, the state of all seeds as columns, and every change of a
+# stage, without waiting for anyone.
+
+# %%
+metrics, events = [], []
+for message in client.watch(seconds=15, from_beginning=True):
+    if isinstance(message, bus.StepMetrics):
+        metrics.append(message)
+    elif isinstance(message, bus.LifecycleEvent):
+        events.append(message)
+    if message.topic is bus.Topic.TELEMETRY and message.step > 1500:
+        break
+
+for event in events[:8]:
+    print(f"step {event.step}: seed {event.seed} {event.source} -> {event.target}, {event.cause}")
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3))
+axes.plot([m.step for m in metrics], [m.loss for m in metrics], linewidth=0.8)
+for event in events:
+    axes.axvline(event.step, color="0.8", linewidth=0.6, zorder=0)
+axes.set(xlabel="step", ylabel="loss", yscale="log", title="told over the bus")
+plt.show()
+
+# %% [markdown]
+# ## Several seeds at once, pausing, stopping
+#
+# A batch takes force whole or not at all. Paused, the run stands still at a step boundary. An
+# emergency stop overtakes whatever waits.
+
+# %%
+both = bus.Batch(
+    commands=(
+        bus.Germinate(site="hidden", seed=2, blueprint="bottleneck"),
+        bus.Cull(site="hidden", seed=3),  # sleeps: cannot be culled
+    )
+)
+outcome = client.send(both)
+print(outcome.code, [seed.code for seed in outcome.seeds])
+
+print(client.send(bus.Pause()).words)
+print(client.send(bus.Resume()).words)
+print(client.send(bus.EmergencyStop(reason="seen enough", sender="notebook")).words)
+run.join()
+
+# %%
+client.close()
+server.stop()

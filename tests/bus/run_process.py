@@ -1,0 +1,64 @@
+"""A run in a process of its own, for tests that kill it: effects go to a file, one line each.
+
+The file is the state of training, and the position is written with each effect in one replace: as
+a checkpoint of every step would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from esper_fn import bus
+from esper_fn.errors import FencedError
+
+
+def main():
+    url, run, folder, die_after = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    state = {"effects": [], "position": None}
+    path = folder / "state.json"
+    if path.exists():
+        state = json.loads(path.read_text())
+    position = None
+    if state["position"] is not None:
+        position = bus.RunPosition.from_dict(state["position"])
+    announcement = bus.Announcement(run=run, host="h", pid=os.getpid(), sites={})
+    station = bus.Station(
+        lambda: bus.make_transport(url, run, keys=bus.NO_KEYS),
+        announcement,
+        position=position,
+        lease_seconds=0.6,
+    )
+    while True:
+        try:
+            station.start()
+            break
+        except bus.LeaseHeldError:
+            time.sleep(0.1)
+    count, step = 0, 0
+    try:
+        while True:
+            station.wait(0.5)
+            for taken in station.take(step, 1):
+                if taken.command.sender == "poison":
+                    os.kill(os.getpid(), 9)
+                state["effects"].append(taken.command.id)
+                station.finish(taken, bus.Outcome(command_id=taken.command.id, code="DONE"))
+                state["position"] = station.position().as_dict()
+                written = folder / f"state.{os.getpid()}"
+                written.write_text(json.dumps(state))
+                written.replace(path)
+                count += 1
+                if count == die_after:
+                    os.kill(os.getpid(), 9)  # in force, and nobody knows
+                station.flush()
+            step += 1
+    except FencedError:
+        sys.exit(7)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The intake against deliveries doubled, reordered, late and mistimed; clocks are given."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper_fn import bus
+from esper_fn.bus import Delivery, Header, Intake, Outcome, RunPosition, Topic
+from esper_fn.bus._position import MAX_PRODUCERS
+
+KEYS = bus.Keyring(active="k", keys={"k": b"k" * 16})
+
+
+class Rig:
+    """An intake with hands on its clocks."""
+
+    def __init__(self, position=None, keys=bus.NO_KEYS, server_ms=1_700_000_000_000):
+        self.now = 1000.0
+        self.server = bus.ServerTime(lambda: self.now)
+        self.server.learn(server_ms)
+        self.keys = keys
+        self.intake = Intake(
+            position or RunPosition(),
+            lambda topic: f"s:{topic.value}",
+            keys=keys,
+            server_time=self.server,
+            clock=lambda: self.now,
+        )
+        self.effects = []
+        self.dead = []
+        self.outcomes = []
+        self.next_id = 0
+
+    def delivery(self, command, *, producer="p", sequence=0, entry_ms=None, held_ms=0, issued=None):
+        now = self.server.now_ms()
+        header = Header(
+            format=1,
+            producer=producer,
+            sequence=sequence,
+            issued_at_ms=now if issued is None else issued,
+            held_ms=held_ms,
+        )
+        payload = bus.SCHEMA.encode(header, [command])
+        self.next_id += 1
+        name = f"{now if entry_ms is None else entry_ms}-{self.next_id}"
+        return Delivery(
+            command.topic, name, payload, self.keys.sign(f"s:{command.topic.value}", payload)
+        )
+
+    def turn(self, limit=3):
+        self.intake.expire_gaps()
+        for taken in self.intake.take(limit):
+            self.effects.append((taken.command.id, taken.command.seed))
+            self.intake.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
+        for done in self.intake.collect():
+            if done.dead is not None:
+                self.dead.append(done.dead)
+            if done.outcome is not None:
+                self.outcomes.append(done.outcome)
+
+
+@given(data=st.data(), count=st.integers(1, 12), producers=st.integers(1, 3))
+@settings(max_examples=80, deadline=None)
+def test_doubled_and_reordered_deliveries_act_once_and_in_each_senders_order(
+    data, count, producers
+):
+    rig = Rig()
+    sent = [
+        rig.delivery(
+            bus.Cull(seed=number, id=f"{producer}-{number}"),
+            producer=f"p{producer}",
+            sequence=number,
+        )
+        for producer in range(producers)
+        for number in range(count)
+    ]
+    copies = data.draw(st.lists(st.sampled_from(sent), max_size=10))
+    flow = data.draw(st.permutations(sent + copies))
+    # A copy is another entry with the same bytes.
+    flow = [d._replace(entry_id=f"1700000000000-{100 + i}") for i, d in enumerate(flow)]
+    for delivery in flow:
+        rig.intake.accept([delivery])
+        if data.draw(st.booleans()):
+            rig.turn()
+    for _ in range(len(flow)):
+        rig.turn()
+    for producer in range(producers):
+        own = [seed for name, seed in rig.effects if name.startswith(f"{producer}-")]
+        assert own == list(range(count))
+    assert rig.dead == []
+    last = flow[-1].entry_id
+    assert rig.intake.position.cursor[Topic.COMMANDS] == last
+
+
+@given(stop_at=st.integers(0, 9), save_at=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_restored_position_repeats_exactly_what_came_after_it(stop_at, save_at):
+    rig = Rig()
+    sent = [rig.delivery(bus.Cull(seed=i, id=f"c{i}"), sequence=i) for i in range(10)]
+    rig.intake.accept(sent)
+    saved = rig.intake.position.copy()
+    for number in range(max(stop_at, save_at)):
+        rig.turn(limit=1)
+        if number + 1 == save_at:
+            saved = rig.intake.position.copy()
+    done = len([e for e in rig.effects if int(e[0][1:]) < save_at])
+    again = Rig(RunPosition.from_dict(saved.as_dict()))
+    again.intake.accept(sent)  # a server hands out everything after the cursor, or even before
+    for _ in range(10):
+        again.turn()
+    assert done == save_at
+    assert again.effects == [(f"c{i}", i) for i in range(save_at, 10)]
+    assert [o.command_id for o in again.outcomes[:save_at]] == [f"c{i}" for i in range(save_at)]
+
+
+def test_a_missing_number_is_waited_for_and_then_written_down():
+    rig = Rig()
+    rig.intake.accept([rig.delivery(bus.Cull(seed=i, id=f"c{i}"), sequence=i) for i in (0, 2, 3)])
+    rig.turn()
+    assert [seed for _, seed in rig.effects] == [0]
+    rig.now += 0.9
+    rig.turn()
+    assert len(rig.effects) == 1
+    rig.now += 0.2
+    rig.turn()
+    assert [seed for _, seed in rig.effects] == [0, 2, 3]
+    (letter,) = rig.dead
+    assert letter.reason == "gap"
+    assert "numbers 1 to 1 of producer p" in letter.words
+    rig.intake.accept([rig.delivery(bus.Cull(seed=1, id="c1"), sequence=1)])
+    rig.turn()
+    assert rig.dead[-1].reason == "replayed"
+    assert len(rig.effects) == 3
+
+
+HOUR_MS = 3_600_000
+
+
+@pytest.mark.parametrize("jump_ms", [-HOUR_MS, HOUR_MS])
+def test_a_step_of_the_servers_clock_expires_nothing_that_is_young(jump_ms):
+    rig = Rig()
+    rig.intake.drained(Topic.COMMANDS)
+    rig.now += 1.0
+    before = rig.server.now_ms()
+    rig.server.learn(before + jump_ms)
+    # The server names entries by its old clock until the new one has caught up, or by the new one.
+    for number, entry_ms in enumerate((before, before + jump_ms)):
+        rig.intake.accept(
+            [
+                rig.delivery(
+                    bus.Cull(seed=number, expires_after_seconds=5),
+                    sequence=number,
+                    entry_ms=max(before, entry_ms),
+                )
+            ]
+        )
+    rig.turn()
+    assert len(rig.effects) == 2
+    late = bus.Cull(seed=2, expires_after_seconds=5)
+    stuck = max(before, rig.server.now_ms())  # names never go back
+    rig.intake.accept([rig.delivery(late, sequence=2, entry_ms=stuck)])
+    rig.now += 6.0
+    rig.turn()
+    assert len(rig.effects) == 2
+    assert [letter.reason for letter in rig.dead] == ["expired"]
+
+
+def test_time_spent_with_the_sender_counts():
+    rig = Rig()
+    rig.intake.accept([rig.delivery(bus.Cull(seed=0, expires_after_seconds=5), held_ms=6_000)])
+    rig.turn()
+    assert rig.effects == []
+    assert rig.outcomes[0].code == "EXPIRED"
+
+
+def test_a_wrong_wall_clock_of_a_sender_changes_nothing():
+    rig = Rig(keys=KEYS)
+    rig.intake.drained(Topic.COMMANDS)
+    for number, issued in enumerate((None, 0, 2**50)):
+        command = bus.Cull(seed=number, expires_after_seconds=5)
+        rig.intake.accept([rig.delivery(command, sequence=number, issued=issued)])
+    rig.turn()
+    assert len(rig.effects) == 3
+
+
+def test_an_old_message_of_an_unknown_producer_is_a_replay():
+    rig = Rig(keys=KEYS)
+    old = rig.server.now_ms() - 25 * HOUR_MS
+    rig.intake.accept([rig.delivery(bus.Cull(seed=0), issued=old)])
+    rig.turn()
+    assert rig.effects == []
+    assert rig.dead[0].reason == "replayed"
+
+
+def test_forgotten_producers_cannot_be_replayed_and_nothing_grows():
+    position = RunPosition()
+    for number in range(MAX_PRODUCERS + 10):
+        position.issued[f"p{number}/commands"] = number
+        position.note(f"p{number}/commands", 0)
+    assert len(position.sequences) == MAX_PRODUCERS
+    assert position.issued_floor_ms == 9
+    assert position.changed["p0/commands"] == -1
+    rig = Rig(position, keys=KEYS)
+    rig.intake.accept([rig.delivery(bus.Cull(seed=0), producer="p3", issued=3)])
+    rig.turn()
+    assert rig.effects == []
+    assert rig.dead[0].reason == "replayed"
+
+
+def test_the_position_goes_to_json_and_back_and_refuses_the_rest():
+    import json
+
+    rig = Rig()
+    rig.intake.accept([rig.delivery(bus.Cull(seed=0, id="c"))])
+    rig.turn()
+    position = rig.intake.position
+    back = RunPosition.from_dict(json.loads(json.dumps(position.as_dict())))
+    assert back == position
+    assert back.outcome("c").is_done
+    with pytest.raises(ValueError, match="not a run's position"):
+        RunPosition.from_dict({"epoch": "x"})

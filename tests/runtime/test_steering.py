@@ -1,0 +1,241 @@
+"""A run steered and watched from another thread, over the bus."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import esper_fn as ef
+from esper_fn import bus, checkpoint, policies, runtime
+from esper_fn.errors import RunStoppedError
+
+SITE = ef.site("hidden", features=8, chunks=4)
+LATTICE = ef.lattice(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
+GROWTH = ef.growth(
+    LATTICE, policy=policies.never(), graft=ef.grafting.linear(8), bodies_at_once=None
+)
+OPTIMIZER = ef.optim.per_body(optax.sgd(1e-2))
+
+
+def loss_fn(params, seeds, batch):
+    inputs, targets = batch
+    hidden = seeds.grow("hidden", jnp.tanh(inputs @ params["in"]))
+    logits = hidden @ params["out"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def batches(first, count):
+    source = np.random.default_rng(0)
+    inputs = source.normal(size=(512, 6)).astype(np.float32)
+    targets = (inputs[:, :4] ** 2).argmax(1).astype(np.int32)
+    rows = (np.arange(first, first + count)[:, None] * 16 + np.arange(16)) % 512
+    return inputs[rows], targets[rows]
+
+
+SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
+SEGMENT = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=None)
+PARAMS = {
+    "in": jax.random.normal(jax.random.key(0), (6, 8)) / 3,
+    "out": jax.random.normal(jax.random.key(1), (8, 4)) / 3,
+}
+
+
+def fit(steering, *, num_steps=1_000_000, **options):
+    return runtime.fit(
+        GROWTH,
+        loss_fn,
+        OPTIMIZER,
+        PARAMS,
+        batches,
+        num_steps=num_steps,
+        key=jax.random.key(1),
+        survey_batch=SURVEY,
+        survey_every=None,
+        segment_steps=1,
+        segment=SEGMENT,
+        steering=steering,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def server():
+    with bus.PrivateServer() as running:
+        yield running
+
+
+@pytest.fixture(params=["memory", "redis"])
+def url(request):
+    return "memory" if request.param == "memory" else request.getfixturevalue("server").url
+
+
+@pytest.fixture
+def name():
+    return f"run-{secrets.token_hex(4)}"
+
+
+class Running:
+    """`fit` in a thread."""
+
+    def __init__(self, url, name, **options):
+        self.steering = runtime.steer(url, GROWTH, run=name, max_commands=4)
+        self.options = options
+        self.fitted = None
+        self.error = None
+        self.steps = []
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self):
+        try:
+            with self.steering:
+                self.fitted = fit(
+                    self.steering,
+                    listener=lambda segment: self.steps.append(segment.first_step),
+                    **self.options,
+                )
+        except BaseException as error:
+            self.error = error
+
+
+@contextmanager
+def running(url, name, **options):
+    run = Running(url, name, **options)
+    run.thread.start()
+    with bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
+        until(lambda: run.error is not None or run.steps)
+        try:
+            yield run, client
+        finally:
+            if run.thread.is_alive():
+                client.send(bus.EmergencyStop(reason="the test is over"), wait_seconds=None)
+            run.thread.join(30)
+            assert not run.thread.is_alive()
+    if run.error is not None:
+        raise run.error
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)
+
+
+def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
+    with running(url, name) as (run, client):
+        born = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
+        assert born.is_done
+        (seed,) = born.seeds
+        assert (seed.before, seed.after) == ("DORMANT", "GERMINATED")
+        again = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
+        assert (again.code, again.words) == (
+            "ILLEGAL_TRANSITION",
+            "the seed's stage does not allow it",
+        )
+        assert client.send(bus.Cancel(seed=0)).code in {"DONE", "ILLEGAL_TRANSITION"}
+        wrong = client.send(bus.Germinate(site="nowhere", seed=0, blueprint="scale"))
+        assert wrong.code == "REFUSED"
+        assert "unknown site 'nowhere'; allowed:" in wrong.words
+        far = client.send(bus.Cull(site=SITE.name, seed=99))
+        assert f"it has seeds 0..{SITE.num_seeds - 1}" in far.words
+        odd = client.send(bus.Transition(seed=0, target="BORED"))
+        assert "unknown target 'BORED'" in odd.words
+    assert run.fitted.num_compiled == 0
+
+
+def test_a_batch_is_whole_or_nothing(url, name):
+    with running(url, name) as (_, client):
+        bad = bus.Batch(commands=(bus.Germinate(seed=0, blueprint="scale"), bus.Cull(seed=1)))
+        outcome = client.send(bad)
+        assert outcome.code == "ILLEGAL_TRANSITION"
+        assert [seed.code for seed in outcome.seeds] == ["BATCH_REFUSED", "ILLEGAL_TRANSITION"]
+        assert outcome.seeds[0].after == "DORMANT"
+        good = bus.Batch(commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2)))
+        assert client.send(good).is_done
+        large = bus.Batch(commands=tuple(bus.Cull(seed=i) for i in range(5)))
+        assert "takes 4 a step" in client.send(large).words
+
+
+def test_two_commands_to_one_seed_keep_their_order(url, name):
+    with running(url, name) as (run, client):
+        client.send(bus.Pause())
+        ids = []
+        for command in (
+            bus.Germinate(seed=0, blueprint="scale"),
+            bus.Cancel(seed=0),
+            bus.Germinate(seed=1, blueprint="scale"),
+        ):
+            client.send(command, wait_seconds=None)
+            ids.append(command)
+        until(lambda: len(run.steering._deferred) == 3)
+        before = len(run.steps)
+        time.sleep(0.05)
+        assert len(run.steps) == before
+        client.send(bus.Resume())
+        first, second, third = (client.send(command) for command in ids)
+        assert (first.code, second.code, third.code) == ("DONE", "DONE", "DONE")
+        assert first.step < second.step <= third.step
+
+
+def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
+    with running(url, name) as (run, client):
+        client.send(bus.Pause())
+        count = len(run.steps)
+        stop = client.send(bus.EmergencyStop(reason="enough", sender="me"))
+        assert stop.is_done
+        run.thread.join(30)
+        assert len(run.steps) == count
+        assert run.fitted.num_steps == count
+        with pytest.raises(RunStoppedError, match="by me: enough"):
+            run.steering.check_stopped()
+
+
+def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
+    with running(url, name) as (_, client):
+        client.send(bus.Germinate(seed=1, blueprint="scale"))
+        kinds = {}
+        for message in client.watch(seconds=20, from_beginning=True):
+            kinds.setdefault(type(message), message)
+            if {bus.Frame, bus.StepMetrics, bus.LifecycleEvent, bus.Announcement} <= set(kinds):
+                break
+        assert kinds[bus.Announcement].sites == {SITE.name: SITE.num_seeds}
+        assert kinds[bus.Frame].array("stage").shape == (LATTICE.num_seeds,)
+        assert kinds[bus.LifecycleEvent].cause == "command"
+
+
+def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name, tmp_path):
+    def options(writer):
+        return {"checkpoints": runtime.Checkpoints(writer=writer, every_steps=10_000_000)}
+
+    with checkpoint.Writer(tmp_path) as writer:
+        with running(url, name, **options(writer)) as (run, client):
+            early = bus.Germinate(seed=0, blueprint="scale")
+            assert client.send(early).is_done
+            assert client.send(bus.Checkpoint()).is_done
+            told = client.watch([bus.Topic.EVENTS], seconds=20, from_beginning=True)
+            saved = next(m for m in told if isinstance(m, bus.CheckpointEvent))
+            assert saved.what == "saved"
+            assert saved.step in checkpoint.steps(tmp_path)
+            late = bus.Germinate(seed=1, blueprint="scale")
+            assert client.send(late).is_done
+            # As after SIGKILL: what came after the checkpoint is not saved.
+            run.steering.should_save = lambda: False
+            writer.save = lambda *_, **__: None
+        first = run.fitted
+    with checkpoint.Writer(tmp_path) as writer:
+        with running(url, name, **options(writer)) as (run, client):
+            outcome = client.send(late)
+            assert outcome.is_done
+            assert client.send(early).is_done
+        events = [e for e in run.fitted.events if e["to"] == "GERMINATED"]
+        assert [e["seed"] for e in events] == [0, 1]
+        assert run.fitted.resumed_from is not None
+        assert run.fitted.resumed_from < first.num_steps
