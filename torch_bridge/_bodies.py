@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from esper_fn.base import Blueprint, BodySpec, Topology
+from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 
 Leaves: TypeAlias = dict[str, Tensor]
@@ -232,7 +233,7 @@ def form_of(blueprint: Blueprint, spec: BodySpec) -> Form:
     u = source.standard_normal((*inner, spec.inputs)).astype(np.float32)
     mask: Any = np.ones((spec.inputs,), bool)
     with (
-        jax.default_device(jax.local_devices(backend="cpu")[0]),  # a GPU would round to tf32
+        jax.default_device(cpu_device()),  # a GPU would round to tf32
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):

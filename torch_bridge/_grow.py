@@ -15,6 +15,7 @@ from esper_fn.base import Topology
 from torch_bridge._banks import Bank
 from torch_bridge._bodies import form_of
 from torch_bridge._bridge import Bridge
+from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
@@ -96,6 +97,7 @@ def grow(
     >>> bridge.lattice.num_seeds
     2
     """
+    cpu_device()  # before the arrays of the lattice start JAX wherever it likes
     _check(model, watch_every, lag)
     places = find(model, targets, features)
     sites = _sites(places, chunks, topology)

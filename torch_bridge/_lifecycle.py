@@ -17,6 +17,7 @@ import esper_fn as ef
 from esper_fn._lattice import Moments, Reading, slot_gains
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
+from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 
 Arrays = dict[str, np.ndarray]
@@ -39,7 +40,7 @@ class Lifecycle:
 
     def __init__(self, growth: ef.Growth, seed: int) -> None:
         self.growth = growth
-        self.device = jax.local_devices(backend="cpu")[0]
+        self.device = cpu_device()
         with self._here():
             # Without bodies, whose random numbers would take long to compile: a birth writes them.
             begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
