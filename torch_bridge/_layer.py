@@ -13,7 +13,7 @@ have their features in the last axis here; `Leaves` hold the live bodies of a ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,15 +134,15 @@ def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
 class Kept(NamedTuple):
     """What the fast path hands from forward to backward."""
 
-    z: Tensor
-    """[n, N, R]: what the activation function takes."""
+    z: Tensor | None
+    """[n, N, R]: what the activation function takes; None where it is computed again."""
     r_square: Tensor
     """[n]."""
 
 
 def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) -> Kept | None:
     """Writes the grown activation into `y`."""
-    if len(plan.banks) == 1 and _is_fast(plan.banks[0], x):
+    if is_fast(plan, x):
         kept = _forward_fast(plan, plan.banks[0], bodies, x, y)
         if kept is not None:
             return kept
@@ -158,11 +158,14 @@ def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) 
     return None
 
 
-def _is_fast(bank: BankPlan, x: Tensor) -> bool:
+def is_fast(plan: SitePlan, x: Tensor) -> bool:
     """Whether all chunks of a site may be computed in few passes.
 
     On a CPU only, where asking whether a body broke costs no wait.
     """
+    if len(plan.banks) != 1:
+        return False
+    bank = plan.banks[0]
     is_dense = bank.form.activation is not None and bank.is_all and bank.is_full
     return is_dense and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
@@ -239,17 +242,17 @@ def backward(
         is_flowing = is_sound & utility.isfinite()
         for leaf in (*d_leaves.values(), *(() if d_u is None else (d_u,))):
             is_flowing = is_flowing & _is_finite(leaf)
-        is_fast = kept is not None and bool(is_flowing.all())
+        is_sure = kept is not None and bool(is_flowing.all())
         if d_u is not None:
             feel = torch.where(is_flowing, gains[:, 2], 0.0)
-            if is_fast:
+            if is_sure:
                 d_x = torch.empty_like(dy)
                 _add_into(plan.cut, bank, d_x, _as_rows(slope), feel, _as_rows(d_u))
             else:
                 d_x = dy.clone() if d_x is None else d_x
                 put_(plan.cut, bank, d_x, _add(slope, feel, d_u))
         learn = torch.where(is_flowing, gains[:, 1], 0.0)
-        if not is_fast:
+        if not is_sure:
             d_leaves = {
                 name: torch.where(
                     _column(learn != 0, leaf), leaf * _column(learn, leaf).to(leaf.dtype), 0.0
@@ -299,7 +302,7 @@ def _pull_dense(
     down, up = leaves["down"].to(u.dtype), leaves["up"].to(u.dtype)
     if bank.columns is not None:
         up = torch.where(bank.mask[:, None, :], up, 0.0)
-    z = _inner(bank, leaves, rows) if kept is None else kept.z
+    z = _inner(bank, leaves, rows) if kept is None or kept.z is None else kept.z
     a = PHI[name](z)
     r_square = _per_slot_square(torch.bmm(a, up)) if kept is None else kept.r_square
     d_up = torch.bmm(a.transpose(1, 2), dy)
@@ -324,14 +327,23 @@ def _through(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(d_a, z, approximate="tanh")
 
 
+def _is_whole(bank: BankPlan, leaf: Tensor) -> bool:
+    return bank.slots == tuple(range(leaf.shape[0]))
+
+
 def select(bank: BankPlan, stacked: Sequence[tuple[str, Tensor]]) -> Leaves:
     """The rows of the live bodies out of a bank's parameters `[P, ...]`."""
-    return {name: leaf.index_select(0, bank.rows) for name, leaf in stacked}
+    return {
+        name: leaf if _is_whole(bank, leaf) else leaf.index_select(0, bank.rows)
+        for name, leaf in stacked
+    }
 
 
-def scatter(bank: BankPlan, d_leaves: Leaves, like: Any) -> list[Tensor]:
-    """Gradients of the live bodies as gradients of `[P, ...]`."""
-    return [torch.zeros_like(leaf).index_copy_(0, bank.rows, d_leaves[name]) for name, leaf in like]
+def scatter(bank: BankPlan, grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of the live bodies as one of `[P, ...]`."""
+    if _is_whole(bank, like):
+        return grad
+    return torch.zeros_like(like).index_copy_(0, bank.rows, grad)
 
 
 def moments(cut: Cut, x: Tensor, dy: Tensor) -> list[Tensor]:

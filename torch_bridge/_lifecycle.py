@@ -58,7 +58,8 @@ class Lifecycle:
 
     def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
         """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
-        shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).bodies
+        with self._here():
+            shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).bodies
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
 
     def _here(self) -> Any:

@@ -1,7 +1,8 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
-Eager code runs `Grafted`. A compiler sees `esper_bridge::site`, one operation whose inside decides
-from the site's plan what to compute, so that no stage change alters what was compiled.
+Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v2`, one operation whose inside
+decides from the site's plan what to compute, so that no stage change alters what was compiled. The
+number changes with its arguments: compilers cache programs on disk by the operations' names.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -99,7 +100,7 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         """Gradients of `x`, of the tap and of the bodies."""
         plan, axis, names = ctx.static
         x, watched, z, r_square, *leaves = ctx.saved_tensors
-        kept = None if z is None else _layer.Kept(z, r_square)
+        kept = None if r_square is None else _layer.Kept(z, r_square)
         pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched, kept)
         grads = [
             pulled.d_bodies[bank.bank][name]
@@ -153,20 +154,26 @@ def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leave
     }
 
 
-@torch.library.custom_op("esper_bridge::site", mutates_args=())
-def site_op(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` and what was measured of `x`."""
+@torch.library.custom_op("esper_bridge::site_v2", mutates_args=())
+def site_op(
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, what was measured of `x`, and sums of r^2 where they spare the backward pass work."""
     del tap
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
-    y, watched, _ = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
-    return _own(y, x, x), watched
+    y, watched, kept = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
+    r_square = watched.new_full((watched.shape[0],), torch.inf) if kept is None else kept.r_square
+    return _own(y, x, x), watched, r_square
 
 
 @site_op.register_fake
-def _(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     del stacked, handle
-    return torch.empty_like(x), tap.new_empty((tap.shape[0], NUM_WATCHED))
+    chunks = tap.shape[0]
+    return torch.empty_like(x), tap.new_empty((chunks, NUM_WATCHED)), tap.new_empty((chunks,))
 
 
 def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
@@ -177,41 +184,65 @@ def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
     return promised.copy_(y)
 
 
-@torch.library.custom_op("esper_bridge::site_backward", mutates_args=())
+@torch.library.custom_op("esper_bridge::site_backward_v2", mutates_args=())
 def site_backward_op(
-    x: Tensor, dy: Tensor, watched: Tensor, stacked: list[Tensor], handle: Tensor
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    r_square: Tensor,
+    stacked: list[Tensor],
+    handle: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of `x`, of the tap and of the parameters."""
     site, plan = _site(handle)
-    grads = [torch.zeros_like(leaf) for leaf in stacked]
     if not plan.banks and not plan.is_watching:
-        return _own(dy, x, dy), watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)), grads
-    pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched)
-    for (name, leaf), grad in zip(site.leaf_names, grads, strict=True):
-        for bank in plan.banks:
-            if bank.bank == name:
-                grad.index_copy_(0, bank.rows, pulled.d_bodies[name][leaf])
+        return (
+            _own(dy, x, dy),
+            watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)),
+            _zeros(stacked),
+        )
+    is_fast = _layer.is_fast(plan, x.movedim(site.axis, -1))
+    # Not finite where the forward pass did not take the fast way, a body having broken.
+    is_known = is_fast and bool(r_square.isfinite().all())
+    kept = _layer.Kept(None, r_square) if is_known else None
+    pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
+    of_bank = {bank.bank: bank for bank in plan.banks}
+    grads = [
+        _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)
+        if name in of_bank
+        else torch.zeros_like(of)
+        for (name, leaf), of in zip(site.leaf_names, stacked, strict=True)
+    ]
     return _own(pulled.d_x, x, dy), torch.cat([watched, pulled.channels], dim=1), grads
+
+
+def _zeros(stacked: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(leaf) for leaf in stacked]
 
 
 @site_backward_op.register_fake
 def _(
-    x: Tensor, dy: Tensor, watched: Tensor, stacked: list[Tensor], handle: Tensor
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    r_square: Tensor,
+    stacked: list[Tensor],
+    handle: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    del dy, handle
+    del dy, r_square, handle
     d_tap = watched.new_empty((watched.shape[0], 2 * NUM_WATCHED))
     return torch.empty_like(x), d_tap, [torch.empty_like(leaf) for leaf in stacked]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, _, stacked, handle = inputs
-    ctx.save_for_backward(x, output[1], handle, *stacked)
+    ctx.save_for_backward(x, output[1], output[2], handle, *stacked)
 
 
-def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Any, ...]:
-    del d_watched  # statistics have no derivative
-    x, watched, handle, *stacked = ctx.saved_tensors
-    d_x, d_tap, grads = site_backward_op(x, dy, watched, stacked, handle)
+def _pull(ctx: Any, dy: Tensor, *of_statistics: Tensor) -> tuple[Any, ...]:
+    del of_statistics  # they have no derivative
+    x, watched, r_square, handle, *stacked = ctx.saved_tensors
+    d_x, d_tap, grads = site_backward_op(x, dy, watched, r_square, stacked, handle)
     return d_x, d_tap, grads, None
 
 
