@@ -30,6 +30,10 @@ OVERHEAD_BYTES = 512 * 2**10
 """What a step takes beside its arrays, before the first one has been measured."""
 
 
+ROOT_BYTES = 4096
+"""What a folder holds beside its steps, at most; a byte budget has to pay for it too."""
+
+
 class CheckpointWarning(UserWarning):
     """A step was not written; training goes on."""
 
@@ -222,7 +226,7 @@ class Writer:
         leaf_digests = _arrays.digests(leaves, copies)
         planned = _arrays.plan(leaves, copies, leaf_digests, prefixes)
         incoming = self._incoming(planned, noted)
-        self._collect(incoming)
+        self._collect(incoming + ROOT_BYTES)
         if self.keep.max_bytes is not None:
             held = _files.num_disk_bytes(self.path)
             if held + incoming > self.keep.max_bytes:

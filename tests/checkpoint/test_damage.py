@@ -64,9 +64,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "emptied": lambda run: os.truncate(data_file(run, 2), 0),
     "longer": lambda run: os.truncate(data_file(run, 2), data_file(run, 2).stat().st_size + 1),
     "deleted": lambda run: data_file(run, 2).unlink(),
-    "orbax's marker deleted": lambda run: next(
-        step_folder(run, 2).rglob("commit_success.txt")
-    ).unlink(),
+    "orbax's metadata deleted": lambda run: next(step_folder(run, 2).rglob("_METADATA")).unlink(),
     "record deleted": lambda run: (step_folder(run, 2) / "record.json").unlink(),
     "manifest deleted": lambda run: (step_folder(run, 2) / "manifest.jsonl").unlink(),
     "manifest emptied": lambda run: os.truncate(step_folder(run, 2) / "manifest.jsonl", 0),
