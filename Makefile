@@ -15,9 +15,12 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
+comma := ,
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
 PIP_FAILED := { echo "error: the installation failed; pip's message is above. After lines of 'Retrying' it means that" \
 	"no package index answered: check the network or pip's index settings, then run make again." >&2; exit 1; }
+
+DEV_EXTRAS := dev$(if $(TORCH),$(comma)integrations)
 
 .NOTPARALLEL: # two pip runs must not share one environment
 .PHONY: help demo test test-all lint format install install-dev clean FORCE
@@ -71,8 +74,8 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.torch-installed
-	@echo "==> installing esper-fn[dev] (a minute or two the first time)"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]' || $(PIP_FAILED)
+	@echo "==> installing esper-fn[$(DEV_EXTRAS)] (a minute or two the first time)"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[$(DEV_EXTRAS)]' || $(PIP_FAILED)
 	@touch $@ $(VENV)/.demo-installed
 
 # torch goes in first, so that no later requirement chooses another build of it.

@@ -35,6 +35,8 @@ BENCHMARKS: dict[str, str] = {
     "kernels": "benchmarks.kernels",
     "gpu": "benchmarks.gpu",
     "bus": "benchmarks.bus",
+    "checkpoint": "benchmarks.checkpoint",
+    "bridge": "benchmarks.bridge",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

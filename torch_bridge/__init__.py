@@ -38,6 +38,7 @@ from torch_bridge._convert import (
     tree_to_torch,
 )
 from torch_bridge._errors import BridgeError
+from torch_bridge._fsdp import replicate_bodies
 from torch_bridge._grow import grow
 from torch_bridge._targets import blocks
 
@@ -50,6 +51,7 @@ __all__ = [
     "from_torch",
     "grow",
     "register_blueprint",
+    "replicate_bodies",
     "to_torch",
     "tree_to_jax",
     "tree_to_torch",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -216,7 +216,8 @@ def form_of(blueprint: Blueprint, spec: BodySpec) -> Form:
             f"blueprint {blueprint.name!r} has no torch form; give it one with "
             f"torch_bridge.register_blueprint({blueprint.name!r}, apply)"
         )
-    shapes = jax.eval_shape(lambda key: blueprint.init(key, spec, np.float32), jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: blueprint.init(key, spec, np.float32), key)
     if not isinstance(shapes, dict):
         raise BridgeError(
             f"blueprint {blueprint.name!r}: the bridge needs parameters in one flat dict, got "
@@ -229,8 +230,12 @@ def form_of(blueprint: Blueprint, spec: BodySpec) -> Form:
     }
     inner = {"vector": (5,), "sequence": (2, 5), "image": (2, 4, 5)}[spec.topology]
     u = source.standard_normal((*inner, spec.inputs)).astype(np.float32)
-    mask = np.ones((spec.inputs,), bool)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    mask: Any = np.ones((spec.inputs,), bool)
+    with (
+        jax.default_device(jax.local_devices(backend="cpu")[0]),  # a GPU would round to tf32
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         wanted = np.asarray(jax.jit(lambda p, u: blueprint.apply(p, u, spec, mask))(drawn, u))
     leaves = {name: torch.from_numpy(leaf)[None] for name, leaf in drawn.items()}
     told = (torch.from_numpy(u)[None], torch.from_numpy(mask)[None], spec.topology)

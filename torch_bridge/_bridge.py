@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,25 +15,13 @@ import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
 from torch_bridge import _survey, _unwrap
-from torch_bridge._bodies import Form
+from torch_bridge._banks import Bank, tell_optimizers, tell_sites
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._optim import Learning, Watcher
-from torch_bridge._plan import NUM_CHANNELS, BankPlan, plan_bank
-from torch_bridge._settle import settle
+from torch_bridge._measure import Measured, measure, read
+from torch_bridge._optim import Watcher
 from torch_bridge._site import Seeds, Shared
-
-
-class Bank(NamedTuple):
-    """One bank of the lattice and the module that holds its bodies."""
-
-    site: Seeds
-    name: str
-    start: int
-    num_slots: int
-    first_seed: int
-    form: Form
 
 
 class Bridge:
@@ -54,6 +42,7 @@ class Bridge:
         shared: Shared,
         group: Group,
         watch_every: int,
+        lag: int,
         handles: Sequence[Any],
     ) -> None:
         self.model = model
@@ -71,6 +60,10 @@ class Bridge:
         self.optimizers = Watcher(host, bodies)
         self._host = host
         self._num_steps = 0
+        self._lag = lag
+        self._pending: list[Measured] = []
+        self._asked: list[Command] = []
+        self._is_reached = False
         self._is_open = True
         self._was: tuple[np.ndarray, np.ndarray] | None = None
         lifecycle.on_load = self._loaded
@@ -110,10 +103,13 @@ class Bridge:
         self, host: dict[str, Any] | None = None, bodies: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Groups for an optimiser, with options of their own for the host and for the bodies."""
-        own = {"params": [p for p in self._host if p.requires_grad], **(host or {})}
+        grown = self.body_parameters()
+        known = {id(p) for p in grown}
+        # Not `_host`: `fully_shard` puts other parameters in their places.
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         return [
-            *([own] if own["params"] else []),
-            {"params": self.body_parameters(), **(bodies or {})},
+            *([{"params": rest, **(host or {})}] if rest else []),
+            {"params": grown, **(bodies or {})},
         ]
 
     def summary(self) -> str:
@@ -178,7 +174,7 @@ class Bridge:
 
     # --- one step ----------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info:
+    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info | None:
         """One step of every seed's life; call it after `optimizer.step()`.
 
         Reads what the backward passes since the last call measured, in one transfer, advances the
@@ -191,7 +187,8 @@ class Bridge:
           commands: what people ask; see `esper_fn.commands`.
 
         Returns:
-          What happened, with NumPy leaves.
+          What happened, with NumPy leaves. With `lag`, what the step that many calls ago led to;
+          None before there was one, and commands wait.
 
         Raises:
           BridgeError: a site was never reached, bodies are in no optimiser, or the bridge was
@@ -199,49 +196,27 @@ class Bridge:
         """
         self._check_open()
         self.optimizers.check_complete()
-        readings, value, drift, has_broken = self._read(loss)
-        info, born = self._lifecycle.advance(
-            readings, value, drift, has_broken, commands, _rows(len(commands))
+        self._pending.append(
+            measure(self.sites, self.optimizers, self._group, loss, is_waiting=not self._lag)
         )
+        self._asked += commands
+        if len(self._pending) <= self._lag:
+            self._end_step()
+            return None
+        found = read(self._pending.pop(0), self._group, self.lattice)
+        if not self._is_reached and self._watch_every:
+            self._check_reached(found.readings)
+        asked, self._asked = self._asked, []
+        info, born = self._lifecycle.advance(*found, asked)
         with torch.no_grad():
             for slot, leaves in born:
                 self._bear(slot, leaves)
-        self._num_steps += 1
-        self._refresh()
+        self._end_step()
         return info
 
-    def _read(self, loss: Tensor | float) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-        """Readings [S, K], the loss, and how far each slot's body moved and whether it broke."""
-        with torch.no_grad():
-            taps = [_reading(site) for site in self.sites]
-            place = taps[0].device
-            is_one = all(tap.device == place for tap in taps)
-            readings = torch.cat(taps if is_one else [tap.cpu() for tap in taps])
-            value = torch.as_tensor(loss, dtype=torch.float32).detach().to(readings.device)
-            flat = self._group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
-            settled = settle(self.optimizers.kept)
-            moved = [of.to(flat.device) for of in settled.drift]
-            told = torch.cat([flat, *moved]).cpu().numpy()  # the step's one transfer
-        size = readings.numel()
-        measured = told[:size].reshape(-1, NUM_CHANNELS).copy()
-        measured, value_mean = self._group.of_mean(measured, float(told[size]))
-        scale = self.optimizers.scale
-        if scale != 1.0:
-            measured[:, _UTILITY] /= scale
-            measured[:, _GRADIENT_SQUARE] /= scale**2
-        if not self._num_steps and self._watch_every:
-            self._check_reached(measured)
-        drift = np.zeros((self.lattice.num_slots,), np.float32)
-        has_broken = np.zeros((self.lattice.num_slots,), bool)
-        settled.finish(told[size + 1 :], self._slots_of(settled), drift, has_broken)
-        self.optimizers.kept.clear()
-        for site in self.sites:
-            site.tap.grad = None
-        return measured, value_mean, drift, has_broken
-
-    def _slots_of(self, settled: Any) -> list[np.ndarray]:
-        """The flat slots behind each entry of what moved."""
-        return [self._learning_slots[id(kept.params[0])] for kept in settled.kept]
+    def _end_step(self) -> None:
+        self._num_steps += 1
+        self._refresh()
 
     def _check_reached(self, measured: np.ndarray) -> None:
         first = 0
@@ -255,6 +230,7 @@ class Bridge:
                     "it out of targets"
                 )
             first += chunks
+        self._is_reached = True
 
     def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
         bank = self._bank_of(slot)
@@ -283,70 +259,14 @@ class Bridge:
                     site.plan = replace(site.plan, is_watching=watching)
             return
         self._was = gains.copy(), owner.copy()
-        by_seed = np.zeros((self.lattice.num_seeds, 3), np.float32)
-        row = np.full((self.lattice.num_seeds,), -1, np.int32)
-        is_held = owner >= 0
-        by_seed[owner[is_held]] = gains[is_held]
-        is_live = is_held & np.any(gains != 0, axis=1)
-        plans: dict[int, list[BankPlan]] = {id(site): [] for site in self.sites}
-        for bank in self.banks:
-            here = slice(bank.start, bank.start + bank.num_slots)
-            slots = np.flatnonzero(is_live[here])
-            if not slots.size:
-                continue
-            chunks = owner[here][slots] - bank.first_seed
-            plan = plan_bank(
-                bank.site.plan.cut, bank.name, bank.form, slots, chunks, gains[here][slots]
-            )
-            row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
-            plans[id(bank.site)].append(plan)
-        flats: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        first = 0
-        for site in self.sites:
-            device, last = site.tap.device, first + site.plan.cut.chunks
-            if device not in flats:
-                flats[device] = torch.tensor(by_seed, device=device), torch.tensor(row).to(device)
-            on_gains, on_row = flats[device]
-            site.plan = replace(
-                site.plan,
-                banks=tuple(of.to(device) for of in plans[id(site)]),
-                gains=on_gains[first:last],
-                row=on_row[first:last],
-                is_watching=watching,
-            )
-            first = last
-        self._tell_optimizers(gains[:, 1] != 0)
-
-    def _tell_optimizers(self, learns: np.ndarray) -> None:
-        resting: list[nn.Parameter] = []
-        learning: list[Learning] = []
-        self._learning_slots: dict[int, np.ndarray] = {}
-        for bank in self.banks:
-            here = learns[bank.start : bank.start + bank.num_slots]
-            yes, no = np.flatnonzero(here), np.flatnonzero(~here)
-            num_leaves = len(bank.site.names_of(bank.name))
-            if not num_leaves:
-                continue
-            if not yes.size:
-                resting += bank.site.parameters_of(bank.name)
-                continue
-            if bank.site.is_stacked:
-                params = bank.site.parameters_of(bank.name)
-                told = None if not no.size else torch.tensor(here, device=params[0].device)
-                learning.append(Learning(params, num_leaves, told, is_stacked=True))
-                slots = np.arange(bank.start, bank.start + bank.num_slots)
-            else:
-                resting += bank.site.parameters_of(bank.name, tuple(no.tolist()))
-                params = bank.site.parameters_of(bank.name, tuple(yes.tolist()))
-                learning.append(Learning(params, num_leaves, None, is_stacked=False))
-                slots = bank.start + yes
-            self._learning_slots[id(params[0])] = slots
-        self.optimizers.resting, self.optimizers.learning = resting, learning
+        tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
+        tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
 
     def _loaded(self) -> None:
         self._num_steps = int(self._lifecycle.state.step)
         self._was = None
-        self.optimizers.kept.clear()
+        self.optimizers.before = None
+        self._pending.clear()
         self._refresh()
 
     # --- survey, end -------------------------------------------------------------------------
@@ -387,18 +307,3 @@ class Bridge:
 
 
 _MOST_LINES = 12
-_GRADIENT_SQUARE = ef.Reading._fields.index("gradient_square")
-_UTILITY = ef.Reading._fields.index("utility")
-
-
-def _reading(site: Seeds) -> Tensor:
-    grad = site.tap.grad
-    return torch.zeros_like(site.tap) if grad is None else grad
-
-
-def _rows(count: int) -> int:
-    """Rows for commands: few sizes, as each is compiled once."""
-    size = 4
-    while size < count:
-        size *= 4
-    return size

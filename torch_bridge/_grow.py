@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
+from torch_bridge._banks import Bank
 from torch_bridge._bodies import form_of
-from torch_bridge._bridge import Bank, Bridge
+from torch_bridge._bridge import Bridge
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
@@ -39,6 +40,7 @@ def grow(
     topology: Topology | Mapping[str, Topology] | None = None,
     stacked: bool = False,
     watch_every: int = 16,
+    lag: int = 0,
     seed: int = 0,
     process_group: Any = None,
     verbose: bool = True,
@@ -73,6 +75,9 @@ def grow(
         count bodies of a bank then share.
       watch_every: dormant chunks are measured in every so manieth step; 0 for never. Live ones are
         always.
+      lag: training steps by which the lifecycle follows. With 0 `bridge.step` waits for the device;
+        with 1 it reads what the step before measured, so that a GPU need not wait for Python:
+        every decision then comes one step later. A body that breaks reaches nothing meanwhile.
       seed: of everything random in the lifecycle.
       process_group: whose ranks decide together; the default one, if there is any.
       verbose: prints what was found.
@@ -91,7 +96,7 @@ def grow(
     >>> bridge.lattice.num_seeds
     2
     """
-    _check(model, watch_every)
+    _check(model, watch_every, lag)
     places = find(model, targets, features)
     sites = _sites(places, chunks, topology)
     lattice = ef.lattice(
@@ -114,9 +119,10 @@ def grow(
         for bank in lattice.tables.banks
     ]
     lifecycle = Lifecycle(growth, seed)
+    empty = lifecycle.empty_bodies()
     shared = Shared()
     seeds = [
-        _seeds(place, site, lifecycle.first_bodies[site.name], shared, stacked, model)
+        _seeds(place, site, empty[site.name], shared, stacked, model)
         for place, site in zip(places, sites, strict=True)
     ]
     starts = np.cumsum([0, *(site.num_seeds for site in sites)])
@@ -134,26 +140,47 @@ def grow(
     seeds[0].lifecycle = lifecycle
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
-        model.register_forward_hook(shared.end, always_call=True),
+        model.register_forward_hook(shared.end),
     ]
+    _tell_compiler()
     for place, own in zip(places, seeds, strict=True):
         place.module.add_module("seeds", own)
         handles.append(place.module.register_forward_hook(own.hook))
     bridge = Bridge(
-        model, growth, seeds, banks, lifecycle, shared, Group(process_group), watch_every, handles
+        model,
+        growth,
+        seeds,
+        banks,
+        lifecycle,
+        shared,
+        Group(process_group),
+        watch_every,
+        lag,
+        handles,
     )
     if verbose:
         sys.stdout.write(bridge.summary() + "\n")
     return bridge
 
 
-def _check(model: object, watch_every: object) -> None:
+def _check(model: object, watch_every: object, lag: object) -> None:
     if not isinstance(model, nn.Module):
         raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(watch_every, int) or isinstance(watch_every, bool) or watch_every < 0:
-        raise BridgeError(
-            f"watch_every must be an int, at least 0 (0 for never), got {watch_every!r}"
-        )
+    for name, value in {"watch_every": watch_every, "lag": lag}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise BridgeError(f"{name} must be an int, at least 0, got {value!r}")
+
+
+def _tell_compiler() -> None:
+    """Makes `torch.compile` look at hooks.
+
+    By default it compiles the hooks there are and trusts that none are added: it would go on
+    running what it compiled of this model before, or of a bare one of the same class.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
 
 
 def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:

@@ -13,6 +13,7 @@ from torch_bridge._bodies import Leaves
 from torch_bridge._layer import Pulled
 from torch_bridge._plan import SitePlan
 
+DEVICES = {"cuda"}
 _DTYPES = (torch.bfloat16, torch.float32)
 MAX_SIDE = 128
 MAX_MATRIX = 8192
@@ -21,7 +22,12 @@ MAX_MATRIX = 8192
 
 def serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
     """Whether a kernel computes all of a site: one live bank of a known form, on a GPU."""
-    if x.device.type != "cuda" or len(plan.banks) != 1 or x.dtype not in _DTYPES or not x.numel():
+    if (
+        x.device.type not in DEVICES
+        or len(plan.banks) != 1
+        or x.dtype not in _DTYPES
+        or not x.numel()
+    ):
         return False
     bank = plan.banks[0]
     if bank.form.kernel is None or plan.cut.widest > MAX_SIDE:
@@ -42,10 +48,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` and what was measured of `x`."""
+    """`y` as rows, [N, D], and what was measured of `x`."""
     body, activation = _call(plan, bodies)
-    y, watched = kernels.graft(_rows(x), body, plan.row, plan.gains, activation=activation)
-    return y.reshape(x.shape), watched
+    return kernels.graft(_rows(x), body, plan.row, plan.gains, activation=activation)
 
 
 def backward(

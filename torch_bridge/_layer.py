@@ -77,6 +77,8 @@ def _over_rows(x: Tensor) -> tuple[int, ...]:
 
 def squares(x: Tensor) -> Tensor:
     """[D]: sums of x^2, float32."""
+    if x.device.type == "cpu":  # where torch's norm over leading axes takes seven times as long
+        return x.float().square().sum(_over_rows(x))
     return torch.linalg.vector_norm(x, dim=_over_rows(x), dtype=torch.float32).square()
 
 
@@ -129,52 +131,132 @@ def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
     return torch.where(gain != 0, wide.to(base.dtype), base)
 
 
-def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> Tensor:
-    """`y`, in memory of its own."""
-    y = x.clone()
+class Kept(NamedTuple):
+    """What the fast path hands from forward to backward."""
+
+    z: Tensor
+    """[n, N, R]: what the activation function takes."""
+    r_square: Tensor
+    """[n]."""
+
+
+def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) -> Kept | None:
+    """Writes the grown activation into `y`."""
+    if len(plan.banks) == 1 and _is_fast(plan.banks[0], x):
+        kept = _forward_fast(plan, plan.banks[0], bodies, x, y)
+        if kept is not None:
+            return kept
+    y.copy_(x)
     for bank in plan.banks:
         if not bank.acts:
             continue
         u = take(plan.cut, bank, x)
         r = _outputs(plan, bank, bodies[bank.bank], u)
         act = plan.gains[:, 0].index_select(0, bank.chunk)
-        act = torch.where(r.flatten(1).isfinite().all(1), act, 0.0)
+        act = torch.where(_is_finite(r), act, 0.0)
         put_(plan.cut, bank, y, _add(u, act, r))
-    return y
+    return None
+
+
+def _is_fast(bank: BankPlan, x: Tensor) -> bool:
+    """Whether all chunks of a site may be computed in few passes.
+
+    On a CPU only, where asking whether a body broke costs no wait.
+    """
+    is_dense = bank.form.activation is not None and bank.is_all and bank.is_full
+    return is_dense and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def _inner(bank: BankPlan, leaves: Leaves, rows: Tensor) -> Tensor:
+    """`rows down + bias`."""
+    bias = leaves.get("bias")
+    down = leaves["down"].to(rows.dtype)
+    if bias is None:
+        return torch.bmm(rows, down)
+    return torch.baddbmm(bias.to(rows.dtype)[:, None, :], rows, down)
+
+
+def _as_rows(of: Tensor) -> Tensor:
+    return of.reshape(of.shape[0], -1, of.shape[-1])
+
+
+def _forward_fast(
+    plan: SitePlan, bank: BankPlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor
+) -> Kept | None:
+    u, leaves = _as_rows(take(plan.cut, bank, x)), bodies[bank.bank]
+    z = _inner(bank, leaves, u)
+    r = torch.bmm(PHI[str(bank.form.activation)](z), leaves["up"].float())
+    r_square = _per_slot_square(r)
+    if not bool(r_square.isfinite().all()):
+        return None
+    _add_into(plan.cut, bank, y, u, plan.gains[:, 0], r)
+    return Kept(z, r_square)
+
+
+def _add_into(
+    cut: Cut, bank: BankPlan, out: Tensor, base: Tensor, gain: Tensor, values: Tensor
+) -> None:
+    """`out = base + gain * values` for all chunks, `base` and `values` as rows, in one pass."""
+    place = take(cut, bank, out)
+    rows = _as_rows(place)
+    if rows.data_ptr() == out.data_ptr():
+        torch.addcmul(base, gain[:, None, None], values, out=rows)
+    else:
+        place.copy_(torch.addcmul(base, gain[:, None, None], values).reshape(place.shape))
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    """[n]: by sums, which are not finite where a value is not."""
+    return values.flatten(1).sum(1, dtype=torch.float32).isfinite()
 
 
 def backward(
-    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, dy: Tensor, watched: Tensor
+    plan: SitePlan,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    kept: Kept | None = None,
 ) -> Pulled:
     """Gradients of the input and of the bodies, and what the step measured."""
     channels = slopes(plan.cut, dy)
-    d_x = dy.clone() if any(bank.feels for bank in plan.banks) else dy
+    d_x: Tensor | None = None
     d_bodies: dict[str, Leaves] = {}
     if not dy.numel():
         grads = {b.bank: _zeros(bodies[b.bank]) for b in plan.banks}
-        return Pulled(d_x, channels, grads)
+        return Pulled(dy, channels, grads)
     fed = channels[:, 0].isfinite() & watched[:, 2].isfinite()
     for bank in plan.banks:
         u, slope = take(plan.cut, bank, x), take(plan.cut, bank, dy)
         leaves = bodies[bank.bank]
         gains = plan.gains.index_select(0, bank.chunk)
-        pull = _pull_dense if bank.form.activation is not None else _pull_any
-        r_square, utility, d_leaves, d_u = pull(plan, bank, leaves, u, slope)
+        if bank.form.activation is not None:
+            found = _pull_dense(bank, leaves, u, slope, kept)
+        else:
+            found = _pull_any(plan, bank, leaves, u, slope)
+        r_square, utility, d_leaves, d_u = found
         is_sound = r_square.isfinite()
         is_flowing = is_sound & utility.isfinite()
-        for leaf in d_leaves.values():
-            is_flowing = is_flowing & leaf.flatten(1).isfinite().all(1)
+        for leaf in (*d_leaves.values(), *(() if d_u is None else (d_u,))):
+            is_flowing = is_flowing & _is_finite(leaf)
+        is_fast = kept is not None and bool(is_flowing.all())
         if d_u is not None:
-            is_flowing = is_flowing & d_u.flatten(1).isfinite().all(1)
             feel = torch.where(is_flowing, gains[:, 2], 0.0)
-            put_(plan.cut, bank, d_x, _add(slope, feel, d_u))
+            if is_fast:
+                d_x = torch.empty_like(dy)
+                _add_into(plan.cut, bank, d_x, _as_rows(slope), feel, _as_rows(d_u))
+            else:
+                d_x = dy.clone() if d_x is None else d_x
+                put_(plan.cut, bank, d_x, _add(slope, feel, d_u))
         learn = torch.where(is_flowing, gains[:, 1], 0.0)
-        d_bodies[bank.bank] = {
-            name: torch.where(
-                _column(learn != 0, leaf), leaf * _column(learn, leaf).to(leaf.dtype), 0.0
-            )
-            for name, leaf in d_leaves.items()
-        }
+        if not is_fast:
+            d_leaves = {
+                name: torch.where(
+                    _column(learn != 0, leaf), leaf * _column(learn, leaf).to(leaf.dtype), 0.0
+                )
+                for name, leaf in d_leaves.items()
+            }
+        d_bodies[bank.bank] = d_leaves
         is_fed = fed.index_select(0, bank.chunk)
         measured = torch.stack(
             [
@@ -186,7 +268,7 @@ def backward(
             dim=1,
         )
         channels[:, 1:].index_copy_(0, bank.chunk, measured)
-    return Pulled(d_x, channels, d_bodies)
+    return Pulled(dy if d_x is None else d_x, channels, d_bodies)
 
 
 def _zeros(leaves: Leaves) -> Leaves:
@@ -209,29 +291,22 @@ def _pull_any(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor, slope: 
 
 
 def _pull_dense(
-    plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor
+    bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor, kept: Kept | None
 ) -> Measured:
-    """`r = phi(u down + bias) up`, and `<dy, r> = <phi(z)^T dy, up>`, which costs no pass over r."""
-    del plan
-    name = bank.form.activation
-    rows, dy = (
-        u.reshape(u.shape[0], -1, u.shape[-1]),
-        slope.reshape(*slope.shape[:1], -1, slope.shape[-1]),
-    )
+    """`r = phi(u down + bias) up`; `<dy, r> = <phi(z)^T dy, up>` costs no pass over r."""
+    name = str(bank.form.activation)
+    rows, dy = _as_rows(u), _as_rows(slope)
     down, up = leaves["down"].to(u.dtype), leaves["up"].to(u.dtype)
     if bank.columns is not None:
         up = torch.where(bank.mask[:, None, :], up, 0.0)
-    bias = leaves.get("bias")
-    z = torch.bmm(rows, down)
-    if bias is not None:
-        z = z + bias.to(u.dtype)[:, None, :]
-    a = PHI[str(name)](z)
-    r_square = _per_slot_square(torch.bmm(a, up))
+    z = _inner(bank, leaves, rows) if kept is None else kept.z
+    a = PHI[name](z)
+    r_square = _per_slot_square(torch.bmm(a, up)) if kept is None else kept.r_square
     d_up = torch.bmm(a.transpose(1, 2), dy)
     utility = -(d_up.float() * up.float()).flatten(1).sum(1)
-    d_z = _through(str(name), z, a, torch.bmm(dy, up.transpose(1, 2)))
+    d_z = _through(name, z, a, torch.bmm(dy, up.transpose(1, 2)))
     d_leaves = {"down": torch.bmm(rows.transpose(1, 2), d_z), "up": d_up}
-    if bias is not None:
+    if "bias" in leaves:
         d_leaves["bias"] = d_z.sum(1)
     d_leaves = {name: d_leaves[name].to(leaf.dtype) for name, leaf in leaves.items()}
     d_u = torch.bmm(d_z, down.transpose(1, 2)).reshape(u.shape) if bank.feels else None

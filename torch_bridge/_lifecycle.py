@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from esper_fn.lifecycle import NONE
 from torch_bridge._errors import BridgeError
 
 Arrays = dict[str, np.ndarray]
+MIN_ROWS = 4
+"""Rows for commands in most steps."""
 
 
 class Born(NamedTuple):
@@ -39,31 +41,35 @@ class Lifecycle:
         self.growth = growth
         self.device = jax.local_devices(backend="cpu")[0]
         with self._here():
-            start = jax.jit(growth.init)(jax.random.key(seed))
-            self.first_bodies = jax.device_get(start.bodies)
-            self.state = start._replace(bodies={})
+            # Without bodies, whose random numbers would take long to compile: a birth writes them.
+            begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
+            self.state = begin(jax.random.key(seed))
         self._advance = jax.jit(partial(_advance, growth))
         self._conclude = jax.jit(growth.conclude)
         self._on_trial = jax.jit(growth.on_trial)
         self.on_load: Callable[[], None] = lambda: None
+        self._no_commands = growth.commands((), MIN_ROWS)
+        self._gains = self._look()
 
     def __deepcopy__(self, memo: Any) -> Lifecycle:
         """A copied model (an average of its weights, say) is at the same point of the same life."""
         return self
 
-    def __reduce__(self) -> Any:
-        raise BridgeError(
-            "a grown model cannot be pickled; save model.state_dict(), with safetensors or "
-            "torch.save, grow a fresh model alike and load it there"
-        )
+    def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
+        """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
+        shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).bodies
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
 
     def _here(self) -> Any:
         return jax.default_device(self.device)
 
     def gains(self) -> np.ndarray:
         """float32[Q, 3]: act, learn and feel of every slot."""
+        return self._gains
+
+    def _look(self) -> np.ndarray:
         state = self.state
-        with self._here(), jax.numpy_dtype_promotion("standard"):
+        with self._here():
             return np.asarray(_gains(state.seeds, state.owner, state.settings))
 
     def owner(self) -> np.ndarray:
@@ -81,7 +87,6 @@ class Lifecycle:
         drift: np.ndarray,
         has_broken: np.ndarray,
         commands: Sequence[Command],
-        size: int,
     ) -> tuple[ef.Info, list[Born]]:
         """One step.
 
@@ -91,19 +96,29 @@ class Lifecycle:
           drift: float32[Q].
           has_broken: bool[Q].
           commands: what is asked.
-          size: rows for commands; another one compiles anew.
 
         Returns:
           What happened, with NumPy leaves, and the bodies to put into place.
         """
         before = self.state
-        packed = self.growth.commands(commands, size)
+        packed = self._pack(commands)
         with self._here():
-            self.state, info, key = self._advance(
+            self.state, info, key, gains = self._advance(
                 before, readings, np.float32(loss), drift, has_broken, packed
             )
+            self._gains = np.asarray(gains)
             born = self._born(before, key)
-        return jax.device_get(info), born
+        return jax.tree.map(np.asarray, info), born
+
+    def _pack(self, commands: Sequence[Command]) -> Any:
+        """Commands as arrays of few sizes, as each size is compiled once."""
+        if not commands:
+            return self._no_commands
+        size = MIN_ROWS
+        while size < len(commands):
+            size *= 4
+        with self._here():
+            return self.growth.commands(commands, size)
 
     def _born(self, before: ef.GrowthState, key: Any) -> list[Born]:
         slots = np.flatnonzero(np.asarray(self.state.is_born))
@@ -122,7 +137,7 @@ class Lifecycle:
 
     def conclude(
         self,
-        moments: Sequence[Sequence[np.ndarray]],
+        moments: Sequence[Sequence[Any]],
         loss: float,
         chosen: Sequence[int],
         missing: Sequence[float],
@@ -186,6 +201,7 @@ class Lifecycle:
         raw = jax.tree.unflatten(structure, found)
         with self._here():
             self.state = raw._replace(key=jax.random.wrap_key_data(raw.key))
+        self._gains = self._look()
         self.on_load()
 
 
@@ -203,7 +219,7 @@ def _advance(
 ) -> Any:
     num_seeds = growth.lattice.num_seeds
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
-    return growth.advance(
+    after, info, key = growth.advance(
         state,
         Reading(*(readings[:, k] for k in range(readings.shape[1]))),
         loss,
@@ -211,3 +227,4 @@ def _advance(
         has_broken=jnp.zeros((num_seeds,), bool).at[where].set(has_broken, mode="drop"),
         commands=commands,
     )
+    return after, info, key, slot_gains(after.seeds, after.owner, after.settings)

@@ -41,16 +41,19 @@ def _plainly(x: Tensor) -> AbstractContextManager[Any]:
 
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, _layer.Kept | None]:
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
     last = x.movedim(axis, -1)
     with torch.no_grad(), _plainly(x):
         if plan.banks and _kernels.serves(plan, bodies, last):
-            y, watched = _kernels.forward(plan, bodies, last)
-            return y.movedim(-1, axis), watched
-        y = _layer.forward(plan, bodies, last) if plan.banks else last.clone()
-        watched = _layer.watch(plan.cut, last) if watches else _no_measure(plan, x)
-        return y.movedim(-1, axis), watched
+            rows, watched = _kernels.forward(plan, bodies, last)
+            if axis == -1:  # a view may not be changed in place by whoever comes next
+                return torch.ops.aten._unsafe_view(rows, x.shape), watched, None
+            y = torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis))
+            return y, watched, None
+        y = torch.empty_like(x)
+        kept = _layer.forward(plan, bodies, last, y.movedim(axis, -1))
+        return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x), kept
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
@@ -58,18 +61,24 @@ def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
 
 
 def _backward(
-    plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, dy: Tensor, watched: Tensor
+    plan: SitePlan,
+    axis: int,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    kept: _layer.Kept | None = None,
 ) -> _layer.Pulled:
     last, slope = x.movedim(axis, -1), dy.movedim(axis, -1)
     with torch.no_grad(), _plainly(x):
         if plan.banks and _kernels.serves(plan, bodies, last):
             pulled = _kernels.backward(plan, bodies, last, slope, watched)
         else:
-            pulled = _layer.backward(plan, bodies, last, slope, watched)
+            pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
     return pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
-class Grafted(torch.autograd.Function):
+class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
     """`y` of a site in eager mode, with the measurements as the gradient of `tap`."""
 
     @staticmethod
@@ -79,8 +88,8 @@ class Grafted(torch.autograd.Function):
         """`names` are the parameters of each live bank, in the order of `leaves`."""
         del tap
         bodies = _named(plan, names, leaves)
-        y, watched = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, watched, *leaves)
+        y, watched, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, watched, *(kept or (None, None)), *leaves)
         ctx.static = (plan, axis, names)
         return y
 
@@ -89,8 +98,9 @@ class Grafted(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of `x`, of the tap and of the bodies."""
         plan, axis, names = ctx.static
-        x, watched, *leaves = ctx.saved_tensors
-        pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched)
+        x, watched, z, r_square, *leaves = ctx.saved_tensors
+        kept = None if z is None else _layer.Kept(z, r_square)
+        pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched, kept)
         grads = [
             pulled.d_bodies[bank.bank][name]
             for bank, of in zip(plan.banks, names, strict=True)
@@ -108,7 +118,7 @@ def _named(plan: SitePlan, names: Any, leaves: Any) -> dict[str, Leaves]:
     }
 
 
-class Anchored(torch.autograd.Function):
+class Anchored(torch.autograd.Function):  # type: ignore[misc]
     """`x` as a tensor that requires a gradient, for hosts that are frozen up to here."""
 
     @staticmethod
@@ -149,8 +159,8 @@ def site_op(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tu
     del tap
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
-    y, watched = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
-    return _like(y, x), watched
+    y, watched, _ = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
+    return _own(y, x, x), watched
 
 
 @site_op.register_fake
@@ -159,10 +169,10 @@ def _(x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor) -> tuple[Te
     return torch.empty_like(x), tap.new_empty((tap.shape[0], NUM_WATCHED))
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in the layout that the fake operation promised, and never `x` itself."""
+def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
+    """`y` in the layout of `x`, which the fake operation promised, and never `given` itself."""
     promised = torch.empty_like(x)
-    if y.stride() == promised.stride() and y.data_ptr() != x.data_ptr():
+    if y.stride() == promised.stride() and y.data_ptr() != given.data_ptr():
         return y
     return promised.copy_(y)
 
@@ -175,14 +185,13 @@ def site_backward_op(
     site, plan = _site(handle)
     grads = [torch.zeros_like(leaf) for leaf in stacked]
     if not plan.banks and not plan.is_watching:
-        return _like(dy, x), watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)), grads
+        return _own(dy, x, dy), watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)), grads
     pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched)
     for (name, leaf), grad in zip(site.leaf_names, grads, strict=True):
         for bank in plan.banks:
             if bank.bank == name:
                 grad.index_copy_(0, bank.rows, pulled.d_bodies[name][leaf])
-    d_x = pulled.d_x.clone() if pulled.d_x.data_ptr() == dy.data_ptr() else pulled.d_x
-    return _like(d_x, x), torch.cat([watched, pulled.channels], dim=1), grads
+    return _own(pulled.d_x, x, dy), torch.cat([watched, pulled.channels], dim=1), grads
 
 
 @site_backward_op.register_fake

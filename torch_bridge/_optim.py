@@ -21,50 +21,15 @@ from torch.optim.optimizer import (
 )
 
 from torch_bridge._errors import BridgeError
+from torch_bridge._settle import Learning
 
 
-class Kept:
-    """The learning bodies of one bank before a step."""
-
-    def __init__(
-        self, params: list[nn.Parameter], num_leaves: int, learns: Tensor | None, is_stacked: bool
-    ) -> None:
-        self.params = params
-        """Body by body; where they are stacked, `[P, ...]` each."""
-        self.num_leaves = num_leaves
-        self.learns = learns
-        """bool[P] where stacked and not all learn."""
-        self.is_stacked = is_stacked
-        self.before = [p.detach().clone() for p in params]
-        self.state: list[tuple[Tensor, Tensor]] = []
-        """Rows of an optimiser's state, and what they were."""
-
-    def squares(self, values: list[Tensor]) -> Tensor:
-        """float32[n]: the sum of squares of each body, of values that belong to `params`."""
-        if self.is_stacked:
-            return sum(of.float().square().flatten(1).sum(1) for of in values)  # type: ignore[return-value]
-        each = torch.stack([of.float().square().sum() for of in values])
-        return each.reshape(-1, self.num_leaves).sum(1)
-
-    def put_back(self, index: int) -> None:
-        """Gives one body its old numbers."""
-        with torch.no_grad():
-            if self.is_stacked:
-                for p, old in zip(self.params, self.before, strict=True):
-                    p[index] = old[index]
-                return
-            here = slice(index * self.num_leaves, (index + 1) * self.num_leaves)
-            for p, old in zip(self.params[here], self.before[here], strict=True):
-                p.copy_(old)
-
-
-class Learning(NamedTuple):
-    """A bank in which a body learns; see `Kept`."""
+class Partial(NamedTuple):
+    """A bank whose bodies are stacked, some of which learn and some rest."""
 
     params: list[nn.Parameter]
-    num_leaves: int
-    learns: Tensor | None
-    is_stacked: bool
+    learns: Tensor
+    """bool[P]."""
 
 
 class Watcher:
@@ -79,13 +44,16 @@ class Watcher:
         self._is_complete = not self._bodies
         self.resting: list[nn.Parameter] = []
         """Parameters none of whose bodies learn."""
-        self.learning: list[Learning] = []
-        self.kept: list[Kept] = []
+        self.learning = Learning(())
+        self.partial: list[Partial] = []
+        self.before: list[Tensor] | None = None
+        """The learning bodies before the first step since the last `bridge.step`."""
+        self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scaler: Any = None
         self.scale = 1.0
         me = weakref.ref(self)
         self._handles = [
-            register_optimizer_step_pre_hook(lambda of, args, kwargs: _pre(me, of)),
+            register_optimizer_step_pre_hook(lambda of, args, kwargs: _pre(me, of, args, kwargs)),
             register_optimizer_step_post_hook(lambda of, args, kwargs: _post(me, of)),
         ]
         for handle in self._handles:
@@ -130,38 +98,31 @@ class Watcher:
             return
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
+        self.rest()
+        if self.before is None and self.learning.groups:
+            self.before = self.learning.snapshot()
+        for bank in self.partial:
+            of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
+            for of in (*bank.params, *of_state):
+                self._saved.append((of, of.detach().clone(), bank.learns))
+
+    def rest(self) -> None:
+        """Takes the gradients of resting bodies away."""
         for p in self.resting:
             p.grad = None
-        for bank in self.learning:
-            if not any(id(p) in held for p in bank.params):
-                continue
-            kept = Kept(*bank)
-            if bank.learns is not None:
-                kept.state = [
-                    (of, of.detach().clone())
-                    for p in bank.params
-                    for of in optimizer.state.get(p, {}).values()
-                    if isinstance(of, Tensor) and of.shape == p.shape
-                ]
-            self.kept.append(kept)
 
     def after_step(self, optimizer: Any) -> None:
         """Puts resting rows of stacked bodies back."""
         with torch.no_grad():
-            for kept in self.kept:
-                if kept.learns is None:
-                    continue
-                for p, old in zip(kept.params, kept.before, strict=True):
-                    _put_back(p, old, kept.learns)
-                known = {id(of) for of, _ in kept.state}
-                for of, old in kept.state:
-                    _put_back(of, old, kept.learns)
-                for p in kept.params:
-                    for of in optimizer.state.get(p, {}).values():
-                        is_row = isinstance(of, Tensor) and of.shape == p.shape
-                        if is_row and id(of) not in known:
-                            _put_back(of, torch.zeros_like(of), kept.learns)
-                kept.state = []
+            known = {id(of) for of, _, _ in self._saved}
+            for of, old, learns in self._saved:
+                _put_back(of, old, learns)
+            self._saved.clear()
+            for bank in self.partial:
+                for p in bank.params:
+                    for of in _rows_of(optimizer, p):
+                        if id(of) not in known:  # made in this very step
+                            _put_back(of, torch.zeros_like(of), bank.learns)
 
     def forget(self, params: list[nn.Parameter], slot: int | None) -> None:
         """Removes what optimisers remember of a newborn: all of it, or one row where stacked."""
@@ -171,19 +132,43 @@ class Watcher:
                     optimizer.state.pop(p, None)
                     p.grad = None
                     continue
-                for of in optimizer.state.get(p, {}).values():
-                    if isinstance(of, Tensor) and of.shape == p.shape:
-                        of[slot] = 0
+                for of in _rows_of(optimizer, p):
+                    of[slot] = 0
+
+
+def _rows_of(optimizer: Any, p: nn.Parameter) -> list[Tensor]:
+    """What an optimiser remembers of each number of a parameter."""
+    remembered = optimizer.state.get(p, {}).values()
+    return [of for of in remembered if isinstance(of, Tensor) and of.shape == p.shape]
 
 
 def _put_back(of: Tensor, old: Tensor, learns: Tensor) -> None:
     of.copy_(torch.where(learns.reshape(-1, *(1,) * (of.ndim - 1)), of, old))
 
 
-def _pre(me: Any, optimizer: Optimizer) -> None:
+def _pre(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    """Before a step, or, where the backward pass is in the step's closure, after that."""
     watcher = me()
-    if watcher is not None:
+    if watcher is None:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
         watcher.before_step(optimizer)
+        return None
+    num_calls = 0
+
+    def with_watcher() -> Any:
+        nonlocal num_calls
+        loss = closure()
+        with torch.no_grad():
+            if num_calls:  # some optimisers ask again in the same step
+                watcher.rest()
+            else:
+                watcher.before_step(optimizer)
+        num_calls += 1
+        return loss
+
+    return args[:1], {**kwargs, "closure": with_watcher}
 
 
 def _post(me: Any, optimizer: Optimizer) -> None:

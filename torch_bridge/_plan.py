@@ -1,4 +1,4 @@
-"""Who is alive at a site, as its forward needs it: host facts that decide what runs, and indices."""
+"""Who is alive at a site: facts for Python that decide what runs, and indices."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ class BankPlan:
     acts: bool
     """Whether a body acts; of n bodies some may have a gain of 0."""
     feels: bool
+    is_full: bool
+    """Every body acts, learns with a gain of 1 and is felt."""
 
     def to(self, device: torch.device) -> BankPlan:
         """The same on another device."""
@@ -94,7 +96,7 @@ def plan_bank(
       gains: float32[n, 3].
     """
     order = np.argsort(chunks, kind="stable")
-    slots, chunks, gains = slots[order].astype(np.int64), chunks[order].astype(np.int64), gains
+    slots, chunks = slots[order].astype(np.int64), chunks[order].astype(np.int64)
     mask = np.arange(cut.widest)[None, :] < cut.sizes[chunks][:, None]
     columns = None
     if not cut.is_even:
@@ -111,6 +113,7 @@ def plan_bank(
         is_all=cut.is_even and len(chunks) == cut.chunks,
         acts=bool(np.any(gains[:, 0] != 0)),
         feels=bool(np.any(gains[:, 2] != 0)),
+        is_full=bool(np.all(gains != 0) and np.all(gains[:, 1] == 1)),
     )
 
 

@@ -1,65 +1,88 @@
-"""What the optimiser's step did to the bodies: how far they moved, and which ones broke."""
+"""What the optimiser's step did to the bodies: how far they moved, and which ones broke.
+
+All learning bodies are measured together, in a few operations whatever their number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from torch_bridge._optim import Kept
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Settled:
-    """One entry a bank whose bodies learn."""
+class Rows(NamedTuple):
+    """Parameters whose rows are equally long: bodies stacked in a parameter, or one body each."""
 
-    kept: list[Kept]
-    drift: list[Tensor]
-    """Of each, float32[n]: `|new - old| / |old|`, not finite where the body broke."""
+    params: list[nn.Parameter]
+    numel: int
+    entry: Tensor
+    """int64[rows]: whose body each row belongs to."""
+    at: list[tuple[int, nn.Parameter, int | None]]
+    """Of each row: its entry, its parameter, and where in it if that is stacked."""
 
-    def finish(
-        self,
-        told: np.ndarray,
-        slots: Sequence[np.ndarray],
-        drift: np.ndarray,
-        has_broken: np.ndarray,
-    ) -> None:
-        """Fills in `drift` and `has_broken`, `[Q]`, and puts broken bodies back.
+    def gather(self) -> Tensor:
+        """[rows, numel], a copy."""
+        return torch.cat([p.detach().reshape(-1, self.numel) for p in self.params])
 
-        Args:
-          told: `self.drift`, on the host.
-          slots: the flat slots of each entry.
-          drift: to be filled in.
-          has_broken: to be filled in.
-        """
+
+class Learning:
+    """The bodies that learn until the next `bridge.step`: one entry each.
+
+    Args:
+      banks: of each bank in which a body learns, its parameters, the flat slots they hold, and
+        whether each parameter holds all these slots or the parameters come slot by slot.
+    """
+
+    def __init__(self, banks: Sequence[tuple[list[nn.Parameter], np.ndarray, bool]]) -> None:
+        self.slots = np.concatenate([slots for _, slots, _ in banks] or [np.zeros(0, np.int64)])
+        """int64[n]: the flat slot of each entry."""
+        found: dict[tuple[object, ...], list[tuple[nn.Parameter, list[int], bool]]] = {}
         first = 0
-        for kept, here in zip(self.kept, slots, strict=True):
-            moved = told[first : first + len(here)]
-            first += len(here)
-            is_broken = ~np.isfinite(moved)
-            drift[here] = np.where(is_broken, 0.0, moved)
-            has_broken[here] |= is_broken
-            for index in np.flatnonzero(is_broken).tolist():
-                kept.put_back(index)
+        for params, slots, is_stacked in banks:
+            entries = list(range(first, first + len(slots)))
+            first += len(slots)
+            per_slot = len(params) if is_stacked else len(params) // len(slots)
+            for k, p in enumerate(params):
+                own = entries if is_stacked else [entries[k // per_slot]]
+                key = (p.device, p.dtype, p.numel() // len(own))
+                found.setdefault(key, []).append((p, own, is_stacked))
+        self.groups = [
+            Rows(
+                params=[p for p, _, _ in of],
+                numel=of[0][0].numel() // len(of[0][1]),
+                entry=torch.tensor([e for _, own, _ in of for e in own]).to(of[0][0].device),
+                at=[
+                    (e, p, row if stacked else None)
+                    for p, own, stacked in of
+                    for row, e in enumerate(own)
+                ],
+            )
+            for of in found.values()
+        ]
 
+    def snapshot(self) -> list[Tensor]:
+        """The bodies' numbers now."""
+        return [of.gather() for of in self.groups]
 
-def settle(kept: Sequence[Kept]) -> Settled:
-    """Measures on the device, without waiting for it."""
-    return Settled(kept=list(kept), drift=[_drift(of) for of in kept])
+    def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
+        """float32[n]: `|new - old| / |old|` of each body, not finite where one broke."""
+        moved, size = (torch.zeros((len(self.slots),), device=place) for _ in range(2))
+        for of, old in zip(self.groups, before, strict=True):
+            wide = old.float()
+            change = (of.gather().float() - wide).square().sum(1)
+            entry = of.entry.to(place)
+            moved.index_add_(0, entry, change.to(place))
+            size.index_add_(0, entry, wide.square().sum(1).to(place))
+        return moved.sqrt() / (size.sqrt() + 1e-12)
 
-
-def _drift(kept: Kept) -> Tensor:
-    size, moved = (
-        kept.squares(kept.before),
-        kept.squares(
-            [
-                p.detach().float() - old.float()
-                for p, old in zip(kept.params, kept.before, strict=True)
-            ]
-        ),
-    )
-    drift = moved.sqrt() / (size.sqrt() + 1e-12)
-    return drift if kept.learns is None else torch.where(kept.learns, drift, 0.0)
+    def put_back(self, entry: int, before: Sequence[Tensor]) -> None:
+        """Gives one body the numbers it had."""
+        with torch.no_grad():
+            for of, old in zip(self.groups, before, strict=True):
+                for row, (own, p, inner) in enumerate(of.at):
+                    if own == entry:
+                        target = p if inner is None else p[inner]
+                        target.copy_(old[row].reshape(target.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch_bridge._plan import NUM_CHANNELS, SitePlan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Body(nn.Module):
+class Body(nn.Module):  # type: ignore[misc] # torch is untyped here
     """The parameters of one slot, or of all slots of a bank, `[P, ...]`, where they are stacked."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
@@ -37,19 +38,17 @@ class Shared:
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the whole model."""
-        del model, args
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self.is_running = True
             self.called.clear()
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the whole model."""
-        del model, args, output
         if not torch.compiler.is_compiling():
             self.is_running = False
 
 
-class Seeds(nn.Module):
+class Seeds(nn.Module):  # type: ignore[misc]
     """The seeds of one target; a child of it, named `seeds`. Made by `grow`."""
 
     def __init__(
@@ -88,8 +87,8 @@ class Seeds(nn.Module):
         module = self.get_submodule(bank)
         if self.is_stacked:
             return list(module.parameters())
-        chosen = range(len(module)) if slots is None else slots  # type: ignore[arg-type]
-        return [p for slot in chosen for p in module[slot].parameters()]  # type: ignore[index]
+        chosen = range(len(module)) if slots is None else slots
+        return [p for slot in chosen for p in module[slot].parameters()]
 
     def names_of(self, bank: str) -> tuple[str, ...]:
         """The parameters' names in a bank."""
@@ -100,7 +99,7 @@ class Seeds(nn.Module):
         module = self.get_submodule(bank)
         names = self.names_of(bank)
         if not self.is_stacked:
-            return [torch.stack([getattr(module[s], name) for s in slots]) for name in names]  # type: ignore[index]
+            return [torch.stack([getattr(module[s], name) for s in slots]) for name in names]
         leaves = [getattr(module, name) for name in names]
         if not leaves or slots == tuple(range(leaves[0].shape[0])):
             return leaves
@@ -130,7 +129,6 @@ class Seeds(nn.Module):
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the target."""
-        del args
         x, rebuild = _first(self.site, module, output)
         if torch.compiler.is_compiling():
             return rebuild(_ops.site_op(x, self.tap, self._all_rows(), self.handle)[0])
@@ -232,16 +230,21 @@ class Seeds(nn.Module):
             self.plan = self.plan.to(device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["tap"] = self.tap.detach().clone()
-        del state["handle"]
-        return state
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seeds:
+        own = {"tap", "handle"}
+        twin: Seeds = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for name, of in self.__dict__.items():
+            twin.__dict__[name] = None if name in own else copy.deepcopy(of, memo)
+        twin.tap = torch.zeros_like(self.tap, requires_grad=True)
+        twin.handle = _ops.new_handle(twin)
+        return twin
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.tap = self.tap.requires_grad_()
-        self.handle = _ops.new_handle(self)
+    def __reduce__(self) -> Any:
+        raise BridgeError(
+            "a grown model cannot be pickled; save model.state_dict() with safetensors, grow a "
+            "fresh model alike and load it there"
+        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -266,7 +269,7 @@ class Seeds(nn.Module):
         return f"{self.site!r}, chunks={self.plan.cut.chunks}, live={live}"
 
 
-class _Probed(torch.autograd.Function):
+class _Probed(torch.autograd.Function):  # type: ignore[misc]
     """The identity, whose backward pass gathers a survey's second moments."""
 
     @staticmethod

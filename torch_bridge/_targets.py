@@ -31,10 +31,10 @@ class Place(NamedTuple):
 
 
 def blocks(name: str) -> str:
-    """The pattern of every child of the list `name`: one target a block.
+    r"""The pattern of every child of the list `name`: one target a block.
 
-    >>> blocks("h")
-    '(.*\\\\.)?h\\\\.\\\\d+'
+    >>> print(blocks("h"))
+    (.*\.)?h\.\d+
     """
     return rf"(.*\.)?{re.escape(name)}\.\d+"
 

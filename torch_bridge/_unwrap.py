@@ -38,7 +38,7 @@ def unwrap(bridge: Bridge) -> None:
             module.register_forward_hook(grown.hook)
 
 
-class Grown(nn.Module):
+class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
     """Bodies that act for good, as plain torch; a child of its target, named `grown`."""
 
     def __init__(self, site: Seeds, banks: list[BankPlan]) -> None:
@@ -74,7 +74,7 @@ class Grown(nn.Module):
         for name, apply, slots, is_all in self._banks:
             inner: Any = getattr(self, name)
             u = self._take(inner, is_all, last)
-            leaves = {n: p for n, p in inner.named_parameters()}
+            leaves = dict(inner.named_parameters())
             r = apply(leaves, u, inner.mask, self.topology)
             act = inner.act.reshape(len(slots), *(1,) * (r.ndim - 1))
             # Added over zeros: written in place it could not be exported.

@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 
-class GrowthCallback(Callback):
+class GrowthCallback(Callback):  # type: ignore[misc]
     """Advances the seeds after every optimiser step of a Lightning `Trainer`.
 
     Works with gradient accumulation, clipping and precision plugins; the loss it tells the bridge

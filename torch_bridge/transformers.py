@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 
-class GrowthCallback(TrainerCallback):
+class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     """Advances the seeds after every optimiser step of a Hugging Face `Trainer`.
 
     The `Trainer` shows callbacks no loss, so this one is given to it by `attach`, which also reads

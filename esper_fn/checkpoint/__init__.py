@@ -4,6 +4,7 @@ A folder of steps, each written whole or not at all, each verified byte for byte
 back. `docs/checkpoints.md` says what is promised.
 """
 
+from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.checkpoint._folder import (
     Damage,
     Restored,
@@ -29,6 +30,7 @@ from esper_fn.checkpoint._retention import (
     pinned,
     within_bytes,
 )
+from esper_fn.checkpoint._structure import from_structure, to_structure
 from esper_fn.checkpoint._types import register
 from esper_fn.checkpoint._writer import CheckpointWarning, Writer, warn
 
@@ -48,15 +50,18 @@ __all__ = [
     "decide",
     "every",
     "everything",
+    "from_structure",
     "history",
     "inspect",
     "latest",
+    "num_disk_bytes",
     "pinned",
     "prune",
     "register",
     "restore",
     "save",
     "steps",
+    "to_structure",
     "verify",
     "warn",
     "within_bytes",

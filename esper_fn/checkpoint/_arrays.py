@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
 import jax
@@ -31,40 +32,43 @@ class Planned(NamedTuple):
     num_bytes: int
 
 
-def fetch(arrays: Sequence[Any], leaves: Sequence[Leaf], pool: list[np.ndarray]) -> list[Any]:
+def fetch(
+    arrays: Sequence[Any], leaves: Sequence[Leaf], pool: list[np.ndarray], copiers: Executor
+) -> list[Any]:
     """Copies of the arrays in host memory, in buffers of `pool` where they fit.
 
-    The program that owns the arrays may donate them as soon as this returns.
+    The program that owns the arrays may donate them as soon as this returns, and is waiting for
+    it: large arrays are copied by `copiers`, side by side.
     """
-    arrays = [_whole(array) for array in jax.device_get(list(arrays))]
     spare: dict[Any, list[np.ndarray]] = {}
     for buffer in pool:
         spare.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+    if jax.default_backend() != "cpu":
+        arrays = jax.device_get(list(arrays))  # all transfers at once
     copies: list[Any] = []
+    waiting = []
     for leaf, array in zip(leaves, arrays, strict=True):
         if leaf.is_scalar:
             copies.append(None)
             continue
-        bits = (
-            array.view(storage(leaf.dtype))
-            if array.ndim
-            else array.reshape(1).view(storage(leaf.dtype)).reshape(())
-        )
+        bits = _as_bits(np.asarray(array), leaf)
         fitting = spare.get((bits.shape, bits.dtype))
         buffer = fitting.pop() if fitting else np.empty(bits.shape, bits.dtype)
-        np.copyto(buffer, bits)
+        if bits.nbytes >= SMALL_BYTES:
+            waiting.append(copiers.submit(np.copyto, buffer, bits))
+        else:
+            np.copyto(buffer, bits)
         copies.append(buffer)
+    for copied in waiting:
+        copied.result()
     return copies
 
 
-def _whole(array: Any) -> Any:
-    return (
-        None
-        if array is None
-        else np.ascontiguousarray(array)
-        if np.ndim(array)
-        else np.asarray(array)
-    )
+def _as_bits(array: np.ndarray, leaf: Leaf) -> np.ndarray:
+    kind = storage(leaf.dtype)
+    if array.dtype == kind:
+        return array
+    return np.ascontiguousarray(array).view(kind).reshape(array.shape)
 
 
 def digests(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> list[str | None]:

@@ -122,7 +122,7 @@ def share(source: Path, target: Path) -> bool:
     return True
 
 
-def disk_bytes(folder: Path) -> int:
+def num_disk_bytes(folder: Path) -> int:
     """Bytes of all files below a folder, those with several names counted once."""
     seen: dict[tuple[int, int], int] = {}
     for where, _, names in os.walk(folder):

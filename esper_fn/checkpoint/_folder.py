@@ -364,7 +364,7 @@ def history(
         try:
             manifest = inspect(path, step, key=key)
         except CheckpointError:
-            blobs = {f"step {step}": _files.disk_bytes(folder)}
+            blobs = {f"step {step}": _files.num_disk_bytes(folder)}
             found.append(_retention.Step(step=step, blobs=blobs, metrics={}, is_sound=False))
             continue
         blobs = {f"step {step}": (folder / _manifest.NAME).stat().st_size}

@@ -83,6 +83,7 @@ class Writer:
         self._pool: list[np.ndarray] = []
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copiers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-copy")
         self._is_closed = False
         self._overhead = OVERHEAD_BYTES
         self._unsound: set[int] = set()
@@ -155,7 +156,7 @@ class Writer:
             for name, number in (metrics or {}).items()
             if np.isfinite(float(number))
         }
-        copies = _arrays.fetch(arrays, leaves, self._pool)
+        copies = _arrays.fetch(arrays, leaves, self._pool, self._copiers)
         self._pool = [copy for copy in copies if copy is not None]
         self._pending = self._thread.submit(
             self._write, step, structure, tuple(leaves), copies, noted, numbers, tuple(parts)
@@ -180,6 +181,7 @@ class Writer:
         finally:
             self._is_closed = True
             self._thread.shutdown()
+            self._copiers.shutdown()
             os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -222,7 +224,7 @@ class Writer:
         incoming = self._incoming(planned, noted)
         self._collect(incoming)
         if self.keep.max_bytes is not None:
-            held = _files.disk_bytes(self.path)
+            held = _files.num_disk_bytes(self.path)
             if held + incoming > self.keep.max_bytes:
                 raise CheckpointError(
                     f"step {step} needs about {incoming} bytes beside {held} that must stay, but "
@@ -232,11 +234,14 @@ class Writer:
         work = self.path / WORK / f"save-{step_name(step)}-{secrets.token_hex(4)}"
         try:
             work.mkdir(parents=True)
+            known: dict[str, str] = {}
             for one in planned:
                 target = work / one.part.folder
                 if target.exists():
                     continue
-                if not self._shared(one, target):
+                shared = self._shared(one, target)
+                known |= shared
+                if not shared:
                     target.parent.mkdir(exist_ok=True)
                     _orbax.write(target, one.arrays)
             if noted is not None:
@@ -251,7 +256,9 @@ class Writer:
                 digests=tuple(leaf_digests),
                 parts=tuple(one.part for one in planned),
                 files={
-                    name: FileInfo(num_bytes=size, sha256=_files.sha256(work / name))
+                    name: FileInfo(
+                        num_bytes=size, sha256=known.get(name) or _files.sha256(work / name)
+                    )
                     for name, size in sorted(sizes.items())
                 },
                 metrics=metrics,
@@ -286,27 +293,31 @@ class Writer:
             return candidate if most < MAX_SHARED else None
         return None
 
-    def _shared(self, one: _arrays.Planned, target: Path) -> bool:
+    def _shared(self, one: _arrays.Planned, target: Path) -> dict[str, str]:
+        """Digests of the files that got another name in this step; empty where none did."""
         if one.num_bytes < _arrays.PART_BYTES:
-            return False
+            return {}
         source = self._source(one.part.folder)
-        return source is not None and self._is_intact(source) and _files.share(source, target)
+        if source is None:
+            return {}
+        digests = self._intact(source)
+        return digests if digests and _files.share(source, target) else {}
 
-    def _is_intact(self, source: Path) -> bool:
-        """Whether the files still are what their step's manifest says: damage is not handed on."""
-        step = int(source.parents[1].name)
+    def _intact(self, source: Path) -> dict[str, str]:
+        """Digests of a part's files if they are what their step's manifest says, else nothing.
+
+        So damage is not handed on.
+        """
+        base = source.parents[1]
         try:
-            told = _folder.inspect(self.path, step, key=self._key).files
-            base = source.parents[1]
-            return all(
-                told[name].sha256 == _files.sha256(base / name)
-                for name in (
-                    f"{source.relative_to(base).as_posix()}/{inner}"
-                    for inner in _files.sizes(source)
-                )
-            )
+            told = _folder.inspect(self.path, int(base.name), key=self._key).files
+            names = [
+                f"{source.relative_to(base).as_posix()}/{inner}" for inner in _files.sizes(source)
+            ]
+            is_intact = all(told[name].sha256 == _files.sha256(base / name) for name in names)
+            return {name: told[name].sha256 for name in names} if is_intact else {}
         except (CheckpointError, OSError, KeyError):
-            return False
+            return {}
 
     def _commit(self, step: int, work: Path) -> None:
         target = self.path / STEPS / step_name(step)

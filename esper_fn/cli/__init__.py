@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_grow(commands)
     _add_report(commands)
     _arguments.add(commands)
+    _add_checkpoint(commands)
+    _add_export(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(parser, options)
@@ -111,6 +113,62 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report = commands.add_parser("report", help="write report.html of a finished run anew")
     report.add_argument("folder", metavar="DIR", help="a run folder")
     report.set_defaults(run=_run_report)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", help="list, verify or prune the checkpoints below a folder"
+    )
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, told in (
+        ("list", "the steps there are"),
+        ("verify", "read every byte; name the first bad file of each step"),
+        ("prune", "remove the steps that no option keeps; the newest sound one always stays"),
+    ):
+        action = actions.add_parser(name, help=told)
+        action.add_argument("folder", metavar="DIR", help="a checkpoint or run folder")
+        action.add_argument(
+            "--key-file", metavar="FILE", help="the key that manifests were sealed with"
+        )
+        action.set_defaults(run=_run_checkpoint)
+        if name == "prune":
+            action.add_argument("--latest", type=_count(1), metavar="N", help="keep the newest N")
+            action.add_argument("--every", type=_count(1), metavar="K", help="keep multiples of K")
+            action.add_argument(
+                "--best", metavar="[N:]METRIC", help="keep the N with the lowest METRIC, as 2:loss"
+            )
+            action.add_argument(
+                "--pin", type=_count(0), nargs="+", default=[], metavar="STEP", help="keep these"
+            )
+            action.add_argument(
+                "--within-bytes", type=_count(1), metavar="N", help="of these, what fits N bytes"
+            )
+            action.add_argument(
+                "--dry-run", action="store_true", help="say what would go and why; remove nothing"
+            )
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser("export", help="write a run's grown network for other programs")
+    export.add_argument("folder", metavar="RUN", help="a folder of `esper grow`")
+    export.add_argument("--format", choices=("safetensors", "stablehlo"), default="safetensors")
+    export.add_argument("--arm", choices=("grown", "random"), default="grown")
+    export.add_argument("--seed", type=_count(0), metavar="N", help="of which run; the lowest")
+    export.add_argument("--data-folder", metavar="DIR", help="where its data lie ($ESPER_DATA)")
+    export.add_argument("--out", metavar="DIR", help="where to write (RUN/export)")
+    export.set_defaults(run=_run_export)
+
+
+def _run_checkpoint(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from esper_fn.cli import _checkpoint
+
+    return _checkpoint.run(parser, options)
+
+
+def _run_export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from esper_fn.cli import _checkpoint
+
+    return _checkpoint.export(parser, options)
 
 
 def _run_grow(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

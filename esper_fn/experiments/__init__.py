@@ -8,12 +8,14 @@ from esper_fn.experiments._compare import (
     prepare,
     run,
 )
+from esper_fn.experiments._export import FORMATS, export_run
 from esper_fn.experiments._jobs import POLICIES, Job, equal_parameters, job, names, policy
 from esper_fn.experiments._keeping import Keeping, StoppedError
 from esper_fn.experiments._progress import Progress
 from esper_fn.experiments._summary import intervals, summary
 
 __all__ = [
+    "FORMATS",
     "POLICIES",
     "Arm",
     "Comparison",
@@ -23,6 +25,7 @@ __all__ = [
     "StoppedError",
     "equal_parameters",
     "evaluator",
+    "export_run",
     "intervals",
     "job",
     "loss_of",

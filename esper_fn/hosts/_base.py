@@ -8,6 +8,7 @@ import jax
 
 from esper_fn._lattice import BareSeeds, Seeds, Site
 from esper_fn._typing import Array, Key, Params
+from esper_fn.base import Blueprint
 
 
 class Apply(Protocol):
@@ -15,6 +16,16 @@ class Apply(Protocol):
 
     def __call__(self, params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
         """Logits."""
+        ...
+
+
+class Fold(Protocol):
+    """Takes a body into a host's own parameters."""
+
+    def __call__(
+        self, params: Params, site: str, blueprint: Blueprint, body: Params, act: float, /
+    ) -> Params | None:
+        """Parameters of the same function without the body, or None where there are none."""
         ...
 
 
@@ -28,6 +39,8 @@ class Host(NamedTuple):
     sites: tuple[Site, ...]
     flops: int
     """Forward operations on one example."""
+    fold: Fold | None = None
+    """Takes bodies into the parameters for good."""
 
 
 def count_parameters(host: Host) -> int:

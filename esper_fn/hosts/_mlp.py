@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 
 from esper_fn._lattice import BareSeeds, Seeds, Site, site, span
 from esper_fn._typing import Array, Key, Params
+from esper_fn.base import Blueprint
 from esper_fn.hosts._base import Host, dense, dense_init
 
 
@@ -55,5 +57,29 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
             read = hidden
         return x
 
+    def fold(
+        params: Params, name: str, blueprint: Blueprint, body: Params, act: float
+    ) -> Params | None:
+        # A body over a span is neurons of the layer it leads around, if they bend alike.
+        layer, dot, _ = name.removeprefix("layer").partition(".")
+        is_alike = blueprint.activation == "gelu" and set(body) == {"down", "bias", "up"}
+        if not (name.startswith("layer") and dot and is_alike):
+            return None
+        k = int(layer)
+        into, out = params[k - 1], params[k]
+        # It neither reads nor writes what was folded into the layers below and above.
+        unread = into["weight"].shape[0] - body["down"].shape[0]
+        unwritten = out["weight"].shape[1] - body["up"].shape[1]
+        down = jnp.pad(jnp.asarray(body["down"]), ((0, unread), (0, 0)))
+        up = jnp.pad(act * jnp.asarray(body["up"]), ((0, 0), (0, unwritten)))
+        added = [
+            {
+                "weight": jnp.concatenate([into["weight"], down], axis=1),
+                "bias": jnp.concatenate([into["bias"], jnp.asarray(body["bias"])]),
+            },
+            {**out, "weight": jnp.concatenate([out["weight"], up])},
+        ]
+        return [*params[: k - 1], *added, *params[k + 1 :]]
+
     flops = sum(2 * a * b for a, b in pairwise(sizes))
-    return Host("mlp", init, apply, tuple(sites), flops)
+    return Host("mlp", init, apply, tuple(sites), flops, fold)

@@ -22,7 +22,7 @@ from esper_fn.runtime._fit import (
     segment_length,
 )
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
-from esper_fn.runtime._saving import Checkpoints
+from esper_fn.runtime._saving import PARTS, Checkpoints
 from esper_fn.runtime._signals import termination
 from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
@@ -39,6 +39,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PARTS",
     "Batches",
     "Carried",
     "Checkpoints",

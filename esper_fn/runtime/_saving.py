@@ -43,7 +43,8 @@ class Checkpoints:
         folder that holds steps is refused.
       note: gives JSON that is saved along, whatever the caller needs to go on.
       recall: told the note of the step the run goes on from, before its first segment.
-      settings: JSON of anything else that must be the same when the run goes on.
+      settings: JSON of anything else that must be the same when the run goes on, under names of its
+        own.
     """
 
     writer: checkpoint.Writer
@@ -106,6 +107,7 @@ def load(
     Warns with a `CheckpointWarning` that names newer steps that are damaged.
     """
     path = to.writer.path
+    to.writer.wait()  # a save of an earlier run may still be under way
     there = checkpoint.steps(path)
     if not there:
         return None
@@ -159,7 +161,7 @@ def check_alike(fresh: Any, state: Any, where: str) -> None:
     """Raises `ResumeError`, naming the path, where structure, shape or dtype differ."""
     of_fresh = dict(_leaves(fresh))
     of_state = dict(_leaves(state))
-    for name in of_fresh.keys() | of_state.keys():
+    for name in [*of_fresh, *(name for name in of_state if name not in of_fresh)]:
         if name not in of_fresh or name not in of_state:
             side = "now" if name in of_fresh else "in the checkpoint"
             raise ResumeError(
@@ -225,7 +227,7 @@ def describe(growth: Growth) -> dict[str, Any]:
         "blueprints": list(growth.lattice.names),
         "capacity": growth.lattice.capacity,
         "dtype": str(jnp.dtype(growth.lattice.dtype)),
-        "policy": list(growth.policy.rules),
+        "policy_rules": list(growth.policy.rules),
         "grafts": [graft.name for graft in growth.grafts],
         "bodies_at_once": growth.bodies_at_once,
         "implementation": growth.implementation,

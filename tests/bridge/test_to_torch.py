@@ -1,5 +1,6 @@
 """JAX functions called, differentiated and compiled from torch."""
 
+import copy
 import functools
 import gc
 from typing import NamedTuple
@@ -316,3 +317,36 @@ def test_a_graph_whose_function_is_gone_says_so():
     gc.collect()
     with pytest.raises(BridgeError, match="keep the result of"):
         torch.ops.torch_bridge.jax_program("f:0", [x], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("is_dynamic", [None, True])
+def test_other_shapes_under_torch_compile(is_dynamic):
+    torch.compiler.reset()
+    function = to_torch(jnp.sin)
+    compiled = torch.compile(
+        lambda x: function(x).sum(), fullgraph=True, backend="aot_eager", dynamic=is_dynamic
+    )
+    for size in (3, 5, 8, 3):
+        x = torch.randn(size, requires_grad=True)
+        (grad,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(grad, x.detach().cos())
+    assert function.num_traces == 3
+
+
+def test_a_module_that_holds_one_is_checkpointed_and_copied():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+            self.activation = to_torch(jax.nn.silu)
+
+        def forward(self, x):
+            return self.activation(self.linear(x))
+
+    layer = Layer()
+    other = copy.deepcopy(layer)
+    assert other.linear.weight is not layer.linear.weight
+    x = torch.randn(2, 3)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.nn.functional.silu(other.linear(x)).sum().backward()
+    torch.testing.assert_close(layer.linear.weight.grad, other.linear.weight.grad)

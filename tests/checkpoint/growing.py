@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from esper_fn import checkpoint, hosts, runtime
+from esper_fn import checkpoint, data, hosts, runtime
+from esper_fn import experiments as ex
 from esper_fn import policies as P  # noqa: N812 -- short in tables
 from esper_fn.lifecycle import Stage
 
@@ -34,13 +35,14 @@ class Job(NamedTuple):
     batches: Any
     survey_batch: Any
     segment: Any
+    survey_every: int = 5
 
     def fit(self, **options: Any) -> runtime.Fit:
         given = {
             "num_steps": 120,
             "key": jax.random.key(1),
             "survey_batch": self.survey_batch,
-            "survey_every": 5,
+            "survey_every": self.survey_every,
             "segment_steps": 5,
             "segment": self.segment,
             **options,
@@ -107,6 +109,29 @@ def transformer() -> Job:
 
     host = hosts.transformer(vocabulary=11, length=12, width=16, blocks=2, hidden=4)
     return _job(host, batches, ef.blueprints.bottleneck(4))
+
+
+def main_job() -> Job:
+    """The grown arm of `esper grow --data digits --steps 300`."""
+    made = ex.prepare(ex.job("digits"), data.load("digits"), steps=300)
+    batches = runtime.in_memory(
+        made.data.train_inputs,
+        made.data.train_targets,
+        batch_size=made.job.batch_size,
+        num_steps=300,
+        seed=0,
+    )
+    held_out = made.data.validation_inputs[:128], made.data.validation_targets[:128]
+    return Job(
+        growth=made.growth,
+        loss_fn=ex.loss_of(made.host),
+        optimizer=made.optimizer,
+        params=made.host.init(jax.random.key(0)),
+        batches=batches,
+        survey_batch=held_out,
+        segment=made.grow_segment,
+        survey_every=25,
+    )
 
 
 def digest(value: Any) -> str:

@@ -139,7 +139,7 @@ def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoin
     np.testing.assert_allclose(before, after, rtol=1e-6)
     done = runtime.fit(
         growth, loss_fn, job.optimizer, job.params, job.batches,
-        num_steps=10, key=KEY, start=state, survey_batch=batch, survey_every=5, segment_steps=5,
+        num_steps=10, key=KEY, start=state, survey_batch=batch, survey_every=None, segment_steps=5,
     )  # fmt: skip
     assert int(done.state.growth.step) == 70
     assert np.isfinite(done.losses).all()

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_support import assert_same, fail, files_of, flip, step_folder
-from growing import Job, digest, mlp, transformer
+from growing import Job, digest, main_job, mlp, transformer
 
 import esper_fn as ef
 from esper_fn import checkpoint, runtime
@@ -122,6 +122,35 @@ def test_a_damaged_step_is_passed_over_and_said(
         job.fit(num_steps=STEPS, checkpoints=runtime.Checkpoints(writer=writer))
 
 
+def test_commands_taken_after_the_last_save_are_taken_again(job: Job, tmp_path: Path) -> None:
+    """The process ends between taking a command and saving what it did."""
+    seed = job.growth.lattice.seed_index("layer2.0", 0)
+
+    def commands(step: int) -> list[Any]:
+        return {30: [ef.commands.germinate(seed, "bottleneck")]}.get(step, [])
+
+    whole = job.fit(num_steps=60, commands=commands)
+    assert "command" in [e["cause"] for e in whole.events if e["step"] == 30]
+
+    class EndedError(Exception):
+        pass
+
+    def ends(segment: runtime.Segment) -> None:
+        if segment.first_step == 35:
+            assert any(event["cause"] == "command" for event in taken)
+            raise EndedError
+        taken.extend(segment.events)
+
+    taken: list[Any] = []
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        saving = runtime.Checkpoints(writer=writer, every_steps=20)
+        with pytest.raises(EndedError):
+            job.fit(num_steps=60, commands=commands, checkpoints=saving, listener=ends)
+        again = job.fit(num_steps=60, commands=commands, checkpoints=saving)
+    assert again.resumed_from == 20
+    assert_same_run(whole, again)
+
+
 def test_a_note_comes_back_and_saved_numbers_win(job: Job, tmp_path: Path) -> None:
     heard: list[Any] = []
     with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
@@ -168,7 +197,9 @@ def test_another_lattice_host_or_optimizer_is_refused_by_name(job: Job, tmp_path
         with pytest.raises(ResumeError, match=r"opt_state.*exists only in the checkpoint"):
             other.fit(num_steps=20, checkpoints=saving)
         wider = job._replace(params=jax.tree.map(lambda x: np.repeat(x, 2, 0), job.params))
-        with pytest.raises(ResumeError, match=r"\['weight'\] is float32\[12, 8\] now"):
+        with pytest.raises(
+            ResumeError, match=r"\['bias'\] is float32\[16\] now and float32\[8\] in"
+        ):
             wider.fit(num_steps=20, checkpoints=saving)
 
 
@@ -297,7 +328,7 @@ def test_sigterm_saves_at_the_segments_end_and_exits_with_0_and_a_fresh_process_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [mlp, transformer])
+@pytest.mark.parametrize("make", [main_job, mlp, transformer])
 def test_300_steps_stopped_at_20_random_points(make: Callable[[], Job], tmp_path: Path) -> None:
     job = make()
     whole = job.fit(num_steps=300, segment_steps=3)

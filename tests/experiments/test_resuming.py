@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,29 +40,50 @@ def timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "wall_seconds"}
 
 
-def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None:
-    def run(**options: Any) -> tuple[dict[str, Any], list[ex.Progress]]:
-        told: list[ex.Progress] = []
-        return ex.run(comparison, 0, told.append, **options), told
-
-    wanted, told = run()
-    stops = 0
-    for _ in range(20):
+def stopped_again_and_again(
+    comparison: ex.Comparison, folder: Path, run: Callable[[], Any]
+) -> tuple[Any, int]:
+    """What `run` gives when it is stopped ever later and taken up each time; and how often."""
+    for num_stops in range(40):
         asked = 0
 
-        def should_stop() -> bool:
+        def should_stop(limit: int = num_stops + 1) -> bool:
             nonlocal asked
             asked += 1
-            return asked >= 3
+            return asked > limit
 
-        with kept(comparison, ex.Keeping(tmp_path, every_steps=1000, should_stop=should_stop)):
+        keeping = ex.Keeping(folder, every_steps=1000, should_stop=should_stop)
+        with kept(comparison, keeping):
             try:
-                row, again = run()
+                return run(), num_stops
             except ex.StoppedError as stop:
-                stops += stop.is_saved
-                continue
-        break
-    assert stops >= 6
+                is_saved = stop.is_saved
+        assert is_saved
+    raise AssertionError("never finished")
+
+
+def test_an_arm_stopped_and_its_listener(comparison: ex.Comparison, tmp_path: Path) -> None:
+    def run() -> tuple[ex.Arm, list[ex.Progress]]:
+        told: list[ex.Progress] = []
+        return comparison.grown(0, told.append), told
+
+    wanted, told = run()
+    assert any(row.events for row in told)
+    (arm, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
+    assert num_stops >= 2
+    assert arm == wanted
+    assert again == told
+
+
+@pytest.mark.slow
+def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None:
+    def run() -> tuple[dict[str, Any], list[ex.Progress]]:
+        told: list[ex.Progress] = []
+        return ex.run(comparison, 0, told.append), told
+
+    wanted, told = run()
+    (row, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
+    assert num_stops >= 6
     assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {
         "host", "grown", "random", "static",
     }  # fmt: skip
@@ -97,7 +118,12 @@ def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
 
-    assert grow("whole").wait(300) == 0
+    def finish(name: str, *more: str) -> None:
+        process = grow(name, *more)
+        said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+
+    finish("whole")
     process = grow("stopped", "--resume", "auto")
     assert process.stdout is not None
     assert any("grown where" in line and "step" in line for line in process.stdout)
@@ -114,7 +140,7 @@ def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    assert grow("stopped", "--resume", "auto").wait(300) == 0
+    finish("stopped", "--resume", "auto")
     whole, stopped = (report.read(tmp_path / name) for name in ("whole", "stopped"))
     assert timeless(whole.summary) == timeless(stopped.summary)
     assert (whole.events, whole.metrics) == (stopped.events, stopped.metrics)

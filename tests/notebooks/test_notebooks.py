@@ -13,6 +13,9 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.py"))
 
+# What a notebook needs beside this project's own requirements; `make test TORCH=` leaves it out.
+NEEDS = {"02_torch_bridge": ("torch", "transformers", "accelerate")}
+
 # Lines on stderr that say nothing about the notebook.
 HARMLESS = re.compile(
     r"An NVIDIA GPU may be present on this machine"  # JAX's hint where only its CPU build is
@@ -65,6 +68,8 @@ def is_bare_figure(output):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_pictures(path, kernel, tmp_path):
+    for name in NEEDS.get(path.stem, ()):
+        pytest.importorskip(name)
     notebook = jupytext.read(path)
     workplace = tmp_path / "work"
     workplace.mkdir()

@@ -119,7 +119,7 @@ class TestInstall:
         _, pip = self.make(folder, "install-dev")
         torch, dev = pip
         assert torch.endswith(" torch==2.13.0")
-        assert dev.endswith(" -e .[dev]")
+        assert dev.endswith(" -e .[dev,integrations]")
 
     def test_torch_may_come_from_its_own_index(self, folder):
         _, pip = self.make(folder, "install-dev", TORCH_INDEX="file:///wheels")

@@ -282,15 +282,11 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         else:
             pulled = _pull_now(program, needs, ctx.device, residuals, cotangents)
         it = iter(pulled)
-        return (
-            None,
-            None,
-            None,
-            *(
-                next(it).to(tensor.device) if need else None
-                for need, tensor in zip(needs, inputs, strict=True)
-            ),
+        grads_in = (
+            next(it).to(tensor.device) if need else None
+            for need, tensor in zip(needs, inputs, strict=True)
         )
+        return None, None, None, *grads_in
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, program: Program, *args: Any) -> Any:

@@ -62,6 +62,9 @@ class TorchFunction:
         outs = call(program, tensors, next(iter(devices), torch.device("cpu")))
         return jax.tree.unflatten(out_tree, outs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchFunction:
+        return self  # a pure function: modules that hold it may be copied
+
     def _read(self, leaf: Any, path: Any) -> tuple[torch.Tensor, jax.ShapeDtypeStruct]:
         """Return a leaf as a tensor, and as what JAX traces."""
         if isinstance(leaf, torch.Tensor):
@@ -134,7 +137,8 @@ def to_torch(
       first order keeps JAX's residuals and recomputes nothing; higher orders start again from the
       inputs. Inputs of integers and bools have none. Forward mode is refused.
     - *`torch.compile(fullgraph=True)`* sees one operator. `fn` is traced once for each new
-      combination of shapes, dtypes and static arguments, never for new values.
+      combination of shapes, dtypes and static arguments, never for new values. torch puts results
+      of dicts, lists and tuples together again, not of named tuples.
     - *Memory*: inputs and outputs cross by DLPack without a copy where the devices match (see
       `tree_to_jax` for what must be copied, and for 64-bit numbers). Outputs share no memory with
       anything, so they may be written into. JAX has finished when the call returns.

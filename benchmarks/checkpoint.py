@@ -1,0 +1,256 @@
+"""What saving costs a training loop, beside plain Orbax and `torch.save` of the same bytes."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import esper_fn as ef
+from benchmarks._timing import Row, exact, ratio, summarise
+from esper_fn import checkpoint, policies, runtime
+
+NUM_SEEDS = 10_000
+WIDTH = 576
+BATCH = 128
+
+
+def measure(*, quick: bool) -> Mapping[str, Row]:
+    """All rows; `quick` takes fewer samples."""
+    saves = 3 if quick else 12
+    folder = Path(tempfile.mkdtemp(prefix="esper-checkpoint-"))
+    try:
+        rows = _training(folder / "training", saves=saves)
+        rows |= _whole_saves(folder / "whole", saves=saves)
+        rows |= _unchanged(folder / "unchanged", saves=saves)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def _job() -> tuple[Any, Any, runtime.TrainState]:
+    """10,000 seeds over a host of 2.7 million parameters: with Adam and two snapshots, 100 MB."""
+    host = ef.hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
+    lattice = ef.lattice(
+        sites=[ef.site("many", features=NUM_SEEDS, chunks=NUM_SEEDS), *host.sites[:1]],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=64,
+    )
+    growth = ef.growth(
+        lattice,
+        policy=policies.chain(policies.plateau(patience=10**6), policies.budget(10**6)),
+        bodies_at_once=None,
+    )
+
+    def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
+        logits = host.apply(params["host"], cast(Any, _OneSite(seeds)), batch[0])
+        wide = seeds.grow("many", jnp.tanh(params["wide"]))
+        mean = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+        return mean + 1e-3 * jnp.mean(jnp.square(wide))
+
+    optimizer = ef.optim.per_body(optax.adam(1e-3))
+    params = {
+        "host": host.init(jax.random.key(0)),
+        "wide": jax.random.normal(jax.random.key(1), (1, NUM_SEEDS)),
+    }
+    state = runtime.init(optimizer, params, growth.init(jax.random.key(2)))
+    step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
+    run = jax.jit(
+        lambda state, batch: step(state, batch, None, growth.commands())[0], donate_argnums=0
+    )
+    return run, growth, state
+
+
+class _OneSite:
+    """The seeds of the first hidden layer; further layers stay plain."""
+
+    def __init__(self, seeds: Any) -> None:
+        self._seeds = seeds
+
+    def grow(self, name: str, x: jax.Array, *, source: jax.Array | None = None) -> jax.Array:
+        """The seed's output at `hidden1`, `x` elsewhere."""
+        del source
+        return self._seeds.grow(name, x) if name == "hidden1" else x
+
+
+def _state_bytes(state: Any) -> int:
+    return sum(
+        leaf.nbytes
+        for leaf in jax.tree.leaves(state)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _training(folder: Path, *, saves: int) -> dict[str, Row]:
+    """The loop waits for the copy; the rest goes on beside it and takes its share of the cores."""
+    run, _, state = _job()
+    source = np.random.default_rng(0)
+    batch = (
+        jnp.asarray(source.normal(size=(BATCH, 784)), jnp.float32),
+        jnp.asarray(source.integers(0, 10, BATCH), jnp.int32),
+    )
+
+    def steps(count: int) -> list[float]:
+        nonlocal state
+        taken = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            state = run(state, batch)
+            state.growth.step.block_until_ready()
+            taken.append(time.perf_counter() - begun)
+        return taken
+
+    steps(5)
+    told = {
+        "seeds": NUM_SEEDS,
+        "state_bytes": _state_bytes(state),
+        "counted": "wall clock of one optimiser step, donated state",
+    }
+    quiet: list[float] = []
+    stalls: list[float] = []
+    busy: list[float] = []
+    extra: list[float] = []
+    with checkpoint.Writer(folder, keep=checkpoint.latest(2)) as writer:
+        writer.save(0, {"state": state}, parts=runtime.PARTS)
+        writer.wait()
+        for index in range(1, saves + 1):
+            alone = steps(12)
+            quiet += alone
+            begun = time.perf_counter()
+            writer.save(index, {"state": state}, parts=runtime.PARTS)
+            stalls.append(time.perf_counter() - begun)
+            during: list[float] = []
+            while not writer.poll():
+                during += steps(1)
+            busy += during
+            usual = float(np.median(alone))
+            extra.append(stalls[-1] + sum(during) - usual * len(during))
+    usual = float(np.median(quiet))
+    return {
+        "step": summarise(quiet, "ms", **told),
+        "stall": summarise(stalls, "ms", counted="Writer.save until it returns"),
+        "stall_in_steps": ratio(stalls, [usual] * len(stalls), counted="stall over a step"),
+        "step_while_saving": summarise(busy, "ms", counted="steps beside the writing thread"),
+        "save_in_steps": ratio(
+            extra,
+            [usual] * len(extra),
+            counted="all time the loop lost to one save: stall and slower steps, in steps",
+        ),
+    }
+
+
+def _arrays() -> dict[str, np.ndarray]:
+    source = np.random.default_rng(0)
+    return {f"layer{i}": source.normal(size=(1 << 18,)).astype(np.float32) for i in range(100)}
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _whole_saves(folder: Path, *, saves: int) -> dict[str, Row]:
+    """Until the bytes are in files, all arrays new: 105 MB."""
+    arrays = _arrays()
+    jax_arrays = jax.tree.map(jnp.asarray, arrays)
+    torch = _torch()
+    times: dict[str, list[float]] = {}
+    blocked: dict[str, list[float]] = {}
+    folder.mkdir()
+    asynchronous = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    with checkpoint.Writer(folder / "esper", keep=checkpoint.latest(1)) as writer:
+        for index in range(saves + 1):
+            jax_arrays = jax.tree.map(lambda x: x + 1, jax_arrays)
+            jax.block_until_ready(jax_arrays)
+            begun = time.perf_counter()
+            writer.save(index, jax_arrays)
+            stall = time.perf_counter() - begun
+            writer.wait()
+            whole = time.perf_counter() - begun
+            begun = time.perf_counter()
+            asynchronous.save(
+                (folder / f"orbax{index}").absolute(), args=ocp.args.PyTreeSave(jax_arrays)
+            )
+            orbax_stall = time.perf_counter() - begun
+            asynchronous.wait_until_finished()
+            orbax_whole = time.perf_counter() - begun
+            if index:
+                times.setdefault("esper", []).append(whole)
+                blocked.setdefault("esper", []).append(stall)
+                times.setdefault("orbax", []).append(orbax_whole)
+                blocked.setdefault("orbax", []).append(orbax_stall)
+            if torch is not None:
+                tensors = {name: torch.from_numpy(np.array(x)) for name, x in jax_arrays.items()}
+                file = folder / f"torch{index}.pt"
+                seconds = _timed(partial(torch.save, tensors, file))
+                file.unlink()
+                if index:
+                    times.setdefault("torch_save", []).append(seconds)
+            shutil.rmtree(folder / f"orbax{index}")
+    asynchronous.close()
+    told = {"bytes": sum(x.nbytes for x in arrays.values())}
+    restored = [_timed(lambda: checkpoint.restore(folder / "esper")) for _ in range(saves)]
+    verified = [_timed(lambda: checkpoint.verify(folder / "esper")) for _ in range(saves)]
+    rows = {
+        f"save_105mb_{name}": summarise(taken, "ms", **told, counted="save and wait")
+        for name, taken in times.items()
+    }
+    rows |= {
+        f"blocked_105mb_{name}": summarise(taken, "ms", **told, counted="save until it returns")
+        for name, taken in blocked.items()
+    }
+    rows["save_over_orbax"] = ratio(times["esper"], times["orbax"])
+    rows["restore_105mb"] = summarise(restored, "ms", counted="verify every byte, read, compare")
+    steps = len(checkpoint.steps(folder / "esper"))
+    rows["verify_105mb"] = summarise([t / steps for t in verified], "ms", counted="one step")
+    return rows
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    return torch
+
+
+def _unchanged(folder: Path, *, saves: int) -> dict[str, Row]:
+    """A frozen host of 105 MB and 4 MB that change: bytes on disk and time of a further save."""
+    host = _arrays()
+    source = np.random.default_rng(1)
+    before, taken, written = 0, [], []
+    with checkpoint.Writer(folder, keep=checkpoint.everything()) as writer:
+        for index in range(min(saves, 8) + 1):
+            changing = source.normal(size=(1 << 20,)).astype(np.float32)
+            value = {"host": host, "bodies": {"changing": changing}}
+            begun = time.perf_counter()
+            writer.save(index, value, parts=("host", "bodies"))
+            writer.wait()
+            if index:
+                taken.append(time.perf_counter() - begun)
+            now = checkpoint.num_disk_bytes(folder)
+            written.append(now - before)
+            before = now
+    buffer = io.BytesIO()
+    np.save(buffer, changing)
+    return {
+        "save_105mb_unchanged": summarise(taken, "ms", counted="save and wait, host shared"),
+        "bytes_unchanged_over_changed": exact(
+            max(written[1:]) / len(buffer.getvalue()),
+            "ratio",
+            counted="bytes a further step adds over bytes that changed",
+            first_step_bytes=written[0],
+        ),
+    }

@@ -1,0 +1,114 @@
+"""`esper checkpoint` and `esper export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import reduce
+from operator import or_
+from pathlib import Path
+
+from esper_fn import checkpoint
+from esper_fn import experiments as ex
+from esper_fn.errors import CheckpointError, NoCheckpointError
+
+
+def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """One action on every checkpoint folder at or below the one named."""
+    key = None if options.key_file is None else Path(options.key_file).read_bytes()
+    keep = _retention(parser, options) if options.action == "prune" else None
+    folders = _folders(Path(options.folder))
+    status = 0
+    for folder in folders:
+        label = "" if len(folders) == 1 else f"{folder}: "
+        if options.action == "list":
+            _list(folder, label, key)
+        elif options.action == "verify":
+            status = max(status, _verify(folder, label, key))
+        else:
+            assert keep is not None  # noqa: S101 -- made above for this action
+            for one in checkpoint.prune(folder, keep, dry_run=options.dry_run, key=key):
+                fate = "kept" if one.is_kept else "to go" if options.dry_run else "gone"
+                print(f"{label}step {one.step}: {fate}: {one.why}")
+    return status
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = [folder] if (folder / "run.json").is_file() else []
+    found += sorted(path.parent for path in folder.glob("*/*/*/run.json"))
+    found += sorted(path.parent for path in folder.glob("*/*/run.json"))
+    if not found:
+        raise NoCheckpointError(
+            f"{folder}: it holds no checkpoints; name a checkpoint or run folder"
+        )
+    return found
+
+
+def _list(folder: Path, label: str, key: bytes | None) -> None:
+    for step in checkpoint.steps(folder):
+        try:
+            manifest = checkpoint.inspect(folder, step, key=key)
+        except CheckpointError as error:
+            print(f"{label}step {step}: {error}")
+            continue
+        size = sum(of.num_bytes for of in manifest.files.values())
+        metrics = "".join(f", {name} {value:.6g}" for name, value in manifest.metrics.items())
+        print(f"{label}step {step}: {len(manifest.leaves)} leaves, {size:,} bytes{metrics}")
+
+
+def _verify(folder: Path, label: str, key: bytes | None) -> int:
+    status = 0
+    for step, damage in checkpoint.verify(folder, key=key).items():
+        if damage is None:
+            print(f"{label}step {step}: sound")
+        else:
+            print(f"{label}{damage}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _retention(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> checkpoint.Retention:
+    wanted = []
+    if options.latest is not None:
+        wanted.append(checkpoint.latest(options.latest))
+    if options.every is not None:
+        wanted.append(checkpoint.every(options.every))
+    if options.best is not None:
+        count, colon, metric = options.best.partition(":")
+        if not colon:
+            count, metric = "1", options.best
+        if not count.isdecimal() or int(count) < 1 or not metric:
+            parser.error(f"argument --best: {options.best!r} is not [N:]METRIC, as 2:loss")
+        wanted.append(checkpoint.best(int(count), metric))
+    if options.pin:
+        wanted.append(checkpoint.pinned(options.pin))
+    if not wanted and options.within_bytes is None:
+        parser.error("prune needs at least one of --latest, --every, --best, --pin, --within-bytes")
+    keep = reduce(or_, wanted) if wanted else checkpoint.everything()
+    if options.within_bytes is not None:
+        keep = keep & checkpoint.within_bytes(options.within_bytes)
+    return keep
+
+
+def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Writes, reads back and tests."""
+    del parser
+    run = Path(options.folder)
+    told = ex.export_run(
+        run,
+        Path(options.out) if options.out else run / "export",
+        format=options.format,
+        arm=options.arm,
+        seed=options.seed,
+        data_folder=options.data_folder,
+    )
+    print(
+        f"step {told['step']}: {told['bodies']} bodies beside the host, {told['folded']} folded "
+        f"into it; test accuracy {told['exported_test_accuracy']:.2%} as written, "
+        f"{told['test_accuracy']:.2%} in the run"
+    )
+    for file in told["files"]:
+        print(file)
+    return 0

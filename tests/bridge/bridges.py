@@ -1,0 +1,125 @@
+"""What several tests of the bridge share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import nn
+
+import esper_fn as ef
+import torch_bridge
+from esper_fn.lifecycle import OWNS_BODY, Stage
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, width)
+        self.fc2 = nn.Linear(width, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.norm(self.conv1(x)))
+        return self.out(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return x + torch.tanh(self.fc(self.ln(x))), "kept"
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.h = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.h:
+            x, _ = block(x)
+        return self.head(x)
+
+
+BLUEPRINTS = {"bottleneck": ef.blueprints.bottleneck(4), "low_rank": ef.blueprints.low_rank(2)}
+
+
+def grow(model: nn.Module, targets: Any, **options: Any) -> torch_bridge.Bridge:
+    """A quiet bridge in which nothing happens by itself."""
+    told: dict[str, Any] = {
+        "chunks": 2,
+        "blueprints": BLUEPRINTS,
+        "capacity": 2,
+        "policy": ef.policies.never(),
+        "verbose": False,
+    }
+    return torch_bridge.grow(model, targets=targets, **{**told, **options})
+
+
+def place(
+    bridge: torch_bridge.Bridge,
+    rows: Mapping[int, tuple[str, Stage, float]],
+    noise: float = 0.3,
+) -> None:
+    """Puts seeds where a test wants them: seed -> (blueprint, stage, alpha), with random bodies."""
+    lattice, state = bridge.lattice, bridge.state
+    tables, owner = lattice.tables, np.array(state.owner)
+    seeds = state.seeds
+    stage, alpha = np.array(seeds.stage), np.array(seeds.alpha)
+    slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
+    source = torch.Generator().manual_seed(3)
+    for seed, (name, to, at) in rows.items():
+        owner[owner == seed] = -1
+        stage[seed], alpha[seed], slot[seed], blueprint[seed] = to, at, -1, -1
+        if OWNS_BODY[to]:
+            group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
+            index = lattice.blueprint_index(name)
+            is_own = tables.slot_pool_start == tables.pool_start[group, index]
+            slot[seed] = np.flatnonzero(is_own & (owner < 0))[0]
+            owner[slot[seed]], blueprint[seed] = seed, index
+    with torch.no_grad():
+        for p in bridge.body_parameters():
+            p.copy_(noise * torch.randn(p.shape, generator=source))
+    bridge._lifecycle.state = state._replace(
+        owner=jnp.asarray(owner),
+        seeds=seeds._replace(
+            stage=jnp.asarray(stage),
+            alpha=jnp.asarray(alpha),
+            slot=jnp.asarray(slot),
+            blueprint=jnp.asarray(blueprint),
+        ),
+    )
+    bridge._lifecycle._gains = bridge._lifecycle._look()
+    bridge._loaded()
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the parameters that get one, which are left without."""
+    model.zero_grad()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

@@ -1,0 +1,123 @@
+"""Under `torch.compile`: one graph, and no stage change compiles anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bridges import Mlp, grow, place
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counting() -> tuple[Any, list[int]]:
+    """A backend that runs AOTAutograd and counts its compilations."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    count: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        count.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    return backend, count
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_no_stage_compiles_anew_and_all_agree_with_eager(stacked: bool) -> None:
+    model = Mlp()
+    bridge = grow(model, ["fc1", "fc2"], stacked=stacked, watch_every=2)
+    backend, count = counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(5, 6)
+    commands = {
+        1: [ef.commands.germinate(0, "bottleneck"), ef.commands.germinate(3, "low_rank")],
+        3: [ef.commands.transition(0, Stage.TRAINING), ef.commands.transition(3, Stage.TRAINING)],
+        5: [ef.commands.transition(0, Stage.GRAFTING)],
+        8: [ef.commands.cull(0)],
+    }
+    stages = set()
+    for step in range(10):
+        loss = compiled(x).square().mean()
+        eager = model(x).square().mean()
+        torch.testing.assert_close(loss, eager)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        info = bridge.step(loss, commands.get(step, ()))
+        stages |= set(info.stage.tolist())
+    assert stages >= {Stage.DORMANT, Stage.TRAINING, Stage.GRAFTING, Stage.CULLED}
+    assert len(count) == 1, count
+    assert bridge.seed(1).site == "fc1"
+    assert int(bridge.state.seeds.telemetry.num_steps[1]) > 0
+
+
+def test_gradients_and_readings_are_those_of_eager() -> None:
+    model = Mlp()
+    bridge = grow(model, ["fc1", "fc2"])
+    place(
+        bridge,
+        {
+            0: ("bottleneck", Stage.FINE_TUNING, 0.7),
+            1: ("low_rank", Stage.TRAINING, 0.0),
+            2: ("low_rank", Stage.FOSSILIZED, 1.0),
+        },
+    )
+    backend, _ = counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(5, 6)
+    found = []
+    for run in (model, compiled):
+        model.zero_grad()
+        for site in bridge.sites:
+            site.tap.grad = None
+        run(x).square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((grads, [site.tap.grad for site in bridge.sites]))
+    (eager, taps), (ours, own_taps) = found
+    for name, grad in eager.items():
+        torch.testing.assert_close(ours[name], grad, msg=name)
+    for tap, own in zip(taps, own_taps, strict=True):
+        torch.testing.assert_close(own, tap)
+
+
+def test_a_model_compiled_before_it_grew_is_compiled_anew() -> None:
+    model, bare = Mlp(), Mlp()
+    backend, count = counting()
+    x = torch.randn(5, 6)
+    compiled, other = (torch.compile(of, backend=backend) for of in (model, bare))
+    compiled(x)
+    bridge = grow(model, ["fc1", "fc2"])
+    for of in (other, compiled):
+        loss = of(x).square().mean()
+        loss.backward()
+    bridge.step(loss)
+    assert len(count) == 3
+    assert int(bridge.state.seeds.telemetry.num_steps[0]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+def test_dormant_is_bitwise_the_bare_model_with_inductor() -> None:
+    model = Mlp()
+    bare = Mlp()
+    bare.load_state_dict(model.state_dict())
+    grow(model, ["fc1", "fc2"])
+    x = torch.randn(5, 6)
+    results = []
+    for of in (bare, model):
+        compiled = torch.compile(of, fullgraph=True)
+        loss = compiled(x).square().mean()
+        loss.backward()
+        results.append((loss, of.fc1.weight.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

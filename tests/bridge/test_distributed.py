@@ -1,0 +1,44 @@
+"""Two processes over gloo decide the same, and as one process on the whole batch does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from esper_fn.lifecycle import Stage
+
+HERE = Path(__file__).parent
+
+
+def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    runs = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(HERE / "ranks.py"),
+                *(str(rank), str(world), str(tmp_path / "store"), str(tmp_path / f"of{world}_")),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, world in ((0, 2), (1, 2), (0, 1))
+    ]
+    for run in runs:
+        _, told = run.communicate(timeout=300)
+        assert run.returncode == 0, told
+    first, second, alone = (
+        np.load(tmp_path / f"of{world}_{rank}.npz") for rank, world in ((0, 2), (1, 2), (0, 1))
+    )
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    np.testing.assert_array_equal(first["stages"], alone["stages"])
+    assert set(np.unique(first["stages"])) >= set(range(Stage.FINE_TUNING + 1))
+    np.testing.assert_allclose(first["utility"], alone["utility"], rtol=5e-2, atol=1e-5)
+    np.testing.assert_allclose(first["potential"], alone["potential"], rtol=5e-2, atol=1e-3)
+    np.testing.assert_allclose(first["bodies"], alone["bodies"], rtol=5e-2, atol=1e-3)

@@ -1,0 +1,57 @@
+"""The kernels in place of the layer's own mathematics; their reference stands in for a GPU here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bridges import Cnn, Mlp, gradients, grow, place
+from torch import nn
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+from torch_bridge import _kernels
+
+BLUEPRINTS = {"gated": ef.blueprints.gated(4), "low_rank": ef.blueprints.low_rank(2)}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make", "compiles"), [(Mlp, False), (Mlp, True), (Cnn, False)])
+def test_a_site_by_kernel_is_the_site_without(
+    monkeypatch: Any, make: Any, dtype: torch.dtype, stacked: bool, compiles: bool
+) -> None:
+    model = make().to(dtype)
+    names = ["fc1", "fc2"] if make is Mlp else ["conv1", "conv2"]
+    bridge = grow(model, names, blueprints=BLUEPRINTS, stacked=stacked)
+    rows = {0: ("gated", Stage.FINE_TUNING, 0.7), 1: ("gated", Stage.TRAINING, 0.0)}
+    place(bridge, {**rows, 3: ("low_rank", Stage.FOSSILIZED, 1.0)})
+    x = torch.randn((5, 6) if make is Mlp else (2, 1, 6, 6), dtype=dtype)
+    calls = []
+    forward = _kernels.forward
+
+    def counted(*told: Any) -> Any:
+        calls.append(1)
+        return forward(*told)
+
+    monkeypatch.setattr(_kernels, "forward", counted)
+    found = []
+    for devices in (set(), {"cpu"}):
+        torch._dynamo.reset()
+        monkeypatch.setattr(_kernels, "DEVICES", devices)
+        run: nn.Module = torch.compile(model, backend="aot_eager") if compiles else model
+        y = run(x)
+        grads = gradients(model, y.float().square().sum())
+        found.append((y, grads, [site.tap.grad for site in bridge.sites]))
+        for site in bridge.sites:
+            site.tap.grad = None
+    assert len(calls) == 2
+    loose = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(found[1][0], found[0][0], **loose)
+    for name, grad in found[0][1].items():
+        other = found[1][1].get(name, torch.zeros_like(grad))
+        scale = float(grad.abs().max()) + 1e-6
+        assert float((other - grad).abs().max()) <= loose["rtol"] * 4 * scale + 1e-5, name
+    for mine, theirs in zip(found[1][2], found[0][2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)

@@ -1,0 +1,202 @@
+"""The same host, seeds, data and commands in JAX and in torch live the same life."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch import nn
+
+import esper_fn as ef
+import torch_bridge
+from esper_fn.lifecycle import Stage
+
+STEPS, SURVEY_EVERY = 200, 10
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiles a third quicker; for tests of numbers."""
+WIDTHS = (12, 30, 16, 4)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(12, 30)
+        self.fc2 = nn.Linear(30, 16)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+SETTINGS = ef.lifecycle.settings(
+    min_steps=dict.fromkeys(
+        (
+            Stage.TRAINING,
+            Stage.GRAFTING,
+            Stage.STABILIZATION,
+            Stage.EVALUATING,
+            Stage.FINE_TUNING,
+        ),
+        10,
+    ),
+    embargo_steps=15,
+    utility_variation=100.0,
+    loss_variation=1.0,
+)
+BLUEPRINTS = {
+    "bottleneck": ef.blueprints.bottleneck(4),
+    "low_rank": ef.blueprints.low_rank(2),
+    "scale_shift": ef.blueprints.scale_shift(),
+}
+OPTIONS: dict[str, Any] = {
+    "graft": ef.grafting.linear(num_steps=20),
+    "settings": SETTINGS,
+    "directed_births": 2,
+}
+
+
+def policy() -> ef.policies.Policy:
+    return ef.policies.chain(ef.policies.periodic(every=15, start=12), ef.policies.concurrency(4))
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    source = np.random.default_rng(0)
+    x = source.standard_normal((STEPS + 1, 32, 12)).astype(np.float32)
+    teacher = source.standard_normal((12, 4)).astype(np.float32)
+    return x, np.tanh(x @ teacher) ** 2
+
+
+def commands_at(step: int, lattice: ef.Lattice) -> list[Any]:
+    told = {
+        20: [ef.commands.germinate(lattice.seed_index("fc2", 1), "scale_shift")],
+        33: [ef.commands.germinate(lattice.seed_index("fc1", 3), "low_rank")],
+        50: [ef.commands.cull(lattice.seed_index("fc1", 3)), ef.commands.cull(0)],
+    }
+    return told.get(step, [])
+
+
+class InJax:
+    """The README's step."""
+
+    def __init__(self, model: Mlp, seed: int, x: np.ndarray, y: np.ndarray) -> None:
+        sites = [
+            ef.site("fc1", features=30, chunks=4),
+            ef.site("fc2", features=16, chunks=4),
+        ]
+        lattice = ef.lattice(sites=sites, blueprints=BLUEPRINTS, capacity=3)
+        self.growth = growth = ef.growth(lattice, policy=policy(), **OPTIONS)
+        self.state = growth.init(jax.random.key(seed))
+        self.params = {
+            name: jnp.asarray(p.detach().numpy().copy()) for name, p in model.named_parameters()
+        }
+        optimizer = ef.optim.per_body(optax.adamw(3e-3, weight_decay=0.01))
+        self.opt_state = optimizer.init((self.params, self.state.bodies))
+        self.x, self.y = x, y
+
+        def loss_fn(params: Any, seeds: Any, x: Any, y: Any) -> Any:
+            h = x
+            for name in ("fc1", "fc2"):
+                h = h @ params[f"{name}.weight"].T + params[f"{name}.bias"][None]
+                h = jax.nn.relu(seeds.grow(name, h))
+            found = h @ params["out.weight"].T + params["out.bias"][None]
+            return jnp.mean(jnp.square(found - y))
+
+        @partial(jax.jit, compiler_options=QUICK)
+        def step(params: Any, state: Any, opt_state: Any, x: Any, y: Any, commands: Any) -> Any:
+            loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, x, y)
+            updates, opt_state = optimizer.update(
+                grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+            )
+            params, bodies = optax.apply_updates((params, state.bodies), updates)
+            state, info = growth.update(state, bodies, readings, loss, commands)
+            return params, state, opt_state, info, grads[0]
+
+        self._step = step
+        self._survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
+
+    def step(self, at: int) -> Any:
+        commands = self.growth.commands(commands_at(at, self.growth.lattice))
+        self.params, self.state, self.opt_state, info, grads = self._step(
+            self.params, self.state, self.opt_state, self.x[at], self.y[at], commands
+        )
+        return info, grads
+
+    def survey(self) -> Any:
+        self.state, info = self._survey(self.params, self.state, self.x[-1], self.y[-1])
+        return info
+
+
+def test_two_hundred_steps_through_a_full_lifecycle() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    x, y = data()
+    ours = InJax(model, 5, x, y)
+    bridge = torch_bridge.grow(
+        model,
+        targets=["fc1", "fc2"],
+        chunks=4,
+        blueprints=BLUEPRINTS,
+        capacity=3,
+        policy=policy(),
+        seed=5,
+        watch_every=1,
+        verbose=False,
+        **OPTIONS,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
+    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
+
+    def loss_at(step: int) -> torch.Tensor:
+        return (model(tx[step]) - ty[step]).square().mean()
+
+    seen: set[int] = set()
+    for step in range(STEPS):
+        loss = loss_at(step)
+        loss.backward()
+        grads = {
+            name: p.grad.clone() for name, p in model.named_parameters() if "seeds" not in name
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+        info = bridge.step(loss, commands_at(step, bridge.lattice))
+        told, d_params = ours.step(step)
+        np.testing.assert_array_equal(info.stage, told.stage, err_msg=f"step {step}")
+        np.testing.assert_array_equal(info.outcomes.code, told.outcomes.code)
+        np.testing.assert_allclose(info.loss, told.loss, rtol=1e-3)
+        for name, grad in grads.items():
+            np.testing.assert_allclose(grad, d_params[name], rtol=2e-2, atol=2e-4, err_msg=name)
+        seen |= set(info.stage.tolist())
+        if step % SURVEY_EVERY == SURVEY_EVERY - 1:
+            found, wanted = bridge.survey(lambda: loss_at(-1)), ours.survey()
+            np.testing.assert_allclose(found.potential, wanted.potential, rtol=2e-2, atol=1e-3)
+            np.testing.assert_array_equal(found.ablated, wanted.ablated)
+            np.testing.assert_allclose(found.contribution, wanted.contribution, atol=1e-4)
+    life = {*range(Stage.DORMANT, Stage.FOSSILIZED + 1), Stage.CULLED}
+    assert seen >= {int(stage) for stage in life}, seen
+    np.testing.assert_allclose(
+        bridge.state.seeds.telemetry.utility,
+        ours.state.seeds.telemetry.utility,
+        rtol=5e-2,
+        atol=1e-4,
+    )
+    for bank in bridge.banks:
+        for name, leaf in ours.state.bodies[bank.site.site][bank.name].items():
+            held = np.asarray(bridge.state.owner)[bank.start : bank.start + bank.num_slots] >= 0
+            rows = np.flatnonzero(held)
+            if not rows.size:
+                continue
+            (mine,) = (
+                of
+                for of, known in zip(
+                    bank.site.rows_of(bank.name, tuple(rows.tolist())),
+                    bank.site.names_of(bank.name),
+                    strict=True,
+                )
+                if known == name
+            )
+            np.testing.assert_allclose(mine.detach(), leaf[rows], rtol=2e-2, atol=2e-3)

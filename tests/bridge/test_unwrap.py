@@ -1,0 +1,82 @@
+"""The plain model again: the same outputs, linear fossils inside its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bridges import Cnn, Mlp, Transformer, grow, place
+
+import esper_fn as ef
+import torch_bridge
+from esper_fn.lifecycle import Stage
+
+FOSSIL = Stage.FOSSILIZED
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "blueprint", "x", "options"),
+    [
+        (Mlp, ["fc1", "fc2"], "low_rank", torch.randn(5, 6), {}),
+        (Mlp, ["fc1", "fc2"], "scale_shift", torch.randn(5, 6), {"chunks": 3}),
+        (Cnn, ["conv1", "conv2"], "low_rank", torch.randn(2, 1, 6, 6), {}),
+        (Cnn, ["norm"], "scale_shift", torch.randn(2, 1, 6, 6), {}),
+        (Transformer, ["embed"], "low_rank", torch.randint(11, (2, 4)), {}),
+        (Transformer, ["ln"], "scale_shift", torch.randint(11, (2, 4)), {}),
+    ],
+)
+def test_linear_fossils_fold_into_the_weights(
+    make: Any, targets: Any, blueprint: str, x: torch.Tensor, options: dict[str, Any]
+) -> None:
+    model = make()
+    bare = set(model.state_dict())
+    kinds = {"low_rank": ef.blueprints.low_rank(2), "scale_shift": ef.blueprints.scale_shift()}
+    bridge = grow(model, targets, blueprints=kinds, **options)
+    place(bridge, {0: (blueprint, FOSSIL, 1.0), 1: (blueprint, FOSSIL, 0.5)})
+    model.eval()
+    with torch.no_grad():
+        wanted = model(x)
+        plain = bridge.unwrap()
+        found = plain(x)
+    assert plain is model
+    assert set(model.state_dict()) == bare
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    torch.testing.assert_close(found, wanted)
+    assert all(not hasattr(m, "seeds") for m in model.modules())
+
+
+def test_what_cannot_fold_stays_as_a_submodule() -> None:
+    name = torch_bridge.blocks("h")
+    model = Transformer()
+    bridge = grow(model, [name, "embed", "fc"], features={name: 8}, chunks={r"h\.0": 3, ".*": 2})
+    place(
+        bridge,
+        {
+            0: ("bottleneck", FOSSIL, 1.0),
+            1: ("low_rank", FOSSIL, 1.0),
+            2: ("low_rank", FOSSIL, 1.0),
+            4: ("bottleneck", Stage.GRAFTING, 0.25),
+            5: ("low_rank", Stage.TRAINING, 0.0),
+        },
+    )
+    x = torch.randint(11, (2, 4))
+    with torch.no_grad():
+        wanted = model(x)
+        bridge.unwrap()
+        torch.testing.assert_close(model(x), wanted)
+    kept = [n for n, _ in model.named_modules() if n.endswith("grown")]
+    assert kept == ["embed.grown", "h.0.grown"]
+    assert not any(".seeds" in n for n in model.state_dict())
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), wanted)
+
+
+def test_a_dormant_model_unwraps_to_its_own_bits() -> None:
+    model = Mlp()
+    x = torch.randn(5, 6)
+    wanted = model(x)
+    bridge = grow(model, "all-linear", chunks=2)
+    bridge.unwrap()
+    assert torch.equal(model(x), wanted)
+    assert list(dict(model.named_modules())) == ["", "fc1", "fc2", "out"]

@@ -1,0 +1,105 @@
+"""The banks of a bridge: who lives in them, and who learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_bridge._bodies import Form
+from torch_bridge._optim import Partial, Watcher
+from torch_bridge._plan import BankPlan, plan_bank
+from torch_bridge._settle import Learning
+from torch_bridge._site import Seeds
+
+
+class Bank(NamedTuple):
+    """One bank of the lattice and the module that holds its bodies."""
+
+    site: Seeds
+    name: str
+    start: int
+    num_slots: int
+    first_seed: int
+    form: Form
+
+
+def tell_sites(
+    sites: Sequence[Seeds],
+    banks: Sequence[Bank],
+    gains: np.ndarray,
+    owner: np.ndarray,
+    *,
+    is_watching: bool,
+) -> None:
+    """Gives every site its plan for the next step.
+
+    Args:
+      sites: in the order of the seeds.
+      banks: theirs.
+      gains: float32[Q, 3].
+      owner: int32[Q].
+      is_watching: whether dormant chunks are measured.
+    """
+    num_seeds = sum(site.plan.cut.chunks for site in sites)
+    by_seed = np.zeros((num_seeds, 3), np.float32)
+    row = np.full((num_seeds,), -1, np.int32)
+    is_held = owner >= 0
+    by_seed[owner[is_held]] = gains[is_held]
+    is_live = is_held & np.any(gains != 0, axis=1)
+    plans: dict[int, list[BankPlan]] = {id(site): [] for site in sites}
+    for bank in banks:
+        here = slice(bank.start, bank.start + bank.num_slots)
+        slots = np.flatnonzero(is_live[here])
+        if not slots.size:
+            continue
+        chunks = owner[here][slots] - bank.first_seed
+        plan = plan_bank(
+            bank.site.plan.cut, bank.name, bank.form, slots, chunks, gains[here][slots]
+        )
+        row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
+        plans[id(bank.site)].append(plan)
+    flats: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    first = 0
+    for site in sites:
+        device, last = site.tap.device, first + site.plan.cut.chunks
+        if device not in flats:
+            flats[device] = torch.tensor(by_seed, device=device), torch.tensor(row, device=device)
+        on_gains, on_row = flats[device]
+        site.plan = replace(
+            site.plan,
+            banks=tuple(of.to(device) for of in plans[id(site)]),
+            gains=on_gains[first:last],
+            row=on_row[first:last],
+            is_watching=is_watching,
+        )
+        first = last
+
+
+def tell_optimizers(optimizers: Watcher, banks: Sequence[Bank], learns: np.ndarray) -> None:
+    """Says which bodies the next optimiser's step may move; `learns` is bool[Q]."""
+    resting: list[nn.Parameter] = []
+    learning: list[tuple[list[nn.Parameter], np.ndarray, bool]] = []
+    partial: list[Partial] = []
+    for bank in banks:
+        here = learns[bank.start : bank.start + bank.num_slots]
+        yes, no = np.flatnonzero(here), np.flatnonzero(~here)
+        if not bank.site.names_of(bank.name):
+            continue
+        if not yes.size:
+            resting += bank.site.parameters_of(bank.name)
+            continue
+        slots, params = yes, bank.site.parameters_of(bank.name, tuple(yes.tolist()))
+        if bank.site.is_stacked:
+            slots = np.arange(bank.num_slots)
+            if no.size:
+                partial.append(Partial(params, torch.tensor(here, device=params[0].device)))
+        else:
+            resting += bank.site.parameters_of(bank.name, tuple(no.tolist()))
+        learning.append((params, bank.start + slots, bank.site.is_stacked))
+    optimizers.resting, optimizers.partial = resting, partial
+    optimizers.learning = Learning(learning)

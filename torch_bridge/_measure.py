@@ -1,0 +1,116 @@
+"""What a step measured, from the devices to the lifecycle in one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import esper_fn as ef
+from torch_bridge._distributed import Group
+from torch_bridge._optim import Watcher
+from torch_bridge._plan import NUM_CHANNELS
+from torch_bridge._settle import Learning
+from torch_bridge._site import Seeds
+
+_GRADIENT_SQUARE = ef.Reading._fields.index("gradient_square")
+_UTILITY = ef.Reading._fields.index("utility")
+
+
+class Transfer:
+    """Numbers on their way from a device to the host."""
+
+    def __init__(self, told: Tensor, *, is_waiting: bool) -> None:
+        self._event: Any = None
+        if is_waiting or told.device.type != "cuda":
+            self._host = told.cpu()
+            return
+        self._host = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+        self._host.copy_(told, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(told.device))
+
+    def finish(self) -> np.ndarray:
+        """The numbers, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy().copy()
+
+
+class Measured(NamedTuple):
+    """One step, for the lifecycle."""
+
+    told: Transfer
+    """Readings, the loss, the drifts."""
+    learning: Learning
+    before: list[Tensor] | None
+    """The learning bodies before the optimiser's step, if there was one."""
+    scale: float
+
+
+class Read(NamedTuple):
+    """The same on the host, as `Lifecycle.advance` takes it."""
+
+    readings: np.ndarray
+    """float32[S, K]."""
+    loss: float
+    drift: np.ndarray
+    """float32[Q]."""
+    has_broken: np.ndarray
+    """bool[Q]."""
+
+
+def measure(
+    sites: Sequence[Seeds],
+    optimizers: Watcher,
+    group: Group,
+    loss: Tensor | float,
+    *,
+    is_waiting: bool,
+) -> Measured:
+    """Takes the taps' gradients, and sends them off with the loss and the bodies' drifts."""
+    with torch.no_grad():
+        taps = [_reading(site) for site in sites]
+        place = taps[0].device
+        is_one = all(tap.device == place for tap in taps)
+        readings = torch.cat(taps if is_one else [tap.to(place) for tap in taps])
+        value = torch.as_tensor(loss, dtype=torch.float32).detach().to(place)
+        told = group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
+        if optimizers.before is not None:
+            drift = optimizers.learning.drift(optimizers.before, place)
+            told = torch.cat([told, drift])
+        for site in sites:
+            site.tap.grad = None
+    before, optimizers.before = optimizers.before, None
+    return Measured(
+        told=Transfer(told, is_waiting=is_waiting),
+        learning=optimizers.learning,
+        before=before,
+        scale=optimizers.scale,
+    )
+
+
+def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
+    """What arrived; bodies that broke get their old numbers back."""
+    told = of.told.finish()
+    num_seeds, num_slots = lattice.num_seeds, lattice.num_slots
+    size = num_seeds * NUM_CHANNELS
+    readings, loss = group.of_mean(told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size]))
+    readings[:, _UTILITY] /= of.scale
+    readings[:, _GRADIENT_SQUARE] /= of.scale**2
+    drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
+    if of.before is not None:
+        moved, slots = told[size + 1 :], of.learning.slots
+        is_broken = ~np.isfinite(moved)
+        drift[slots], has_broken[slots] = np.where(is_broken, 0.0, moved), is_broken
+        for entry in np.flatnonzero(is_broken).tolist():
+            of.learning.put_back(entry, of.before)
+    return Read(readings, loss, drift, has_broken)
+
+
+def _reading(site: Seeds) -> Tensor:
+    grad = site.tap.grad
+    return torch.zeros_like(site.tap) if grad is None else grad
