@@ -104,30 +104,16 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
     publisher = bus.Publisher(transport, Topic.COMMANDS, max_waiting=10**9)
-    busy = 0
-    tasks: set[asyncio.Task[Any]] = set()
-
-    async def one(number: int) -> None:
-        nonlocal busy
-        try:
-            await publisher.send(
-                bus.Germinate(
-                    seed=number,
-                    site="hidden",
-                    blueprint="bottleneck",
-                    sender=f"{time.time_ns()}".ljust(200, "x"),
-                )
-            )
-        except BusyError:
-            busy += 1
+    futures: list[asyncio.Future[int]] = []
 
     async def put(number: int) -> None:
-        task = asyncio.create_task(one(number))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        sender = f"{time.time_ns()}".ljust(200, "x")
+        command = bus.Germinate(seed=number, site="hidden", blueprint="bottleneck", sender=sender)
+        futures.append(publisher.post(command))
 
     await _on_time(options, put)
-    await asyncio.gather(*tasks)
+    answers = await asyncio.gather(*futures, return_exceptions=True)
+    busy = sum(isinstance(answer, BusyError) for answer in answers)
     await publisher.close()
     await transport.close()
     return {"busy": busy}

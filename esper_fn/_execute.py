@@ -206,13 +206,17 @@ def _check(
     code = refuse(code, Code.NO_BODY, steers & ~is_in(stage, ON_ITS_WAY))
     code = refuse(code, Code.VETOED, germinates & is_vetoing)
 
+    def in_broken_batch(code: Array) -> Array:
+        is_broken = _mark(requests.is_broken, requests.batch, code != Code.DONE)
+        return (requests.batch >= 0) & is_broken[jnp.clip(requests.batch, 0)]
+
+    # What a broken batch asks for must not take a slot from others.
+    code = refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))
     asks = germinates & (code == Code.DONE)
     slot = allocate(lattice, owner, asks, requests.blueprint)
     code = refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
     code = refuse(code, Code.BANK_FULL, asks & (slot == NONE))
-    is_broken = _mark(requests.is_broken, requests.batch, code != Code.DONE)
-    in_broken = (requests.batch >= 0) & is_broken[jnp.clip(requests.batch, 0)]
-    code = refuse(code, Code.BATCH_REFUSED, in_broken)
+    code = refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))
     return _Checked(target=target, code=code, slot=slot)
 
 

@@ -128,6 +128,15 @@ class Publisher:
           BusyError: the server, or this queue, takes no more; nothing was accepted.
           OversizedError: the message is too large.
         """
+        # If the caller gives up, the message still goes out: it has a number.
+        return await asyncio.shield(self.post(message, trace=trace))
+
+    def post(self, message: Message, *, trace: str | None = None) -> asyncio.Future[int]:
+        """Queues a message that is not to be dropped; the future is as `send`.
+
+        Raises:
+          BusyError: this queue takes no more.
+        """
         if len(self._waiting) >= self._max_waiting:
             raise BusyError(
                 f"{len(self._waiting):,} messages wait to be sent to {self._transport.run!r}; "
@@ -135,8 +144,7 @@ class Publisher:
             )
         accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._put(_Waiting(message, self._clock(), trace, accepted))
-        # If the caller gives up, the message still goes out: it has a number.
-        return await asyncio.shield(accepted)
+        return accepted
 
     async def republish(self, message: Message, sequence: int) -> None:
         """Publishes again what a server has lost, under the number it had."""

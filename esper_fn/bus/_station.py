@@ -16,23 +16,22 @@ from types import TracebackType
 
 from redis.exceptions import RedisError
 
-from esper_fn.bus._codec import FORMAT, SCHEMA, Header
 from esper_fn.bus._connect import LoopThread
-from esper_fn.bus._intake import Done, Intake, Taken
+from esper_fn.bus._intake import Intake, Taken
+from esper_fn.bus._ledger import Ledger
 from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message, Outcome
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._resilience import Clock, Retry
 from esper_fn.bus._signing import NO_KEYS, Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
-from esper_fn.bus._transport import Attached, Entry, LeaseHeldError, Settlement, Transport
+from esper_fn.bus._transport import Attached, Lease, LeaseHeldError, Settlement, Transport
 from esper_fn.errors import BusUnavailableError, FencedError
 
 _LOG = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, RedisError)
 _MAX_INBOX = 2_048
 _READ_LIMIT = 256
-_OUTCOMES_IN_PARCEL = 64
 _TRIM_EVERY = 512
 
 
@@ -272,6 +271,9 @@ class Station:
             clock=self._clock,
             gap_seconds=self._gap_seconds,
         )
+        self._ledger = Ledger(
+            self._holder, self._transport.stream, keys=self._keys, server_time=self._time
+        )
         await self._attach(first=True)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
@@ -298,7 +300,8 @@ class Station:
                 "not go on"
             ) from None
         self._time.learn(found.server_ms)
-        self._lease, self._number, self._unsettled = found.lease, 0, None
+        self._lease: Lease = found.lease
+        self._ledger.restart()
         with self._lock:
             self._arrive(found, given=given)
         self._settle_now.set()
@@ -454,63 +457,21 @@ class Station:
                     await self._settled(settlement)
 
     def _next_settlement(self) -> Settlement | None:
-        if self._unsettled is None:
+        if self._ledger.current is None:
             with self._lock:
                 intake = self._held()
                 done = intake.collect()
                 if intake.num_waiting < _MAX_INBOX // 2:
                     self._room.set()
-                sequences = dict(self._position.changed)
-                cursor = dict(self._position.cursor)
+                sequences, cursor = dict(self._position.changed), dict(self._position.cursor)
                 self._position.changed.clear()
-            self._backlog = (*self._backlog, *done)
-            if not self._backlog and not sequences:
-                return None
-            self._sequences = {**self._sequences, **sequences}
-            self._number += 1
-            self._unsettled = self._make_settlement(self._backlog, cursor)
-        return self._unsettled
-
-    _backlog: tuple[Done, ...] = ()
-    _sequences: dict[str, int] = {}  # noqa: RUF012 -- replaced, never changed
-    _unsettled: Settlement | None = None
-    _number = 0
-
-    def _make_settlement(self, done: tuple[Done, ...], cursor: dict[Topic, str]) -> Settlement:
-        entries: dict[Topic, list[str]] = {topic: [] for topic in COMMAND_TOPICS}
-        for item in done:
-            if item.entry_id:
-                entries[item.topic].append(item.entry_id)
-        outcomes: list[Message] = [item.outcome for item in done if item.outcome is not None]
-        dead: list[Message] = [item.dead for item in done if item.dead is not None]
-        parcels = [
-            outcomes[at : at + _OUTCOMES_IN_PARCEL]
-            for at in range(0, len(outcomes), _OUTCOMES_IN_PARCEL)
-        ]
-        return Settlement(
-            number=self._number,
-            done=entries,
-            cursor=cursor,
-            sequences=self._sequences,
-            outcomes=[self._pack(Topic.OUTCOMES, parcel) for parcel in parcels],
-            dead=[self._pack(Topic.DEAD, [letter]) for letter in dead],
-        )
-
-    def _pack(self, topic: Topic, messages: list[Message]) -> Entry:
-        header = Header(
-            format=FORMAT,
-            producer=self._holder,
-            sequence=self._number,
-            issued_at_ms=self._time.now_ms(),
-        )
-        payload = SCHEMA.encode(header, messages)
-        return Entry(payload, self._keys.sign(self._transport.stream(topic), payload))
+            self._ledger.enter(done, cursor, sequences)
+        return self._ledger.current
 
     async def _settled(self, settlement: Settlement) -> None:
-        count = sum(map(len, settlement.done.values()))
+        count = self._ledger.settled()
         self.num_settled += count
         self._settled_since_trim += count
-        self._backlog, self._sequences, self._unsettled = (), {}, None
         if not self._keeps and self._settled_since_trim >= _TRIM_EVERY:
             self._settled_since_trim = 0
             await self._trim(dict(settlement.cursor))
@@ -554,7 +515,7 @@ class Station:
 
     def _is_settled(self) -> bool:
         with self._lock:
-            return not self._held().has_done and not self._backlog
+            return not self._held().has_done and self._ledger.is_empty
 
     def _held(self) -> Intake:
         if self._intake is None:

@@ -31,10 +31,13 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     job = ex.job(options.data)
     target = Path(options.out or f"runs/{options.data}-{options.seed}")
     failures: list[BaseException] = []
+    steering: runtime.Steering | None = None
 
     def told(error: BaseException) -> None:
         failures.append(error)
         print(f"esper: a checkpoint was not written: {error}", file=sys.stderr)
+        if steering is not None:
+            steering.checkpoint_failed(error)
 
     with runtime.termination() as is_asked:
         keeping = ex.Keeping(
@@ -54,7 +57,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.bus is not None:
             from esper_fn.cli import _steer
 
-            comparison.steering = _steer.prepare(options, comparison.growth)
+            steering = comparison.steering = _steer.prepare(options, comparison.growth)
         try:
             return _run(options, comparison, target)
         except ex.StoppedError as stop:

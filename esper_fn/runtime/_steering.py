@@ -161,6 +161,11 @@ class Steering:
 
         return replace(checkpoints, note=with_position, recall=from_position)
 
+    def checkpoint_failed(self, error: BaseException) -> None:
+        """Tells of a checkpoint that was not written; for a writer's `on_failure`."""
+        event = bus.CheckpointEvent(step=self._step, what="failed", words=str(error)[:2_000])
+        self.station.offer([event])
+
     def check_stopped(self) -> None:
         """Raises after an emergency stop.
 

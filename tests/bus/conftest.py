@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import threading
 import time
@@ -40,19 +39,6 @@ def make(kind, request, run_name):
         return bus.RedisTransport(bus.parse_address(url), run, has_key=False)
 
     return make
-
-
-def run_async(main, *transports):
-    """Runs a coroutine and closes the transports in its loop."""
-
-    async def whole():
-        try:
-            return await asyncio.wait_for(main, 60)
-        finally:
-            for transport in transports:
-                await transport.close()
-
-    return asyncio.run(whole())
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from proxy import Proxy
+from bus_proxy import Proxy
 from test_station import Loop, until
 
 from esper_fn import bus

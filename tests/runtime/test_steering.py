@@ -199,13 +199,19 @@ def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
 
 
 def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
-    with running(url, name) as (_, client):
+    with running(url, name) as (run, client):
         client.send(bus.Germinate(seed=1, blueprint="scale"))
+        run.steering.checkpoint_failed(OSError("disk full"))
         kinds = {}
+        wanted = {bus.Frame, bus.StepMetrics, bus.LifecycleEvent, bus.Announcement}
         for message in client.watch(seconds=20, from_beginning=True):
             kinds.setdefault(type(message), message)
-            if {bus.Frame, bus.StepMetrics, bus.LifecycleEvent, bus.Announcement} <= set(kinds):
+            if wanted | {bus.CheckpointEvent} <= set(kinds):
                 break
+        assert (kinds[bus.CheckpointEvent].what, kinds[bus.CheckpointEvent].words) == (
+            "failed",
+            "disk full",
+        )
         assert kinds[bus.Announcement].sites == {SITE.name: SITE.num_seeds}
         assert kinds[bus.Frame].array("stage").shape == (LATTICE.num_seeds,)
         assert kinds[bus.LifecycleEvent].cause == "command"
