@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -184,10 +182,3 @@ def test_outputs_that_cannot_grow(make: Any, message: str) -> None:
     grow(model, "0", features={"0": 8})
     with pytest.raises(BridgeError, match=message):
         model(torch.randn(2, 8))
-
-
-def test_without_torch_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['torch'] = None; import torch_bridge"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "torch_bridge needs PyTorch" in ran.stderr
-    assert "pip install 'esper-fn[torch]'" in ran.stderr

@@ -22,6 +22,11 @@ BLUEPRINTS = {"gated": ef.blueprints.gated(4), "low_rank": ef.blueprints.low_ran
 def test_a_site_by_kernel_is_the_site_without(
     monkeypatch: Any, make: Any, dtype: torch.dtype, stacked: bool, compiles: bool
 ) -> None:
+    # The tests of the kernels may have loaded Triton's interpreter into this process. Not imported
+    # above: that would define the kernels before those tests can have them interpreted.
+    from esper_kernels.graft import triton_cuda
+
+    monkeypatch.setattr(triton_cuda, "IS_INTERPRETED", False)
     model = make().to(dtype)
     names = ["fc1", "fc2"] if make is Mlp else ["conv1", "conv2"]
     bridge = grow(model, names, blueprints=BLUEPRINTS, stacked=stacked)
