@@ -70,6 +70,7 @@ class PrivateServer:
         self.port = _free_port() if with_port else 0
         self._options = options or {}
         self.process: subprocess.Popen[bytes] | None = None
+        self._warden: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -106,6 +107,7 @@ class PrivateServer:
         self.process = subprocess.Popen(  # noqa: S603 -- the program is ours or the user's choice
             [find_server(), str(path)], stdin=subprocess.DEVNULL, start_new_session=True
         )
+        self._watch(self.process.pid)
         until = time.monotonic() + _STARTING_SECONDS
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > until:
@@ -114,6 +116,25 @@ class PrivateServer:
                 self.stop()
                 raise BusUnavailableError(f"the server did not come up: {end}")
             time.sleep(0.01)
+
+    def _watch(self, pid: int) -> None:
+        """Ends the server when this process does, however that comes about.
+
+        A shell reads from a pipe that this process alone holds open.
+        """
+        self._unwatch()
+        script = 'cat >/dev/null; kill -CONT "$0" 2>/dev/null; kill "$0" 2>/dev/null'
+        self._warden = subprocess.Popen(  # noqa: S603
+            ["sh", "-c", script, str(pid)],  # noqa: S607
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _unwatch(self) -> None:
+        if self._warden is not None:
+            os.killpg(self._warden.pid, signal.SIGKILL)  # first, or it would kill a number reused
+            self._warden.communicate()
+            self._warden = None
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -130,6 +151,7 @@ class PrivateServer:
         self.send_signal(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
+        self._unwatch()
 
     def send_signal(self, number: signal.Signals) -> None:
         """Sends it a signal."""
@@ -138,6 +160,7 @@ class PrivateServer:
 
     def stop(self) -> None:
         """Ends it and removes its own files."""
+        self._unwatch()
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
