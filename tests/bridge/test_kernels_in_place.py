@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -22,11 +23,9 @@ BLUEPRINTS = {"gated": ef.blueprints.gated(4), "low_rank": ef.blueprints.low_ran
 def test_a_site_by_kernel_is_the_site_without(
     monkeypatch: Any, make: Any, dtype: torch.dtype, stacked: bool, compiles: bool
 ) -> None:
-    # The tests of the kernels may have loaded Triton's interpreter into this process. Not imported
-    # above: that would define the kernels before those tests can have them interpreted.
-    from esper_kernels.graft import triton_cuda
-
-    monkeypatch.setattr(triton_cuda, "IS_INTERPRETED", False)
+    # The reference, not Triton's interpreter, which `tests/conftest.py` has loaded.
+    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
+        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
     model = make().to(dtype)
     names = ["fc1", "fc2"] if make is Mlp else ["conv1", "conv2"]
     bridge = grow(model, names, blueprints=BLUEPRINTS, stacked=stacked)
