@@ -58,8 +58,9 @@ def tell_sites(
         if not slots.size:
             continue
         chunks = owner[here][slots] - bank.first_seed
+        site, names = bank.site, bank.site.names_of(bank.name)
         plan = plan_bank(
-            bank.site.plan.cut, bank.name, bank.form, slots, chunks, gains[here][slots]
+            site.plan.cut, bank.name, bank.form, names, slots, chunks, gains[here][slots]
         )
         row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
         plans[id(bank.site)].append(plan)
@@ -76,6 +77,7 @@ def tell_sites(
             gains=on_gains[first:last],
             row=on_row[first:last],
             is_watching=is_watching,
+            bound={},
         )
         first = last
 

@@ -60,6 +60,7 @@ class Bridge:
         self.optimizers = Watcher(host, bodies)
         self._host = host
         self._num_steps = 0
+        self._num_calls = 0
         self._lag = lag
         self._pending: list[Measured] = []
         self._asked: list[Command] = []
@@ -216,6 +217,7 @@ class Bridge:
 
     def _end_step(self) -> None:
         self._num_steps += 1
+        self._num_calls += 1
         self._refresh()
 
     def _check_reached(self, measured: np.ndarray) -> None:
@@ -250,6 +252,8 @@ class Bridge:
         """Tells every site who lives there now, and optimisers who learns."""
         gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
+        is_new = not self._num_calls  # the first step compiles what later ones with work to do run
+        self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
         is_same = self._was is not None and all(
             np.array_equal(a, b) for a, b in zip(self._was, (gains, owner), strict=True)
         )

@@ -37,10 +37,16 @@ def serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
     return rank <= MAX_SIDE and rank * plan.cut.widest <= MAX_MATRIX and up.dtype in _DTYPES
 
 
-def _call(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[Body, str]:
+def _call(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Body, kernels.Bound]:
     bank = plan.banks[0]
-    leaves = {name: leaf.contiguous() for name, leaf in bodies[bank.bank].items()}
-    return Body(**leaves), str(bank.form.kernel)
+    body = Body(**{name: leaf.contiguous() for name, leaf in bodies[bank.bank].items()})
+    key = x.shape[0], x.dtype, body.up.dtype
+    bound = plan.bound.get(key)
+    if bound is None:
+        activation = str(bank.form.kernel)
+        bound = kernels.bind(x, body, plan.row, plan.gains, activation=activation)
+        plan.bound[key] = bound
+    return body, bound
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -49,19 +55,18 @@ def _rows(x: Tensor) -> Tensor:
 
 def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Tensor, Tensor]:
     """`y` as rows, [N, D], and what was measured of `x`."""
-    body, activation = _call(plan, bodies)
-    return kernels.graft(_rows(x), body, plan.row, plan.gains, activation=activation)
+    rows = _rows(x)
+    body, bound = _call(plan, bodies, rows)
+    return bound.forward(rows, body, plan.row, plan.gains)
 
 
 def backward(
     plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, dy: Tensor, watched: Tensor
 ) -> Pulled:
     """Gradients and channels; see `_layer.backward`."""
-    bank = plan.banks[0]
-    body, activation = _call(plan, bodies)
-    d_x, d_down, d_up, d_bias, d_gate, channels = torch.ops.esper.graft_backward(
-        _rows(x), _rows(dy), *body, plan.row, plan.gains, watched, activation, "auto"
-    )
-    grads = {"down": d_down, "up": d_up, "bias": d_bias, "gate": d_gate}
-    own = {name: grads[name] for name in bodies[bank.bank]}
-    return Pulled(d_x.reshape(x.shape), channels, {bank.bank: own})
+    rows, slope = _rows(x), _rows(dy)
+    body, bound = _call(plan, bodies, rows)
+    d_x, d_body, channels = bound.backward(rows, slope, body, plan.row, plan.gains, watched)
+    bank = plan.banks[0].bank
+    own = {name: getattr(d_body, name) for name in bodies[bank]}
+    return Pulled(d_x.reshape(x.shape), channels, {bank: own})

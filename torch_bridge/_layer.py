@@ -327,21 +327,17 @@ def _through(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(d_a, z, approximate="tanh")
 
 
-def _is_whole(bank: BankPlan, leaf: Tensor) -> bool:
-    return bank.slots == tuple(range(leaf.shape[0]))
-
-
 def select(bank: BankPlan, stacked: Sequence[tuple[str, Tensor]]) -> Leaves:
     """The rows of the live bodies out of a bank's parameters `[P, ...]`."""
     return {
-        name: leaf if _is_whole(bank, leaf) else leaf.index_select(0, bank.rows)
+        name: leaf if bank.is_whole(leaf) else leaf.index_select(0, bank.rows)
         for name, leaf in stacked
     }
 
 
 def scatter(bank: BankPlan, grad: Tensor, like: Tensor) -> Tensor:
     """The gradient of the live bodies as one of `[P, ...]`."""
-    if _is_whole(bank, like):
+    if bank.is_whole(like):
         return grad
     return torch.zeros_like(like).index_copy_(0, bank.rows, grad)
 

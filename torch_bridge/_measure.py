@@ -12,7 +12,7 @@ from torch import Tensor
 import esper_fn as ef
 from torch_bridge._distributed import Group
 from torch_bridge._optim import Watcher
-from torch_bridge._plan import NUM_CHANNELS
+from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
@@ -73,17 +73,13 @@ def measure(
 ) -> Measured:
     """Takes the taps' gradients, and sends them off with the loss and the bodies' drifts."""
     with torch.no_grad():
-        taps = [_reading(site) for site in sites]
-        place = taps[0].device
-        is_one = all(tap.device == place for tap in taps)
-        readings = torch.cat(taps if is_one else [tap.to(place) for tap in taps])
+        place = sites[0].tap.device
+        readings = _readings(sites, place)
         value = torch.as_tensor(loss, dtype=torch.float32).detach().to(place)
         told = group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
         if optimizers.before is not None:
             drift = optimizers.learning.drift(optimizers.before, place)
             told = torch.cat([told, drift])
-        for site in sites:
-            site.tap.grad = None
     before, optimizers.before = optimizers.before, None
     return Measured(
         told=Transfer(told, is_waiting=is_waiting),
@@ -111,6 +107,18 @@ def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
     return Read(readings, loss, drift, has_broken)
 
 
-def _reading(site: Seeds) -> Tensor:
-    grad = site.tap.grad
-    return torch.zeros_like(site.tap) if grad is None else grad
+def _readings(sites: Sequence[Seeds], place: torch.device) -> Tensor:
+    """float32[S, K]: zeros where nothing was measured."""
+    found = [site.take_reading() for site in sites]
+    if all(of is None for of in found):
+        return torch.zeros(
+            (sum(site.plan.cut.chunks for site in sites), NUM_CHANNELS), device=place
+        )
+    halves = []
+    for k, width in enumerate((NUM_WATCHED, NUM_CHANNELS - NUM_WATCHED)):
+        parts = [
+            torch.zeros((site.plan.cut.chunks, width), device=place) if of is None else of[k]
+            for site, of in zip(sites, found, strict=True)
+        ]
+        halves.append(torch.cat([part.to(place) for part in parts]))
+    return torch.cat(halves, dim=1)

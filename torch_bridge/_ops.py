@@ -1,11 +1,12 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
-Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v2`, one operation whose inside
+Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v3`, one operation whose inside
 decides from the site's plan what to compute, so that no stage change alters what was compiled. The
-number changes with its arguments: compilers cache programs on disk by the operations' names.
+number changes with its arguments: compilers cache programs on disk by the operations' names. It is
+registered without `torch.library.custom_op`, whose checks at every call cost more than a site.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 import itertools
@@ -44,14 +45,14 @@ def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
 ) -> tuple[Tensor, Tensor, _layer.Kept | None]:
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
-    last = x.movedim(axis, -1)
+    last = x if axis == -1 else x.movedim(axis, -1)
+    if plan.banks and _kernels.serves(plan, bodies, last):
+        rows, watched = _kernels.forward(plan, bodies, last)
+        if axis == -1:  # a view may not be changed in place by whoever comes next
+            return torch.ops.aten._unsafe_view(rows, x.shape), watched, None
+        y = torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis))
+        return y, watched, None
     with torch.no_grad(), _plainly(x):
-        if plan.banks and _kernels.serves(plan, bodies, last):
-            rows, watched = _kernels.forward(plan, bodies, last)
-            if axis == -1:  # a view may not be changed in place by whoever comes next
-                return torch.ops.aten._unsafe_view(rows, x.shape), watched, None
-            y = torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis))
-            return y, watched, None
         y = torch.empty_like(x)
         kept = _layer.forward(plan, bodies, last, y.movedim(axis, -1))
         return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x), kept
@@ -70,35 +71,36 @@ def _backward(
     watched: Tensor,
     kept: _layer.Kept | None = None,
 ) -> _layer.Pulled:
-    last, slope = x.movedim(axis, -1), dy.movedim(axis, -1)
-    with torch.no_grad(), _plainly(x):
-        if plan.banks and _kernels.serves(plan, bodies, last):
-            pulled = _kernels.backward(plan, bodies, last, slope, watched)
-        else:
+    last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
+    if plan.banks and _kernels.serves(plan, bodies, last):
+        pulled = _kernels.backward(plan, bodies, last, slope, watched)
+    else:
+        with torch.no_grad(), _plainly(x):
             pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
-    return pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
+    return pulled if axis == -1 else pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
 class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
-    """`y` of a site in eager mode, with the measurements as the gradient of `tap`."""
+    """`y` of a site in eager mode; its backward pass tells the site what both passes measured."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def] # torch's signature
-        ctx: Any, plan: SitePlan, axis: int, names: tuple[tuple[str, ...], ...], x, tap, *leaves
+        ctx: Any, site: Seeds | None, plan: SitePlan, axis: int, x, tap, *leaves
     ) -> Tensor:
-        """`names` are the parameters of each live bank, in the order of `leaves`."""
+        """`leaves` are the live banks' parameters; `tap` is what requires a gradient always."""
         del tap
+        names = tuple(bank.leaves for bank in plan.banks)
         bodies = _named(plan, names, leaves)
         y, watched, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
         ctx.save_for_backward(x, watched, *(kept or (None, None)), *leaves)
-        ctx.static = (plan, axis, names)
+        ctx.static = (site, plan, axis, names)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        """Gradients of `x`, of the tap and of the bodies."""
-        plan, axis, names = ctx.static
+        """Gradients of `x` and of the bodies."""
+        site, plan, axis, names = ctx.static
         x, watched, z, r_square, *leaves = ctx.saved_tensors
         kept = None if r_square is None else _layer.Kept(z, r_square)
         pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched, kept)
@@ -107,8 +109,9 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
             for bank, of in zip(plan.banks, names, strict=True)
             for name in of
         ]
-        d_tap = torch.cat([watched, pulled.channels], dim=1)
-        return None, None, None, pulled.d_x, d_tap, *grads
+        if site is not None:
+            site.add_reading(watched, pulled.channels)
+        return None, None, None, pulled.d_x, None, *grads
 
 
 def _named(plan: SitePlan, names: Any, leaves: Any) -> dict[str, Leaves]:
@@ -154,8 +157,7 @@ def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leave
     }
 
 
-@torch.library.custom_op("esper_bridge::site_v2", mutates_args=())
-def site_op(
+def _compute(
     x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y`, what was measured of `x`, and sums of r^2 where they spare the backward pass work."""
@@ -167,8 +169,7 @@ def site_op(
     return _own(y, x, x), watched, r_square
 
 
-@site_op.register_fake
-def _(
+def _promise(
     x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     del stacked, handle
@@ -178,14 +179,14 @@ def _(
 
 def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
     """`y` in the layout of `x`, which the fake operation promised, and never `given` itself."""
-    promised = torch.empty_like(x)
-    if y.stride() == promised.stride() and y.data_ptr() != given.data_ptr():
-        return y
-    return promised.copy_(y)
+    if y.data_ptr() != given.data_ptr():
+        is_plain = x.is_contiguous() and y.is_contiguous()
+        if is_plain or y.stride() == torch.empty_like(x, device="meta").stride():
+            return y
+    return torch.empty_like(x).copy_(y)
 
 
-@torch.library.custom_op("esper_bridge::site_backward_v2", mutates_args=())
-def site_backward_op(
+def _compute_backward(
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
@@ -220,8 +221,7 @@ def _zeros(stacked: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) for leaf in stacked]
 
 
-@site_backward_op.register_fake
-def _(
+def _promise_backward(
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
@@ -246,4 +246,24 @@ def _pull(ctx: Any, dy: Tensor, *of_statistics: Tensor) -> tuple[Any, ...]:
     return d_x, d_tap, grads, None
 
 
-site_op.register_autograd(_pull, setup_context=_keep)
+def _register(signature: str, compute: Any, promise: Any) -> Any:
+    name = signature.partition("(")[0]
+    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", promise, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name)
+
+
+_LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
+site_op = _register(
+    "site_v3(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor)",
+    _compute,
+    _promise,
+)
+site_backward_op = _register(
+    "site_backward_v3(Tensor x, Tensor dy, Tensor watched, Tensor r_square, Tensor[] stacked, "
+    "Tensor handle) -> (Tensor, Tensor, Tensor[])",
+    _compute_backward,
+    _promise_backward,
+)
+torch.library.register_autograd("esper_bridge::site_v3", _pull, setup_context=_keep, lib=_LIBRARY)

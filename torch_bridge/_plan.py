@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +53,16 @@ class BankPlan:
 
     bank: str
     form: Form
+    leaves: tuple[str, ...]
+    """The names of its parameters."""
     rows: Tensor
     """[n]: the slot of each body."""
     chunk: Tensor
     """[n]: the chunk it serves."""
     slots: tuple[int, ...]
     """`rows` for Python."""
+    is_leading: bool
+    """Whether they are the first n slots, in order."""
     mask: Tensor
     """bool[n, F]: real features."""
     columns: Tensor | None
@@ -69,6 +74,10 @@ class BankPlan:
     feels: bool
     is_full: bool
     """Every body acts, learns with a gain of 1 and is felt."""
+
+    def is_whole(self, leaf: Tensor) -> bool:
+        """Whether `[P, ...]` are the parameters of the live bodies, in order."""
+        return self.is_leading and len(self.slots) == leaf.shape[0]
 
     def to(self, device: torch.device) -> BankPlan:
         """The same on another device."""
@@ -83,7 +92,13 @@ class BankPlan:
 
 
 def plan_bank(
-    cut: Cut, bank: str, form: Form, slots: np.ndarray, chunks: np.ndarray, gains: np.ndarray
+    cut: Cut,
+    bank: str,
+    form: Form,
+    leaves: tuple[str, ...],
+    slots: np.ndarray,
+    chunks: np.ndarray,
+    gains: np.ndarray,
 ) -> BankPlan:
     """The plan of a bank's live bodies, on the CPU.
 
@@ -91,6 +106,7 @@ def plan_bank(
       cut: of the site.
       bank: the blueprint's name.
       form: what computes it.
+      leaves: the names of its parameters.
       slots: int[n], local to the bank.
       chunks: int[n].
       gains: float32[n, 3].
@@ -105,9 +121,11 @@ def plan_bank(
     return BankPlan(
         bank=bank,
         form=form,
+        leaves=leaves,
         rows=torch.from_numpy(slots),
         chunk=torch.from_numpy(chunks),
         slots=tuple(slots.tolist()),
+        is_leading=bool(np.array_equal(slots, np.arange(len(slots)))),
         mask=torch.from_numpy(mask),
         columns=columns,
         is_all=cut.is_even and len(chunks) == cut.chunks,
@@ -131,6 +149,8 @@ class SitePlan:
     """int32[C]: the row of the chunk's body in the one live bank, -1 for none."""
     is_watching: bool
     """Whether dormant chunks are measured too."""
+    bound: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """Which kernels serve the live bank, by rows and dtypes; filled as they are met."""
 
     def to(self, device: torch.device) -> SitePlan:
         """The same on another device."""
@@ -139,4 +159,5 @@ class SitePlan:
             banks=tuple(bank.to(device) for bank in self.banks),
             gains=self.gains.to(device),
             row=self.row.to(device),
+            bound={},
         )

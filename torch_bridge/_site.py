@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_bridge import _layer, _ops
 from torch_bridge._errors import BridgeError
-from torch_bridge._plan import NUM_CHANNELS, SitePlan
+from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, SitePlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +29,9 @@ class Shared:
     """What all sites of one model share: whether the model is running, and what a survey wants."""
 
     def __init__(self) -> None:
+        self.is_busy = True
+        """Whether any site lives or watches in this step. Compiled programs depend on it: one is
+        the bare model's, the other one serves every step in which there is anything to do."""
         self.is_running = False
         self.called: set[str] = set()
         self.moments: dict[str, list[Tensor]] | None = None
@@ -76,6 +79,9 @@ class Seeds(nn.Module):  # type: ignore[misc]
             else:
                 self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
+        """Requires a gradient where nothing else does; compiled, the reading is its gradient."""
+        self.eager_reading: tuple[Tensor, Tensor] | None = None
+        """What eager backward passes measured: [C, 5] of `x` and [C, 5] of the body."""
         self.handle = _ops.new_handle(self)
         self.lifecycle: Any = None
         """On the first site: who writes the lifecycle into a state dict, and reads it."""
@@ -94,17 +100,14 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """The parameters' names in a bank."""
         return tuple(leaf for of, leaf in self.leaf_names if of == bank)
 
-    def rows_of(self, bank: str, slots: tuple[int, ...]) -> list[Tensor]:
-        """Each of a bank's leaves for some slots, `[n, ...]`; differentiable."""
-        module = self.get_submodule(bank)
-        names = self.names_of(bank)
+    def rows_of(self, bank: BankPlan) -> list[Tensor]:
+        """Each of a bank's leaves for its live slots, `[n, ...]`; differentiable."""
+        module: Any = self._modules[bank.bank]
         if not self.is_stacked:
-            return [torch.stack([getattr(module[s], name) for s in slots]) for name in names]
-        leaves = [getattr(module, name) for name in names]
-        if not leaves or slots == tuple(range(leaves[0].shape[0])):
-            return leaves
-        rows = torch.tensor(slots, device=leaves[0].device)
-        return [leaf.index_select(0, rows) for leaf in leaves]
+            bodies = [module[slot] for slot in bank.slots]
+            return [torch.stack([getattr(body, name) for body in bodies]) for name in bank.leaves]
+        leaves = [getattr(module, name) for name in bank.leaves]
+        return [of if bank.is_whole(of) else of.index_select(0, bank.rows) for of in leaves]
 
     def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:
         """Puts new numbers into one slot."""
@@ -131,6 +134,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """The forward hook of the target."""
         x, rebuild = _first(self.site, module, output)
         if torch.compiler.is_compiling():
+            if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
+                return None
             return rebuild(_ops.site_op(x, self.tap, self._all_rows(), self.handle)[0])
         self._check(module, x)
         self._count()
@@ -140,9 +145,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
     def _grown(self, x: Tensor) -> Tensor | None:
         plan = self.plan
         if plan.banks:
-            names = tuple(self.names_of(bank.bank) for bank in plan.banks)
-            leaves = [leaf for bank in plan.banks for leaf in self.rows_of(bank.bank, bank.slots)]
-            grown: Tensor = _ops.Grafted.apply(plan, self.axis, names, x, self.tap, *leaves)
+            leaves = [leaf for bank in plan.banks for leaf in self.rows_of(bank)]
+            grown: Tensor = _ops.Grafted.apply(self, plan, self.axis, x, self.tap, *leaves)
             return grown
         if not torch.is_grad_enabled():
             return None
@@ -159,15 +163,25 @@ class Seeds(nn.Module):  # type: ignore[misc]
             watched = _layer.watch(cut, x.movedim(axis, -1))
 
         def measure(dy: Tensor) -> None:
-            channels = _layer.slopes(cut, dy.detach().movedim(axis, -1))
-            self.add_reading(torch.cat([watched, channels], dim=1))
+            self.add_reading(watched, _layer.slopes(cut, dy.detach().movedim(axis, -1)))
 
         x.register_hook(measure)
 
-    def add_reading(self, reading: Tensor) -> None:
-        """Adds to the gradient of the tap."""
-        tap = self.tap
-        tap.grad = reading if tap.grad is None else tap.grad + reading
+    def add_reading(self, watched: Tensor, channels: Tensor) -> None:
+        """Remembers, or adds up, what a backward pass measured."""
+        old = self.eager_reading
+        if old is not None:
+            watched, channels = old[0] + watched, old[1] + channels
+        self.eager_reading = watched, channels
+
+    def take_reading(self) -> tuple[Tensor, Tensor] | None:
+        """What was measured since the last call: [C, 5] of `x` and [C, 5] of the body, or None."""
+        grad = self.tap.grad
+        if grad is not None:
+            self.tap.grad = None
+            self.add_reading(grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:])
+        found, self.eager_reading = self.eager_reading, None
+        return found
 
     def _surveyed(self, x: Tensor) -> Tensor:
         shared = self.shared
@@ -178,12 +192,10 @@ class Seeds(nn.Module):  # type: ignore[misc]
         if not self.plan.banks:
             return x
         with torch.no_grad():
-            rows = [leaf for of in self.plan.banks for leaf in self.rows_of(of.bank, of.slots)]
-        names = tuple(self.names_of(bank.bank) for bank in self.plan.banks)
+            rows = [leaf for of in self.plan.banks for leaf in self.rows_of(of)]
         leaves = [leaf.detach() for leaf in rows]
-        grown: Tensor = _ops.Grafted.apply(
-            self.plan, self.axis, names, x, self.tap.detach(), *leaves
-        )
+        tap = self.tap.detach()
+        grown: Tensor = _ops.Grafted.apply(None, self.plan, self.axis, x, tap, *leaves)
         return grown
 
     # --- checks ------------------------------------------------------------------------------
@@ -227,11 +239,12 @@ class Seeds(nn.Module):  # type: ignore[misc]
         device = fn(torch.empty(0, dtype=torch.int64, device=self.tap.device)).device
         if device != self.tap.device:
             self.tap = torch.zeros_like(self.tap, device=device, requires_grad=True)
+            self.eager_reading = None
             self.plan = self.plan.to(device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seeds:
-        own = {"tap", "handle"}
+        own = {"tap", "handle", "eager_reading"}
         twin: Seeds = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         for name, of in self.__dict__.items():

@@ -48,7 +48,7 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         self._banks: list[tuple[str, Callable[..., Tensor], tuple[int, ...], bool]] = []
         for bank in banks:
             act = site.plan.gains[:, 0].index_select(0, bank.chunk)
-            leaves = site.rows_of(bank.bank, bank.slots)
+            leaves = site.rows_of(bank)
             names = site.names_of(bank.bank)
             inner = nn.Module()
             for name, leaf in zip(names, leaves, strict=True):
@@ -112,7 +112,7 @@ def _fold(module: nn.Module, site: Seeds, bank: BankPlan) -> bool:
 
 def _affine(plan: SitePlan, site: Seeds, bank: BankPlan) -> Affine | None:
     """What the bodies do to the features, where that is linear in each position alone."""
-    leaves = dict(zip(site.names_of(bank.bank), site.rows_of(bank.bank, bank.slots), strict=True))
+    leaves = dict(zip(site.names_of(bank.bank), site.rows_of(bank), strict=True))
     cut, device = plan.cut, plan.gains.device
     matrix = torch.zeros((cut.features, cut.features), dtype=torch.float64, device=device)
     shift = torch.zeros((cut.features,), dtype=torch.float64, device=device)

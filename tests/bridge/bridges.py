@@ -123,3 +123,9 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def reading(site: Any) -> Any:
+    """What a site has measured since the last call, [C, 10], or None."""
+    found = site.take_reading()
+    return None if found is None else torch.cat(found, dim=1)

@@ -15,26 +15,25 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def arrivals(x: Tensor, chunks: int) -> Tensor | None:
-    """Zeros [C] that no other kernel uses at the same time; every kernel leaves zeros behind.
+    """Zeros that no other kernel uses at the same time; every kernel leaves zeros behind.
 
     A stream has its own, for its kernels follow one another. A captured graph may be replayed
     beside any stream, so each call that is captured gets counters for good.
 
     Args:
-      x: says on which device, and stream, the kernel will run.
+      x: says on which device, the current one, and on which stream the kernel will run.
       chunks: C.
 
     Returns:
-      [C] int32, or None where there are none left, or none yet because the first call of all is
-      captured: the caller then adds up in a second kernel, to the same bits.
+      int32, [C] or longer, or None where there are none left, or none yet because the first call
+      of all is captured: the caller then adds up in a second kernel, to the same bits.
     """
     if chunks > _MOST:
         return None
     stream, is_captured = 0, False
     if x.device.type == "cuda":
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            is_captured = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        is_captured = torch.cuda.is_current_stream_capturing()
     if is_captured:
         given = _take(x.device, chunks) if x.device in _pools else None
     elif (x.device, stream) in _of_stream:
@@ -43,7 +42,7 @@ def arrivals(x: Tensor, chunks: int) -> Tensor | None:
         given = _take(x.device, _MOST)
         if given is not None:
             _of_stream[x.device, stream] = given
-    return None if given is None else given[:chunks]
+    return given
 
 
 def _take(device: torch.device, size: int) -> Tensor | None:

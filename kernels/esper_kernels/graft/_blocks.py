@@ -48,6 +48,8 @@ class _Line(NamedTuple):
 
 
 _FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
+_NARROW = 2
+"""Times as many programs where chunks are at most 16 wide, whose tiles are small."""
 _BACKWARD = (_Line(16, 64, 4, 3, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
 _IN_PLACE = (_Line(64, 128, 4, 3, 2), _Line(256, 64, 8, 2, 2))
 
@@ -90,7 +92,7 @@ def _choose(case: Case, table: tuple[_Line, ...]) -> Tiles:
         rows, stages = 32, 1
     if case.rows <= 64:
         rows = 32
-    programs = multiprocessors(case) * line.programs
+    programs = multiprocessors(case) * line.programs * (_NARROW if width == 16 else 1)
     most = min(-(-case.rows // rows), _MAX_SUMS // width)
     return Tiles(
         rows=rows,

@@ -7,7 +7,7 @@ All of it works under `torch.compile` without a graph break: the compiler sees o
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,46 @@ def graft_(
         )
     watched: Tensor = _graft_in_place(x, *body, slot, gains, activation, implementation)
     return watched
+
+
+class Bound(NamedTuple):
+    """A call that was checked and whose implementation was chosen, for many like it."""
+
+    case: Case
+    backend: Any
+
+    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """`y` and `watched` of `graft`, without a derivative; nothing is checked again."""
+        y, watched = self.backend.forward(self.case, x, body, slot, gains)
+        return y, watched
+
+    def backward(
+        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+    ) -> tuple[Tensor, Body, Tensor]:
+        """`dx`, the body's gradients and `channels`; nothing is checked again."""
+        dx, d_body, channels = self.backend.backward(self.case, x, dy, body, slot, gains, watched)
+        return dx, d_body, channels
+
+
+def bind(
+    x: Tensor,
+    body: Body,
+    slot: Tensor,
+    gains: Tensor,
+    *,
+    activation: str = "none",
+    implementation: str = "auto",
+) -> Bound:
+    """What runs `graft` for arguments of these shapes, dtypes, devices and layouts.
+
+    For callers with an autograd function of their own, who call again and again: checks and the
+    way through torch's dispatcher take longer than a small kernel does.
+
+    Raises:
+      ArgumentError, UnavailableError: as `graft`.
+    """
+    case = _check(x, body, slot, gains, activation)
+    return Bound(case, _backend(case, x, implementation))
 
 
 # --- checks and choice -----------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from esper_kernels.graft._blocks import (
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
 from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
+from esper_kernels.graft._triton_launch import Launch, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
 
@@ -49,6 +51,9 @@ def refuses(case: Case) -> str | None:
             f"(padded to powers of two)"
         )
     return None
+
+
+# --- what is known before a call --------------------------------------------------------------
 
 
 def _cut(case: Case, tiles: Tiles) -> dict[str, Any]:
@@ -89,15 +94,123 @@ def _folded(case: Case, tiles: Tiles) -> dict[str, Any]:
     return {"GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
 
 
-def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
-    """Without the copy engine where an activation does not begin at a multiple of 16 bytes."""
-    is_aligned = all(of.data_ptr() % 16 == 0 for of in activations)
-    return replace(tiles, is_bulk=tiles.is_bulk and is_aligned)
-
-
 def _chained(tiles: Tiles) -> dict[str, Any]:
     """A second kernel's programs start while the first one's last ones run, where Hopper can."""
     return {"launch_pdl": True} if tiles.is_bulk else {}
+
+
+class _Watched(NamedTuple):
+    """The launches of a forward pass."""
+
+    main: Launch
+    finish: Launch | None
+    """Adds the programs' sums up where nothing counts who is the last to arrive."""
+    sums: tuple[int, int] | None
+    """The shape of the programs' sums; None where one program has a chunk to itself."""
+
+
+class _Pulled(NamedTuple):
+    """The launches of a backward pass."""
+
+    main: Launch
+    reduce: Launch
+    share: int
+    """Entries of one chunk's share of the gradients."""
+
+
+Key = tuple[Any, ...]
+"""Kernels and the device for which they are compiled."""
+
+
+@lru_cache(maxsize=1024)
+def _forward_launches(
+    key: Key, case: Case, tiles: Tiles, is_in_place: bool, is_counted: bool
+) -> _Watched:
+    main, finish, _ = key
+    programs, width = case.chunks * tiles.splits, padded(case)[0]
+    rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
+    constants = {
+        "IN_PLACE": is_in_place,
+        "IS_COUNTED": is_counted,
+        **_common(case, tiles),
+        **_split(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    }
+    added_up = None
+    if tiles.splits > 1 and not is_counted:
+        added = {"CHUNKS": case.chunks, "SPLITS": tiles.splits, **_cut(case, tiles), **rest}
+        added_up = Launch(finish, case.chunks, added | _chained(tiles))
+    sums = (programs, width + PAD) if tiles.splits > 1 else None
+    return _Watched(Launch(main, programs, constants), added_up, sums)
+
+
+@lru_cache(maxsize=1024)
+def _in_place_launches(key: Key, case: Case, tiles: Tiles, is_counted: bool) -> _Watched:
+    main, finish, _ = key
+    num_tiles = triton.cdiv(case.rows, tiles.rows)
+    most = min(num_tiles, MAX_PARTS)
+    programs = max(case.chunks, min(case.chunks * most, tiles.splits))
+    rest = {
+        "CHUNKS": case.chunks,
+        "BC": triton.next_power_of_2(case.chunks),
+        "PROGRAMS": programs,
+        "MOST": most,
+        "BS": triton.next_power_of_2(most),
+        "PAD": PAD,
+    }
+    constants = {
+        "IS_COUNTED": is_counted,
+        "TILES": num_tiles,
+        "ALL_ROWS": case.rows % tiles.rows == 0,
+        **_common(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    }
+    added_up = None
+    if not is_counted:
+        added_up = Launch(finish, case.chunks, _cut(case, tiles) | rest | _chained(tiles))
+    sums = (programs, padded(case)[0] + PAD)
+    return _Watched(Launch(main, programs, constants), added_up, sums)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(key: Key, case: Case, tiles: Tiles) -> _Pulled:
+    main, reduce, _ = key
+    size = case.width * case.rank
+    is_gated = case.activation == "gated"
+    share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
+    piece = 1024
+    constants = {"K": share, **_common(case, tiles), **_split(case, tiles)}
+    added = {
+        "CHUNKS": case.chunks,
+        "SPLITS": tiles.splits,
+        "K": share,
+        "SIZE": size,
+        "RANK": case.rank,
+        "BK": piece,
+        "BS": triton.next_power_of_2(tiles.splits),
+        "BC": min(1024, triton.next_power_of_2(case.chunks)),
+        "HAS_BIAS": case.has_bias,
+        "IS_GATED": is_gated,
+        "BULK": tiles.is_bulk,
+        **_chained(tiles),
+    }
+    return _Pulled(
+        Launch(main, case.chunks * tiles.splits, constants),
+        Launch(reduce, case.chunks + case.slots * triton.cdiv(share, piece), added),
+        share,
+    )
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
+    """Without the copy engine where an activation does not begin at a multiple of 16 bytes."""
+    if tiles.is_bulk and any(of.data_ptr() % 16 for of in activations):
+        return replace(tiles, is_bulk=False)
+    return tiles
 
 
 def _view(case: Case, tiles: Tiles, of: Tensor) -> Any:
@@ -119,14 +232,12 @@ def _launch_forward(
 ) -> Tensor:
     """`watched`, with `y` written."""
     tiles = _aligned(tiles, x, y)
-    programs, width = case.chunks * tiles.splits, padded(case)[0]
+    counters = arrivals(x, case.chunks) if tiles.splits > 1 else None
+    key = forward_kernel, watch_kernel, x.device
+    main, finish, shape = _forward_launches(key, case, tiles, y is x, counters is not None)
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-    sums, counters = watched, None
-    if tiles.splits > 1:
-        sums = x.new_empty((programs, width + PAD), dtype=torch.float32)
-        counters = arrivals(x, case.chunks)
-    rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
-    forward_kernel[(programs,)](
+    sums = watched if shape is None else x.new_empty(shape, dtype=torch.float32)
+    main(
         _view(case, tiles, x),
         _view(case, tiles, y),
         *_bank(x, body),
@@ -139,24 +250,9 @@ def _launch_forward(
         case.features,
         case.chunks,
         case.slots,
-        IN_PLACE=y is x,
-        IS_COUNTED=counters is not None,
-        **_common(case, tiles),
-        **_split(case, tiles),
-        **_folded(case, tiles),
-        **rest,
     )
-    if tiles.splits > 1 and counters is None:
-        watch_kernel[(case.chunks,)](
-            sums,
-            watched,
-            case.rows,
-            CHUNKS=case.chunks,
-            SPLITS=tiles.splits,
-            **_cut(case, tiles),
-            **rest,
-            **_chained(tiles),
-        )
+    if finish is not None:
+        finish(sums, watched, case.rows)
     return watched
 
 
@@ -165,21 +261,12 @@ def _launch_in_place(
 ) -> Tensor:
     """`watched`, with the live chunks of `x` rewritten."""
     tiles = _aligned(tiles, x)
-    num_tiles = triton.cdiv(case.rows, tiles.rows)
-    most = min(num_tiles, MAX_PARTS)
-    programs = max(case.chunks, min(case.chunks * most, tiles.splits))
-    sums = x.new_empty((programs, padded(case)[0] + PAD), dtype=torch.float32)
-    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
     counters = arrivals(x, case.chunks)
-    rest = {
-        "CHUNKS": case.chunks,
-        "BC": triton.next_power_of_2(case.chunks),
-        "PROGRAMS": programs,
-        "MOST": most,
-        "BS": triton.next_power_of_2(most),
-        "PAD": PAD,
-    }
-    in_place_kernel[(programs,)](
+    key = in_place_kernel, watch_in_place_kernel, x.device
+    main, finish, shape = _in_place_launches(key, case, tiles, counters is not None)
+    sums = x.new_empty(shape, dtype=torch.float32)
+    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+    main(
         _view(case, tiles, x),
         *_bank(x, body),
         slot,
@@ -190,25 +277,9 @@ def _launch_in_place(
         case.rows,
         case.features,
         case.slots,
-        IS_COUNTED=counters is not None,
-        TILES=num_tiles,
-        ALL_ROWS=case.rows % tiles.rows == 0,
-        **_common(case, tiles),
-        **_folded(case, tiles),
-        **rest,
     )
-    if counters is None:
-        watch_in_place_kernel[(case.chunks,)](
-            sums,
-            watched,
-            slot,
-            gains,
-            case.rows,
-            case.slots,
-            **_cut(case, tiles),
-            **rest,
-            **_chained(tiles),
-        )
+    if finish is not None:
+        finish(sums, watched, slot, gains, case.rows, case.slots)
     return watched
 
 
@@ -225,7 +296,9 @@ def forward(
     if case.rows == 0:
         return reference_torch.forward(case, x, body, slot, gains)
     y = torch.empty_like(x)
-    return y, _launch_forward(case, x, y, body, slot, gains, tiles or forward_tiles(case))
+    with on_device_of(x):
+        tiles = tiles or forward_tiles(case)
+        return y, _launch_forward(case, x, y, body, slot, gains, tiles)
 
 
 def forward_in_place(
@@ -240,10 +313,12 @@ def forward_in_place(
     """The same into the memory of `x`; dormant chunks are neither read nor written."""
     if case.rows == 0:
         return reference_torch.forward_in_place(case, x, body, slot, gains)
-    if case.chunks > MAX_SEARCHED:
-        tiles = replace(forward_tiles(case), splits=1)
-        return x, _launch_forward(case, x, x, body, slot, gains, tiles)
-    return x, _launch_in_place(case, x, body, slot, gains, tiles or in_place_tiles(case))
+    with on_device_of(x):
+        if case.chunks > MAX_SEARCHED:
+            tiles = replace(forward_tiles(case), splits=1)
+            return x, _launch_forward(case, x, x, body, slot, gains, tiles)
+        tiles = tiles or in_place_tiles(case)
+        return x, _launch_in_place(case, x, body, slot, gains, tiles)
 
 
 def backward(
@@ -261,52 +336,27 @@ def backward(
     if case.rows == 0:
         return reference_torch.backward(case, x, dy, body, slot, gains, watched)
     tiles = _aligned(tiles or backward_tiles(case), x, dy)
-    size = case.width * case.rank
-    is_gated = body.gate is not None
-    share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
+    key = backward_kernel, reduce_kernel, x.device
+    main, reduce, share = _backward_launches(key, case, tiles)
     dx = torch.empty_like(x)
     d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
     channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
     shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
     sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
-    backward_kernel[(case.chunks * tiles.splits,)](
-        _view(case, tiles, x),
-        _view(case, tiles, dy),
-        _view(case, tiles, dx),
-        *_bank(x, body),
-        slot,
-        gains,
-        shares,
-        sums,
-        case.rows,
-        case.features,
-        case.chunks,
-        case.slots,
-        K=share,
-        **_common(case, tiles),
-        **_split(case, tiles),
-    )
-    piece = 1024
-    reduce_kernel[(case.chunks + case.slots * triton.cdiv(share, piece),)](
-        shares,
-        sums,
-        watched,
-        slot,
-        gains,
-        *_bank(x, d_body),
-        channels,
-        case.slots,
-        CHUNKS=case.chunks,
-        SPLITS=tiles.splits,
-        K=share,
-        SIZE=size,
-        RANK=case.rank,
-        BK=piece,
-        BS=triton.next_power_of_2(tiles.splits),
-        BC=min(1024, triton.next_power_of_2(case.chunks)),
-        HAS_BIAS=case.has_bias,
-        IS_GATED=is_gated,
-        BULK=tiles.is_bulk,
-        **_chained(tiles),
-    )
+    with on_device_of(x):
+        main(
+            _view(case, tiles, x),
+            _view(case, tiles, dy),
+            _view(case, tiles, dx),
+            *_bank(x, body),
+            slot,
+            gains,
+            shares,
+            sums,
+            case.rows,
+            case.features,
+            case.chunks,
+            case.slots,
+        )
+        reduce(shares, sums, watched, slot, gains, *_bank(x, d_body), channels, case.slots)
     return dx, d_body, channels
