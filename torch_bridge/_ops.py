@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,9 @@ def _forward(
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
     last = x if axis == -1 else x.movedim(axis, -1)
     if plan.banks and _kernels.serves(plan, bodies, last):
-        rows, watched = _kernels.forward(plan, bodies, last)
-        if axis == -1:  # a view may not be changed in place by whoever comes next
-            return torch.ops.aten._unsafe_view(rows, x.shape), watched, None
-        y = torch.empty_like(x).copy_(rows.reshape(last.shape).movedim(-1, axis))
+        y, watched = _kernels.forward(plan, bodies, last)
+        if axis != -1:
+            y = torch.empty_like(x).copy_(y.movedim(-1, axis))
         return y, watched, None
     with torch.no_grad(), _plainly(x):
         y = torch.empty_like(x)
@@ -89,37 +88,36 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
     ) -> Tensor:
         """`leaves` are the live banks' parameters; `tap` is what requires a gradient always."""
         del tap
-        names = tuple(bank.leaves for bank in plan.banks)
-        bodies = _named(plan, names, leaves)
+        bodies = _named(plan, leaves)
         y, watched, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
         ctx.save_for_backward(x, watched, *(kept or (None, None)), *leaves)
-        ctx.static = (site, plan, axis, names)
+        ctx.static = site, plan, axis
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of `x` and of the bodies."""
-        site, plan, axis, names = ctx.static
-        x, watched, z, r_square, *leaves = ctx.saved_tensors
-        kept = None if r_square is None else _layer.Kept(z, r_square)
-        pulled = _backward(plan, axis, _named(plan, names, leaves), x, dy, watched, kept)
-        grads = [
-            pulled.d_bodies[bank.bank][name]
-            for bank, of in zip(plan.banks, names, strict=True)
-            for name in of
-        ]
-        if site is not None:
-            site.add_reading(watched, pulled.channels)
-        return None, None, None, pulled.d_x, None, *grads
+        # The guard against second derivatives is spared where none can follow.
+        return _pull_twice_guarded(ctx, dy) if torch.is_grad_enabled() else _pull_eager(ctx, dy)
 
 
-def _named(plan: SitePlan, names: Any, leaves: Any) -> dict[str, Leaves]:
+def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    site, plan, axis = ctx.static
+    x, watched, z, r_square, *leaves = ctx.saved_tensors
+    kept = None if r_square is None else _layer.Kept(z, r_square)
+    pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
+    if site is not None:
+        site.add_reading(watched, pulled.channels)
+    grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
+    return None, None, None, pulled.d_x, None, *grads
+
+
+_pull_twice_guarded = torch.autograd.function.once_differentiable(_pull_eager)
+
+
+def _named(plan: SitePlan, leaves: Sequence[Tensor]) -> dict[str, Leaves]:
     rest = iter(leaves)
-    return {
-        bank.bank: {name: next(rest) for name in of}
-        for bank, of in zip(plan.banks, names, strict=True)
-    }
+    return {bank.bank: {name: next(rest) for name in bank.leaves} for bank in plan.banks}
 
 
 class Anchored(torch.autograd.Function):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Under `torch.compile`: no graph break, two programs at most, and no stage change compiles anew."""
+"""Under `torch.compile`: no graph break, two programs, and no stage change compiles anew."""
 
 from __future__ import annotations
 

@@ -161,3 +161,29 @@ def backward(
     ]
     dx = _join(case, _add(slope, feel, d_u))
     return dx, d_body, torch.stack([gradient_square, *channels], dim=1)
+
+
+class Calls:
+    """The passes of one case for activations of any leading shape."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """`y` and `watched`."""
+        y, watched = forward(self.case, x.reshape(-1, x.shape[-1]), body, slot, gains)
+        return torch.ops.aten._unsafe_view(y, x.shape), watched
+
+    def backward(
+        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+    ) -> tuple[Tensor, Body, Tensor]:
+        """`dx`, the body's gradients and `channels`."""
+        rows, slope = (of.reshape(-1, x.shape[-1]) for of in (x, dy))
+        dx, d_body, channels = backward(self.case, rows, slope, body, slot, gains, watched)
+        return dx.reshape(x.shape), d_body, channels
+
+
+def bind(case: Case, x: Tensor) -> Calls:
+    """What serves calls like this one."""
+    del x
+    return Calls(case)

@@ -7,7 +7,7 @@ All of it works under `torch.compile` without a graph break: the compiler sees o
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,23 +112,16 @@ def graft_(
     return watched
 
 
-class Bound(NamedTuple):
-    """A call that was checked and whose implementation was chosen, for many like it."""
-
-    case: Case
-    backend: Any
+class Calls(Protocol):
+    """The passes of many calls alike; made by `bind`. They have no derivative and check nothing."""
 
     def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-        """`y` and `watched` of `graft`, without a derivative; nothing is checked again."""
-        y, watched = self.backend.forward(self.case, x, body, slot, gains)
-        return y, watched
+        """`y` and `watched` of `graft`."""
 
     def backward(
         self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
     ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`; nothing is checked again."""
-        dx, d_body, channels = self.backend.backward(self.case, x, dy, body, slot, gains, watched)
-        return dx, d_body, channels
+        """`dx`, the body's gradients and `channels`."""
 
 
 def bind(
@@ -139,17 +132,27 @@ def bind(
     *,
     activation: str = "none",
     implementation: str = "auto",
-) -> Bound:
+) -> Calls:
     """What runs `graft` for arguments of these shapes, dtypes, devices and layouts.
 
     For callers with an autograd function of their own, who call again and again: checks and the
     way through torch's dispatcher take longer than a small kernel does.
 
+    Args:
+      x: as of `graft`, or with more leading axes than one; all other arguments as there.
+      body: see `graft`.
+      slot: see `graft`.
+      gains: see `graft`.
+      activation: see `graft`.
+      implementation: see `graft`.
+
     Raises:
       ArgumentError, UnavailableError: as `graft`.
     """
-    case = _check(x, body, slot, gains, activation)
-    return Bound(case, _backend(case, x, implementation))
+    rows = x.reshape(-1, x.shape[-1])
+    case = _check(rows, body, slot, gains, activation)
+    calls: Calls = _backend(case, rows, implementation).bind(case, rows)
+    return calls
 
 
 # --- checks and choice -----------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.graft import reference_torch
 from esper_kernels.graft._arrivals import arrivals
@@ -23,7 +22,7 @@ from esper_kernels.graft._blocks import (
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
 from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
-from esper_kernels.graft._triton_launch import Launch, on_device_of
+from esper_kernels.graft._triton_launch import Launch, Tile, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
 
@@ -118,15 +117,7 @@ class _Pulled(NamedTuple):
     """Entries of one chunk's share of the gradients."""
 
 
-Key = tuple[Any, ...]
-"""Kernels and the device for which they are compiled."""
-
-
-@lru_cache(maxsize=1024)
-def _forward_launches(
-    key: Key, case: Case, tiles: Tiles, is_in_place: bool, is_counted: bool
-) -> _Watched:
-    main, finish, _ = key
+def _forward_launches(case: Case, tiles: Tiles, is_in_place: bool, is_counted: bool) -> _Watched:
     programs, width = case.chunks * tiles.splits, padded(case)[0]
     rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
     constants = {
@@ -140,14 +131,12 @@ def _forward_launches(
     added_up = None
     if tiles.splits > 1 and not is_counted:
         added = {"CHUNKS": case.chunks, "SPLITS": tiles.splits, **_cut(case, tiles), **rest}
-        added_up = Launch(finish, case.chunks, added | _chained(tiles))
+        added_up = Launch(watch_kernel, case.chunks, added | _chained(tiles))
     sums = (programs, width + PAD) if tiles.splits > 1 else None
-    return _Watched(Launch(main, programs, constants), added_up, sums)
+    return _Watched(Launch(forward_kernel, programs, constants), added_up, sums)
 
 
-@lru_cache(maxsize=1024)
-def _in_place_launches(key: Key, case: Case, tiles: Tiles, is_counted: bool) -> _Watched:
-    main, finish, _ = key
+def _in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> _Watched:
     num_tiles = triton.cdiv(case.rows, tiles.rows)
     most = min(num_tiles, MAX_PARTS)
     programs = max(case.chunks, min(case.chunks * most, tiles.splits))
@@ -169,14 +158,13 @@ def _in_place_launches(key: Key, case: Case, tiles: Tiles, is_counted: bool) -> 
     }
     added_up = None
     if not is_counted:
-        added_up = Launch(finish, case.chunks, _cut(case, tiles) | rest | _chained(tiles))
+        added = _cut(case, tiles) | rest | _chained(tiles)
+        added_up = Launch(watch_in_place_kernel, case.chunks, added)
     sums = (programs, padded(case)[0] + PAD)
-    return _Watched(Launch(main, programs, constants), added_up, sums)
+    return _Watched(Launch(in_place_kernel, programs, constants), added_up, sums)
 
 
-@lru_cache(maxsize=1024)
-def _backward_launches(key: Key, case: Case, tiles: Tiles) -> _Pulled:
-    main, reduce, _ = key
+def _backward_launches(case: Case, tiles: Tiles) -> _Pulled:
     size = case.width * case.rank
     is_gated = case.activation == "gated"
     share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
@@ -197,13 +185,144 @@ def _backward_launches(key: Key, case: Case, tiles: Tiles) -> _Pulled:
         **_chained(tiles),
     }
     return _Pulled(
-        Launch(main, case.chunks * tiles.splits, constants),
-        Launch(reduce, case.chunks + case.slots * triton.cdiv(share, piece), added),
+        Launch(backward_kernel, case.chunks * tiles.splits, constants),
+        Launch(reduce_kernel, case.chunks + case.slots * triton.cdiv(share, piece), added),
         share,
     )
 
 
 # --- calls -----------------------------------------------------------------------------------
+
+
+class Calls:
+    """All passes of one case on one device, with everything that is known before a call.
+
+    Args:
+      case: what every call has in common.
+      tiles: for all passes; for measurements.
+    """
+
+    def __init__(self, case: Case, tiles: Tiles | None = None) -> None:
+        self.case = case
+        self._forward_tiles = tiles or forward_tiles(case)
+        self._in_place_tiles = tiles or in_place_tiles(case)
+        self._backward_tiles = tiles or backward_tiles(case)
+        if case.chunks > MAX_SEARCHED:
+            self._in_place_tiles = replace(forward_tiles(case), splits=1)
+        self._sides = [case.rows, case.features], [case.features, 1]
+        self._watched: dict[tuple[bool, bool, bool], _Watched] = {}
+        self._pulled: dict[bool, _Pulled] = {}
+
+    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """`y` and `watched`; `x` is contiguous and may have any leading shape."""
+        y = torch.empty_like(x)
+        with on_device_of(x):
+            return y, self._watch(x, y, body, slot, gains, self._forward_tiles)
+
+    def forward_in_place(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> Tensor:
+        """`watched`, with the live chunks of `x` rewritten."""
+        tiles = self._in_place_tiles
+        with on_device_of(x):
+            if self.case.chunks > MAX_SEARCHED:
+                return self._watch(x, x, body, slot, gains, tiles)
+            return self._watch_in_place(x, body, slot, gains, tiles)
+
+    def backward(
+        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+    ) -> tuple[Tensor, Body, Tensor]:
+        """`dx`, the body's gradients and `channels`."""
+        case, tiles = self.case, _aligned(self._backward_tiles, x, dy)
+        main, reduce, share = self._pulled.get(tiles.is_bulk) or self._pull(tiles)
+        dx = torch.empty_like(x)
+        d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
+        channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
+        shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
+        sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
+        with on_device_of(x):
+            main(
+                self._view(tiles, x),
+                self._view(tiles, dy),
+                self._view(tiles, dx),
+                *_bank(x, body),
+                slot,
+                gains,
+                shares,
+                sums,
+                case.rows,
+                case.features,
+                case.chunks,
+                case.slots,
+            )
+            reduce(shares, sums, watched, slot, gains, *_bank(x, d_body), channels, case.slots)
+        return dx, d_body, channels
+
+    def _view(self, tiles: Tiles, of: Tensor) -> Any:
+        """What a kernel takes for an activation."""
+        if not tiles.is_bulk:
+            return of
+        return Tile(of, *self._sides, [tiles.rows, self.case.width])
+
+    def _watch(
+        self, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+    ) -> Tensor:
+        case, tiles = self.case, _aligned(tiles, x, y)
+        counters = arrivals(x, case.chunks) if tiles.splits > 1 else None
+        key = tiles.is_bulk, y is x, counters is not None
+        launches = self._watched.get(key)
+        if launches is None:
+            launches = self._watched[key] = _forward_launches(case, tiles, *key[1:])
+        main, finish, shape = launches
+        watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+        sums = watched if shape is None else x.new_empty(shape, dtype=torch.float32)
+        main(
+            self._view(tiles, x),
+            self._view(tiles, y),
+            *_bank(x, body),
+            slot,
+            gains,
+            sums,
+            watched,
+            slot if counters is None else counters,
+            case.rows,
+            case.features,
+            case.chunks,
+            case.slots,
+        )
+        if finish is not None:
+            finish(sums, watched, case.rows)
+        return watched
+
+    def _watch_in_place(
+        self, x: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+    ) -> Tensor:
+        case, tiles = self.case, _aligned(tiles, x)
+        counters = arrivals(x, case.chunks)
+        key = tiles.is_bulk, True, counters is not None
+        launches = self._watched.get(key)
+        if launches is None:
+            launches = self._watched[key] = _in_place_launches(case, tiles, key[2])
+        main, finish, shape = launches
+        sums = x.new_empty(shape, dtype=torch.float32)
+        watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+        main(
+            self._view(tiles, x),
+            *_bank(x, body),
+            slot,
+            gains,
+            sums,
+            watched,
+            slot if counters is None else counters,
+            case.rows,
+            case.features,
+            case.slots,
+        )
+        if finish is not None:
+            finish(sums, watched, slot, gains, case.rows, case.slots)
+        return watched
+
+    def _pull(self, tiles: Tiles) -> _Pulled:
+        self._pulled[tiles.is_bulk] = _backward_launches(self.case, tiles)
+        return self._pulled[tiles.is_bulk]
 
 
 def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
@@ -213,74 +332,21 @@ def _aligned(tiles: Tiles, *activations: Tensor) -> Tiles:
     return tiles
 
 
-def _view(case: Case, tiles: Tiles, of: Tensor) -> Any:
-    """What a kernel takes for an activation."""
-    if not tiles.is_bulk:
-        return of
-    return TensorDescriptor(
-        of, [case.rows, case.features], [case.features, 1], [tiles.rows, case.width]
-    )
-
-
-def _bank(x: Tensor, body: Body) -> tuple[Tensor, ...]:
+def _bank(x: Tensor, body: Body) -> list[Tensor]:
     """The body's matrices; anything for those it lacks, which no kernel reads."""
-    return tuple(x if leaf is None else leaf for leaf in body)
+    return [x if leaf is None else leaf for leaf in body]
 
 
-def _launch_forward(
-    case: Case, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
-) -> Tensor:
-    """`watched`, with `y` written."""
-    tiles = _aligned(tiles, x, y)
-    counters = arrivals(x, case.chunks) if tiles.splits > 1 else None
-    key = forward_kernel, watch_kernel, x.device
-    main, finish, shape = _forward_launches(key, case, tiles, y is x, counters is not None)
-    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-    sums = watched if shape is None else x.new_empty(shape, dtype=torch.float32)
-    main(
-        _view(case, tiles, x),
-        _view(case, tiles, y),
-        *_bank(x, body),
-        slot,
-        gains,
-        sums,
-        watched,
-        slot if counters is None else counters,
-        case.rows,
-        case.features,
-        case.chunks,
-        case.slots,
-    )
-    if finish is not None:
-        finish(sums, watched, case.rows)
-    return watched
+@lru_cache(maxsize=1024)
+def calls(case: Case, device: torch.device, tiles: Tiles | None = None) -> Calls:
+    """The passes of a case; kept, as is what Triton compiles for them."""
+    del device  # for which alone they are compiled
+    return Calls(case, tiles)
 
 
-def _launch_in_place(
-    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
-) -> Tensor:
-    """`watched`, with the live chunks of `x` rewritten."""
-    tiles = _aligned(tiles, x)
-    counters = arrivals(x, case.chunks)
-    key = in_place_kernel, watch_in_place_kernel, x.device
-    main, finish, shape = _in_place_launches(key, case, tiles, counters is not None)
-    sums = x.new_empty(shape, dtype=torch.float32)
-    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-    main(
-        _view(case, tiles, x),
-        *_bank(x, body),
-        slot,
-        gains,
-        sums,
-        watched,
-        slot if counters is None else counters,
-        case.rows,
-        case.features,
-        case.slots,
-    )
-    if finish is not None:
-        finish(sums, watched, slot, gains, case.rows, case.slots)
-    return watched
+def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
+    """What serves calls like this one."""
+    return calls(case, x.device) if case.rows else reference_torch.bind(case, x)
 
 
 def forward(
@@ -295,10 +361,7 @@ def forward(
     """`y` and `watched`; see the README beside this file. `tiles` is for measurements."""
     if case.rows == 0:
         return reference_torch.forward(case, x, body, slot, gains)
-    y = torch.empty_like(x)
-    with on_device_of(x):
-        tiles = tiles or forward_tiles(case)
-        return y, _launch_forward(case, x, y, body, slot, gains, tiles)
+    return calls(case, x.device, tiles).forward(x, body, slot, gains)
 
 
 def forward_in_place(
@@ -313,12 +376,7 @@ def forward_in_place(
     """The same into the memory of `x`; dormant chunks are neither read nor written."""
     if case.rows == 0:
         return reference_torch.forward_in_place(case, x, body, slot, gains)
-    with on_device_of(x):
-        if case.chunks > MAX_SEARCHED:
-            tiles = replace(forward_tiles(case), splits=1)
-            return x, _launch_forward(case, x, x, body, slot, gains, tiles)
-        tiles = tiles or in_place_tiles(case)
-        return x, _launch_in_place(case, x, body, slot, gains, tiles)
+    return x, calls(case, x.device, tiles).forward_in_place(x, body, slot, gains)
 
 
 def backward(
@@ -335,28 +393,4 @@ def backward(
     """`dx`, the body's gradients and `channels`; see the README beside this file."""
     if case.rows == 0:
         return reference_torch.backward(case, x, dy, body, slot, gains, watched)
-    tiles = _aligned(tiles or backward_tiles(case), x, dy)
-    key = backward_kernel, reduce_kernel, x.device
-    main, reduce, share = _backward_launches(key, case, tiles)
-    dx = torch.empty_like(x)
-    d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
-    channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
-    shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
-    sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
-    with on_device_of(x):
-        main(
-            _view(case, tiles, x),
-            _view(case, tiles, dy),
-            _view(case, tiles, dx),
-            *_bank(x, body),
-            slot,
-            gains,
-            shares,
-            sums,
-            case.rows,
-            case.features,
-            case.chunks,
-            case.slots,
-        )
-        reduce(shares, sums, watched, slot, gains, *_bank(x, d_body), channels, case.slots)
-    return dx, d_body, channels
+    return calls(case, x.device, tiles).backward(x, dy, body, slot, gains, watched)
