@@ -74,12 +74,17 @@ def tell_sites(
         site.plan = replace(
             site.plan,
             banks=tuple(of.to(device) for of in plans[id(site)]),
-            gains=on_gains[first:last],
-            row=on_row[first:last],
+            gains=_aligned(on_gains[first:last]),
+            row=_aligned(on_row[first:last]),
             is_watching=is_watching,
             bound={},
         )
         first = last
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """In memory that begins at a multiple of 16 bytes, for which kernels start quickest."""
+    return part.clone() if part.data_ptr() % 16 else part
 
 
 def tell_optimizers(optimizers: Watcher, banks: Sequence[Bank], learns: np.ndarray) -> None:

@@ -20,8 +20,17 @@ MAX_MATRIX = 8192
 """Widths, and their product, up to which a body stays on a multiprocessor, padded or not."""
 
 
-def serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
-    """Whether a kernel computes all of a site: one live bank of a known form, on a GPU."""
+def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls | None:
+    """What computes all of a site, if a kernel can; remembered by the plan."""
+    key = x.shape[:-1], x.dtype, x.device.type
+    if key not in plan.bound:
+        plan.bound[key] = _bind(plan, bodies, x) if _serves(plan, bodies, x) else None
+    found: kernels.Calls | None = plan.bound[key]
+    return found
+
+
+def _serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
+    """One live bank of a known form, on a GPU, small enough for a multiprocessor."""
     if len(plan.banks) != 1 or x.device.type not in DEVICES or not x.numel():
         return False
     bank = plan.banks[0]
@@ -33,33 +42,37 @@ def serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
     return is_small and up.dtype in _DTYPES
 
 
-def _call(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Body, kernels.Calls]:
-    bank = plan.banks[0]
-    leaves = bodies[bank.bank]
-    body = Body(**{name: leaf.contiguous() for name, leaf in leaves.items()})
-    key = x.shape[:-1].numel(), x.dtype, body.up.dtype
-    calls = plan.bound.get(key)
-    if calls is None:
-        activation = str(bank.form.kernel)
-        calls = kernels.bind(x, body, plan.row, plan.gains, activation=activation)
-        plan.bound[key] = calls
-    return body, calls
+def _bind(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls:
+    activation = str(plan.banks[0].form.kernel)
+    body = _body(bodies[plan.banks[0].bank])
+    return kernels.bind(x.contiguous(), body, plan.row, plan.gains, activation=activation)
 
 
-def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> tuple[Tensor, Tensor]:
+def _body(leaves: Leaves) -> Body:
+    return Body(**{name: leaf.contiguous() for name, leaf in leaves.items()})
+
+
+def forward(
+    calls: kernels.Calls, plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor
+) -> tuple[Tensor, Tensor]:
     """`y`, in memory of its own, and what was measured of `x`."""
-    x = x.contiguous()
-    body, calls = _call(plan, bodies, x)
-    return calls.forward(x, body, plan.row, plan.gains)
+    body = _body(bodies[plan.banks[0].bank])
+    return calls.forward(x.contiguous(), body, plan.row, plan.gains)
 
 
 def backward(
-    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, dy: Tensor, watched: Tensor
+    calls: kernels.Calls,
+    plan: SitePlan,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
 ) -> Pulled:
     """Gradients and channels; see `_layer.backward`."""
-    x, dy = x.contiguous(), dy.contiguous()
-    body, calls = _call(plan, bodies, x)
-    d_x, d_body, channels = calls.backward(x, dy, body, plan.row, plan.gains, watched)
     bank = plan.banks[0]
+    body, row, gains = _body(bodies[bank.bank]), plan.row, plan.gains
+    d_x, d_body, channels = calls.backward(
+        x.contiguous(), dy.contiguous(), body, row, gains, watched
+    )
     own = {name: getattr(d_body, name) for name in bank.leaves}
     return Pulled(d_x, channels, {bank.bank: own})

@@ -46,8 +46,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, _layer.Kept | None]:
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
     last = x if axis == -1 else x.movedim(axis, -1)
-    if plan.banks and _kernels.serves(plan, bodies, last):
-        y, watched = _kernels.forward(plan, bodies, last)
+    calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
+    if calls is not None:
+        y, watched = _kernels.forward(calls, plan, bodies, last)
         if axis != -1:
             y = torch.empty_like(x).copy_(y.movedim(-1, axis))
         return y, watched, None
@@ -71,8 +72,9 @@ def _backward(
     kept: _layer.Kept | None = None,
 ) -> _layer.Pulled:
     last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
-    if plan.banks and _kernels.serves(plan, bodies, last):
-        pulled = _kernels.backward(plan, bodies, last, slope, watched)
+    calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
+    if calls is not None:
+        pulled = _kernels.backward(calls, plan, bodies, last, slope, watched)
     else:
         with torch.no_grad(), _plainly(x):
             pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
@@ -107,7 +109,7 @@ def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     kept = None if r_square is None else _layer.Kept(z, r_square)
     pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
     if site is not None:
-        site.add_reading(watched, pulled.channels)
+        site.heard.append((watched, pulled.channels))
     grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
     return None, None, None, pulled.d_x, None, *grads
 

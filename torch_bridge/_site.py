@@ -80,8 +80,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
                 self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
         """Requires a gradient where nothing else does; compiled, the reading is its gradient."""
-        self.eager_reading: tuple[Tensor, Tensor] | None = None
-        """What eager backward passes measured: [C, 5] of `x` and [C, 5] of the body."""
+        self.heard: list[tuple[Tensor, Tensor]] = []
+        """What eager backward passes measured: [C, 5] of `x` and [C, 5] of the body each."""
         self.handle = _ops.new_handle(self)
         self.lifecycle: Any = None
         """On the first site: who writes the lifecycle into a state dict, and reads it."""
@@ -163,25 +163,23 @@ class Seeds(nn.Module):  # type: ignore[misc]
             watched = _layer.watch(cut, x.movedim(axis, -1))
 
         def measure(dy: Tensor) -> None:
-            self.add_reading(watched, _layer.slopes(cut, dy.detach().movedim(axis, -1)))
+            self.heard.append((watched, _layer.slopes(cut, dy.detach().movedim(axis, -1))))
 
         x.register_hook(measure)
 
-    def add_reading(self, watched: Tensor, channels: Tensor) -> None:
-        """Remembers, or adds up, what a backward pass measured."""
-        old = self.eager_reading
-        if old is not None:
-            watched, channels = old[0] + watched, old[1] + channels
-        self.eager_reading = watched, channels
-
     def take_reading(self) -> tuple[Tensor, Tensor] | None:
         """What was measured since the last call: [C, 5] of `x` and [C, 5] of the body, or None."""
-        grad = self.tap.grad
+        heard, grad = self.heard, self.tap.grad
         if grad is not None:
             self.tap.grad = None
-            self.add_reading(grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:])
-        found, self.eager_reading = self.eager_reading, None
-        return found
+            heard.append((grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:]))
+        if not heard:
+            return None
+        watched, channels = heard[0]
+        for more in heard[1:]:
+            watched, channels = watched + more[0], channels + more[1]
+        heard.clear()
+        return watched, channels
 
     def _surveyed(self, x: Tensor) -> Tensor:
         shared = self.shared
@@ -239,17 +237,18 @@ class Seeds(nn.Module):  # type: ignore[misc]
         device = fn(torch.empty(0, dtype=torch.int64, device=self.tap.device)).device
         if device != self.tap.device:
             self.tap = torch.zeros_like(self.tap, device=device, requires_grad=True)
-            self.eager_reading = None
+            self.heard.clear()
             self.plan = self.plan.to(device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seeds:
-        own = {"tap", "handle", "eager_reading"}
+        own = {"tap", "handle", "heard"}
         twin: Seeds = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         for name, of in self.__dict__.items():
             twin.__dict__[name] = None if name in own else copy.deepcopy(of, memo)
         twin.tap = torch.zeros_like(self.tap, requires_grad=True)
+        twin.heard = []
         twin.handle = _ops.new_handle(twin)
         return twin
 

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esper_kernels.graft import Body, check, triton_cuda
+from esper_kernels.graft import Body, _triton_plan, check, triton_cuda
 from esper_kernels.graft._specs import SPECS
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -72,8 +72,8 @@ def compile_all(spec, dtype):
 
 
 if __name__ == "__main__":
-    for name in [name for name in vars(triton_cuda) if name.endswith("_kernel")]:
-        setattr(triton_cuda, name, Compiled(getattr(triton_cuda, name)))
+    for name in [name for name in vars(_triton_plan) if name.endswith("_kernel")]:
+        setattr(_triton_plan, name, Compiled(getattr(_triton_plan, name)))
     for spec in SPECS:
         if spec.name == sys.argv[1]:
             compile_all(spec, getattr(torch, sys.argv[2]))

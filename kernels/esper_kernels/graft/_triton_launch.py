@@ -28,8 +28,7 @@ class Launch:
 
     Triton binds, inspects and hashes every argument of every call to find what it compiled; that
     takes longer than most of these kernels. Here the first call goes that way and the others start
-    what it found. Tensors that do not begin at a multiple of 16 bytes, for which Triton compiles
-    apart, always go Triton's way.
+    what it found.
 
     Args:
       kernel: takes the arrays and numbers of a call, then the constants.
@@ -44,26 +43,30 @@ class Launch:
         self._start: Any = None
         self._tail: tuple[Any, ...] = ()
 
-    def __call__(self, *given: Any) -> None:
-        """Starts it on the current device and stream."""
-        if self._start is not None and _are_aligned(given):
+    def __call__(self, *given: Any, is_aligned: bool) -> None:
+        """Starts it on the current device and stream.
+
+        Args:
+          *given: arrays and numbers.
+          is_aligned: whether all arrays begin at multiples of 16 bytes, as fresh ones do; Triton
+            compiles apart for others, which therefore always go its way.
+        """
+        if is_aligned and self._start is not None:
             self._start(*given, *self._tail)
             return
         told = [of.checked() if isinstance(of, Tile) else of for of in given]
         compiled = self._kernel[self._grid](*told, **self._constants)
-        if isinstance(compiled, CompiledKernel) and _are_aligned(given):
+        if is_aligned and isinstance(compiled, CompiledKernel):
             names = self._kernel.arg_names[len(given) :]
             self._tail = tuple(self._constants[name] for name in names)
             self._start = compiled[self._grid]
 
 
-def _are_aligned(given: tuple[Any, ...]) -> bool:
+def are_aligned(*arrays: Tensor) -> bool:
+    """Whether all begin at multiples of 16 bytes."""
     places = 0
-    for of in given:
-        if isinstance(of, Tensor):
-            places |= of.data_ptr()
-        elif isinstance(of, Tile):
-            places |= of.base.data_ptr()
+    for of in arrays:
+        places |= of.data_ptr()
     return places % 16 == 0
 
 
