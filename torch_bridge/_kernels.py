@@ -11,7 +11,7 @@ import esper_kernels.torch as kernels
 from esper_kernels import Body
 from torch_bridge._bodies import Leaves
 from torch_bridge._layer import Pulled
-from torch_bridge._plan import SitePlan
+from torch_bridge._plan import Cut, SitePlan
 
 DEVICES = {"cuda"}
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -27,6 +27,14 @@ def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernel
         plan.bound[key] = _bind(plan, bodies, x) if _serves(plan, bodies, x) else None
     found: kernels.Calls | None = plan.bound[key]
     return found
+
+
+def watch(cut: Cut, x: Tensor) -> Tensor | None:
+    """As `_layer.watch`, if a kernel can."""
+    is_known = x.device.type in DEVICES and x.dtype in _DTYPES and x.is_contiguous()
+    if not is_known or cut.widest > MAX_SIDE or x.ndim < 2:
+        return None
+    return kernels.watch(x, cut.chunks)
 
 
 def _serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:

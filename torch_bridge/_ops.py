@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_bridge import _kernels, _layer
 from torch_bridge._bodies import Leaves
-from torch_bridge._plan import NUM_WATCHED, SitePlan
+from torch_bridge._plan import NUM_WATCHED, Cut, SitePlan
 
 if TYPE_CHECKING:
     from torch_bridge._site import Seeds
@@ -55,7 +55,23 @@ def _forward(
     with torch.no_grad(), _plainly(x):
         y = torch.empty_like(x)
         kept = _layer.forward(plan, bodies, last, y.movedim(axis, -1))
-        return y, _layer.watch(plan.cut, last) if watches else _no_measure(plan, x), kept
+        return y, watch(plan.cut, last) if watches else _no_measure(plan, x), kept
+
+
+def watch(cut: Cut, x: Tensor) -> Tensor:
+    """[C, 5] of `x`, by a kernel where one can."""
+    found = _kernels.watch(cut, x)
+    return _layer.watch(cut, x) if found is None else found
+
+
+def slopes(cut: Cut, dy: Tensor) -> Tensor:
+    """[C, 5] of a backward pass with no body alive."""
+    found = _kernels.watch(cut, dy)
+    if found is None:
+        return _layer.slopes(cut, dy)
+    channels = torch.zeros_like(found)
+    channels[:, 0] = found[:, 2]
+    return channels
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
@@ -75,6 +91,8 @@ def _backward(
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
         pulled = _kernels.backward(calls, plan, bodies, last, slope, watched)
+    elif not plan.banks:
+        pulled = _layer.Pulled(slope, slopes(plan.cut, slope), {})
     else:
         with torch.no_grad(), _plainly(x):
             pulled = _layer.backward(plan, bodies, last, slope, watched, kept)

@@ -160,10 +160,11 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """Measures dormant chunks by a hook of the tensor, which leaves the graph as it was."""
         cut, axis = self.plan.cut, self.axis
         with torch.no_grad():
-            watched = _layer.watch(cut, x.movedim(axis, -1))
+            watched = _ops.watch(cut, x.movedim(axis, -1))
 
         def measure(dy: Tensor) -> None:
-            self.heard.append((watched, _layer.slopes(cut, dy.detach().movedim(axis, -1))))
+            with torch.no_grad():
+                self.heard.append((watched, _ops.slopes(cut, dy.movedim(axis, -1))))
 
         x.register_hook(measure)
 

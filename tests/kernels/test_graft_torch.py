@@ -125,6 +125,35 @@ class TestInPlace:
             kernels.graft_(x, body, slot, gains, activation="gelu")
 
 
+class TestWatch:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("shape", "chunks"), [((3, 20, 64), 4), ((40, 30), 7), ((0, 8), 2)])
+    def test_is_what_graft_watches(self, implementation, shape, chunks, dtype):
+        x = torch.randn(shape, device=DEVICE).to(getattr(torch, dtype))
+        if x.numel():
+            x[..., 5] = 0
+        kept = x.clone()
+        watched = kernels.watch(x, chunks, implementation=implementation)
+        width = -(-shape[-1] // chunks)
+        nothing = Body(
+            down=torch.zeros((1, width, 1), device=DEVICE),
+            up=torch.zeros((1, 1, width), device=DEVICE),
+        )
+        slot = torch.full((chunks,), -1, dtype=torch.int32, device=DEVICE)
+        gains = torch.zeros((chunks, 3), device=DEVICE)
+        rows = x.reshape(-1, shape[-1])
+        wanted = kernels.graft(rows, nothing, slot, gains, implementation=implementation)[1]
+        assert torch.equal(watched, wanted)
+        assert torch.equal(x, kept)
+        assert watched[:, 4].sum() == (1 if x.numel() else shape[-1])
+
+    def test_refuses(self):
+        with pytest.raises(ArgumentError, match="chunks is 9"):
+            kernels.watch(torch.ones(2, 8), 9)
+        with pytest.raises(ArgumentError, match="contiguous"):
+            kernels.watch(torch.ones(8, 2).T, 2)
+
+
 @needs_triton
 class TestCounters:
     def run(self):

@@ -144,3 +144,34 @@ def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device:
     _expect("slot", slot, (chunks,), ("int32",))
     _expect("gains", gains, (chunks, NUM_GAINS), ("float32",))
     return case
+
+
+def check_watched(x: Any, chunks: int, *, device: str) -> Case:
+    """Return the case of a call without bodies.
+
+    Args:
+      x: [N, D].
+      chunks: C.
+      device: see `Case`.
+
+    Raises:
+      ArgumentError: a dtype, rank or size is wrong; names which.
+    """
+    if x.ndim != 2:
+        _fail("x.ndim", x.ndim, "2: rows and features", "reshape(-1, features)")
+    rows, features = x.shape
+    if not 1 <= chunks <= features:
+        _fail("chunks", chunks, f"between 1 and the {features} features of x")
+    _expect("x", x, (rows, features), DTYPES)
+    return Case(
+        rows=rows,
+        features=features,
+        chunks=chunks,
+        slots=1,
+        rank=1,
+        dtype=_name(x.dtype),
+        body_dtype=_name(x.dtype),
+        has_bias=False,
+        activation="none",
+        device=device,
+    )

@@ -153,6 +153,7 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    WATCHES: tl.constexpr,  # dormant chunks too, in place
     BULK: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -165,7 +166,7 @@ def forward_kernel(
     chunk = pid % CHUNKS
     split = pid // CHUNKS
     slot, act, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
-    if IN_PLACE and not is_live:
+    if IN_PLACE and not WATCHES and not is_live:
         if split == 0:
             store_nothing(watched_ptr, chunk)
         return

@@ -16,7 +16,7 @@ from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
 from esper_kernels._torch_choice import check_places, device_name, refuses_triton
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check, check_watched
 
 _TRITON = "esper_kernels.graft.triton_cuda"
 
@@ -109,6 +109,31 @@ def graft_(
             "call graft"
         )
     watched: Tensor = _graft_in_place(x, *body, slot, gains, activation, implementation)
+    return watched
+
+
+def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
+    """What seeds watch of an activation on which no body acts: one read of it.
+
+    Args:
+      x: [..., D], contiguous, bfloat16 or float32.
+      chunks: C.
+      implementation: `auto`, `triton` or `reference`.
+
+    Returns:
+      [C, 5] float32, not differentiable: num_values, total, square, num_features, num_dead.
+
+    Raises:
+      ArgumentError: a dtype, layout or number is wrong; names which.
+      UnavailableError: `implementation` cannot serve the call; says why.
+
+    >>> watch(torch.ones(2, 4), 2).tolist()[0]
+    [4.0, 4.0, 4.0, 2.0, 0.0]
+    """
+    check_places(x, {})
+    rows = x.detach().reshape(-1, x.shape[-1])
+    case = check_watched(rows, chunks, device=device_name(x))
+    watched: Tensor = _backend(case, rows, implementation).watch(case, rows)
     return watched
 
 

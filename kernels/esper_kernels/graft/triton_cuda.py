@@ -18,7 +18,7 @@ from esper_kernels.graft._blocks import (
     in_place_tiles,
     padded,
 )
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._triton_launch import Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_plan import (
@@ -67,8 +67,9 @@ class Calls:
         if case.chunks > MAX_SEARCHED:
             self._in_place_tiles = replace(forward_tiles(case), splits=1)
         self._sides = [case.rows, case.features], [case.features, 1]
-        self._watched: dict[tuple[bool, bool, bool], Watching] = {}
+        self._watched: dict[tuple[bool, ...], Watching] = {}
         self._pulled: dict[bool, Pulling] = {}
+        self._nobody: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
         """`y` and `watched`; `x` is contiguous and may have any leading shape."""
@@ -83,6 +84,16 @@ class Calls:
             if self.case.chunks > MAX_SEARCHED:
                 return self._watch(x, x, body, slot, gains, tiles)
             return self._watch_in_place(x, body, slot, gains, tiles)
+
+    def watch(self, x: Tensor) -> Tensor:
+        """`watched` of all chunks, whatever lives there."""
+        chunks = self.case.chunks
+        if self._nobody is None:
+            slot = torch.full((chunks,), -1, dtype=torch.int32, device=x.device)
+            self._nobody = slot, torch.zeros((chunks, NUM_GAINS), device=x.device)
+        with on_device_of(x):
+            tiles = self._forward_tiles
+            return self._watch(x, x, Body(x, x), *self._nobody, tiles, watches=True)
 
     def backward(
         self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
@@ -134,13 +145,21 @@ class Calls:
         return Tile(of, *self._sides, [tiles.rows, self.case.width])
 
     def _watch(
-        self, x: Tensor, y: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+        self,
+        x: Tensor,
+        y: Tensor,
+        body: Body,
+        slot: Tensor,
+        gains: Tensor,
+        tiles: Tiles,
+        *,
+        watches: bool = False,
     ) -> Tensor:
         case, bank = self.case, _bank(x, body)
         tiles = tiles if are_aligned(x, y) else _without_engine(tiles)
         is_aligned = are_aligned(x, y, *bank, slot, gains)
         counters = arrivals(x, case.chunks) if tiles.splits > 1 else None
-        key = tiles.is_bulk, y is x, counters is not None
+        key = tiles.is_bulk, y is x, watches, counters is not None
         launches = self._watched.get(key)
         if launches is None:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
@@ -237,6 +256,11 @@ def forward(
     if case.rows == 0:
         return reference_torch.forward(case, x, body, slot, gains)
     return calls(case, x.device, tiles).forward(x, body, slot, gains)
+
+
+def watch(case: Case, x: Tensor) -> Tensor:
+    """`watched` of all chunks of an activation; nothing else of the case matters."""
+    return calls(case, x.device).watch(x) if case.rows else reference_torch.watch(case, x)
 
 
 def forward_in_place(

@@ -1,0 +1,169 @@
+"""What is known of kernels before a call: constants, programs, sizes of what they leave behind."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+
+from esper_kernels.graft._blocks import Tiles, padded
+from esper_kernels.graft._case import Case
+from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
+from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
+from esper_kernels.graft._triton_launch import Launch
+from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
+
+MAX_PARTS = 64
+"""Row ranges of a chunk in place: sums that one program adds up at once."""
+PAD = 32
+"""Floats behind the sums of squares by feature; the first is the sum of values."""
+
+
+def _cut(case: Case, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "NARROW": case.features // case.chunks,
+        "NUM_WIDE": case.num_wide,
+        "BF": padded(case)[0],
+        "BULK": tiles.is_bulk,
+    }
+
+
+def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
+    return _cut(case, tiles) | {
+        "WIDTH": case.width,
+        "RANK": case.rank,
+        "BM": tiles.rows,
+        "BR": padded(case)[1],
+        "STAGES": tiles.stages,
+        "ACTIVATION": case.activation,
+        "HAS_BIAS": case.has_bias,
+        "PRECISION": "ieee" if case.dtype == "float32" else "tf32",
+        "num_warps": tiles.warps,
+    }
+
+
+def _split(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """How rows are cut where every chunk has the same number of programs."""
+    num_tiles = triton.cdiv(triton.cdiv(case.rows, tiles.rows), tiles.splits)
+    return {
+        "SPLITS": tiles.splits,
+        "TILES": num_tiles,
+        "ALL_ROWS": case.rows == num_tiles * tiles.rows * tiles.splits,
+    }
+
+
+def _folded(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """How many rows of a tile the sums of the watch keep apart."""
+    return {"GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
+
+
+def _chained(tiles: Tiles) -> dict[str, Any]:
+    """A second kernel's programs start while the first one's last ones run, where Hopper can."""
+    return {"launch_pdl": True} if tiles.is_bulk else {}
+
+
+class Watching(NamedTuple):
+    """The launches of a forward pass."""
+
+    main: Launch
+    finish: Launch | None
+    """Adds the programs' sums up where nothing counts who is the last to arrive."""
+    sums: tuple[int, int] | None
+    """The shape of the programs' sums; None where one program has a chunk to itself."""
+
+
+class Pulling(NamedTuple):
+    """The launches of a backward pass."""
+
+    main: Launch
+    reduce: Launch
+    share: int
+    """Entries of one chunk's share of the gradients."""
+
+
+def forward_launches(
+    case: Case, tiles: Tiles, is_in_place: bool, watches: bool, is_counted: bool
+) -> Watching:
+    """Of the forward pass.
+
+    Args:
+      case: what is computed.
+      tiles: how it is cut.
+      is_in_place: whether `y` is `x`.
+      watches: whether dormant chunks are measured in place too.
+      is_counted: whether counters tell who adds up.
+    """
+    programs, width = case.chunks * tiles.splits, padded(case)[0]
+    rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
+    constants = {
+        "IN_PLACE": is_in_place,
+        "WATCHES": watches,
+        "IS_COUNTED": is_counted,
+        **_common(case, tiles),
+        **_split(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    }
+    added_up = None
+    if tiles.splits > 1 and not is_counted:
+        added = {"CHUNKS": case.chunks, "SPLITS": tiles.splits, **_cut(case, tiles), **rest}
+        added_up = Launch(watch_kernel, case.chunks, added | _chained(tiles))
+    sums = (programs, width + PAD) if tiles.splits > 1 else None
+    return Watching(Launch(forward_kernel, programs, constants), added_up, sums)
+
+
+def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
+    """Of the forward pass in place."""
+    num_tiles = triton.cdiv(case.rows, tiles.rows)
+    most = min(num_tiles, MAX_PARTS)
+    programs = max(case.chunks, min(case.chunks * most, tiles.splits))
+    rest = {
+        "CHUNKS": case.chunks,
+        "BC": triton.next_power_of_2(case.chunks),
+        "PROGRAMS": programs,
+        "MOST": most,
+        "BS": triton.next_power_of_2(most),
+        "PAD": PAD,
+    }
+    constants = {
+        "IS_COUNTED": is_counted,
+        "TILES": num_tiles,
+        "ALL_ROWS": case.rows % tiles.rows == 0,
+        **_common(case, tiles),
+        **_folded(case, tiles),
+        **rest,
+    }
+    added_up = None
+    if not is_counted:
+        added = _cut(case, tiles) | rest | _chained(tiles)
+        added_up = Launch(watch_in_place_kernel, case.chunks, added)
+    sums = (programs, padded(case)[0] + PAD)
+    return Watching(Launch(in_place_kernel, programs, constants), added_up, sums)
+
+
+def backward_launches(case: Case, tiles: Tiles) -> Pulling:
+    """Of the backward pass."""
+    size = case.width * case.rank
+    is_gated = case.activation == "gated"
+    share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
+    piece = 1024
+    constants = {"K": share, **_common(case, tiles), **_split(case, tiles)}
+    added = {
+        "CHUNKS": case.chunks,
+        "SPLITS": tiles.splits,
+        "K": share,
+        "SIZE": size,
+        "RANK": case.rank,
+        "BK": piece,
+        "BS": triton.next_power_of_2(tiles.splits),
+        "BC": min(1024, triton.next_power_of_2(case.chunks)),
+        "HAS_BIAS": case.has_bias,
+        "IS_GATED": is_gated,
+        "BULK": tiles.is_bulk,
+        **_chained(tiles),
+    }
+    return Pulling(
+        Launch(backward_kernel, case.chunks * tiles.splits, constants),
+        Launch(reduce_kernel, case.chunks + case.slots * triton.cdiv(share, piece), added),
+        share,
+    )
