@@ -6,14 +6,15 @@ All learning bodies are measured together, in a few operations whatever their nu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 
-class Rows(NamedTuple):
+@dataclass
+class Rows:
     """Parameters whose rows are equally long: bodies stacked in a parameter, or one body each."""
 
     params: list[nn.Parameter]
@@ -22,10 +23,14 @@ class Rows(NamedTuple):
     """int64[rows]: whose body each row belongs to."""
     at: list[tuple[int, nn.Parameter, int | None]]
     """Of each row: its entry, its parameter, and where in it if that is stacked."""
+    _views: list[Tensor] = field(default_factory=list)
 
     def gather(self) -> Tensor:
         """[rows, numel], a copy."""
-        return torch.cat([p.detach().reshape(-1, self.numel) for p in self.params])
+        places = [p.data_ptr() for p in self.params]
+        if places != [of.data_ptr() for of in self._views]:  # none yet, or the model has moved
+            self._views = [p.detach().reshape(-1, self.numel) for p in self.params]
+        return torch.cat(self._views)
 
 
 class Learning:

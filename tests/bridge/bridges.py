@@ -129,3 +129,12 @@ def reading(site: Any) -> Any:
     """What a site has measured since the last call, [C, 10], or None."""
     found = site.take_reading()
     return None if found is None else torch.cat(found, dim=1)
+
+
+def body_of(site: Any, bank: str, slot: int) -> list[torch.Tensor]:
+    """A copy of one body's parameters."""
+    module = site.get_submodule(bank)
+    names = site.names_of(bank)
+    if site.is_stacked:
+        return [getattr(module, name)[slot].detach().clone() for name in names]
+    return [getattr(module[slot], name).detach().clone() for name in names]

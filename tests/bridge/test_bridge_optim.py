@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, body_of, grow, place
 
 import esper_fn as ef
 import torch_bridge
@@ -48,7 +48,7 @@ def test_resting_bodies_do_not_move_and_learning_ones_do(kind: str, stacked: boo
     place_stage(bridge, 0, Stage.EVALUATING)
 
     def rows(slot: int) -> list[torch.Tensor]:
-        return [of.detach().clone() for of in site.rows_of("low_rank", (slot,))]
+        return body_of(site, "low_rank", slot)
 
     before = rows(first), rows(second)
     train(model, bridge, optimizer, 4)
@@ -100,7 +100,9 @@ def test_stacked_newborns_have_zero_moments_and_match_slot_by_slot_under_sgd() -
         train(model, bridge, optimizer, 5)
         train(model, bridge, optimizer, commands=[ef.commands.germinate(1, "low_rank")])
         train(model, bridge, optimizer, 10)
-        found.append([leaf.detach() for leaf in bridge.sites[0].rows_of("low_rank", (0, 1))])
+        found.append(
+            [leaf for slot in (0, 1) for leaf in body_of(bridge.sites[0], "low_rank", slot)]
+        )
     for single, stack in zip(*found, strict=True):
         torch.testing.assert_close(stack, single)
         assert single.any()

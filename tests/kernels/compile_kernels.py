@@ -69,7 +69,7 @@ def compile_all(spec, dtype):
         watched = triton_cuda.forward(case, x, body, slot, gains)[1]
         triton_cuda.forward_in_place(case, x, body, slot, gains)
         triton_cuda.watch(case, x)
-    triton_cuda.backward(case, x, x, body, slot, gains, watched)
+        triton_cuda.backward(case, x, x, body, slot, gains, watched)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,12 @@ class TestCounters:
         x, body, slot, gains = arguments(TALL)
         case = kernels_case(x, body, slot, gains)
         tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
-        sums = [triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)[1]]
-        return [*sums, triton_cuda.forward_in_place(case, x, body, slot, gains)[1]]
+        watched = triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)[1]
+        dy = torch.flip(x, (0,))
+        pulled = triton_cuda.backward(case, x, dy, body, slot, gains, watched, tiles=tiles)
+        grads = [of for of in pulled[1] if of is not None]
+        watched_in_place = triton_cuda.forward_in_place(case, x, body, slot, gains)[1]
+        return [watched, watched_in_place, pulled[2], *grads]
 
     def test_are_zero_after_every_call(self):
         self.run()

@@ -8,17 +8,21 @@ import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
     activate_with_slope,
-    await_release,
     blend,
     dot,
     find,
-    is_finite,
     load_body,
     load_tile,
     locate,
     narrow,
     release,
     store_tile,
+)
+from esper_kernels.graft._triton_reduce import (
+    add_up_channels,
+    add_up_gradients,
+    find_chunk,
+    store_gradients,
 )
 
 
@@ -35,11 +39,22 @@ def backward_kernel(
     gains_ptr,
     shares_ptr,  # [S, C, K]: down [F, R], up [R, F], bias [R], gate [F, R] of every split
     sums_ptr,  # [S, C, 4]: dy^2, r^2, -dy r, not finite
+    watched_ptr,
+    d_down_ptr,
+    d_up_ptr,
+    d_bias_ptr,
+    d_gate_ptr,
+    channels_ptr,
+    arrivals_ptr,  # [C], zeros before and after
     N,
     D,
     CHUNKS,
     SLOTS,
     K: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+    IS_COUNTED: tl.constexpr,  # whether the last program of a chunk adds up
     NARROW: tl.constexpr,
     NUM_WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -60,7 +75,7 @@ def backward_kernel(
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
-    slot, _, _, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
+    slot, _, learn, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     start, width = locate(chunk, NARROW, NUM_WIDE)
     dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
@@ -148,7 +163,7 @@ def backward_kernel(
             blight += tl.sum(d_u * 0.0, axis=1)
             dx = blend(dy, d_u, feel, limit)
             store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-        release(BULK)
+        release(BULK and not IS_COUNTED)
         share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
         is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
         by_row = share + cols[:, None] * RANK + ranks[None, :]
@@ -177,92 +192,48 @@ def backward_kernel(
             wide = dy.to(tl.float32)
             slope_square += tl.sum(wide * wide, axis=1)
     tl.store(sums_at, tl.sum(slope_square, axis=0))
-
-
-@triton.jit
-def reduce_kernel(
-    shares_ptr,
-    sums_ptr,
-    watched_ptr,
-    slot_ptr,
-    gains_ptr,
-    d_down_ptr,
-    d_up_ptr,
-    d_bias_ptr,
-    d_gate_ptr,
-    channels_ptr,
-    SLOTS,
-    CHUNKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    K: tl.constexpr,
-    SIZE: tl.constexpr,  # F * R
-    RANK: tl.constexpr,
-    BK: tl.constexpr,
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    BULK: tl.constexpr,
-):
-    """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
-    pid = tl.program_id(0)
-    splits = tl.arange(0, BS)
-    if pid < CHUNKS:
-        _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
-        await_release(BULK)
-        sums_at = sums_ptr + (splits * CHUNKS + pid) * 4
-        slope_square = tl.sum(tl.load(sums_at, mask=splits < SPLITS, other=0.0), axis=0)
-        out = channels_ptr + pid * 5
-        tl.store(out, slope_square)
-        if is_live:
-            square, worth, broken = _sum_sums(sums_at, splits < SPLITS)
-            is_sound = is_finite(square)
-            is_fed = is_finite(slope_square) & is_finite(tl.load(watched_ptr + pid * 5 + 2))
-            is_error = is_fed & ((broken != 0) | (not is_sound))
-            tl.store(out + 1, 1.0)
-            tl.store(out + 2, tl.where(is_sound, square, 0.0))
-            tl.store(out + 3, tl.where(is_sound, worth, 0.0))
-            tl.store(out + 4, is_error.to(tl.float32))
-        else:
-            k = tl.arange(0, 4)
-            tl.store(out + 1 + k, tl.zeros([4], tl.float32))
-    else:
-        PIECES: tl.constexpr = (K + BK - 1) // BK
-        slot = (pid - CHUNKS) // PIECES
-        piece = (pid - CHUNKS) % PIECES
-        found = tl.full([BC], -1, tl.int32)
-        for first in range(0, CHUNKS, BC):
-            chunks = first + tl.arange(0, BC)
-            slots = tl.load(slot_ptr + chunks, mask=chunks < CHUNKS, other=-1)
-            found = tl.where(slots == slot, chunks, found)
-        chunk = tl.max(found, axis=0)
-        await_release(BULK)
-        k = piece * BK + tl.arange(0, BK)
-        total = tl.zeros([BK], tl.float32)
-        if chunk >= 0:
-            learn = tl.load(gains_ptr + chunk * 3 + 1)
-            square, _, broken = _sum_sums(sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS)
-            if (learn != 0) & (broken == 0) & is_finite(square):
-                share = shares_ptr + chunk.to(tl.int64) * K + k
-                for _split in range(SPLITS):
-                    total += tl.load(share, mask=k < K, other=0.0)
-                    share += CHUNKS * K
-                total *= learn
-        base = slot.to(tl.int64) * SIZE
-        tl.store(d_down_ptr + base + k, total, mask=k < SIZE)
-        tl.store(d_up_ptr + base + k - SIZE, total, mask=(k >= SIZE) & (k < 2 * SIZE))
-        if HAS_BIAS:
-            is_bias = (k >= 2 * SIZE) & (k < 2 * SIZE + RANK)
-            tl.store(d_bias_ptr + slot * RANK + k - 2 * SIZE, total, mask=is_bias)
-        if IS_GATED:
-            is_gate = (k >= K - SIZE) & (k < K)
-            tl.store(d_gate_ptr + base + k - (K - SIZE), total, mask=is_gate)
-
-
-@triton.jit
-def _sum_sums(at, is_real):
-    """Sums over the splits: r^2, -dy r, and 0 or NaN."""
-    square = tl.sum(tl.load(at + 1, mask=is_real, other=0.0), axis=0)
-    worth = tl.sum(tl.load(at + 2, mask=is_real, other=0.0), axis=0)
-    broken = tl.sum(tl.load(at + 3, mask=is_real, other=0.0), axis=0)
-    return square, worth, broken
+    if IS_COUNTED:
+        SIZE: tl.constexpr = WIDTH * RANK
+        for other in range(pid, SLOTS, CHUNKS * SPLITS):
+            if find_chunk(slot_ptr, other, CHUNKS, BC) < 0:
+                for first in range(0, K, BK):
+                    k = first + tl.arange(0, BK)
+                    store_gradients(
+                        d_down_ptr,
+                        d_up_ptr,
+                        d_bias_ptr,
+                        d_gate_ptr,
+                        other,
+                        k,
+                        tl.zeros([BK], tl.float32),
+                        K,
+                        SIZE,
+                        RANK,
+                        HAS_BIAS,
+                        ACTIVATION == "gated",
+                    )
+        tl.debug_barrier()  # all threads have stored what this program leaves
+        before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
+        if before == SPLITS - 1:
+            tl.store(arrivals_ptr + chunk, 0)
+            add_up_channels(sums_ptr, watched_ptr, channels_ptr, chunk, is_live, CHUNKS, SPLITS, BS)
+            if (slot >= 0) & (slot < SLOTS):
+                for first in range(0, K, BK):
+                    k = first + tl.arange(0, BK)
+                    total = add_up_gradients(
+                        shares_ptr, sums_ptr, chunk, learn, is_live, k, CHUNKS, SPLITS, K, BK, BS
+                    )
+                    store_gradients(
+                        d_down_ptr,
+                        d_up_ptr,
+                        d_bias_ptr,
+                        d_gate_ptr,
+                        slot,
+                        k,
+                        total,
+                        K,
+                        SIZE,
+                        RANK,
+                        HAS_BIAS,
+                        ACTIVATION == "gated",
+                    )

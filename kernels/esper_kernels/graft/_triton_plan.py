@@ -8,15 +8,19 @@ import triton
 
 from esper_kernels.graft._blocks import Tiles, padded
 from esper_kernels.graft._case import Case
-from esper_kernels.graft._triton_backward import backward_kernel, reduce_kernel
+from esper_kernels.graft._triton_backward import backward_kernel
 from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
 from esper_kernels.graft._triton_launch import Launch
+from esper_kernels.graft._triton_reduce import reduce_kernel
 from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
 
 MAX_PARTS = 64
 """Row ranges of a chunk in place: sums that one program adds up at once."""
 PAD = 32
 """Floats behind the sums of squares by feature; the first is the sum of values."""
+
+PIECE = 1024
+"""Entries of a share that are added up at once."""
 
 
 def _cut(case: Case, tiles: Tiles) -> dict[str, Any]:
@@ -76,7 +80,8 @@ class Pulling(NamedTuple):
     """The launches of a backward pass."""
 
     main: Launch
-    reduce: Launch
+    reduce: Launch | None
+    """Adds the splits' shares up where nothing counts who is the last to arrive."""
     share: int
     """Entries of one chunk's share of the gradients."""
 
@@ -141,29 +146,41 @@ def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
     return Watching(Launch(in_place_kernel, programs, constants), added_up, sums)
 
 
-def backward_launches(case: Case, tiles: Tiles) -> Pulling:
-    """Of the backward pass."""
+def share_of(case: Case) -> int:
+    """Entries of one chunk's share of the gradients: down, up, bias, gate."""
     size = case.width * case.rank
-    is_gated = case.activation == "gated"
-    share = 2 * size + (case.rank if case.has_bias else 0) + (size if is_gated else 0)
-    piece = 1024
-    constants = {"K": share, **_common(case, tiles), **_split(case, tiles)}
+    return 2 * size + case.has_bias * case.rank + (case.activation == "gated") * size
+
+
+def backward_launches(case: Case, tiles: Tiles, is_counted: bool) -> Pulling:
+    """Of the backward pass."""
+    share = share_of(case)
+    rest = {
+        "BK": PIECE,
+        "BS": triton.next_power_of_2(tiles.splits),
+        "BC": min(1024, triton.next_power_of_2(case.chunks)),
+    }
+    constants = {
+        "K": share,
+        "IS_COUNTED": is_counted,
+        **_common(case, tiles),
+        **_split(case, tiles),
+        **rest,
+    }
+    main = Launch(backward_kernel, case.chunks * tiles.splits, constants)
+    if is_counted:
+        return Pulling(main, None, share)
     added = {
         "CHUNKS": case.chunks,
         "SPLITS": tiles.splits,
         "K": share,
-        "SIZE": size,
+        "SIZE": case.width * case.rank,
         "RANK": case.rank,
-        "BK": piece,
-        "BS": triton.next_power_of_2(tiles.splits),
-        "BC": min(1024, triton.next_power_of_2(case.chunks)),
         "HAS_BIAS": case.has_bias,
-        "IS_GATED": is_gated,
+        "IS_GATED": case.activation == "gated",
         "BULK": tiles.is_bulk,
+        **rest,
         **_chained(tiles),
     }
-    return Pulling(
-        Launch(backward_kernel, case.chunks * tiles.splits, constants),
-        Launch(reduce_kernel, case.chunks + case.slots * triton.cdiv(share, piece), added),
-        share,
-    )
+    programs = case.chunks + case.slots * triton.cdiv(share, PIECE)
+    return Pulling(main, Launch(reduce_kernel, programs, added), share)

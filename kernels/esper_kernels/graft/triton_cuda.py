@@ -27,10 +27,14 @@ from esper_kernels.graft._triton_plan import (
     backward_launches,
     forward_launches,
     in_place_launches,
+    share_of,
 )
 
 MAX_SIDE = 256
 MAX_MATRIX = 16384
+MAX_SHARE = 1024
+"""Entries of a share of gradients up to which the last program of a chunk adds up; beyond, the
+programs of a second kernel do so side by side."""
 MAX_SEARCHED = 1024
 """Chunks among which each program in place looks for the live ones itself."""
 
@@ -68,7 +72,8 @@ class Calls:
             self._in_place_tiles = replace(forward_tiles(case), splits=1)
         self._sides = [case.rows, case.features], [case.features, 1]
         self._watched: dict[tuple[bool, ...], Watching] = {}
-        self._pulled: dict[bool, Pulling] = {}
+        self._pulled: dict[tuple[bool, bool], Pulling] = {}
+        self._is_small = share_of(case) <= MAX_SHARE
         self._nobody: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,14 +106,20 @@ class Calls:
         """`dx`, the body's gradients and `channels`."""
         case, tiles, bank = self.case, self._backward_tiles, _bank(x, body)
         tiles = tiles if are_aligned(x, dy) else _without_engine(tiles)
-        is_aligned = are_aligned(x, dy, *bank, slot, gains)
-        main, reduce, share = self._pulled.get(tiles.is_bulk) or self._pull(tiles)
+        is_aligned = are_aligned(x, dy, *bank, slot, gains, watched)
         dx = torch.empty_like(x)
         d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
+        learned = _bank(x, d_body)
         channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
-        shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
-        sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
         with on_device_of(x):
+            counters = arrivals(x, case.chunks) if self._is_small else None
+            key = tiles.is_bulk, counters is not None
+            launches = self._pulled.get(key)
+            if launches is None:
+                launches = self._pulled[key] = backward_launches(case, tiles, key[1])
+            main, reduce, share = launches
+            shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
+            sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
             main(
                 self._view(tiles, x),
                 self._view(tiles, dy),
@@ -118,24 +129,19 @@ class Calls:
                 gains,
                 shares,
                 sums,
+                watched,
+                *learned,
+                channels,
+                slot if counters is None else counters,
                 case.rows,
                 case.features,
                 case.chunks,
                 case.slots,
                 is_aligned=is_aligned,
             )
-            learned = _bank(x, d_body)
-            reduce(
-                shares,
-                sums,
-                watched,
-                slot,
-                gains,
-                *learned,
-                channels,
-                case.slots,
-                is_aligned=is_aligned and are_aligned(watched),
-            )
+            if reduce is not None:
+                told = shares, sums, watched, slot, gains, *learned, channels
+                reduce(*told, case.slots, is_aligned=is_aligned)
         return dx, d_body, channels
 
     def _view(self, tiles: Tiles, of: Tensor) -> Any:
@@ -215,10 +221,6 @@ class Calls:
         if finish is not None:
             finish(sums, watched, slot, gains, case.rows, case.slots, is_aligned=is_aligned)
         return watched
-
-    def _pull(self, tiles: Tiles) -> Pulling:
-        self._pulled[tiles.is_bulk] = backward_launches(self.case, tiles)
-        return self._pulled[tiles.is_bulk]
 
 
 def _without_engine(tiles: Tiles) -> Tiles:
