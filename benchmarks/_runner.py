@@ -132,11 +132,16 @@ def _check(name: str, *, results: Path) -> int:
         raise BenchmarkError(
             f"nothing is recorded in {results}; run `python -m benchmarks {name} run` first."
         )
-    record = records[-1]
-    _print_heading(record)
+    # Some rows are a GPU's and some a CPU's: the newest record of each kind of device counts.
+    newest = {record.device.get("platform"): record for record in records}
+    used = [record for record in records if record in newest.values()]
+    rows: dict[str, Row] = {}
+    for record in used:
+        _print_heading(record)
+        rows |= record.rows
     lines, num_short = [], 0
     for key, target in targets.items():
-        row = record.rows.get(key)
+        row = rows.get(key)
         failure = target.failure(row)
         num_short += failure is not None
         figure = "-" if row is None else f"{getattr(row, target.statistic):.4g} {row.unit}"
