@@ -109,7 +109,7 @@ class Comparison:
         name = "random" if at_random else "grown"
         key = jax.random.key(seed)
         start = self.growth.init(jax.random.fold_in(key, 1))
-        if at_random and self.policy_name != "none":
+        if at_random and self.policy_name != "never":
             twin = policy(self.policy_name, self.job, steps=self.steps, score="random")
             start = start._replace(policy=twin.init(self.growth.lattice))
         host_count = count_parameters(self.host)

@@ -118,7 +118,7 @@ _JOBS = {
     )
 }
 
-POLICIES = ("plateau", "periodic", "random", "none")
+POLICIES = ("plateau", "periodic", "random", "never")
 
 
 def names() -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def policy(
         asks = policies.periodic(every=rest, start=start, score=score)
     elif name == "random":
         asks = policies.periodic(every=rest, start=start, score="random", name="random")
-    elif name == "none":
+    elif name == "never":
         return policies.never()
     else:
         raise UnknownNameError("policy", name, POLICIES)

@@ -199,7 +199,7 @@ def test_a_fresh_key_is_one(capsys):
 @pytest.mark.slow
 def test_grow_is_steered_and_stopped_from_another_process(server, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "esper_fn.cli", "grow", "--steps", "4000", "--policy", "none",
+        [sys.executable, "-m", "esper_fn.cli", "grow", "--steps", "4000", "--policy", "never",
          "--bus", server.url, "--run", "e2e", "--out", str(tmp_path / "run")],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,
