@@ -129,6 +129,16 @@ def test_a_resumed_run_ends_like_a_whole_one(whole, data, tmp_path):
         assert not differences(moments, theirs[key])
 
 
+def test_it_grows_in_mixed_precision(whole, data, tmp_path):
+    _, _, wide, *_ = whole
+    module, bridge, *_ = fit(data, tmp_path, 24, precision="bf16-mixed")
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert int(bridge.state.step) == 24
+    assert GROWN & {ef.Stage(stage) for stage in bridge.stages}
+    ours, theirs = (of.state.seeds.telemetry.gradient_norm.tolist() for of in (bridge, wide))
+    assert ours == pytest.approx(theirs, rel=0.3, abs=1e-3)
+
+
 def test_commands_reach_the_next_step(data, tmp_path):
     module = Classifier()
     bridge = torch_bridge.grow(

@@ -109,6 +109,20 @@ def test_a_resumed_run_ends_like_a_whole_one(whole):
     assert int(resumed.state.step) == 24
 
 
+def test_it_grows_in_mixed_precision(whole, tmp_path):
+    _, _, _, trainer, _ = whole
+    bridge, growth, narrow = prepare(tmp_path, bf16=True, save_strategy="no")
+    growth.attach(narrow)
+    narrow.train()
+    assert {p.dtype for p in narrow.model.parameters()} == {torch.float32}
+    assert int(bridge.state.step) == 24
+    assert GROWN & {ef.Stage(stage) for stage in bridge.stages}
+    ours, theirs = (
+        [log["loss"] for log in of.state.log_history if "loss" in log] for of in (narrow, trainer)
+    )
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
 def test_a_saved_model_loads_into_a_freshly_grown_one(whole):
     folder, bridge, _, trainer, _ = whole
     files = list((folder / "checkpoint-24").glob("*.safetensors"))
