@@ -30,8 +30,8 @@ class Snapshot(NamedTuple):
 class Anchor(NamedTuple):
     """A ring of H snapshots, and which of them a roll-back restores.
 
-    The `num_held` snapshots that count stand at `newest`, `newest - 1`, ... around the ring. What the
-    other places hold is never read.
+    The `num_held` snapshots that count stand at `newest`, `newest - 1`, ... around the ring. What
+    the other places hold is never read.
     """
 
     snapshots: Snapshot
