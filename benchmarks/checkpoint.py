@@ -18,7 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import esper_fn as ef
-from benchmarks._timing import Row, exact, ratio, summarise
+from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import checkpoint, policies, runtime
 
 NUM_SEEDS = 10_000
@@ -34,12 +34,13 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
         rows = _training(folder / "training", saves=saves)
         rows |= _whole_saves(folder / "whole", saves=saves)
         rows |= _unchanged(folder / "unchanged", saves=saves)
+        rows |= _rings(repeats=12 if quick else 100)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return rows
 
 
-def _job() -> tuple[Any, Any, runtime.TrainState]:
+def _job(num_snapshots: int = 2) -> tuple[Any, Any, runtime.TrainState]:
     """10,000 seeds over a host of 2.7 million parameters: with Adam and two snapshots, 100 MB."""
     host = ef.hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
     lattice = ef.lattice(
@@ -64,7 +65,8 @@ def _job() -> tuple[Any, Any, runtime.TrainState]:
         "host": host.init(jax.random.key(0)),
         "wide": jax.random.normal(jax.random.key(1), (1, NUM_SEEDS)),
     }
-    state = runtime.init(optimizer, params, growth.init(jax.random.key(2)))
+    grown = growth.init(jax.random.key(2))
+    state = runtime.init(optimizer, params, grown, num_snapshots=num_snapshots)
     step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
     run = jax.jit(
         lambda state, batch: step(state, batch, None, growth.commands())[0], donate_argnums=0
@@ -122,13 +124,18 @@ def _training(folder: Path, *, saves: int) -> dict[str, Row]:
     busy: list[float] = []
     extra: list[float] = []
     with checkpoint.Writer(folder, keep=checkpoint.latest(2)) as writer:
-        writer.save(0, {"state": state}, parts=runtime.PARTS)
+
+        def save(index: int) -> None:
+            form = runtime.saved_form(state)
+            writer.save(index, {"state": form}, parts=runtime.saved_parts(state))
+
+        save(0)
         writer.wait()
         for index in range(1, saves + 1):
             alone = steps(12)
             quiet += alone
             begun = time.perf_counter()
-            writer.save(index, {"state": state}, parts=runtime.PARTS)
+            save(index)
             stalls.append(time.perf_counter() - begun)
             during: list[float] = []
             while not writer.poll():
@@ -148,6 +155,37 @@ def _training(folder: Path, *, saves: int) -> dict[str, Row]:
             counted="all time the loop lost to one save: stall and slower steps, in steps",
         ),
     }
+
+
+def _rings(*, repeats: int) -> dict[str, Row]:
+    """One optimiser step without snapshots and with rings of them, the writing of each included."""
+    source = np.random.default_rng(0)
+    batch = (
+        jnp.asarray(source.normal(size=(BATCH, 784)), jnp.float32),
+        jnp.asarray(source.integers(0, 10, BATCH), jnp.int32),
+    )
+
+    def stepper(num_snapshots: int) -> Callable[[], object]:
+        run, _, state = _job(num_snapshots)
+        # A buffer of its own for every leaf: each step donates its state.
+        held = jax.tree.map(jnp.copy, state)
+
+        def once() -> None:
+            nonlocal held
+            held = run(held, batch)
+            held.growth.step.block_until_ready()
+
+        return once
+
+    sizes = (0, 3, 8)
+    samples = time_interleaved(
+        {str(size): stepper(size) for size in sizes}, repeats=repeats, warmup=2
+    )
+    told = {"counted": "one optimiser step, donated state", "every": 50, "seeds": NUM_SEEDS}
+    return {
+        f"ring_of_{size}_over_none": ratio(samples[str(size)], samples["0"], **told)
+        for size in sizes[1:]
+    } | {"ring_of_8_over_3": ratio(samples["8"], samples["3"], **told)}
 
 
 def _arrays() -> dict[str, np.ndarray]:

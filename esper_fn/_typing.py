@@ -17,6 +17,7 @@
 | T | steps |
 | N | seeds of a site's layer whose directions a survey remembers |
 | U | directions remembered of a seed |
+| H | snapshots in the ring of a roll-back |
 """
 
 from __future__ import annotations

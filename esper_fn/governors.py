@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
 from esper_fn.lifecycle import ACTS, ON_ITS_WAY, LossTrack, SeedState, is_in
@@ -40,6 +41,9 @@ class Verdict(NamedTuple):
     """The caller is to restore the last good parameters (`esper_fn.rollback`)."""
     is_quarantined: Bool[Array, "S"]
     """Seeds to be rolled back and kept out until somebody releases them."""
+    is_uneasy: Bool[Array, ""] | np.bool_ = np.bool_(False)
+    """The loss is too high, not yet for long enough to be an alarm: the present is not to be kept
+    as good."""
 
 
 class Judge(Protocol):
@@ -125,7 +129,8 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     best = jnp.where(is_best, track.slow, state.best)
     noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
     bound = best + (state.max_ratio - 1) * jnp.abs(best) + NOISE_DEVIATIONS * noise
-    num_bad = jnp.where(is_warm & (track.fast > bound), state.num_bad + 1, 0)
+    is_bad = is_warm & (track.fast > bound)
+    num_bad = jnp.where(is_bad, state.num_bad + 1, 0)
     has_diverged = num_bad >= state.patience
     is_non_finite = ~jnp.isfinite(evidence.loss)
     should_roll_back = is_non_finite | has_diverged
@@ -151,6 +156,7 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
         is_vetoing=veto_left > 0,
         should_roll_back=should_roll_back,
         is_quarantined=is_quarantined,
+        is_uneasy=is_bad,
     )
     state = state._replace(
         num_bad=jnp.where(has_diverged, 0, num_bad),

@@ -14,6 +14,9 @@ from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import LossTrack
 
+NUM_SNAPSHOTS = 3
+"""Default of the ring: the fewest with which a second emergency can go back further."""
+
 
 class Snapshot(NamedTuple):
     """The numbers of one moment; stages are no part of it."""
@@ -25,48 +28,87 @@ class Snapshot(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Two snapshots: what a roll-back restores, and what will take its place."""
+    """A ring of H snapshots, and which of them a roll-back restores.
 
-    older: Snapshot
-    newer: Snapshot
-    is_born_since: Bool[Array, "Q"]
-    """Slots that got a newborn body after `older` was taken."""
-    is_born_newer: Bool[Array, "Q"]
-    """The same for `newer`."""
+    The `num_held` snapshots that count stand at `newest`, `newest - 1`, ... around the ring. What
+    the other places hold is never read.
+    """
+
+    snapshots: Snapshot
+    """Every leaf has a leading axis H."""
+    is_born_since: Bool[Array, "H Q"]
+    """Slots that got a newborn body after a snapshot was taken."""
+    newest: Int32[Array, ""]
+    """Place of the newest snapshot in the ring."""
+    num_held: Int32[Array, ""]
+    """Snapshots there are to go back to, at least 1."""
     age: Int32[Array, ""]
-    """Steps since `newer` was taken."""
+    """Steps since the newest one was taken or restored."""
+    due: Int32[Array, ""]
+    """The age at which the next one is taken."""
     every: Int32[Array, ""]
 
+    @property
+    def num_snapshots(self) -> int:
+        """H, static."""
+        return int(self.is_born_since.shape[-2])
 
-def anchor(params: Params, opt_state: Any, state: GrowthState, *, every: int = 50) -> Anchor:
+
+def anchor(
+    params: Params,
+    opt_state: Any,
+    state: GrowthState,
+    *,
+    every: int = 50,
+    num_snapshots: int = NUM_SNAPSHOTS,
+) -> Anchor:
     """An anchor at the present.
+
+    With H snapshots a roll-back restores the newest but one, since the newest may have been taken
+    while things went wrong already: it goes back at least `every` and less than `2 * every` calm
+    steps. What is newer is dropped, and the next snapshot is taken `H * every` calm steps later. So
+    an emergency within `H * every` steps of the last one goes one snapshot further back, until only
+    the oldest is left, which stays. With H = 2 that is the case after the first; with H = 1 the
+    newest snapshot is all there is.
+
+    The memory is H times that of parameters, optimiser state and bodies: with Adam and H = 3, nine
+    times the parameters' own. A step copies nothing of it; every `every` steps one snapshot is
+    written in place.
 
     Args:
       params: of the host.
       opt_state: of the optimiser.
       state: of the growth.
-      every: steps between snapshots; a roll-back goes back between `every` and `2 * every` steps.
+      every: steps between snapshots. Take more than the governor needs to see a divergence.
+      num_snapshots: H, static, at least 1. For none, keep no anchor.
+
+    Raises:
+      ValueError: `every` or `num_snapshots` is no int of at least 1.
     """
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every!r}")
+    for name, given in (("every", every), ("num_snapshots", num_snapshots)):
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise ValueError(
+                f"{name} must be an int, at least 1, got {given!r}; to do without roll-backs, keep "
+                "no anchor (`anchor_every=None` or `num_snapshots=0` in `runtime`)"
+            )
     now = Snapshot(params=params, opt_state=opt_state, bodies=state.bodies, loss=state.loss)
-    # Two copies: buffers of one tree may be donated only once.
     return Anchor(
-        older=jax.tree.map(jnp.copy, now),
-        newer=jax.tree.map(jnp.copy, now),
-        is_born_since=jnp.zeros_like(state.is_born),
-        is_born_newer=jnp.zeros_like(state.is_born),
+        # A stack is divided among devices as what it is made of.
+        snapshots=jax.tree.map(lambda leaf: jnp.stack([leaf] * num_snapshots), now),
+        is_born_since=jnp.zeros((num_snapshots, *state.is_born.shape), bool),
+        newest=jnp.int32(0),
+        num_held=jnp.int32(1),
         age=jnp.int32(0),
+        due=jnp.int32(every),
         every=jnp.int32(every),
     )
 
 
 class _Guarded(NamedTuple):
-    """What a roll-back and a renewal of the anchor work on, in place."""
+    """What a roll-back changes in place."""
 
     now: Snapshot
     is_born: Bool[Array, "Q"]
-    held: Anchor
 
 
 def guard(
@@ -94,53 +136,65 @@ def guard(
     Returns:
       params, optimiser state, growth state and anchor for the next step.
     """
-    born_since = held.is_born_since | state.is_born
-    born_newer = held.is_born_newer | state.is_born
+    places = held.num_snapshots
+    goes_back = verdict.should_roll_back
     now = Snapshot(params=params, opt_state=opt_state, bodies=state.bodies, loss=state.loss)
 
-    aged = held._replace(is_born_since=born_since, is_born_newer=born_newer, age=held.age + 1)
+    is_calm = (verdict.alarm == Alarm.CALM) & ~jnp.asarray(verdict.is_uneasy) & ~goes_back
+    is_due = (held.age + 1 >= held.due) & is_calm
+    into = (held.newest + 1) % places
+    restored = jnp.where(held.num_held > 1, (held.newest - 1) % places, held.newest)
+
+    born_since = held.is_born_since | state.is_born[None, :]
+    is_written = (jnp.arange(places) == into) & is_due
+    born_since &= ~is_written[:, None]
+
+    def renew(ring: Snapshot) -> Snapshot:
+        return jax.tree.map(
+            lambda kept, leaf: jax.lax.dynamic_update_index_in_dim(
+                kept, jnp.asarray(leaf), into, 0
+            ),
+            ring,
+            now,
+        )
+
+    ring = once_if(is_due, renew, held.snapshots)
 
     def go_back(carry: _Guarded) -> _Guarded:
-        young = per_slot_tree(growth.lattice, born_since)
-        older = carry.held.older
+        old = jax.tree.map(
+            lambda kept: jax.lax.dynamic_index_in_dim(kept, restored, 0, keepdims=False), ring
+        )
+        is_young = born_since[restored]
+        young = per_slot_tree(growth.lattice, is_young)
         bodies = {
             site: {
                 name: jax.tree.map(
-                    lambda new, old, is_young=young[site][name]: select_slots(is_young, new, old),
+                    lambda new, kept, of=young[site][name]: select_slots(of, new, kept),
                     bank,
-                    older.bodies[site][name],
+                    old.bodies[site][name],
                 )
                 for name, bank in at_site.items()
             }
             for site, at_site in carry.now.bodies.items()
         }
-        restored = older._replace(bodies=bodies)
-        kept = carry.held._replace(
-            older=restored,
-            newer=restored,
-            is_born_since=born_since,
-            is_born_newer=born_since,
-            age=jnp.int32(0),
-        )
-        return _Guarded(now=restored, is_born=born_since, held=kept)
+        return _Guarded(now=old._replace(bodies=bodies), is_born=is_young)
 
-    def renew(carry: _Guarded) -> _Guarded:
-        renewed = Anchor(
-            older=carry.held.newer,
-            newer=carry.now,
-            is_born_since=born_newer,
-            is_born_newer=jnp.zeros_like(born_newer),
-            age=jnp.int32(0),
-            every=held.every,
-        )
-        return carry._replace(held=renewed)
-
-    is_due = (aged.age >= held.every) & (verdict.alarm == Alarm.CALM)
-    guarded = _Guarded(now=now, is_born=state.is_born, held=aged)
-    guarded = once_if(is_due & ~verdict.should_roll_back, renew, guarded)
-    chosen, is_born, held = once_if(verdict.should_roll_back, go_back, guarded)
+    chosen, is_born = once_if(goes_back, go_back, _Guarded(now=now, is_born=state.is_born))
     memory = state.memory
     if memory is not None:
-        memory = forget(memory, verdict.should_roll_back)
+        memory = forget(memory, goes_back)
     state = state._replace(bodies=chosen.bodies, loss=chosen.loss, is_born=is_born, memory=memory)
+    held = Anchor(
+        snapshots=ring,
+        is_born_since=born_since,
+        newest=jnp.where(goes_back, restored, jnp.where(is_due, into, held.newest)),
+        num_held=jnp.where(
+            goes_back,
+            jnp.maximum(held.num_held - 1, 1),
+            jnp.where(is_due, jnp.minimum(held.num_held + 1, places), held.num_held),
+        ),
+        age=jnp.where(goes_back | is_due, 0, held.age + 1),
+        due=jnp.where(goes_back, places * held.every, jnp.where(is_due, held.every, held.due)),
+        every=held.every,
+    )
     return chosen.params, chosen.opt_state, state, held

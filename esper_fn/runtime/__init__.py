@@ -21,8 +21,9 @@ from esper_fn.runtime._fit import (
     in_memory,
     segment_length,
 )
+from esper_fn.runtime._ring import live_form, saved_form, saved_parts
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
-from esper_fn.runtime._saving import PARTS, Checkpoints
+from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._signals import termination
 from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
 
@@ -39,7 +40,6 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "PARTS",
     "Batches",
     "Carried",
     "Checkpoints",
@@ -59,8 +59,11 @@ __all__ = [
     "in_memory",
     "init",
     "lifecycle_events",
+    "live_form",
     "make_step",
     "rollback_reports",
+    "saved_form",
+    "saved_parts",
     "scan_steps",
     "segment_length",
     "stage_counts",

@@ -16,6 +16,7 @@ from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
 from esper_fn.optim import PerBody
+from esper_fn.runtime._ring import num_saved
 from esper_fn.runtime._step import TrainState
 
 
@@ -129,7 +130,13 @@ else its own, from their beginning |
     )
     anchor = None
     if old.anchor is not None:
-        anchor = rollback.anchor(params, opt_state, grown, every=int(old.anchor.every))
+        anchor = rollback.anchor(
+            params,
+            opt_state,
+            grown,
+            every=int(old.anchor.every),
+            num_snapshots=num_saved(old.anchor),
+        )
         changes.append("anchor: taken now")
     state = TrainState(params=params, opt_state=opt_state, growth=grown, anchor=anchor)
     return Carried(state=jax.tree.map(jnp.copy, state), changes=tuple(changes))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from esper_fn import rollback
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._lattice import BareSeeds
 from esper_fn._typing import Key, Params
@@ -21,6 +22,7 @@ from esper_fn.optim import PerBody
 from esper_fn.runtime import _saving
 from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._events import lifecycle_events
+from esper_fn.runtime._ring import live_form
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._step import TrainState, init, make_step, scan_steps
@@ -129,6 +131,7 @@ def fit(
     start: GrowthState | TrainState | None = None,
     survey_every: int | None = 25,
     anchor_every: int | None = 50,
+    num_snapshots: int = rollback.NUM_SNAPSHOTS,
     segment_steps: int = 25,
     commands: Callable[[int], Sequence[Command]] | None = None,
     max_commands: int = 4,
@@ -153,10 +156,12 @@ def fit(
       num_steps: in all.
       key: for bodies and policies.
       survey_batch: a held-out batch for surveys.
-      start: the growth to start from, or a whole state, whose parameters are taken then;
-        `growth.init(key)` when left out.
+      start: the growth to start from, or a whole state, whose parameters and snapshots are taken
+        then; `growth.init(key)` when left out.
       survey_every: steps between surveys; None for none.
       anchor_every: steps between the snapshots of the roll-back; None for none.
+      num_snapshots: how many are kept; 0 for none. Each takes the memory of parameters, optimiser
+        state and bodies; see `rollback.anchor`.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
       commands: `commands(step)` gives what is asked before that step.
       max_commands: commands taken at once.
@@ -194,18 +199,27 @@ def fit(
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
-    start = growth.init(key) if start is None else jax.tree.map(jnp.copy, start)
+    start = growth.init(key) if start is None else start
+    if isinstance(start, TrainState):
+        start = live_form(start)
+    start = jax.tree.map(jnp.copy, start)
     if isinstance(start, TrainState):
         state = start
     else:
         params = jax.tree.map(jnp.copy, params)
-        state = init(optimizer, params, start, anchor_every=anchor_every)
+        state = init(
+            optimizer, params, start, anchor_every=anchor_every, num_snapshots=num_snapshots
+        )
+    held = state.anchor
+    anchor_every = None if held is None else int(held.every)
+    num_snapshots = 0 if held is None else held.num_snapshots
     survey_batch = jax.tree.map(jnp.asarray, survey_batch)
     settings = {
         **_saving.describe(growth),
         "segment_steps": length,
         "survey_every": survey_every,
         "anchor_every": anchor_every,
+        "num_snapshots": num_snapshots,
         "max_commands": max_commands,
     }
     totals = {
@@ -230,7 +244,7 @@ def fit(
             totals["num_passes"] += int(passes.sum())
             totals["survey_flops"] += float((passes * live).sum())
         _check_finite(infos.loss, first, anchor_every, totals["num_rollbacks"], max_rollbacks)
-        clock = SnapshotClock(anchor_every, **record["clock"])
+        clock = SnapshotClock(anchor_every, num_snapshots, record["clock"])
         told = rollback_reports(growth, infos, first, clock)
         record["clock"] = clock.state()
         events = lifecycle_events(growth, infos, first)
@@ -239,7 +253,7 @@ def fit(
     return _drive(
         advance,
         state,
-        {"totals": totals, "clock": SnapshotClock(anchor_every).state()},
+        {"totals": totals, "clock": SnapshotClock.beside(held).state()},
         settings,
         num_steps=num_steps,
         length=length,

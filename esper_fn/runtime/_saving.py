@@ -15,20 +15,8 @@ import numpy as np
 from esper_fn import checkpoint
 from esper_fn._growth import Growth
 from esper_fn.errors import CheckpointError, ResumeError
+from esper_fn.runtime._ring import example, live_form, saved_form, saved_parts
 from esper_fn.runtime._step import TrainState
-
-checkpoint.register(TrainState, "esper_fn.TrainState")
-
-PARTS = (
-    "state/params",
-    "state/opt_state",
-    "state/anchor/older/params",
-    "state/anchor/older/opt_state",
-    "state/anchor/newer/params",
-    "state/anchor/newer/opt_state",
-    "state/growth",
-)
-"""What is stored apart: a frozen host, or a snapshot that was not renewed, is not written again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,16 +59,18 @@ class Progress(NamedTuple):
 
 def save(to: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss: float) -> None:
     """Saves asynchronously."""
+    state = progress.state
+    is_grown = isinstance(state, TrainState)
     to.writer.save(
         progress.step,
-        {"state": progress.state, "losses": progress.losses},
+        {"state": saved_form(state) if is_grown else state, "losses": progress.losses},
         record={
             "settings": {**to.settings, **settings},
             "record": _encoded(progress.record),
             "note": None if to.note is None else _encoded(to.note()),
         },
         metrics={"loss": loss},
-        parts=PARTS,
+        parts=saved_parts(state) if is_grown else (),
     )
 
 
@@ -116,7 +106,8 @@ def load(
             f"{path}: it holds steps {there} of an earlier run; go on from them (resume=True), or "
             "use another folder"
         )
-    restored = to.writer.restore(like={"state": fresh, "losses": 0})
+    is_grown = isinstance(fresh, TrainState)
+    restored = to.writer.restore(like={"state": example(fresh) if is_grown else fresh, "losses": 0})
     step, record = restored.step, restored.record
     if restored.passed_over:
         told = "; ".join(map(str, restored.passed_over))
@@ -127,7 +118,11 @@ def load(
         )
     if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
         raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
-    _check_settings(path, record["settings"], {**to.settings, **settings})
+    saved, present = record["settings"], {**to.settings, **settings}
+    if "num_snapshots" in present and "num_snapshots" not in saved:
+        # From before there was a choice: the two there were come into a ring of this run's.
+        saved = {**saved, "num_snapshots": present["num_snapshots"]}
+    _check_settings(path, saved, present)
     if step > num_steps:
         raise ResumeError(
             f"{path}: step {step} lies beyond num_steps={num_steps}; ask for more, or prune it"
@@ -135,6 +130,8 @@ def load(
     state, losses = restored.value["state"], restored.value["losses"]
     if len(losses) != step:
         raise ResumeError(f"{path}: step {step} holds {len(losses)} losses")
+    if is_grown and isinstance(state, TrainState):
+        state = live_form(state, num_snapshots=settings["num_snapshots"])
     check_alike(fresh, state, str(path))
     if to.recall is not None:
         to.recall(_decoded(record["note"]))

@@ -32,7 +32,12 @@ Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
 
 
 def init(
-    optimizer: PerBody, params: Params, growth: GrowthState, *, anchor_every: int | None = 50
+    optimizer: PerBody,
+    params: Params,
+    growth: GrowthState,
+    *,
+    anchor_every: int | None = 50,
+    num_snapshots: int = rollback.NUM_SNAPSHOTS,
 ) -> TrainState:
     """The state before the first step.
 
@@ -41,13 +46,14 @@ def init(
       params: of the host.
       growth: from `Growth.init`.
       anchor_every: steps between the snapshots that a roll-back restores; None keeps none.
+      num_snapshots: how many are kept, static; 0 keeps none. See `rollback.anchor`.
     """
     opt_state = optimizer.init((params, growth.bodies))
-    held = (
-        None
-        if anchor_every is None
-        else rollback.anchor(params, opt_state, growth, every=anchor_every)
-    )
+    held = None
+    if anchor_every is not None and num_snapshots != 0:
+        held = rollback.anchor(
+            params, opt_state, growth, every=anchor_every, num_snapshots=num_snapshots
+        )
     return TrainState(params=params, opt_state=opt_state, growth=growth, anchor=held)
 
 

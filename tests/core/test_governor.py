@@ -121,6 +121,18 @@ def test_divergence_rolls_back_after_patience(guarded: Any) -> None:
     assert int(info.verdict.alarm) == Alarm.CALM
 
 
+def test_it_is_uneasy_before_the_alarm_and_calm_before_that(guarded: Any) -> None:
+    state = start(guarded)
+    uneasy = []
+    for loss in [1.0] * 10 + [100.0] * 120:
+        state, info = guarded.step(state, loss=loss)
+        uneasy.append(bool(info.verdict.is_uneasy))
+        if int(info.verdict.alarm) != Alarm.CALM:
+            break
+    assert int(info.verdict.alarm) == Alarm.DIVERGENCE
+    assert uneasy == [False] * (len(uneasy) - PATIENCE) + [True] * PATIENCE
+
+
 def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
     state = start(guarded)
     slot = int(state.seeds.slot[3])
