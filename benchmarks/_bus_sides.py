@@ -126,10 +126,10 @@ class _Noting(bus.Station):
         super().__init__(*arguments)
         self.received: dict[str, int] = {}
 
-    def _accept(self, topic: Topic, found: list[bus.Delivery], *, is_all: bool) -> None:
+    async def _accept(self, topic: Topic, found: list[bus.Delivery], *, is_all: bool) -> None:
         now = time.time_ns()
         self.received.update((delivery.entry_id, now) for delivery in found)
-        super()._accept(topic, found, is_all=is_all)
+        await super()._accept(topic, found, is_all=is_all)
 
 
 async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +361,9 @@ def main() -> None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if side is consume_telemetry:
             _say_ready()
-        print(json.dumps(runner.run(side(options))), flush=True)  # type: ignore[arg-type]
+        began = time.process_time()
+        found: dict[str, Any] = runner.run(side(options))  # type: ignore[arg-type]
+        print(json.dumps({"cpu_seconds": time.process_time() - began, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,24 @@ def pack(
       CommandError: more commands than rows, or a seed that does not exist.
       UnknownNameError: a blueprint or grafting strategy the lattice was not given.
     """
+    rows = pack_on_host(lattice, grafts, commands, size)
+    return Commands(
+        seed=jnp.asarray(rows[0]),
+        kind=jnp.asarray(rows[1], jnp.int8),
+        blueprint=jnp.asarray(rows[2], jnp.int8),
+        graft=jnp.asarray(rows[3], jnp.int8),
+        target=jnp.asarray(rows[4], jnp.int8),
+        batch=jnp.asarray(rows[5]),
+    )
+
+
+def pack_on_host(
+    lattice: Lattice, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
+) -> np.ndarray:
+    """`pack` before anything goes to the device: int32[6, size]; for a check that costs little.
+
+    Arguments and errors as there.
+    """
     if len(commands) > size:
         raise CommandError(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
@@ -210,11 +228,4 @@ def pack(
             rows[4, column] = command.target
         if command.batch is not None:
             rows[5, column] = batches.setdefault(command.batch, len(batches))
-    return Commands(
-        seed=jnp.asarray(rows[0]),
-        kind=jnp.asarray(rows[1], jnp.int8),
-        blueprint=jnp.asarray(rows[2], jnp.int8),
-        graft=jnp.asarray(rows[3], jnp.int8),
-        target=jnp.asarray(rows[4], jnp.int8),
-        batch=jnp.asarray(rows[5]),
-    )
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from secrets import token_hex
@@ -171,7 +172,10 @@ class RedisTransport:
         last = list(after.values())
 
         async def once(block: list[Any], timeout: float) -> list[Delivery]:
-            answer = await self._link(f"tail {'+'.join(topics)}").call(
+            # Several may follow the same topics: none waits behind another's blocking read.
+            roles = (f"tail {'+'.join(topics)} {number}" for number in itertools.count())
+            link = next(link for link in map(self._link, roles) if not link.is_busy)
+            answer = await link.call(
                 "XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last, timeout_seconds=timeout
             )
             return deliveries(topics, streams, answer)

@@ -25,13 +25,14 @@ from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._resilience import Clock, Retry
 from esper_fn.bus._signing import NO_KEYS, Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
-from esper_fn.bus._transport import Attached, Lease, LeaseHeldError, Settlement, Transport
+from esper_fn.bus._transport import Attached, Delivery, Lease, LeaseHeldError, Settlement, Transport
 from esper_fn.errors import BusUnavailableError, FencedError
 
 _LOG = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, RedisError)
 _MAX_INBOX = 2_048
 _READ_LIMIT = 256
+_ACCEPTED_AT_ONCE = 32
 _TRIM_EVERY = 512
 
 
@@ -52,6 +53,8 @@ class Station:
       max_telemetry: messages kept while the server is slow or away; older ones are dropped.
       max_events: the same for events.
       gap_seconds: how long a missing number of a producer is waited for.
+      gather_seconds: how long telemetry and events gather before they go out together: each
+        publication takes time from the processor that trains.
       clock: seconds, rising.
     """
 
@@ -68,6 +71,7 @@ class Station:
         max_telemetry: int = 10_000,
         max_events: int = 20_000,
         gap_seconds: float = 1.0,
+        gather_seconds: float = 0.1,
         clock: Clock = time.monotonic,
     ) -> None:
         self._make = transport
@@ -86,6 +90,7 @@ class Station:
         self._position = RunPosition() if position is None else position.copy()
         self._intake: Intake | None = None
         self._gap_seconds = gap_seconds
+        self._gather_seconds = gather_seconds
         self._limits = {Topic.TELEMETRY: max_telemetry, Topic.EVENTS: max_events}
         self._outbox: dict[Topic, deque[Message]] = {
             topic: deque(maxlen=limit) for topic, limit in self._limits.items()
@@ -146,8 +151,8 @@ class Station:
             self._held().finish(taken, outcome)
 
     def flush(self) -> None:
-        """Has the thread make known what was finished."""
-        if self._thread is not None:
+        """Has the thread make known what was finished; without that, it is left to sleep."""
+        if self._thread is not None and self._intake is not None and self._intake.has_done:
             self._thread.soon(self._settle_now.set)
 
     def offer(self, messages: Iterable[Message]) -> None:
@@ -160,7 +165,7 @@ class Station:
             if self._is_draining or self._thread is None:
                 return
             self._is_draining = True
-        self._thread.soon(self._drain)
+        self._thread.soon(self._drain_later)
 
     def wait(self, seconds: float | None) -> None:
         """Sleeps until a command is there, for a paused loop."""
@@ -329,7 +334,7 @@ class Station:
                     found = await self._transport.claim(
                         topic, lease.group, self._holder, idle_seconds=0.0, limit=20_000
                     )
-                    self._accept(topic, found, is_all=False)
+                    await self._accept(topic, found, is_all=False)
                     failures = 0
                 found = await self._transport.read(
                     [topic], lease.group, self._holder, limit=_READ_LIMIT, wait_seconds=None
@@ -344,19 +349,24 @@ class Station:
                     _LOG.warning("commands cannot be read: %s", error)
                 await asyncio.sleep(self._retry.delay_seconds(failures))
                 continue
-            self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
+            await self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
 
-    def _accept(self, topic: Topic, found: list, *, is_all: bool) -> None:  # type: ignore[type-arg]
-        with self._changed:
-            intake = self._held()
-            intake.accept(found)
-            if is_all:
-                intake.drained(topic)
-            if intake.num_waiting >= _MAX_INBOX:
-                self._room.clear()
-            self._changed.notify_all()
-        # What is set aside at once must be made known at once.
-        self._settle_now.set()
+    async def _accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> None:
+        for at in range(0, max(1, len(found)), _ACCEPTED_AT_ONCE):
+            with self._changed:
+                intake = self._held()
+                intake.accept(found[at : at + _ACCEPTED_AT_ONCE])
+                if is_all and at + _ACCEPTED_AT_ONCE >= len(found):
+                    intake.drained(topic)
+                if intake.num_waiting >= _MAX_INBOX:
+                    self._room.clear()
+                self._changed.notify_all()
+                is_done = intake.has_done
+            # What is set aside at once must be made known at once.
+            if is_done:
+                self._settle_now.set()
+            # The loop that trains gets its turn at the lock and at the interpreter.
+            await asyncio.sleep(0)
         self._gaps.set()
 
     async def _lost(self, error: FencedError) -> None:
@@ -483,6 +493,9 @@ class Station:
 
     def _tell(self, message: Message) -> None:
         self._publishers[message.topic].offer(message)
+
+    def _drain_later(self) -> None:
+        asyncio.get_running_loop().call_later(self._gather_seconds, self._drain)
 
     def _drain(self) -> None:
         with self._lock:

@@ -24,7 +24,17 @@ from esper_fn.runtime._fit import (
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import PARTS, Checkpoints
 from esper_fn.runtime._signals import termination
-from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
+from esper_fn.runtime._step import (
+    CompiledFit,
+    Learned,
+    Step,
+    StepParts,
+    TrainState,
+    init,
+    make_step,
+    make_step_parts,
+    scan_steps,
+)
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering, steer
@@ -44,11 +54,14 @@ __all__ = [
     "Carried",
     "Checkpoints",
     "CompilationCount",
+    "CompiledFit",
     "Fit",
+    "Learned",
     "Segment",
     "SnapshotClock",
     "Steering",
     "Step",
+    "StepParts",
     "TrainState",
     "carry_over",
     "compile_fit",
@@ -60,6 +73,7 @@ __all__ = [
     "init",
     "lifecycle_events",
     "make_step",
+    "make_step_parts",
     "rollback_reports",
     "scan_steps",
     "segment_length",

@@ -39,10 +39,11 @@ class _Rows(NamedTuple):
 class Steering:
     """Lets a run be steered and watched over a bus, as `fit(..., steering=...)`.
 
-    Between two segments it takes what waits and sets up the rows of the next one; after a segment
-    it answers, from the infos that `fit` has on the host anyway: no transfer of its own, and no
-    wait for a server, which a thread of the station talks to. With `segment_steps=1` every step is
-    such a boundary.
+    Between two segments it takes what waits: stops, pauses and saves are done there, commands to
+    seeds become rows of the next segment. With `segment_steps=1` every step is such a boundary, and
+    rows are still taken when the gradients of the step are there. After a segment it answers, from
+    the infos that `fit` has on the host anyway: no transfer of its own, and no wait for a server,
+    which a thread of the station talks to.
 
     Use it as a context around `fit`. Make one with `steer`.
 
@@ -64,6 +65,7 @@ class Steering:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._growth = growth
+        self._grafts = [graft.name for graft in growth.grafts]
         self._make = station
         self._clock = clock
         self.max_commands = max_commands
@@ -97,7 +99,7 @@ class Steering:
     # --- what `fit` calls -----------------------------------------------------------------------
 
     def commands(self, step: int) -> list[commands.Command]:
-        """The rows of the segment that begins with a step.
+        """The rows of the segment that begins with a step, up to now.
 
         Raises:
           FencedError: another process drives the run now.
@@ -106,6 +108,7 @@ class Steering:
         self._step = step
         if self._rows is None and self._boundary():
             self.check_stopped()
+        self._fill(only_seeds=True)
         self._running, self._rows = self._rows or [], None
         return [row for rows in self._running for row in rows.commands]
 
@@ -199,7 +202,7 @@ class Steering:
             self._fill()
         return self._stopped_by is not None
 
-    def _fill(self) -> None:
+    def _fill(self, *, only_seeds: bool = False) -> None:
         """Takes commands until none waits, or one does not fit into this segment."""
         rows = self._rows or []
         num_rows = sum(len(row.commands) for row in rows)
@@ -211,8 +214,8 @@ class Steering:
         for at, taken in enumerate(waiting):
             command = taken.command
             if not isinstance(command, bus.SeedCommand | bus.Batch):
-                if isinstance(command, bus.Pause) and rows:
-                    # What came before it takes force in the step before it stands still.
+                if only_seeds or (isinstance(command, bus.Pause) and rows):
+                    # What came before a pause takes force in the step before it stands still.
                     self.station.put_back(waiting[at:])
                     break
                 self._control(taken)
@@ -269,8 +272,8 @@ class Steering:
                 raise ValueError("a batch names a seed twice; send the second command after it")
             if isinstance(command, bus.Batch):
                 rows = commands.together(rows, command.id)
-            # `pack` knows every name; what it refuses must not reach the loop.
-            self._growth.commands(rows, size=self.max_commands)
+            # It knows every name; what it refuses must not reach the loop.
+            commands.pack_on_host(self._growth.lattice, self._grafts, rows, self.max_commands)
         except (EsperError, ValueError) as error:
             self._finish(taken, "REFUSED", str(error))
             return None

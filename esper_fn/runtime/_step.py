@@ -12,7 +12,7 @@ import optax
 from esper_fn import rollback
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
-from esper_fn._typing import Array, Int32, Params
+from esper_fn._typing import Array, Int32, Params, Scalar
 from esper_fn.commands import Commands, no_commands
 from esper_fn.optim import PerBody
 
@@ -27,8 +27,35 @@ class TrainState(NamedTuple):
     """None where roll-backs are left to the caller."""
 
 
+class Learned(NamedTuple):
+    """A step half done: the host and the bodies have learned, the seeds have not moved yet."""
+
+    params: Params
+    opt_state: Any
+    growth: GrowthState
+    """With the bodies from before."""
+    anchor: rollback.Anchor | None
+    bodies: Any
+    """After the optimiser's update."""
+    readings: Any
+    loss: Scalar
+
+
 Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
 """`step(state, batch, survey_batch, commands) -> (state, info)`."""
+
+
+class StepParts(NamedTuple):
+    """A step in two parts, for a loop that takes commands in between.
+
+    What is asked takes force at the end of a step. So whoever asks while the gradients are being
+    computed need not wait for another step.
+    """
+
+    learn: Callable[[TrainState, Any, Any], Learned]
+    """`learn(state, batch, survey_batch)`: survey when due, gradients, optimiser."""
+    live: Callable[[Learned, Commands], tuple[TrainState, Info]]
+    """`live(learned, commands)`: lifecycle and roll-back."""
 
 
 def init(
@@ -51,6 +78,52 @@ def init(
     return TrainState(params=params, opt_state=opt_state, growth=growth, anchor=held)
 
 
+def make_step_parts(
+    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+) -> StepParts:
+    """One training step in two parts; one after the other they are `make_step`.
+
+    Arguments as there.
+    """
+    if survey_every is not None and survey_every < 1:
+        raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
+    measure = growth.survey(loss_fn)
+
+    def learn(state: TrainState, batch: Any, survey_batch: Any) -> Learned:
+        params, opt_state, grown, held = state
+        if survey_every is not None:
+            grown = cond(
+                grown.step % survey_every == 0,
+                lambda: measure(params, grown, survey_batch)[0],
+                lambda: grown,
+            )
+        loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
+        updates, opt_state = optimizer.update(
+            gradients, opt_state, (params, grown.bodies), slots=growth.slots(grown)
+        )
+        params, bodies = optax.apply_updates((params, grown.bodies), updates)
+        return Learned(
+            params=params,
+            opt_state=opt_state,
+            growth=grown,
+            anchor=held,
+            bodies=bodies,
+            readings=readings,
+            loss=loss,
+        )
+
+    def live(learned: Learned, commands: Commands) -> tuple[TrainState, Info]:
+        params, opt_state, grown, held, bodies, readings, loss = learned
+        grown, info = growth.update(grown, bodies, readings, loss, commands)
+        if held is not None:
+            params, opt_state, grown, held = rollback.guard(
+                growth, held, params, opt_state, grown, info.verdict
+            )
+        return TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held), info
+
+    return StepParts(learn=learn, live=live)
+
+
 def make_step(
     growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
 ) -> Step:
@@ -66,31 +139,14 @@ def make_step(
     Returns:
       `step(state, batch, survey_batch, commands) -> (state, info)`.
     """
-    if survey_every is not None and survey_every < 1:
-        raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
-    measure = growth.survey(loss_fn)
+    return _joined(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
 
+
+def _joined(parts: StepParts) -> Step:
     def step(
         state: TrainState, batch: Any, survey_batch: Any, commands: Commands
     ) -> tuple[TrainState, Info]:
-        params, opt_state, grown, held = state
-        if survey_every is not None:
-            grown = cond(
-                grown.step % survey_every == 0,
-                lambda: measure(params, grown, survey_batch)[0],
-                lambda: grown,
-            )
-        loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
-        updates, opt_state = optimizer.update(
-            gradients, opt_state, (params, grown.bodies), slots=growth.slots(grown)
-        )
-        params, bodies = optax.apply_updates((params, grown.bodies), updates)
-        grown, info = growth.update(grown, bodies, readings, loss, commands)
-        if held is not None:
-            params, opt_state, grown, held = rollback.guard(
-                growth, held, params, opt_state, grown, info.verdict
-            )
-        return TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held), info
+        return parts.live(parts.learn(state, batch, survey_batch), commands)
 
     return step
 
@@ -119,3 +175,45 @@ def scan_steps(step: Step) -> Callable[..., tuple[TrainState, Info]]:
         return state, infos
 
     return run
+
+
+class CompiledFit:
+    """The compiled programs of a `fit`, which several may share: each compiles when first used.
+
+    Args:
+      parts: of the step.
+    """
+
+    def __init__(self, parts: StepParts) -> None:
+        self._whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        self._learn = jax.jit(
+            lambda state, batches, survey_batch: parts.learn(
+                state, jax.tree.map(lambda leaf: leaf[0], batches), survey_batch
+            ),
+            donate_argnums=0,
+        )
+        self._live = jax.jit(
+            lambda learned, commands: _as_segment(*parts.live(learned, commands)), donate_argnums=0
+        )
+
+    def __call__(
+        self,
+        state: TrainState,
+        batches: Any,
+        survey_batch: Any,
+        commands: Callable[[], Commands],
+    ) -> tuple[TrainState, Info]:
+        """A segment: `(state, infos)`, infos `[T, ...]`.
+
+        A segment of one step runs as two programs, and `commands` is asked between them, when the
+        gradients are there; a longer one takes them at its beginning.
+        """
+        if jax.tree.leaves(batches)[0].shape[0] > 1:
+            return self._whole(state, batches, survey_batch, commands())
+        learned = self._learn(state, batches, survey_batch)
+        jax.block_until_ready(learned.loss)
+        return self._live(learned, commands())
+
+
+def _as_segment(state: TrainState, info: Info) -> tuple[TrainState, Info]:
+    return state, jax.tree.map(lambda leaf: leaf[None], info)

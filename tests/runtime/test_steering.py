@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
@@ -48,7 +49,7 @@ PARAMS = {
 }
 
 
-def fit(steering, *, num_steps=1_000_000, **options):
+def fit(steering, *, num_steps=1_000_000, batches=batches, segment_steps=1, **options):
     return runtime.fit(
         GROWTH,
         loss_fn,
@@ -59,7 +60,7 @@ def fit(steering, *, num_steps=1_000_000, **options):
         key=jax.random.key(1),
         survey_batch=SURVEY,
         survey_every=None,
-        segment_steps=1,
+        segment_steps=segment_steps,
         segment=SEGMENT,
         steering=steering,
         **options,
@@ -183,6 +184,39 @@ def test_two_commands_to_one_seed_keep_their_order(url, name):
         first, second, third = (client.send(command) for command in ids)
         assert (first.code, second.code, third.code) == ("DONE", "DONE", "DONE")
         assert first.step < second.step <= third.step
+
+
+def test_a_command_that_comes_during_a_step_takes_force_in_it(url, name):
+    sent = {}
+
+    def late(first, count):
+        # Asked for when the step has begun, and before its gradients are there.
+        if first in {3, 4}:
+            command = bus.Germinate(seed=first - 3, blueprint="scale")
+            client.send(command, wait_seconds=None)
+            until(lambda: steering.station.num_waiting == 1)
+            sent[first] = command
+        return batches(first, count)
+
+    steering = runtime.steer(url, GROWTH, run=name, max_commands=4)
+    with steering, bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
+        fitted = fit(steering, num_steps=8, batches=late)
+        steps = {e["seed"]: e["step"] for e in fitted.events if e["to"] == "GERMINATED"}
+        assert steps == {0: 3, 1: 4}
+        told = client.watch([bus.Topic.OUTCOMES], seconds=20, from_beginning=True)
+        answers = {o.command_id: o.step for o in itertools.islice(told, len(sent))}
+        assert answers == {command.id: step for step, command in sent.items()}
+
+
+def test_a_segment_of_one_step_decides_as_a_longer_one_does():
+    start = {"commands": lambda first: [ef.commands.germinate(1, "scale")] * (first == 0)}
+    one, many = (
+        fit(None, num_steps=60, segment_steps=length, max_commands=4, **start) for length in (1, 20)
+    )
+    assert one.events == many.events
+    assert [e["to"] for e in one.events][:2] == ["GERMINATED", "TRAINING"]
+    np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)
+    assert one.num_compiled == many.num_compiled == 0
 
 
 def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
