@@ -119,26 +119,26 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     return {"busy": busy}
 
 
-class _Noting(bus.Station):
+class _Noting(bus.RedisTransport):
     """Notes when each entry came out of the server."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.received: dict[str, int] = {}
+    def __init__(self, options: dict[str, Any], received: dict[str, int]) -> None:
+        super().__init__(bus.parse_address(options["url"]), options["run"], has_key=False)
+        self._received = received
 
-    async def _accept(self, topic: Topic, found: list[bus.Delivery], *, is_all: bool) -> None:
+    async def read(self, *arguments: Any, **options: Any) -> list[bus.Delivery]:
+        found = await super().read(*arguments, **options)
         now = time.time_ns()
-        self.received.update((delivery.entry_id, now) for delivery in found)
-        await super()._accept(topic, found, is_all=is_all)
+        self._received.update((delivery.entry_id, now) for delivery in found)
+        return found
 
 
 async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
     """A run whose loop takes what waits every 5 ms, answers all of it, and settles."""
     waits: list[float] = []
     announcement = bus.Announcement(run=options["run"], host="", pid=0, sites={})
-    station = _Noting(
-        lambda: bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS), announcement
-    )
+    noted: dict[str, int] = {}
+    station = bus.Station(lambda: _Noting(options, noted), announcement)
 
     def work() -> None:
         last = time.monotonic()
@@ -146,7 +146,7 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.005)
             for item in station.take(0, 256):
                 last = time.monotonic()
-                received = station.received.pop(item.delivery.entry_id)
+                received = noted.pop(item.delivery.entry_id)
                 waits.append((received - int(item.command.sender.rstrip("x"))) / 1e6)
                 station.finish(item, bus.Outcome(command_id=item.command.id, code="DONE"))
             station.flush()

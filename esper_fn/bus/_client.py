@@ -29,7 +29,7 @@ from esper_fn.errors import (
     NoOutcomeError,
 )
 
-_LOG = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, RedisError)
 _WATCHED = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
 _MAX_UNSETTLED = 10_000
@@ -251,7 +251,7 @@ class AsyncClient:
             messages: tuple[Message, ...] = self._schema.decode(delivery.payload).messages
         except MessageError as error:
             self.num_refused += 1
-            _LOG.warning("entry %s is refused: %s", delivery.entry_id, error)
+            _LOGGER.warning("entry %s is refused: %s", delivery.entry_id, error)
             return ()
         return messages
 
