@@ -37,14 +37,16 @@ from esper_fn.runtime._step import (
 )
 
 if TYPE_CHECKING:
-    from esper_fn.runtime._steering import Steering, steer
+    from esper_fn.runtime._steer import steer
+    from esper_fn.runtime._steering import Steering
 
 
 def __getattr__(name: str) -> Any:
     if name in {"Steering", "steer"}:
-        from esper_fn.runtime import _steering
+        from esper_fn.runtime._steer import steer
+        from esper_fn.runtime._steering import Steering
 
-        return getattr(_steering, name)
+        return {"Steering": Steering, "steer": steer}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

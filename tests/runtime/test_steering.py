@@ -17,6 +17,7 @@ import pytest
 import esper_fn as ef
 from esper_fn import bus, checkpoint, policies, runtime
 from esper_fn.errors import RunStoppedError
+from esper_fn.runtime._positions import SavedPositions
 
 SITE = ef.site("hidden", features=8, chunks=4)
 LATTICE = ef.lattice(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
@@ -251,7 +252,12 @@ def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
         assert kinds[bus.LifecycleEvent].cause == "command"
 
 
-def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name, tmp_path):
+def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
+    url, name, tmp_path, monkeypatch
+):
+    # Without checkpoints, all that is settled would be forgotten at once.
+    monkeypatch.setattr("esper_fn.bus._clerk._TRIM_EVERY", 1)
+
     def options(writer):
         return {"checkpoints": runtime.Checkpoints(writer=writer, every_steps=10_000_000)}
 
@@ -279,3 +285,54 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name
         assert [e["seed"] for e in events] == [0, 1]
         assert run.fitted.resumed_from is not None
         assert run.fitted.resumed_from < first.num_steps
+
+
+def test_commands_are_forgotten_when_no_checkpoint_needs_them(url, name, tmp_path):
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(1)) as writer:
+        keeping = runtime.Checkpoints(writer=writer, every_steps=10_000_000)
+        with running(url, name, checkpoints=keeping) as (run, client):
+
+            def lengths():
+                transport = client.asynchronous.transport
+                return client._thread.call(transport.length(bus.Topic.COMMANDS))
+
+            def save():
+                before = writer.last_acknowledged
+                client.send(bus.Checkpoint())
+                until(lambda: writer.last_acknowledged != before)
+
+            for seed in (0, 1):
+                client.send(bus.Germinate(seed=seed, blueprint="scale"))
+            assert lengths() == 2
+            save()  # itself a command, the last one in the position of its step
+            until(lambda: lengths() == 1)
+            for _ in range(3):
+                client.send(bus.Cancel(seed=1))
+            time.sleep(0.2)
+            assert lengths() == 4  # the checkpoint may need them again
+            save()
+            save()  # by now the first one is gone
+            until(lambda: lengths() <= 2)
+        assert run.fitted.num_steps in checkpoint.steps(tmp_path)
+
+
+def test_positions_of_an_earlier_process_are_kept_until_its_steps_are_gone(tmp_path):
+    at = {step: bus.RunPosition(cursor={bus.Topic.COMMANDS: f"{step}-0"}) for step in range(5)}
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
+        for step in (0, 1):
+            writer.save(step, {"x": np.ones(2)})
+        writer.wait()
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
+        saved = SavedPositions(writer)
+        writer.restore()
+        assert saved.restored(at[1]) == 1
+        assert saved.newly_saved() is None
+        assert saved.oldest() is None  # nobody here knows where step 0 stood
+        oldest = []
+        for step in (2, 3, 4):
+            saved.note(step, at[step])
+            writer.save(step, {"x": np.ones(2)})
+            writer.wait()
+            assert saved.newly_saved() == step
+            oldest.append(saved.oldest())
+    assert oldest == [at[1].cursor, at[2].cursor, at[3].cursor]
