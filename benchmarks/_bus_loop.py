@@ -1,10 +1,13 @@
-"""What a connected bus costs a training step, with its server up and down."""
+"""What a connected bus costs a training step, and how soon a command is answered by a loop."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,108 +16,184 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from benchmarks._timing import Row, ratio, summarise
+from benchmarks._timing import Row, ratio, summarise, time_interleaved
 from esper_fn import bus, policies, runtime
 
 _WIDTH = 512
-_ROWS = 96
+_ROWS = 192
+_SEEDS = 16
+_BLOCK = 24
+"""Steps timed at once; a publication of telemetry falls into each block."""
+_LONG_BLOCK = 64
+"""The same while the server is down: long enough for several attempts to reach it."""
+
+Ask = Callable[[str, float], dict[str, Any]]
+"""`ask(run, step_seconds)`: what the process found that sent commands to a run."""
 
 
-def loop_rows(server: bus.PrivateServer, *, repeats: int) -> dict[str, Row]:
-    """Steps with and without the bus in turns, a server that is killed, and sender to outcome."""
-    growth = ef.growth(
-        ef.lattice(
-            sites=[ef.site("hidden", features=_WIDTH, chunks=16)],
-            blueprints={"scale": ef.blueprints.scale_shift()},
-            capacity=4,
-        ),
-        policy=policies.never(),
-    )
-    source = np.random.default_rng(0)
-    params = {
-        "in": jnp.asarray(source.normal(size=(_WIDTH, _WIDTH)) / 30, jnp.float32),
-        "out": jnp.asarray(source.normal(size=(_WIDTH, 10)) / 30, jnp.float32),
-    }
-    inputs = jnp.asarray(source.normal(size=(1, _ROWS, _WIDTH)), jnp.float32)
-    targets = jnp.asarray(source.integers(10, size=(1, _ROWS)), jnp.int32)
+class Training:
+    """A run of some size, whose steps are timed."""
 
-    def loss_fn(params: Any, seeds: Any, batch: Any) -> Any:
-        hidden = seeds.grow("hidden", jnp.tanh(batch[0] @ params["in"]))
-        for _ in range(6):
-            hidden = jnp.tanh(hidden @ params["in"])
-        logits = hidden @ params["out"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+    def __init__(self) -> None:
+        self.growth = ef.growth(
+            ef.lattice(
+                sites=[ef.site("hidden", features=_WIDTH, chunks=_SEEDS)],
+                blueprints={"scale": ef.blueprints.scale_shift()},
+                capacity=4,
+            ),
+            policy=policies.never(),
+        )
+        source = np.random.default_rng(0)
+        self.params = {
+            "in": jnp.asarray(source.normal(size=(_WIDTH, _WIDTH)) / 30, jnp.float32),
+            "out": jnp.asarray(source.normal(size=(_WIDTH, 10)) / 30, jnp.float32),
+        }
+        self.inputs = jnp.asarray(source.normal(size=(1, _ROWS, _WIDTH)), jnp.float32)
+        self.targets = jnp.asarray(source.integers(10, size=(1, _ROWS)), jnp.int32)
+        self.optimizer = ef.optim.per_body(optax.sgd(1e-3))
+        self.segment = runtime.compile_fit(self.growth, _loss, self.optimizer, survey_every=None)
 
-    optimizer = ef.optim.per_body(optax.sgd(1e-3))
-    segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=None)
-
-    def fit(steering: Any, num_steps: int, should_stop: Any = None) -> list[float]:
-        """Seconds of each step."""
-        times: list[float] = []
-        last = [time.perf_counter()]
-
-        def listen(_: Any) -> None:
-            now = time.perf_counter()
-            times.append(now - last[0])
-            last[0] = now
-
+    def fit(
+        self, steering: Any, num_steps: int, should_stop: Callable[[], bool] | None = None
+    ) -> list[float]:
+        """Trains; seconds of each step, the first ones left out."""
+        at = [time.perf_counter()]
         runtime.fit(
-            growth, loss_fn, optimizer, params, lambda first, count: (inputs, targets),
-            num_steps=num_steps, key=jax.random.key(0), survey_batch=(inputs[0], targets[0]),
-            survey_every=None, segment_steps=1, segment=segment, max_commands=16,
-            listener=listen, steering=steering, should_stop=should_stop,
+            self.growth, _loss, self.optimizer, self.params,
+            lambda first, count: (self.inputs, self.targets),
+            num_steps=num_steps, key=jax.random.key(0),
+            survey_batch=(self.inputs[0], self.targets[0]), survey_every=None, segment_steps=1,
+            segment=self.segment, max_commands=16, steering=steering, should_stop=should_stop,
+            listener=lambda _: at.append(time.perf_counter()),
         )  # fmt: skip
-        return times[3:]
+        return np.diff(at[4:]).tolist()
 
-    def on_bus(run: str, num_steps: int) -> list[float]:
-        with runtime.steer(server.url, growth, run=run, keys=bus.NO_KEYS) as steering:
-            return fit(steering, num_steps)
+    def block(self, steering: Any, num_steps: int) -> float:
+        """Mean seconds of a step, stalls included."""
+        return float(np.mean(self.fit(steering, num_steps + 4)))
 
-    fit(None, 20)
-    turns = max(3, repeats // 40)
-    bare, up, down = [], [], []
-    for turn in range(turns):
-        bare.append(float(np.median(fit(None, 60))))
-        up.append(float(np.median(on_bus(f"loop-{turn}-{secrets.token_hex(3)}", 60))))
-    for turn in range(turns):
-        bare_now = float(np.median(fit(None, 60)))
-        with runtime.steer(server.url, growth, run=f"down-{turn}", keys=bus.NO_KEYS) as steering:
-            server.kill()
-            down.append(float(np.median(fit(steering, 60))) / bare_now)
-            server.start()
-    rows = {
+
+def _loss(params: Any, seeds: Any, batch: Any) -> Any:
+    hidden = seeds.grow("hidden", jnp.tanh(batch[0] @ params["in"]))
+    for _ in range(6):
+        hidden = jnp.tanh(hidden @ params["in"])
+    logits = hidden @ params["out"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def loop_rows(server: bus.PrivateServer, ask: Ask, *, num_pairs: int) -> dict[str, Row]:
+    """Blocks of steps with and without the bus in turns, and from sender to outcome."""
+    training = Training()
+    training.fit(None, 20)
+    bare: list[float] = []
+    up: list[float] = []
+    for turn in range(num_pairs):
+        for is_steered in _in_turns(turn):
+            if is_steered:
+                with _steered(server.url, training) as steering:
+                    up.append(training.block(steering, _BLOCK))
+            else:
+                bare.append(training.block(None, _BLOCK))
+    bare_then: list[float] = []
+    down: list[float] = []
+    for turn in range(max(2, num_pairs // 2)):
+        for is_steered in _in_turns(turn):
+            if is_steered:
+                down.append(_block_without_server(training))
+            else:
+                bare_then.append(training.block(None, _LONG_BLOCK))
+    step = float(np.median(bare))
+    return {
         "step_bare": summarise(bare, "ms"),
-        "step_with_bus_over_bare": ratio(up, bare),
-        "step_with_server_down_over_bare": summarise(down, "ratio"),
+        "step_with_bus_over_bare": _told(up, bare),
+        "step_with_server_down_over_bare": _told(down, bare_then),
+        "step_in_two_programs_over_one": _two_programs(training),
+        **_answers(server, training, ask, step),
     }
-    return rows | _answers(server, growth, fit, repeats=min(repeats, 400))
 
 
-def _answers(server: bus.PrivateServer, growth: Any, fit: Any, *, repeats: int) -> dict[str, Row]:
-    """From a client's call to its outcome, through the loop, against a step."""
+def _in_turns(turn: int) -> tuple[bool, bool]:
+    """Who goes first changes, so that a drift of the machine cancels."""
+    return (False, True) if turn % 4 in {0, 3} else (True, False)
+
+
+@contextlib.contextmanager
+def _steered(url: str, training: Training) -> Iterator[runtime.Steering]:
+    run = f"loop-{secrets.token_hex(4)}"
+    with runtime.steer(url, training.growth, run=run, keys=bus.NO_KEYS) as steering:
+        yield steering
+
+
+def _block_without_server(training: Training) -> float:
+    """A server of its own, killed once the run has its place: none has to start beside a step."""
+    with bus.PrivateServer() as server, _steered(server.url, training) as steering:
+        server.kill()
+        took = training.block(steering, _LONG_BLOCK)
+        steering.station.close(0.0)
+    return took
+
+
+def _told(steered: list[float], bare: list[float]) -> Row:
+    """Ratios of neighbours, with the standard error of their median by bootstrap."""
+    ratios = np.asarray(steered) / np.asarray(bare)
+    draws = np.random.default_rng(0).choice(ratios, (2_000, len(ratios)))
+    return ratio(
+        steered,
+        bare,
+        standard_error=float(np.median(draws, axis=1).std()),
+        added_us_a_step=float(np.median(np.asarray(steered) - np.asarray(bare)) * 1e6),
+    )
+
+
+def _two_programs(training: Training) -> Row:
+    """A segment of one step, with commands in between, over the same step as one program."""
+    states = [
+        runtime.init(training.optimizer, training.params, training.growth.init(jax.random.key(0)))
+        for _ in range(2)
+    ]
+    states = [jax.tree.map(jnp.copy, state) for state in states]
+    batch = (training.inputs, training.targets)
+    survey = (training.inputs[0], training.targets[0])
+    silence = training.growth.commands((), size=16)
+
+    def two() -> None:
+        states[0], infos = training.segment(states[0], batch, survey, lambda: silence)
+        jax.device_get(infos)
+
+    def one() -> None:
+        states[1], infos = training.segment.whole(states[1], batch, survey, silence)
+        jax.device_get(infos)
+
+    times = time_interleaved({"two": two, "one": one}, repeats=200, warmup=20)
+    return ratio(times["two"], times["one"])
+
+
+def _answers(
+    server: bus.PrivateServer, training: Training, ask: Ask, step_seconds: float
+) -> dict[str, Row]:
+    """From another process's call to its outcome, through the loop, against a step."""
     run = f"answers-{secrets.token_hex(3)}"
     is_over = threading.Event()
     steps: list[float] = []
 
     def work() -> None:
-        with runtime.steer(server.url, growth, run=run, keys=bus.NO_KEYS) as steering:
-            steps.extend(fit(steering, 10**7, is_over.is_set))
+        with runtime.steer(server.url, training.growth, run=run, keys=bus.NO_KEYS) as steering:
+            steps.extend(training.fit(steering, 10**7, is_over.is_set))
 
     thread = threading.Thread(target=work)
     thread.start()
-    waits = []
-    with bus.connect(server.url, run=run, keys=bus.NO_KEYS) as client:
-        while run not in client.living():
-            time.sleep(0.05)
-        client.send(bus.Cull(seed=0), wait_seconds=60)
-        for number in range(repeats):
-            began = time.perf_counter()
-            client.send(bus.Cull(seed=number % 16), wait_seconds=60)
-            waits.append(time.perf_counter() - began)
+    try:
+        found = ask(run, step_seconds)
+    except subprocess.SubprocessError:
+        is_over.set()
+        raise
     is_over.set()
     thread.join()
+    waits = np.asarray(found["waits"])
     p99, step = float(np.quantile(waits, 0.99)), float(np.median(steps))
+    about = {"num_samples": len(waits), "step_ms": step * 1e3}
     return {
-        "answer_p99": summarise([p99], "ms", num_samples=repeats, step_ms=step * 1e3),
-        "answer_p99_minus_step": summarise([max(0.0, p99 - step)], "ms", num_samples=repeats),
+        "answer_p50": summarise([float(np.median(waits))], "ms", **about),
+        "answer_p99": summarise([p99], "ms", **about),
+        "answer_p99_minus_step": summarise([max(0.0, p99 - step)], "ms", **about),
     }

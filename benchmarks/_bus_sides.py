@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -104,16 +106,20 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
     publisher = bus.Publisher(transport, Topic.COMMANDS, max_waiting=10**9)
-    futures: list[asyncio.Future[int]] = []
+    futures: deque[asyncio.Future[int]] = deque()
+    busy = 0
 
     async def put(number: int) -> None:
+        nonlocal busy
+        while futures and futures[0].done():
+            busy += isinstance(futures.popleft().exception(), BusyError)
         sender = f"{time.time_ns()}".ljust(200, "x")
         command = bus.Germinate(seed=number, site="hidden", blueprint="bottleneck", sender=sender)
         futures.append(publisher.post(command))
 
     await _on_time(options, put)
     answers = await asyncio.gather(*futures, return_exceptions=True)
-    busy = sum(isinstance(answer, BusyError) for answer in answers)
+    busy += sum(isinstance(answer, BusyError) for answer in answers)
     await publisher.close()
     await transport.close()
     return {"busy": busy}
@@ -155,6 +161,22 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
         _say_ready()
         await asyncio.to_thread(work)
     return _latencies(waits)
+
+
+async def ask(options: dict[str, Any]) -> dict[str, Any]:
+    """Sends commands one after the other to a run, at any point of its steps; seconds of each."""
+    source = np.random.default_rng(0)
+    waits = []
+    async with bus.connect_async(options["url"], run=options["run"], keys=bus.NO_KEYS) as client:
+        while options["run"] not in await client.transport.living():
+            await asyncio.sleep(0.05)
+        await client.send(bus.Cull(seed=0), wait_seconds=60)
+        for number in range(options["count"]):
+            await asyncio.sleep(float(source.uniform(0, 2 * options["step_seconds"])))
+            began = time.perf_counter()
+            await client.send(bus.Cull(seed=number % 16), wait_seconds=60)
+            waits.append(time.perf_counter() - began)
+    return {"waits": waits}
 
 
 # --- bare redis-py --------------------------------------------------------------------------------
@@ -329,9 +351,15 @@ async def _on_time(options: dict[str, Any], put: Callable[[int], Awaitable[None]
 
 def _latencies(waits: list[float]) -> dict[str, Any]:
     if not waits:
-        return {"seen": 0, "p50": 0.0, "p99": 0.0}
+        return {"seen": 0, "p50": 0.0, "p99": 0.0, "p99_by_second": []}
     p50, p99 = np.quantile(waits, [0.5, 0.99])
-    return {"seen": len(waits), "p50": float(p50), "p99": float(p99)}
+    seconds = [np.quantile(part, 0.99) for part in np.array_split(waits, len(waits) // 10_000 or 1)]
+    return {
+        "seen": len(waits),
+        "p50": float(p50),
+        "p99": float(p99),
+        "p99_by_second": [float(value) for value in seconds],
+    }
 
 
 def _say_ready() -> None:
@@ -345,6 +373,7 @@ SIDES: dict[str, Side] = {
         consume_telemetry,
         send_commands,
         receive_commands,
+        ask,
         bare_publish,
         bare_consume,
         bare_send,
@@ -361,6 +390,8 @@ def main() -> None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if side is consume_telemetry:
             _say_ready()
+        gc.collect()
+        gc.freeze()
         began = time.process_time()
         found: dict[str, Any] = runner.run(side(options))  # type: ignore[arg-type]
         print(json.dumps({"cpu_seconds": time.process_time() - began, **found}), flush=True)

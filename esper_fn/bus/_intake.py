@@ -56,8 +56,11 @@ class _Held:
 class _Line:
     """Entries of one stream in order of arrival, up to the oldest unfinished one."""
 
-    entries: deque[str] = field(default_factory=deque)
+    entries: deque[tuple[tuple[int, int], str]] = field(default_factory=deque)
+    """By `order` and name."""
     finished: set[str] = field(default_factory=set)
+    cursor: tuple[int, int] = (-1, -1)
+    """The `order` of the position's cursor, where it was moved here."""
 
 
 class Intake:
@@ -137,16 +140,18 @@ class Intake:
 
     def accept(self, deliveries: Iterable[Delivery]) -> None:
         """Takes deliveries in, in the order of their stream."""
+        # They move meanwhile, and only over what was accepted here.
+        cursors = {topic: order(last) for topic, last in self.position.cursor.items()}
         for delivery in deliveries:
             name = (delivery.topic, delivery.entry_id)
-            cursor = self.position.cursor.get(delivery.topic)
             if name in self._known:
                 continue
-            if cursor is not None and order(delivery.entry_id) <= order(cursor):
+            at = order(delivery.entry_id)
+            if at <= cursors.get(delivery.topic, (-1, -1)):
                 self._answer_again(delivery)
                 continue
             self._known.add(name)
-            self._lines[delivery.topic].entries.append(delivery.entry_id)
+            self._lines[delivery.topic].entries.append((at, delivery.entry_id))
             self._ages.came(name)
             try:
                 self._check(delivery)
@@ -381,12 +386,12 @@ class Intake:
         self._ages.forget(name)
         line = self._lines[delivery.topic]
         line.finished.add(delivery.entry_id)
-        while line.entries and line.entries[0] in line.finished:
-            entry_id = line.entries.popleft()
+        while line.entries and line.entries[0][1] in line.finished:
+            at, entry_id = line.entries.popleft()
             line.finished.discard(entry_id)
             self._known.discard((delivery.topic, entry_id))
-            cursor = self.position.cursor.get(delivery.topic, "0-0")
-            if order(entry_id) > order(cursor):
+            if at > line.cursor:
+                line.cursor = at
                 self.position.cursor[delivery.topic] = entry_id
         self._done.append(Done(delivery.topic, delivery.entry_id, outcome, dead))
 

@@ -182,10 +182,13 @@ class CompiledFit:
 
     Args:
       parts: of the step.
+
+    Attributes:
+      whole: `whole(state, batches, survey_batch, commands)`, a segment as one program.
     """
 
     def __init__(self, parts: StepParts) -> None:
-        self._whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
         self._learn = jax.jit(
             lambda state, batches, survey_batch: parts.learn(
                 state, jax.tree.map(lambda leaf: leaf[0], batches), survey_batch
@@ -193,7 +196,10 @@ class CompiledFit:
             donate_argnums=0,
         )
         self._live = jax.jit(
-            lambda learned, commands: _as_segment(*parts.live(learned, commands)), donate_argnums=0
+            lambda rest, before, commands: _as_segment(
+                *parts.live(_with_bodies(rest, before), commands)
+            ),
+            donate_argnums=0,
         )
 
     def __call__(
@@ -209,10 +215,16 @@ class CompiledFit:
         gradients are there; a longer one takes them at its beginning.
         """
         if jax.tree.leaves(batches)[0].shape[0] > 1:
-            return self._whole(state, batches, survey_batch, commands())
+            return self.whole(state, batches, survey_batch, commands())
         learned = self._learn(state, batches, survey_batch)
         jax.block_until_ready(learned.loss)
-        return self._live(learned, commands())
+        # The bodies from before are looked at only: there is nothing to donate them to.
+        before = learned.growth.bodies
+        return self._live(_with_bodies(learned, None), before, commands())
+
+
+def _with_bodies(learned: Learned, bodies: Any) -> Learned:
+    return learned._replace(growth=learned.growth._replace(bodies=bodies))
 
 
 def _as_segment(state: TrainState, info: Info) -> tuple[TrainState, Info]:
