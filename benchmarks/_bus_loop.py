@@ -16,16 +16,16 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from benchmarks._timing import Row, ratio, summarise, time_interleaved
+from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import bus, policies, runtime
 
 _WIDTH = 512
 _ROWS = 192
 _SEEDS = 16
+_SETTLING = 10
+"""Steps after a turn that count for nobody: telemetry of the block before may still go out."""
 _BLOCK = 24
-"""Steps timed at once; a publication of telemetry falls into each block."""
-_LONG_BLOCK = 64
-"""The same while the server is down: long enough for several attempts to reach it."""
+"""Steps timed at once; a publication of telemetry or two falls into each block."""
 
 Ask = Callable[[str, float], dict[str, Any]]
 """`ask(run, step_seconds)`: what the process found that sent commands to a run."""
@@ -68,10 +68,6 @@ class Training:
         )  # fmt: skip
         return np.diff(at[4:]).tolist()
 
-    def block(self, steering: Any, num_steps: int) -> float:
-        """Mean seconds of a step, stalls included."""
-        return float(np.mean(self.fit(steering, num_steps + 4)))
-
 
 def _loss(params: Any, seeds: Any, batch: Any) -> Any:
     hidden = seeds.grow("hidden", jnp.tanh(batch[0] @ params["in"]))
@@ -81,40 +77,85 @@ def _loss(params: Any, seeds: Any, batch: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
+class _Switch:
+    """A steering that a run has for some blocks of steps, and not for others.
+
+    One run, so that its arrays lie where they lay.
+    """
+
+    def __init__(self, steering: runtime.Steering, num_pairs: int) -> None:
+        self._steering = steering
+        self.max_commands = steering.max_commands
+        self._turns = [on for turn in range(num_pairs) for on in _in_turns(turn)]
+        self._at = 0
+        self._began = 0.0
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        """Mean of a step in each block, stalls included."""
+
+    @property
+    def _is_on(self) -> bool:
+        return self._turns[self._at // (_SETTLING + _BLOCK)] if not self.is_over() else False
+
+    def commands(self, step: int) -> list[ef.commands.Command]:
+        return self._steering.commands(step) if self._is_on else []
+
+    def listener(self, segment: runtime.Segment) -> None:
+        if self._is_on:
+            self._steering.listener(segment)
+
+    def should_stop(self) -> bool:
+        is_stopped = self._steering.should_stop() if self._is_on else False
+        within, is_on = self._at % (_SETTLING + _BLOCK), self._is_on
+        now = time.perf_counter()
+        if within == _SETTLING - 1:
+            self._began = now
+        elif within == _SETTLING + _BLOCK - 1:
+            self.seconds[is_on].append((now - self._began) / _BLOCK)
+        self._at += 1
+        return is_stopped or self.is_over()
+
+    def is_over(self) -> bool:
+        return self._at >= len(self._turns) * (_SETTLING + _BLOCK)
+
+    def should_save(self) -> bool:
+        return False
+
+    def join(self, checkpoints: Any) -> Any:
+        return checkpoints
+
+
 def loop_rows(server: bus.PrivateServer, ask: Ask, *, num_pairs: int) -> dict[str, Row]:
     """Blocks of steps with and without the bus in turns, and from sender to outcome."""
     training = Training()
     training.fit(None, 20)
-    bare: list[float] = []
-    up: list[float] = []
-    for turn in range(num_pairs):
-        for is_steered in _in_turns(turn):
-            if is_steered:
-                with _steered(server.url, training) as steering:
-                    up.append(training.block(steering, _BLOCK))
-            else:
-                bare.append(training.block(None, _BLOCK))
-    bare_then: list[float] = []
-    down: list[float] = []
-    for turn in range(max(2, num_pairs // 2)):
-        for is_steered in _in_turns(turn):
-            if is_steered:
-                down.append(_block_without_server(training))
-            else:
-                bare_then.append(training.block(None, _LONG_BLOCK))
-    step = float(np.median(bare))
+    up = _blocks(server, training, num_pairs, is_killed=False)
+    with bus.PrivateServer() as other:
+        down = _blocks(other, training, num_pairs, is_killed=True)
     return {
-        "step_bare": summarise(bare, "ms"),
-        "step_with_bus_over_bare": _told(up, bare),
-        "step_with_server_down_over_bare": _told(down, bare_then),
+        "step_bare": summarise(up.seconds[False], "ms"),
+        "step_with_bus_over_bare": _told(up),
+        "step_with_server_down_over_bare": _told(down),
         "step_in_two_programs_over_one": _two_programs(training),
-        **_answers(server, training, ask, step),
+        **_idle(server, training),
+        **_answers(server, training, ask, float(np.median(up.seconds[False]))),
     }
 
 
 def _in_turns(turn: int) -> tuple[bool, bool]:
     """Who goes first changes, so that a drift of the machine cancels."""
     return (False, True) if turn % 4 in {0, 3} else (True, False)
+
+
+def _blocks(
+    server: bus.PrivateServer, training: Training, num_pairs: int, *, is_killed: bool
+) -> _Switch:
+    with _steered(server.url, training) as steering:
+        if is_killed:
+            server.kill()
+        switch = _Switch(steering, num_pairs)
+        training.fit(switch, 10**7)
+        steering.station.close(0.0 if is_killed else 2.0)
+    return switch
 
 
 @contextlib.contextmanager
@@ -124,17 +165,9 @@ def _steered(url: str, training: Training) -> Iterator[runtime.Steering]:
         yield steering
 
 
-def _block_without_server(training: Training) -> float:
-    """A server of its own, killed once the run has its place: none has to start beside a step."""
-    with bus.PrivateServer() as server, _steered(server.url, training) as steering:
-        server.kill()
-        took = training.block(steering, _LONG_BLOCK)
-        steering.station.close(0.0)
-    return took
-
-
-def _told(steered: list[float], bare: list[float]) -> Row:
+def _told(switch: _Switch) -> Row:
     """Ratios of neighbours, with the standard error of their median by bootstrap."""
+    steered, bare = switch.seconds[True], switch.seconds[False]
     ratios = np.asarray(steered) / np.asarray(bare)
     draws = np.random.default_rng(0).choice(ratios, (2_000, len(ratios)))
     return ratio(
@@ -142,7 +175,19 @@ def _told(steered: list[float], bare: list[float]) -> Row:
         bare,
         standard_error=float(np.median(draws, axis=1).std()),
         added_us_a_step=float(np.median(np.asarray(steered) - np.asarray(bare)) * 1e6),
+        steps_a_block=_BLOCK,
+        bare_step_ms=float(np.median(bare)) * 1e3,
     )
+
+
+def _idle(server: bus.PrivateServer, training: Training) -> dict[str, Row]:
+    """What the pairs do not see: the processor time of a connection on which nothing is said."""
+    seconds = 6.0
+    with _steered(server.url, training):
+        began = time.process_time()
+        time.sleep(seconds)
+        spent = time.process_time() - began
+    return {"idle_connection": exact(spent / seconds, "ratio", seconds=seconds)}
 
 
 def _two_programs(training: Training) -> Row:

@@ -30,7 +30,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
         rows |= _telemetry(server, repeats=1 if quick else 2, scale=1 if quick else 2)
         rows |= _commands(server, seconds=2 if quick else 60)
         rows |= _raw(server)
-        rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 40)
+        rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 60)
     return rows
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -174,13 +175,16 @@ def pack(
       UnknownNameError: a blueprint or grafting strategy the lattice was not given.
     """
     rows = pack_on_host(lattice, grafts, commands, size)
-    return Commands(
-        seed=jnp.asarray(rows[0]),
-        kind=jnp.asarray(rows[1], jnp.int8),
-        blueprint=jnp.asarray(rows[2], jnp.int8),
-        graft=jnp.asarray(rows[3], jnp.int8),
-        target=jnp.asarray(rows[4], jnp.int8),
-        batch=jnp.asarray(rows[5]),
+    small = rows.astype(np.int8)
+    return jax.device_put(
+        Commands(
+            seed=rows[0],
+            kind=small[1],
+            blueprint=small[2],
+            graft=small[3],
+            target=small[4],
+            batch=rows[5],
+        )
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 
@@ -33,6 +34,8 @@ _OUTAGE = (BusUnavailableError, RedisError)
 WATCHED = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
 """What `watch` follows."""
 _MAX_UNSETTLED = 10_000
+_LISTENS_SECONDS = 1.0
+"""A run that was seen to live is not asked for again so soon: a lease lasts longer."""
 
 
 class AsyncClient:
@@ -57,6 +60,7 @@ class AsyncClient:
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._unsettled: dict[str, tuple[Command, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._listens_until = -math.inf
         self.num_refused = 0
         """Entries read that were forged or could not be decoded."""
 
@@ -100,9 +104,10 @@ class AsyncClient:
           BusUnavailableError: the server does not answer; it goes out when it does, unless this
             client is closed.
         """
-        if must_listen:
-            await self.check_listener()
         loop = asyncio.get_running_loop()
+        if must_listen and loop.time() >= self._listens_until:
+            await self.check_listener()
+            self._listens_until = loop.time() + _LISTENS_SECONDS
         future: asyncio.Future[Outcome] | None = None
         if wait_seconds is not None:
             future = self._waiting.setdefault(command.id, loop.create_future())
