@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from esper_fn.bus._intake import Done, Intake, Taken
@@ -15,6 +15,10 @@ from esper_fn.bus._transport import Attached, Delivery
 from esper_fn.errors import BusUnavailableError, FencedError
 
 _MAX_INBOX = 2_048
+
+
+Words = Message | Callable[[], Iterable[Message]]
+"""What waits to go out; a function makes it when it does."""
 
 
 class Collected(NamedTuple):
@@ -38,7 +42,7 @@ class Desk:
         self._changed = threading.Condition()
         self._position = position
         self._intake: Intake | None = None
-        self._outbox: dict[Topic, deque[Message]] = {
+        self._outbox: dict[Topic, deque[Words]] = {
             topic: deque(maxlen=limit) for topic, limit in limits.items()
         }
         self._is_draining = False
@@ -63,8 +67,7 @@ class Desk:
             if self._fenced is not None:
                 raise self._fenced
             self.step = step
-            intake = self._intake
-            return [] if intake is None or not intake.has_ready else intake.take(limit)
+            return self._held().take(limit) if self.has_news else []
 
     def put_back(self, taken: Iterable[Taken]) -> None:
         """Returns commands, first in line again."""
@@ -78,24 +81,36 @@ class Desk:
 
     def offer(self, messages: Iterable[Message]) -> bool:
         """Puts words into the outbox; True where nobody was told yet to empty it."""
+        return self._put([(message.topic, message) for message in messages])
+
+    def offer_later(self, make: Callable[[], Iterable[Message]]) -> bool:
+        """The same for words that are made when they go out; they are dropped as telemetry is."""
+        return self._put([(Topic.TELEMETRY, make)])
+
+    def _put(self, words: Iterable[tuple[Topic, Words]]) -> bool:
         with self._changed:
-            for message in messages:
-                box = self._outbox[message.topic]
+            for topic, one in words:
+                box = self._outbox[topic]
                 self.num_dropped += len(box) == box.maxlen
-                box.append(message)
+                box.append(one)
             was_draining, self._is_draining = self._is_draining, True
         return not was_draining
 
     def wait(self, seconds: float | None) -> None:
         """Sleeps until a command is there."""
         with self._changed:
-            if self._fenced is None and not (self._intake and self._intake.has_ready):
+            if not self.has_news:
                 self._changed.wait(seconds)
 
     def position(self) -> RunPosition:
         """A copy of what is in force now."""
         with self._changed:
             return self._position.copy()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return something, or raise; asked without the lock."""
+        return self._fenced is not None or (self._intake is not None and self._intake.has_ready)
 
     @property
     def has_done(self) -> bool:
@@ -185,10 +200,15 @@ class Desk:
         """Words that wait to go out."""
         with self._changed:
             self._is_draining = False
-            boxes = {topic: list(box) for topic, box in self._outbox.items() if box}
-            for topic in boxes:
-                self._outbox[topic].clear()
-        return boxes
+            boxes = [box.copy() for box in self._outbox.values()]
+            for box in self._outbox.values():
+                box.clear()
+        found: dict[Topic, list[Message]] = {}
+        for box in boxes:
+            for one in box:
+                for message in (one,) if isinstance(one, Message) else one():
+                    found.setdefault(message.topic, []).append(message)
+        return found
 
     def _held(self) -> Intake:
         if self._intake is None:

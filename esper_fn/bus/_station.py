@@ -55,7 +55,7 @@ class Station:
         max_telemetry: int = 10_000,
         max_events: int = 20_000,
         gap_seconds: float = 1.0,
-        gather_seconds: float = 0.1,
+        gather_seconds: float = 0.2,
         clock: Clock = time.monotonic,
     ) -> None:
         at = RunPosition() if position is None else position.copy()
@@ -105,6 +105,11 @@ class Station:
         self.flush()  # some may have been refused
         return taken
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return something, or raise: a step without news need not call it."""
+        return self._desk.has_news
+
     def put_back(self, taken: Iterable[Taken]) -> None:
         """Returns commands that did not fit."""
         self._desk.put_back(taken)
@@ -123,6 +128,11 @@ class Station:
         if self._desk.offer(messages) and self._thread is not None:
             self._thread.soon(self._clerk.drain_later)
 
+    def offer_later(self, make: Callable[[], Iterable[Message]]) -> None:
+        """As `offer`, with messages that the thread makes when they go out."""
+        if self._desk.offer_later(make) and self._thread is not None:
+            self._thread.soon(self._clerk.drain_later)
+
     def wait(self, seconds: float | None) -> None:
         """Sleeps until a command is there, for a paused loop."""
         self._desk.wait(seconds)
@@ -130,6 +140,10 @@ class Station:
     def set_paused(self, is_paused: bool) -> None:
         """For heartbeats."""
         self._desk.is_paused = is_paused
+
+    def set_step(self, step: int) -> None:
+        """For heartbeats; `take` does it too."""
+        self._desk.step = step
 
     def position(self) -> RunPosition:
         """What is in force now; between steps it belongs to the state of training."""

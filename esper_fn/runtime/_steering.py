@@ -115,6 +115,7 @@ class Steering:
             at += count
         self._running = []
         self._step = segment.first_step + segment.num_steps
+        self.station.set_step(self._step)
         self.station.flush()
         self._tell(segment)
 
@@ -203,6 +204,8 @@ class Steering:
 
     def _fill(self, *, only_seeds: bool = False) -> None:
         """Takes commands until none waits, or one does not fit into this segment."""
+        if not self.station.has_news and not self._deferred:
+            return
         rows = self._rows or []
         num_rows = sum(len(row.commands) for row in rows)
         seeds = {row.seed for one in rows for row in one.commands}
@@ -310,13 +313,14 @@ class Steering:
         self.station.finish(taken, outcome)
 
     def _tell(self, segment: Segment) -> None:
-        messages = self._teller.messages(segment, num_dropped=self.station.num_dropped)
+        # The thread makes the words: the step that follows does not wait for them.
+        station, told = self.station, self._teller.told(segment)
+        station.offer_later(lambda: self._teller.messages(told, num_dropped=station.num_dropped))
         saved = None if self._saved is None else self._saved.newly_saved()
         if self._saved is not None and saved is not None:
-            messages.append(bus.CheckpointEvent(step=saved, what="saved"))
+            station.offer([bus.CheckpointEvent(step=saved, what="saved")])
             if (cursor := self._saved.oldest()) is not None:
-                self.station.kept_from(cursor)
-        self.station.offer(messages)
+                station.kept_from(cursor)
 
 
 def either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:

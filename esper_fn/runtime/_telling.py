@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,18 @@ from esper_fn.runtime._translate import lifecycle_event
 
 if TYPE_CHECKING:
     from esper_fn.runtime._fit import Segment
+
+
+class Told(NamedTuple):
+    """A segment, for people elsewhere."""
+
+    step: int
+    num_steps: int
+    seconds: float
+    """Since the segment before; 0 for the first one."""
+    loss: Any
+    infos: Any
+    events: list[dict[str, Any]]
 
 
 class Teller:
@@ -32,23 +44,34 @@ class Teller:
         self._told_at: float | None = None
         self._num_rollbacks = 0
 
-    def messages(self, segment: Segment, *, num_dropped: int) -> list[bus.Message]:
-        """Lifecycle events, metrics, and a frame when one is due.
+    def told(self, segment: Segment) -> Told:
+        """What is kept of a segment until it is told of: no state, which a step may donate."""
+        now = self._clock()
+        took, self._told_at = now - (self._told_at or now), now
+        return Told(
+            step=segment.first_step + segment.num_steps,
+            num_steps=segment.num_steps,
+            seconds=took,
+            loss=segment.losses[-1],
+            infos=segment.infos,
+            events=segment.events,
+        )
+
+    def messages(self, segment: Told, *, num_dropped: int) -> list[bus.Message]:
+        """Lifecycle events, metrics, and a frame when one is due; of segments in their order.
 
         Args:
           segment: of `fit`.
           num_dropped: messages that did not go out so far.
         """
         infos: Any = segment.infos
-        now = self._clock()
-        took, self._told_at = now - (self._told_at or now), now
         self._num_rollbacks += int(infos.verdict.should_roll_back.sum())
-        step = segment.first_step + segment.num_steps
+        step, took = segment.step, segment.seconds
         messages: list[bus.Message] = [lifecycle_event(event) for event in segment.events]
         messages.append(
             bus.StepMetrics(
                 step=step,
-                loss=float(segment.losses[-1]),
+                loss=float(segment.loss),
                 steps_per_second=segment.num_steps / took if took > 0 else 0.0,
                 num_live=int(infos.num_live[-1]),
                 num_parameters=int(infos.num_parameters[-1]),
