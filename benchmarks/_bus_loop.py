@@ -1,10 +1,15 @@
-"""What a connected bus costs a training step, and how soon a command is answered by a loop."""
+"""What a connected bus costs a training step, and how soon a command is answered by a loop.
+
+The process that trains keeps to one core, its bus's thread included, and all others to the rest. So
+a step pays for all that the bus does there, and steps are alike enough to see it: spread over two
+busy cores they differ by two thirds from one second to the next.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +32,8 @@ _SETTLING = 10
 _BLOCK = 24
 """Steps timed at once; a publication of telemetry or two falls into each block."""
 
-Ask = Callable[[str, float], dict[str, Any]]
-"""`ask(run, step_seconds)`: what the process found that sent commands to a run."""
+Ask = Callable[[str, float, list[int]], dict[str, Any]]
+"""`ask(run, step_seconds, cores)`: what the process found that sent commands to a run."""
 
 
 class Training:
@@ -124,20 +129,52 @@ class _Switch:
         return checkpoints
 
 
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Keeps this thread, and the threads it starts, to one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def loop_rows(server: bus.PrivateServer, ask: Ask, *, num_pairs: int) -> dict[str, Row]:
-    """Blocks of steps with and without the bus in turns, and from sender to outcome."""
+    """Blocks of steps with and without the bus in turns, and from sender to outcome.
+
+    Call it before JAX has counted the cores.
+    """
+    cores = os.sched_getaffinity(0)
+    others = sorted(cores - {max(cores)}) or sorted(cores)
+    with bus.PrivateServer() as doomed, _one_core():
+        for one in (server, doomed):
+            os.sched_setaffinity(one.pid, others)
+        return _rows(server, doomed, lambda run, step: ask(run, step, others), num_pairs, cores)
+
+
+def _rows(
+    server: bus.PrivateServer,
+    doomed: bus.PrivateServer,
+    ask: Callable[[str, float], dict[str, Any]],
+    num_pairs: int,
+    cores: set[int],
+) -> dict[str, Row]:
     training = Training()
     training.fit(None, 20)
     up = _blocks(server, training, num_pairs, is_killed=False)
-    with bus.PrivateServer() as other:
-        down = _blocks(other, training, num_pairs, is_killed=True)
+    down = _blocks(doomed, training, num_pairs, is_killed=True)
+    step = float(np.median(up.seconds[False]))
+    answers = _answers(server, training, ask, step, cores)
+    beside = _answers(server, training, ask, step, os.sched_getaffinity(0))
     return {
         "step_bare": summarise(up.seconds[False], "ms"),
         "step_with_bus_over_bare": _told(up),
         "step_with_server_down_over_bare": _told(down),
         "step_in_two_programs_over_one": _two_programs(training),
         **_idle(server, training),
-        **_answers(server, training, ask, float(np.median(up.seconds[False]))),
+        **{f"answer_{name}": row for name, row in answers.items()},
+        **{f"answer_on_one_core_{name}": row for name, row in beside.items()},
     }
 
 
@@ -159,8 +196,8 @@ def _blocks(
 
 
 @contextlib.contextmanager
-def _steered(url: str, training: Training) -> Iterator[runtime.Steering]:
-    run = f"loop-{secrets.token_hex(4)}"
+def _steered(url: str, training: Training, run: str = "") -> Iterator[runtime.Steering]:
+    run = run or f"loop-{secrets.token_hex(4)}"
     with runtime.steer(url, training.growth, run=run, keys=bus.NO_KEYS) as steering:
         yield steering
 
@@ -214,31 +251,38 @@ def _two_programs(training: Training) -> Row:
 
 
 def _answers(
-    server: bus.PrivateServer, training: Training, ask: Ask, step_seconds: float
+    server: bus.PrivateServer,
+    training: Training,
+    ask: Callable[[str, float], dict[str, Any]],
+    step_seconds: float,
+    cores: set[int],
 ) -> dict[str, Row]:
-    """From another process's call to its outcome, through the loop, against a step."""
+    """From another process's call to its outcome, through the loop, against a step.
+
+    With `cores`, the bus's thread may use these, as where a loop waits for an accelerator.
+    """
     run = f"answers-{secrets.token_hex(3)}"
     is_over = threading.Event()
     steps: list[float] = []
 
     def work() -> None:
-        with runtime.steer(server.url, training.growth, run=run, keys=bus.NO_KEYS) as steering:
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
+        with _steered(server.url, training, run) as steering:
+            os.sched_setaffinity(0, own)
             steps.extend(training.fit(steering, 10**7, is_over.is_set))
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        found = ask(run, step_seconds)
-    except subprocess.SubprocessError:
+        waits = np.asarray(ask(run, step_seconds)["waits"])
+    finally:
         is_over.set()
-        raise
-    is_over.set()
-    thread.join()
-    waits = np.asarray(found["waits"])
+        thread.join()
     p99, step = float(np.quantile(waits, 0.99)), float(np.median(steps))
     about = {"num_samples": len(waits), "step_ms": step * 1e3}
     return {
-        "answer_p50": summarise([float(np.median(waits))], "ms", **about),
-        "answer_p99": summarise([p99], "ms", **about),
-        "answer_p99_minus_step": summarise([max(0.0, p99 - step)], "ms", **about),
+        "p50": summarise([float(np.median(waits))], "ms", **about),
+        "p99": summarise([p99], "ms", **about),
+        "p99_minus_step": summarise([max(0.0, p99 - step)], "ms", **about),
     }

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -387,6 +388,8 @@ SIDES: dict[str, Side] = {
 def main() -> None:
     """Runs one side and prints its result."""
     side, options = SIDES[sys.argv[1]], json.loads(sys.argv[2])
+    if "cores" in options:
+        os.sched_setaffinity(0, options["cores"])
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if side is consume_telemetry:
             _say_ready()

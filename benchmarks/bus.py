@@ -96,8 +96,14 @@ def _commands(server: bus.PrivateServer, *, seconds: int) -> dict[str, Row]:
 
 
 def _ask(server: bus.PrivateServer, count: int) -> Ask:
-    def ask(run: str, step_seconds: float) -> dict[str, Any]:
-        options = {"url": server.url, "run": run, "count": count, "step_seconds": step_seconds}
+    def ask(run: str, step_seconds: float, cores: list[int]) -> dict[str, Any]:
+        options = {
+            "url": server.url,
+            "run": run,
+            "count": count,
+            "step_seconds": step_seconds,
+            "cores": cores,
+        }
         return _result(_start("ask", options), "ask")
 
     return ask
