@@ -141,7 +141,7 @@ def fit(
     """Trains and grows.
 
     Steps run in compiled segments; commands are taken and results reported between segments, never
-    inside one. A segment of one step takes them as late as it can: when its gradients are there.
+    inside one. With segments of one step they are taken when the gradients are there, between two programs.
 
     Args:
       growth: the static part.
@@ -223,7 +223,8 @@ def fit(
             wanted = commands(first) if commands else ()
             return growth.commands(wanted, size=max_commands) if wanted else silence
 
-        state, infos = run(state, batches(first, length), survey_batch, asked)
+        given = asked if commands else silence
+        state, infos = run(state, batches(first, length), survey_batch, given)
         infos = jax.device_get(infos)
         totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
         totals["num_parameters"] = int(infos.num_parameters[-1])

@@ -189,17 +189,20 @@ class CompiledFit:
 
     def __init__(self, parts: StepParts) -> None:
         self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._learn = jax.jit(
-            lambda state, batches, survey_batch: parts.learn(
-                state, jax.tree.map(lambda leaf: leaf[0], batches), survey_batch
+            lambda params, opt_state, growth, batches, survey_batch: parts.learn(
+                TrainState(params=params, opt_state=opt_state, growth=growth, anchor=None),
+                jax.tree.map(lambda leaf: leaf[0], batches),
+                survey_batch,
             ),
-            donate_argnums=0,
+            donate_argnums=(0, 1),
         )
         self._live = jax.jit(
-            lambda rest, before, commands: _as_segment(
-                *parts.live(_with_bodies(rest, before), commands)
+            lambda rest, anchor, before, commands: _as_segment(
+                *parts.live(_with_bodies(rest, before)._replace(anchor=anchor), commands)
             ),
-            donate_argnums=0,
+            donate_argnums=(0, 1),
         )
 
     def __call__(
@@ -207,20 +210,23 @@ class CompiledFit:
         state: TrainState,
         batches: Any,
         survey_batch: Any,
-        commands: Callable[[], Commands],
+        commands: Commands | Callable[[], Commands],
     ) -> tuple[TrainState, Info]:
         """A segment: `(state, infos)`, infos `[T, ...]`.
 
-        A segment of one step runs as two programs, and `commands` is asked between them, when the
-        gradients are there; a longer one takes them at its beginning.
+        With a function for its commands, a segment of one step runs as two programs, and it is
+        asked between them, when the gradients are there; a longer one takes them at its beginning.
         """
+        if isinstance(commands, Commands):
+            return self.whole(state, batches, survey_batch, commands)
         if jax.tree.leaves(batches)[0].shape[0] > 1:
             return self.whole(state, batches, survey_batch, commands())
-        learned = self._learn(state, batches, survey_batch)
+        params, opt_state, growth, anchor = state
+        learned = self._learn(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(learned.loss)
         # The bodies from before are looked at only: there is nothing to donate them to.
         before = learned.growth.bodies
-        return self._live(_with_bodies(learned, None), before, commands())
+        return self._live(_with_bodies(learned, None), anchor, before, commands())
 
 
 def _with_bodies(learned: Learned, bodies: Any) -> Learned:
