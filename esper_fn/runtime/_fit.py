@@ -141,7 +141,7 @@ def fit(
     """Trains and grows.
 
     Steps run in compiled segments; commands are taken and results reported between segments, never
-    inside one. With segments of one step they are taken when the gradients are there, between two programs.
+    inside one. A segment of one step is then two programs, and commands are taken between them.
 
     Args:
       growth: the static part.
