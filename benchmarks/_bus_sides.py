@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -104,41 +107,45 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
     publisher = bus.Publisher(transport, Topic.COMMANDS, max_waiting=10**9)
-    futures: list[asyncio.Future[int]] = []
+    futures: deque[asyncio.Future[int]] = deque()
+    busy = 0
 
     async def put(number: int) -> None:
+        nonlocal busy
+        while futures and futures[0].done():
+            busy += isinstance(futures.popleft().exception(), BusyError)
         sender = f"{time.time_ns()}".ljust(200, "x")
         command = bus.Germinate(seed=number, site="hidden", blueprint="bottleneck", sender=sender)
         futures.append(publisher.post(command))
 
     await _on_time(options, put)
     answers = await asyncio.gather(*futures, return_exceptions=True)
-    busy = sum(isinstance(answer, BusyError) for answer in answers)
+    busy += sum(isinstance(answer, BusyError) for answer in answers)
     await publisher.close()
     await transport.close()
     return {"busy": busy}
 
 
-class _Noting(bus.Station):
+class _Noting(bus.RedisTransport):
     """Notes when each entry came out of the server."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.received: dict[str, int] = {}
+    def __init__(self, options: dict[str, Any], received: dict[str, int]) -> None:
+        super().__init__(bus.parse_address(options["url"]), options["run"], has_key=False)
+        self._received = received
 
-    def _accept(self, topic: Topic, found: list[bus.Delivery], *, is_all: bool) -> None:
+    async def read(self, *arguments: Any, **options: Any) -> list[bus.Delivery]:
+        found = await super().read(*arguments, **options)
         now = time.time_ns()
-        self.received.update((delivery.entry_id, now) for delivery in found)
-        super()._accept(topic, found, is_all=is_all)
+        self._received.update((delivery.entry_id, now) for delivery in found)
+        return found
 
 
 async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
     """A run whose loop takes what waits every 5 ms, answers all of it, and settles."""
     waits: list[float] = []
     announcement = bus.Announcement(run=options["run"], host="", pid=0, sites={})
-    station = _Noting(
-        lambda: bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS), announcement
-    )
+    noted: dict[str, int] = {}
+    station = bus.Station(lambda: _Noting(options, noted), announcement)
 
     def work() -> None:
         last = time.monotonic()
@@ -146,7 +153,7 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.005)
             for item in station.take(0, 256):
                 last = time.monotonic()
-                received = station.received.pop(item.delivery.entry_id)
+                received = noted.pop(item.delivery.entry_id)
                 waits.append((received - int(item.command.sender.rstrip("x"))) / 1e6)
                 station.finish(item, bus.Outcome(command_id=item.command.id, code="DONE"))
             station.flush()
@@ -155,6 +162,22 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
         _say_ready()
         await asyncio.to_thread(work)
     return _latencies(waits)
+
+
+async def ask(options: dict[str, Any]) -> dict[str, Any]:
+    """Sends commands one after the other to a run, at any point of its steps; seconds of each."""
+    source = np.random.default_rng(0)
+    waits = []
+    async with bus.connect_async(options["url"], run=options["run"], keys=bus.NO_KEYS) as client:
+        while options["run"] not in await client.transport.living():
+            await asyncio.sleep(0.05)
+        await client.send(bus.Cull(seed=0), wait_seconds=60)
+        for number in range(options["count"]):
+            await asyncio.sleep(float(source.uniform(0, 2 * options["step_seconds"])))
+            began = time.perf_counter()
+            await client.send(bus.Cull(seed=number % 16), wait_seconds=60)
+            waits.append(time.perf_counter() - began)
+    return {"waits": waits}
 
 
 # --- bare redis-py --------------------------------------------------------------------------------
@@ -329,9 +352,15 @@ async def _on_time(options: dict[str, Any], put: Callable[[int], Awaitable[None]
 
 def _latencies(waits: list[float]) -> dict[str, Any]:
     if not waits:
-        return {"seen": 0, "p50": 0.0, "p99": 0.0}
+        return {"seen": 0, "p50": 0.0, "p99": 0.0, "p99_by_second": []}
     p50, p99 = np.quantile(waits, [0.5, 0.99])
-    return {"seen": len(waits), "p50": float(p50), "p99": float(p99)}
+    seconds = [np.quantile(part, 0.99) for part in np.array_split(waits, len(waits) // 10_000 or 1)]
+    return {
+        "seen": len(waits),
+        "p50": float(p50),
+        "p99": float(p99),
+        "p99_by_second": [float(value) for value in seconds],
+    }
 
 
 def _say_ready() -> None:
@@ -345,6 +374,7 @@ SIDES: dict[str, Side] = {
         consume_telemetry,
         send_commands,
         receive_commands,
+        ask,
         bare_publish,
         bare_consume,
         bare_send,
@@ -358,10 +388,16 @@ SIDES: dict[str, Side] = {
 def main() -> None:
     """Runs one side and prints its result."""
     side, options = SIDES[sys.argv[1]], json.loads(sys.argv[2])
+    if "cores" in options:
+        os.sched_setaffinity(0, options["cores"])
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if side is consume_telemetry:
             _say_ready()
-        print(json.dumps(runner.run(side(options))), flush=True)  # type: ignore[arg-type]
+        gc.collect()
+        gc.freeze()
+        began = time.process_time()
+        found: dict[str, Any] = runner.run(side(options))  # type: ignore[arg-type]
+        print(json.dumps({"cpu_seconds": time.process_time() - began, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks._bus_loop import loop_rows
+import numpy as np
+
+from benchmarks._bus_loop import Ask, loop_rows
 from benchmarks._timing import Row, exact, summarise
 from esper_fn import bus
 
@@ -26,9 +28,11 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
     logging.getLogger("esper_fn.bus").setLevel(logging.ERROR)  # servers are killed on purpose
     with bus.PrivateServer(options={"appendfsync": "everysec"}) as server:
         rows |= _telemetry(server, repeats=1 if quick else 2, scale=1 if quick else 2)
-        rows |= _commands(server, seconds=2 if quick else 8, repeats=1 if quick else 2)
+        rows |= _commands(server, seconds=2 if quick else 60)
         rows |= _raw(server)
-        rows |= loop_rows(server, repeats=100 if quick else 200)
+    # A server that has just taken a million messages still writes to its disk.
+    with bus.PrivateServer() as server:
+        rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 60)
     return rows
 
 
@@ -64,26 +68,47 @@ def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[s
     return rows
 
 
-def _commands(server: bus.PrivateServer, *, seconds: int, repeats: int) -> dict[str, Row]:
+def _commands(server: bus.PrivateServer, *, seconds: int) -> dict[str, Row]:
+    """Ours and bare redis-py, one after the other, under the same load for as long."""
     rate = 10_000
-    ours, bare, ratios, medians = [], [], [], []
-    lost = 0
-    for _ in range(repeats):
-        options = {"rate": rate, "count": rate * seconds}
-        one = _pair(server, "send_commands", "receive_commands", options)
-        two = _pair(server, "bare_send", "bare_receive", options)
-        lost += options["count"] - one["seen"]
-        ours.append(one["p99"] / 1e3)
-        medians.append(one["p50"] / 1e3)
-        bare.append(two["p99"] / 1e3)
-        ratios.append(one["p99"] / two["p99"])
+    options = {"rate": rate, "count": rate * seconds}
+    ours = _pair(server, "send_commands", "receive_commands", options)
+    bare = _pair(server, "bare_send", "bare_receive", options)
+    about = {"offered_per_second": rate, "seconds": seconds}
+
+    def quantiles(found: dict[str, Any], which: str) -> Row:
+        by_second = np.median(found["p99_by_second"])
+        cost = found["cpu_seconds"] / options["count"] * 1e6
+        return exact(
+            found[which],
+            "ms",
+            p99_of_the_median_second_ms=by_second,
+            cpu_us_a_message=cost,
+            **about,
+        )
+
     return {
-        "commands_p50": summarise(medians, "ms", offered_per_second=rate, seconds=seconds),
-        "commands_p99": summarise(ours, "ms", offered_per_second=rate, seconds=seconds),
-        "commands_redis_p99": summarise(bare, "ms", offered_per_second=rate, seconds=seconds),
-        "commands_p99_over_redis": summarise(ratios, "ratio"),
-        "commands_lost": exact(lost, "messages", of=rate * seconds * repeats),
+        "commands_p50": quantiles(ours, "p50"),
+        "commands_p99": quantiles(ours, "p99"),
+        "commands_redis_p50": quantiles(bare, "p50"),
+        "commands_redis_p99": quantiles(bare, "p99"),
+        "commands_p99_over_redis": exact(ours["p99"] / bare["p99"], "ratio"),
+        "commands_lost": exact(options["count"] - ours["seen"], "messages", of=options["count"]),
     }
+
+
+def _ask(server: bus.PrivateServer, count: int) -> Ask:
+    def ask(run: str, step_seconds: float, cores: list[int]) -> dict[str, Any]:
+        options = {
+            "url": server.url,
+            "run": run,
+            "count": count,
+            "step_seconds": step_seconds,
+            "cores": cores,
+        }
+        return _result(_start("ask", options), "ask")
+
+    return ask
 
 
 def _raw(server: bus.PrivateServer) -> dict[str, Row]:
@@ -116,7 +141,9 @@ def _pair(
         raise RuntimeError(f"{consumer} did not start")
     writer = _start(producer, told)
     sent = _result(writer, producer)
-    return {**sent, **_result(reader, consumer)}
+    found = _result(reader, consumer)
+    both = sent["cpu_seconds"] + found["cpu_seconds"]
+    return {**sent, **found, "cpu_seconds": both}
 
 
 def _start(side: str, options: Mapping[str, Any]) -> subprocess.Popen[str]:
@@ -131,6 +158,6 @@ def _start(side: str, options: Mapping[str, Any]) -> subprocess.Popen[str]:
 def _result(process: subprocess.Popen[str], side: str) -> dict[str, Any]:
     out, _ = process.communicate(timeout=300)
     if process.returncode:
-        raise RuntimeError(f"{side} ended with status {process.returncode}")
+        raise subprocess.SubprocessError(f"{side} ended with status {process.returncode}")
     found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return found

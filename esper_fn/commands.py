@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -173,6 +174,27 @@ def pack(
       CommandError: more commands than rows, or a seed that does not exist.
       UnknownNameError: a blueprint or grafting strategy the lattice was not given.
     """
+    rows = pack_on_host(lattice, grafts, commands, size)
+    small = rows.astype(np.int8)
+    return jax.device_put(
+        Commands(
+            seed=rows[0],
+            kind=small[1],
+            blueprint=small[2],
+            graft=small[3],
+            target=small[4],
+            batch=rows[5],
+        )
+    )
+
+
+def pack_on_host(
+    lattice: Lattice, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
+) -> np.ndarray:
+    """`pack` before anything goes to the device: int32[6, size]; for a check that costs little.
+
+    Arguments and errors as there.
+    """
     if len(commands) > size:
         raise CommandError(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
@@ -210,11 +232,4 @@ def pack(
             rows[4, column] = command.target
         if command.batch is not None:
             rows[5, column] = batches.setdefault(command.batch, len(batches))
-    return Commands(
-        seed=jnp.asarray(rows[0]),
-        kind=jnp.asarray(rows[1], jnp.int8),
-        blueprint=jnp.asarray(rows[2], jnp.int8),
-        graft=jnp.asarray(rows[3], jnp.int8),
-        target=jnp.asarray(rows[4], jnp.int8),
-        batch=jnp.asarray(rows[5]),
-    )
+    return rows

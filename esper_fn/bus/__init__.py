@@ -5,7 +5,7 @@ See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 
 from esper_fn.bus._address import MEMORY, Address, parse_address
 from esper_fn.bus._broker import Broker
-from esper_fn.bus._client import AsyncClient, Client, connect, connect_async
+from esper_fn.bus._client import AsyncClient, connect_async
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
 from esper_fn.bus._connect import make_transport
 from esper_fn.bus._intake import Intake, Taken
@@ -42,6 +42,7 @@ from esper_fn.bus._messages import (
     Transition,
     new_id,
 )
+from esper_fn.bus._plain_client import Client, connect
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._redis import RedisTransport

@@ -1,12 +1,12 @@
-"""Those who steer and watch: an asynchronous client, and the same for plain code."""
+"""Those who steer and watch, asynchronously."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 
 import msgspec
@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from esper_fn.bus._broker import Broker
 from esper_fn.bus._codec import SCHEMA, Schema, check_size
-from esper_fn.bus._connect import LoopThread, make_transport
+from esper_fn.bus._connect import make_transport
 from esper_fn.bus._messages import Command, DeadLetter, Message, Outcome, new_id
 from esper_fn.bus._publisher import Publisher, ServerTime
 from esper_fn.bus._resilience import Retry
@@ -29,10 +29,13 @@ from esper_fn.errors import (
     NoOutcomeError,
 )
 
-_LOG = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, RedisError)
-_WATCHED = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
+WATCHED = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
+"""What `watch` follows."""
 _MAX_UNSETTLED = 10_000
+_LISTENS_SECONDS = 1.0
+"""A run that was seen to live is not asked for again so soon: a lease lasts longer."""
 
 
 class AsyncClient:
@@ -57,6 +60,7 @@ class AsyncClient:
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._unsettled: dict[str, tuple[Command, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._listens_until = -math.inf
         self.num_refused = 0
         """Entries read that were forged or could not be decoded."""
 
@@ -100,9 +104,10 @@ class AsyncClient:
           BusUnavailableError: the server does not answer; it goes out when it does, unless this
             client is closed.
         """
-        if must_listen:
-            await self.check_listener()
         loop = asyncio.get_running_loop()
+        if must_listen and loop.time() >= self._listens_until:
+            await self.check_listener()
+            self._listens_until = loop.time() + _LISTENS_SECONDS
         future: asyncio.Future[Outcome] | None = None
         if wait_seconds is not None:
             future = self._waiting.setdefault(command.id, loop.create_future())
@@ -151,7 +156,7 @@ class AsyncClient:
         )
 
     async def watch(
-        self, topics: Sequence[Topic] = _WATCHED, *, from_beginning: bool = False
+        self, topics: Sequence[Topic] = WATCHED, *, from_beginning: bool = False
     ) -> AsyncIterator[Message]:
         """Everything the run tells from now on (or all that is still there), for ever."""
         after = dict.fromkeys(topics, BEGINNING)
@@ -251,7 +256,7 @@ class AsyncClient:
             messages: tuple[Message, ...] = self._schema.decode(delivery.payload).messages
         except MessageError as error:
             self.num_refused += 1
-            _LOG.warning("entry %s is refused: %s", delivery.entry_id, error)
+            _LOGGER.warning("entry %s is refused: %s", delivery.entry_id, error)
             return ()
         return messages
 
@@ -287,85 +292,6 @@ class AsyncClient:
                         await publisher.republish(command, number)
 
 
-class Client:
-    """The same for plain code: every call waits, and none for ever.
-
-    >>> with bus.connect("redis://127.0.0.1:6379", run="digits-0") as client:
-    ...     outcome = client.send(bus.Cull(site="hidden", seed=3))  # doctest: +SKIP
-    """
-
-    def __init__(self, client: AsyncClient, thread: LoopThread) -> None:
-        self.asynchronous = client
-        self._thread = thread
-
-    def send(
-        self, command: Command, *, wait_seconds: float | None = 30.0, must_listen: bool = True
-    ) -> Outcome | None:
-        """See `AsyncClient.send`."""
-        work = self.asynchronous.send(command, wait_seconds=wait_seconds, must_listen=must_listen)
-        return self._thread.call(work)
-
-    def watch(
-        self, topics: Sequence[Topic] = _WATCHED, *, seconds: float, from_beginning: bool = False
-    ) -> Iterator[Message]:
-        """What the run tells within so many seconds."""
-        stream = self.asynchronous.watch(topics, from_beginning=from_beginning)
-        until = time.monotonic() + seconds
-
-        async def following() -> Message:
-            return await anext(stream)
-
-        pending = None
-        try:
-            while (left := until - time.monotonic()) > 0:
-                pending = asyncio.run_coroutine_threadsafe(following(), self._thread.loop)
-                try:
-                    yield pending.result(left)
-                except TimeoutError:
-                    return
-        finally:
-            if pending is not None:
-                pending.cancel()
-
-    def dead_letters(self, *, limit: int = 100) -> list[tuple[str, DeadLetter]]:
-        """See `AsyncClient.dead_letters`."""
-        return self._thread.call(self.asynchronous.dead_letters(limit=limit))
-
-    def replay(self, letter_id: str) -> list[str]:
-        """See `AsyncClient.replay`."""
-        return self._thread.call(self.asynchronous.replay(letter_id))
-
-    def drop(self, letter_ids: Iterable[str]) -> int:
-        """See `AsyncClient.drop`."""
-        return self._thread.call(self.asynchronous.drop(letter_ids))
-
-    def living(self) -> list[str]:
-        """Names of the runs that live."""
-        return self._thread.call(self.asynchronous.transport.living())
-
-    def check_listener(self) -> None:
-        """See `AsyncClient.check_listener`."""
-        self._thread.call(self.asynchronous.check_listener())
-
-    def close(self) -> None:
-        """Disconnects."""
-        try:
-            self._thread.call(self.asynchronous.close(), 10)
-        finally:
-            self._thread.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 def connect_async(
     url: str, *, run: str, keys: Keyring | None = None, broker: Broker | None = None
 ) -> AsyncClient:
@@ -379,26 +305,3 @@ def connect_async(
     """
     keys = read_keys() if keys is None else keys
     return AsyncClient(make_transport(url, run, keys=keys, broker=broker), keys=keys)
-
-
-def connect(
-    url: str, *, run: str, keys: Keyring | None = None, broker: Broker | None = None
-) -> Client:
-    """A client for plain code; arguments as for `connect_async`.
-
-    Raises:
-      BusUnavailableError: no server.
-      BusSecurityError: others could reach it, and there is no key.
-    """
-    keys = read_keys() if keys is None else keys
-    transport = make_transport(url, run, keys=keys, broker=broker)
-    thread = LoopThread("esper-bus-client")
-
-    async def make() -> AsyncClient:
-        return await AsyncClient(transport, keys=keys).open()
-
-    try:
-        return Client(thread.call(make()), thread)
-    except BaseException:
-        thread.close()
-        raise

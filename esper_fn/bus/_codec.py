@@ -15,7 +15,7 @@ FORMAT = 1
 """Of the parcel around the messages; part of what is signed."""
 
 
-class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
     """What stands before the messages of a parcel.
 
     Attributes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from esper_fn.bus._ages import Ages
 from esper_fn.bus._codec import SCHEMA, Header, Schema, check_size
 from esper_fn.bus._messages import Batch, Command, DeadLetter, Outcome, SeedCommand
 from esper_fn.bus._position import RunPosition
@@ -56,8 +56,11 @@ class _Held:
 class _Line:
     """Entries of one stream in order of arrival, up to the oldest unfinished one."""
 
-    entries: deque[str] = field(default_factory=deque)
+    entries: deque[tuple[tuple[int, int], str]] = field(default_factory=deque)
+    """By `order` and name."""
     finished: set[str] = field(default_factory=set)
+    cursor: tuple[int, int] = (-1, -1)
+    """The `order` of the position's cursor, where it was moved here."""
 
 
 class Intake:
@@ -99,9 +102,7 @@ class Intake:
         self._done: list[Done] = []
         self._attempts: dict[tuple[Topic, str], int] = {}
         self._undone: dict[str, int] = {}
-        self._received: dict[tuple[Topic, str], float] = {}
-        self._bound: dict[tuple[Topic, str], float] = {}
-        self._empty_at: dict[Topic, float] = {}
+        self._ages = Ages(self._time, clock)
         self._out: set[str] = set()
         self.counts: dict[str, int] = {}
 
@@ -135,24 +136,23 @@ class Intake:
 
     def drained(self, topic: Topic) -> None:
         """A stream has nothing more right now: whatever comes later is published later."""
-        self._empty_at[topic] = self._clock()
+        self._ages.drained(topic)
 
     def accept(self, deliveries: Iterable[Delivery]) -> None:
         """Takes deliveries in, in the order of their stream."""
-        now = self._clock()
+        # They move meanwhile, and only over what was accepted here.
+        cursors = {topic: order(last) for topic, last in self.position.cursor.items()}
         for delivery in deliveries:
             name = (delivery.topic, delivery.entry_id)
-            cursor = self.position.cursor.get(delivery.topic)
             if name in self._known:
                 continue
-            if cursor is not None and order(delivery.entry_id) <= order(cursor):
+            at = order(delivery.entry_id)
+            if at <= cursors.get(delivery.topic, (-1, -1)):
                 self._answer_again(delivery)
                 continue
             self._known.add(name)
-            self._lines[delivery.topic].entries.append(delivery.entry_id)
-            self._received[name] = now
-            if delivery.topic in self._empty_at:
-                self._bound[name] = self._empty_at[delivery.topic]
+            self._lines[delivery.topic].entries.append((at, delivery.entry_id))
+            self._ages.came(name)
             try:
                 self._check(delivery)
             except MessageError as error:
@@ -347,17 +347,9 @@ class Intake:
         limit = taken.command.expires_after_seconds
         if limit is None:
             return False
-        now = self._clock()
+        held_ms = self._schema.decode_header(taken.delivery.payload).held_ms
         name = (taken.delivery.topic, taken.delivery.entry_id)
-        received = self._received.get(name, now)
-        published_ms, _ = order(taken.delivery.entry_id)
-        in_stream = (self._time.now_ms() - published_ms) / 1000
-        # Whatever the server's clock does, it waited since it came, and not since before the
-        # stream was last seen empty.
-        in_stream = min(in_stream, now - self._bound.get(name, -math.inf))
-        in_stream = max(in_stream, now - received)
-        header = self._schema.decode_header(taken.delivery.payload)
-        return header.held_ms / 1000 + in_stream > limit
+        return held_ms / 1000 + self._ages.seconds_in_stream(name) > limit
 
     def _refuse(self, taken: Taken, reason: str, words: str) -> None:
         outcome = Outcome(command_id=taken.command.id, code=reason.upper(), words=words)
@@ -391,16 +383,15 @@ class Intake:
     def _settle(self, delivery: Delivery, outcome: Outcome | None, dead: DeadLetter | None) -> None:
         name = (delivery.topic, delivery.entry_id)
         self._attempts.pop(name, None)
-        self._received.pop(name, None)
-        self._bound.pop(name, None)
+        self._ages.forget(name)
         line = self._lines[delivery.topic]
         line.finished.add(delivery.entry_id)
-        while line.entries and line.entries[0] in line.finished:
-            entry_id = line.entries.popleft()
+        while line.entries and line.entries[0][1] in line.finished:
+            at, entry_id = line.entries.popleft()
             line.finished.discard(entry_id)
             self._known.discard((delivery.topic, entry_id))
-            cursor = self.position.cursor.get(delivery.topic, "0-0")
-            if order(entry_id) > order(cursor):
+            if at > line.cursor:
+                line.cursor = at
                 self.position.cursor[delivery.topic] = entry_id
         self._done.append(Done(delivery.topic, delivery.entry_id, outcome, dead))
 

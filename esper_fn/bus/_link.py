@@ -75,6 +75,11 @@ class Link:
         self._connection: Any = pool.make_connection()
         self._lock = asyncio.Lock()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._lock.locked()
+
     async def call(self, *arguments: Any, timeout_seconds: float | None) -> Any:
         """Sends a command and returns the server's answer.
 

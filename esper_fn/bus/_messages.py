@@ -43,8 +43,10 @@ def new_id() -> str:
         return f"{_ORIGIN}-{next(_COUNTER)}"
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True):
-    """Root of all messages."""
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True, gc=False
+):
+    """Root of all messages. None can lie in a cycle, so the garbage collector need not look."""
 
     topic: ClassVar[Topic]
 

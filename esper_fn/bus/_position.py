@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -14,6 +13,7 @@ from esper_fn.bus._topics import Topic
 MAX_OUTCOMES = 4_096
 MAX_PRODUCERS = 4_096
 _OUTCOME = msgspec.json.Decoder(Outcome)
+_JSON = msgspec.json.Encoder()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class RunPosition:
       sequences: last number in force, by `producer/topic`, the latest producers last.
       issued: when each of these producers last issued one, in server milliseconds.
       issued_floor_ms: producers forgotten here issued nothing later than that.
-      outcomes: JSON of the latest outcomes by command id, for commands that come again.
+      outcomes: the latest ones by command id, for commands that come again.
     """
 
     epoch: int = 0
@@ -37,7 +37,7 @@ class RunPosition:
     sequences: dict[str, int] = field(default_factory=dict)
     issued: dict[str, int] = field(default_factory=dict)
     issued_floor_ms: int = 0
-    outcomes: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     """Sequences not yet made known to the server; -1 for a forgotten producer."""
 
@@ -53,18 +53,24 @@ class RunPosition:
 
     def keep(self, outcome: Outcome) -> None:
         """Remembers an outcome."""
-        self.outcomes[outcome.command_id] = msgspec.json.encode(outcome).decode()
+        self.outcomes[outcome.command_id] = outcome
         while len(self.outcomes) > MAX_OUTCOMES:
             del self.outcomes[next(iter(self.outcomes))]
 
     def outcome(self, command_id: str) -> Outcome | None:
         """The first outcome of a command; None where it is not remembered."""
-        text = self.outcomes.get(command_id)
-        return None if text is None else _OUTCOME.decode(text)
+        return self.outcomes.get(command_id)
 
     def copy(self) -> RunPosition:
         """An independent one."""
-        return copy.deepcopy(self)
+        return replace(
+            self,
+            cursor=dict(self.cursor),
+            sequences=dict(self.sequences),
+            issued=dict(self.issued),
+            outcomes=dict(self.outcomes),
+            changed=dict(self.changed),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold.
@@ -78,7 +84,7 @@ class RunPosition:
             "sequences": dict(self.sequences),
             "issued": dict(self.issued),
             "issued_floor_ms": self.issued_floor_ms,
-            "outcomes": dict(self.outcomes),
+            "outcomes": {name: _JSON.encode(o).decode() for name, o in self.outcomes.items()},
         }
 
     @classmethod
@@ -89,6 +95,9 @@ class RunPosition:
           ValueError: it is not such values.
         """
         try:
-            return msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
+            texts = msgspec.convert(values.get("outcomes", {}), dict[str, str])
+            outcomes = {name: _OUTCOME.decode(text) for name, text in texts.items()}
+            rest = {name: value for name, value in values.items() if name != "outcomes"}
+            return replace(msgspec.convert(rest, cls), outcomes=outcomes)
+        except (msgspec.MsgspecError, AttributeError) as error:
             raise ValueError(f"not a run's position on the bus: {error}") from None

@@ -20,7 +20,7 @@ from esper_fn.bus._topics import COMMAND_TOPICS, Topic
 from esper_fn.bus._transport import Entry, Transport
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
-_LOG = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 _MESSAGES_IN_PARCEL = 256
 _ENTRIES_AT_ONCE = 128
 
@@ -216,7 +216,7 @@ class Publisher:
         except (BusUnavailableError, RedisError) as error:
             self.num_failures += 1
             if failures == 0:
-                _LOG.warning("publication to %s failed: %s", self._topic.value, error)
+                _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
             await asyncio.sleep(self._retry.delay_seconds(failures + 1))
             return False
         if self.generation not in {None, published.generation}:
@@ -260,7 +260,7 @@ class Publisher:
             return [group[:half], group[half:]]
         self.num_dropped += 1
         if group[0].accepted is None:
-            _LOG.warning("a message to %s was dropped: %s", self._topic.value, error)
+            _LOGGER.warning("a message to %s was dropped: %s", self._topic.value, error)
         _refuse(group[0], error)
         return []
 

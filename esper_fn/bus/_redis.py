@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from secrets import token_hex
@@ -13,7 +14,8 @@ from redis.exceptions import ResponseError
 from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address, check_reach
 from esper_fn.bus._link import Link, Script
-from esper_fn.bus._replies import deliveries, delivery, pairs, server_ms
+from esper_fn.bus._replies import attached, deliveries, delivery, server_ms
+from esper_fn.bus._requests import settlement_arguments
 from esper_fn.bus._resilience import CircuitBreaker
 from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
 from esper_fn.bus._transport import (
@@ -171,7 +173,10 @@ class RedisTransport:
         last = list(after.values())
 
         async def once(block: list[Any], timeout: float) -> list[Delivery]:
-            answer = await self._link(f"tail {'+'.join(topics)}").call(
+            # Several may follow the same topics: none waits behind another's blocking read.
+            roles = (f"tail {'+'.join(topics)} {number}" for number in itertools.count())
+            link = next(link for link in map(self._link, roles) if not link.is_busy)
+            answer = await link.call(
                 "XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last, timeout_seconds=timeout
             )
             return deliveries(topics, streams, answer)
@@ -266,24 +271,8 @@ class RedisTransport:
         )
         if not answer[0]:
             raise LeaseHeldError(answer[1].decode(), answer[2] / 1000)
-        _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
-        topic_of = {self.stream(topic): topic for topic in COMMAND_TOPICS}
-        tried = {}
-        for name, count in pairs(attempts):
-            stream, _, entry_id = name.decode().rpartition(" ")
-            tried[topic_of[stream], entry_id] = int(count)
-        return Attached(
-            lease=Lease(holder, epoch),
-            generation=generation.decode(),
-            cursor={topic: last.decode() for topic, last in zip(COMMAND_TOPICS, at, strict=True)},
-            sequences={name.decode(): int(number) for name, number in pairs(sequences)},
-            leftovers=[
-                delivery(COMMAND_TOPICS[index], entry_id, fields)._replace(deliveries=count)
-                for index, entry_id, fields, count in leftovers
-            ],
-            attempts=tried,
-            server_ms=server_ms(seconds, micros),
-        )
+        streams = list(map(self.stream, COMMAND_TOPICS))
+        return attached(holder, COMMAND_TOPICS, streams, answer)
 
     async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
         """See `Transport`."""
@@ -305,25 +294,7 @@ class RedisTransport:
             *map(self._key, ("run", "sequences", "attempts")),
             *map(self.stream, (Topic.OUTCOMES, Topic.DEAD, *COMMAND_TOPICS)),
         ]
-        done = {topic: settlement.done.get(topic, ()) for topic in COMMAND_TOPICS}
-        arguments: list[Any] = [
-            lease.epoch,
-            settlement.number,
-            RUN_GROUP,
-            POLICIES[Topic.OUTCOMES].max_entries,
-            POLICIES[Topic.DEAD].max_entries,
-            len(settlement.outcomes),
-            len(settlement.dead),
-            len(settlement.sequences),
-        ]
-        for topic in COMMAND_TOPICS:
-            arguments += (settlement.cursor.get(topic, ""), len(done[topic]))
-        for topic in COMMAND_TOPICS:
-            arguments += done[topic]
-        for payload, signature in (*settlement.outcomes, *settlement.dead):
-            arguments += (payload, signature)
-        for name, number in settlement.sequences.items():
-            arguments += (name, number)
+        arguments = settlement_arguments(lease, settlement)
         self._check(await self._script(_SETTLE, keys, arguments), lease)
 
     async def trim(self, topic: Topic, before: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from esper_fn.bus._topics import Topic
-from esper_fn.bus._transport import Delivery
+from esper_fn.bus._transport import Attached, Delivery, Lease
 
 
 def server_ms(seconds: bytes, micros: bytes) -> int:
@@ -38,3 +38,27 @@ def delivery(topic: Topic, entry_id: bytes, fields: list[bytes]) -> Delivery:
         return Delivery(topic, entry_id.decode(), fields[1], signature)
     # Somebody else's entry, or one whose fields are gone: nothing of it can be read.
     return Delivery(topic, entry_id.decode(), b"")
+
+
+def attached(
+    holder: str, topics: Sequence[Topic], streams: Sequence[str], answer: list[Any]
+) -> Attached:
+    """An answer to the script `ATTACH`, for command streams in this order."""
+    _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
+    topic_of = dict(zip(streams, topics, strict=True))
+    tried = {}
+    for name, count in pairs(attempts):
+        stream, _, entry_id = name.decode().rpartition(" ")
+        tried[topic_of[stream], entry_id] = int(count)
+    return Attached(
+        lease=Lease(holder, epoch),
+        generation=generation.decode(),
+        cursor={topic: last.decode() for topic, last in zip(topics, at, strict=True)},
+        sequences={name.decode(): int(number) for name, number in pairs(sequences)},
+        leftovers=[
+            delivery(topics[index], entry_id, fields)._replace(deliveries=count)
+            for index, entry_id, fields, count in leftovers
+        ],
+        attempts=tried,
+        server_ms=server_ms(seconds, micros),
+    )

@@ -151,11 +151,16 @@ for i = 7, #KEYS do
   counts[i] = tonumber(ARGV[at + 1])
   at = at + 2
 end
+local tried = redis.call('EXISTS', KEYS[4]) == 1
 for i = 7, #KEYS do
-  for _ = 1, counts[i] do
-    redis.call('XACK', KEYS[i], ARGV[3] .. ARGV[1], ARGV[at])
-    redis.call('HDEL', KEYS[4], KEYS[i] .. ' ' .. ARGV[at])
-    at = at + 1
+  local last = at + counts[i] - 1
+  while at <= last do
+    local to = math.min(last, at + 999) -- what Lua's stack surely holds
+    redis.call('XACK', KEYS[i], ARGV[3] .. ARGV[1], unpack(ARGV, at, to))
+    if tried then
+      for one = at, to do redis.call('HDEL', KEYS[4], KEYS[i] .. ' ' .. ARGV[one]) end
+    end
+    at = to + 1
   end
 end
 for _ = 1, tonumber(ARGV[6]) do

@@ -82,6 +82,17 @@ class PrivateServer:
         """Address through the port."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def pid(self) -> int:
+        """Of its process.
+
+        Raises:
+          BusUnavailableError: it was not started.
+        """
+        if self.process is None:
+            raise BusUnavailableError("the server was not started; use it as a context")
+        return self.process.pid
+
     def start(self) -> None:
         """Starts it, again after `kill` with what it had acknowledged.
 

@@ -25,17 +25,29 @@ from esper_fn.runtime._ring import live_form, saved_form, saved_parts
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._signals import termination
-from esper_fn.runtime._step import Step, TrainState, init, make_step, scan_steps
+from esper_fn.runtime._step import (
+    CompiledFit,
+    Learned,
+    Step,
+    StepParts,
+    TrainState,
+    init,
+    make_step,
+    make_step_parts,
+    scan_steps,
+)
 
 if TYPE_CHECKING:
-    from esper_fn.runtime._steering import Steering, steer
+    from esper_fn.runtime._steer import steer
+    from esper_fn.runtime._steering import Steering
 
 
 def __getattr__(name: str) -> Any:
     if name in {"Steering", "steer"}:
-        from esper_fn.runtime import _steering
+        from esper_fn.runtime._steer import steer
+        from esper_fn.runtime._steering import Steering
 
-        return getattr(_steering, name)
+        return {"Steering": Steering, "steer": steer}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -44,11 +56,14 @@ __all__ = [
     "Carried",
     "Checkpoints",
     "CompilationCount",
+    "CompiledFit",
     "Fit",
+    "Learned",
     "Segment",
     "SnapshotClock",
     "Steering",
     "Step",
+    "StepParts",
     "TrainState",
     "carry_over",
     "compile_fit",
@@ -61,6 +76,7 @@ __all__ = [
     "lifecycle_events",
     "live_form",
     "make_step",
+    "make_step_parts",
     "rollback_reports",
     "saved_form",
     "saved_parts",

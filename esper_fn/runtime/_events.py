@@ -12,6 +12,7 @@ from esper_fn.lifecycle import EDGES, GUARD_EDGES, Cause, Gate, Stage
 _GATE_OF = {
     (edge.source, edge.target, edge.cause): edge.gates[-1] for edge in (*GUARD_EDGES, *EDGES)
 }
+_NAMES = [of.name for of in Stage]
 _MEASURED = {
     Stage.DORMANT: "potential",
     Stage.TRAINING: "utility",
@@ -78,5 +79,5 @@ def stage_counts(stage: np.ndarray) -> dict[str, int]:
     >>> stage_counts(np.asarray([0, 0, 7]))
     {'DORMANT': 2, 'FOSSILIZED': 1}
     """
-    counts = np.bincount(np.asarray(stage).astype(np.int64), minlength=len(Stage))
-    return {of.name: int(counts[of]) for of in Stage if counts[of]}
+    counts = np.bincount(stage, minlength=len(_NAMES)).tolist()
+    return {name: count for name, count in zip(_NAMES, counts, strict=True) if count}

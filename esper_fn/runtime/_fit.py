@@ -14,7 +14,7 @@ from esper_fn import rollback
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._lattice import BareSeeds
 from esper_fn._typing import Key, Params
-from esper_fn.commands import Command
+from esper_fn.commands import Command, Commands
 from esper_fn.data import batch_indices
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
@@ -25,7 +25,7 @@ from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._ring import live_form
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
-from esper_fn.runtime._step import TrainState, init, make_step, scan_steps
+from esper_fn.runtime._step import CompiledFit, TrainState, init, make_step_parts
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
@@ -112,10 +112,9 @@ def segment_length(num_steps: int, wanted: int) -> int:
 
 def compile_fit(
     growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
-) -> Any:
-    """The compiled segment that several `fit` calls may share (`segment=`), one per growth."""
-    step = make_step(growth, loss_fn, optimizer, survey_every=survey_every)
-    return jax.jit(scan_steps(step), donate_argnums=0)
+) -> CompiledFit:
+    """The compiled programs that several `fit` calls may share (`segment=`), one per growth."""
+    return CompiledFit(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
 
 
 def fit(
@@ -137,7 +136,7 @@ def fit(
     max_commands: int = 4,
     listener: Listener | None = None,
     max_rollbacks: int = 5,
-    segment: Any = None,
+    segment: CompiledFit | None = None,
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
     steering: Steering | None = None,
@@ -145,7 +144,7 @@ def fit(
     """Trains and grows.
 
     Steps run in compiled segments; commands are taken and results reported between segments, never
-    inside one.
+    inside one. A segment of one step is then two programs, and commands are taken between them.
 
     Args:
       growth: the static part.
@@ -163,7 +162,7 @@ def fit(
       num_snapshots: how many are kept; 0 for none. Each takes the memory of parameters, optimiser
         state and bodies; see `rollback.anchor`.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
-      commands: `commands(step)` gives what is asked before that step.
+      commands: `commands(step)` gives what is asked of that step; it takes force at its end.
       max_commands: commands taken at once.
       listener: called after each segment.
       max_rollbacks: more of them than this end the run.
@@ -222,6 +221,7 @@ def fit(
         "num_snapshots": num_snapshots,
         "max_commands": max_commands,
     }
+    silence = growth.commands((), size=max_commands)
     totals = {
         "num_rollbacks": 0,
         "num_parameters": 0,
@@ -232,8 +232,13 @@ def fit(
 
     def advance(state: TrainState, first: int, record: dict[str, Any]) -> _Advanced:
         totals = record["totals"]
-        asked = growth.commands(commands(first) if commands else (), size=max_commands)
-        state, infos = run(state, batches(first, length), survey_batch, asked)
+
+        def asked() -> Commands:
+            wanted = commands(first) if commands else ()
+            return growth.commands(wanted, size=max_commands) if wanted else silence
+
+        given = asked if commands else silence
+        state, infos = run(state, batches(first, length), survey_batch, given)
         infos = jax.device_get(infos)
         totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
         totals["num_parameters"] = int(infos.num_parameters[-1])

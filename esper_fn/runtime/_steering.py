@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from esper_fn import bus, commands
 from esper_fn._growth import Growth
-from esper_fn._version import __version__
 from esper_fn.bus import Outcome, SeedOutcome, Taken
 from esper_fn.commands import Code
 from esper_fn.errors import EsperError, RunStoppedError
-from esper_fn.runtime._events import stage_counts
-from esper_fn.runtime._translate import WORDS, lifecycle_event, stage_name, to_core
+from esper_fn.runtime._positions import SavedPositions
+from esper_fn.runtime._telling import Teller
+from esper_fn.runtime._translate import WORDS, stage_name, to_core
 
 if TYPE_CHECKING:
     from esper_fn.runtime._fit import Segment
@@ -39,10 +35,11 @@ class _Rows(NamedTuple):
 class Steering:
     """Lets a run be steered and watched over a bus, as `fit(..., steering=...)`.
 
-    Between two segments it takes what waits and sets up the rows of the next one; after a segment
-    it answers, from the infos that `fit` has on the host anyway: no transfer of its own, and no
-    wait for a server, which a thread of the station talks to. With `segment_steps=1` every step is
-    such a boundary.
+    Between two segments it takes what waits: stops, pauses and saves are done there, commands to
+    seeds become rows of the next segment. With `segment_steps=1` every step is such a boundary, and
+    rows are still taken when the gradients of the step are there. After a segment it answers, from
+    the infos that `fit` has on the host anyway: no transfer of its own, and no wait for a server,
+    which a thread of the station talks to.
 
     Use it as a context around `fit`. Make one with `steer`.
 
@@ -64,22 +61,18 @@ class Steering:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._growth = growth
+        self._grafts = [graft.name for graft in growth.grafts]
         self._make = station
-        self._clock = clock
+        self._teller = Teller(frames_per_second=frames_per_second, clock=clock)
         self.max_commands = max_commands
-        self._limiter = bus.RateLimiter(per_second=frames_per_second, burst=1, clock=clock)
         self._rows: list[_Rows] | None = None
         self._running: list[_Rows] = []
         self._deferred: list[Taken] = []
         self._stopped_by: bus.EmergencyStop | None = None
         self._is_paused = False
         self._should_save = False
-        self._can_save = False
-        self._writer: Any = None
-        self._saved_step: int | None = None
+        self._saved: SavedPositions | None = None
         self._step = 0
-        self._num_rollbacks = 0
-        self._told_at: float | None = None
         self.station: bus.Station = station(None)
 
     def __enter__(self) -> Steering:
@@ -97,7 +90,7 @@ class Steering:
     # --- what `fit` calls -----------------------------------------------------------------------
 
     def commands(self, step: int) -> list[commands.Command]:
-        """The rows of the segment that begins with a step.
+        """The rows of the segment that begins with a step, up to now.
 
         Raises:
           FencedError: another process drives the run now.
@@ -106,6 +99,7 @@ class Steering:
         self._step = step
         if self._rows is None and self._boundary():
             self.check_stopped()
+        self._fill(only_seeds=True)
         self._running, self._rows = self._rows or [], None
         return [row for rows in self._running for row in rows.commands]
 
@@ -121,6 +115,7 @@ class Steering:
             at += count
         self._running = []
         self._step = segment.first_step + segment.num_steps
+        self.station.set_step(self._step)
         self.station.flush()
         self._tell(segment)
 
@@ -138,26 +133,33 @@ class Steering:
         return asked
 
     def join(self, checkpoints: Checkpoints | None) -> Checkpoints | None:
-        """Checkpoints that keep the run's position on the bus in their note."""
-        self._can_save = checkpoints is not None
+        """Checkpoints that keep the run's position on the bus in their note.
+
+        Commands stay on the server from now on until no checkpoint is left that came before them.
+        """
         if checkpoints is None:
+            self._saved = None
             return None
-        self._writer = checkpoints.writer
-        self._saved_step = checkpoints.writer.last_acknowledged
+        saved = self._saved = SavedPositions(checkpoints.writer)
+        self.station.keep_commands()
         note, recall = checkpoints.note, checkpoints.recall
 
         def with_position() -> dict[str, Any]:
             inner = None if note is None else note()
-            return {"note": inner, _NOTE: self.station.position().as_dict()}
+            position = self.station.position()
+            saved.note(self._step, position)
+            return {"note": inner, _NOTE: position.as_dict()}
 
-        def from_position(saved: Any) -> None:
-            if isinstance(saved, dict) and _NOTE in saved:
-                self._restart(bus.RunPosition.from_dict(saved[_NOTE]))
-                saved = saved["note"]
-                step = -1 if self._saved_step is None else self._saved_step
-                self.station.offer([bus.CheckpointEvent(step=step, what="restored")])
+        def from_position(told: Any) -> None:
+            if isinstance(told, dict) and _NOTE in told:
+                position = bus.RunPosition.from_dict(told[_NOTE])
+                self._restart(position)
+                self.station.offer(
+                    [bus.CheckpointEvent(step=saved.restored(position), what="restored")]
+                )
+                told = told["note"]
             if recall is not None:
-                recall(saved)
+                recall(told)
 
         return replace(checkpoints, note=with_position, recall=from_position)
 
@@ -189,6 +191,7 @@ class Steering:
     def _restart(self, position: bus.RunPosition) -> None:
         self.station.close()
         self.station = self._make(position)
+        self.station.keep_commands()
         self.station.start()
 
     def _boundary(self) -> bool:
@@ -199,8 +202,10 @@ class Steering:
             self._fill()
         return self._stopped_by is not None
 
-    def _fill(self) -> None:
+    def _fill(self, *, only_seeds: bool = False) -> None:
         """Takes commands until none waits, or one does not fit into this segment."""
+        if not self.station.has_news and not self._deferred:
+            return
         rows = self._rows or []
         num_rows = sum(len(row.commands) for row in rows)
         seeds = {row.seed for one in rows for row in one.commands}
@@ -211,8 +216,8 @@ class Steering:
         for at, taken in enumerate(waiting):
             command = taken.command
             if not isinstance(command, bus.SeedCommand | bus.Batch):
-                if isinstance(command, bus.Pause) and rows:
-                    # What came before it takes force in the step before it stands still.
+                if only_seeds or (isinstance(command, bus.Pause) and rows):
+                    # What came before a pause takes force in the step before it stands still.
                     self.station.put_back(waiting[at:])
                     break
                 self._control(taken)
@@ -242,7 +247,7 @@ class Steering:
         elif isinstance(command, bus.EmergencyStop):
             self._stopped_by = command
             self._finish(taken, "DONE", f"stopped before step {self._step}")
-        elif isinstance(command, bus.Checkpoint) and self._can_save:
+        elif isinstance(command, bus.Checkpoint) and self._saved is not None:
             self._should_save = True
             self._finish(taken, "DONE", "will be saved at the next step boundary")
         elif isinstance(command, bus.Checkpoint):
@@ -269,8 +274,8 @@ class Steering:
                 raise ValueError("a batch names a seed twice; send the second command after it")
             if isinstance(command, bus.Batch):
                 rows = commands.together(rows, command.id)
-            # `pack` knows every name; what it refuses must not reach the loop.
-            self._growth.commands(rows, size=self.max_commands)
+            # It knows every name; what it refuses must not reach the loop.
+            commands.pack_on_host(self._growth.lattice, self._grafts, rows, self.max_commands)
         except (EsperError, ValueError) as error:
             self._finish(taken, "REFUSED", str(error))
             return None
@@ -308,100 +313,14 @@ class Steering:
         self.station.finish(taken, outcome)
 
     def _tell(self, segment: Segment) -> None:
-        infos: Any = segment.infos
-        now = self._clock()
-        took, self._told_at = now - (self._told_at or now), now
-        self._num_rollbacks += int(infos.verdict.should_roll_back.sum())
-        stage = infos.stage[-1]
-        messages: list[bus.Message] = [lifecycle_event(event) for event in segment.events]
-        messages.append(
-            bus.StepMetrics(
-                step=self._step,
-                loss=float(segment.losses[-1]),
-                steps_per_second=segment.num_steps / took if took > 0 else 0.0,
-                num_live=int(infos.num_live[-1]),
-                num_parameters=int(infos.num_parameters[-1]),
-                num_rollbacks=self._num_rollbacks,
-                num_dropped=self.station.num_dropped,
-                stages=stage_counts(np.asarray(stage)),
-            )
-        )
-        if self._writer is not None and self._writer.last_acknowledged != self._saved_step:
-            self._saved_step = self._writer.last_acknowledged
-            messages.append(bus.CheckpointEvent(step=self._saved_step or 0, what="saved"))
-        if self._limiter.allows():
-            columns = {
-                "stage": np.asarray(stage, np.uint8),
-                "alpha": np.asarray(infos.alpha[-1], np.float32),
-                "blueprint": np.asarray(infos.blueprint[-1], np.int8),
-                "evidence": np.asarray(infos.evidence[-1], np.float32),
-                "is_measured": np.asarray(infos.is_measured[-1], np.uint8),
-            }
-            messages.append(
-                bus.Frame(
-                    step=self._step,
-                    columns={name: bus.Column.of(values) for name, values in columns.items()},
-                )
-            )
-        self.station.offer(messages)
-
-
-def steer(
-    url: str,
-    growth: Growth,
-    *,
-    run: str,
-    keys: bus.Keyring | None = None,
-    position: bus.RunPosition | None = None,
-    max_commands: int = 16,
-    frames_per_second: float = 10.0,
-    keeps_commands: bool = False,
-    should_take_over: bool = False,
-    broker: bus.Broker | None = None,
-) -> Steering:
-    """Takes a run's place on a bus.
-
-    Args:
-      url: `memory` (inside this process), `redis://`, `rediss://` or `unix://`.
-      growth: the static part of the run.
-      run: its name on the bus.
-      keys: commands must be signed with one of them; from the environment where left out.
-      position: what is in force already; from a checkpoint.
-      max_commands: taken in one segment.
-      frames_per_second: of the state of all seeds.
-      keeps_commands: commands in force stay on the server, for a run restored to an earlier
-        checkpoint; `Steering.station.kept_from` forgets them.
-      should_take_over: even from a process that lives.
-      broker: for `memory`.
-
-    Raises:
-      BusAddressError: an address or a name that is none.
-    """
-    keys = bus.read_keys() if keys is None else keys
-    chosen = keys
-    bus.make_transport(url, run, keys=chosen, broker=broker)  # refuses what is wrong, at once
-    sites = {place.name: place.num_seeds for place in growth.lattice.sites}
-    announcement = bus.Announcement(
-        run=run,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        sites=sites,
-        blueprints=growth.lattice.names,
-        grafts=tuple(graft.name for graft in growth.grafts),
-        version=__version__,
-    )
-
-    def station(at: bus.RunPosition | None) -> bus.Station:
-        return bus.Station(
-            lambda: bus.make_transport(url, run, keys=chosen, broker=broker),
-            announcement,
-            position=position if at is None else at,
-            keys=chosen,
-            keeps_commands=keeps_commands,
-            should_take_over=should_take_over,
-        )
-
-    return Steering(growth, station, max_commands=max_commands, frames_per_second=frames_per_second)
+        # The thread makes the words: the step that follows does not wait for them.
+        station, told = self.station, self._teller.told(segment)
+        station.offer_later(lambda: self._teller.messages(told, num_dropped=station.num_dropped))
+        saved = None if self._saved is None else self._saved.newly_saved()
+        if self._saved is not None and saved is not None:
+            station.offer([bus.CheckpointEvent(step=saved, what="saved")])
+            if (cursor := self._saved.oldest()) is not None:
+                station.kept_from(cursor)
 
 
 def either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:

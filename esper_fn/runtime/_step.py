@@ -12,7 +12,7 @@ import optax
 from esper_fn import rollback
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
-from esper_fn._typing import Array, Int32, Params
+from esper_fn._typing import Array, Int32, Params, Scalar
 from esper_fn.commands import Commands, no_commands
 from esper_fn.optim import PerBody
 
@@ -27,8 +27,35 @@ class TrainState(NamedTuple):
     """None where roll-backs are left to the caller."""
 
 
+class Learned(NamedTuple):
+    """A step half done: the host and the bodies have learned, the seeds have not moved yet."""
+
+    params: Params
+    opt_state: Any
+    growth: GrowthState
+    """With the bodies from before."""
+    anchor: rollback.Anchor | None
+    bodies: Any
+    """After the optimiser's update."""
+    readings: Any
+    loss: Scalar
+
+
 Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
 """`step(state, batch, survey_batch, commands) -> (state, info)`."""
+
+
+class StepParts(NamedTuple):
+    """A step in two parts, for a loop that takes commands in between.
+
+    What is asked takes force at the end of a step. So whoever asks while the gradients are being
+    computed need not wait for another step.
+    """
+
+    learn: Callable[[TrainState, Any, Any], Learned]
+    """`learn(state, batch, survey_batch)`: survey when due, gradients, optimiser."""
+    live: Callable[[Learned, Commands], tuple[TrainState, Info]]
+    """`live(learned, commands)`: lifecycle and roll-back."""
 
 
 def init(
@@ -57,6 +84,52 @@ def init(
     return TrainState(params=params, opt_state=opt_state, growth=growth, anchor=held)
 
 
+def make_step_parts(
+    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+) -> StepParts:
+    """One training step in two parts; one after the other they are `make_step`.
+
+    Arguments as there.
+    """
+    if survey_every is not None and survey_every < 1:
+        raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
+    measure = growth.survey(loss_fn)
+
+    def learn(state: TrainState, batch: Any, survey_batch: Any) -> Learned:
+        params, opt_state, grown, held = state
+        if survey_every is not None:
+            grown = cond(
+                grown.step % survey_every == 0,
+                lambda: measure(params, grown, survey_batch)[0],
+                lambda: grown,
+            )
+        loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
+        updates, opt_state = optimizer.update(
+            gradients, opt_state, (params, grown.bodies), slots=growth.slots(grown)
+        )
+        params, bodies = optax.apply_updates((params, grown.bodies), updates)
+        return Learned(
+            params=params,
+            opt_state=opt_state,
+            growth=grown,
+            anchor=held,
+            bodies=bodies,
+            readings=readings,
+            loss=loss,
+        )
+
+    def live(learned: Learned, commands: Commands) -> tuple[TrainState, Info]:
+        params, opt_state, grown, held, bodies, readings, loss = learned
+        grown, info = growth.update(grown, bodies, readings, loss, commands)
+        if held is not None:
+            params, opt_state, grown, held = rollback.guard(
+                growth, held, params, opt_state, grown, info.verdict
+            )
+        return TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held), info
+
+    return StepParts(learn=learn, live=live)
+
+
 def make_step(
     growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
 ) -> Step:
@@ -72,31 +145,14 @@ def make_step(
     Returns:
       `step(state, batch, survey_batch, commands) -> (state, info)`.
     """
-    if survey_every is not None and survey_every < 1:
-        raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
-    measure = growth.survey(loss_fn)
+    return _joined(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
 
+
+def _joined(parts: StepParts) -> Step:
     def step(
         state: TrainState, batch: Any, survey_batch: Any, commands: Commands
     ) -> tuple[TrainState, Info]:
-        params, opt_state, grown, held = state
-        if survey_every is not None:
-            grown = cond(
-                grown.step % survey_every == 0,
-                lambda: measure(params, grown, survey_batch)[0],
-                lambda: grown,
-            )
-        loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
-        updates, opt_state = optimizer.update(
-            gradients, opt_state, (params, grown.bodies), slots=growth.slots(grown)
-        )
-        params, bodies = optax.apply_updates((params, grown.bodies), updates)
-        grown, info = growth.update(grown, bodies, readings, loss, commands)
-        if held is not None:
-            params, opt_state, grown, held = rollback.guard(
-                growth, held, params, opt_state, grown, info.verdict
-            )
-        return TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held), info
+        return parts.live(parts.learn(state, batch, survey_batch), commands)
 
     return step
 
@@ -125,3 +181,63 @@ def scan_steps(step: Step) -> Callable[..., tuple[TrainState, Info]]:
         return state, infos
 
     return run
+
+
+class CompiledFit:
+    """The compiled programs of a `fit`, which several may share: each compiles when first used.
+
+    Args:
+      parts: of the step.
+
+    Attributes:
+      whole: `whole(state, batches, survey_batch, commands)`, a segment as one program.
+    """
+
+    def __init__(self, parts: StepParts) -> None:
+        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        # What a half only hands on stays out of it: an array a program takes costs time each step.
+        self._learn = jax.jit(
+            lambda params, opt_state, growth, batches, survey_batch: parts.learn(
+                TrainState(params=params, opt_state=opt_state, growth=growth, anchor=None),
+                jax.tree.map(lambda leaf: leaf[0], batches),
+                survey_batch,
+            ),
+            donate_argnums=(0, 1),
+        )
+        self._live = jax.jit(
+            lambda rest, anchor, before, commands: _as_segment(
+                *parts.live(_with_bodies(rest, before)._replace(anchor=anchor), commands)
+            ),
+            donate_argnums=(0, 1),
+        )
+
+    def __call__(
+        self,
+        state: TrainState,
+        batches: Any,
+        survey_batch: Any,
+        commands: Commands | Callable[[], Commands],
+    ) -> tuple[TrainState, Info]:
+        """A segment: `(state, infos)`, infos `[T, ...]`.
+
+        With a function for its commands, a segment of one step runs as two programs, and it is
+        asked between them, when the gradients are there; a longer one takes them at its beginning.
+        """
+        if isinstance(commands, Commands):
+            return self.whole(state, batches, survey_batch, commands)
+        if jax.tree.leaves(batches)[0].shape[0] > 1:
+            return self.whole(state, batches, survey_batch, commands())
+        params, opt_state, growth, anchor = state
+        learned = self._learn(params, opt_state, growth, batches, survey_batch)
+        jax.block_until_ready(learned.loss)
+        # The bodies from before are looked at only: there is nothing to donate them to.
+        before = learned.growth.bodies
+        return self._live(_with_bodies(learned, None), anchor, before, commands())
+
+
+def _with_bodies(learned: Learned, bodies: Any) -> Learned:
+    return learned._replace(growth=learned.growth._replace(bodies=bodies))
+
+
+def _as_segment(state: TrainState, info: Info) -> tuple[TrainState, Info]:
+    return state, jax.tree.map(lambda leaf: leaf[None], info)

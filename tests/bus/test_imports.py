@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def loaded(code, *names):
@@ -25,3 +29,25 @@ def test_the_bus_is_loaded_only_when_it_is_used(code):
 
 def test_the_bus_and_the_monitoring_load_no_jax():
     assert loaded("import esper_fn.bus, esper_fn.monitoring", "jax", "flax", "rich") == "[]"
+
+
+def test_the_linter_sees_every_logger_and_refuses_words_made_in_advance():
+    """Ruff's rules G and LOG know a logger by its name: `_LOGGER`."""
+    made = re.compile(r"^(\w+) = logging\.getLogger\(__name__\)$", re.MULTILINE)
+    names = [
+        name
+        for package in ("esper_fn", "torch_bridge", "kernels")
+        for path in (ROOT / package).rglob("*.py")
+        for name in made.findall(path.read_text())
+    ]
+    assert set(names) == {"_LOGGER"}
+    head = "import logging\n\n_LOGGER = logging.getLogger(__name__)\nNUMBER = 3\n"
+    bad = ['_LOGGER.info(f"{NUMBER}")', '_LOGGER.info("a" + str(NUMBER))', 'logging.info("a")']
+    for line in ('_LOGGER.info("%s", NUMBER)', *bad):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "--stdin-filename", "esper_fn/_x.py", "-"],
+            input=f'"""Logs."""\n\n{head}{line}\n',
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode == 1) == (line in bad), done.stdout
+        assert line not in bad or "G00" in done.stdout or "LOG" in done.stdout

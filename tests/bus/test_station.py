@@ -135,7 +135,7 @@ def test_an_emergency_stop_overtakes_ten_thousand_commands(loop, connect):
     until(lambda: running.station.num_waiting > 1_000)
     stop = bus.EmergencyStop(reason="smoke")
     client.send(stop, wait_seconds=None)
-    until(lambda: running.station._intake._ready[Topic.URGENT])
+    until(lambda: running.station._desk._intake._ready[Topic.URGENT])
     running.one_step()
     assert running.effects[0] == stop.id
 

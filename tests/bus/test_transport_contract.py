@@ -148,6 +148,23 @@ def test_tail_shows_everyone_everything(make):
     run_async(main(), t, u)
 
 
+def test_one_who_waits_for_entries_keeps_no_other_waiting(make):
+    async def main():
+        await transport.publish(Topic.EVENTS, "p", 0, [Entry(b"old")])
+        last = await transport.last_ids([Topic.EVENTS])
+        waits = asyncio.create_task(transport.tail(last, limit=9, wait_seconds=None))
+        await asyncio.sleep(0.05)
+        early = {Topic.EVENTS: "0-0"}
+        async with asyncio.timeout(2):
+            (found,) = await transport.tail(early, limit=9, wait_seconds=0.0)
+        assert found.payload == b"old"
+        await transport.publish(Topic.EVENTS, "p", 1, [Entry(b"new")])
+        assert [delivery.payload for delivery in await waits] == [b"new"]
+
+    transport = make()
+    run_async(main(), transport)
+
+
 def test_what_is_not_acknowledged_is_claimed_with_its_count(make):
     t = make()
 

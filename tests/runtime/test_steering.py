@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 import esper_fn as ef
 from esper_fn import bus, checkpoint, policies, runtime
 from esper_fn.errors import RunStoppedError
+from esper_fn.runtime._positions import SavedPositions
 
 SITE = ef.site("hidden", features=8, chunks=4)
 LATTICE = ef.lattice(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
@@ -48,7 +50,7 @@ PARAMS = {
 }
 
 
-def fit(steering, *, num_steps=1_000_000, **options):
+def fit(steering, *, num_steps=1_000_000, batches=batches, segment_steps=1, **options):
     return runtime.fit(
         GROWTH,
         loss_fn,
@@ -59,7 +61,7 @@ def fit(steering, *, num_steps=1_000_000, **options):
         key=jax.random.key(1),
         survey_batch=SURVEY,
         survey_every=None,
-        segment_steps=1,
+        segment_steps=segment_steps,
         segment=SEGMENT,
         steering=steering,
         **options,
@@ -185,6 +187,39 @@ def test_two_commands_to_one_seed_keep_their_order(url, name):
         assert first.step < second.step <= third.step
 
 
+def test_a_command_that_comes_during_a_step_takes_force_in_it(url, name):
+    sent = {}
+
+    def late(first, count):
+        # Asked for when the step has begun, and before its gradients are there.
+        if first in {3, 4}:
+            command = bus.Germinate(seed=first - 3, blueprint="scale")
+            client.send(command, wait_seconds=None)
+            until(lambda: steering.station.num_waiting == 1)
+            sent[first] = command
+        return batches(first, count)
+
+    steering = runtime.steer(url, GROWTH, run=name, max_commands=4)
+    with steering, bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
+        fitted = fit(steering, num_steps=8, batches=late)
+        steps = {e["seed"]: e["step"] for e in fitted.events if e["to"] == "GERMINATED"}
+        assert steps == {0: 3, 1: 4}
+        told = client.watch([bus.Topic.OUTCOMES], seconds=20, from_beginning=True)
+        answers = {o.command_id: o.step for o in itertools.islice(told, len(sent))}
+        assert answers == {command.id: step for step, command in sent.items()}
+
+
+def test_a_segment_of_one_step_decides_as_a_longer_one_does():
+    start = {"commands": lambda first: [ef.commands.germinate(1, "scale")] * (first == 0)}
+    one, many = (
+        fit(None, num_steps=60, segment_steps=length, max_commands=4, **start) for length in (1, 20)
+    )
+    assert one.events == many.events
+    assert [e["to"] for e in one.events][:2] == ["GERMINATED", "TRAINING"]
+    np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)
+    assert one.num_compiled == many.num_compiled == 0
+
+
 def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
     with running(url, name) as (run, client):
         client.send(bus.Pause())
@@ -217,7 +252,12 @@ def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
         assert kinds[bus.LifecycleEvent].cause == "command"
 
 
-def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name, tmp_path):
+def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
+    url, name, tmp_path, monkeypatch
+):
+    # Without checkpoints, all that is settled would be forgotten at once.
+    monkeypatch.setattr("esper_fn.bus._clerk._TRIM_EVERY", 1)
+
     def options(writer):
         return {"checkpoints": runtime.Checkpoints(writer=writer, every_steps=10_000_000)}
 
@@ -245,3 +285,54 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(url, name
         assert [e["seed"] for e in events] == [0, 1]
         assert run.fitted.resumed_from is not None
         assert run.fitted.resumed_from < first.num_steps
+
+
+def test_commands_are_forgotten_when_no_checkpoint_needs_them(url, name, tmp_path):
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(1)) as writer:
+        keeping = runtime.Checkpoints(writer=writer, every_steps=10_000_000)
+        with running(url, name, checkpoints=keeping) as (run, client):
+
+            def lengths():
+                transport = client.asynchronous.transport
+                return client._thread.call(transport.length(bus.Topic.COMMANDS))
+
+            def save():
+                before = writer.last_acknowledged
+                client.send(bus.Checkpoint())
+                until(lambda: writer.last_acknowledged != before)
+
+            for seed in (0, 1):
+                client.send(bus.Germinate(seed=seed, blueprint="scale"))
+            assert lengths() == 2
+            save()  # itself a command, the last one in the position of its step
+            until(lambda: lengths() == 1)
+            for _ in range(3):
+                client.send(bus.Cancel(seed=1))
+            time.sleep(0.2)
+            assert lengths() == 4  # the checkpoint may need them again
+            save()
+            save()  # by now the first one is gone
+            until(lambda: lengths() <= 2)
+        assert run.fitted.num_steps in checkpoint.steps(tmp_path)
+
+
+def test_positions_of_an_earlier_process_are_kept_until_its_steps_are_gone(tmp_path):
+    at = {step: bus.RunPosition(cursor={bus.Topic.COMMANDS: f"{step}-0"}) for step in range(5)}
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
+        for step in (0, 1):
+            writer.save(step, {"x": np.ones(2)})
+        writer.wait()
+    with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
+        saved = SavedPositions(writer)
+        writer.restore()
+        assert saved.restored(at[1]) == 1
+        assert saved.newly_saved() is None
+        assert saved.oldest() is None  # nobody here knows where step 0 stood
+        oldest = []
+        for step in (2, 3, 4):
+            saved.note(step, at[step])
+            writer.save(step, {"x": np.ones(2)})
+            writer.wait()
+            assert saved.newly_saved() == step
+            oldest.append(saved.oldest())
+    assert oldest == [at[1].cursor, at[2].cursor, at[3].cursor]

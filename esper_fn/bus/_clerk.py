@@ -1,0 +1,364 @@
+"""The talking half of a station: coroutines of one thread, and all that waits for a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from secrets import token_hex
+
+from redis.exceptions import RedisError
+
+from esper_fn.bus._desk import Desk
+from esper_fn.bus._intake import Intake
+from esper_fn.bus._ledger import Ledger
+from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message
+from esper_fn.bus._position import RunPosition
+from esper_fn.bus._publisher import Publisher, ServerTime
+from esper_fn.bus._resilience import Clock, Retry
+from esper_fn.bus._signing import Keyring
+from esper_fn.bus._topics import COMMAND_TOPICS, Topic
+from esper_fn.bus._transport import Delivery, Lease, LeaseHeldError, Settlement, Transport
+from esper_fn.errors import BusUnavailableError, FencedError
+
+_LOGGER = logging.getLogger(__name__)
+_OUTAGE = (BusUnavailableError, RedisError)
+_READ_LIMIT = 256
+_ACCEPTED_AT_ONCE = 32
+_TRIM_EVERY = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """How a place is kept; see `Station`."""
+
+    keys: Keyring
+    lease_seconds: float
+    should_take_over: bool
+    gap_seconds: float
+    gather_seconds: float
+    limits: Mapping[Topic, int]
+    clock: Clock
+
+
+class Clerk:
+    """Reads commands onto a desk, and makes known what lies there done.
+
+    Args:
+      desk: shared with the loop.
+      transport: makes one.
+      announcement: of the run.
+      position: the desk's.
+      is_given: it came from a checkpoint; otherwise the server's memory counts.
+      terms: of the place.
+      keeps_commands: see `Station`.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        transport: Callable[[], Transport],
+        announcement: Announcement,
+        position: RunPosition,
+        *,
+        is_given: bool,
+        terms: Terms,
+        keeps_commands: bool,
+    ) -> None:
+        self._desk = desk
+        self._make = transport
+        self._announcement = announcement
+        self._position = position
+        self._is_given = is_given
+        self._terms = terms
+        self.keeps_commands = keeps_commands
+        self._time = ServerTime(terms.clock)
+        self._retry = Retry()
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
+        self._publishers: dict[Topic, Publisher] = {}
+        self._settled_since_trim = 0
+        self.num_settled = 0
+        self.num_lost_servers = 0
+
+    async def open(self) -> None:
+        """Takes the place and begins to work."""
+        self.settle_now = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._gaps = asyncio.Event()
+        self._renewing = asyncio.Lock()
+        self._transport = self._make()
+        try:
+            await self._take_place()
+        except BaseException:
+            await self._transport.close()
+            raise
+        for topic, limit in self._terms.limits.items():
+            self._publishers[topic] = Publisher(
+                self._transport,
+                topic,
+                keys=self._terms.keys,
+                server_time=self._time,
+                max_waiting=limit,
+                clock=self._terms.clock,
+            )
+        self._tell(self._announcement)
+        self._tasks = [
+            asyncio.create_task(work)
+            for work in (
+                *(self._read(topic) for topic in COMMAND_TOPICS),
+                self._settle(),
+                self._live(),
+                self._watch_gaps(),
+            )
+        ]
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+        self._drain()  # what was offered before
+
+    async def close(self, drain_seconds: float) -> None:
+        """Makes known what is still to be, for so long, and gives the place up."""
+        until = asyncio.get_running_loop().time() + drain_seconds
+        self._drain()
+        self.settle_now.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while not self._desk.is_fenced and (
+                    self._desk.has_done or not self._ledger.is_empty
+                ):
+                    await asyncio.sleep(0.005)
+                for publisher in self._publishers.values():
+                    await publisher.drain(drain_seconds)
+        for publisher in self._publishers.values():
+            await publisher.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(*_OUTAGE):
+            async with asyncio.timeout(1.0):
+                await self._transport.release(self._lease)
+        await self._transport.close()
+
+    def drain_later(self) -> None:
+        """Sends what lies in the outbox once it has gathered."""
+        asyncio.get_running_loop().call_later(self._terms.gather_seconds, self._drain)
+
+    async def trim(self, cursor: Mapping[Topic, str]) -> None:
+        """Has the server forget the commands before a cursor."""
+        for topic, entry_id in cursor.items():
+            with contextlib.suppress(*_OUTAGE):
+                await self._transport.trim(topic, entry_id)
+
+    @property
+    def num_dropped(self) -> int:
+        """Telemetry and events that found no room on their way out."""
+        return sum(publisher.num_dropped for publisher in self._publishers.values())
+
+    # --- the place ------------------------------------------------------------------------------
+
+    async def _take_place(self) -> None:
+        self._time.learn(await self._transport.open())
+        self._desk.open(
+            Intake(
+                self._position,
+                self._transport.stream,
+                keys=self._terms.keys,
+                server_time=self._time,
+                clock=self._terms.clock,
+                gap_seconds=self._terms.gap_seconds,
+            )
+        )
+        self._ledger = Ledger(
+            self._holder, self._transport.stream, keys=self._terms.keys, server_time=self._time
+        )
+        await self._attach(first=True)
+
+    async def _attach(self, *, first: bool) -> None:
+        is_given = self._is_given or not first
+        try:
+            found = await self._transport.attach(
+                self._holder,
+                lease_seconds=self._terms.lease_seconds,
+                least_epoch=self._position.epoch,
+                cursor=self._position.cursor if is_given else None,
+                should_take_over=self._terms.should_take_over and first,
+            )
+        except LeaseHeldError as error:
+            if first:
+                raise
+            raise FencedError(
+                f"run {self._transport.run!r} is driven by {error.holder} now; this process must "
+                "not go on"
+            ) from None
+        self._time.learn(found.server_ms)
+        self._lease: Lease = found.lease
+        self._ledger.restart()
+        self._desk.arrive(found, is_given=is_given)
+        self.settle_now.set()
+
+    async def _live(self) -> None:
+        failures = 0
+        while not self._desk.is_fenced:
+            wait = self._terms.lease_seconds / 3
+            await asyncio.sleep(self._retry.delay_seconds(failures) if failures else wait)
+            try:
+                await self._renew()
+            except FencedError as error:
+                self._desk.lose(error)
+                return
+            except _OUTAGE:
+                failures += 1
+                continue
+            failures = 0
+            run, desk = self._transport.run, self._desk
+            self._tell(Heartbeat(run=run, step=desk.step, is_paused=desk.is_paused))
+
+    async def _renew(self) -> None:
+        async with self._renewing:
+            await self._renew_alone()
+
+    async def _renew_alone(self) -> None:
+        lease = self._lease
+        try:
+            server_ms = await self._transport.renew(lease, lease_seconds=self._terms.lease_seconds)
+        except FencedError as error:
+            if error.epoch >= lease.epoch:
+                raise
+            _LOGGER.error("the bus's server has lost its memory; taking the place anew")
+            self._desk.forget_entries()
+            await self._attach(first=False)
+            self.num_lost_servers += 1
+            self._tell(self._announcement)
+            self._tell(
+                Alert(
+                    name="server_lost_its_memory",
+                    level="critical",
+                    words="the bus's server was restarted without its files or emptied; commands "
+                    "whose senders are gone are lost; switch append-only persistence on",
+                    step=self._desk.step,
+                )
+            )
+        else:
+            self._time.learn(server_ms)
+
+    async def _lost(self, error: FencedError) -> None:
+        """The lease does not hold: another process, or a server without memory?"""
+        try:
+            await self._renew()
+        except FencedError as real:
+            self._desk.lose(real)
+        except _OUTAGE:
+            await asyncio.sleep(self._retry.delay_seconds(1))
+        else:
+            _LOGGER.debug("the lease was renewed after: %s", error)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _LOGGER.error("the run's place on the bus is lost: %s", error, exc_info=error)
+            self._desk.lose(error if isinstance(error, FencedError) else FencedError(str(error)))
+
+    # --- commands in ----------------------------------------------------------------------------
+
+    async def _read(self, topic: Topic) -> None:
+        failures = 0
+        while not self._desk.is_fenced:
+            if topic is not COMMAND_TOPICS[0]:
+                await self._room.wait()
+            lease = self._lease
+            try:
+                if failures:
+                    # An answer that got lost has handed entries out that never came.
+                    await self._renew()
+                    lease = self._lease
+                    found = await self._transport.claim(
+                        topic, lease.group, self._holder, idle_seconds=0.0, limit=20_000
+                    )
+                    await self._accept(topic, found, is_all=False)
+                    failures = 0
+                found = await self._transport.read(
+                    [topic], lease.group, self._holder, limit=_READ_LIMIT, wait_seconds=None
+                )
+            except FencedError as error:
+                if lease is self._lease:
+                    await self._lost(error)
+                continue
+            except _OUTAGE as error:
+                failures += 1
+                if failures == 1:
+                    _LOGGER.warning("commands cannot be read: %s", error)
+                await asyncio.sleep(self._retry.delay_seconds(failures))
+                continue
+            await self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
+
+    async def _accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> None:
+        for at in range(0, max(1, len(found)), _ACCEPTED_AT_ONCE):
+            end = at + _ACCEPTED_AT_ONCE
+            if not self._desk.accept(topic, found[at:end], is_all=is_all and end >= len(found)):
+                self._room.clear()
+            # What is set aside at once must be made known at once.
+            if self._desk.has_done:
+                self.settle_now.set()
+            # The loop that trains gets its turn at the lock and at the interpreter.
+            await asyncio.sleep(0)
+        self._gaps.set()
+
+    async def _watch_gaps(self) -> None:
+        while not self._desk.is_fenced:
+            left = self._desk.expire_gaps()
+            if left is None:
+                self._gaps.clear()
+                await self._gaps.wait()
+                self._gaps.clear()
+            else:
+                self.settle_now.set()
+                await asyncio.sleep(left)
+
+    # --- words out ------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        failures = 0
+        while True:
+            await self.settle_now.wait()
+            self.settle_now.clear()
+            while (settlement := self._next_settlement()) is not None:
+                lease = self._lease
+                try:
+                    await self._transport.settle(lease, settlement)
+                except FencedError as error:
+                    if lease is self._lease:
+                        await self._lost(error)
+                    if self._desk.is_fenced:
+                        return
+                except _OUTAGE:
+                    failures += 1
+                    await asyncio.sleep(self._retry.delay_seconds(failures))
+                else:
+                    failures = 0
+                    await self._settled(settlement)
+
+    def _next_settlement(self) -> Settlement | None:
+        if self._ledger.current is None:
+            done, cursor, sequences, has_room = self._desk.collect()
+            if has_room:
+                self._room.set()
+            self._ledger.enter(done, cursor, sequences)
+        return self._ledger.current
+
+    async def _settled(self, settlement: Settlement) -> None:
+        count = self._ledger.settled()
+        self.num_settled += count
+        self._settled_since_trim += count
+        if not self.keeps_commands and self._settled_since_trim >= _TRIM_EVERY:
+            self._settled_since_trim = 0
+            await self.trim(settlement.cursor)
+
+    def _tell(self, message: Message) -> None:
+        self._publishers[message.topic].offer(message)
+
+    def _drain(self) -> None:
+        for topic, messages in self._desk.empty_outbox().items():
+            self._publishers[topic].offer_all(messages)
