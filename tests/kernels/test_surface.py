@@ -55,11 +55,14 @@ def test_public_surface():
         "potential",
     }
     assert set(esper_kernels.torch.__all__) == {
+        "Calls",
+        "bind",
         "explain",
         "explain_potential",
         "graft",
         "graft_",
         "potential",
+        "watch",
     }
 
 
