@@ -59,3 +59,20 @@ def test_a_site_by_kernel_is_the_site_without(
         assert float((other - grad).abs().max()) <= loose["rtol"] * 4 * scale + 1e-5, name
     for mine, theirs in zip(found[1][2], found[0][2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)
+
+
+def test_bodies_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
+    # What was compiled for one dtype would read the other's bits, as under autocast.
+    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
+    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
+        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
+    model = Mlp()
+    bridge = grow(model, "fc1", blueprints=BLUEPRINTS)
+    place(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.7)})
+    (site,) = bridge.sites
+    for dtype in (torch.float32, torch.bfloat16):
+        site.to(dtype)
+        model(torch.randn(5, 6))
+        assert {case.case.body_dtype for case in site.plan.bound.values()} >= {
+            str(dtype).removeprefix("torch.")
+        }
