@@ -127,7 +127,7 @@ def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     kept = None if r_square is None else _layer.Kept(z, r_square)
     pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
     if site is not None:
-        site.heard.append((watched, pulled.channels))
+        site.hear(watched, pulled.channels)
     grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
     return None, None, None, pulled.d_x, None, *grads
 

@@ -81,7 +81,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
         """Requires a gradient where nothing else does; compiled, the reading is its gradient."""
         self.heard: list[tuple[Tensor, Tensor]] = []
-        """What eager backward passes measured: [C, 5] of `x` and [C, 5] of the body each."""
+        """None or one: what eager backward passes measured, [C, 5] of `x` and [C, 5] of the body.
+        A list, as setting a module's attribute takes longer."""
         self.handle = _ops.new_handle(self)
         self.lifecycle: Any = None
         """On the first site: who writes the lifecycle into a state dict, and reads it."""
@@ -164,23 +165,24 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
         def measure(dy: Tensor) -> None:
             with torch.no_grad():
-                self.heard.append((watched, _ops.slopes(cut, dy.movedim(axis, -1))))
+                self.hear(watched, _ops.slopes(cut, dy.movedim(axis, -1)))
 
         x.register_hook(measure)
 
+    def hear(self, watched: Tensor, channels: Tensor) -> None:
+        """Adds up what backward passes measure."""
+        if self.heard:
+            old = self.heard.pop()
+            watched, channels = old[0] + watched, old[1] + channels
+        self.heard.append((watched, channels))
+
     def take_reading(self) -> tuple[Tensor, Tensor] | None:
         """What was measured since the last call: [C, 5] of `x` and [C, 5] of the body, or None."""
-        heard, grad = self.heard, self.tap.grad
+        grad = self.tap.grad
         if grad is not None:
             self.tap.grad = None
-            heard.append((grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:]))
-        if not heard:
-            return None
-        watched, channels = heard[0]
-        for more in heard[1:]:
-            watched, channels = watched + more[0], channels + more[1]
-        heard.clear()
-        return watched, channels
+            self.hear(grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:])
+        return self.heard.pop() if self.heard else None
 
     def _surveyed(self, x: Tensor) -> Tensor:
         shared = self.shared
