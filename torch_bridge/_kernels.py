@@ -23,7 +23,7 @@ MAX_MATRIX = 8192
 def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls | None:
     """What computes all of a site, if a kernel can; remembered by the plan."""
     of_body = next((leaf.dtype for leaf in bodies[plan.banks[0].bank].values()), None)
-    key = x.shape[:-1], x.dtype, x.device.type, of_body
+    key = x.shape, x.dtype, x.get_device(), of_body
     if key not in plan.bound:
         plan.bound[key] = _bind(plan, bodies, x) if _serves(plan, bodies, x) else None
     found: kernels.Calls | None = plan.bound[key]
@@ -77,11 +77,11 @@ def backward(
     dy: Tensor,
     watched: Tensor,
 ) -> Pulled:
-    """Gradients and channels; see `_layer.backward`."""
+    """See `_layer.backward`."""
     bank = plan.banks[0]
     body, row, gains = _body(bodies[bank.bank]), plan.row, plan.gains
-    d_x, d_body, channels = calls.backward(
-        x.contiguous(), dy.contiguous(), body, row, gains, watched
+    d_x, d_body, told = calls.backward(
+        x.contiguous(), dy.contiguous(), body, row, gains, watched, is_beside=True
     )
     own = {name: getattr(d_body, name) for name in bank.leaves}
-    return Pulled(d_x, channels, {bank.bank: own})
+    return Pulled(d_x, told, {bank.bank: own})

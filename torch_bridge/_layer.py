@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from torch_bridge._bodies import PHI, Leaves
-from torch_bridge._plan import BankPlan, Cut, SitePlan
+from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, Cut, SitePlan
 
 
 class Pulled(NamedTuple):
     """The backward pass of a site."""
 
     d_x: Tensor
-    channels: Tensor
-    """float32[C, 5]: gradient_square, num_live, output_square, utility, num_errors."""
+    told: Tensor
+    """float32[C, 10]: what the forward pass watched, then gradient_square, num_live,
+    output_square, utility, num_errors."""
     d_bodies: Mapping[str, Leaves]
 
 
@@ -102,11 +103,18 @@ def watch(cut: Cut, x: Tensor) -> Tensor:
 
 
 def slopes(cut: Cut, dy: Tensor) -> Tensor:
-    """float32[C, 5]: the channels of a backward pass with no body alive."""
-    channels = torch.zeros((cut.chunks, 5), device=dy.device)
-    if dy.numel():
-        channels[:, 0] = per_chunk(cut, squares(dy if dy.ndim > 1 else dy[None]))
-    return channels
+    """float32[C]: the gradient's sums of squares."""
+    if not dy.numel():
+        return torch.zeros((cut.chunks,), device=dy.device)
+    return per_chunk(cut, squares(dy if dy.ndim > 1 else dy[None]))
+
+
+def tell(watched: Tensor, slope_square: Tensor) -> Tensor:
+    """float32[C, 10]: `Pulled.told` with no body alive."""
+    told = watched.new_zeros((watched.shape[0], NUM_CHANNELS))
+    told[:, :NUM_WATCHED] = watched
+    told[:, NUM_WATCHED] = slope_square
+    return told
 
 
 def _per_slot_square(values: Tensor) -> Tensor:
@@ -222,13 +230,13 @@ def backward(
     kept: Kept | None = None,
 ) -> Pulled:
     """Gradients of the input and of the bodies, and what the step measured."""
-    channels = slopes(plan.cut, dy)
+    told = tell(watched, slopes(plan.cut, dy))
     d_x: Tensor | None = None
     d_bodies: dict[str, Leaves] = {}
     if not dy.numel():
         grads = {b.bank: _zeros(bodies[b.bank]) for b in plan.banks}
-        return Pulled(dy, channels, grads)
-    fed = channels[:, 0].isfinite() & watched[:, 2].isfinite()
+        return Pulled(dy, told, grads)
+    fed = told[:, NUM_WATCHED].isfinite() & watched[:, 2].isfinite()
     for bank in plan.banks:
         u, slope = take(plan.cut, bank, x), take(plan.cut, bank, dy)
         leaves = bodies[bank.bank]
@@ -270,8 +278,8 @@ def backward(
             ],
             dim=1,
         )
-        channels[:, 1:].index_copy_(0, bank.chunk, measured)
-    return Pulled(dy if d_x is None else d_x, channels, d_bodies)
+        told[:, NUM_WATCHED + 1 :].index_copy_(0, bank.chunk, measured)
+    return Pulled(dy if d_x is None else d_x, told, d_bodies)
 
 
 def _zeros(leaves: Leaves) -> Leaves:

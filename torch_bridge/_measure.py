@@ -12,7 +12,7 @@ from torch import Tensor
 import esper_fn as ef
 from torch_bridge._distributed import Group
 from torch_bridge._optim import Watcher
-from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED
+from torch_bridge._plan import NUM_CHANNELS
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
@@ -71,7 +71,7 @@ def measure(
     *,
     is_waiting: bool,
 ) -> Measured:
-    """Takes the taps' gradients, and sends them off with the loss and the bodies' drifts."""
+    """Takes what was measured, and sends them off with the loss and the bodies' drifts."""
     with torch.no_grad():
         place = sites[0].tap.device
         readings = _readings(sites, place)
@@ -114,11 +114,10 @@ def _readings(sites: Sequence[Seeds], place: torch.device) -> Tensor:
         return torch.zeros(
             (sum(site.plan.cut.chunks for site in sites), NUM_CHANNELS), device=place
         )
-    halves = []
-    for k, width in enumerate((NUM_WATCHED, NUM_CHANNELS - NUM_WATCHED)):
-        parts = [
-            torch.zeros((site.plan.cut.chunks, width), device=place) if of is None else of[k]
-            for site, of in zip(sites, found, strict=True)
-        ]
-        halves.append(torch.cat([part.to(place) for part in parts]))
-    return torch.cat(halves, dim=1)
+    every = [
+        torch.zeros((site.plan.cut.chunks, NUM_CHANNELS), device=place)
+        if of is None
+        else of.to(place)
+        for site, of in zip(sites, found, strict=True)
+    ]
+    return torch.cat(every)

@@ -1,9 +1,11 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
-Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v3`, one operation whose inside
+Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v4`, one operation whose inside
 decides from the site's plan what to compute, so that no stage change alters what was compiled. The
 number changes with its arguments: compilers cache programs on disk by the operations' names. It is
-registered without `torch.library.custom_op`, whose checks at every call cost more than a site.
+registered without `torch.library.custom_op`, whose checks at every call cost more than a site. Its
+backward operation tells the site what both passes measured, in memory that no program sees, as
+programs write over what they have read.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from torch_bridge import _kernels, _layer
 from torch_bridge._bodies import Leaves
-from torch_bridge._plan import NUM_WATCHED, Cut, SitePlan
+from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
 
 if TYPE_CHECKING:
     from torch_bridge._site import Seeds
@@ -65,13 +67,9 @@ def watch(cut: Cut, x: Tensor) -> Tensor:
 
 
 def slopes(cut: Cut, dy: Tensor) -> Tensor:
-    """[C, 5] of a backward pass with no body alive."""
+    """[C], by a kernel where one can; see `_layer.slopes`."""
     found = _kernels.watch(cut, dy)
-    if found is None:
-        return _layer.slopes(cut, dy)
-    channels = torch.zeros_like(found)
-    channels[:, 0] = found[:, 2]
-    return channels
+    return _layer.slopes(cut, dy) if found is None else found[:, 2]
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def _backward(
     if calls is not None:
         pulled = _kernels.backward(calls, plan, bodies, last, slope, watched)
     elif not plan.banks:
-        pulled = _layer.Pulled(slope, slopes(plan.cut, slope), {})
+        pulled = _layer.Pulled(slope, _layer.tell(watched, slopes(plan.cut, slope)), {})
     else:
         with torch.no_grad(), _plainly(x):
             pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
@@ -127,7 +125,7 @@ def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     kept = None if r_square is None else _layer.Kept(z, r_square)
     pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
     if site is not None:
-        site.hear(watched, pulled.channels)
+        site.hear(pulled.told)
     grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
     return None, None, None, pulled.d_x, None, *grads
 
@@ -166,10 +164,9 @@ def _site(handle: Tensor) -> tuple[Seeds, SitePlan]:
 
 def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leaves]:
     """The live bodies out of all parameters of a site, `[P, ...]` each."""
-    every = dict(zip(site.leaf_names, stacked, strict=True))
     return {
         bank.bank: _layer.select(
-            bank, [(leaf, of) for (name, leaf), of in every.items() if name == bank.bank]
+            bank, [(leaf, stacked[at]) for leaf, at in site.places_of[bank.bank]]
         )
         for bank in plan.banks
     }
@@ -177,22 +174,32 @@ def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leave
 
 def _compute(
     x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`y`, what was measured of `x`, and sums of r^2 where they spare the backward pass work."""
     del tap
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
     y, watched, kept = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
-    r_square = watched.new_full((watched.shape[0],), torch.inf) if kept is None else kept.r_square
-    return _own(y, x, x), watched, r_square
+    sums = []
+    if _keeps_sums(x):
+        sums.append(
+            watched.new_full((plan.cut.chunks,), torch.inf) if kept is None else kept.r_square
+        )
+    return _own(y, x, x), watched, sums
+
+
+def _keeps_sums(x: Tensor) -> bool:
+    """Whether `_layer.is_fast` could hold."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _promise(
     x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     del stacked, handle
     chunks = tap.shape[0]
-    return torch.empty_like(x), tap.new_empty((chunks, NUM_WATCHED)), tap.new_empty((chunks,))
+    sums = [tap.new_empty((chunks,))] if _keeps_sums(x) else []
+    return torch.empty_like(x), tap.new_empty((chunks, NUM_WATCHED)), sums
 
 
 def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
@@ -208,65 +215,78 @@ def _compute_backward(
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
-    r_square: Tensor,
+    sums: list[Tensor],
     stacked: list[Tensor],
     handle: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of `x`, of the tap and of the parameters."""
+    for_tap: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `x`, of the parameters and, if asked, of the tap, which are what was told."""
     site, plan = _site(handle)
+    told: Tensor | None = None
     if not plan.banks and not plan.is_watching:
-        return (
-            _own(dy, x, dy),
-            watched.new_zeros((watched.shape[0], 2 * NUM_WATCHED)),
-            _zeros(stacked),
-        )
-    is_fast = _layer.is_fast(plan, x.movedim(site.axis, -1))
-    # Not finite where the forward pass did not take the fast way, a body having broken.
-    is_known = is_fast and bool(r_square.isfinite().all())
-    kept = _layer.Kept(None, r_square) if is_known else None
-    pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
-    of_bank = {bank.bank: bank for bank in plan.banks}
-    grads = [
-        _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)
-        if name in of_bank
-        else torch.zeros_like(of)
-        for (name, leaf), of in zip(site.leaf_names, stacked, strict=True)
-    ]
-    return _own(pulled.d_x, x, dy), torch.cat([watched, pulled.channels], dim=1), grads
-
-
-def _zeros(stacked: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) for leaf in stacked]
+        d_x, grads = _own(dy, x, dy), [torch.zeros_like(leaf) for leaf in stacked]
+    else:
+        # Not finite where the forward pass did not take the fast way, a body having broken.
+        is_known = bool(sums) and _layer.is_fast(plan, x.movedim(site.axis, -1))
+        is_known = is_known and bool(sums[0].isfinite().all())
+        kept = _layer.Kept(None, sums[0]) if is_known else None
+        pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
+        told = pulled.told
+        site.hear(told)
+        of_bank = {bank.bank: bank for bank in plan.banks}
+        grads = [
+            _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)
+            if name in of_bank
+            else torch.zeros_like(of)
+            for (name, leaf), of in zip(site.leaf_names, stacked, strict=True)
+        ]
+        d_x = _own(pulled.d_x, x, dy)
+    if for_tap:
+        told = watched.new_zeros((plan.cut.chunks, NUM_CHANNELS)) if told is None else told.clone()
+        grads.append(told)
+    return d_x, grads
 
 
 def _promise_backward(
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
-    r_square: Tensor,
+    sums: list[Tensor],
     stacked: list[Tensor],
     handle: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    del dy, r_square, handle
-    d_tap = watched.new_empty((watched.shape[0], 2 * NUM_WATCHED))
-    return torch.empty_like(x), d_tap, [torch.empty_like(leaf) for leaf in stacked]
+    for_tap: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    del dy, sums, handle
+    grads = [torch.empty_like(leaf) for leaf in stacked]
+    if for_tap:
+        grads.append(watched.new_empty((watched.shape[0], NUM_CHANNELS)))
+    return torch.empty_like(x), grads
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     x, _, stacked, handle = inputs
-    ctx.save_for_backward(x, output[1], output[2], handle, *stacked)
+    ctx.save_for_backward(x, output[1], handle, *stacked, *output[2])
+    ctx.num_leaves = len(stacked)
 
 
-def _pull(ctx: Any, dy: Tensor, *of_statistics: Tensor) -> tuple[Any, ...]:
+def _pull(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
     del of_statistics  # they have no derivative
-    x, watched, r_square, handle, *stacked = ctx.saved_tensors
-    d_x, d_tap, grads = site_backward_op(x, dy, watched, r_square, stacked, handle)
-    return d_x, d_tap, grads, None
+    x, watched, handle, *rest = ctx.saved_tensors
+    stacked, sums = rest[: ctx.num_leaves], rest[ctx.num_leaves :]
+    # What nobody reads is not computed: where `x` needs no gradient the tap keeps the operation.
+    for_tap = not ctx.needs_input_grad[0]
+    d_x, grads = site_backward_op(x, dy, watched, sums, stacked, handle, for_tap)
+    return d_x, grads.pop() if for_tap else None, grads, None
+
+
+_TAGS = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # a graph would keep what one stage computes
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
 
 
 def _register(signature: str, compute: Any, promise: Any) -> Any:
     name = signature.partition("(")[0]
-    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(signature, tags=tuple(_TAGS))
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", promise, lib=_LIBRARY)
     return getattr(getattr(torch.ops, _LIBRARY.ns), name)
@@ -274,14 +294,14 @@ def _register(signature: str, compute: Any, promise: Any) -> Any:
 
 _LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
 site_op = _register(
-    "site_v3(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor)",
+    "site_v4(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor[])",
     _compute,
     _promise,
 )
 site_backward_op = _register(
-    "site_backward_v3(Tensor x, Tensor dy, Tensor watched, Tensor r_square, Tensor[] stacked, "
-    "Tensor handle) -> (Tensor, Tensor, Tensor[])",
+    "site_backward_v4(Tensor x, Tensor dy, Tensor watched, Tensor[] sums, Tensor[] stacked, "
+    "Tensor handle, bool for_tap) -> (Tensor, Tensor[])",
     _compute_backward,
     _promise_backward,
 )
-torch.library.register_autograd("esper_bridge::site_v3", _pull, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("esper_bridge::site_v4", _pull, setup_context=_keep, lib=_LIBRARY)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_bridge import _layer, _ops
 from torch_bridge._errors import BridgeError
-from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, SitePlan
+from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,18 +71,23 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.plan = plan
         self.shared = shared
         self.leaf_names: list[tuple[str, str]] = []
+        """Of `_all_rows`: bank and leaf."""
+        self.places_of: dict[str, list[tuple[str, int]]] = {}
+        """Of each bank the leaves, and where in `leaf_names` they are."""
         for bank, slots in banks.items():
+            first = len(self.leaf_names)
             self.leaf_names += [(bank, leaf) for leaf in slots[0]]
+            self.places_of[bank] = [(leaf, first + k) for k, leaf in enumerate(slots[0])]
             if is_stacked:
                 stacked = {leaf: torch.stack([of[leaf] for of in slots]) for leaf in slots[0]}
                 self.add_module(bank, Body(stacked))
             else:
                 self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
-        """Requires a gradient where nothing else does; compiled, the reading is its gradient."""
-        self.heard: list[tuple[Tensor, Tensor]] = []
-        """None or one: what eager backward passes measured, [C, 5] of `x` and [C, 5] of the body.
-        A list, as setting a module's attribute takes longer."""
+        """Requires a gradient where nothing else does."""
+        self.heard: list[Tensor] = []
+        """None or one: what backward passes measured, [C, 10]. A list, as setting a module's
+        attribute takes longer."""
         self.handle = _ops.new_handle(self)
         self.lifecycle: Any = None
         """On the first site: who writes the lifecycle into a state dict, and reads it."""
@@ -165,23 +170,17 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
         def measure(dy: Tensor) -> None:
             with torch.no_grad():
-                self.hear(watched, _ops.slopes(cut, dy.movedim(axis, -1)))
+                self.hear(_layer.tell(watched, _ops.slopes(cut, dy.movedim(axis, -1))))
 
         x.register_hook(measure)
 
-    def hear(self, watched: Tensor, channels: Tensor) -> None:
-        """Adds up what backward passes measure."""
-        if self.heard:
-            old = self.heard.pop()
-            watched, channels = old[0] + watched, old[1] + channels
-        self.heard.append((watched, channels))
+    def hear(self, told: Tensor) -> None:
+        """Adds up what backward passes measure, [C, 10] that nothing else keeps."""
+        self.heard.append(self.heard.pop() + told if self.heard else told)
 
-    def take_reading(self) -> tuple[Tensor, Tensor] | None:
-        """What was measured since the last call: [C, 5] of `x` and [C, 5] of the body, or None."""
-        grad = self.tap.grad
-        if grad is not None:
-            self.tap.grad = None
-            self.hear(grad[:, :NUM_WATCHED], grad[:, NUM_WATCHED:])
+    def take_reading(self) -> Tensor | None:
+        """What was measured since the last call, [C, 10], or None."""
+        self.tap.grad = None
         return self.heard.pop() if self.heard else None
 
     def _surveyed(self, x: Tensor) -> Tensor:

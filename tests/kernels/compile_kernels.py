@@ -64,7 +64,7 @@ def compile_all(spec, dtype):
     slot, gains = array(spec.chunks, dtype=torch.int32), array(spec.chunks, 3)
     case = check(x, body, slot, gains, activation=spec.activation, device="NVIDIA H200")
     assert triton_cuda.refuses(case) is None
-    for counters in (triton_cuda.arrivals, lambda x, chunks: None):
+    for counters in (triton_cuda.arrivals, lambda x, chunks, stream: None):
         triton_cuda.arrivals = counters
         watched = triton_cuda.forward(case, x, body, slot, gains)[1]
         triton_cuda.forward_in_place(case, x, body, slot, gains)

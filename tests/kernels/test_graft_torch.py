@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 if HAS_TRITON:
     from esper_kernels.graft import triton_cuda
-    from esper_kernels.graft._arrivals import arrivals
+    from esper_kernels.graft._stream import arrivals, current_stream, floats
 
 
 def arguments(spec=SPEC, dtype="float32"):
@@ -169,31 +169,37 @@ class TestCounters:
 
     def test_are_zero_after_every_call(self):
         self.run()
-        counters = arrivals(torch.empty(1, device=DEVICE), 4)
+        x = torch.empty(1, device=DEVICE)
+        counters = arrivals(x, 4, current_stream(x))
         assert not counters.any()
 
     def test_change_no_bit(self, monkeypatch):
         counted = self.run()
-        monkeypatch.setattr(triton_cuda, "arrivals", lambda x, chunks: None)
+        monkeypatch.setattr(triton_cuda, "arrivals", lambda *given: None)
         for first, second in zip(counted, self.run(), strict=True):
             assert torch.equal(first, second)
 
     def test_there_are_none_for_more_chunks_than_are_counted(self):
-        assert arrivals(torch.empty(1, device=DEVICE), 5_000) is None
+        x = torch.empty(1, device=DEVICE)
+        assert arrivals(x, 5_000, current_stream(x)) is None
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs are a GPU's")
     def test_streams_and_graphs_have_their_own(self):
         x = torch.empty(1, device=DEVICE)
-        here = arrivals(x, 4)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            there = arrivals(x, 4)
-        taken = [here, there]
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            taken += [arrivals(x, 4), arrivals(x, 4)]
-            x.zero_()  # torch warns of a graph with nothing in it
-        assert len({of.data_ptr() for of in taken}) == 4
-        assert arrivals(x, 4).data_ptr() == here.data_ptr()
+
+        def take(of):
+            return of(x, 4, current_stream(x))
+
+        for of in (arrivals, floats):
+            here = take(of)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                there = take(of)
+            taken = [here, there]
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                taken += [take(of), take(of)]
+                x.zero_()  # torch warns of a graph with nothing in it
+            assert len({of.data_ptr() for of in taken}) == 4
+            assert take(of).data_ptr() == here.data_ptr()
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
     def test_graphs_beside_each_other_keep_their_results(self):

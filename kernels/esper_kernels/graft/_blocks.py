@@ -1,7 +1,7 @@
 """Sizes of tiles: a pure function of shapes and device, chosen by measurement beforehand.
 
-The tables hold what was fastest of some 150 choices on one H200, at 16,384 rows of 64 chunks 64
-wide in bfloat16; other shapes scale from there. Loads neither jax nor torch.
+The tables hold what was fastest of some 150 choices on one H200, at 16,384 rows of 64 chunks in
+bfloat16; other shapes scale from there. Loads neither jax nor torch.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class _Line(NamedTuple):
 
 
 _FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
-_NARROW = 2
-"""Times as many programs where chunks are at most 16 wide, whose tiles are small."""
 _BACKWARD = (_Line(16, 64, 4, 3, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
 _IN_PLACE = (_Line(64, 128, 4, 3, 2), _Line(256, 64, 8, 2, 2))
+_NARROW_FORWARD = (_Line(16, 256, 4, 6, 2), *_FORWARD)
+_NARROW_BACKWARD = (_Line(16, 128, 4, 3, 2), *_BACKWARD)
+"""Where chunks are at most 16 wide; measured at 16,384 rows of 64 chunks."""
 
 
 def padded(case: Case) -> tuple[int, int]:
@@ -92,7 +93,7 @@ def _choose(case: Case, table: tuple[_Line, ...]) -> Tiles:
         rows, stages = 32, 1
     if case.rows <= 64:
         rows = 32
-    programs = multiprocessors(case) * line.programs * (_NARROW if width == 16 else 1)
+    programs = multiprocessors(case) * line.programs
     most = min(-(-case.rows // rows), _MAX_SUMS // width)
     return Tiles(
         rows=rows,
@@ -111,12 +112,12 @@ def forward_tiles(case: Case) -> Tiles:
     >>> forward_tiles(case)
     Tiles(rows=64, splits=4, warps=4, stages=4, is_bulk=True)
     """
-    return _choose(case, _FORWARD)
+    return _choose(case, _FORWARD if padded(case)[0] > 16 else _NARROW_FORWARD)
 
 
 def backward_tiles(case: Case) -> Tiles:
     """Of the backward pass; each split costs a share of the body's gradients."""
-    return _choose(case, _BACKWARD)
+    return _choose(case, _BACKWARD if padded(case)[0] > 16 else _NARROW_BACKWARD)
 
 
 def in_place_tiles(case: Case) -> Tiles:

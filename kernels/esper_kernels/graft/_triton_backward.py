@@ -22,6 +22,7 @@ from esper_kernels.graft._triton_reduce import (
     add_up_channels,
     add_up_gradients,
     find_chunk,
+    parts_of,
     store_gradients,
 )
 
@@ -37,8 +38,7 @@ def backward_kernel(
     gate_ptr,
     slot_ptr,
     gains_ptr,
-    shares_ptr,  # [S, C, K]: down [F, R], up [R, F], bias [R], gate [F, R] of every split
-    sums_ptr,  # [S, C, 4]: dy^2, r^2, -dy r, not finite
+    left_ptr,  # what every split leaves: see `parts_of`
     watched_ptr,
     d_down_ptr,
     d_up_ptr,
@@ -55,6 +55,7 @@ def backward_kernel(
     BS: tl.constexpr,
     BC: tl.constexpr,
     IS_COUNTED: tl.constexpr,  # whether the last program of a chunk adds up
+    BESIDE: tl.constexpr,  # whether `channels` have `watched` before them
     NARROW: tl.constexpr,
     NUM_WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -88,6 +89,7 @@ def backward_kernel(
     stride = tl.cast(D, tl.int64) * STEP
     corner = begin.to(tl.int64) * D + start
     offsets = rows[:, None] * D + cols[None, :]
+    sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
     sums_at = sums_ptr + (split * CHUNKS + chunk) * 4
     slope_square = tl.zeros([BM], tl.float32)
 
@@ -216,7 +218,9 @@ def backward_kernel(
         before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
         if before == SPLITS - 1:
             tl.store(arrivals_ptr + chunk, 0)
-            add_up_channels(sums_ptr, watched_ptr, channels_ptr, chunk, is_live, CHUNKS, SPLITS, BS)
+            add_up_channels(
+                sums_ptr, watched_ptr, channels_ptr, chunk, is_live, CHUNKS, SPLITS, BS, BESIDE
+            )
             if (slot >= 0) & (slot < SLOTS):
                 for first in range(0, K, BK):
                     k = first + tl.arange(0, BK)

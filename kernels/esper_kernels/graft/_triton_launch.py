@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,12 +11,18 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+Layout = tuple[list[int], list[int], list[int]]
+"""Shape and strides of an activation, and a tile's shape."""
+
 
 class Tile(TensorDescriptor):  # type: ignore[misc] # triton is untyped here
     """A descriptor that is not checked at every call: its case was, and where it begins."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Tensor, layout: Layout) -> None:
+        self.base = base
+        self.shape, self.strides, self.block_shape = layout
+        self.padding = "zero"
+        self.round_f32_to_tf32 = False
 
     def checked(self) -> TensorDescriptor:
         """The same as Triton's own."""
@@ -31,7 +37,7 @@ class Launch:
     what it found.
 
     Args:
-      kernel: takes the arrays and numbers of a call, then the constants.
+      kernel: takes tiles, arrays and numbers of a call, then the constants.
       programs: how many run.
       constants: of the kernel, and options such as `num_warps`.
     """
@@ -43,21 +49,32 @@ class Launch:
         self._start: Any = None
         self._tail: tuple[Any, ...] = ()
 
-    def __call__(self, *given: Any, is_aligned: bool) -> None:
-        """Starts it on the current device and stream.
+    def __call__(
+        self, tiles: Sequence[Tile], arrays: Sequence[Tensor], numbers: Sequence[int], stream: int
+    ) -> None:
+        """Starts it on the current device.
 
         Args:
-          *given: arrays and numbers.
-          is_aligned: whether all arrays begin at multiples of 16 bytes, as fresh ones do; Triton
-            compiles apart for others, which therefore always go its way.
+          tiles: activations that the copy engine moves.
+          arrays: all other tensors.
+          numbers: sizes.
+          stream: the current one, as CUDA names it.
         """
+        places = [of.data_ptr() for of in arrays]
+        every = 0
+        for place in places:
+            every |= place
+        # Triton compiles apart for what begins elsewhere than at 16 bytes, so that goes its way.
+        is_aligned = every % 16 == 0
         if is_aligned and self._start is not None:
-            self._start(*given, *self._tail)
+            # A place instead of its tensor: Triton asks the driver about every tensor.
+            self._start(*tiles, *places, *numbers, *self._tail, stream=stream)
             return
-        told = [of.checked() if isinstance(of, Tile) else of for of in given]
-        compiled = self._kernel[self._grid](*told, **self._constants)
+        told = [of.checked() for of in tiles]
+        compiled = self._kernel[self._grid](*told, *arrays, *numbers, **self._constants)
         if is_aligned and isinstance(compiled, CompiledKernel):
-            names = self._kernel.arg_names[len(given) :]
+            num_given = len(tiles) + len(arrays) + len(numbers)
+            names = self._kernel.arg_names[num_given:]
             self._tail = tuple(self._constants[name] for name in names)
             self._start = compiled[self._grid]
 
@@ -72,6 +89,10 @@ def are_aligned(*arrays: Tensor) -> bool:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Makes the device of `x` the current one, on which Triton starts its kernels."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    device = x.get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device(device)
+
+
+_NOWHERE = nullcontext()

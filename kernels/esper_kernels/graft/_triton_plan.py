@@ -72,8 +72,8 @@ class Watching(NamedTuple):
     main: Launch
     finish: Launch | None
     """Adds the programs' sums up where nothing counts who is the last to arrive."""
-    sums: tuple[int, int] | None
-    """The shape of the programs' sums; None where one program has a chunk to itself."""
+    room: int
+    """Floats that the programs leave behind; 0 where one program has a chunk to itself."""
 
 
 class Pulling(NamedTuple):
@@ -82,8 +82,8 @@ class Pulling(NamedTuple):
     main: Launch
     reduce: Launch | None
     """Adds the splits' shares up where nothing counts who is the last to arrive."""
-    share: int
-    """Entries of one chunk's share of the gradients."""
+    room: int
+    """Floats that the programs leave behind."""
 
 
 def forward_launches(
@@ -113,8 +113,8 @@ def forward_launches(
     if tiles.splits > 1 and not is_counted:
         added = {"CHUNKS": case.chunks, "SPLITS": tiles.splits, **_cut(case, tiles), **rest}
         added_up = Launch(watch_kernel, case.chunks, added | _chained(tiles))
-    sums = (programs, width + PAD) if tiles.splits > 1 else None
-    return Watching(Launch(forward_kernel, programs, constants), added_up, sums)
+    room = programs * (width + PAD) if tiles.splits > 1 else 0
+    return Watching(Launch(forward_kernel, programs, constants), added_up, room)
 
 
 def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
@@ -142,8 +142,8 @@ def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
     if not is_counted:
         added = _cut(case, tiles) | rest | _chained(tiles)
         added_up = Launch(watch_in_place_kernel, case.chunks, added)
-    sums = (programs, padded(case)[0] + PAD)
-    return Watching(Launch(in_place_kernel, programs, constants), added_up, sums)
+    room = programs * (padded(case)[0] + PAD)
+    return Watching(Launch(in_place_kernel, programs, constants), added_up, room)
 
 
 def share_of(case: Case) -> int:
@@ -152,13 +152,21 @@ def share_of(case: Case) -> int:
     return 2 * size + case.has_bias * case.rank + (case.activation == "gated") * size
 
 
-def backward_launches(case: Case, tiles: Tiles, is_counted: bool) -> Pulling:
-    """Of the backward pass."""
+def backward_launches(case: Case, tiles: Tiles, is_counted: bool, is_beside: bool) -> Pulling:
+    """Of the backward pass.
+
+    Args:
+      case: what is computed.
+      tiles: how it is cut.
+      is_counted: whether counters tell who adds up.
+      is_beside: whether `channels` have `watched` before them.
+    """
     share = share_of(case)
     rest = {
         "BK": PIECE,
         "BS": triton.next_power_of_2(tiles.splits),
         "BC": min(1024, triton.next_power_of_2(case.chunks)),
+        "BESIDE": is_beside,
     }
     constants = {
         "K": share,
@@ -168,8 +176,9 @@ def backward_launches(case: Case, tiles: Tiles, is_counted: bool) -> Pulling:
         **rest,
     }
     main = Launch(backward_kernel, case.chunks * tiles.splits, constants)
+    room = tiles.splits * case.chunks * (4 + share)
     if is_counted:
-        return Pulling(main, None, share)
+        return Pulling(main, None, room)
     added = {
         "CHUNKS": case.chunks,
         "SPLITS": tiles.splits,
@@ -183,4 +192,4 @@ def backward_launches(case: Case, tiles: Tiles, is_counted: bool) -> Pulling:
         **_chained(tiles),
     }
     programs = case.chunks + case.slots * triton.cdiv(share, PIECE)
-    return Pulling(main, Launch(reduce_kernel, programs, added), share)
+    return Pulling(main, Launch(reduce_kernel, programs, added), room)

@@ -10,6 +10,15 @@ from esper_kernels.graft._triton_parts import await_release, find, is_finite
 
 
 @triton.jit
+def parts_of(left_ptr, CHUNKS, SPLITS: tl.constexpr):
+    """Sums [S, C, 4] (dy^2, r^2, -dy r, not finite) and shares [S, C, K] of S splits.
+
+    A share is down [F, R], up [R, F], bias [R], gate [F, R].
+    """
+    return left_ptr, left_ptr + tl.cast(CHUNKS, tl.int64) * (SPLITS * 4)
+
+
+@triton.jit
 def find_chunk(slot_ptr, slot, CHUNKS, BC: tl.constexpr):
     """The chunk that a slot serves, -1 for none."""
     found = tl.full([BC], -1, tl.int32)
@@ -30,14 +39,20 @@ def add_up_channels(
     CHUNKS,
     SPLITS: tl.constexpr,
     BS: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
-    """One chunk's row of `channels` from the splits' sums."""
+    """One chunk's row of `channels` from the splits' sums, `BESIDE` that of `watched`."""
     splits = tl.arange(0, BS)
     sums_at = sums_ptr + (splits * CHUNKS + chunk) * 4
     is_split = splits < SPLITS
     squares = tl.load(sums_at, mask=is_split, other=0.0, cache_modifier=".cg")
     slope_square = tl.sum(squares, axis=0)
     out = channels_ptr + chunk * 5
+    if BESIDE:
+        column = tl.arange(0, 8)
+        row = tl.load(watched_ptr + chunk * 5 + column, mask=column < 5)
+        tl.store(channels_ptr + chunk * 10 + column, row, mask=column < 5)
+        out += chunk * 5 + 5
     tl.store(out, slope_square)
     if is_live:
         square, worth, broken = _sum_sums(sums_at, is_split)
@@ -119,8 +134,7 @@ def _sum_sums(at, is_real):
 
 @triton.jit
 def reduce_kernel(
-    shares_ptr,
-    sums_ptr,
+    left_ptr,
     watched_ptr,
     slot_ptr,
     gains_ptr,
@@ -141,13 +155,17 @@ def reduce_kernel(
     HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
     BULK: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
     pid = tl.program_id(0)
+    sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
     if pid < CHUNKS:
         _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
         await_release(BULK)
-        add_up_channels(sums_ptr, watched_ptr, channels_ptr, pid, is_live, CHUNKS, SPLITS, BS)
+        add_up_channels(
+            sums_ptr, watched_ptr, channels_ptr, pid, is_live, CHUNKS, SPLITS, BS, BESIDE
+        )
     else:
         PIECES: tl.constexpr = (K + BK - 1) // BK
         slot = (pid - CHUNKS) // PIECES

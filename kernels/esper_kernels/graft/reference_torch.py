@@ -175,12 +175,21 @@ class Calls:
         return torch.ops.aten._unsafe_view(y, x.shape), watched
 
     def backward(
-        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+        self,
+        x: Tensor,
+        dy: Tensor,
+        body: Body,
+        slot: Tensor,
+        gains: Tensor,
+        watched: Tensor,
+        *,
+        is_beside: bool = False,
     ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`."""
+        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
         rows, slope = (of.reshape(-1, x.shape[-1]) for of in (x, dy))
         dx, d_body, channels = backward(self.case, rows, slope, body, slot, gains, watched)
-        return dx.reshape(x.shape), d_body, channels
+        told = torch.cat([watched, channels], dim=1) if is_beside else channels
+        return dx.reshape(x.shape), d_body, told
 
 
 def bind(case: Case, x: Tensor) -> Calls:

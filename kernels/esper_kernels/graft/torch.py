@@ -144,9 +144,17 @@ class Calls(Protocol):
         """`y` and `watched` of `graft`."""
 
     def backward(
-        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+        self,
+        x: Tensor,
+        dy: Tensor,
+        body: Body,
+        slot: Tensor,
+        gains: Tensor,
+        watched: Tensor,
+        *,
+        is_beside: bool = False,
     ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`."""
+        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
 
 
 def bind(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._arrivals import arrivals
 from esper_kernels.graft._blocks import (
     Tiles,
     backward_tiles,
@@ -19,7 +18,8 @@ from esper_kernels.graft._blocks import (
     padded,
 )
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Body, Case
-from esper_kernels.graft._triton_launch import Tile, are_aligned, on_device_of
+from esper_kernels.graft._stream import arrivals, current_stream, floats
+from esper_kernels.graft._triton_launch import Layout, Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_plan import (
     Pulling,
@@ -70,9 +70,10 @@ class Calls:
         self._backward_tiles = tiles or backward_tiles(case)
         if case.chunks > MAX_SEARCHED:
             self._in_place_tiles = replace(forward_tiles(case), splits=1)
-        self._sides = [case.rows, case.features], [case.features, 1]
+        self._sizes = case.rows, case.features, case.chunks, case.slots
+        self._layouts: dict[int, Layout] = {}
         self._watched: dict[tuple[bool, ...], Watching] = {}
-        self._pulled: dict[tuple[bool, bool], Pulling] = {}
+        self._pulled: dict[tuple[bool, bool, bool], Pulling] = {}
         self._is_small = share_of(case) <= MAX_SHARE
         self._nobody: tuple[Tensor, Tensor] | None = None
 
@@ -101,54 +102,52 @@ class Calls:
             return self._watch(x, x, Body(x, x), *self._nobody, tiles, watches=True)
 
     def backward(
-        self, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
+        self,
+        x: Tensor,
+        dy: Tensor,
+        body: Body,
+        slot: Tensor,
+        gains: Tensor,
+        watched: Tensor,
+        *,
+        is_beside: bool = False,
     ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`."""
+        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
         case, tiles, bank = self.case, self._backward_tiles, _bank(x, body)
         tiles = tiles if are_aligned(x, dy) else _without_engine(tiles)
-        is_aligned = are_aligned(x, dy, *bank, slot, gains, watched)
         dx = torch.empty_like(x)
         d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
         learned = _bank(x, d_body)
-        channels = x.new_empty((case.chunks, NUM_CHANNELS), dtype=torch.float32)
+        columns = NUM_WATCHED + NUM_CHANNELS if is_beside else NUM_CHANNELS
+        channels = x.new_empty((case.chunks, columns), dtype=torch.float32)
         with on_device_of(x):
-            counters = arrivals(x, case.chunks) if self._is_small else None
-            key = tiles.is_bulk, counters is not None
+            stream = current_stream(x)
+            counters = arrivals(x, case.chunks, stream) if self._is_small else None
+            key = tiles.is_bulk, counters is not None, is_beside
             launches = self._pulled.get(key)
             if launches is None:
-                launches = self._pulled[key] = backward_launches(case, tiles, key[1])
-            main, reduce, share = launches
-            shares = x.new_empty((tiles.splits, case.chunks, share), dtype=torch.float32)
-            sums = x.new_empty((tiles.splits, case.chunks, 4), dtype=torch.float32)
-            main(
-                self._view(tiles, x),
-                self._view(tiles, dy),
-                self._view(tiles, dx),
-                *bank,
-                slot,
-                gains,
-                shares,
-                sums,
-                watched,
-                *learned,
-                channels,
-                slot if counters is None else counters,
-                case.rows,
-                case.features,
-                case.chunks,
-                case.slots,
-                is_aligned=is_aligned,
-            )
+                launches = self._pulled[key] = backward_launches(case, tiles, *key[1:])
+            main, reduce, room = launches
+            left = floats(x, room, stream)
+            views, plain = self._views(tiles, x, dy, dx)
+            counted = slot if counters is None else counters
+            given = *plain, *bank, slot, gains, left, watched, *learned, channels, counted
+            main(views, given, self._sizes, stream.name)
             if reduce is not None:
-                told = shares, sums, watched, slot, gains, *learned, channels
-                reduce(*told, case.slots, is_aligned=is_aligned)
+                told = left, watched, slot, gains, *learned, channels
+                reduce((), told, (case.slots,), stream.name)
         return dx, d_body, channels
 
-    def _view(self, tiles: Tiles, of: Tensor) -> Any:
-        """What a kernel takes for an activation."""
+    def _views(self, tiles: Tiles, *activations: Tensor) -> tuple[Sequence[Tile], Sequence[Tensor]]:
+        """What a kernel takes for activations: tiles, or arrays."""
         if not tiles.is_bulk:
-            return of
-        return Tile(of, *self._sides, [tiles.rows, self.case.width])
+            return (), activations
+        layout = self._layouts.get(tiles.rows)
+        if layout is None:
+            case = self.case
+            sides = [case.rows, case.features], [case.features, 1]
+            layout = self._layouts[tiles.rows] = *sides, [tiles.rows, case.width]
+        return [Tile(of, layout) for of in activations], ()
 
     def _watch(
         self,
@@ -163,32 +162,20 @@ class Calls:
     ) -> Tensor:
         case, bank = self.case, _bank(x, body)
         tiles = tiles if are_aligned(x, y) else _without_engine(tiles)
-        is_aligned = are_aligned(x, y, *bank, slot, gains)
-        counters = arrivals(x, case.chunks) if tiles.splits > 1 else None
+        stream = current_stream(x)
+        counters = arrivals(x, case.chunks, stream) if tiles.splits > 1 else None
         key = tiles.is_bulk, y is x, watches, counters is not None
         launches = self._watched.get(key)
         if launches is None:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
-        main, finish, shape = launches
+        main, finish, room = launches
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-        sums = watched if shape is None else x.new_empty(shape, dtype=torch.float32)
-        main(
-            self._view(tiles, x),
-            self._view(tiles, y),
-            *bank,
-            slot,
-            gains,
-            sums,
-            watched,
-            slot if counters is None else counters,
-            case.rows,
-            case.features,
-            case.chunks,
-            case.slots,
-            is_aligned=is_aligned,
-        )
+        left = floats(x, room, stream) if room else watched
+        views, plain = self._views(tiles, x, y)
+        counted = slot if counters is None else counters
+        main(views, (*plain, *bank, slot, gains, left, watched, counted), self._sizes, stream.name)
         if finish is not None:
-            finish(sums, watched, case.rows, is_aligned=True)
+            finish((), (left, watched), (case.rows,), stream.name)
         return watched
 
     def _watch_in_place(
@@ -196,30 +183,22 @@ class Calls:
     ) -> Tensor:
         case, bank = self.case, _bank(x, body)
         tiles = tiles if are_aligned(x) else _without_engine(tiles)
-        is_aligned = are_aligned(x, *bank, slot, gains)
-        counters = arrivals(x, case.chunks)
+        stream = current_stream(x)
+        counters = arrivals(x, case.chunks, stream)
         key = tiles.is_bulk, True, counters is not None
         launches = self._watched.get(key)
         if launches is None:
             launches = self._watched[key] = in_place_launches(case, tiles, key[2])
-        main, finish, shape = launches
-        sums = x.new_empty(shape, dtype=torch.float32)
+        main, finish, room = launches
+        left = floats(x, room, stream)
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-        main(
-            self._view(tiles, x),
-            *bank,
-            slot,
-            gains,
-            sums,
-            watched,
-            slot if counters is None else counters,
-            case.rows,
-            case.features,
-            case.slots,
-            is_aligned=is_aligned,
-        )
+        views, plain = self._views(tiles, x)
+        counted = slot if counters is None else counters
+        sizes = case.rows, case.features, case.slots
+        main(views, (*plain, *bank, slot, gains, left, watched, counted), sizes, stream.name)
         if finish is not None:
-            finish(sums, watched, slot, gains, case.rows, case.slots, is_aligned=is_aligned)
+            told = left, watched, slot, gains
+            finish((), told, (case.rows, case.slots), stream.name)
         return watched
 
 
