@@ -51,10 +51,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, width)
-        self.h = nn.ModuleList(Block(width) for _ in range(2))
+        self.h = nn.ModuleList(Block(width) for _ in range(layers))
         self.head = nn.Linear(width, 11)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

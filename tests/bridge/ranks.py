@@ -65,7 +65,10 @@ def main(rank: int, world: int, store: str, out: str) -> None:
             bridge.survey(lambda: (model(x[0, mine]) - y[0, mine]).square().mean())
     bodies = torch.cat([p.detach().flatten() for p in bridge.body_parameters()]).numpy()
     potential = np.asarray(bridge.state.seeds.potential)
-    np.savez(f"{out}{rank}.npz", stages=stages, utility=utility, bodies=bodies, potential=potential)
+    with torch.no_grad():
+        outputs = model(x[0]).numpy()
+    found = {"bodies": bodies, "potential": potential, "outputs": outputs}
+    np.savez(f"{out}{rank}.npz", stages=stages, utility=utility, **found)
     if world > 1:
         dist.destroy_process_group()
 

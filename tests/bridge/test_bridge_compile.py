@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, grow, place, reading
+from bridges import Mlp, Transformer, grow, place, reading
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
+from torch_bridge import BridgeError
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,9 @@ def test_no_stage_compiles_anew_and_all_agree_with_eager(stacked: bool) -> None:
     assert int(bridge.state.seeds.telemetry.num_steps[1]) > 0
 
 
-def test_gradients_and_readings_are_those_of_eager() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_and_readings_are_those_of_eager(backend: str) -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
     place(
@@ -75,7 +78,6 @@ def test_gradients_and_readings_are_those_of_eager() -> None:
             2: ("low_rank", Stage.FOSSILIZED, 1.0),
         },
     )
-    backend, _ = counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x = torch.randn(5, 6)
     found = []
@@ -126,3 +128,55 @@ def test_dormant_is_bitwise_the_bare_model_with_inductor() -> None:
         was_measured = bool(bridge.sites[0].heard)
         bridge.step(loss)
     assert not was_measured
+
+
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_module_called_twice_in_one_forward(fullgraph: bool) -> None:
+    model = Twice()
+    bridge = grow(model, "a")
+    backend, _ = counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    for _ in range(2):
+        with pytest.raises(BridgeError, match="called more than once"):
+            compiled(torch.randn(2, 6))
+        bridge._refresh()  # nothing lives: the program that would be the bare model's says so too
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+@pytest.mark.parametrize("stacked", [False, True])
+def test_blocks_compiled_by_themselves_share_two_programs(stacked: bool) -> None:
+    model = Transformer(layers=3)
+    bridge = grow(model, r"h\.\d\.fc", stacked=stacked, watch_every=4)
+    backend, count = counting()
+    for block in model.h:
+        block.compile(backend=backend, fullgraph=True)
+    plain = Transformer(layers=3)
+    plain.load_state_dict({n: of for n, of in model.state_dict().items() if "seeds" not in n})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tokens = torch.randint(11, (4, 5))
+    commands = {
+        2: [ef.commands.germinate(0, "low_rank"), ef.commands.germinate(4, "bottleneck")],
+        4: [ef.commands.transition(0, Stage.TRAINING), ef.commands.transition(4, Stage.TRAINING)],
+        7: [ef.commands.cull(0), ef.commands.cull(4)],
+    }
+    torch.testing.assert_close(model(tokens), plain(tokens))
+    lives = []
+    for step in range(12):
+        loss = model(tokens).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bridge.step(loss, commands.get(step, ()))
+        lives.append(bridge.num_live)
+    assert max(lives) == 2
+    assert lives[-1] == 0
+    assert len(count) == 2, count

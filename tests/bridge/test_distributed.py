@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from short_lives import GROWN
 
 from esper_fn.lifecycle import Stage
 
@@ -41,4 +44,36 @@ def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> No
     assert set(np.unique(first["stages"])) >= set(range(Stage.FINE_TUNING + 1))
     np.testing.assert_allclose(first["utility"], alone["utility"], rtol=5e-2, atol=1e-5)
     np.testing.assert_allclose(first["potential"], alone["potential"], rtol=5e-2, atol=1e-3)
-    np.testing.assert_allclose(first["bodies"], alone["bodies"], rtol=5e-2, atol=1e-3)
+    # Not the bodies: singular values that nearly tie may bear their units in another order.
+    np.testing.assert_allclose(first["outputs"], alone["outputs"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def test_two_ranks_under_a_trainer_decide_the_same(framework: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "HF_HUB_OFFLINE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "ours",  # by which trainers know who started them
+    }
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "callback_ranks.py"), framework, str(tmp_path)],
+            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
+    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in range(2))
+    assert len(first["stages"]) == 20
+    assert GROWN & {Stage(stage) for stage in np.unique(first["stages"]).tolist()}
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
