@@ -104,6 +104,10 @@ class _Switch:
     def commands(self, step: int) -> list[ef.commands.Command]:
         return self._steering.commands(step) if self._is_on else []
 
+    def answer(self, step: int, outcomes: Callable[[], Any]) -> None:
+        if self._is_on:
+            self._steering.answer(step, outcomes)
+
     def listener(self, segment: runtime.Segment) -> None:
         if self._is_on:
             self._steering.listener(segment)

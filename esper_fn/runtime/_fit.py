@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -239,6 +240,8 @@ def fit(
 
         given = asked if commands else silence
         state, infos = run(state, batches(first, length), survey_batch, given)
+        if steering is not None:
+            steering.answer(first, partial(jax.device_get, infos.outcomes))
         infos = jax.device_get(infos)
         totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
         totals["num_parameters"] = int(infos.num_parameters[-1])

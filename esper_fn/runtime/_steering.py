@@ -37,9 +37,9 @@ class Steering:
 
     Between two segments it takes what waits: stops, pauses and saves are done there, commands to
     seeds become rows of the next segment. With `segment_steps=1` every step is such a boundary, and
-    rows are still taken when the gradients of the step are there. After a segment it answers, from
-    the infos that `fit` has on the host anyway: no transfer of its own, and no wait for a server,
-    which a thread of the station talks to.
+    rows are still taken when the gradients of the step are there. After a segment it answers,
+    before anything else of the segment goes to the host, and without waiting for a server, which a
+    thread of the station talks to.
 
     Use it as a context around `fit`. Make one with `steer`.
 
@@ -103,17 +103,27 @@ class Steering:
         self._running, self._rows = self._rows or [], None
         return [row for rows in self._running for row in rows.commands]
 
-    def listener(self, segment: Segment) -> None:
-        """Answers the commands of a segment and tells of it."""
-        infos = segment.infos
-        if infos is None:
+    def answer(self, step: int, outcomes: Callable[[], Any]) -> None:
+        """Answers the commands of the segment that began with a step.
+
+        Args:
+          step: its first.
+          outcomes: brings the segment's `Outcomes` to the host; called where there are commands.
+        """
+        if not self._running:
             return
-        at = 0
+        found, at = outcomes(), 0
         for rows in self._running:
             count = len(rows.commands)
-            self._answer(rows, infos.outcomes, at, count, segment.first_step)
+            self._answer(rows, found, at, count, step)
             at += count
         self._running = []
+        self.station.flush()
+
+    def listener(self, segment: Segment) -> None:
+        """Tells of a segment."""
+        if segment.infos is None:
+            return
         self._step = segment.first_step + segment.num_steps
         self.station.set_step(self._step)
         self.station.flush()
