@@ -179,6 +179,11 @@ class TestCounters:
         for first, second in zip(counted, self.run(), strict=True):
             assert torch.equal(first, second)
 
+    def test_two_kernels_leave_nothing_in_memory_that_others_use(self, monkeypatch):
+        monkeypatch.setattr(triton_cuda, "arrivals", lambda *given: None)
+        monkeypatch.setattr(triton_cuda, "floats", None)
+        self.run()
+
     def test_there_are_none_for_more_chunks_than_are_counted(self):
         x = torch.empty(1, device=DEVICE)
         assert arrivals(x, 5_000, current_stream(x)) is None

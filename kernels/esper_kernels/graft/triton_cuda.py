@@ -18,7 +18,7 @@ from esper_kernels.graft._blocks import (
     padded,
 )
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Body, Case
-from esper_kernels.graft._stream import arrivals, current_stream, floats
+from esper_kernels.graft._stream import Stream, arrivals, current_stream, floats
 from esper_kernels.graft._triton_launch import Layout, Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_plan import (
@@ -128,7 +128,7 @@ class Calls:
             if launches is None:
                 launches = self._pulled[key] = backward_launches(case, tiles, *key[1:])
             main, reduce, room = launches
-            left = floats(x, room, stream)
+            left = _room(x, room, stream, is_alone=reduce is None)
             views, plain = self._views(tiles, x, dy, dx)
             counted = slot if counters is None else counters
             given = *plain, *bank, slot, gains, left, watched, *learned, channels, counted
@@ -170,7 +170,7 @@ class Calls:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
         main, finish, room = launches
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-        left = floats(x, room, stream) if room else watched
+        left = _room(x, room, stream, is_alone=finish is None) if room else watched
         views, plain = self._views(tiles, x, y)
         counted = slot if counters is None else counters
         main(views, (*plain, *bank, slot, gains, left, watched, counted), self._sizes, stream.name)
@@ -190,7 +190,7 @@ class Calls:
         if launches is None:
             launches = self._watched[key] = in_place_launches(case, tiles, key[2])
         main, finish, room = launches
-        left = floats(x, room, stream)
+        left = _room(x, room, stream, is_alone=finish is None)
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
         views, plain = self._views(tiles, x)
         counted = slot if counters is None else counters
@@ -205,6 +205,14 @@ class Calls:
 def _without_engine(tiles: Tiles) -> Tiles:
     """The copy engine wants activations that begin at multiples of 16 bytes."""
     return replace(tiles, is_bulk=False) if tiles.is_bulk else tiles
+
+
+def _room(x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
+    """Where programs leave sums; a stream's own memory only where one kernel does all.
+
+    Another thread may start a kernel on the stream between two of this one.
+    """
+    return floats(x, size, stream) if is_alone else x.new_empty((size,), dtype=torch.float32)
 
 
 def _bank(x: Tensor, body: Body) -> list[Tensor]:
