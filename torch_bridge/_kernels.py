@@ -22,7 +22,8 @@ MAX_MATRIX = 8192
 
 def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls | None:
     """What computes all of a site, if a kernel can; remembered by the plan."""
-    of_body = next((leaf.dtype for leaf in bodies[plan.banks[0].bank].values()), None)
+    leaf = next(iter(bodies[plan.banks[0].bank].values()), None)
+    of_body = None if leaf is None else (leaf.dtype, leaf.get_device())
     key = x.shape, x.dtype, x.get_device(), of_body
     if key not in plan.bound:
         plan.bound[key] = _bind(plan, bodies, x) if _serves(plan, bodies, x) else None

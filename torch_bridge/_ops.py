@@ -173,13 +173,11 @@ def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leave
 
 
 def _compute(
-    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor, is_again: bool
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`y`, what was measured of `x`, and sums of r^2 where they spare the backward pass work."""
     del tap
     site, plan = _site(handle)
-    if is_again:  # here, as a compiler takes an error on its way for code that it cannot follow
-        raise site.called_again()
     watches = bool(plan.banks) or plan.is_watching
     y, watched, kept = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
     sums = []
@@ -196,9 +194,9 @@ def _keeps_sums(x: Tensor) -> bool:
 
 
 def _promise(
-    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor, is_again: bool
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    del stacked, handle, is_again
+    del stacked, handle
     chunks = tap.shape[0]
     sums = [tap.new_empty((chunks,))] if _keeps_sums(x) else []
     return torch.empty_like(x), tap.new_empty((chunks, NUM_WATCHED)), sums
@@ -266,19 +264,20 @@ def _promise_backward(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    x, _, stacked, handle, _ = inputs
+    x, _, stacked, handle = inputs
     ctx.save_for_backward(x, output[1], handle, *stacked, *output[2])
     ctx.num_leaves = len(stacked)
+    # A compiler drops what nobody reads. The gradient of a body is read where one is trained; else
+    # the tap's keeps the operation, for a gradient of `x` may vanish on its way.
+    ctx.for_tap = not (x.requires_grad and any(of.requires_grad for of in stacked))
 
 
 def _pull(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
     del of_statistics  # they have no derivative
     x, watched, handle, *rest = ctx.saved_tensors
     stacked, sums = rest[: ctx.num_leaves], rest[ctx.num_leaves :]
-    # What nobody reads is not computed: where `x` needs no gradient the tap keeps the operation.
-    for_tap = not ctx.needs_input_grad[0]
-    d_x, grads = site_backward_op(x, dy, watched, sums, stacked, handle, for_tap)
-    return d_x, grads.pop() if for_tap else None, grads, None, None
+    d_x, grads = site_backward_op(x, dy, watched, sums, stacked, handle, ctx.for_tap)
+    return d_x, grads.pop() if ctx.for_tap else None, grads, None
 
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
@@ -296,8 +295,7 @@ def _register(signature: str, compute: Any, promise: Any) -> Any:
 
 _LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
 site_op = _register(
-    "site_v4(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle, bool is_again) -> "
-    "(Tensor, Tensor, Tensor[])",
+    "site_v4(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor[])",
     _compute,
     _promise,
 )

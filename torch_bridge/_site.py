@@ -33,8 +33,6 @@ class Shared:
         """Whether any site lives or watches in this step. Compiled programs depend on it: one is
         the bare model's, the other one serves every step in which there is anything to do."""
         self.is_running = False
-        self.is_traced = False
-        """The same while a compiler follows the whole model."""
         self.called: set[str] = set()
         self.moments: dict[str, list[Tensor]] | None = None
         """Where a survey gathers second moments; None outside of one."""
@@ -43,20 +41,14 @@ class Shared:
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the whole model."""
-        if torch.compiler.is_compiling():
-            self.is_traced = True
-            self.called.clear()
-        elif torch._C._current_graph_task_id() == -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self.is_running = True
             self.called.clear()
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the whole model."""
-        if torch.compiler.is_compiling():
-            self.is_traced = False
-        else:
+        if not torch.compiler.is_compiling():
             self.is_running = False
-        self.called.clear()  # compiled programs hold as long as what they find is the same
 
 
 class Seeds(nn.Module):  # type: ignore[misc]
@@ -148,12 +140,9 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """The forward hook of the target."""
         x, rebuild = _first(self.site, module, output)
         if torch.compiler.is_compiling():
-            is_again = self.shared.is_traced and not self._is_first_call()
-            is_bare = not self.shared.is_busy and not is_again
-            if is_bare and (x.requires_grad or not torch.is_grad_enabled()):
+            if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
                 return None
-            rows = self._all_rows()
-            return rebuild(_ops.site_op(x, self.tap, rows, self.handle, is_again)[0])
+            return rebuild(_ops.site_op(x, self.tap, self._all_rows(), self.handle)[0])
         self._check(module, x)
         self._count()
         y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
@@ -234,24 +223,14 @@ class Seeds(nn.Module):  # type: ignore[misc]
         shared = self.shared
         if not shared.is_running or torch._C._current_graph_task_id() != -1:
             return  # a part of the model alone, or a checkpoint's second run
-        if not self._is_first_call():
+        if self.site in shared.called:
             shared.is_running = False
-            raise self.called_again()
-
-    def _is_first_call(self) -> bool:
-        """Whether this forward pass of the model comes here for the first time."""
-        if self.site in self.shared.called:
-            return False
-        self.shared.called.add(self.site)
-        return True
-
-    def called_again(self) -> BridgeError:
-        """What is wrong where one forward pass calls a target twice."""
-        return BridgeError(
-            f"target {self.site!r} is called more than once in one forward pass of the model: "
-            "its seeds would serve two places at once; leave it out of targets, or call a "
-            "module of its own at each place"
-        )
+            raise BridgeError(
+                f"target {self.site!r} is called more than once in one forward pass of the model: "
+                "its seeds would serve two places at once; leave it out of targets, or call a "
+                "module of its own at each place"
+            )
+        shared.called.add(self.site)
 
     # --- module protocol ---------------------------------------------------------------------
 

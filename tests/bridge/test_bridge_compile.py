@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from bridges import Mlp, Transformer, grow, place, reading
+from torch.utils.checkpoint import checkpoint
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
-from torch_bridge import BridgeError
 
 
 @pytest.fixture(autouse=True)
@@ -130,25 +130,48 @@ def test_dormant_is_bitwise_the_bare_model_with_inductor() -> None:
     assert not was_measured
 
 
-class Twice(torch.nn.Module):
+class Checkpointed(Transformer):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.h:
+            x = checkpoint(block, x, use_reentrant=False)[0]
+        return self.head(x)
+
+
+class Rounded(Mlp):
     def __init__(self) -> None:
         super().__init__()
-        self.a = torch.nn.Linear(6, 6)
+        self.round = Round()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a(torch.relu(self.a(x)))
+        return self.out(self.round(self.fc2(self.fc1(x))))
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_module_called_twice_in_one_forward(fullgraph: bool) -> None:
-    model = Twice()
-    bridge = grow(model, "a")
-    backend, _ = counting()
-    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
-    for _ in range(2):
-        with pytest.raises(BridgeError, match="called more than once"):
-            compiled(torch.randn(2, 6))
-        bridge._refresh()  # nothing lives: the program that would be the bare model's says so too
+class Round(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(x * 4) / 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.parametrize(
+    ("model", "target", "backend"),
+    [(Checkpointed, r"h\.\d\.fc", "aot_eager"), (Rounded, "round", "inductor")],
+)
+def test_no_reading_is_lost_or_told_twice(model: Any, target: str, backend: str) -> None:
+    """Where a forward pass runs twice, and where nobody reads what a backward pass computes."""
+    grown = model()
+    features = {"round": 8} if target == "round" else None
+    bridge = grow(grown, target, features=features)
+    place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.7)})
+    for p in bridge.body_parameters():
+        p.requires_grad_(model is Checkpointed)
+    x = torch.randint(11, (4, 5)) if model is Checkpointed else torch.randn(5, 6)
+    found = []
+    for run in (grown, torch.compile(grown, backend=backend, fullgraph=True)):
+        run(x).square().mean().backward()
+        found.append([reading(site) for site in bridge.sites])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it

@@ -179,10 +179,27 @@ class TestCounters:
         for first, second in zip(counted, self.run(), strict=True):
             assert torch.equal(first, second)
 
-    def test_two_kernels_leave_nothing_in_memory_that_others_use(self, monkeypatch):
-        monkeypatch.setattr(triton_cuda, "arrivals", lambda *given: None)
-        monkeypatch.setattr(triton_cuda, "floats", None)
+    def test_only_one_kernel_of_a_bound_call_uses_what_a_stream_keeps(self, monkeypatch):
+        asked = []
+
+        def noting(x, size, stream):
+            asked.append(size)
+            return floats(x, size, stream)
+
+        monkeypatch.setattr(triton_cuda, "floats", noting)
         self.run()
+        assert not asked
+        x, body, slot, gains = arguments(TALL)
+        tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
+        for num_asked, counters in ((2, arrivals), (0, lambda *given: None)):
+            monkeypatch.setattr(triton_cuda, "arrivals", counters)
+            bound = triton_cuda.Calls(
+                kernels_case(x, body, slot, gains), tiles=tiles, keeps_room=True
+            )
+            watched = bound.forward(x, body, slot, gains)[1]
+            bound.backward(x, x, body, slot, gains, watched)
+            assert len(asked) == num_asked
+            asked.clear()
 
     def test_there_are_none_for_more_chunks_than_are_counted(self):
         x = torch.empty(1, device=DEVICE)

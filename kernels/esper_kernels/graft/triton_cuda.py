@@ -61,10 +61,12 @@ class Calls:
     Args:
       case: what every call has in common.
       tiles: for all passes; for measurements.
+      keeps_room: whether sums may go into memory that the stream keeps.
     """
 
-    def __init__(self, case: Case, tiles: Tiles | None = None) -> None:
+    def __init__(self, case: Case, tiles: Tiles | None = None, *, keeps_room: bool = False) -> None:
         self.case = case
+        self._keeps_room = keeps_room
         self._forward_tiles = tiles or forward_tiles(case)
         self._in_place_tiles = tiles or in_place_tiles(case)
         self._backward_tiles = tiles or backward_tiles(case)
@@ -128,7 +130,7 @@ class Calls:
             if launches is None:
                 launches = self._pulled[key] = backward_launches(case, tiles, *key[1:])
             main, reduce, room = launches
-            left = _room(x, room, stream, is_alone=reduce is None)
+            left = self._room(x, room, stream, is_alone=reduce is None)
             views, plain = self._views(tiles, x, dy, dx)
             counted = slot if counters is None else counters
             given = *plain, *bank, slot, gains, left, watched, *learned, channels, counted
@@ -137,6 +139,15 @@ class Calls:
                 told = left, watched, slot, gains, *learned, channels
                 reduce((), told, (case.slots,), stream.name)
         return dx, d_body, channels
+
+    def _room(self, x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
+        """Where programs leave sums; a stream's own memory only where one kernel does all.
+
+        Another thread may start a kernel on the stream between two of this one.
+        """
+        if is_alone and self._keeps_room:
+            return floats(x, size, stream)
+        return x.new_empty((size,), dtype=torch.float32)
 
     def _views(self, tiles: Tiles, *activations: Tensor) -> tuple[Sequence[Tile], Sequence[Tensor]]:
         """What a kernel takes for activations: tiles, or arrays."""
@@ -170,7 +181,7 @@ class Calls:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
         main, finish, room = launches
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
-        left = _room(x, room, stream, is_alone=finish is None) if room else watched
+        left = self._room(x, room, stream, is_alone=finish is None) if room else watched
         views, plain = self._views(tiles, x, y)
         counted = slot if counters is None else counters
         main(views, (*plain, *bank, slot, gains, left, watched, counted), self._sizes, stream.name)
@@ -190,7 +201,7 @@ class Calls:
         if launches is None:
             launches = self._watched[key] = in_place_launches(case, tiles, key[2])
         main, finish, room = launches
-        left = _room(x, room, stream, is_alone=finish is None)
+        left = self._room(x, room, stream, is_alone=finish is None)
         watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
         views, plain = self._views(tiles, x)
         counted = slot if counters is None else counters
@@ -207,29 +218,26 @@ def _without_engine(tiles: Tiles) -> Tiles:
     return replace(tiles, is_bulk=False) if tiles.is_bulk else tiles
 
 
-def _room(x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
-    """Where programs leave sums; a stream's own memory only where one kernel does all.
-
-    Another thread may start a kernel on the stream between two of this one.
-    """
-    return floats(x, size, stream) if is_alone else x.new_empty((size,), dtype=torch.float32)
-
-
 def _bank(x: Tensor, body: Body) -> list[Tensor]:
     """The body's matrices; anything for those it lacks, which no kernel reads."""
     return [x if leaf is None else leaf for leaf in body]
 
 
 @lru_cache(maxsize=1024)
-def calls(case: Case, device: torch.device, tiles: Tiles | None = None) -> Calls:
+def calls(
+    case: Case, device: torch.device, tiles: Tiles | None = None, *, keeps_room: bool = False
+) -> Calls:
     """The passes of a case; kept, as is what Triton compiles for them."""
     del device  # for which alone they are compiled
-    return Calls(case, tiles)
+    return Calls(case, tiles, keeps_room=keeps_room)
 
 
 def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
     """What serves calls like this one."""
-    return calls(case, x.device) if case.rows else reference_torch.bind(case, x)
+    if not case.rows:
+        return reference_torch.bind(case, x)
+    # Registered operations keep nothing: a compiler may run them in a graph's own memory.
+    return calls(case, x.device, keeps_room=True)
 
 
 def forward(
