@@ -1,6 +1,6 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
-Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v4`, one operation whose inside
+Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v5`, one operation whose inside
 decides from the site's plan what to compute, so that no stage change alters what was compiled. The
 number changes with its arguments: compilers cache programs on disk by the operations' names. It is
 registered without `torch.library.custom_op`, whose checks at every call cost more than a site. Its
@@ -295,14 +295,14 @@ def _register(signature: str, compute: Any, promise: Any) -> Any:
 
 _LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
 site_op = _register(
-    "site_v4(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor[])",
+    "site_v5(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor[])",
     _compute,
     _promise,
 )
 site_backward_op = _register(
-    "site_backward_v4(Tensor x, Tensor dy, Tensor watched, Tensor[] sums, Tensor[] stacked, "
+    "site_backward_v5(Tensor x, Tensor dy, Tensor watched, Tensor[] sums, Tensor[] stacked, "
     "Tensor handle, bool for_tap) -> (Tensor, Tensor[])",
     _compute_backward,
     _promise_backward,
 )
-torch.library.register_autograd("esper_bridge::site_v4", _pull, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("esper_bridge::site_v5", _pull, setup_context=_keep, lib=_LIBRARY)
