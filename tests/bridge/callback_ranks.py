@@ -48,7 +48,10 @@ def lightning(folder: Path, note: Callable[[Any], None]) -> torch_bridge.Bridge:
     bridge = torch_bridge.grow(module, targets="net.0", **options())
     x = torch.randn(128, 8)
     y = (x[:, 0] > 0).long() + 2 * (x[:, 2] > 0).long()
-    survey = lambda: torch.nn.functional.cross_entropy(module.net(x), y)  # noqa: E731
+
+    def survey() -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(module.net(x), y)
+
     trainer = Trainer(
         max_steps=STEPS,
         accelerator="cpu",
