@@ -23,12 +23,40 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no build fo
 IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 if HAS_TRITON:
-    from esper_kernels.graft import triton_cuda
+    from esper_kernels.graft import _stream, triton_cuda
     from esper_kernels.graft._stream import arrivals, current_stream, floats
 
 
 def arguments(spec=SPEC, dtype="float32"):
     return torch_arguments(spec, draw(spec), dtype)
+
+
+def assert_compiles(implementation, **options):
+    """Several compiled calls, then the same without a compiler, give the same bits."""
+
+    def loss(x, down, up, bias, tap):
+        y, watched = kernels.graft(
+            2 * x,
+            Body(down, up, bias),
+            slot,
+            gains,
+            tap,
+            activation="gelu",
+            implementation=implementation,
+        )
+        return (y * y).sum() + watched.detach().sum()
+
+    x, body, slot, gains = arguments(TALL)
+    results = []
+    for function in (torch.compile(loss, fullgraph=True, **options), loss):
+        for scale in (1.0, 0.5, 0.25):
+            tap = torch.zeros((4, 5), device=DEVICE)
+            leaves = [of.clone().requires_grad_() for of in (scale * x, *body[:3], tap)]
+            function(*leaves).backward()
+            results.append([leaf.grad.clone() for leaf in leaves])
+    for compiled, plain in zip(results[:3], results[3:], strict=True):
+        for first, second in zip(compiled, plain, strict=True):
+            assert torch.equal(first, second)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -44,27 +72,14 @@ class TestRegistration:
         torch.library.opcheck(torch.ops.esper.graft.default, given)
 
     def test_compiles_without_a_graph_break(self, implementation):
-        def loss(x, down, up, bias, tap):
-            y, watched = kernels.graft(
-                2 * x,
-                Body(down, up, bias),
-                slot,
-                gains,
-                tap,
-                activation="gelu",
-                implementation=implementation,
-            )
-            return (y * y).sum() + watched.detach().sum()
+        assert_compiles(implementation, backend="aot_eager")
 
-        x, body, slot, gains = arguments()
-        results = []
-        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            tap = torch.zeros((4, 5), device=DEVICE)
-            leaves = [of.clone().requires_grad_() for of in (x, *body[:3], tap)]
-            function(*leaves).backward()
-            results.append([leaf.grad for leaf in leaves])
-        for plain, compiled in zip(*results, strict=True):
-            assert torch.equal(plain, compiled)
+    @needs_triton
+    @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
+    def test_compiler_captures_the_very_first_call(self, monkeypatch):
+        for name in ("_pools", "_used", "_counters", "_floats"):
+            monkeypatch.setattr(_stream, name, {})
+        assert_compiles("triton", mode="reduce-overhead")
 
     @needs_triton
     def test_everything_is_written(self):
@@ -146,6 +161,19 @@ class TestWatch:
         assert torch.equal(watched, wanted)
         assert torch.equal(x, kept)
         assert watched[:, 4].sum() == (1 if x.numel() else shape[-1])
+
+    @needs_triton
+    @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
+    def test_graph_that_captures_the_first_call_keeps_nothing_for_others(self):
+        triton_cuda.calls.cache_clear()
+        x = arguments(TALL)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = kernels.watch(x, 4, implementation="triton")
+        right = kernels.watch(x, 4, implementation="triton")
+        graph.replay()
+        assert torch.equal(captured, right)
+        assert torch.equal(right[:, 0], torch.full_like(right[:, 0], 300 * 16))
 
     def test_refuses(self):
         with pytest.raises(ArgumentError, match="chunks is 9"):

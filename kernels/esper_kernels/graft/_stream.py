@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -78,11 +79,19 @@ def floats(x: Tensor, size: int, stream: Stream) -> Tensor:
 
 def _take(device: torch.device, number: int, size: int) -> Tensor | None:
     if number not in _pools:
-        _pools[number], _used[number] = torch.zeros(_SIZE, dtype=torch.int32, device=device), 0
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # other streams will use it
+        # This thread may be allocating in the memory of a graph that is about to be captured.
+        with ThreadPoolExecutor(1) as other:
+            _pools[number] = other.submit(_zeros, device).result()
+        _used[number] = 0
     begin = _used[number]
     if begin + size > _SIZE:
         return None
     _used[number] = begin + -(-size // 32) * 32
     return _pools[number][begin : begin + size]
+
+
+def _zeros(device: torch.device) -> Tensor:
+    zeros = torch.zeros(_SIZE, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # other streams will use them
+    return zeros

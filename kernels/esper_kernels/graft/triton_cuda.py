@@ -95,13 +95,9 @@ class Calls:
 
     def watch(self, x: Tensor) -> Tensor:
         """`watched` of all chunks, whatever lives there."""
-        chunks = self.case.chunks
-        if self._nobody is None:
-            slot = torch.full((chunks,), -1, dtype=torch.int32, device=x.device)
-            self._nobody = slot, torch.zeros((chunks, NUM_GAINS), device=x.device)
         with on_device_of(x):
-            tiles = self._forward_tiles
-            return self._watch(x, x, Body(x, x), *self._nobody, tiles, watches=True)
+            nobody = self._nobody or self._made_nobody(x)
+            return self._watch(x, x, Body(x, x), *nobody, self._forward_tiles, watches=True)
 
     def backward(
         self,
@@ -139,6 +135,15 @@ class Calls:
                 told = left, watched, slot, gains, *learned, channels
                 reduce((), told, (case.slots,), stream.name)
         return dx, d_body, channels
+
+    def _made_nobody(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots and gains that serve no chunk; kept unless a graph captures their making."""
+        chunks = self.case.chunks
+        slot = torch.full((chunks,), -1, dtype=torch.int32, device=x.device)
+        nobody = slot, torch.zeros((chunks, NUM_GAINS), device=x.device)
+        if not current_stream(x).is_captured:
+            self._nobody = nobody
+        return nobody
 
     def _room(self, x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
         """Where programs leave sums; a stream's own memory only where one kernel does all.
