@@ -47,7 +47,7 @@ def tell_sites(
     """
     num_seeds = sum(site.plan.cut.chunks for site in sites)
     by_seed = np.zeros((num_seeds, 3), np.float32)
-    row = np.full((num_seeds,), -1, np.int32)
+    row, slot = (np.full((num_seeds,), -1, np.int32) for _ in range(2))
     is_held = owner >= 0
     by_seed[owner[is_held]] = gains[is_held]
     is_live = is_held & np.any(gains != 0, axis=1)
@@ -63,22 +63,24 @@ def tell_sites(
             site.plan.cut, bank.name, bank.form, names, slots, chunks, gains[here][slots]
         )
         row[bank.first_seed + np.sort(chunks)] = np.arange(len(slots))
+        slot[bank.first_seed + chunks] = slots
         plans[id(bank.site)].append(plan)
-    flats: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    flats: dict[torch.device, list[Tensor]] = {}
     first = 0
     for site in sites:
         device, last = site.tap.device, first + site.plan.cut.chunks
         if device not in flats:
-            flats[device] = torch.tensor(by_seed, device=device), torch.tensor(row, device=device)
-        on_gains, on_row = flats[device]
+            flats[device] = [torch.tensor(of, device=device) for of in (by_seed, row, slot)]
+        on_gains, on_row, site.slot = (_aligned(of[first:last]) for of in flats[device])
         site.plan = replace(
             site.plan,
             banks=tuple(of.to(device) for of in plans[id(site)]),
-            gains=_aligned(on_gains[first:last]),
-            row=_aligned(on_row[first:last]),
+            gains=on_gains,
+            row=on_row,
             is_watching=is_watching,
             bound={},
         )
+        site.gains = on_gains
         first = last
 
 

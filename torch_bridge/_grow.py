@@ -139,6 +139,9 @@ def grow(
         )
         for bank, form in zip(lattice.tables.banks, forms, strict=True)
     ]
+    for own in seeds:
+        kernels = [bank.form.kernel for bank in banks if bank.site is own]
+        own.activation = kernels[0] if len(kernels) == 1 else None
     seeds[0].lifecycle = lifecycle
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),

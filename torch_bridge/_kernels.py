@@ -20,6 +20,31 @@ MAX_MATRIX = 8192
 """Widths, and their product, up to which a body stays on a multiprocessor, padded or not."""
 
 
+def grow_compiled(
+    activation: str | None, bank: Leaves, x: Tensor, slot: Tensor, gains: Tensor, tap: Tensor
+) -> Tensor | None:
+    """`y` of a site for a compiler, which launches the kernels among its own; None if none serve.
+
+    Args:
+      activation: of the site's only bank, as `esper_kernels` calls it, if it does.
+      bank: all its parameters, `[P, ...]`.
+      x: [..., D].
+      slot: int32[C], -1 where nobody lives.
+      gains: float32[C, 3].
+      tap: [C, 10], whose gradient is what both passes measure.
+    """
+    is_known = x.device.type in DEVICES and x.dtype in _DTYPES and x.is_contiguous()
+    if activation is None or not is_known or x.ndim < 2:
+        return None
+    up = bank["up"]
+    if up.dtype not in _DTYPES or not _is_small(up.shape[1], up.shape[2]):
+        return None
+    y, _ = kernels.graft(
+        x.reshape(-1, x.shape[-1]), _body(bank), slot, gains, tap, activation=activation
+    )
+    return y.view_as(x)
+
+
 def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls | None:
     """What computes all of a site, if a kernel can; remembered by the plan."""
     leaf = next(iter(bodies[plan.banks[0].bank].values()), None)
@@ -47,9 +72,11 @@ def _serves(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> bool:
     if bank.form.kernel is None or x.dtype not in _DTYPES:
         return False
     up = bodies[bank.bank]["up"]
-    rank, width = up.shape[1], plan.cut.widest
-    is_small = max(rank, width) <= MAX_SIDE and rank * width <= MAX_MATRIX
-    return is_small and up.dtype in _DTYPES
+    return _is_small(up.shape[1], plan.cut.widest) and up.dtype in _DTYPES
+
+
+def _is_small(rank: int, width: int) -> bool:
+    return max(rank, width) <= MAX_SIDE and rank * width <= MAX_MATRIX
 
 
 def _bind(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls:

@@ -220,9 +220,8 @@ def _compute_backward(
     handle: Tensor,
     for_tap: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of `x`, of the parameters and, if asked, of the tap, which are what was told."""
+    """Gradients of `x`, of the parameters and, if asked, of the tap, which are 0."""
     site, plan = _site(handle)
-    told: Tensor | None = None
     if not plan.banks and not plan.is_watching:
         d_x, grads = _own(dy, x, dy), [torch.zeros_like(leaf) for leaf in stacked]
     else:
@@ -231,8 +230,7 @@ def _compute_backward(
         is_known = is_known and bool(sums[0].isfinite().all())
         kept = _layer.Kept(None, sums[0]) if is_known else None
         pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
-        told = pulled.told
-        site.hear(told)
+        site.hear(pulled.told)
         of_bank = {bank.bank: bank for bank in plan.banks}
         grads = [
             _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)
@@ -242,8 +240,7 @@ def _compute_backward(
         ]
         d_x = _own(pulled.d_x, x, dy)
     if for_tap:
-        told = watched.new_zeros((plan.cut.chunks, NUM_CHANNELS)) if told is None else told.clone()
-        grads.append(told)
+        grads.append(watched.new_zeros((plan.cut.chunks, NUM_CHANNELS)))
     return d_x, grads
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _layer, _ops
+from torch_bridge import _kernels, _layer, _ops
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
 
@@ -83,8 +83,15 @@ class Seeds(nn.Module):  # type: ignore[misc]
                 self.add_module(bank, Body(stacked))
             else:
                 self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
+        self.activation: str | None = None
+        """Of the only bank, if `esper_kernels` knows it by name."""
+        self.slot = plan.row
+        """int32[C]: the slot of the chunk's body in the only bank, -1 for none."""
+        self.gains = plan.gains
+        """float32[C, 3]. Beside the plan, as compiled programs read the two."""
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
-        """Requires a gradient where nothing else does."""
+        """Requires a gradient where nothing else does; where inductor launches the kernels, its
+        gradient is what they measured."""
         self.heard: list[Tensor] = []
         """None or one: what backward passes measured, [C, 10]. A list, as setting a module's
         attribute takes longer."""
@@ -142,11 +149,23 @@ class Seeds(nn.Module):  # type: ignore[misc]
         if torch.compiler.is_compiling():
             if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
                 return None
-            return rebuild(_ops.site_op(x, self.tap, self._all_rows(), self.handle)[0])
+            return rebuild(self._compiled(x))
         self._check(module, x)
         self._count()
         y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
         return None if y is None else rebuild(y)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        rows = self._all_rows()
+        if self.activation is not None and self.axis == -1:
+            bank = {leaf: of for (_, leaf), of in zip(self.leaf_names, rows, strict=True)}
+            grown = _kernels.grow_compiled(
+                self.activation, bank, x, self.slot, self.gains, self.tap
+            )
+            if grown is not None:
+                return grown
+        y: Tensor = _ops.site_op(x, self.tap, rows, self.handle)[0]
+        return y
 
     def _grown(self, x: Tensor) -> Tensor | None:
         plan = self.plan
@@ -180,7 +199,9 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
     def take_reading(self) -> Tensor | None:
         """What was measured since the last call, [C, 10], or None."""
-        self.tap.grad = None
+        found, self.tap.grad = self.tap.grad, None
+        if found is not None and (self.plan.banks or self.plan.is_watching):
+            self.hear(found)
         return self.heard.pop() if self.heard else None
 
     def _surveyed(self, x: Tensor) -> Tensor:
@@ -241,6 +262,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             self.tap = torch.zeros_like(self.tap, device=device, requires_grad=True)
             self.heard.clear()
             self.plan = self.plan.to(device)
+            self.slot, self.gains = self.slot.to(device), self.plan.gains
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seeds:

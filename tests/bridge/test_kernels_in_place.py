@@ -61,6 +61,58 @@ def test_a_site_by_kernel_is_the_site_without(
         torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiler_meets_the_kernels_themselves(
+    monkeypatch: Any, backend: str, stacked: bool
+) -> None:
+    """A site of one bank: no stage compiles anew, and all it computes is what eager code does."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
+    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
+        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
+    seen: list[str] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(graph.print_readable(print_output=False))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    model = Mlp()
+    blueprints = {"bottleneck": ef.blueprints.bottleneck(3)}
+    bridge = grow(model, ["fc1", "fc2"], blueprints=blueprints, stacked=stacked, watch_every=2)
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(5, 6)
+    commands = {
+        1: [ef.commands.germinate(0, "bottleneck"), ef.commands.germinate(3, "bottleneck")],
+        3: [ef.commands.transition(0, Stage.TRAINING), ef.commands.transition(3, Stage.TRAINING)],
+        5: [ef.commands.transition(0, Stage.GRAFTING)],
+        8: [ef.commands.cull(0)],
+    }
+    stages = set()
+    for step in range(10):
+        found = []
+        for run in (model, compiled):
+            optimizer.zero_grad()
+            loss = run(x).square().mean()
+            loss.backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append((loss, grads, [reading(site) for site in bridge.sites]))
+        (eager, wanted, readings), (loss, grads, own_readings) = found
+        torch.testing.assert_close(loss, eager)
+        for name, grad in wanted.items():
+            torch.testing.assert_close(grads[name], grad, msg=name)
+        torch.testing.assert_close(own_readings, readings)
+        for site, own in zip(bridge.sites, own_readings, strict=True):
+            if own is not None:
+                site.hear(own)
+        optimizer.step()
+        stages |= set(bridge.step(loss, commands.get(step, ())).stage.tolist())
+    assert stages >= {Stage.DORMANT, Stage.TRAINING, Stage.GRAFTING, Stage.CULLED}
+    assert ["graft_open" in graph for graph in seen] == [True, False]
+
+
 def test_bodies_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
     # What was compiled for one dtype would read the other's bits, as under autocast.
     monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})

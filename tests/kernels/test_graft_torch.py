@@ -14,7 +14,7 @@ import esper_kernels.torch as kernels
 from esper_kernels import ArgumentError, Body, UnavailableError
 from esper_kernels.graft import check
 from esper_kernels.graft._blocks import Tiles
-from esper_kernels.graft._specs import Spec, draw
+from esper_kernels.graft._specs import SPECS, Spec, draw
 
 SPEC = Spec(name="small", rows=64, features=64, chunks=4, slots=3, rank=4, activation="gelu")
 TALL = Spec(name="tall", rows=300, features=64, chunks=4, slots=3, rank=4, activation="gelu")
@@ -31,29 +31,33 @@ def arguments(spec=SPEC, dtype="float32"):
     return torch_arguments(spec, draw(spec), dtype)
 
 
-def assert_compiles(implementation, **options):
+def assert_compiles(implementation, spec=TALL, dtype="float32", columns=5, **options):
     """Several compiled calls, then the same without a compiler, give the same bits."""
 
-    def loss(x, down, up, bias, tap):
+    def loss(x, down, up, bias, gate, tap):
         y, watched = kernels.graft(
             2 * x,
-            Body(down, up, bias),
+            Body(down, up, bias, gate),
             slot,
             gains,
             tap,
-            activation="gelu",
+            activation=spec.activation,
             implementation=implementation,
         )
-        return (y * y).sum() + watched.detach().sum()
+        return (y.float() ** 2).sum() + watched.detach().sum(), y.detach(), watched
 
-    x, body, slot, gains = arguments(TALL)
+    torch._dynamo.reset()
+    x, body, slot, gains = arguments(spec, dtype)
     results = []
     for function in (torch.compile(loss, fullgraph=True, **options), loss):
         for scale in (1.0, 0.5, 0.25):
-            tap = torch.zeros((4, 5), device=DEVICE)
-            leaves = [of.clone().requires_grad_() for of in (scale * x, *body[:3], tap)]
-            function(*leaves).backward()
-            results.append([leaf.grad.clone() for leaf in leaves])
+            tap = torch.zeros((spec.chunks, columns), device=DEVICE)
+            given = (scale * x, *body, tap)
+            leaves = [None if of is None else of.clone().requires_grad_() for of in given]
+            total, *rest = function(*leaves)
+            total.backward()
+            grads = [leaf.grad for leaf in leaves if leaf is not None]
+            results.append([of.clone() for of in (*rest, *grads)])
     for compiled, plain in zip(results[:3], results[3:], strict=True):
         for first, second in zip(compiled, plain, strict=True):
             assert torch.equal(first, second)
@@ -71,10 +75,21 @@ class TestRegistration:
         given = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
         torch.library.opcheck(torch.ops.esper.graft.default, given)
 
-    def test_compiles_without_a_graph_break(self, implementation):
-        assert_compiles(implementation, backend="aot_eager")
+    @pytest.mark.parametrize("columns", [5, 10])
+    def test_compiles_without_a_graph_break(self, implementation, columns):
+        assert_compiles(implementation, columns=columns, backend="aot_eager")
 
     @needs_triton
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+    @pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's code")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("name", ["mlp", "gated_remainder", "low_rank", "dormant", "odd"])
+    def test_inductor_launches_the_kernels(self, name, dtype):
+        (spec,) = (spec for spec in SPECS if spec.name == name)
+        assert_compiles("triton", spec, dtype, columns=10)
+
+    @needs_triton
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
     @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
     def test_compiler_captures_the_very_first_call(self, monkeypatch):
         for name in ("_pools", "_used", "_counters", "_floats"):

@@ -43,9 +43,10 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, constants: Mapping[str, Any]) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
+        self.programs = programs
+        self.constants = dict(constants)
         self._grid = (programs, 1, 1)
-        self._constants = dict(constants)
         self._start: Any = None
         self._tail: tuple[Any, ...] = ()
 
@@ -71,11 +72,11 @@ class Launch:
             self._start(*tiles, *places, *numbers, *self._tail, stream=stream)
             return
         told = [of.checked() for of in tiles]
-        compiled = self._kernel[self._grid](*told, *arrays, *numbers, **self._constants)
+        compiled = self.kernel[self._grid](*told, *arrays, *numbers, **self.constants)
         if is_aligned and isinstance(compiled, CompiledKernel):
             num_given = len(tiles) + len(arrays) + len(numbers)
-            names = self._kernel.arg_names[num_given:]
-            self._tail = tuple(self._constants[name] for name in names)
+            names = self.kernel.arg_names[num_given:]
+            self._tail = tuple(self.constants[name] for name in names)
             self._start = compiled[self._grid]
 
 

@@ -1,24 +1,29 @@
-"""`graft` for torch: registered operations with shapes, derivatives and a choice of implementation.
+"""`graft` for torch: what is called, and what is known of a call before it runs.
 
-All of it works under `torch.compile` without a graph break: the compiler sees one operation.
+All of it works under `torch.compile` without a graph break.
 """
 
-# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from esper_kernels._dispatch import Choice, choose
+from esper_kernels._dispatch import Choice
 from esper_kernels._errors import ArgumentError
-from esper_kernels._torch_choice import check_places, device_name, refuses_triton
-from esper_kernels.graft import reference_torch
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check, check_watched
+from esper_kernels._torch_choice import check_places, device_name
+from esper_kernels.graft._case import Body, check_watched
+from esper_kernels.graft._operations import (
+    backend_of,
+    check_call,
+    choose_for,
+    forward_op,
+    in_place_op,
+)
 
-_TRITON = "esper_kernels.graft.triton_cuda"
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def explain(
@@ -36,7 +41,7 @@ def explain(
       ArgumentError: the arguments do not fit together.
       UnavailableError: `implementation` cannot serve them; says why.
     """
-    return _choose(_check(x, body, slot, gains, activation), x, implementation)
+    return choose_for(check_call(x, body, slot, gains, activation), x, implementation)
 
 
 def graft(
@@ -59,7 +64,8 @@ def graft(
       body: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
       gains: [C, 3] float32: act, learn, feel.
-      tap: [C, 5] float32 zeros, or None; `channels` arrive as its gradient.
+      tap: float32 zeros, or None. [C, 5]: `channels` arrive as its gradient; [C, 10]: `watched`
+        and `channels` beside each other.
       activation: `none`, `relu`, `gelu`, `silu` or `gated`.
       implementation: `auto`, `triton` or `reference`.
 
@@ -79,7 +85,12 @@ def graft(
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """
-    y, watched = _graft(x, *body, slot, gains, tap, activation, implementation)
+    if _HAS_TRITON and torch.compiler.is_compiling():
+        from esper_kernels.graft._compiled import graft_open  # loads Triton
+
+        y, watched = graft_open(x, *body, slot, gains, tap, activation, implementation)
+    else:
+        y, watched = forward_op(x, *body, slot, gains, tap, activation, implementation)
     return y, watched
 
 
@@ -108,7 +119,7 @@ def graft_(
             "graft_ overwrites the x that its derivative needs; call it under torch.no_grad(), or "
             "call graft"
         )
-    watched: Tensor = _graft_in_place(x, *body, slot, gains, activation, implementation)
+    watched: Tensor = in_place_op(x, *body, slot, gains, activation, implementation)
     return watched
 
 
@@ -133,7 +144,7 @@ def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
     check_places(x, {})
     rows = x.detach().reshape(-1, x.shape[-1])
     case = check_watched(rows, chunks, device=device_name(x))
-    watched: Tensor = _backend(case, rows, implementation).watch(case, rows)
+    watched: Tensor = backend_of(case, rows, implementation).watch(case, rows)
     return watched
 
 
@@ -183,187 +194,6 @@ def bind(
       ArgumentError, UnavailableError: as `graft`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    case = _check(rows, body, slot, gains, activation)
-    calls: Calls = _backend(case, rows, implementation).bind(case, rows)
+    case = check_call(rows, body, slot, gains, activation)
+    calls: Calls = backend_of(case, rows, implementation).bind(case, rows)
     return calls
-
-
-# --- checks and choice -----------------------------------------------------------------------
-
-
-def _check(
-    x: Tensor, body: Body, slot: Tensor, gains: Tensor, activation: str, *others: Tensor
-) -> Case:
-    leaves = {f"body.{name}": of for name, of in body._asdict().items()}
-    check_places(x, {"slot": slot, "gains": gains, **leaves})
-    for of in others:
-        if of.shape != x.shape or of.dtype != x.dtype or of.device != x.device:
-            raise ArgumentError(
-                f"dy is {tuple(of.shape)} {of.dtype} on {of.device}; it must be as x: "
-                f"{tuple(x.shape)} {x.dtype} on {x.device}"
-            )
-    return check(x, body, slot, gains, activation=activation, device=device_name(x))
-
-
-def _choose(case: Case, x: Tensor, implementation: str) -> Choice:
-    candidates = {
-        "triton": refuses_triton(_TRITON, case, x),
-        "reference": reference_torch.refuses(case),
-    }
-    return choose("graft", implementation, candidates, framework="torch")
-
-
-def _backend(case: Case, x: Tensor, implementation: str) -> Any:
-    chosen = _choose(case, x, implementation).implementation
-    return importlib.import_module(_TRITON) if chosen == "triton" else reference_torch
-
-
-# --- registered operations -------------------------------------------------------------------
-
-
-@torch.library.custom_op("esper::graft", mutates_args=())
-def _graft(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    tap: Tensor | None,
-    activation: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    body = Body(down, up, bias, gate)
-    case = _check(x, body, slot, gains, activation)
-    y, watched = _backend(case, x, implementation).forward(case, x, body, slot, gains)
-    return y, watched
-
-
-@_graft.register_fake
-def _(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    tap: Tensor | None,
-    activation: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    case = _check(x, Body(down, up, bias, gate), slot, gains, activation)
-    _choose(case, x, implementation)
-    return torch.empty_like(x), _of_chunks(x, slot, NUM_WATCHED)
-
-
-def _of_chunks(x: Tensor, slot: Tensor, columns: int) -> Tensor:
-    return x.new_empty((slot.shape[0], columns), dtype=torch.float32)
-
-
-@torch.library.custom_op("esper::graft_", mutates_args=("x",))
-def _graft_in_place(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    activation: str,
-    implementation: str,
-) -> Tensor:
-    body = Body(down, up, bias, gate)
-    case = _check(x, body, slot, gains, activation)
-    backend = _backend(case, x, implementation)
-    watched: Tensor = backend.forward_in_place(case, x, body, slot, gains)[1]
-    return watched
-
-
-@_graft_in_place.register_fake
-def _(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    activation: str,
-    implementation: str,
-) -> Tensor:
-    case = _check(x, Body(down, up, bias, gate), slot, gains, activation)
-    _choose(case, x, implementation)
-    return _of_chunks(x, slot, NUM_WATCHED)
-
-
-@torch.library.custom_op("esper::graft_backward", mutates_args=())
-def _graft_backward(
-    x: Tensor,
-    dy: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    watched: Tensor,
-    activation: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    body = Body(down, up, bias, gate)
-    case = _check(x, body, slot, gains, activation, dy)
-    backend = _backend(case, x, implementation)
-    dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
-    nothing = [x.new_empty(0) if leaf is None else leaf for leaf in d_body]
-    return dx, *nothing, channels
-
-
-@_graft_backward.register_fake
-def _(
-    x: Tensor,
-    dy: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    watched: Tensor,
-    activation: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(x, Body(down, up, bias, gate), slot, gains, activation, dy)
-    leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
-    bank = torch.empty_like(down), torch.empty_like(up), *leaves
-    return torch.empty_like(x), *bank, _of_chunks(x, slot, NUM_CHANNELS)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, down, up, bias, gate, slot, gains, tap, activation, implementation = inputs
-    ctx.save_for_backward(x, down, up, bias, gate, slot, gains, output[1])
-    ctx.has_tap, ctx.static = tap is not None, (activation, implementation)
-
-
-def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
-    del d_watched  # statistics have no derivative
-    x, down, up, bias, gate, slot, gains, watched = ctx.saved_tensors
-    dx, d_down, d_up, d_bias, d_gate, channels = _graft_backward(
-        x, dy.contiguous(), down, up, bias, gate, slot, gains, watched, *ctx.static
-    )
-    return (
-        dx,
-        d_down,
-        d_up,
-        None if bias is None else d_bias,
-        None if gate is None else d_gate,
-        None,
-        None,
-        channels if ctx.has_tap else None,
-        None,
-        None,
-    )
-
-
-_graft.register_autograd(_pull, setup_context=_keep)

@@ -1,0 +1,207 @@
+"""The registered operations of `graft` for torch, with shapes, derivatives and a choice of backend.
+
+Compilers do not look into these; `_compiled` has what they see where Triton serves a call.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_kernels._dispatch import Choice, choose
+from esper_kernels._errors import ArgumentError
+from esper_kernels._torch_choice import check_places, device_name, refuses_triton
+from esper_kernels.graft import reference_torch
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check
+
+TRITON = "esper_kernels.graft.triton_cuda"
+
+
+def check_call(
+    x: Tensor,
+    body: Body,
+    slot: Tensor,
+    gains: Tensor,
+    activation: str,
+    *others: Tensor,
+    tap: Tensor | None = None,
+) -> Case:
+    """The case of a call; `others` are to be as `x` is."""
+    leaves = {f"body.{name}": of for name, of in body._asdict().items()}
+    check_places(x, {"slot": slot, "gains": gains, **leaves})
+    for of in others:
+        if of.shape != x.shape or of.dtype != x.dtype or of.device != x.device:
+            raise ArgumentError(
+                f"dy is {tuple(of.shape)} {of.dtype} on {of.device}; it must be as x: "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+    shapes = [(case.chunks, NUM_CHANNELS), (case.chunks, NUM_WATCHED + NUM_CHANNELS)]
+    if tap is not None and (tuple(tap.shape) not in shapes or tap.dtype != torch.float32):
+        raise ArgumentError(
+            f"tap is {tuple(tap.shape)} {tap.dtype}; it must be float32, {shapes[0]} or {shapes[1]}"
+        )
+    return case
+
+
+def choose_for(case: Case, x: Tensor, implementation: str) -> Choice:
+    """What serves a case where `x` is."""
+    candidates = {
+        "triton": refuses_triton(TRITON, case, x),
+        "reference": reference_torch.refuses(case),
+    }
+    return choose("graft", implementation, candidates, framework="torch")
+
+
+def backend_of(case: Case, x: Tensor, implementation: str) -> Any:
+    """Its module."""
+    chosen = choose_for(case, x, implementation).implementation
+    return importlib.import_module(TRITON) if chosen == "triton" else reference_torch
+
+
+# --- registered ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("esper::graft", mutates_args=())
+def forward_op(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    tap: Tensor | None,
+    activation: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    body = Body(down, up, bias, gate)
+    case = check_call(x, body, slot, gains, activation, tap=tap)
+    y, watched = backend_of(case, x, implementation).forward(case, x, body, slot, gains)
+    return y, watched
+
+
+@forward_op.register_fake
+def _(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    tap: Tensor | None,
+    activation: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation)
+    choose_for(case, x, implementation)
+    return torch.empty_like(x), of_chunks(x, slot, NUM_WATCHED)
+
+
+def of_chunks(x: Tensor, slot: Tensor, columns: int) -> Tensor:
+    return x.new_empty((slot.shape[0], columns), dtype=torch.float32)
+
+
+@torch.library.custom_op("esper::graft_", mutates_args=("x",))
+def in_place_op(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    activation: str,
+    implementation: str,
+) -> Tensor:
+    body = Body(down, up, bias, gate)
+    case = check_call(x, body, slot, gains, activation)
+    backend = backend_of(case, x, implementation)
+    watched: Tensor = backend.forward_in_place(case, x, body, slot, gains)[1]
+    return watched
+
+
+@in_place_op.register_fake
+def _(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    activation: str,
+    implementation: str,
+) -> Tensor:
+    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation)
+    choose_for(case, x, implementation)
+    return of_chunks(x, slot, NUM_WATCHED)
+
+
+@torch.library.custom_op("esper::graft_backward", mutates_args=())
+def backward_op(
+    x: Tensor,
+    dy: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    watched: Tensor,
+    activation: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    body = Body(down, up, bias, gate)
+    case = check_call(x, body, slot, gains, activation, dy)
+    backend = backend_of(case, x, implementation)
+    dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
+    nothing = [x.new_empty(0) if leaf is None else leaf for leaf in d_body]
+    return dx, *nothing, channels
+
+
+@backward_op.register_fake
+def _(
+    x: Tensor,
+    dy: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    slot: Tensor,
+    gains: Tensor,
+    watched: Tensor,
+    activation: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_call(x, Body(down, up, bias, gate), slot, gains, activation, dy)
+    leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
+    bank = torch.empty_like(down), torch.empty_like(up), *leaves
+    return torch.empty_like(x), *bank, of_chunks(x, slot, NUM_CHANNELS)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, down, up, bias, gate, slot, gains, tap, activation, implementation = inputs
+    ctx.save_for_backward(x, down, up, bias, gate, slot, gains, output[1])
+    ctx.columns, ctx.static = 0 if tap is None else tap.shape[1], (activation, implementation)
+
+
+def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
+    del d_watched  # statistics have no derivative
+    x, down, up, bias, gate, slot, gains, watched = ctx.saved_tensors
+    dx, d_down, d_up, d_bias, d_gate, channels = backward_op(
+        x, dy.contiguous(), down, up, bias, gate, slot, gains, watched, *ctx.static
+    )
+    told = None
+    if ctx.columns:
+        told = channels if ctx.columns == NUM_CHANNELS else torch.cat([watched, channels], dim=1)
+    d_bank = d_down, d_up, None if bias is None else d_bias, None if gate is None else d_gate
+    return dx, *d_bank, None, None, told, None, None
+
+
+forward_op.register_autograd(_pull, setup_context=_keep)
