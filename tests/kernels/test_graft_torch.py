@@ -75,6 +75,7 @@ class TestRegistration:
         given = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
         torch.library.opcheck(torch.ops.esper.graft.default, given)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
     @pytest.mark.parametrize("columns", [5, 10])
     def test_compiles_without_a_graph_break(self, implementation, columns):
         assert_compiles(implementation, columns=columns, backend="aot_eager")

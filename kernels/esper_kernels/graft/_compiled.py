@@ -36,6 +36,10 @@ def _is_open(case: Case, x: Tensor, implementation: str) -> bool:
     )
 
 
+NARROW = 32
+"""Features up to which a chunk's rows are better moved by the copy engine than by threads."""
+
+
 @triton_op("esper::graft_open_v1", mutates_args=())
 def graft_open(
     x: Tensor,
@@ -52,11 +56,12 @@ def graft_open(
     """See `esper_kernels.torch.graft`."""
     case = check_call(x, Body(down, up, bias, gate), slot, gains, activation, tap=tap)
     if not _is_open(case, x, implementation):
-        given = x, down, up, bias, gate, slot, gains, tap, activation, implementation
-        y, watched = forward_op(*given)
+        y, watched = forward_op(
+            x, down, up, bias, gate, slot, gains, tap, activation, implementation
+        )
         return y, watched
-    # The copy engine's descriptors are nothing that the operation may hold.
-    tiles = replace(forward_tiles(case), is_bulk=False)
+    tiles = forward_tiles(case)
+    tiles = replace(tiles, is_bulk=False, stages=min(tiles.stages, 4))
     main, finish, room = forward_launches(case, tiles, False, False, False)
     y = torch.empty_like(x)
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
@@ -89,12 +94,14 @@ def graft_open_backward(
     """`dx`, the body's gradients (empty for what it lacks), and `channels` or both beside."""
     case = check_call(x, Body(down, up, bias, gate), slot, gains, activation, dy)
     if not _is_open(case, x, implementation):
-        given = x, dy, down, up, bias, gate, slot, gains, watched, activation, implementation
-        dx, d_down, d_up, d_bias, d_gate, channels = backward_op(*given)
+        dx, d_down, d_up, d_bias, d_gate, channels = backward_op(
+            x, dy, down, up, bias, gate, slot, gains, watched, activation, implementation
+        )
         told = torch.cat([watched, channels], dim=1) if is_beside else channels
         return dx, d_down, d_up, d_bias, d_gate, told
-    tiles = replace(backward_tiles(case), is_bulk=False)
-    main, reduce, room = backward_launches(case, tiles, False, is_beside)
+    tiles = backward_tiles(case)
+    tiles = replace(tiles, is_bulk=tiles.is_bulk and case.width <= NARROW)
+    main, reduce, room = backward_launches(case, tiles, False, is_beside, is_open=True)
     dx, d_down, d_up = torch.empty_like(x), torch.empty_like(down), torch.empty_like(up)
     d_bias, d_gate = (x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate))
     columns = NUM_WATCHED + NUM_CHANNELS if is_beside else NUM_CHANNELS
@@ -104,9 +111,8 @@ def graft_open_backward(
     bank = down, up, x if bias is None else bias, x if gate is None else gate
     # Matrices that a body lacks are never written; what stands for them must not seem to be.
     learned = d_down, d_up, down if bias is None else d_bias, down if gate is None else d_gate
-    wrap_triton(backward_kernel)[(main.programs,)](
-        x, dy, dx, *bank, slot, gains, left, watched, *learned, told, slot, *sizes, **main.constants
-    )
+    given = x, dy, dx, *bank, slot, gains, left, watched, *learned, told, slot, *sizes
+    wrap_triton(backward_kernel)[(main.programs,)](*given, **main.constants)
     if reduce is not None:
         wrap_triton(reduce_kernel)[(reduce.programs,)](
             left, watched, slot, gains, *learned, told, case.slots, **reduce.constants

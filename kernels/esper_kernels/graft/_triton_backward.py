@@ -69,6 +69,8 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BULK: tl.constexpr,
+    OPENS: tl.constexpr,  # whether activations are arrays, whose tiles are described here
+    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -78,6 +80,10 @@ def backward_kernel(
     split = pid // CHUNKS
     slot, _, learn, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     start, width = locate(chunk, NARROW, NUM_WIDE)
+    if OPENS:
+        x_ptr = tl.make_tensor_descriptor(x_ptr, [N, D], [D, 1], [BM, BF])
+        dy_ptr = tl.make_tensor_descriptor(dy_ptr, [N, D], [D, 1], [BM, BF])
+        dx_ptr = tl.make_tensor_descriptor(dx_ptr, [N, D], [D, 1], [BM, BF])
     dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
     cols = tl.arange(0, BF)
@@ -165,7 +171,7 @@ def backward_kernel(
             blight += tl.sum(d_u * 0.0, axis=1)
             dx = blend(dy, d_u, feel, limit)
             store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-        release(BULK and not IS_COUNTED)
+        release(CHAINED)
         share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
         is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
         by_row = share + cols[:, None] * RANK + ranks[None, :]

@@ -155,6 +155,7 @@ def forward_kernel(
     IN_PLACE: tl.constexpr,
     WATCHES: tl.constexpr,  # dormant chunks too, in place
     BULK: tl.constexpr,
+    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
@@ -203,7 +204,7 @@ def forward_kernel(
         (NUM_WIDE == 0) and (BF == NARROW),
         PRECISION,
     )
-    release(BULK and not IS_COUNTED)
+    release(CHAINED)
     if SPLITS == 1:
         is_real = tl.arange(0, BF) < width
         store_watched(watched_ptr, chunk, N, width, is_real, total, squares)
@@ -258,6 +259,7 @@ def in_place_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BULK: tl.constexpr,
+    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
@@ -269,7 +271,7 @@ def in_place_kernel(
     chunks = tl.arange(0, BC)
     live = live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS)
     num_live = tl.sum(live, axis=0)
-    release(BULK and not IS_COUNTED)
+    release(CHAINED)
     if IS_COUNTED:
         is_dormant = tl.sum(tl.where(chunks == pid, live, 0), axis=0) == 0
         if is_dormant & (pid < CHUNKS):

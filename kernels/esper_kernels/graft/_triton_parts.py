@@ -195,29 +195,29 @@ def store_tile(
 
 
 # Two entries at a time: what the compiler makes of a select between bfloat16 numbers converts and
-# selects one at a time.
-_BLEND = tl.constexpr("""
-{
-.reg .b32 m, n, o;
-.reg .f32 x, y, v, w;
-.reg .pred p, q;
-shl.b32 m, $1, 16;
-and.b32 n, $1, 0xffff0000;
-mov.b32 x, m;
-mov.b32 y, n;
-fma.rn.f32 x, $4, $2, x;
-fma.rn.f32 y, $5, $3, y;
-cvt.rn.bf16x2.f32 o, y, x;
-abs.f32 v, $2;
-abs.f32 w, $3;
-setp.lt.f32 p, v, $6;
-setp.lt.f32 q, w, $7;
-selp.b32 m, 0xffff, 0, p;
-selp.b32 n, 0xffff0000, 0, q;
-or.b32 m, m, n;
-lop3.b32 $0, o, $1, m, 0xe4;
-}
-""")
+# selects one at a time. One line, for inductor writes it into a string of its own.
+_BLEND = tl.constexpr(
+    "{ "
+    ".reg .b32 m, n, o; "
+    ".reg .f32 x, y, v, w; "
+    ".reg .pred p, q; "
+    "shl.b32 m, $1, 16; "
+    "and.b32 n, $1, 0xffff0000; "
+    "mov.b32 x, m; "
+    "mov.b32 y, n; "
+    "fma.rn.f32 x, $4, $2, x; "
+    "fma.rn.f32 y, $5, $3, y; "
+    "cvt.rn.bf16x2.f32 o, y, x; "
+    "abs.f32 v, $2; "
+    "abs.f32 w, $3; "
+    "setp.lt.f32 p, v, $6; "
+    "setp.lt.f32 q, w, $7; "
+    "selp.b32 m, 0xffff, 0, p; "
+    "selp.b32 n, 0xffff0000, 0, q; "
+    "or.b32 m, m, n; "
+    "lop3.b32 $0, o, $1, m, 0xe4; "
+    "}"
+)
 
 
 @triton.jit

@@ -28,7 +28,6 @@ def _cut(case: Case, tiles: Tiles) -> dict[str, Any]:
         "NARROW": case.features // case.chunks,
         "NUM_WIDE": case.num_wide,
         "BF": padded(case)[0],
-        "BULK": tiles.is_bulk,
     }
 
 
@@ -38,6 +37,7 @@ def _common(case: Case, tiles: Tiles) -> dict[str, Any]:
         "RANK": case.rank,
         "BM": tiles.rows,
         "BR": padded(case)[1],
+        "BULK": tiles.is_bulk,
         "STAGES": tiles.stages,
         "ACTIVATION": case.activation,
         "HAS_BIAS": case.has_bias,
@@ -61,9 +61,9 @@ def _folded(case: Case, tiles: Tiles) -> dict[str, Any]:
     return {"GROUP": min(tiles.rows, max(1, tiles.warps * 256 // padded(case)[0]))}
 
 
-def _chained(tiles: Tiles) -> dict[str, Any]:
+def _chain(is_chained: bool) -> dict[str, Any]:
     """A second kernel's programs start while the first one's last ones run, where Hopper can."""
-    return {"launch_pdl": True} if tiles.is_bulk else {}
+    return {"CHAINED": True, "launch_pdl": True} if is_chained else {"CHAINED": False}
 
 
 class Watching(NamedTuple):
@@ -87,7 +87,11 @@ class Pulling(NamedTuple):
 
 
 def forward_launches(
-    case: Case, tiles: Tiles, is_in_place: bool, watches: bool, is_counted: bool
+    case: Case,
+    tiles: Tiles,
+    is_in_place: bool,
+    watches: bool,
+    is_counted: bool,
 ) -> Watching:
     """Of the forward pass.
 
@@ -98,12 +102,14 @@ def forward_launches(
       watches: whether dormant chunks are measured in place too.
       is_counted: whether counters tell who adds up.
     """
+    is_chained = tiles.is_bulk and not is_counted
     programs, width = case.chunks * tiles.splits, padded(case)[0]
     rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
     constants = {
         "IN_PLACE": is_in_place,
         "WATCHES": watches,
         "IS_COUNTED": is_counted,
+        "CHAINED": is_chained,
         **_common(case, tiles),
         **_split(case, tiles),
         **_folded(case, tiles),
@@ -112,13 +118,14 @@ def forward_launches(
     added_up = None
     if tiles.splits > 1 and not is_counted:
         added = {"CHUNKS": case.chunks, "SPLITS": tiles.splits, **_cut(case, tiles), **rest}
-        added_up = Launch(watch_kernel, case.chunks, added | _chained(tiles))
+        added_up = Launch(watch_kernel, case.chunks, added | _chain(is_chained))
     room = programs * (width + PAD) if tiles.splits > 1 else 0
     return Watching(Launch(forward_kernel, programs, constants), added_up, room)
 
 
 def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
     """Of the forward pass in place."""
+    is_chained = tiles.is_bulk and not is_counted
     num_tiles = triton.cdiv(case.rows, tiles.rows)
     most = min(num_tiles, MAX_PARTS)
     programs = max(case.chunks, min(case.chunks * most, tiles.splits))
@@ -132,6 +139,7 @@ def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
     }
     constants = {
         "IS_COUNTED": is_counted,
+        "CHAINED": is_chained,
         "TILES": num_tiles,
         "ALL_ROWS": case.rows % tiles.rows == 0,
         **_common(case, tiles),
@@ -140,7 +148,7 @@ def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
     }
     added_up = None
     if not is_counted:
-        added = _cut(case, tiles) | rest | _chained(tiles)
+        added = _cut(case, tiles) | rest | _chain(is_chained)
         added_up = Launch(watch_in_place_kernel, case.chunks, added)
     room = programs * (padded(case)[0] + PAD)
     return Watching(Launch(in_place_kernel, programs, constants), added_up, room)
@@ -152,7 +160,9 @@ def share_of(case: Case) -> int:
     return 2 * size + case.has_bias * case.rank + (case.activation == "gated") * size
 
 
-def backward_launches(case: Case, tiles: Tiles, is_counted: bool, is_beside: bool) -> Pulling:
+def backward_launches(
+    case: Case, tiles: Tiles, is_counted: bool, is_beside: bool, *, is_open: bool = False
+) -> Pulling:
     """Of the backward pass.
 
     Args:
@@ -160,7 +170,10 @@ def backward_launches(case: Case, tiles: Tiles, is_counted: bool, is_beside: boo
       tiles: how it is cut.
       is_counted: whether counters tell who adds up.
       is_beside: whether `channels` have `watched` before them.
+      is_open: whether a compiler starts them, which hands over arrays, and one kernel after the
+        other.
     """
+    is_chained = not is_open and tiles.is_bulk and not is_counted
     share = share_of(case)
     rest = {
         "BK": PIECE,
@@ -171,6 +184,8 @@ def backward_launches(case: Case, tiles: Tiles, is_counted: bool, is_beside: boo
     constants = {
         "K": share,
         "IS_COUNTED": is_counted,
+        "CHAINED": is_chained,
+        "OPENS": is_open and tiles.is_bulk,
         **_common(case, tiles),
         **_split(case, tiles),
         **rest,
@@ -187,9 +202,8 @@ def backward_launches(case: Case, tiles: Tiles, is_counted: bool, is_beside: boo
         "RANK": case.rank,
         "HAS_BIAS": case.has_bias,
         "IS_GATED": case.activation == "gated",
-        "BULK": tiles.is_bulk,
         **rest,
-        **_chained(tiles),
+        **_chain(is_chained),
     }
     programs = case.chunks + case.slots * triton.cdiv(share, PIECE)
     return Pulling(main, Launch(reduce_kernel, programs, added), room)

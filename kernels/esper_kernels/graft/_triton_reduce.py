@@ -154,7 +154,7 @@ def reduce_kernel(
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
-    BULK: tl.constexpr,
+    CHAINED: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
     """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
@@ -162,7 +162,7 @@ def reduce_kernel(
     sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
     if pid < CHUNKS:
         _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
-        await_release(BULK)
+        await_release(CHAINED)
         add_up_channels(
             sums_ptr, watched_ptr, channels_ptr, pid, is_live, CHUNKS, SPLITS, BS, BESIDE
         )
@@ -171,7 +171,7 @@ def reduce_kernel(
         slot = (pid - CHUNKS) // PIECES
         piece = (pid - CHUNKS) % PIECES
         chunk = find_chunk(slot_ptr, slot, CHUNKS, BC)
-        await_release(BULK)
+        await_release(CHAINED)
         k = piece * BK + tl.arange(0, BK)
         total = tl.zeros([BK], tl.float32)
         if chunk >= 0:

@@ -107,12 +107,12 @@ def watch_kernel(
     BS: tl.constexpr,
     BF: tl.constexpr,
     PAD: tl.constexpr,
-    BULK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program: one chunk's row, where no counters are at hand."""
     chunk = tl.program_id(0)
     _, width = locate(chunk, NARROW, NUM_WIDE)
-    await_release(BULK)
+    await_release(CHAINED)
     add_up(sums_ptr, watched_ptr, chunk, chunk, CHUNKS, SPLITS, N, width, BS, BF, PAD)
 
 
@@ -133,7 +133,7 @@ def watch_in_place_kernel(
     BS: tl.constexpr,
     BF: tl.constexpr,
     PAD: tl.constexpr,
-    BULK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """The same in place."""
     chunk = tl.program_id(0)
@@ -146,5 +146,5 @@ def watch_in_place_kernel(
     place = tl.sum(tl.where(chunks < chunk, live, 0), axis=0)
     parts = tl.minimum(PROGRAMS // num_live, MOST)
     _, width = locate(chunk, NARROW, NUM_WIDE)
-    await_release(BULK)
+    await_release(CHAINED)
     add_up(sums_ptr, watched_ptr, chunk, place, num_live, parts, N, width, BS, BF, PAD)
