@@ -39,9 +39,8 @@ def grow_compiled(
     up = bank["up"]
     if up.dtype not in _DTYPES or not _is_small(up.shape[1], up.shape[2]):
         return None
-    y, _ = kernels.graft(
-        x.reshape(-1, x.shape[-1]), _body(bank), slot, gains, tap, activation=activation
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    y, _ = kernels.graft(rows, _body(bank), slot, gains, tap, activation=activation)
     return y.view_as(x)
 
 

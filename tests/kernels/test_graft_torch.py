@@ -91,6 +91,7 @@ class TestRegistration:
 
     @needs_triton
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's first one
     @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
     def test_compiler_captures_the_very_first_call(self, monkeypatch):
         for name in ("_pools", "_used", "_counters", "_floats"):
