@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.graft import Body, _triton_plan, check, triton_cuda
+from esper_kernels.graft._blocks import backward_tiles
 from esper_kernels.graft._specs import SPECS
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -70,6 +71,12 @@ def compile_all(spec, dtype):
         triton_cuda.forward_in_place(case, x, body, slot, gains)
         triton_cuda.watch(case, x)
         triton_cuda.backward(case, x, x, body, slot, gains, watched)
+    # As a compiler starts it: with arrays, whose tiles the kernel describes.
+    main = _triton_plan.backward_launches(case, backward_tiles(case), False, True, is_open=True)[0]
+    bank = [x if leaf is None else leaf for leaf in body]
+    given = x, x, x, *bank, slot, gains, watched, watched, *bank, watched, slot
+    sizes = case.rows, case.features, case.chunks, case.slots
+    main.kernel[(main.programs,)](*given, *sizes, **main.constants)
 
 
 if __name__ == "__main__":

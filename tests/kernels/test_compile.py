@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+HERE = Path(__file__).parent
 BOTH = {"forward_kernel", "in_place_kernel", "backward_kernel", "reduce_kernel"}
 
 
@@ -23,9 +23,35 @@ BOTH = {"forward_kernel", "in_place_kernel", "backward_kernel", "reduce_kernel"}
     ],
 )
 def test_compiles_for_hopper(spec, dtype, more, tmp_path):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, SCRIPT, spec, dtype]
+    lines = lines_of("compile_kernels.py", tmp_path, spec, dtype)
+    assert BOTH | more <= {line.split()[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"), [("mlp", "bfloat16"), ("vision", "bfloat16"), ("gated_remainder", "float32")]
+)
+def test_compiler_knows_what_kernels_write(spec, dtype, tmp_path):
+    """Taken to write what they only read, they would be given copies of it."""
+    once, twice = (
+        lines_of("compiled_programs.py", tmp_path, spec, dtype, str(num)) for num in (1, 2)
+    )
+    gate = ["d_gate_ptr"] if spec.startswith("gated") else []
+    gradients = ["channels_ptr", "d_bias_ptr", "d_down_ptr", *gate, "d_up_ptr"]
+    is_split = len(once) == 5
+    assert once[:-1] == [
+        " ".join(["forward_kernel", "sums_ptr" if is_split else "watched_ptr", "y_ptr"]),
+        *(["watch_kernel watched_ptr"] if is_split else []),
+        "backward_kernel dx_ptr left_ptr",
+        " ".join(["reduce_kernel", *gradients]),
+    ]
+    assert len(twice) == 2 * len(once) - 1
+    assert once[-1] == twice[-1] == f"asked {len(once) - 1}"
+
+
+def lines_of(script, cache, *arguments):
+    """What a script prints in a process whose Triton compiles."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, HERE / script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    assert BOTH | more <= compiled
+    return done.stdout.splitlines()
