@@ -1,10 +1,11 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
-Eager code runs `Grafted`. A compiler sees `esper_bridge::site_v5`, one operation whose inside
-decides from the site's plan what to compute, so that no stage change alters what was compiled. The
-number changes with its arguments and its derivative: compilers cache programs on disk by the
-operations' names. It is registered without `torch.library.custom_op`, whose checks at every call
-cost more than a site. Its backward operation tells the site what both passes measured, in memory
+Eager code runs `Grafted`. A compiler sees `esper_kernels.torch.graft` where a kernel serves all
+that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::site_v5`, one
+operation whose inside decides from the site's plan what to compute. Either way no stage change
+alters what was compiled. The number changes with its arguments and its derivative: compilers cache
+programs on disk by the operations' names. It is registered without `torch.library.custom_op`, whose
+checks at every call cost more than a site. Its backward operation tells the site what both passes measured, in memory
 that no program sees, as programs write over what they have read.
 """
 

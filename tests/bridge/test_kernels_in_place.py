@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Cnn, Mlp, gradients, grow, place, reading
+from bridges import Cnn, Mlp, Transformer, gradients, grow, place, reading
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
@@ -111,6 +112,49 @@ def test_a_compiler_meets_the_kernels_themselves(
         stages |= set(bridge.step(loss, commands.get(step, ())).stage.tolist())
     assert stages >= {Stage.DORMANT, Stage.TRAINING, Stage.GRAFTING, Stage.CULLED}
     assert ["graft_open" in graph for graph in seen] == [True, False]
+
+
+class Checkpointed(Transformer):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.h:
+            x = checkpoint(block, x, use_reentrant=False)[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("case", ["checkpointed", "batches", "frozen_host", "frozen_bodies"])
+def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
+    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
+        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
+    is_deep = case == "checkpointed"
+    model: nn.Module = Checkpointed() if is_deep else Mlp()
+    host = list(model.parameters())
+    blueprints = {"bottleneck": ef.blueprints.bottleneck(3)}
+    bridge = grow(model, r"h\.\d\.fc" if is_deep else ["fc1", "fc2"], blueprints=blueprints)
+    rows = {0: ("bottleneck", Stage.FINE_TUNING, 0.7), 1: ("bottleneck", Stage.TRAINING, 0.0)}
+    place(bridge, rows)
+    for p in {"frozen_host": host, "frozen_bodies": bridge.body_parameters()}.get(case, []):
+        p.requires_grad_(False)
+    programs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        programs.append(len(inputs))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    for size in (5, 7, 9) if case == "batches" else (5,):
+        x = torch.randint(11, (4, size)) if is_deep else torch.randn(size, 6)
+        found = []
+        for run in (model, compiled):
+            grads = gradients(model, run(x).square().mean())
+            found.append((grads, [reading(site) for site in bridge.sites]))
+        (wanted, readings), (grads, own_readings) = found
+        torch.testing.assert_close({name: grads[name] for name in wanted}, wanted)
+        assert not any(grads[name].any() for name in grads.keys() - wanted.keys())  # they rest
+        torch.testing.assert_close(own_readings, readings)
+    assert len(programs) == (2 if case == "batches" else 1)  # one for all further batch sizes
 
 
 def test_bodies_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
