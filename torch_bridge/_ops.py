@@ -5,8 +5,8 @@ that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::s
 operation whose inside decides from the site's plan what to compute. Either way no stage change
 alters what was compiled. The number changes with its arguments and its derivative: compilers cache
 programs on disk by the operations' names. It is registered without `torch.library.custom_op`, whose
-checks at every call cost more than a site. Its backward operation tells the site what both passes measured, in memory
-that no program sees, as programs write over what they have read.
+checks at every call cost more than a site. Its backward operation tells the site what both passes
+measured, in memory that no program sees, as programs write over what they have read.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
