@@ -186,7 +186,7 @@ def test_explain_potential_for_torch():
 def test_triton_refuses_old_gpus_for_both_operations(monkeypatch):
     torch = pytest.importorskip("torch")
     from esper_kernels._torch_choice import refuses_triton
-    from esper_kernels.graft import torch as graft_torch
+    from esper_kernels.graft import _operations
     from esper_kernels.potential import torch as potential_torch
 
     class Old:
@@ -194,5 +194,5 @@ def test_triton_refuses_old_gpus_for_both_operations(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     case = replace(HEADLINE, device="Tesla T4")
-    for module in (graft_torch._TRITON, potential_torch._TRITON):
+    for module in (_operations.TRITON, potential_torch._TRITON):
         assert "Tesla T4 has no bfloat16 matrix units" in refuses_triton(module, case, Old())
