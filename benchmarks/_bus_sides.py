@@ -165,9 +165,12 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
 
 
 async def ask(options: dict[str, Any]) -> dict[str, Any]:
-    """Sends commands one after the other to a run, at any point of its steps; seconds of each."""
+    """Sends commands one after the other to a run, at any point of its steps.
+
+    Seconds of each, and the step in which it took force.
+    """
     source = np.random.default_rng(0)
-    waits = []
+    waits, steps = [], []
     async with bus.connect_async(options["url"], run=options["run"], keys=bus.NO_KEYS) as client:
         while options["run"] not in await client.transport.living():
             await asyncio.sleep(0.05)
@@ -175,9 +178,10 @@ async def ask(options: dict[str, Any]) -> dict[str, Any]:
         for number in range(options["count"]):
             await asyncio.sleep(float(source.uniform(0, 2 * options["step_seconds"])))
             began = time.perf_counter()
-            await client.send(bus.Cull(seed=number % 16), wait_seconds=60)
+            outcome = await client.send(bus.Cull(seed=number % 16), wait_seconds=60)
             waits.append(time.perf_counter() - began)
-    return {"waits": waits}
+            steps.append(outcome.step)
+    return {"waits": waits, "steps": steps}
 
 
 # --- bare redis-py --------------------------------------------------------------------------------

@@ -55,16 +55,43 @@ class Code(IntEnum):
 
 
 class Commands(NamedTuple):
-    """Up to M commands of one step; rows of kind NONE are empty."""
+    """Up to M commands of one step; rows of kind NONE are empty.
 
-    seed: Int32[Array, "M"]
-    kind: Int8[Array, "M"]
-    blueprint: Int8[Array, "M"]
-    graft: Int8[Array, "M"]
-    target: Int8[Array, "M"]
-    """A `Stage`, for TRANSITION."""
-    batch: Int32[Array, "M"]
-    """Rows of the same number take force together or not at all; NONE for a row on its own."""
+    One array, as a program takes longer to start with each of its arguments, and each transfer
+    takes as long as all of it.
+    """
+
+    columns: Int32[Array, "6 M"]
+
+    @property
+    def seed(self) -> Int32[Array, "M"]:
+        """Whom it is for."""
+        return self.columns[..., 0, :]
+
+    @property
+    def kind(self) -> Int8[Array, "M"]:
+        """A `Kind`."""
+        return self.columns[..., 1, :].astype(np.int8)
+
+    @property
+    def blueprint(self) -> Int8[Array, "M"]:
+        """Its index, or NONE."""
+        return self.columns[..., 2, :].astype(np.int8)
+
+    @property
+    def graft(self) -> Int8[Array, "M"]:
+        """The grafting strategy's index, or NONE."""
+        return self.columns[..., 3, :].astype(np.int8)
+
+    @property
+    def target(self) -> Int8[Array, "M"]:
+        """A `Stage`, for TRANSITION."""
+        return self.columns[..., 4, :].astype(np.int8)
+
+    @property
+    def batch(self) -> Int32[Array, "M"]:
+        """Rows of the same number take force together or not at all; NONE for one on its own."""
+        return self.columns[..., 5, :]
 
 
 class Outcomes(NamedTuple):
@@ -149,14 +176,7 @@ def no_commands(size: int = 4) -> Commands:
     >>> no_commands(2).kind.tolist()
     [0, 0]
     """
-    return Commands(
-        seed=jnp.full((size,), NONE, jnp.int32),
-        kind=jnp.zeros((size,), jnp.int8),
-        blueprint=jnp.full((size,), NONE, jnp.int8),
-        graft=jnp.full((size,), NONE, jnp.int8),
-        target=jnp.full((size,), NONE, jnp.int8),
-        batch=jnp.full((size,), NONE, jnp.int32),
-    )
+    return Commands(jnp.asarray(_empty(size)))
 
 
 def pack(
@@ -174,18 +194,7 @@ def pack(
       CommandError: more commands than rows, or a seed that does not exist.
       UnknownNameError: a blueprint or grafting strategy the lattice was not given.
     """
-    rows = pack_on_host(lattice, grafts, commands, size)
-    small = rows.astype(np.int8)
-    return jax.device_put(
-        Commands(
-            seed=rows[0],
-            kind=small[1],
-            blueprint=small[2],
-            graft=small[3],
-            target=small[4],
-            batch=rows[5],
-        )
-    )
+    return Commands(jax.device_put(pack_on_host(lattice, grafts, commands, size)))
 
 
 def pack_on_host(
@@ -200,9 +209,8 @@ def pack_on_host(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
             "step or make room with size="
         )
-    rows = np.full((6, size), NONE, np.int32)
+    rows = _empty(size)
     batches: dict[str, int] = {}
-    rows[1] = Kind.NONE
     for column, command in enumerate(commands):
         if not 0 <= command.seed < lattice.num_seeds:
             raise CommandError(
@@ -232,4 +240,10 @@ def pack_on_host(
             rows[4, column] = command.target
         if command.batch is not None:
             rows[5, column] = batches.setdefault(command.batch, len(batches))
+    return rows
+
+
+def _empty(size: int) -> np.ndarray:
+    rows = np.full((6, size), NONE, np.int32)
+    rows[1] = Kind.NONE
     return rows

@@ -102,6 +102,11 @@ class Desk:
             if not self.has_news:
                 self._changed.wait(seconds)
 
+    def wait_collected(self, seconds: float) -> None:
+        """Sleeps until the thread has taken up what was finished."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.has_done, seconds)
+
     def position(self) -> RunPosition:
         """A copy of what is in force now."""
         with self._changed:
@@ -182,6 +187,7 @@ class Desk:
                 intake.num_waiting < _MAX_INBOX // 2,
             )
             self._position.changed.clear()
+            self._changed.notify_all()
         return collected
 
     def expire_gaps(self) -> float | None:

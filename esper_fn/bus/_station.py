@@ -118,10 +118,18 @@ class Station:
         """Notes what became of a command."""
         self._desk.finish(taken, outcome)
 
-    def flush(self) -> None:
-        """Has the thread make known what was finished; without that, it is left to sleep."""
-        if self._thread is not None and self._desk.has_done:
-            self._thread.soon(self._clerk.settle_now.set)
+    def flush(self, wait_seconds: float = 0.0) -> None:
+        """Has the thread make known what was finished; without that, it is left to sleep.
+
+        Args:
+          wait_seconds: at most so long the caller sleeps, so that the thread gets the interpreter
+            now, and not when this one next lets it go, which may take milliseconds.
+        """
+        if self._thread is None or not self._desk.has_done:
+            return
+        self._thread.soon(self._clerk.settle_now.set)
+        if wait_seconds:
+            self._desk.wait_collected(wait_seconds)
 
     def offer(self, messages: Iterable[Message]) -> None:
         """Sends telemetry and events when the server can take them; the oldest go before that."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024
+_HANDING_OVER = 0.002
+"""Seconds that a loop waits at most for its outcomes to be on their way."""
 
 
 class _Rows(NamedTuple):
@@ -118,7 +120,7 @@ class Steering:
             self._answer(rows, found, at, count, step)
             at += count
         self._running = []
-        self.station.flush()
+        self.station.flush(_HANDING_OVER)
 
     def listener(self, segment: Segment) -> None:
         """Tells of a segment."""

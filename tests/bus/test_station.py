@@ -112,6 +112,37 @@ def test_the_same_command_again_gets_the_first_outcome(loop, connect):
     assert running.effects == [command.id]
 
 
+def test_a_loop_hands_its_outcomes_over_and_waits_no_longer_than_it_says(loop, connect):
+    running, client = loop(start=False), connect()
+    client.send(bus.Cull(seed=3), wait_seconds=None)
+    station = running.station
+    until(lambda: station.has_news)
+    (taken,) = station.take(0, 4)
+    station.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
+    assert station._desk.has_done
+    station.flush(10.0)
+    assert not station._desk.has_done  # the thread has it
+    began = time.monotonic()
+    station.flush(10.0)  # nothing is there to hand over
+    assert time.monotonic() - began < 5
+
+
+def test_a_thread_that_is_busy_holds_a_loop_no_longer_than_it_said(loop, connect):
+    running, client = loop(start=False), connect()
+    client.send(bus.Cull(seed=3), wait_seconds=None)
+    station, is_over = running.station, threading.Event()
+    until(lambda: station.has_news)
+    (taken,) = station.take(0, 4)
+    station._thread.soon(is_over.wait, 20)
+    station.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
+    began = time.monotonic()
+    station.flush(0.05)
+    assert 0.05 <= time.monotonic() - began < 10
+    assert station._desk.has_done
+    is_over.set()
+    until(lambda: not station._desk.has_done)
+
+
 def test_the_order_of_one_sender_is_kept(loop, connect):
     running, client = loop(), connect()
     commands = [bus.Cull(seed=i % 3) for i in range(300)]

@@ -115,14 +115,15 @@ def draw_inputs(rng: np.random.Generator, trouble: float, num_commands: int) -> 
 
     kind = pick([1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 5, 6, -3], (T, M))
     kind[:, num_commands:] = Kind.NONE
-    commands = Commands(
-        seed=pick([-1, *[*range(S)] * 3, S], (T, M)).astype(np.int32),
-        kind=kind.astype(np.int8),
-        blueprint=pick([0, 0, 1, 1, -1, 2], (T, M)).astype(np.int8),
-        graft=pick([NONE, 0, 1, 2, 2, 3], (T, M)).astype(np.int8),
-        target=pick([-1, *[0] * 6, *range(1, 10), *[10] * 3, 11], (T, M)).astype(np.int8),
-        batch=np.full((T, M), NONE, np.int32),
+    columns = (
+        pick([-1, *[*range(S)] * 3, S], (T, M)),  # seed
+        kind,
+        pick([0, 0, 1, 1, -1, 2], (T, M)),  # blueprint
+        pick([NONE, 0, 1, 2, 2, 3], (T, M)),  # graft
+        pick([-1, *[0] * 6, *range(1, 10), *[10] * 3, 11], (T, M)),  # target
+        np.full((T, M), NONE),  # batch
     )
+    commands = Commands(np.stack(columns, axis=-2).astype(np.int32))
     normal = rng.normal(size=(T,))
     return Inputs(
         commands=commands,
