@@ -101,7 +101,6 @@ def light_up(bridge: torch_bridge.Bridge) -> None:
     with torch.no_grad():
         for p in bridge.body_parameters():
             p.normal_(std=0.02)
-    bridge._lifecycle._gains = bridge._lifecycle._look()
     bridge._loaded()
 
 

@@ -180,7 +180,7 @@ async def ask(options: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             outcome = await client.send(bus.Cull(seed=number % 16), wait_seconds=60)
             waits.append(time.perf_counter() - began)
-            steps.append(outcome.step)
+            steps.append(-1 if outcome is None else outcome.step)
     return {"waits": waits, "steps": steps}
 
 

@@ -66,7 +66,7 @@ class Bridge:
         self._asked: list[Command] = []
         self._is_reached = False
         self._is_open = True
-        self._was: tuple[np.ndarray, np.ndarray] | None = None
+        self._was: tuple[bytes, bytes] | None = None
         lifecycle.on_load = self._loaded
         self._refresh()
 
@@ -254,15 +254,12 @@ class Bridge:
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
         is_new = not self._num_calls  # the first step compiles what later ones with work to do run
         self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
-        is_same = self._was is not None and all(
-            np.array_equal(a, b) for a, b in zip(self._was, (gains, owner), strict=True)
-        )
-        if is_same:
+        was, self._was = self._was, (gains.tobytes(), owner.tobytes())
+        if was == self._was:
             for site in self.sites:
                 if site.plan.is_watching != watching:
                     site.plan = replace(site.plan, is_watching=watching)
             return
-        self._was = gains.copy(), owner.copy()
         tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
         tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
 

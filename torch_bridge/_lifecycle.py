@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
-from esper_fn._lattice import Moments, Reading, slot_gains
+from esper_fn._lattice import Moments, slot_gains
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
+from torch_bridge._words import Words
 
 Arrays = dict[str, np.ndarray]
 MIN_ROWS = 4
@@ -32,10 +33,27 @@ class Born(NamedTuple):
     leaves: Arrays
 
 
+class _Told(NamedTuple):
+    """What the host learns of a step."""
+
+    gains: Any
+    """float32[Q, 3]: act, learn and feel of every slot."""
+    owner: Any
+    """int32[Q]."""
+    stage: Any
+    """int8[S]."""
+    is_born: Any
+    """bool[Q]."""
+    info: Any = None
+    key: Any = None
+    """Of the step's newborns."""
+
+
 class Lifecycle:
     """The state of every seed, and the compiled functions that move it.
 
-    `state` is a `GrowthState` whose bodies are an empty dict: torch holds them.
+    From step to step the state is one array, and so is all that the host learns of a step: the
+    program moves some hundred small ones, which would take longer to hand over than to compute.
     """
 
     def __init__(self, growth: ef.Growth, seed: int) -> None:
@@ -44,13 +62,33 @@ class Lifecycle:
         with self._here():
             # Without bodies, whose random numbers would take long to compile: a birth writes them.
             begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
-            self.state = begin(jax.random.key(seed))
-        self._advance = jax.jit(partial(_advance, growth))
+            state = begin(jax.random.key(seed))
+        self._words_of_state = Words(state)
+        self._pack_state = jax.jit(self._words_of_state.pack)
+        self._unpack_state = jax.jit(self._words_of_state.unpack)
+        self._step = jax.jit(partial(_advance, growth))
+        self._programs: dict[int, tuple[Any, Words]] = {}
         self._conclude = jax.jit(growth.conclude)
         self._on_trial = jax.jit(growth.on_trial)
         self.on_load: Callable[[], None] = lambda: None
         self._no_commands = growth.commands((), MIN_ROWS)
-        self._gains = self._look()
+        self._unpacked: ef.GrowthState | None = None
+        self.state = state
+
+    @property
+    def state(self) -> ef.GrowthState:
+        """A `GrowthState` whose bodies are an empty dict: torch holds them."""
+        if self._unpacked is None:
+            with self._here():
+                self._unpacked = self._unpack_state(self._words)
+        return self._unpacked
+
+    @state.setter
+    def state(self, state: ef.GrowthState) -> None:
+        with self._here():
+            self._words = jax.device_put(self._pack_state(state), self.device)
+            self._told = jax.tree.map(np.asarray, _tell(state))
+        self._unpacked = state
 
     def __deepcopy__(self, memo: Any) -> Lifecycle:
         """A copied model (an average of its weights, say) is at the same point of the same life."""
@@ -67,20 +105,15 @@ class Lifecycle:
 
     def gains(self) -> np.ndarray:
         """float32[Q, 3]: act, learn and feel of every slot."""
-        return self._gains
-
-    def _look(self) -> np.ndarray:
-        state = self.state
-        with self._here():
-            return np.asarray(_gains(state.seeds, state.owner, state.settings))
+        return np.asarray(self._told.gains)
 
     def owner(self) -> np.ndarray:
         """int32[Q]: the seed that holds each slot, or -1."""
-        return np.asarray(self.state.owner)
+        return np.asarray(self._told.owner)
 
     def stages(self) -> np.ndarray:
         """int8[S]."""
-        return np.asarray(self.state.seeds.stage)
+        return np.asarray(self._told.stage)
 
     def advance(
         self,
@@ -102,15 +135,32 @@ class Lifecycle:
         Returns:
           What happened, with NumPy leaves, and the bodies to put into place.
         """
-        before = self.state
-        packed = self._pack(commands)
-        with self._here():
-            self.state, info, key, gains = self._advance(
-                before, readings, np.float32(loss), drift, has_broken, packed
-            )
-            self._gains = np.asarray(gains)
-            born = self._born(before, key)
-        return jax.tree.map(np.asarray, info), born
+        before, asked = self._words, self._pack(commands)
+        program, words_of_told = self._program(asked)
+        measured = np.concatenate([readings.reshape(-1), [loss], drift, has_broken])
+        # The state lies on the CPU device for good, so the program runs there.
+        self._words, told = program(before, measured.astype(np.float32), asked)
+        self._told = words_of_told.read(np.asarray(told))
+        self._unpacked = None
+        return self._told.info, self._born(before)
+
+    def _program(self, asked: Any) -> tuple[Any, Words]:
+        """The compiled step for so many rows of commands, and how to read what it tells."""
+        size = asked.columns.shape[-1]
+        if size not in self._programs:
+            num_seeds, num_slots = self.growth.lattice.num_seeds, self.growth.lattice.num_slots
+            length = num_seeds * len(ef.Reading._fields) + 1 + 2 * num_slots
+            measured = jax.ShapeDtypeStruct((length,), np.float32)
+            with self._here():
+                like = jax.eval_shape(self._step, self.state, measured, asked)[1]
+            state, told = self._words_of_state, Words(like)
+
+            def run(words: Any, measured: Any, commands: Any) -> tuple[Any, Any]:
+                after, found = self._step(state.unpack(words), measured, commands)
+                return state.pack(after), told.pack(found)
+
+            self._programs[size] = jax.jit(run), told
+        return self._programs[size]
 
     def _pack(self, commands: Sequence[Command]) -> Any:
         """Commands as arrays of few sizes, as each size is compiled once."""
@@ -122,13 +172,17 @@ class Lifecycle:
         with self._here():
             return self.growth.commands(commands, size)
 
-    def _born(self, before: ef.GrowthState, key: Any) -> list[Born]:
-        slots = np.flatnonzero(np.asarray(self.state.is_born))
-        owner = self.owner()
-        found = []
-        for slot in slots.tolist():
-            params = self.growth.newborn(key, slot, int(owner[slot]), before.memory)
-            found.append(Born(slot=slot, leaves=jax.device_get(params)))
+    def _born(self, before: Any) -> list[Born]:
+        slots = np.flatnonzero(self._told.is_born).tolist()
+        if not slots:
+            return []
+        owner, found = self.owner(), []
+        with self._here():
+            memory = self._unpack_state(before).memory
+            key = jax.random.wrap_key_data(jnp.asarray(self._told.key))
+            for slot in slots:
+                params = self.growth.newborn(key, slot, int(owner[slot]), memory)
+                found.append(Born(slot=slot, leaves=jax.device_get(params)))
         return found
 
     def on_trial(self) -> list[int]:
@@ -147,7 +201,7 @@ class Lifecycle:
         """Takes in what a survey measured."""
         rows = np.asarray(chosen, np.int32)
         with self._here():
-            self.state, info = self._conclude(
+            state, info = self._conclude(
                 self.state,
                 [Moments(*of) for of in moments],
                 np.float32(loss),
@@ -155,6 +209,7 @@ class Lifecycle:
                 rows != NONE,
                 np.asarray(missing, np.float32),
             )
+        self.state = state
         return jax.device_get(info)
 
     # --- in a state dict ---------------------------------------------------------------------
@@ -203,30 +258,31 @@ class Lifecycle:
         raw = jax.tree.unflatten(structure, found)
         with self._here():
             self.state = raw._replace(key=jax.random.wrap_key_data(raw.key))
-        self._gains = self._look()
         self.on_load()
 
 
-_gains = jax.jit(slot_gains)
+def _look(state: ef.GrowthState) -> _Told:
+    gains = slot_gains(state.seeds, state.owner, state.settings)
+    return _Told(gains, state.owner, state.seeds.stage, state.is_born)
+
+
+_tell = jax.jit(_look)
 
 
 def _advance(
-    growth: ef.Growth,
-    state: ef.GrowthState,
-    readings: Any,
-    loss: Any,
-    drift: Any,
-    has_broken: Any,
-    commands: Any,
-) -> Any:
-    num_seeds = growth.lattice.num_seeds
+    growth: ef.Growth, state: ef.GrowthState, measured: Any, commands: Any
+) -> tuple[ef.GrowthState, _Told]:
+    """One step. `measured`: the readings of all seeds, the loss, drifts and failures of slots."""
+    num_seeds, num_slots = growth.lattice.num_seeds, growth.lattice.num_slots
+    at = num_seeds * len(ef.Reading._fields)
+    readings, (loss,), drift, broken = jnp.split(measured, [at, at + 1, at + 1 + num_slots])
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
     after, info, key = growth.advance(
         state,
-        Reading(*(readings[:, k] for k in range(readings.shape[1]))),
+        ef.Reading(*readings.reshape(num_seeds, -1).T),
         loss,
         drift=jnp.zeros((num_seeds,), jnp.float32).at[where].set(drift, mode="drop"),
-        has_broken=jnp.zeros((num_seeds,), bool).at[where].set(has_broken, mode="drop"),
+        has_broken=jnp.zeros((num_seeds,), bool).at[where].set(broken != 0, mode="drop"),
         commands=commands,
     )
-    return after, info, key, slot_gains(after.seeds, after.owner, after.settings)
+    return after, _look(after)._replace(info=info, key=key)

@@ -74,9 +74,7 @@ def measure(
     """Takes what was measured, and sends them off with the loss and the bodies' drifts."""
     with torch.no_grad():
         place = sites[0].tap.device
-        readings = _readings(sites, place)
-        value = torch.as_tensor(loss, dtype=torch.float32).detach().to(place)
-        told = group.sum(torch.cat([readings.reshape(-1), value.reshape(1)]))
+        told = group.sum(_readings_and_loss(sites, loss, place))
         if optimizers.before is not None:
             drift = optimizers.learning.drift(optimizers.before, place)
             told = torch.cat([told, drift])
@@ -95,8 +93,9 @@ def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
     num_seeds, num_slots = lattice.num_seeds, lattice.num_slots
     size = num_seeds * NUM_CHANNELS
     readings, loss = group.of_mean(told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size]))
-    readings[:, _UTILITY] /= of.scale
-    readings[:, _GRADIENT_SQUARE] /= of.scale**2
+    if of.scale != 1:
+        readings[:, _UTILITY] /= of.scale
+        readings[:, _GRADIENT_SQUARE] /= of.scale**2
     drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
     if of.before is not None:
         moved, slots = told[size + 1 :], of.learning.slots
@@ -107,17 +106,17 @@ def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
     return Read(readings, loss, drift, has_broken)
 
 
-def _readings(sites: Sequence[Seeds], place: torch.device) -> Tensor:
-    """float32[S, K]: zeros where nothing was measured."""
+def _readings_and_loss(sites: Sequence[Seeds], loss: Tensor | float, place: torch.device) -> Tensor:
+    """float32[S K + 1]: zeros where nothing was measured."""
+    sizes = [site.plan.cut.chunks * NUM_CHANNELS for site in sites]
     found = [site.take_reading() for site in sites]
+    value = torch.as_tensor(loss).detach().reshape(1)
     if all(of is None for of in found):
-        return torch.zeros(
-            (sum(site.plan.cut.chunks for site in sites), NUM_CHANNELS), device=place
-        )
+        told = torch.zeros((sum(sizes) + 1,), device=place)
+        told[-1:].copy_(value)
+        return told
     every = [
-        torch.zeros((site.plan.cut.chunks, NUM_CHANNELS), device=place)
-        if of is None
-        else of.to(place)
-        for site, of in zip(sites, found, strict=True)
+        torch.zeros((size,), device=place) if of is None else of.to(place).reshape(-1)
+        for size, of in zip(sizes, found, strict=True)
     ]
-    return torch.cat(every)
+    return torch.cat([*every, value.to(place, torch.float32)])

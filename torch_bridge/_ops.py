@@ -131,6 +131,15 @@ def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return None, None, None, pulled.d_x, None, *grads
 
 
+def grafted(*arguments: Any) -> Tensor:
+    """`Grafted.apply(*arguments)`, without what torch looks for in all arguments at every call."""
+    if torch._C._are_functorch_transforms_active():
+        return Grafted.apply(*arguments)
+    found: Tensor = _apply_grafted(*arguments)
+    return found
+
+
+_apply_grafted = super(torch.autograd.Function, Grafted).apply
 _pull_twice_guarded = torch.autograd.function.once_differentiable(_pull_eager)
 
 

@@ -171,8 +171,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         plan = self.plan
         if plan.banks:
             leaves = [leaf for bank in plan.banks for leaf in self.rows_of(bank)]
-            grown: Tensor = _ops.Grafted.apply(self, plan, self.axis, x, self.tap, *leaves)
-            return grown
+            return _ops.grafted(self, plan, self.axis, x, self.tap, *leaves)
         if not torch.is_grad_enabled():
             return None
         is_new = not x.requires_grad
@@ -216,8 +215,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             rows = [leaf for of in self.plan.banks for leaf in self.rows_of(of)]
         leaves = [leaf.detach() for leaf in rows]
         tap = self.tap.detach()
-        grown: Tensor = _ops.Grafted.apply(None, self.plan, self.axis, x, tap, *leaves)
-        return grown
+        return _ops.grafted(None, self.plan, self.axis, x, tap, *leaves)
 
     # --- checks ------------------------------------------------------------------------------
 

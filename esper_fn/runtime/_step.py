@@ -168,7 +168,7 @@ def scan_steps(step: Step) -> Callable[..., tuple[TrainState, Info]]:
         state: TrainState, batches: Any, survey_batch: Any, commands: Commands | None = None
     ) -> tuple[TrainState, Info]:
         first = no_commands(1) if commands is None else commands
-        silent = no_commands(first.kind.shape[0])
+        silent = no_commands(first.columns.shape[-1])
 
         def one(carry: tuple[TrainState, Array], batch: Any) -> tuple[Any, Info]:
             before, index = carry

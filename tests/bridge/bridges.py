@@ -112,7 +112,6 @@ def place(
             blueprint=jnp.asarray(blueprint),
         ),
     )
-    bridge._lifecycle._gains = bridge._lifecycle._look()
     bridge._loaded()
 
 

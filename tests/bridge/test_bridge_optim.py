@@ -66,7 +66,6 @@ def place_stage(bridge: Any, seed: int, stage: Stage) -> None:
             is_paused=state.seeds.is_paused.at[seed].set(True),
         )
     )
-    bridge._lifecycle._gains = bridge._lifecycle._look()
     bridge._loaded()
 
 

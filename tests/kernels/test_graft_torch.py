@@ -239,7 +239,7 @@ class TestCounters:
         for num_asked, counters in ((2, arrivals), (0, lambda *given: None)):
             monkeypatch.setattr(triton_cuda, "arrivals", counters)
             bound = triton_cuda.Calls(
-                kernels_case(x, body, slot, gains), tiles=tiles, keeps_room=True
+                kernels_case(x, body, slot, gains), tiles=tiles, is_bound=True
             )
             watched = bound.forward(x, body, slot, gains)[1]
             bound.backward(x, x, body, slot, gains, watched)

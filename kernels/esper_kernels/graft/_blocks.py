@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from esper_kernels.graft._case import Case
 
+NARROW = 32
+"""Features up to which a chunk's rows are better moved by the copy engine than by threads going
+back, whoever describes the tiles; going forward threads are as good, where a host would have to."""
 _USUAL = 132
 MULTIPROCESSORS = {"cpu": 4}
 """By device name, where not `_USUAL`; `cpu` stands for the interpreter, to want few programs."""
@@ -33,6 +36,11 @@ class Tiles:
     """Tiles in flight in a program."""
     is_bulk: bool = False
     """Whether the copy engine moves tiles."""
+
+
+def without_engine(tiles: Tiles) -> Tiles:
+    """The same where threads move the tiles, of which they keep fewer in flight."""
+    return replace(tiles, is_bulk=False, stages=min(tiles.stages, 4))
 
 
 class _Line(NamedTuple):

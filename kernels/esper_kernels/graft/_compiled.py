@@ -19,7 +19,7 @@ import torch._higher_order_ops.triton_kernel_wrap as kernel_wrap
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from esper_kernels.graft._blocks import backward_tiles, forward_tiles
+from esper_kernels.graft._blocks import NARROW, backward_tiles, forward_tiles, without_engine
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._operations import backward_op, check_call, choose_for, forward_op
 from esper_kernels.graft._triton_backward import backward_kernel
@@ -74,9 +74,6 @@ def _ask_once() -> None:
 
 _ask_once()
 
-NARROW = 32
-"""Features up to which a chunk's rows are better moved by the copy engine than by threads."""
-
 
 @triton_op("esper::graft_open_v1", mutates_args=())
 def graft_open(
@@ -98,8 +95,7 @@ def graft_open(
             x, down, up, bias, gate, slot, gains, tap, activation, implementation
         )
         return y, watched
-    tiles = forward_tiles(case)
-    tiles = replace(tiles, is_bulk=False, stages=min(tiles.stages, 4))
+    tiles = without_engine(forward_tiles(case))
     main, finish, room = forward_launches(case, tiles, False, False, False)
     y = torch.empty_like(x)
     watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)

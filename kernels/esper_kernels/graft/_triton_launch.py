@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -39,7 +42,8 @@ class Launch:
     Args:
       kernel: takes tiles, arrays and numbers of a call, then the constants.
       programs: how many run.
-      constants: of the kernel, and options such as `num_warps`.
+      constants: of the kernel, and options such as `num_warps`. With a true `OPENS` the kernel
+        describes tiles, in memory that its launch allocates.
     """
 
     def __init__(self, kernel: Any, programs: int, constants: Mapping[str, Any]) -> None:
@@ -47,6 +51,7 @@ class Launch:
         self.programs = programs
         self.constants = dict(constants)
         self._grid = (programs, 1, 1)
+        self._opens = bool(constants.get("OPENS"))
         self._start: Any = None
         self._tail: tuple[Any, ...] = ()
 
@@ -69,15 +74,38 @@ class Launch:
         is_aligned = every % 16 == 0
         if is_aligned and self._start is not None:
             # A place instead of its tensor: Triton asks the driver about every tensor.
-            self._start(*tiles, *places, *numbers, *self._tail, stream=stream)
+            given = *tiles, *places, *numbers, *self._tail
+            if self._opens:
+                _allocating().run(self._start, *given, stream=stream)
+            else:
+                self._start(*given, stream=stream)
             return
         told = [of.checked() for of in tiles]
-        compiled = self.kernel[self._grid](*told, *arrays, *numbers, **self.constants)
+        run = self.kernel[self._grid]
+        compiled = _allocating().run(run, *told, *arrays, *numbers, **self.constants)
         if is_aligned and isinstance(compiled, CompiledKernel):
             num_given = len(tiles) + len(arrays) + len(numbers)
             names = self.kernel.arg_names[num_given:]
             self._tail = tuple(self.constants[name] for name in names)
             self._start = compiled[self._grid]
+
+
+def _allocating() -> Context:
+    """This thread's context with a Triton allocator; the caller's own stays as it is."""
+    found: Context | None = getattr(_THREAD, "context", None)
+    if found is None:
+        found = _THREAD.context = copy_context()
+        found.run(triton.set_allocator, _allocate)
+    return found
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Bytes for a kernel on the current stream of the current device."""
+    del alignment, stream  # torch's memory begins at multiples of 512
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+_THREAD = threading.local()
 
 
 def are_aligned(*arrays: Tensor) -> bool:

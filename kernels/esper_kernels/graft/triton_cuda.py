@@ -11,11 +11,13 @@ from torch import Tensor
 
 from esper_kernels.graft import reference_torch
 from esper_kernels.graft._blocks import (
+    NARROW,
     Tiles,
     backward_tiles,
     forward_tiles,
     in_place_tiles,
     padded,
+    without_engine,
 )
 from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Body, Case
 from esper_kernels.graft._stream import Stream, arrivals, current_stream, floats
@@ -61,13 +63,18 @@ class Calls:
     Args:
       case: what every call has in common.
       tiles: for all passes; for measurements.
-      keeps_room: whether sums may go into memory that the stream keeps.
+      is_bound: whether a layer makes these calls at every step. Then sums may go into memory that
+        the stream keeps; and where chunks are narrow no tile is described by the host, which takes
+        it 5 us each, longer than the kernels lose.
     """
 
-    def __init__(self, case: Case, tiles: Tiles | None = None, *, keeps_room: bool = False) -> None:
+    def __init__(self, case: Case, tiles: Tiles | None = None, *, is_bound: bool = False) -> None:
         self.case = case
-        self._keeps_room = keeps_room
+        self._is_bound = is_bound
+        self._opens = is_bound and case.width <= NARROW
         self._forward_tiles = tiles or forward_tiles(case)
+        if self._opens:
+            self._forward_tiles = without_engine(self._forward_tiles)
         self._in_place_tiles = tiles or in_place_tiles(case)
         self._backward_tiles = tiles or backward_tiles(case)
         if case.chunks > MAX_SEARCHED:
@@ -124,10 +131,12 @@ class Calls:
             key = tiles.is_bulk, counters is not None, is_beside
             launches = self._pulled.get(key)
             if launches is None:
-                launches = self._pulled[key] = backward_launches(case, tiles, *key[1:])
+                launches = self._pulled[key] = backward_launches(
+                    case, tiles, *key[1:], is_open=self._opens
+                )
             main, reduce, room = launches
             left = self._room(x, room, stream, is_alone=reduce is None)
-            views, plain = self._views(tiles, x, dy, dx)
+            views, plain = ((), (x, dy, dx)) if self._opens else self._views(tiles, x, dy, dx)
             counted = slot if counters is None else counters
             given = *plain, *bank, slot, gains, left, watched, *learned, channels, counted
             main(views, given, self._sizes, stream.name)
@@ -150,7 +159,7 @@ class Calls:
 
         Another thread may start a kernel on the stream between two of this one.
         """
-        if is_alone and self._keeps_room:
+        if is_alone and self._is_bound:
             return floats(x, size, stream)
         return x.new_empty((size,), dtype=torch.float32)
 
@@ -230,11 +239,11 @@ def _bank(x: Tensor, body: Body) -> list[Tensor]:
 
 @lru_cache(maxsize=1024)
 def calls(
-    case: Case, device: torch.device, tiles: Tiles | None = None, *, keeps_room: bool = False
+    case: Case, device: torch.device, tiles: Tiles | None = None, *, is_bound: bool = False
 ) -> Calls:
     """The passes of a case; kept, as is what Triton compiles for them."""
     del device  # for which alone they are compiled
-    return Calls(case, tiles, keeps_room=keeps_room)
+    return Calls(case, tiles, is_bound=is_bound)
 
 
 def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
@@ -242,7 +251,7 @@ def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
     if not case.rows:
         return reference_torch.bind(case, x)
     # Registered operations keep nothing: a compiler may run them in a graph's own memory.
-    return calls(case, x.device, keeps_room=True)
+    return calls(case, x.device, is_bound=True)
 
 
 def forward(
