@@ -1,5 +1,8 @@
 """What torch asks of an operation: registration, compilation, the form in place, clear errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,6 +26,8 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no build fo
 IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 if HAS_TRITON:
+    import triton
+
     from esper_kernels.graft import _stream, triton_cuda
     from esper_kernels.graft._stream import arrivals, current_stream, floats
 
@@ -286,6 +291,36 @@ class TestCounters:
         torch.cuda.synchronize()
         for watched in found:
             assert torch.equal(watched, right)
+
+
+@needs_triton
+class TestBoundCalls:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("rank", [4, 16])
+    def test_give_the_bits_of_others_in_every_thread(self, dtype, rank):
+        x, body, slot, gains = arguments(replace(TALL, rank=rank), dtype)
+        device = "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name()
+        case = check(x, body, slot, gains, activation="gelu", device=device)
+        dy, asked = torch.flip(x, (0,)), []
+
+        def results(calls):
+            y, watched = calls.forward(x, body, slot, gains)
+            pulled = calls.backward(x, dy, body, slot, gains, watched, is_beside=True)
+            return [y, watched, pulled[0], pulled[2], *(of for of in pulled[1] if of is not None)]
+
+        def thrice():
+            triton.set_allocator(lambda *given: asked.append(given))
+            return [results(bound) for _ in range(3)]
+
+        bound = triton_cuda.Calls(case, is_bound=True)
+        right = results(triton_cuda.Calls(case))
+        found = copy_context().run(thrice)
+        with ThreadPoolExecutor(1) as other:
+            found += other.submit(thrice).result()
+        for each in found:
+            for first, second in zip(each, right, strict=True):
+                assert torch.equal(first, second)
+        assert not asked  # the caller's own allocator serves the caller's kernels
 
 
 class TestBadInput:
