@@ -110,13 +110,15 @@ def _readings_and_loss(sites: Sequence[Seeds], loss: Tensor | float, place: torc
     """float32[S K + 1]: zeros where nothing was measured."""
     sizes = [site.plan.cut.chunks * NUM_CHANNELS for site in sites]
     found = [site.take_reading() for site in sites]
-    value = torch.as_tensor(loss).detach().reshape(1)
+    value = torch.as_tensor(loss, dtype=torch.float32).detach().reshape(1)
     if all(of is None for of in found):
-        told = torch.zeros((sum(sizes) + 1,), device=place)
+        told = torch.zeros((sum(sizes) + 1,), device=place, dtype=torch.float32)
         told[-1:].copy_(value)
         return told
     every = [
-        torch.zeros((size,), device=place) if of is None else of.to(place).reshape(-1)
+        torch.zeros((size,), device=place, dtype=torch.float32)
+        if of is None
+        else of.to(place).reshape(-1)
         for size, of in zip(sizes, found, strict=True)
     ]
-    return torch.cat([*every, value.to(place, torch.float32)])
+    return torch.cat([*every, value.to(place)])

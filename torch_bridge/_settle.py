@@ -74,7 +74,8 @@ class Learning:
 
     def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
         """float32[n]: `|new - old| / |old|` of each body, not finite where one broke."""
-        moved, size = (torch.zeros((len(self.slots),), device=place) for _ in range(2))
+        shape = (len(self.slots),)
+        moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
         for of, old in zip(self.groups, before, strict=True):
             wide = old.float()
             change = (of.gather().float() - wide).square().sum(1)

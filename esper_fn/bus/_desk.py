@@ -99,8 +99,7 @@ class Desk:
     def wait(self, seconds: float | None) -> None:
         """Sleeps until a command is there."""
         with self._changed:
-            if not self.has_news:
-                self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self.has_news, seconds)
 
     def wait_collected(self, seconds: float) -> None:
         """Sleeps until the thread has taken up what was finished."""

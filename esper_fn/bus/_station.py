@@ -23,7 +23,8 @@ class Station:
     """Takes commands for a run and sends what it has to tell.
 
     `take`, `finish`, `flush` and `offer` belong to the training loop: they touch memory only, and
-    never wait for a server. A thread of its own does all the talking.
+    never wait for a server (`flush` for the thread, where asked to). A thread of its own does all
+    the talking.
 
     Args:
       transport: makes the transport, inside that thread.
