@@ -55,7 +55,9 @@ class Code(IntEnum):
 
 
 class Commands(NamedTuple):
-    """Up to M commands of one step; rows of kind NONE are empty.
+    """Up to M commands of one step, a column each; those of kind NONE are empty.
+
+    The rows are seed, kind, blueprint, graft, target and batch, in this order.
 
     One array, as a program takes longer to start with each of its arguments, and each transfer
     takes as long as all of it.
@@ -90,7 +92,7 @@ class Commands(NamedTuple):
 
     @property
     def batch(self) -> Int32[Array, "M"]:
-        """Rows of the same number take force together or not at all; NONE for one on its own."""
+        """Those of the same number take force together or not at all; NONE for one on its own."""
         return self.columns[..., 5, :]
 
 

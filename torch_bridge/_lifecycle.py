@@ -139,9 +139,9 @@ class Lifecycle:
         program, words_of_told = self._program(asked)
         measured = np.concatenate([readings.reshape(-1), [loss], drift, has_broken])
         # The state lies on the CPU device for good, so the program runs there.
-        self._words, told = program(before, measured.astype(np.float32), asked)
-        self._told = words_of_told.read(np.asarray(told))
-        self._unpacked = None
+        words, told = program(before, measured.astype(np.float32), asked)
+        found = words_of_told.read(np.asarray(told))
+        self._words, self._told, self._unpacked = words, found, None
         return self._told.info, self._born(before)
 
     def _program(self, asked: Any) -> tuple[Any, Words]:
@@ -178,10 +178,11 @@ class Lifecycle:
             return []
         owner, found = self.owner(), []
         with self._here():
-            memory = self._unpack_state(before).memory
-            key = jax.random.wrap_key_data(jnp.asarray(self._told.key))
+            old = self._unpack_state(before)
+            impl = jax.random.key_impl(old.key)
+            key = jax.random.wrap_key_data(jnp.asarray(self._told.key), impl=impl)
             for slot in slots:
-                params = self.growth.newborn(key, slot, int(owner[slot]), memory)
+                params = self.growth.newborn(key, slot, int(owner[slot]), old.memory)
                 found.append(Born(slot=slot, leaves=jax.device_get(params)))
         return found
 

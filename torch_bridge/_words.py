@@ -45,7 +45,16 @@ class Words:
 class _Leaf:
     def __init__(self, like: Any) -> None:
         self._is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-        data = jax.eval_shape(jax.random.key_data, like) if self._is_key else like
+        impls: list[Any] = []
+
+        def look(key: Any) -> Any:
+            impls.append(
+                jax.random.key_impl(key)
+            )  # of a key, or what stands for it; not of a shape
+            return jax.random.key_data(key)
+
+        data = jax.eval_shape(look, like) if self._is_key else like
+        self._impl = impls[0] if impls else None
         self._dtype = np.dtype(data.dtype)
         if self._dtype.itemsize > 4:
             raise TypeError(f"{self._dtype} has more than 32 bits an entry")
@@ -63,7 +72,7 @@ class _Leaf:
     def unpack(self, words: jax.Array) -> jax.Array:
         whole = jax.lax.bitcast_convert_type(words.reshape(self.shape), self.laid)
         data = whole.astype(self._dtype)
-        return jax.random.wrap_key_data(data) if self._is_key else data
+        return jax.random.wrap_key_data(data, impl=self._impl) if self._is_key else data
 
     def read(self, laid: Any) -> np.ndarray:
         """Its numbers in a record, an array even where they are one number."""

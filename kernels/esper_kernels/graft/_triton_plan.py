@@ -170,8 +170,8 @@ def backward_launches(
       tiles: how it is cut.
       is_counted: whether counters tell who adds up.
       is_beside: whether `channels` have `watched` before them.
-      is_open: whether a compiler starts them, which hands over arrays, and one kernel after the
-        other.
+      is_open: whether they are given arrays, whose tiles they describe themselves, and run one
+        after the other: for compilers, and for bound calls of narrow chunks.
     """
     is_chained = not is_open and tiles.is_bulk and not is_counted
     share = share_of(case)
