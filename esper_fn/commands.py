@@ -17,6 +17,9 @@ from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
 
 
+_NUM_ROWS = 6
+
+
 class Kind(IntEnum):
     """What is asked."""
 
@@ -65,6 +68,20 @@ class Commands(NamedTuple):
 
     columns: Int32[Array, "6 M"]
 
+    def checked(self) -> Commands:
+        """Themselves, if they are of six rows.
+
+        Raises:
+          CommandError: they are something else, after a slice of the wrong axis for instance.
+        """
+        shape = np.shape(self.columns)
+        if len(shape) != 2 or shape[0] != _NUM_ROWS:
+            raise CommandError(
+                f"commands are int32[{_NUM_ROWS}, M], one column each, and these are {shape}; make "
+                "them with `Growth.commands`, and choose some of them by their last axis"
+            )
+        return self
+
     @property
     def seed(self) -> Int32[Array, "M"]:
         """Whom it is for."""
@@ -73,27 +90,31 @@ class Commands(NamedTuple):
     @property
     def kind(self) -> Int8[Array, "M"]:
         """A `Kind`."""
-        return self.columns[..., 1, :].astype(np.int8)
+        return self._narrow(1)
 
     @property
     def blueprint(self) -> Int8[Array, "M"]:
         """Its index, or NONE."""
-        return self.columns[..., 2, :].astype(np.int8)
+        return self._narrow(2)
 
     @property
     def graft(self) -> Int8[Array, "M"]:
         """The grafting strategy's index, or NONE."""
-        return self.columns[..., 3, :].astype(np.int8)
+        return self._narrow(3)
 
     @property
     def target(self) -> Int8[Array, "M"]:
         """A `Stage`, for TRANSITION."""
-        return self.columns[..., 4, :].astype(np.int8)
+        return self._narrow(4)
 
     @property
     def batch(self) -> Int32[Array, "M"]:
         """Those of the same number take force together or not at all; NONE for one on its own."""
         return self.columns[..., 5, :]
+
+    def _narrow(self, row: int) -> Int8[Array, "M"]:
+        """A row of small numbers; one that is too large stays large."""
+        return self.columns[..., row, :].clip(-128, 127).astype(np.int8)
 
 
 class Outcomes(NamedTuple):
@@ -246,6 +267,6 @@ def pack_on_host(
 
 
 def _empty(size: int) -> np.ndarray:
-    rows = np.full((6, size), NONE, np.int32)
+    rows = np.full((_NUM_ROWS, size), NONE, np.int32)
     rows[1] = Kind.NONE
     return rows

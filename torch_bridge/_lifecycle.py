@@ -63,6 +63,7 @@ class Lifecycle:
             # Without bodies, whose random numbers would take long to compile: a birth writes them.
             begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
             state = begin(jax.random.key(seed))
+            self._no_commands = growth.commands((), MIN_ROWS)
         self._words_of_state = Words(state)
         self._pack_state = jax.jit(self._words_of_state.pack)
         self._unpack_state = jax.jit(self._words_of_state.unpack)
@@ -71,7 +72,6 @@ class Lifecycle:
         self._conclude = jax.jit(growth.conclude)
         self._on_trial = jax.jit(growth.on_trial)
         self.on_load: Callable[[], None] = lambda: None
-        self._no_commands = growth.commands((), MIN_ROWS)
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -257,8 +257,9 @@ class Lifecycle:
             found.append(jax.device_put(part, self.device))
             at += size
         raw = jax.tree.unflatten(structure, found)
+        impl = jax.random.key_impl(self.state.key)
         with self._here():
-            self.state = raw._replace(key=jax.random.wrap_key_data(raw.key))
+            self.state = raw._replace(key=jax.random.wrap_key_data(raw.key, impl=impl))
         self.on_load()
 
 

@@ -50,8 +50,7 @@ def advance(
     commands: Commands | None,
 ) -> tuple[GrowthState, Info, Key]:
     """`Growth.advance`."""
-    if commands is None:
-        commands = no_commands(1)
+    commands = no_commands(1) if commands is None else commands.checked()
     policy_key, birth_key, key = jax.random.split(state.key, 3)
     loss, readings = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), readings))
     track, is_spike = lifecycle.track_loss(state.loss, loss)

@@ -111,7 +111,7 @@ def test_unknown_seed_does_nothing(seed: int) -> None:
     assert_same(after, control)
 
 
-@pytest.mark.parametrize("kind", [-128, -1, 6, 100, 127])
+@pytest.mark.parametrize("kind", [-128, -1, 6, 100, 127, 257, -255, 2**31 - 1])
 def test_unknown_kind_does_nothing(kind: int) -> None:
     state = at(S.TRAINING)
     control, _, _ = send(state)
@@ -122,7 +122,13 @@ def test_unknown_kind_does_nothing(kind: int) -> None:
     assert_same(after, control)
 
 
-@pytest.mark.parametrize("target", [-128, -1, 11, 127])
+@pytest.mark.parametrize("shape", [(3, 8), (8,), (2, 6, 8)])
+def test_commands_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CommandError, match="last axis"):
+        send_raw(at(S.TRAINING), Commands(jnp.full(shape, NONE, jnp.int32)))
+
+
+@pytest.mark.parametrize("target", [-128, -1, 11, 127, 256 + int(S.CULLED)])
 def test_a_target_that_is_no_stage_is_illegal(target: int) -> None:
     state = at(S.TRAINING)
     after, info = send_raw(state, raw(seed=[0], kind=[Kind.TRANSITION], target=[target]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any
 
 import torch
@@ -91,10 +91,10 @@ class Launch:
 
 
 def _allocating() -> Context:
-    """This thread's context with a Triton allocator; the caller's own stays as it is."""
+    """A context of this thread with a Triton allocator; the caller's own stays as it is."""
     found: Context | None = getattr(_THREAD, "context", None)
     if found is None:
-        found = _THREAD.context = copy_context()
+        found = _THREAD.context = Context()
         found.run(triton.set_allocator, _allocate)
     return found
 
