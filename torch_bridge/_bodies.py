@@ -34,6 +34,26 @@ PHI: dict[str, Activation] = {
 }
 
 
+def through(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
+    """`d_a * phi'(z)` of one of `PHI`, where `a = phi(z)`."""
+    if name == "none":
+        return d_a
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(d_a, a, 0)
+    if name == "silu":
+        return torch.ops.aten.silu_backward(d_a, z)
+    return torch.ops.aten.gelu_backward(d_a, z, approximate="tanh")
+
+
+def inner(leaves: Leaves, rows: Tensor) -> Tensor:
+    """`rows down + bias` of `[n, N, F]`, in its dtype; without bias where there is none."""
+    bias = leaves.get("bias")
+    down = leaves["down"].to(rows.dtype)
+    if bias is None:
+        return torch.bmm(rows, down)
+    return torch.baddbmm(bias.to(rows.dtype)[:, None, :], rows, down)
+
+
 class Form(NamedTuple):
     """A blueprint in torch."""
 

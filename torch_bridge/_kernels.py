@@ -10,7 +10,7 @@ from torch import Tensor
 import esper_kernels.torch as kernels
 from esper_kernels import Body
 from torch_bridge._bodies import Leaves
-from torch_bridge._layer import Pulled
+from torch_bridge._chunks import Pulled
 from torch_bridge._plan import Cut, SitePlan
 
 DEVICES = {"cuda"}
@@ -46,6 +46,8 @@ def grow_compiled(
 
 def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernels.Calls | None:
     """What computes all of a site, if a kernel can; remembered by the plan."""
+    if x.device.type not in DEVICES:
+        return None
     leaf = next(iter(bodies[plan.banks[0].bank].values()), None)
     of_body = None if leaf is None else (leaf.dtype, leaf.get_device())
     key = x.shape, x.dtype, x.get_device(), of_body
@@ -56,7 +58,7 @@ def calls_for(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor) -> kernel
 
 
 def watch(cut: Cut, x: Tensor) -> Tensor | None:
-    """As `_layer.watch`, if a kernel can."""
+    """As `_chunks.watch`, if a kernel can."""
     is_known = x.device.type in DEVICES and x.dtype in _DTYPES and x.is_contiguous()
     if not is_known or cut.widest > MAX_SIDE or x.ndim < 2:
         return None

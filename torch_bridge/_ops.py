@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torch_bridge import _kernels, _layer
+from torch_bridge import _chunks, _dense, _kernels, _layer
 from torch_bridge._bodies import Leaves
+from torch_bridge._chunks import Pulled
 from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _plainly(x: Tensor) -> AbstractContextManager[Any]:
 
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
-) -> tuple[Tensor, Tensor, _layer.Kept | None]:
+) -> tuple[Tensor, Tensor, _dense.Kept | None]:
     """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
     last = x if axis == -1 else x.movedim(axis, -1)
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
@@ -56,21 +57,25 @@ def _forward(
             y = torch.empty_like(x).copy_(y.movedim(-1, axis))
         return y, watched, None
     with torch.no_grad(), _plainly(x):
-        y = torch.empty_like(x)
-        kept = _layer.forward(plan, bodies, last, y.movedim(axis, -1))
-        return y, watch(plan.cut, last) if watches else _no_measure(plan, x), kept
+        y, watched = torch.empty_like(x), watch(plan.cut, last) if watches else None
+        laid, kept = y if axis == -1 else y.movedim(axis, -1), None
+        if _dense.serves(plan, last):
+            kept = _dense.forward(plan, bodies, last, laid, watched)
+        if kept is None:
+            _layer.forward(plan, bodies, last, laid)
+        return y, _no_measure(plan, x) if watched is None else watched, kept
 
 
 def watch(cut: Cut, x: Tensor) -> Tensor:
     """[C, 5] of `x`, by a kernel where one can."""
     found = _kernels.watch(cut, x)
-    return _layer.watch(cut, x) if found is None else found
+    return _chunks.watch(cut, x) if found is None else found
 
 
 def slopes(cut: Cut, dy: Tensor) -> Tensor:
-    """[C], by a kernel where one can; see `_layer.slopes`."""
+    """[C], by a kernel where one can; see `_chunks.slopes`."""
     found = _kernels.watch(cut, dy)
-    return _layer.slopes(cut, dy) if found is None else found[:, 2]
+    return _chunks.slopes(cut, dy) if found is None else found[:, 2]
 
 
 def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
@@ -84,17 +89,22 @@ def _backward(
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
-    kept: _layer.Kept | None = None,
-) -> _layer.Pulled:
+    kept: _dense.Kept | None = None,
+) -> Pulled:
     last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
         pulled = _kernels.backward(calls, plan, bodies, last, slope, watched)
     elif not plan.banks:
-        pulled = _layer.Pulled(slope, _layer.tell(watched, slopes(plan.cut, slope)), {})
+        pulled = Pulled(slope, _chunks.tell(watched, slopes(plan.cut, slope)), {})
     else:
         with torch.no_grad(), _plainly(x):
-            pulled = _layer.backward(plan, bodies, last, slope, watched, kept)
+            found = None
+            if kept is not None:
+                found = _dense.backward(plan, bodies, last, slope, watched, kept)
+            if found is None:
+                found = _layer.backward(plan, bodies, last, slope, watched)
+            pulled = found
     return pulled if axis == -1 else pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
@@ -123,7 +133,7 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
 def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     site, plan, axis = ctx.static
     x, watched, z, r_square, *leaves = ctx.saved_tensors
-    kept = None if r_square is None else _layer.Kept(z, r_square)
+    kept = None if r_square is None else _dense.Kept(z, r_square)
     pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
     if site is not None:
         site.hear(pulled.told)
@@ -199,7 +209,7 @@ def _compute(
 
 
 def _keeps_sums(x: Tensor) -> bool:
-    """Whether `_layer.is_fast` could hold."""
+    """Whether `_dense` could serve."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
@@ -236,9 +246,9 @@ def _compute_backward(
         d_x, grads = _own(dy, x, dy), [torch.zeros_like(leaf) for leaf in stacked]
     else:
         # Not finite where the forward pass did not take the fast way, a body having broken.
-        is_known = bool(sums) and _layer.is_fast(plan, x.movedim(site.axis, -1))
+        is_known = bool(sums) and _dense.serves(plan, x.movedim(site.axis, -1))
         is_known = is_known and bool(sums[0].isfinite().all())
-        kept = _layer.Kept(None, sums[0]) if is_known else None
+        kept = _dense.Kept(None, sums[0]) if is_known else None
         pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
         site.hear(pulled.told)
         of_bank = {bank.bank: bank for bank in plan.banks}

@@ -152,6 +152,16 @@ class SitePlan:
     bound: dict[Any, Any] = field(default_factory=dict, compare=False)
     """Which kernels serve the live bank, by rows and dtypes; filled as they are met."""
 
+    @cached_property
+    def act(self) -> Tensor:
+        """[C, 1, 1] of `gains`."""
+        return self.gains[:, 0, None, None]
+
+    @cached_property
+    def feel(self) -> Tensor:
+        """[C, 1, 1] of `gains`."""
+        return self.gains[:, 2, None, None]
+
     def to(self, device: torch.device) -> SitePlan:
         """The same on another device."""
         return replace(

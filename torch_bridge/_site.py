@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _kernels, _layer, _ops
+from torch_bridge import _chunks, _kernels, _layer, _ops
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
 
@@ -188,7 +188,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
         def measure(dy: Tensor) -> None:
             with torch.no_grad():
-                self.hear(_layer.tell(watched, _ops.slopes(cut, dy.movedim(axis, -1))))
+                self.hear(_chunks.tell(watched, _ops.slopes(cut, dy.movedim(axis, -1))))
 
         x.register_hook(measure)
 

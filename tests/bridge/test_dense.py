@@ -1,0 +1,149 @@
+"""The short way of a site on a CPU: it computes what the general way does, and steps aside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from bridges import grow, place, reading
+from torch import nn
+
+import esper_fn as ef
+from esper_fn.lifecycle import Stage
+from torch_bridge import _dense
+
+BODIES = {
+    "low_rank": ef.blueprints.low_rank(4),
+    "narrow": ef.blueprints.low_rank(2),
+    **{
+        activation: ef.blueprints.bottleneck(3, activation=activation)
+        for activation in ("relu", "gelu", "silu")
+    },
+}
+HOSTS = {
+    "rows": (nn.Linear(6, 8), (40, 6)),
+    "few rows": (nn.Linear(6, 8), (3, 6)),
+    "tokens": (nn.Linear(6, 8), (4, 20, 6)),
+    "images": (nn.Conv2d(2, 8, 3), (5, 2, 6, 6)),
+}
+
+
+def grown(host: str, body: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(5)
+    layer = copy.deepcopy(HOSTS[host][0])
+    layer.reset_parameters()
+    model = nn.Sequential(layer)
+    bridge = grow(model, "0", blueprints={"body": BODIES[body]}, stacked=True)
+    place(bridge, {k: ("body", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    return model, bridge.sites[0]
+
+
+def results(model: nn.Module, site: Any, x: torch.Tensor, steepness: float = 1.0) -> Any:
+    """The output, the gradients of the input and of all parameters, and what was measured."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    slope = torch.linspace(-steepness, steepness, y.numel()).view(y.shape)
+    grads = torch.autograd.grad(y, [x, *model.parameters()], slope)
+    return [y.detach(), *grads, reading(site)]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the short way was gone to its end."""
+    count = {"forward": 0, "backward": 0}
+
+    def counting(name: str) -> Any:
+        way = getattr(_dense, name)
+
+        def run(*given: Any) -> Any:
+            found = way(*given)
+            count[name] += found is not None
+            return found
+
+        return run
+
+    for name in count:
+        monkeypatch.setattr(_dense, name, counting(name))
+    return count
+
+
+def by_the_general_way(*given: Any, **told: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dense, "serves", lambda plan, x: False)
+        return results(*given, **told)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("host", HOSTS)
+def test_both_ways_agree(host: str, body: str, taken: dict[str, int]) -> None:
+    model, site = grown(host, body)
+    x = torch.randn(HOSTS[host][1])
+    found, wanted = results(model, site, x), by_the_general_way(model, site, x)
+    assert taken == {"forward": 1, "backward": 1}
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted[0])
+    assert taken == {"forward": 2, "backward": 1}
+
+
+def test_matrices_come_first_where_that_takes_fewer_operations() -> None:
+    leaves = {"down": torch.zeros(2, 4, 4), "up": torch.zeros(2, 4, 4)}
+    assert _dense._is_merged("none", leaves, torch.zeros(2, 5, 4))
+    assert not _dense._is_merged("none", leaves, torch.zeros(2, 4, 4))
+    assert not _dense._is_merged("relu", leaves, torch.zeros(2, 5, 4))
+    assert not _dense._is_merged("none", {**leaves, "bias": leaves["up"]}, torch.zeros(2, 5, 4))
+    narrow = {"down": torch.zeros(2, 4, 2), "up": torch.zeros(2, 2, 4)}
+    assert not _dense._is_merged("none", narrow, torch.zeros(2, 500, 4))
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [(of, where) for of in ("low_rank", "gelu") for where in ("x", "down", "up")]
+    + [("gelu", "bias")],
+)
+@pytest.mark.parametrize("value", [1e10, 1e30, float("inf"), float("nan")])
+def test_large_numbers_go_the_general_way(
+    where: str, value: float, body: str, taken: dict[str, int]
+) -> None:
+    model, site = grown("tokens", body)
+    x = torch.randn(HOSTS["tokens"][1])
+    module = site.get_submodule("body")
+    if where == "x":
+        x[1, 2, 3] = value
+    else:
+        with torch.no_grad():
+            getattr(module, where).view(2, -1)[1, 0] = value
+    found, wanted = results(model, site, x), by_the_general_way(model, site, x)
+    assert taken == {"forward": 0, "backward": 0}
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("body", ["low_rank", "gelu"])
+def test_a_steep_gradient_goes_the_general_way(body: str, taken: dict[str, int]) -> None:
+    model, site = grown("tokens", body)
+    x = torch.randn(HOSTS["tokens"][1])
+    found = results(model, site, x, steepness=1e25)
+    assert taken == {"forward": 1, "backward": 0}
+    # Sums of squares overflow by either way; the rest agrees.
+    torch.testing.assert_close(found, by_the_general_way(model, site, x, steepness=1e25))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_all_is_finite_up_to_the_norms_that_are_let_through(
+    body: str, taken: dict[str, int]
+) -> None:
+    model, site = grown("tokens", body)
+    x = torch.randn(HOSTS["tokens"][1])
+    with torch.no_grad():
+        model[0].bias.zero_()
+        for leaf in site.get_submodule("body").parameters():
+            rows = x.shape[0] * x.shape[1]
+            leaf.mul_(0.99 * _dense._FAR / leaf.norm() / rows**0.5)
+        h = torch.nn.functional.linear(x, model[0].weight)
+        x *= 0.99 * _dense._FAR / h.norm()
+    steepness = 0.99 * _dense._STEEP / h.numel() ** 0.5
+    found = results(model, site, x, steepness=steepness)
+    assert taken == {"forward": 1, "backward": 1}
+    assert all(of.isfinite().all() for of in found)

@@ -1,0 +1,145 @@
+"""A site on a CPU whose chunks all hold dense bodies that act: few passes, few calls.
+
+A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
+and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
+`d x = dy (1 + feel W)^T` are one product each, and `u^T dy` serves both parameters.
+
+Nothing here asks numbers whether they are finite. They are while the norms of what they are made of
+are small, as a product's norm is at most that of its factors; larger ones go the way of `_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_bridge._bodies import PHI, Leaves, inner, through
+from torch_bridge._chunks import Pulled, per_slot_square, slopes
+from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
+
+_FAR = 1e6
+"""The norm of activations and of a parameter below which all that the forward pass computes is far
+from float32's end: `phi` and its derivative need `|z|^3` at most, and `|r|^2` is measured."""
+_STEEP = 1e18
+"""The same for the incoming gradient."""
+
+
+class Kept(NamedTuple):
+    """What forward hands to backward; that it does says that the norms were small."""
+
+    z: Tensor | None
+    """[n, N, R]: what the activation function takes; None where it is computed again."""
+    r_square: Tensor
+    """[n]."""
+
+
+def serves(plan: SitePlan, x: Tensor) -> bool:
+    """Whether this is such a site."""
+    if len(plan.banks) != 1:
+        return False
+    bank = plan.banks[0]
+    is_dense = bank.form.activation is not None and bank.is_all and bank.is_full
+    return is_dense and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def forward(
+    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor, watched: Tensor | None
+) -> Kept | None:
+    """Writes the grown activation into `y`; None, and nothing written, where a norm is large."""
+    name, leaves = _only(plan, bodies)
+    square = _squared(x) if watched is None else float(watched[:, 2].sum())
+    if not _are_small(leaves, square, x.numel() // plan.cut.features):
+        return None
+    u, z = _rows(plan.cut, x), None
+    if _is_merged(name, leaves, u):
+        r = torch.bmm(u, torch.bmm(leaves["down"], leaves["up"]))
+    else:
+        z = inner(leaves, u)
+        r = torch.bmm(PHI[name](z), leaves["up"].float())
+    _write(plan.cut, y, u, plan.act, r)
+    return Kept(z, per_slot_square(r))
+
+
+def backward(
+    plan: SitePlan,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    watched: Tensor,
+    kept: Kept,
+) -> Pulled | None:
+    """As `_layer.backward`; None where the gradient is large."""
+    name, leaves = _only(plan, bodies)
+    slope_square = slopes(plan.cut, dy).numpy()
+    if not slope_square.sum(dtype=np.float64) <= _STEEP**2:
+        return None
+    u, slope = _rows(plan.cut, x), _rows(plan.cut, dy)
+    if _is_merged(name, leaves, u):
+        down, up = leaves["down"], leaves["up"]
+        last = torch.bmm(down, up)
+        d_last = torch.bmm(u.mT, slope)
+        d_leaves = {"down": torch.bmm(d_last, up.mT), "up": torch.bmm(down.mT, d_last)}
+        d_u = torch.bmm(slope, last.mT)
+    else:
+        last = leaves["up"].float()
+        z = inner(leaves, u) if kept.z is None else kept.z
+        a = PHI[name](z)
+        d_last = torch.bmm(a.mT, slope)
+        d_z = through(name, z, a, torch.bmm(slope, last.mT))
+        d_leaves = {"down": torch.bmm(u.mT, d_z), "up": d_last}
+        if "bias" in leaves:
+            d_leaves["bias"] = d_z.sum(1)
+        d_u = torch.bmm(d_z, leaves["down"].float().mT)
+    d_x = torch.empty_like(dy)
+    _write(plan.cut, d_x, slope, plan.feel, d_u)
+    told = np.zeros((plan.cut.chunks, NUM_CHANNELS), np.float32)
+    told[:, :NUM_WATCHED] = watched.numpy()
+    told[:, NUM_WATCHED] = slope_square
+    told[:, NUM_WATCHED + 1] = 1
+    told[:, NUM_WATCHED + 2] = kept.r_square.numpy()
+    told[:, NUM_WATCHED + 3] = -torch.linalg.vecdot(d_last.flatten(1), last.flatten(1)).numpy()
+    own = {of: d_leaves[of].to(leaf.dtype) for of, leaf in leaves.items()}
+    return Pulled(d_x, torch.from_numpy(told), {plan.banks[0].bank: own})
+
+
+def _only(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[str, Leaves]:
+    """The name of the only bank's activation function, and its bodies."""
+    bank = plan.banks[0]
+    return str(bank.form.activation), bodies[bank.bank]
+
+
+def _rows(cut: Cut, x: Tensor) -> Tensor:
+    """[..., D] as [C, N, F], a view where it can be."""
+    return x.reshape(-1, cut.chunks, cut.widest).transpose(0, 1)
+
+
+def _squared(of: Tensor) -> float:
+    return float(torch.linalg.vector_norm(of, dtype=torch.float32)) ** 2
+
+
+def _are_small(leaves: Leaves, square: float, rows: int) -> bool:
+    """Whether all that the bodies compute of activations with this sum of squares is finite."""
+    squares = [square]
+    for name, leaf in leaves.items():
+        squares.append(_squared(leaf) * (rows if name == "bias" else 1))
+    return all(of <= _FAR**2 for of in squares)  # not where one is not a number
+
+
+def _is_merged(name: str, leaves: Leaves, u: Tensor) -> bool:
+    """Whether `down up` first takes fewer operations, both passes together."""
+    if name != "none" or leaves.keys() != {"down", "up"} or leaves["up"].dtype != torch.float32:
+        return False
+    width, rank = leaves["down"].shape[1:]
+    return u.shape[1] * (2 * rank - width) > rank * width
+
+
+def _write(cut: Cut, out: Tensor, base: Tensor, gain: Tensor, values: Tensor) -> None:
+    """`out = base + gain * values` of [C, N, F], in one pass where the features are adjacent."""
+    if out.is_contiguous():
+        torch.addcmul(base, gain, values, out=_rows(cut, out))
+    else:
+        out.copy_(torch.addcmul(base, gain, values).transpose(0, 1).reshape(out.shape))
