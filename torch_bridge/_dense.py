@@ -51,7 +51,7 @@ def forward(
 ) -> Kept | None:
     """Writes the grown activation into `y`; None, and nothing written, where a norm is large."""
     name, leaves = _only(plan, bodies)
-    square = _squared(x) if watched is None else float(watched[:, 2].sum())
+    square = _squared(x) if watched is None else float(watched.numpy()[:, 2].sum(dtype=np.float64))
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
         return None
     u, z = _rows(plan.cut, x), None
@@ -123,10 +123,11 @@ def _squared(of: Tensor) -> float:
 
 def _are_small(leaves: Leaves, square: float, rows: int) -> bool:
     """Whether all that the bodies compute of activations with this sum of squares is finite."""
-    squares = [square]
-    for name, leaf in leaves.items():
-        squares.append(_squared(leaf) * (rows if name == "bias" else 1))
-    return all(of <= _FAR**2 for of in squares)  # not where one is not a number
+    if not square <= _FAR**2:  # nor if it is not a number
+        return False
+    return all(
+        _squared(leaf) * (rows if name == "bias" else 1) <= _FAR**2 for name, leaf in leaves.items()
+    )
 
 
 def _is_merged(name: str, leaves: Leaves, u: Tensor) -> bool:

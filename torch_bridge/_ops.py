@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,11 @@ def new_handle(site: object) -> Tensor:
 
 def _plainly(x: Tensor) -> AbstractContextManager[Any]:
     """Without autocast: a body computes in the dtype of its input."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _forward(
