@@ -16,11 +16,42 @@ from torch_bridge._bodies import Leaves
 from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, Cut
 
 
+class Sums(NamedTuple):
+    """What both passes measured on a CPU, before it is summed within the chunks.
+
+    A step sums them up for all its sites at its end: so few numbers among large ones cost more time
+    than they take, as caches hold neither them nor the code.
+    """
+
+    rows: int
+    total: Tensor
+    """float32[D]: sums of `x`."""
+    square: Tensor
+    """float32[D]: of its squares."""
+    slope_square: Tensor
+    """float32[D]: of the incoming gradient's squares."""
+    r_square: Tensor | None = None
+    """[C], where every chunk holds a body: of its output's squares."""
+    utility: Tensor | None = None
+    """[C]."""
+
+    def told(self, cut: Cut) -> Tensor:
+        """float32[C, 10]: `Pulled.told`."""
+        found = np.zeros((cut.chunks, NUM_CHANNELS), np.float32)
+        found[:, :NUM_WATCHED] = watched_of(cut, self.rows, self.total, self.square)
+        found[:, NUM_WATCHED] = per_chunk(cut, self.slope_square)
+        if self.r_square is not None and self.utility is not None:
+            found[:, NUM_WATCHED + 1] = 1
+            found[:, NUM_WATCHED + 2] = self.r_square
+            found[:, NUM_WATCHED + 3] = self.utility
+        return torch.from_numpy(found)
+
+
 class Pulled(NamedTuple):
     """The backward pass of a site."""
 
     d_x: Tensor
-    told: Tensor
+    told: Tensor | Sums
     """float32[C, 10]: what the forward pass watched, then gradient_square, num_live,
     output_square, utility, num_errors."""
     d_bodies: Mapping[str, Leaves]
@@ -63,6 +94,8 @@ def _over_rows(x: Tensor) -> tuple[int, ...]:
 
 def squares(x: Tensor) -> Tensor:
     """[D]: sums of x^2, float32."""
+    if x.ndim == 1:
+        x = x[None]
     if x.device.type == "cpu":  # where torch's norm over leading axes takes seven times as long
         beside = x.movedim(-1, 1) if x.ndim > 2 else x
         if x.ndim > 2 and beside.is_contiguous():  # channels of images: the last axis is the pixels
@@ -70,6 +103,11 @@ def squares(x: Tensor) -> Tensor:
             return norms.square().sum(0)
         return x.float().square().sum(_over_rows(x))
     return torch.linalg.vector_norm(x, dim=_over_rows(x), dtype=torch.float32).square()
+
+
+def totals(x: Tensor) -> Tensor:
+    """[D]: sums of x, float32."""
+    return x.sum(_over_rows(x), dtype=torch.float32) if x.ndim > 1 else x.float()
 
 
 def per_chunk(cut: Cut, of_features: Tensor) -> Tensor:
@@ -87,28 +125,23 @@ def per_chunk(cut: Cut, of_features: Tensor) -> Tensor:
 
 def watch(cut: Cut, x: Tensor) -> Tensor:
     """float32[C, 5]: num_values, total, square, num_features, num_dead."""
-    rows = x.numel() // cut.features
-    if not rows:
-        return torch.zeros((cut.chunks, NUM_WATCHED), device=x.device)
-    if x.ndim == 1:
-        x = x[None]
-    total, square = x.sum(_over_rows(x), dtype=torch.float32), squares(x)
+    return watched_of(cut, x.numel() // cut.features, totals(x), squares(x))
+
+
+def watched_of(cut: Cut, rows: int, total: Tensor, square: Tensor) -> Tensor:
+    """`watch` from sums of [D]."""
+    device = total.device
+    sizes = torch.from_numpy(cut.sizes).to(device=device, dtype=torch.float32, non_blocking=True)
     is_dead = (square == 0).to(torch.float32)
+    if not rows:
+        return torch.zeros((cut.chunks, NUM_WATCHED), device=device)
     sums = [per_chunk(cut, of) for of in (total, square, is_dead)]
-    if x.device.type == "cpu":
-        found = np.empty((cut.chunks, NUM_WATCHED), np.float32)
-        found[:, 0], found[:, 3] = cut.sizes * rows, cut.sizes
-        found[:, 1], found[:, 2], found[:, 4] = sums
-        return torch.from_numpy(found)
-    sizes = torch.from_numpy(cut.sizes).to(device=x.device, dtype=torch.float32, non_blocking=True)
     return torch.stack([sizes * rows, sums[0], sums[1], sizes, sums[2]], dim=1)
 
 
 def slopes(cut: Cut, dy: Tensor) -> Tensor:
     """float32[C]: the gradient's sums of squares."""
-    if not dy.numel():
-        return torch.zeros((cut.chunks,), device=dy.device)
-    return per_chunk(cut, squares(dy if dy.ndim > 1 else dy[None]))
+    return per_chunk(cut, squares(dy))
 
 
 def tell(watched: Tensor, slope_square: Tensor) -> Tensor:

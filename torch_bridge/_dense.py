@@ -10,31 +10,21 @@ are small, as a product's norm is at most that of its factors; larger ones go th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torch_bridge._bodies import PHI, Leaves, inner, through
-from torch_bridge._chunks import Pulled, per_slot_square, slopes
-from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
+from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares
+from torch_bridge._plan import Cut, SitePlan
 
 _FAR = 1e6
 """The norm of activations and of a parameter below which all that the forward pass computes is far
 from float32's end: `phi` and its derivative need `|z|^3` at most, and `|r|^2` is measured."""
 _STEEP = 1e18
 """The same for the incoming gradient."""
-
-
-class Kept(NamedTuple):
-    """What forward hands to backward; that it does says that the norms were small."""
-
-    z: Tensor | None
-    """[n, N, R]: what the activation function takes; None where it is computed again."""
-    r_square: Tensor
-    """[n]."""
 
 
 def serves(plan: SitePlan, x: Tensor) -> bool:
@@ -47,11 +37,27 @@ def serves(plan: SitePlan, x: Tensor) -> bool:
 
 
 def forward(
-    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor, watched: Tensor | None
-) -> Kept | None:
-    """Writes the grown activation into `y`; None, and nothing written, where a norm is large."""
+    plan: SitePlan,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    y: Tensor,
+    x_square: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Writes the grown activation into `y`.
+
+    Args:
+      plan: of the site.
+      bodies: the live ones.
+      x: [..., D].
+      y: alike.
+      x_square: [D], sums of squares, if they are known.
+
+    Returns:
+      What `backward` needs: sums of `r^2`, [C], and what the activation function took, if
+      anything. None, and nothing written, where a norm is large.
+    """
     name, leaves = _only(plan, bodies)
-    square = _squared(x) if watched is None else float(watched.numpy()[:, 2].sum(dtype=np.float64))
+    square = _squared(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
         return None
     u, z = _rows(plan.cut, x), None
@@ -61,7 +67,7 @@ def forward(
         z = inner(leaves, u)
         r = torch.bmm(PHI[name](z), leaves["up"].float())
     _write(plan.cut, y, u, plan.act, r)
-    return Kept(z, per_slot_square(r))
+    return per_slot_square(r), z
 
 
 def backward(
@@ -69,13 +75,22 @@ def backward(
     bodies: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
-    watched: Tensor,
-    kept: Kept,
+    stats: Sequence[Tensor],
+    z: Tensor | None = None,
 ) -> Pulled | None:
-    """As `_layer.backward`; None where the gradient is large."""
+    """As `_layer.backward`, after `forward`; None where the gradient is large.
+
+    Args:
+      plan: of the site.
+      bodies: the live ones.
+      x: [..., D].
+      dy: alike.
+      stats: total and square, [D] each, and what `forward` returned first.
+      z: what `forward` returned then, if it was kept.
+    """
     name, leaves = _only(plan, bodies)
-    slope_square = slopes(plan.cut, dy).numpy()
-    if not slope_square.sum(dtype=np.float64) <= _STEEP**2:
+    slope_square = squares(dy)
+    if not _sum(slope_square) <= _STEEP**2:
         return None
     u, slope = _rows(plan.cut, x), _rows(plan.cut, dy)
     if _is_merged(name, leaves, u):
@@ -86,7 +101,7 @@ def backward(
         d_u = torch.bmm(slope, last.mT)
     else:
         last = leaves["up"].float()
-        z = inner(leaves, u) if kept.z is None else kept.z
+        z = inner(leaves, u) if z is None else z
         a = PHI[name](z)
         d_last = torch.bmm(a.mT, slope)
         d_z = through(name, z, a, torch.bmm(slope, last.mT))
@@ -96,14 +111,11 @@ def backward(
         d_u = torch.bmm(d_z, leaves["down"].float().mT)
     d_x = torch.empty_like(dy)
     _write(plan.cut, d_x, slope, plan.feel, d_u)
-    told = np.zeros((plan.cut.chunks, NUM_CHANNELS), np.float32)
-    told[:, :NUM_WATCHED] = watched.numpy()
-    told[:, NUM_WATCHED] = slope_square
-    told[:, NUM_WATCHED + 1] = 1
-    told[:, NUM_WATCHED + 2] = kept.r_square.numpy()
-    told[:, NUM_WATCHED + 3] = -torch.linalg.vecdot(d_last.flatten(1), last.flatten(1)).numpy()
+    utility = torch.linalg.vecdot(d_last.flatten(1), last.flatten(1)).neg_()
+    total, square, r_square = stats
+    told = Sums(x.numel() // plan.cut.features, total, square, slope_square, r_square, utility)
     own = {of: d_leaves[of].to(leaf.dtype) for of, leaf in leaves.items()}
-    return Pulled(d_x, torch.from_numpy(told), {plan.banks[0].bank: own})
+    return Pulled(d_x, told, {plan.banks[0].bank: own})
 
 
 def _only(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[str, Leaves]:
@@ -115,6 +127,10 @@ def _only(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[str, Leaves]:
 def _rows(cut: Cut, x: Tensor) -> Tensor:
     """[..., D] as [C, N, F], a view where it can be."""
     return x.reshape(-1, cut.chunks, cut.widest).transpose(0, 1)
+
+
+def _sum(of: Tensor) -> float:
+    return float(of.numpy().sum(dtype=np.float64))
 
 
 def _squared(of: Tensor) -> float:

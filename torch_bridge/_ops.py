@@ -1,7 +1,7 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
 Eager code runs `Grafted`. A compiler sees `esper_kernels.torch.graft` where a kernel serves all
-that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::site_v5`, one
+that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::site_v6`, one
 operation whose inside decides from the site's plan what to compute. Either way no stage change
 alters what was compiled. The number changes with its arguments and its derivative: compilers cache
 programs on disk by the operations' names. It is registered without `torch.library.custom_op`, whose
@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_bridge import _chunks, _dense, _kernels, _layer
 from torch_bridge._bodies import Leaves
-from torch_bridge._chunks import Pulled
+from torch_bridge._chunks import Pulled, Sums
 from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
 
 if TYPE_CHECKING:
@@ -49,41 +50,54 @@ def _plainly(x: Tensor) -> AbstractContextManager[Any]:
 _AS_IT_IS = nullcontext()
 
 
+Stats = tuple[Tensor, ...]
+"""What a forward pass measured of `x`: watched [C, 5] on devices that kernels serve; elsewhere
+total and square, [D] each, and sums of r^2, [C], if `_dense` computed the site."""
+
+
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
-) -> tuple[Tensor, Tensor, _dense.Kept | None]:
-    """`y` in memory of its own with the layout of `x`, and what was measured of `x`."""
+) -> tuple[Tensor, Stats, Tensor | None]:
+    """`y` in memory of its own with the layout of `x`, what was measured, and `_dense`'s z."""
     last = x if axis == -1 else x.movedim(axis, -1)
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
         y, watched = _kernels.forward(calls, plan, bodies, last)
         if axis != -1:
             y = torch.empty_like(x).copy_(y.movedim(-1, axis))
-        return y, watched, None
+        return y, (watched,), None
     with torch.no_grad(), _plainly(x):
-        y, watched = torch.empty_like(x), watch(plan.cut, last) if watches else None
-        laid, kept = y if axis == -1 else y.movedim(axis, -1), None
+        y, stats = torch.empty_like(x), watch(plan.cut, last) if watches else ()
+        laid = y if axis == -1 else y.movedim(axis, -1)
         if _dense.serves(plan, last):
-            kept = _dense.forward(plan, bodies, last, laid, watched)
-        if kept is None:
-            _layer.forward(plan, bodies, last, laid)
-        return y, _no_measure(plan, x) if watched is None else watched, kept
+            kept = _dense.forward(plan, bodies, last, laid, *stats[1:])
+            if kept is not None:
+                return y, (*stats, kept[0]), kept[1]
+        _layer.forward(plan, bodies, last, laid)
+        return y, stats, None
 
 
-def watch(cut: Cut, x: Tensor) -> Tensor:
-    """[C, 5] of `x`, by a kernel where one can."""
+def watch(cut: Cut, x: Tensor) -> Stats:
+    """What is measured of `x`, by a kernel where one can."""
+    if not _is_summed_up(x):
+        return _chunks.totals(x), _chunks.squares(x)
     found = _kernels.watch(cut, x)
-    return _chunks.watch(cut, x) if found is None else found
+    return (_chunks.watch(cut, x) if found is None else found,)
 
 
-def slopes(cut: Cut, dy: Tensor) -> Tensor:
-    """[C], by a kernel where one can; see `_chunks.slopes`."""
+def tell(cut: Cut, stats: Stats, dy: Tensor) -> Tensor | Sums:
+    """What both passes measured of a site without bodies."""
+    if not _is_summed_up(dy):
+        total, square = stats
+        return Sums(dy.numel() // cut.features, total, square, _chunks.squares(dy))
     found = _kernels.watch(cut, dy)
-    return _chunks.slopes(cut, dy) if found is None else found[:, 2]
+    slope_square = _chunks.slopes(cut, dy) if found is None else found[:, 2]
+    return _chunks.tell(stats[0], slope_square)
 
 
-def _no_measure(plan: SitePlan, x: Tensor) -> Tensor:
-    return torch.zeros((plan.cut.chunks, NUM_WATCHED), device=x.device)
+def _is_summed_up(x: Tensor) -> bool:
+    """Whether what is measured is summed up within chunks at once."""
+    return x.device.type != "cpu" or x.device.type in _kernels.DEVICES
 
 
 def _backward(
@@ -92,24 +106,40 @@ def _backward(
     bodies: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
-    watched: Tensor,
-    kept: _dense.Kept | None = None,
+    stats: Stats,
+    z: Tensor | None = None,
 ) -> Pulled:
     last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
-        pulled = _kernels.backward(calls, plan, bodies, last, slope, watched)
+        pulled = _kernels.backward(calls, plan, bodies, last, slope, stats[0])
     elif not plan.banks:
-        pulled = Pulled(slope, _chunks.tell(watched, slopes(plan.cut, slope)), {})
+        pulled = Pulled(slope, tell(plan.cut, stats, slope), {})
     else:
         with torch.no_grad(), _plainly(x):
-            found = None
-            if kept is not None:
-                found = _dense.backward(plan, bodies, last, slope, watched, kept)
-            if found is None:
-                found = _layer.backward(plan, bodies, last, slope, watched)
-            pulled = found
+            pulled = _pull_bodies(plan, bodies, last, slope, stats, z)
     return pulled if axis == -1 else pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
+
+
+def _pull_bodies(
+    plan: SitePlan,
+    bodies: Mapping[str, Leaves],
+    x: Tensor,
+    dy: Tensor,
+    stats: Stats,
+    z: Tensor | None,
+) -> Pulled:
+    """Without kernels."""
+    cut = plan.cut
+    if len(stats) == 3:
+        found = _dense.backward(plan, bodies, x, dy, stats, z)
+        if found is not None:
+            return found
+    if _is_summed_up(x):
+        watched = stats[0]
+    else:
+        watched = _chunks.watched_of(cut, x.numel() // cut.features, *stats[:2])
+    return _layer.backward(plan, bodies, x, dy, watched)
 
 
 class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
@@ -122,9 +152,9 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         """`leaves` are the live banks' parameters; `tap` is what requires a gradient always."""
         del tap
         bodies = _named(plan, leaves)
-        y, watched, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, watched, *(kept or (None, None)), *leaves)
-        ctx.static = site, plan, axis
+        y, stats, z = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, z, *stats, *leaves)
+        ctx.static = site, plan, axis, len(stats)
         return y
 
     @staticmethod
@@ -135,10 +165,10 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
 
 
 def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    site, plan, axis = ctx.static
-    x, watched, z, r_square, *leaves = ctx.saved_tensors
-    kept = None if r_square is None else _dense.Kept(z, r_square)
-    pulled = _backward(plan, axis, _named(plan, leaves), x, dy, watched, kept)
+    site, plan, axis, num_stats = ctx.static
+    x, z, *rest = ctx.saved_tensors
+    stats, leaves = tuple(rest[:num_stats]), rest[num_stats:]
+    pulled = _backward(plan, axis, _named(plan, leaves), x, dy, stats, z)
     if site is not None:
         site.hear(pulled.told)
     grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
@@ -197,33 +227,28 @@ def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leave
 
 
 def _compute(
-    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`y`, what was measured of `x`, and sums of r^2 where they spare the backward pass work."""
-    del tap
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor, axis: int
+) -> tuple[Tensor, list[Tensor]]:
+    """`y` and `Stats`, as many as `_promise` says."""
     site, plan = _site(handle)
     watches = bool(plan.banks) or plan.is_watching
-    y, watched, kept = _forward(plan, site.axis, _live(site, plan, stacked), x, watches=watches)
-    sums = []
-    if _keeps_sums(x):
-        sums.append(
-            watched.new_full((plan.cut.chunks,), torch.inf) if kept is None else kept.r_square
-        )
-    return _own(y, x, x), watched, sums
+    y, stats, _ = _forward(plan, axis, _live(site, plan, stacked), x, watches=watches)
+    # Not finite where nobody measured.
+    missing = [tap.new_full(shape, torch.inf) for shape in _shapes(x, tap, axis)[len(stats) :]]
+    return _own(y, x, x), [*stats, *missing]
 
 
-def _keeps_sums(x: Tensor) -> bool:
-    """Whether `_dense` could serve."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+def _shapes(x: Tensor, tap: Tensor, axis: int) -> list[tuple[int, ...]]:
+    """Of `Stats` with nothing left out."""
+    chunks, features = tap.shape[0], x.shape[axis]
+    return [(chunks, NUM_WATCHED)] if _is_summed_up(x) else [(features,), (features,), (chunks,)]
 
 
 def _promise(
-    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x: Tensor, tap: Tensor, stacked: list[Tensor], handle: Tensor, axis: int
+) -> tuple[Tensor, list[Tensor]]:
     del stacked, handle
-    chunks = tap.shape[0]
-    sums = [tap.new_empty((chunks,))] if _keeps_sums(x) else []
-    return torch.empty_like(x), tap.new_empty((chunks, NUM_WATCHED)), sums
+    return torch.empty_like(x), [tap.new_empty(shape) for shape in _shapes(x, tap, axis)]
 
 
 def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
@@ -238,8 +263,7 @@ def _own(y: Tensor, x: Tensor, given: Tensor) -> Tensor:
 def _compute_backward(
     x: Tensor,
     dy: Tensor,
-    watched: Tensor,
-    sums: list[Tensor],
+    stats: list[Tensor],
     stacked: list[Tensor],
     handle: Tensor,
     for_tap: bool,
@@ -249,11 +273,9 @@ def _compute_backward(
     if not plan.banks and not plan.is_watching:
         d_x, grads = _own(dy, x, dy), [torch.zeros_like(leaf) for leaf in stacked]
     else:
-        # Not finite where the forward pass did not take the fast way, a body having broken.
-        is_known = bool(sums) and _dense.serves(plan, x.movedim(site.axis, -1))
-        is_known = is_known and bool(sums[0].isfinite().all())
-        kept = _dense.Kept(None, sums[0]) if is_known else None
-        pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, watched, kept)
+        is_whole = len(stats) == 3 and bool(np.isfinite(stats[2].numpy()).all())
+        told = tuple(stats if is_whole else stats[:2])
+        pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, told)
         site.hear(pulled.told)
         of_bank = {bank.bank: bank for bank in plan.banks}
         grads = [
@@ -264,29 +286,28 @@ def _compute_backward(
         ]
         d_x = _own(pulled.d_x, x, dy)
     if for_tap:
-        grads.append(watched.new_zeros((plan.cut.chunks, NUM_CHANNELS)))
+        grads.append(stats[-1].new_zeros((plan.cut.chunks, NUM_CHANNELS)))
     return d_x, grads
 
 
 def _promise_backward(
     x: Tensor,
     dy: Tensor,
-    watched: Tensor,
-    sums: list[Tensor],
+    stats: list[Tensor],
     stacked: list[Tensor],
     handle: Tensor,
     for_tap: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    del dy, sums, handle
+    del dy, handle
     grads = [torch.empty_like(leaf) for leaf in stacked]
     if for_tap:
-        grads.append(watched.new_empty((watched.shape[0], NUM_CHANNELS)))
+        grads.append(stats[-1].new_empty((stats[-1].shape[0], NUM_CHANNELS)))
     return torch.empty_like(x), grads
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    x, _, stacked, handle = inputs
-    ctx.save_for_backward(x, output[1], handle, *stacked, *output[2])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    x, _, stacked, handle, _ = inputs
+    ctx.save_for_backward(x, handle, *stacked, *output[1])
     ctx.num_leaves = len(stacked)
     # A compiler drops what nobody reads. The gradient of a body is read where one is trained; else
     # the tap's keeps the operation, for a gradient of `x` may vanish on its way.
@@ -295,10 +316,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
 
 def _pull(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
     del of_statistics  # they have no derivative
-    x, watched, handle, *rest = ctx.saved_tensors
-    stacked, sums = rest[: ctx.num_leaves], rest[ctx.num_leaves :]
-    d_x, grads = site_backward_op(x, dy, watched, sums, stacked, handle, ctx.for_tap)
-    return d_x, grads.pop() if ctx.for_tap else None, grads, None
+    x, handle, *rest = ctx.saved_tensors
+    stacked, stats = rest[: ctx.num_leaves], rest[ctx.num_leaves :]
+    d_x, grads = site_backward_op(x, dy, stats, stacked, handle, ctx.for_tap)
+    return d_x, grads.pop() if ctx.for_tap else None, grads, None, None
 
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
@@ -316,14 +337,15 @@ def _register(signature: str, compute: Any, promise: Any) -> Any:
 
 _LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
 site_op = _register(
-    "site_v5(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle) -> (Tensor, Tensor, Tensor[])",
+    "site_v6(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle, int axis) "
+    "-> (Tensor, Tensor[])",
     _compute,
     _promise,
 )
 site_backward_op = _register(
-    "site_backward_v5(Tensor x, Tensor dy, Tensor watched, Tensor[] sums, Tensor[] stacked, "
-    "Tensor handle, bool for_tap) -> (Tensor, Tensor[])",
+    "site_backward_v6(Tensor x, Tensor dy, Tensor[] stats, Tensor[] stacked, Tensor handle, "
+    "bool for_tap) -> (Tensor, Tensor[])",
     _compute_backward,
     _promise_backward,
 )
-torch.library.register_autograd("esper_bridge::site_v5", _pull, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("esper_bridge::site_v6", _pull, setup_context=_keep, lib=_LIBRARY)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _chunks, _kernels, _layer, _ops
+from torch_bridge import _kernels, _layer, _ops
+from torch_bridge._chunks import Sums
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
 
@@ -92,9 +93,9 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
         """Requires a gradient where nothing else does; where inductor launches the kernels, its
         gradient is what they measured."""
-        self.heard: list[Tensor] = []
-        """None or one: what backward passes measured, [C, 10]. A list, as setting a module's
-        attribute takes longer."""
+        self.heard: list[Tensor | Sums] = []
+        """None or one: what backward passes measured. A list, as setting a module's attribute takes
+        longer."""
         self.handle = _ops.new_handle(self)
         self.lifecycle: Any = None
         """On the first site: who writes the lifecycle into a state dict, and reads it."""
@@ -164,7 +165,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             )
             if grown is not None:
                 return grown
-        y: Tensor = _ops.site_op(x, self.tap, rows, self.handle)[0]
+        y: Tensor = _ops.site_op(x, self.tap, rows, self.handle, self.axis)[0]
         return y
 
     def _grown(self, x: Tensor) -> Tensor | None:
@@ -184,24 +185,29 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """Measures dormant chunks by a hook of the tensor, which leaves the graph as it was."""
         cut, axis = self.plan.cut, self.axis
         with torch.no_grad():
-            watched = _ops.watch(cut, x.movedim(axis, -1))
+            stats = _ops.watch(cut, x.movedim(axis, -1))
 
         def measure(dy: Tensor) -> None:
             with torch.no_grad():
-                self.hear(_chunks.tell(watched, _ops.slopes(cut, dy.movedim(axis, -1))))
+                self.hear(_ops.tell(cut, stats, dy.movedim(axis, -1)))
 
         x.register_hook(measure)
 
-    def hear(self, told: Tensor) -> None:
+    def hear(self, told: Tensor | Sums) -> None:
         """Adds up what backward passes measure, [C, 10] that nothing else keeps."""
-        self.heard.append(self.heard.pop() + told if self.heard else told)
+        if self.heard:
+            told = self._told(self.heard.pop()) + self._told(told)
+        self.heard.append(told)
+
+    def _told(self, told: Tensor | Sums) -> Tensor:
+        return told.told(self.plan.cut) if isinstance(told, Sums) else told
 
     def take_reading(self) -> Tensor | None:
         """What was measured since the last call, [C, 10], or None."""
         found, self.tap.grad = self.tap.grad, None
         if found is not None and (self.plan.banks or self.plan.is_watching):
             self.hear(found)
-        return self.heard.pop() if self.heard else None
+        return self._told(self.heard.pop()) if self.heard else None
 
     def _surveyed(self, x: Tensor) -> Tensor:
         shared = self.shared
