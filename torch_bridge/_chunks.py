@@ -5,7 +5,7 @@ Activations have their features in the last axis here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,16 +35,35 @@ class Sums(NamedTuple):
     utility: Tensor | None = None
     """[C]."""
 
-    def told(self, cut: Cut) -> Tensor:
-        """float32[C, 10]: `Pulled.told`."""
-        found = np.zeros((cut.chunks, NUM_CHANNELS), np.float32)
-        found[:, :NUM_WATCHED] = watched_of(cut, self.rows, self.total, self.square)
-        found[:, NUM_WATCHED] = per_chunk(cut, self.slope_square)
-        if self.r_square is not None and self.utility is not None:
-            found[:, NUM_WATCHED + 1] = 1
-            found[:, NUM_WATCHED + 2] = self.r_square
-            found[:, NUM_WATCHED + 3] = self.utility
-        return torch.from_numpy(found)
+
+def told_of(cuts: Sequence[Cut], sums: Sequence[Sums]) -> np.ndarray:
+    """float32[S, 10]: `Pulled.told` of some sites, one behind the other."""
+    every = zip(*((of.total, of.square, of.slope_square) for of in sums), strict=True)
+    total, square, slope_square = (np.concatenate([of.numpy() for of in row]) for row in every)
+    sizes = np.concatenate([cut.sizes for cut in cuts])
+    rows = np.repeat([of.rows for of in sums], [cut.chunks for cut in cuts])
+    of_features = np.stack([total, square, square == 0, slope_square])
+    with np.errstate(over="ignore", invalid="ignore"):
+        of_chunks = np.add.reduceat(of_features, np.cumsum(sizes) - sizes, axis=1)
+    found = np.zeros((len(sizes), NUM_CHANNELS), np.float32)
+    for channel, column in enumerate([sizes * rows, *of_chunks[:2], sizes, *of_chunks[2:]]):
+        found[:, channel] = column
+    found[rows == 0] = 0
+    end = 0
+    for cut, of in zip(cuts, sums, strict=True):
+        start, end = end, end + cut.chunks
+        if of.r_square is not None and of.utility is not None:
+            found[start:end, NUM_WATCHED + 1] = 1
+            found[start:end, NUM_WATCHED + 2] = of.r_square.numpy()
+            found[start:end, NUM_WATCHED + 3] = of.utility.numpy()
+    return found
+
+
+def summed(cut: Cut, told: Tensor | Sums | None, place: torch.device) -> Tensor:
+    """float32[C, 10]: `Pulled.told` within the chunks; zeros where nothing was measured."""
+    if told is None:
+        return torch.zeros((cut.chunks, NUM_CHANNELS), device=place, dtype=torch.float32)
+    return torch.from_numpy(told_of([cut], [told])) if isinstance(told, Sums) else told
 
 
 class Pulled(NamedTuple):

@@ -42,7 +42,7 @@ def forward(
     x: Tensor,
     y: Tensor,
     x_square: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
+) -> tuple[Tensor, Tensor] | None:
     """Writes the grown activation into `y`.
 
     Args:
@@ -53,21 +53,22 @@ def forward(
       x_square: [D], sums of squares, if they are known.
 
     Returns:
-      What `backward` needs: sums of `r^2`, [C], and what the activation function took, if
-      anything. None, and nothing written, where a norm is large.
+      Sums of `r^2`, [C], and what spares `backward` work: `W`, or what the activation function
+      took. None, and nothing written, where a norm is large.
     """
     name, leaves = _only(plan, bodies)
     square = _squared(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
         return None
-    u, z = _rows(plan.cut, x), None
+    u = _rows(plan.cut, x)
     if _is_merged(name, leaves, u):
-        r = torch.bmm(u, torch.bmm(leaves["down"], leaves["up"]))
+        kept = torch.bmm(leaves["down"], leaves["up"])
+        r = torch.bmm(u, kept)
     else:
-        z = inner(leaves, u)
-        r = torch.bmm(PHI[name](z), leaves["up"].float())
+        kept = inner(leaves, u)
+        r = torch.bmm(PHI[name](kept), leaves["up"].float())
     _write(plan.cut, y, u, plan.act, r)
-    return per_slot_square(r), z
+    return per_slot_square(r), kept
 
 
 def backward(
@@ -76,7 +77,7 @@ def backward(
     x: Tensor,
     dy: Tensor,
     stats: Sequence[Tensor],
-    z: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Pulled | None:
     """As `_layer.backward`, after `forward`; None where the gradient is large.
 
@@ -86,7 +87,7 @@ def backward(
       x: [..., D].
       dy: alike.
       stats: total and square, [D] each, and what `forward` returned first.
-      z: what `forward` returned then, if it was kept.
+      kept: what it returned then; computed again where it was not kept.
     """
     name, leaves = _only(plan, bodies)
     slope_square = squares(dy)
@@ -95,13 +96,13 @@ def backward(
     u, slope = _rows(plan.cut, x), _rows(plan.cut, dy)
     if _is_merged(name, leaves, u):
         down, up = leaves["down"], leaves["up"]
-        last = torch.bmm(down, up)
+        last = torch.bmm(down, up) if kept is None else kept
         d_last = torch.bmm(u.mT, slope)
         d_leaves = {"down": torch.bmm(d_last, up.mT), "up": torch.bmm(down.mT, d_last)}
         d_u = torch.bmm(slope, last.mT)
     else:
         last = leaves["up"].float()
-        z = inner(leaves, u) if z is None else z
+        z = inner(leaves, u) if kept is None else kept
         a = PHI[name](z)
         d_last = torch.bmm(a.mT, slope)
         d_z = through(name, z, a, torch.bmm(slope, last.mT))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
+from torch_bridge._chunks import Sums, summed, told_of
 from torch_bridge._distributed import Group
 from torch_bridge._optim import Watcher
 from torch_bridge._plan import NUM_CHANNELS
@@ -108,17 +109,18 @@ def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
 
 def _readings_and_loss(sites: Sequence[Seeds], loss: Tensor | float, place: torch.device) -> Tensor:
     """float32[S K + 1]: zeros where nothing was measured."""
-    sizes = [site.plan.cut.chunks * NUM_CHANNELS for site in sites]
-    found = [site.take_reading() for site in sites]
+    cuts = [site.plan.cut for site in sites]
+    heard = [site.take_heard() for site in sites]
     value = torch.as_tensor(loss, dtype=torch.float32).detach().reshape(1)
-    if all(of is None for of in found):
-        told = torch.zeros((sum(sizes) + 1,), device=place, dtype=torch.float32)
+    if all(of is None for of in heard):
+        told = torch.zeros(
+            (sum(cut.chunks for cut in cuts) * NUM_CHANNELS + 1,), device=place, dtype=torch.float32
+        )
         told[-1:].copy_(value)
         return told
-    every = [
-        torch.zeros((size,), device=place, dtype=torch.float32)
-        if of is None
-        else of.to(place).reshape(-1)
-        for size, of in zip(sizes, found, strict=True)
-    ]
-    return torch.cat([*every, value.to(place)])
+    sums = [of for of in heard if isinstance(of, Sums)]
+    if len(sums) == len(sites):
+        every = [torch.from_numpy(told_of(cuts, sums))]
+    else:
+        every = [summed(cut, of, place) for cut, of in zip(cuts, heard, strict=True)]
+    return torch.cat([*(of.to(place).reshape(-1) for of in every), value.to(place)])

@@ -58,7 +58,7 @@ total and square, [D] each, and sums of r^2, [C], if `_dense` computed the site.
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
 ) -> tuple[Tensor, Stats, Tensor | None]:
-    """`y` in memory of its own with the layout of `x`, what was measured, and `_dense`'s z."""
+    """`y` in memory of its own with the layout of `x`, what was measured, and what `_dense` kept."""
     last = x if axis == -1 else x.movedim(axis, -1)
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
@@ -70,9 +70,9 @@ def _forward(
         y, stats = torch.empty_like(x), watch(plan.cut, last) if watches else ()
         laid = y if axis == -1 else y.movedim(axis, -1)
         if _dense.serves(plan, last):
-            kept = _dense.forward(plan, bodies, last, laid, *stats[1:])
-            if kept is not None:
-                return y, (*stats, kept[0]), kept[1]
+            found = _dense.forward(plan, bodies, last, laid, *stats[1:])
+            if found is not None:
+                return y, (*stats, found[0]), found[1]
         _layer.forward(plan, bodies, last, laid)
         return y, stats, None
 
@@ -107,7 +107,7 @@ def _backward(
     x: Tensor,
     dy: Tensor,
     stats: Stats,
-    z: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Pulled:
     last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
@@ -117,7 +117,7 @@ def _backward(
         pulled = Pulled(slope, tell(plan.cut, stats, slope), {})
     else:
         with torch.no_grad(), _plainly(x):
-            pulled = _pull_bodies(plan, bodies, last, slope, stats, z)
+            pulled = _pull_bodies(plan, bodies, last, slope, stats, kept)
     return pulled if axis == -1 else pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
@@ -127,12 +127,12 @@ def _pull_bodies(
     x: Tensor,
     dy: Tensor,
     stats: Stats,
-    z: Tensor | None,
+    kept: Tensor | None,
 ) -> Pulled:
     """Without kernels."""
     cut = plan.cut
     if len(stats) == 3:
-        found = _dense.backward(plan, bodies, x, dy, stats, z)
+        found = _dense.backward(plan, bodies, x, dy, stats, kept)
         if found is not None:
             return found
     if _is_summed_up(x):
@@ -152,8 +152,8 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         """`leaves` are the live banks' parameters; `tap` is what requires a gradient always."""
         del tap
         bodies = _named(plan, leaves)
-        y, stats, z = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, z, *stats, *leaves)
+        y, stats, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, kept, *stats, *leaves)
         ctx.static = site, plan, axis, len(stats)
         return y
 
@@ -166,9 +166,9 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
 
 def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     site, plan, axis, num_stats = ctx.static
-    x, z, *rest = ctx.saved_tensors
+    x, kept, *rest = ctx.saved_tensors
     stats, leaves = tuple(rest[:num_stats]), rest[num_stats:]
-    pulled = _backward(plan, axis, _named(plan, leaves), x, dy, stats, z)
+    pulled = _backward(plan, axis, _named(plan, leaves), x, dy, stats, kept)
     if site is not None:
         site.hear(pulled.told)
     grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_bridge import _kernels, _layer, _ops
-from torch_bridge._chunks import Sums
+from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
 
@@ -196,18 +196,16 @@ class Seeds(nn.Module):  # type: ignore[misc]
     def hear(self, told: Tensor | Sums) -> None:
         """Adds up what backward passes measure, [C, 10] that nothing else keeps."""
         if self.heard:
-            told = self._told(self.heard.pop()) + self._told(told)
+            cut, place = self.plan.cut, self.tap.device
+            told = summed(cut, self.heard.pop(), place) + summed(cut, told, place)
         self.heard.append(told)
 
-    def _told(self, told: Tensor | Sums) -> Tensor:
-        return told.told(self.plan.cut) if isinstance(told, Sums) else told
-
-    def take_reading(self) -> Tensor | None:
-        """What was measured since the last call, [C, 10], or None."""
+    def take_heard(self) -> Tensor | Sums | None:
+        """What was measured since the last call, if anything was."""
         found, self.tap.grad = self.tap.grad, None
         if found is not None and (self.plan.banks or self.plan.is_watching):
             self.hear(found)
-        return self._told(self.heard.pop()) if self.heard else None
+        return self.heard.pop() if self.heard else None
 
     def _surveyed(self, x: Tensor) -> Tensor:
         shared = self.shared
