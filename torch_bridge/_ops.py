@@ -58,7 +58,7 @@ total and square, [D] each, and sums of r^2, [C], if `_dense` computed the site.
 def _forward(
     plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
 ) -> tuple[Tensor, Stats, Tensor | None]:
-    """`y` in memory of its own with the layout of `x`, what was measured, and what `_dense` kept."""
+    """`y` with the layout of `x` in memory of its own, what was measured, what `_dense` kept."""
     last = x if axis == -1 else x.movedim(axis, -1)
     calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
     if calls is not None:
