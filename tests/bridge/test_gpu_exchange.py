@@ -22,7 +22,13 @@ def _is_shared() -> bool:
 
 
 pytestmark = pytest.mark.skipif(not _is_shared(), reason="needs JAX and torch on one GPU")
+# torch's compiler warns of its own deprecated parts when it is first imported, in some versions.
+COMPILER = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32]
+
+
+def gpu() -> jax.Device:
+    return jax.local_devices(backend="gpu")[0]
 
 
 def own(x: jax.Array) -> int:
@@ -32,8 +38,8 @@ def own(x: jax.Array) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_memory_is_the_same_both_ways(dtype: torch.dtype) -> None:
     x = torch.arange(6, device="cuda").reshape(2, 3).to(dtype)
-    there = tree_to_jax({"x": x})["x"]
-    assert there.devices() == {jax.devices("gpu")[0]}
+    there = tree_to_jax({"x": x}, device=gpu(), copy=False)["x"]
+    assert there.devices() == {gpu()}
     assert own(there) == x.data_ptr()
     back = tree_to_torch(there)
     assert back.device == x.device
@@ -43,7 +49,7 @@ def test_the_memory_is_the_same_both_ways(dtype: torch.dtype) -> None:
 
 def test_a_copy_is_one_if_asked_for() -> None:
     x = torch.ones(3, device="cuda")
-    assert own(tree_to_jax(x, copy=True)) != x.data_ptr()
+    assert own(tree_to_jax(x, device=gpu(), copy=True)) != x.data_ptr()
 
 
 def test_work_in_flight_is_waited_for_both_ways() -> None:
@@ -52,7 +58,7 @@ def test_work_in_flight_is_waited_for_both_ways() -> None:
     torch.cuda.synchronize()
     for _ in range(5):
         made = big @ big @ big
-        found = tree_to_torch(square(tree_to_jax(made)))
+        found = tree_to_torch(square(tree_to_jax(made, device=gpu(), copy=False)))
         found = found + 0.0
         wanted = made @ made
         assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-2
@@ -62,15 +68,17 @@ def body(p: Any, x: Any) -> Any:
     return jnp.tanh(x @ p["w"] + p["b"]).sum(-1)
 
 
+@COMPILER
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_a_jitted_function_is_called_and_differentiated_on_the_gpu(is_compiled: bool) -> None:
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_a_jitted_function_is_called_and_differentiated(is_beside: bool, is_compiled: bool) -> None:
     torch.manual_seed(0)
     p = {
         "w": torch.randn(8, 4, device="cuda", requires_grad=True),
         "b": torch.randn(4, device="cuda", requires_grad=True),
     }
     x = torch.randn(16, 8, device="cuda", requires_grad=True)
-    run = to_torch(jax.jit(body))
+    run = to_torch(jax.jit(body), device=gpu() if is_beside else None)
     run = torch.compile(run) if is_compiled else run
     y = run(p, x)
     assert y.is_cuda
