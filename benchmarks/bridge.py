@@ -31,7 +31,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
         parts["gpu"] = lambda: _gpu_rows(repeats=2 if quick else 4, is_compiled=True)
     else:
         parts["cnn"] = lambda: _cnn_rows(rounds=2 if quick else 10, repeats=1 if quick else 4)
-        parts["cpu"] = lambda: _cpu_rows(repeats=8 if quick else 60, is_compiled=not quick)
+        parts["cpu"] = lambda: _cpu_rows(repeats=2 if quick else 30, is_compiled=not quick)
     rows: dict[str, Row] = {}
     for name, part in parts.items():
         start = time.perf_counter()
@@ -101,7 +101,7 @@ def _cpu_rows(*, repeats: int, is_compiled: bool) -> dict[str, Row]:
         chunks=16,
         repeats=repeats,
         is_compiled=is_compiled,
-        steps=1,  # in turns one by one, as this machine's speed changes within a second
+        steps=4,
         lag=0,
     )
 
@@ -155,7 +155,7 @@ def _gpt_rows(
         if has_peft:
             model, lora = adapted(bare, added)
             runners["peft"] = way(model, None, compiles)
-        samples = time_interleaved(runners, repeats=repeats, warmup=max(1, 4 // steps))
+        samples = time_interleaved(runners, repeats=repeats, warmup=1)
         told = {
             "device": torch.cuda.get_device_name() if is_cuda else "cpu",
             "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
