@@ -16,7 +16,6 @@ from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
 
-
 _NUM_ROWS = 6
 
 
