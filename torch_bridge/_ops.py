@@ -69,7 +69,7 @@ def _forward(
     with torch.no_grad(), _plainly(x):
         y, stats = torch.empty_like(x), watch(plan.cut, last) if watches else ()
         laid = y if axis == -1 else y.movedim(axis, -1)
-        if _dense.serves(plan, last):
+        if not _is_summed_up(last) and _dense.serves(plan, last):
             found = _dense.forward(plan, bodies, last, laid, *stats[1:])
             if found is not None:
                 return y, (*stats, found[0]), found[1]
