@@ -19,8 +19,8 @@ from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, Cut
 class Sums(NamedTuple):
     """What both passes measured on a CPU, before it is summed within the chunks.
 
-    A step sums them up for all its sites at its end: so few numbers among large ones cost more time
-    than they take, as caches hold neither them nor the code.
+    `bridge.step` sums them up for all sites at once: among large arrays, caches hold neither so few
+    numbers nor the code that sums them.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class Pulled(NamedTuple):
     d_x: Tensor
     told: Tensor | Sums
     """float32[C, 10]: what the forward pass watched, then gradient_square, num_live,
-    output_square, utility, num_errors."""
+    output_square, utility, num_errors; or the sums that `summed` makes them of."""
     d_bodies: Mapping[str, Leaves]
 
 
@@ -125,8 +125,10 @@ def squares(x: Tensor) -> Tensor:
 
 
 def totals(x: Tensor) -> Tensor:
-    """[D]: sums of x, float32."""
-    return x.sum(_over_rows(x), dtype=torch.float32) if x.ndim > 1 else x.float()
+    """[D]: sums of x, float32, in memory of their own."""
+    if x.ndim == 1:
+        x = x[None]
+    return x.sum(_over_rows(x), dtype=torch.float32)
 
 
 def per_chunk(cut: Cut, of_features: Tensor) -> Tensor:

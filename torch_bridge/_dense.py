@@ -1,11 +1,15 @@
-"""A site on a CPU whose chunks all hold dense bodies that act: few passes, few calls.
+"""A site on a CPU in few passes and few calls, where all that lives there is alike.
+
+It serves float32 activations in equal chunks, each with a dense body of the same bank that acts,
+learns and is felt.
 
 A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
 and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
 `d x = dy (1 + feel W)^T` are one product each, and `u^T dy` serves both parameters.
 
 Nothing here asks numbers whether they are finite. They are while the norms of what they are made of
-are small, as a product's norm is at most that of its factors; larger ones go the way of `_layer`.
+are small, as the norm of a product is at most the product of its factors' norms; larger ones, and
+parameters in float16, go the way of `_layer`.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ def forward(
       took. None, and nothing written, where a norm is large.
     """
     name, leaves = _only(plan, bodies)
-    square = _squared(x) if x_square is None else _sum(x_square)
+    square = _square_norm(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
         return None
     u = _rows(plan.cut, x)
@@ -96,23 +100,23 @@ def backward(
     u, slope = _rows(plan.cut, x), _rows(plan.cut, dy)
     if _is_merged(name, leaves, u):
         down, up = leaves["down"], leaves["up"]
-        last = torch.bmm(down, up) if kept is None else kept
-        d_last = torch.bmm(u.mT, slope)
-        d_leaves = {"down": torch.bmm(d_last, up.mT), "up": torch.bmm(down.mT, d_last)}
-        d_u = torch.bmm(slope, last.mT)
+        matrix = torch.bmm(down, up) if kept is None else kept
+        d_matrix = torch.bmm(u.mT, slope)
+        d_leaves = {"down": torch.bmm(d_matrix, up.mT), "up": torch.bmm(down.mT, d_matrix)}
+        d_u = torch.bmm(slope, matrix.mT)
     else:
-        last = leaves["up"].float()
+        matrix = leaves["up"].float()
         z = inner(leaves, u) if kept is None else kept
         a = PHI[name](z)
-        d_last = torch.bmm(a.mT, slope)
-        d_z = through(name, z, a, torch.bmm(slope, last.mT))
-        d_leaves = {"down": torch.bmm(u.mT, d_z), "up": d_last}
+        d_matrix = torch.bmm(a.mT, slope)
+        d_z = through(name, z, a, torch.bmm(slope, matrix.mT))
+        d_leaves = {"down": torch.bmm(u.mT, d_z), "up": d_matrix}
         if "bias" in leaves:
             d_leaves["bias"] = d_z.sum(1)
         d_u = torch.bmm(d_z, leaves["down"].float().mT)
     d_x = torch.empty_like(dy)
     _write(plan.cut, d_x, slope, plan.feel, d_u)
-    utility = torch.linalg.vecdot(d_last.flatten(1), last.flatten(1)).neg_()
+    utility = torch.linalg.vecdot(d_matrix.flatten(1), matrix.flatten(1)).neg_()
     total, square, r_square = stats
     told = Sums(x.numel() // plan.cut.features, total, square, slope_square, r_square, utility)
     own = {of: d_leaves[of].to(leaf.dtype) for of, leaf in leaves.items()}
@@ -134,7 +138,7 @@ def _sum(of: Tensor) -> float:
     return float(of.numpy().sum(dtype=np.float64))
 
 
-def _squared(of: Tensor) -> float:
+def _square_norm(of: Tensor) -> float:
     return float(torch.linalg.vector_norm(of, dtype=torch.float32)) ** 2
 
 
@@ -143,7 +147,9 @@ def _are_small(leaves: Leaves, square: float, rows: int) -> bool:
     if not square <= _FAR**2:  # nor if it is not a number
         return False
     return all(
-        _squared(leaf) * (rows if name == "bias" else 1) <= _FAR**2 for name, leaf in leaves.items()
+        leaf.dtype != torch.float16
+        and _square_norm(leaf) * (rows if name == "bias" else 1) <= _FAR**2
+        for name, leaf in leaves.items()
     )
 
 

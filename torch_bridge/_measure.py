@@ -118,9 +118,14 @@ def _readings_and_loss(sites: Sequence[Seeds], loss: Tensor | float, place: torc
         )
         told[-1:].copy_(value)
         return told
-    sums = [of for of in heard if isinstance(of, Sums)]
-    if len(sums) == len(sites):
-        every = [torch.from_numpy(told_of(cuts, sums))]
-    else:
-        every = [summed(cut, of, place) for cut, of in zip(cuts, heard, strict=True)]
+    sums = [(cut, of) for cut, of in zip(cuts, heard, strict=True) if isinstance(of, Sums)]
+    parts: list[np.ndarray] = []
+    if sums:
+        ends = np.cumsum([cut.chunks for cut, _ in sums])
+        parts = np.split(told_of([cut for cut, _ in sums], [of for _, of in sums]), ends[:-1])
+    rows = iter(parts)
+    every = [
+        torch.from_numpy(next(rows)) if isinstance(of, Sums) else summed(cut, of, place)
+        for cut, of in zip(cuts, heard, strict=True)
+    ]
     return torch.cat([*(of.to(place).reshape(-1) for of in every), value.to(place)])

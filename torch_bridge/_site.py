@@ -194,7 +194,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         x.register_hook(measure)
 
     def hear(self, told: Tensor | Sums) -> None:
-        """Adds up what backward passes measure, [C, 10] that nothing else keeps."""
+        """Adds up what backward passes measure, in memory that nothing else keeps."""
         if self.heard:
             cut, place = self.plan.cut, self.tap.device
             told = summed(cut, self.heard.pop(), place) + summed(cut, told, place)

@@ -23,6 +23,7 @@ BODIES = {
     },
 }
 HOSTS = {
+    "one row": (nn.Linear(6, 8), (6,)),
     "rows": (nn.Linear(6, 8), (40, 6)),
     "few rows": (nn.Linear(6, 8), (3, 6)),
     "tokens": (nn.Linear(6, 8), (4, 20, 6)),
@@ -88,6 +89,52 @@ def test_both_ways_agree(host: str, body: str, taken: dict[str, int]) -> None:
     assert taken == {"forward": 2, "backward": 1}
 
 
+@pytest.mark.parametrize("body", ["low_rank", "gelu"])
+@pytest.mark.parametrize("host", ["tokens", "images"])
+def test_a_compiler_meets_the_same(host: str, body: str, taken: dict[str, int]) -> None:
+    model, site = grown(host, body)
+    x = torch.randn(HOSTS[host][1])
+    wanted = results(model, site, x)
+    torch._dynamo.reset()
+    found = results(torch.compile(model, backend="aot_eager", fullgraph=True), site, x)
+    assert taken == {"forward": 2, "backward": 2}
+    torch.testing.assert_close(found, wanted)
+
+
+def test_two_batches_add_up() -> None:
+    model, site = grown("tokens", "low_rank")
+    xs = torch.randn(2, *HOSTS["tokens"][1])
+    wanted = sum(results(model, site, x)[-1] for x in xs)
+    for x in xs:
+        y = model(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    torch.testing.assert_close(reading(site), wanted)
+
+
+def test_half_precision_parameters_go_the_general_way(taken: dict[str, int]) -> None:
+    model, site = grown("tokens", "gelu")
+    site.half()
+    x = torch.randn(HOSTS["tokens"][1])
+    found = results(model, site, x, steepness=1e5)
+    assert taken == {"forward": 0, "backward": 0}
+    assert all(of.isfinite().all() for of in found)
+
+
+def test_aligned_factors_of_the_largest_norms_stay_finite(taken: dict[str, int]) -> None:
+    model, site = grown("tokens", "gelu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model[0].weight[0, 0] = 0.99 * _dense._FAR
+        module = site.get_submodule("body")
+        module.down[:, 0, 0], module.up[:, 0, 0] = 0.7 * _dense._FAR, -0.7 * _dense._FAR
+    x = torch.zeros(HOSTS["tokens"][1])
+    x[0, 0, 0] = 1
+    found = results(model, site, x, steepness=0.99 * _dense._STEEP / 640**0.5)
+    assert taken == {"forward": 1, "backward": 1}
+    assert all(of.isfinite().all() for of in found)
+
+
 def test_matrices_come_first_where_that_takes_fewer_operations() -> None:
     leaves = {"down": torch.zeros(2, 4, 4), "up": torch.zeros(2, 4, 4)}
     assert _dense._is_merged("none", leaves, torch.zeros(2, 5, 4))
@@ -138,8 +185,8 @@ def test_all_is_finite_up_to_the_norms_that_are_let_through(
     x = torch.randn(HOSTS["tokens"][1])
     with torch.no_grad():
         model[0].bias.zero_()
-        for leaf in site.get_submodule("body").parameters():
-            rows = x.shape[0] * x.shape[1]
+        for name, leaf in site.get_submodule("body").named_parameters():
+            rows = x.shape[0] * x.shape[1] if name == "bias" else 1
             leaf.mul_(0.99 * _dense._FAR / leaf.norm() / rows**0.5)
         h = torch.nn.functional.linear(x, model[0].weight)
         x *= 0.99 * _dense._FAR / h.norm()
