@@ -48,9 +48,8 @@ class _Leaf:
         impls: list[Any] = []
 
         def look(key: Any) -> Any:
-            impls.append(
-                jax.random.key_impl(key)
-            )  # of a key, or what stands for it; not of a shape
+            # Of a key, or of what stands for one while JAX traces; a shape has none.
+            impls.append(jax.random.key_impl(key))
             return jax.random.key_data(key)
 
         data = jax.eval_shape(look, like) if self._is_key else like
