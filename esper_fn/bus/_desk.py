@@ -46,6 +46,8 @@ class Desk:
             topic: deque(maxlen=limit) for topic, limit in limits.items()
         }
         self._is_draining = False
+        self._finished: deque[tuple[Taken, Outcome]] = deque()
+        """By the loop, and not yet entered: it waits for no lock to say so."""
         self._fenced: FencedError | None = None
         self.step = -1
         self.is_paused = False
@@ -67,17 +69,16 @@ class Desk:
             if self._fenced is not None:
                 raise self._fenced
             self.step = step
-            return self._held().take(limit) if self.has_news else []
+            return self._entered().take(limit) if self.has_news else []
 
     def put_back(self, taken: Iterable[Taken]) -> None:
         """Returns commands, first in line again."""
         with self._changed:
-            self._held().put_back(taken)
+            self._entered().put_back(taken)
 
     def finish(self, taken: Taken, outcome: Outcome) -> None:
         """Notes what became of a command."""
-        with self._changed:
-            self._held().finish(taken, outcome)
+        self._finished.append((taken, outcome))
 
     def offer(self, messages: Iterable[Message]) -> bool:
         """Puts words into the outbox; True where nobody was told yet to empty it."""
@@ -109,6 +110,7 @@ class Desk:
     def position(self) -> RunPosition:
         """A copy of what is in force now."""
         with self._changed:
+            self._entered()
             return self._position.copy()
 
     @property
@@ -119,7 +121,7 @@ class Desk:
     @property
     def has_done(self) -> bool:
         """Whether something is to be made known."""
-        return self._intake is not None and self._intake.has_done
+        return bool(self._finished) or (self._intake is not None and self._intake.has_done)
 
     @property
     def num_waiting(self) -> int:
@@ -152,6 +154,7 @@ class Desk:
           is_given: the position counts, and not what the server remembers.
         """
         with self._changed:
+            self._entered()
             self._position.epoch = found.lease.epoch
             if not is_given:
                 self._position.cursor.update(found.cursor)
@@ -178,7 +181,7 @@ class Desk:
     def collect(self) -> Collected:
         """What is to be made known since the last call."""
         with self._changed:
-            intake = self._held()
+            intake = self._entered()
             collected = Collected(
                 intake.collect(),
                 dict(self._position.cursor),
@@ -199,7 +202,7 @@ class Desk:
     def forget_entries(self) -> None:
         """See `Intake.forget_entries`."""
         with self._changed:
-            self._held().forget_entries()
+            self._entered().forget_entries()
 
     def empty_outbox(self) -> dict[Topic, list[Message]]:
         """Words that wait to go out."""
@@ -214,6 +217,13 @@ class Desk:
                 for message in (one,) if isinstance(one, Message) else one():
                     found.setdefault(message.topic, []).append(message)
         return found
+
+    def _entered(self) -> Intake:
+        """The intake, which knows of everything finished; under the lock."""
+        intake = self._held()
+        while self._finished:
+            intake.finish(*self._finished.popleft())
+        return intake
 
     def _held(self) -> Intake:
         if self._intake is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from esper_fn.bus._ages import Ages
 from esper_fn.bus._codec import SCHEMA, Header, Schema, check_size
+from esper_fn.bus._line import Line
 from esper_fn.bus._messages import Batch, Command, DeadLetter, Outcome, SeedCommand
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._publisher import ServerTime
@@ -52,17 +52,6 @@ class _Held:
     since: float
 
 
-@dataclass(slots=True)
-class _Line:
-    """Entries of one stream in order of arrival, up to the oldest unfinished one."""
-
-    entries: deque[tuple[tuple[int, int], str]] = field(default_factory=deque)
-    """By `order` and name."""
-    finished: set[str] = field(default_factory=set)
-    cursor: tuple[int, int] = (-1, -1)
-    """The `order` of the position's cursor, where it was moved here."""
-
-
 class Intake:
     """Decides about each delivery: take it, hold it, answer it again, or set it aside.
 
@@ -88,7 +77,7 @@ class Intake:
         schema: Schema = SCHEMA,
     ) -> None:
         self.position = position
-        self._stream = stream
+        self._streams = {topic: stream(topic) for topic in COMMAND_TOPICS}
         self._keys = keys
         self._time = server_time or ServerTime(clock)
         self._clock = clock
@@ -96,13 +85,11 @@ class Intake:
         self._schema = schema
         self._ready: dict[Topic, deque[Taken]] = {topic: deque() for topic in COMMAND_TOPICS}
         self._held: dict[str, dict[int, _Held]] = {}
-        self._lines = {topic: _Line() for topic in COMMAND_TOPICS}
-        self._known: set[tuple[Topic, str]] = set()
+        self._lines = self._new_lines()
         self._seen: dict[str, int] = dict(position.sequences)
         self._done: list[Done] = []
         self._attempts: dict[tuple[Topic, str], int] = {}
         self._undone: dict[str, int] = {}
-        self._ages = Ages(self._time, clock)
         self._out: set[str] = set()
         self.counts: dict[str, int] = {}
 
@@ -130,29 +117,27 @@ class Intake:
 
     def forget_entries(self) -> None:
         """The server has lost its streams: names of entries mean nothing any more."""
-        self._known.clear()
-        self._lines = {topic: _Line() for topic in COMMAND_TOPICS}
+        self._lines = self._new_lines()
         self.position.cursor.clear()
 
     def drained(self, topic: Topic) -> None:
         """A stream has nothing more right now: whatever comes later is published later."""
-        self._ages.drained(topic)
+        self._lines[topic].drained()
 
     def accept(self, deliveries: Iterable[Delivery]) -> None:
         """Takes deliveries in, in the order of their stream."""
         # They move meanwhile, and only over what was accepted here.
         cursors = {topic: order(last) for topic, last in self.position.cursor.items()}
+        now = self._clock()
         for delivery in deliveries:
-            name = (delivery.topic, delivery.entry_id)
-            if name in self._known:
+            line = self._lines[delivery.topic]
+            if delivery.entry_id in line:
                 continue
             at = order(delivery.entry_id)
             if at <= cursors.get(delivery.topic, (-1, -1)):
                 self._answer_again(delivery)
                 continue
-            self._known.add(name)
-            self._lines[delivery.topic].entries.append((at, delivery.entry_id))
-            self._ages.came(name)
+            line.came(delivery.entry_id, at, now)
             try:
                 self._check(delivery)
             except MessageError as error:
@@ -206,8 +191,8 @@ class Intake:
                 if taken.command.id in self.position.outcomes:
                     self._finish_again(taken)
                     continue
-                is_for_seeds = isinstance(taken.command, SeedCommand | Batch)
-                if not is_for_seeds and taken.sequence <= self._undone.get(taken.key, -1):
+                is_undone = taken.sequence <= self._undone.get(taken.key, -1)
+                if is_undone and not isinstance(taken.command, SeedCommand | Batch):
                     self.position.note(taken.key, taken.sequence)
                     self._settle(taken.delivery, None, None)
                     continue
@@ -262,9 +247,12 @@ class Intake:
 
     # --- parts ---------------------------------------------------------------------------------
 
+    def _new_lines(self) -> dict[Topic, Line]:
+        return {topic: Line(self._time, self._clock) for topic in COMMAND_TOPICS}
+
     def _check(self, delivery: Delivery) -> None:
         check_size(delivery.topic, len(delivery.payload))
-        self._keys.verify(self._stream(delivery.topic), delivery.payload, delivery.signature)
+        self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
         parcel = self._schema.decode(delivery.payload)
         header, messages = parcel.header, parcel.messages
         if len(messages) != 1 or not isinstance(messages[0], Command):
@@ -278,7 +266,7 @@ class Intake:
         self._sort_in(delivery, header, command)
 
     def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
-        key = f"{header.producer}/{delivery.topic.value}"
+        key = f"{header.producer}/{delivery.topic}"
         taken = Taken(delivery, command, header.trace, key, header.sequence)
         last = self._seen.get(key, -1)
         if header.sequence <= last:
@@ -304,6 +292,10 @@ class Intake:
                 )
                 return
         self.position.issued[key] = header.issued_at_ms
+        if header.sequence == last + 1 and key not in self._held:
+            self._seen[key] = header.sequence
+            self._ready[delivery.topic].append(taken)
+            return
         held = self._held.setdefault(key, {})
         if header.sequence in held:
             self._count("duplicate")
@@ -332,7 +324,7 @@ class Intake:
             header = self._schema.decode_header(delivery.payload)
         except MessageError:
             return
-        key = f"{header.producer}/{delivery.topic.value}"
+        key = f"{header.producer}/{delivery.topic}"
         if header.sequence == self._seen.get(key, -1) + 1:
             self._seen[key] = header.sequence
             self.position.note(key, header.sequence)
@@ -348,8 +340,8 @@ class Intake:
         if limit is None:
             return False
         held_ms = self._schema.decode_header(taken.delivery.payload).held_ms
-        name = (taken.delivery.topic, taken.delivery.entry_id)
-        return held_ms / 1000 + self._ages.seconds_in_stream(name) > limit
+        line = self._lines[taken.delivery.topic]
+        return held_ms / 1000 + line.seconds_in_stream(taken.delivery.entry_id) > limit
 
     def _refuse(self, taken: Taken, reason: str, words: str) -> None:
         outcome = Outcome(command_id=taken.command.id, code=reason.upper(), words=words)
@@ -369,7 +361,7 @@ class Intake:
         outcome = None
         try:
             check_size(delivery.topic, len(delivery.payload))
-            self._keys.verify(self._stream(delivery.topic), delivery.payload, delivery.signature)
+            self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
             for message in self._schema.decode(delivery.payload).messages:
                 outcome = self.position.outcome(message.id)
         except (MessageError, AttributeError):
@@ -381,19 +373,12 @@ class Intake:
         self._settle(delivery, None, _letter(delivery, reason, words))
 
     def _settle(self, delivery: Delivery, outcome: Outcome | None, dead: DeadLetter | None) -> None:
-        name = (delivery.topic, delivery.entry_id)
-        self._attempts.pop(name, None)
-        self._ages.forget(name)
-        line = self._lines[delivery.topic]
-        line.finished.add(delivery.entry_id)
-        while line.entries and line.entries[0][1] in line.finished:
-            at, entry_id = line.entries.popleft()
-            line.finished.discard(entry_id)
-            self._known.discard((delivery.topic, entry_id))
-            if at > line.cursor:
-                line.cursor = at
-                self.position.cursor[delivery.topic] = entry_id
-        self._done.append(Done(delivery.topic, delivery.entry_id, outcome, dead))
+        topic, entry_id = delivery.topic, delivery.entry_id
+        self._attempts.pop((topic, entry_id), None)
+        cursor = self._lines[topic].finish(entry_id)
+        if cursor is not None:
+            self.position.cursor[topic] = cursor
+        self._done.append(Done(topic, entry_id, outcome, dead))
 
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1

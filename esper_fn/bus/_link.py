@@ -7,6 +7,7 @@ import hashlib
 import socket
 from typing import Any
 
+import hiredis
 import redis.asyncio as redis_asyncio
 from redis.asyncio.retry import Retry as RedisRetry
 from redis.backoff import NoBackoff
@@ -99,7 +100,7 @@ class Link:
                     if not self._connection.is_connected:
                         async with asyncio.timeout(_CONNECT_SECONDS):
                             await self._connection.connect()
-                    await self._connection.send_command(*arguments)
+                    await self._connection.send_packed_command(hiredis.pack_command(arguments))
                     answer = await self._connection.read_response(disconnect_on_error=False)
                 is_answered = True
             except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:

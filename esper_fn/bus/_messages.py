@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -25,9 +24,19 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 MAX_BATCH = 256
 """Commands in one all-or-nothing batch."""
 
+
+def _new_origin() -> str:
+    return f"{os.getpid():x}-{os.urandom(6).hex()}"
+
+
+def _forked() -> None:
+    global _ORIGIN  # noqa: PLW0603 -- a forked process must not repeat its parent's
+    _ORIGIN = _new_origin()
+
+
 _COUNTER = itertools.count()
-_COUNTER_LOCK = threading.Lock()
-_ORIGIN = f"{os.getpid():x}-{os.urandom(6).hex()}"
+_ORIGIN = _new_origin()
+os.register_at_fork(after_in_child=_forked)
 
 
 def new_id() -> str:
@@ -36,11 +45,7 @@ def new_id() -> str:
     >>> new_id() != new_id()
     True
     """
-    global _ORIGIN  # noqa: PLW0603 -- a forked process must not repeat its parent's
-    with _COUNTER_LOCK:
-        if not _ORIGIN.startswith(f"{os.getpid():x}-"):
-            _ORIGIN = f"{os.getpid():x}-{os.urandom(6).hex()}"
-        return f"{_ORIGIN}-{next(_COUNTER)}"
+    return f"{_ORIGIN}-{next(_COUNTER)}"
 
 
 class Message(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from esper_fn.bus._topics import Topic
 
 MAX_OUTCOMES = 4_096
 MAX_PRODUCERS = 4_096
+_FORGOTTEN_AT_ONCE = 256
 _OUTCOME = msgspec.json.Decoder(Outcome)
 _JSON = msgspec.json.Encoder()
 
@@ -29,7 +31,7 @@ class RunPosition:
       sequences: last number in force, by `producer/topic`, the latest producers last.
       issued: when each of these producers last issued one, in server milliseconds.
       issued_floor_ms: producers forgotten here issued nothing later than that.
-      outcomes: the latest ones by command id, for commands that come again.
+      outcomes: at least the latest `MAX_OUTCOMES` by command id, for commands that come again.
     """
 
     epoch: int = 0
@@ -54,8 +56,10 @@ class RunPosition:
     def keep(self, outcome: Outcome) -> None:
         """Remembers an outcome."""
         self.outcomes[outcome.command_id] = outcome
-        while len(self.outcomes) > MAX_OUTCOMES:
-            del self.outcomes[next(iter(self.outcomes))]
+        # Many at once: a dictionary finds its first key slowly where others stood before it.
+        if len(self.outcomes) > MAX_OUTCOMES + _FORGOTTEN_AT_ONCE:
+            for name in list(islice(self.outcomes, _FORGOTTEN_AT_ONCE)):
+                del self.outcomes[name]
 
     def outcome(self, command_id: str) -> Outcome | None:
         """The first outcome of a command; None where it is not remembered."""

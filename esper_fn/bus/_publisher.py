@@ -83,6 +83,7 @@ class Publisher:
     ) -> None:
         self._transport = transport
         self._topic = topic
+        self._stream = transport.stream(topic)
         self._keys = keys
         self._time = server_time or ServerTime(clock)
         self._max_waiting = max_waiting
@@ -252,7 +253,7 @@ class Publisher:
         )
         payload = self._schema.encode(header, [item.message for item in group])
         check_size(self._topic, len(payload))
-        return Entry(payload, self._keys.sign(self._transport.stream(self._topic), payload))
+        return Entry(payload, self._keys.sign(self._stream, payload))
 
     def _split(self, group: list[_Waiting], error: Exception) -> list[list[_Waiting]]:
         if len(group) > 1:

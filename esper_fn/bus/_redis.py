@@ -89,7 +89,7 @@ class RedisTransport:
 
     def stream(self, topic: Topic) -> str:
         """See `Transport`."""
-        return self._key(topic.value)
+        return self._key(topic)
 
     async def open(self) -> int:
         """See `Transport`."""

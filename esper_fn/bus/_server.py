@@ -107,6 +107,8 @@ class PrivateServer:
             "dir": str(self.folder),
             "appendonly": "yes",
             "appendfsync": "everysec",
+            # Messages wait up to 80 ms while the file is rewritten; streams fill it fast.
+            "auto-aof-rewrite-min-size": "256mb",
             "save": '""',
             "logfile": str(self.folder / "server.log"),
             "daemonize": "no",

@@ -31,6 +31,9 @@ class Topic(StrEnum):
     TELEMETRY = "telemetry"
     DEAD = "dead"
 
+    # An enumeration's own is a Python function, and topics are looked up for every message.
+    __hash__ = str.__hash__
+
 
 COMMAND_TOPICS = (Topic.URGENT, Topic.COMMANDS)
 """In the order in which they are served."""

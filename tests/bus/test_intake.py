@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from esper_fn import bus
 from esper_fn.bus import Delivery, Header, Intake, Outcome, RunPosition, Topic
-from esper_fn.bus._position import MAX_PRODUCERS
+from esper_fn.bus._position import MAX_OUTCOMES, MAX_PRODUCERS
 
 KEYS = bus.Keyring(active="k", keys={"k": b"k" * 16})
 
@@ -207,6 +207,16 @@ def test_forgotten_producers_cannot_be_replayed_and_nothing_grows():
     rig.turn()
     assert rig.effects == []
     assert rig.dead[0].reason == "replayed"
+
+
+def test_the_latest_outcomes_are_kept_and_not_all():
+    position = RunPosition()
+    for number in range(3 * MAX_OUTCOMES):
+        position.keep(Outcome(command_id=f"c{number}", code="DONE"))
+        assert len(position.outcomes) <= 1.1 * MAX_OUTCOMES
+    latest = range(3 * MAX_OUTCOMES - 1, 2 * MAX_OUTCOMES - 1, -1)
+    assert all(position.outcome(f"c{number}") is not None for number in latest)
+    assert position.outcome("c0") is None
 
 
 def test_the_position_goes_to_json_and_back_and_refuses_the_rest():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import msgspec
 import numpy as np
 import pytest
@@ -89,6 +92,16 @@ def test_every_message_has_a_topic_a_version_and_words():
         assert kind.topic in Topic
         assert tag.rpartition("/")[2] == "1"
         assert kind.__doc__
+
+
+def test_a_forked_process_names_its_commands_differently():
+    told = subprocess.run(
+        [sys.executable, "-c",
+         "import os\nfrom esper_fn.bus._messages import new_id\nnew_id()\nchild = os.fork()\n"
+         "os.write(1, (new_id() + ' ').encode())\nif child: os.waitpid(child, 0)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(set(told.stdout.split())) == 2
 
 
 @given(st.binary(max_size=300))

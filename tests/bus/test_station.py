@@ -262,6 +262,30 @@ def test_a_run_goes_on_where_its_position_stands(loop, connect):
     assert second.station.position().epoch > saved.epoch
 
 
+def test_the_loop_finishes_without_waiting_and_nobody_sees_less_for_it(loop, connect):
+    running, client = loop(start=False), connect()
+    sent = [bus.Cull(seed=i) for i in range(3)]
+    for command in sent:
+        client.send(command, wait_seconds=None)
+    until(lambda: running.station.num_waiting == 3)
+    desk = running.station._desk
+    taken = running.station.take(0, 2)
+    with desk._changed:
+        for item in taken:
+            finish = threading.Thread(
+                target=running.station.finish,
+                args=(item, Outcome(command_id=item.command.id, code="DONE", step=7)),
+            )
+            finish.start()
+            finish.join(5)
+            assert not finish.is_alive()
+    assert desk.has_done
+    position = running.station.position()
+    assert [position.outcome(command.id) is not None for command in sent] == [True, True, False]
+    running.station.flush()
+    until(lambda: running.station.num_settled == 2)
+
+
 def test_a_fresh_run_does_not_repeat_what_is_settled(loop, connect):
     first, client = loop(), connect()
     client.send(bus.Cull(seed=1), wait_seconds=10)
