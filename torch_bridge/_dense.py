@@ -1,7 +1,7 @@
 """A site on a CPU in few passes and few calls, where all that lives there is alike.
 
 It serves float32 activations in equal chunks, each with a dense body of the same bank that acts,
-learns and is felt.
+learns and is felt. Linear bodies of narrow chunks are computed by `_narrow` where it can.
 
 A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
 and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_bridge import _narrow
 from torch_bridge._bodies import PHI, Leaves, inner, through
-from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares
+from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares, totals
 from torch_bridge._plan import Cut, SitePlan
 
 _FAR = 1e6
@@ -41,12 +42,8 @@ def serves(plan: SitePlan, x: Tensor) -> bool:
 
 
 def forward(
-    plan: SitePlan,
-    bodies: Mapping[str, Leaves],
-    x: Tensor,
-    y: Tensor,
-    x_square: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
+    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor, *, watches: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """Writes the grown activation into `y`.
 
     Args:
@@ -54,13 +51,19 @@ def forward(
       bodies: the live ones.
       x: [..., D].
       y: alike.
-      x_square: [D], sums of squares, if they are known.
+      watches: whether anything is measured.
 
     Returns:
-      Sums of `r^2`, [C], and what spares `backward` work: `W`, or what the activation function
-      took. None, and nothing written, where a norm is large.
+      What was measured: sums of `x` and of `x^2`, [D] each, and of `r^2`, [C]. And what spares
+      `backward` work: `W`, or what the activation function took. None where a norm is large; `y`
+      means nothing then.
     """
     name, leaves = _only(plan, bodies)
+    if _narrow.serves(plan, leaves, x, y):
+        grown = _narrow.grow(plan, leaves, x, y)
+        are_small = all(of <= _FAR**2 for of in grown.norms)
+        return (grown[:3] if watches else (), None) if are_small else None
+    x_square = squares(x) if watches else None
     square = _square_norm(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
         return None
@@ -72,7 +75,7 @@ def forward(
         kept = inner(leaves, u)
         r = torch.bmm(PHI[name](kept), leaves["up"].float())
     _write(plan.cut, y, u, plan.act, r)
-    return per_slot_square(r), kept
+    return () if x_square is None else (totals(x), x_square, per_slot_square(r)), kept
 
 
 def backward(
@@ -90,10 +93,17 @@ def backward(
       bodies: the live ones.
       x: [..., D].
       dy: alike.
-      stats: total and square, [D] each, and what `forward` returned first.
+      stats: what `forward` measured.
       kept: what it returned then; computed again where it was not kept.
     """
     name, leaves = _only(plan, bodies)
+    total, square, r_square = stats
+    rows, bank = x.numel() // plan.cut.features, plan.banks[0].bank
+    if _narrow.serves(plan, leaves, x, dy):
+        found = _narrow.pull(plan, leaves, x, dy)
+        told = Sums(rows, total, square, found.slope_square, r_square, found.utility)
+        is_steep = not found.norm <= _STEEP**2
+        return None if is_steep else Pulled(found.d_x, told, {bank: found.d_leaves})
     slope_square = squares(dy)
     if not _sum(slope_square) <= _STEEP**2:
         return None
@@ -117,10 +127,9 @@ def backward(
     d_x = torch.empty_like(dy)
     _write(plan.cut, d_x, slope, plan.feel, d_u)
     utility = torch.linalg.vecdot(d_matrix.flatten(1), matrix.flatten(1)).neg_()
-    total, square, r_square = stats
-    told = Sums(x.numel() // plan.cut.features, total, square, slope_square, r_square, utility)
+    told = Sums(rows, total, square, slope_square, r_square, utility)
     own = {of: d_leaves[of].to(leaf.dtype) for of, leaf in leaves.items()}
-    return Pulled(d_x, told, {plan.banks[0].bank: own})
+    return Pulled(d_x, told, {bank: own})
 
 
 def _only(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[str, Leaves]:

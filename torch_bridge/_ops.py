@@ -67,14 +67,14 @@ def _forward(
             y = torch.empty_like(x).copy_(y.movedim(-1, axis))
         return y, (watched,), None
     with torch.no_grad(), _plainly(x):
-        y, stats = torch.empty_like(x), watch(plan.cut, last) if watches else ()
+        y = torch.empty_like(x)
         laid = y if axis == -1 else y.movedim(axis, -1)
         if not _is_summed_up(last) and _dense.serves(plan, last):
-            found = _dense.forward(plan, bodies, last, laid, *stats[1:])
+            found = _dense.forward(plan, bodies, last, laid, watches=watches)
             if found is not None:
-                return y, (*stats, found[0]), found[1]
+                return y, *found
         _layer.forward(plan, bodies, last, laid)
-        return y, stats, None
+        return y, watch(plan.cut, last) if watches else (), None
 
 
 def watch(cut: Cut, x: Tensor) -> Stats:

@@ -17,6 +17,15 @@ from esper_fn.errors import BusUnavailableError
 
 SERVER_VARIABLE = "ESPER_REDIS_SERVER"
 _STARTING_SECONDS = 20.0
+_MEMORY = Path("/dev/shm")  # noqa: S108 -- only a folder of its own is made there
+_ROOMY_BYTES = 2 << 30
+
+
+def _roomy() -> Path | None:
+    """A file system in memory with room for any private server; None for the usual place."""
+    if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK):
+        return None
+    return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOMY_BYTES else None
 
 
 def find_server() -> str:
@@ -46,7 +55,9 @@ class PrivateServer:
     Its files are in a folder of its own; append-only persistence is on; it ends with its block.
 
     Args:
-      folder: where its files go; a temporary one, removed at the end, where left out.
+      folder: where its files go. A temporary one, removed at the end, where left out; in memory
+        if there is room and `$TMPDIR` says nothing else, since no such folder outlives its machine
+        and a disk makes messages wait where the server deletes a file it has rewritten.
       with_port: also listens on a port of the loopback interface, chosen by the system.
       options: more lines of its configuration.
 
@@ -61,7 +72,9 @@ class PrivateServer:
         with_port: bool = False,
         options: dict[str, str] | None = None,
     ) -> None:
-        self._own = None if folder else tempfile.TemporaryDirectory(prefix="esper-bus-")
+        self._own = (
+            None if folder else tempfile.TemporaryDirectory(prefix="esper-bus-", dir=_roomy())
+        )
         self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
         self.folder.mkdir(parents=True, exist_ok=True)
         # The path of a socket may be 107 bytes long at most.
@@ -107,8 +120,6 @@ class PrivateServer:
             "dir": str(self.folder),
             "appendonly": "yes",
             "appendfsync": "everysec",
-            # Messages wait up to 80 ms while the file is rewritten; streams fill it fast.
-            "auto-aof-rewrite-min-size": "256mb",
             "save": '""',
             "logfile": str(self.folder / "server.log"),
             "daemonize": "no",

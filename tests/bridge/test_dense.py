@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
-from torch_bridge import _dense
+from torch_bridge import _dense, _narrow
 
 BODIES = {
     "low_rank": ef.blueprints.low_rank(4),
@@ -28,6 +30,7 @@ HOSTS = {
     "few rows": (nn.Linear(6, 8), (3, 6)),
     "tokens": (nn.Linear(6, 8), (4, 20, 6)),
     "images": (nn.Conv2d(2, 8, 3), (5, 2, 6, 6)),
+    **{f"rows of {2 * w}": (nn.Linear(6, 2 * w), (70, 6)) for w in sorted(_narrow.WIDTHS)},
 }
 
 
@@ -50,6 +53,17 @@ def results(model: nn.Module, site: Any, x: torch.Tensor, steepness: float = 1.0
     return [y.detach(), *grads, reading(site)]
 
 
+@pytest.fixture(params=["compiled C", "torch"], autouse=True)
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether narrow chunks are computed by `_narrow`, whose threads are as many as chunks here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))
+    if request.param == "torch":
+        monkeypatch.setattr(_narrow, "_library", lambda: None)
+    yield request.param == "compiled C"
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often the short way was gone to its end."""
@@ -58,8 +72,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def counting(name: str) -> Any:
         way = getattr(_dense, name)
 
-        def run(*given: Any) -> Any:
-            found = way(*given)
+        def run(*given: Any, **told: Any) -> Any:
+            found = way(*given, **told)
             count[name] += found is not None
             return found
 
@@ -194,3 +208,56 @@ def test_all_is_finite_up_to_the_norms_that_are_let_through(
     found = results(model, site, x, steepness=steepness)
     assert taken == {"forward": 1, "backward": 1}
     assert all(of.isfinite().all() for of in found)
+
+
+@pytest.mark.parametrize("width", sorted(_narrow.WIDTHS))
+def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
+    width: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    call = _narrow._call
+    monkeypatch.setattr(
+        _narrow, "_call", lambda name, *rest: (calls.append(name), call(name, *rest))
+    )
+    model, site = grown(f"rows of {2 * width}", "low_rank")
+    results(model, site, torch.randn(70, 6))
+    assert calls == (["esper_grow", "esper_pull"] if native else [])
+
+
+def test_other_bodies_and_widths_are_not_compiled_in(native: bool) -> None:
+    for host, body in (("rows", "low_rank"), ("rows of 32", "gelu")):
+        model, site = grown(host, body)
+        model(torch.randn(70, 6))
+        leaves = {"down": torch.zeros(2, 4, 4), "up": torch.zeros(2, 4, 4)}
+        assert not _narrow.serves(site.plan, leaves, torch.zeros(3, 8))
+    assert (_narrow._library() is not None) == native
+
+
+@pytest.mark.parametrize("reason", ["switched off", "no compiler", "a compiler that fails"])
+def test_without_a_library_all_goes_on(
+    reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: bool
+) -> None:
+    if not native:
+        monkeypatch.undo()
+    _narrow._library.cache_clear()
+    try:
+        if reason == "switched off":
+            monkeypatch.setenv(_narrow.SWITCH, "0")
+        elif reason == "no compiler":
+            monkeypatch.setattr(_narrow.shutil, "which", lambda _: None)
+        else:
+            failed = subprocess.CalledProcessError(1, "gcc")
+            monkeypatch.setattr(_narrow.subprocess, "run", _raising(failed))
+        model, site = grown("rows of 32", "low_rank")
+        results(model, site, torch.randn(70, 6))
+        assert _narrow._library() is None
+        assert bool(caplog.records) == (reason == "a compiler that fails")
+    finally:
+        _narrow._library.cache_clear()
+
+
+def _raising(error: Exception) -> Any:
+    def run(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return run

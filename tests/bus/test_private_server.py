@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from esper_fn import bus
+from esper_fn.bus import _server
 
 OWNER = """
 import os, sys
@@ -44,6 +46,22 @@ def test_a_server_does_not_outlive_an_owner_that_is_killed(number):
         while is_running(pid):
             assert time.monotonic() < end, "the server is still running"
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_its_files_are_in_memory_where_there_is_room(free, monkeypatch, tmp_path):
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(_server, "_MEMORY", tmp_path)
+    monkeypatch.setattr(_server.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with bus.PrivateServer() as server:
+        assert server.folder.is_relative_to(tmp_path) == bool(free)
+        assert server.folder.stat().st_mode & 0o077 == 0
+    assert not server.folder.exists()
+
+
+def test_where_tmpdir_says_otherwise_its_files_go_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert _server._roomy() is None
 
 
 def test_started_again_after_a_kill_and_stopped():

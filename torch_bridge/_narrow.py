@@ -1,0 +1,134 @@
+"""Sites of narrow chunks on a CPU in compiled C: `_narrow.c`, built where a compiler is.
+
+A bank of linear bodies is measured, computed and differentiated in one pass each way over the
+activations. It is built once a process, into a folder only this user can read, as Triton builds its
+launchers; `$ESPER_NATIVE=0` forbids it, and without a compiler `_dense` serves such sites.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_bridge._bodies import Leaves
+from torch_bridge._plan import SitePlan
+
+SWITCH = "ESPER_NATIVE"
+WIDTHS = frozenset({8, 16, 24, 32, 48, 64})
+_LOGGER = logging.getLogger(__name__)
+_LIMIT_SECONDS = 60
+
+
+class _Site(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "chunks", "rank")),
+        *((name, ctypes.c_void_p) for name in ("x", "gains", "down", "up")),
+    )
+
+
+class Grown(NamedTuple):
+    """What the forward pass measured: sums of x and x^2, [D], and of r^2, [C]; squares of norms."""
+
+    total: Tensor
+    square: Tensor
+    r_square: Tensor
+    norms: tuple[float, ...]
+    """Of x, of all `down`, of all `up`."""
+
+
+class PulledBack(NamedTuple):
+    """What the backward pass found; `norm` is the square of the gradient's."""
+
+    d_x: Tensor
+    d_leaves: dict[str, Tensor]
+    slope_square: Tensor
+    utility: Tensor
+    norm: float
+
+
+def serves(plan: SitePlan, leaves: Leaves, *activations: Tensor) -> bool:
+    """Whether the site's only bank, which is all alive and full, is computed here."""
+    if plan.cut.widest not in WIDTHS or plan.banks[0].form.activation != "none":
+        return False
+    if leaves.keys() != {"down", "up"} or plan.cut.chunks < torch.get_num_threads():
+        return False
+    every = (*leaves.values(), *activations)
+    is_plain = all(of.dtype == torch.float32 and of.is_contiguous() for of in every)
+    return is_plain and _library() is not None
+
+
+def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
+    """Writes `x + act r` into `y`; only where `serves` says so."""
+    features, chunks = plan.cut.features, plan.cut.chunks
+    # Apart, as no result of an operation may share memory with another.
+    total, square, r_square = map(torch.empty, (features, features, chunks))
+    norms = (ctypes.c_double * 3)()
+    _call("esper_grow", plan, leaves, x, (y, total, square, r_square), norms)
+    return Grown(total, square, r_square, tuple(norms))
+
+
+def pull(plan: SitePlan, leaves: Leaves, x: Tensor, dy: Tensor) -> PulledBack:
+    """The exact derivative; only where `serves` says so."""
+    features, chunks = plan.cut.features, plan.cut.chunks
+    slope_square, utility = map(torch.empty, (features, chunks))
+    d_x, down, up = map(torch.empty_like, (dy, leaves["down"], leaves["up"]))
+    norms = (ctypes.c_double * 1)()
+    _call("esper_pull", plan, leaves, x, (dy, d_x, down, up, slope_square, utility), norms)
+    return PulledBack(d_x, {"down": down, "up": up}, slope_square, utility, norms[0])
+
+
+def _call(
+    name: str, plan: SitePlan, leaves: Leaves, x: Tensor, arrays: tuple[Tensor, ...], norms: Any
+) -> None:
+    cut, gains = plan.cut, plan.gains
+    inputs = (of.data_ptr() for of in (x, gains, leaves["down"], leaves["up"]))
+    site = _Site(x.numel() // cut.features, cut.chunks, leaves["down"].shape[2], *inputs)
+    call = getattr(_library(), name)
+    pointers = (ctypes.c_void_p(of.data_ptr()) for of in arrays)
+    if not call(ctypes.byref(site), ctypes.c_int64(cut.widest), *pointers, norms):
+        raise AssertionError(f"chunks of {cut.widest} features are not compiled in")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    if os.environ.get(SWITCH) == "0" or compiler is None:
+        return None
+    try:
+        return _build(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOGGER.warning("narrow chunks are not compiled for this processor: %s", error)
+        return None
+
+
+def _build(compiler: str) -> ctypes.CDLL:
+    # Linked to torch and not to OpenMP, so that both share torch's threads.
+    torch_lib = Path(torch.__file__).parent / "lib"
+    with (
+        as_file(files(__package__) / "_narrow.c") as source,
+        tempfile.TemporaryDirectory(prefix="esper-native-") as folder,
+    ):
+        thing, library = Path(folder) / "narrow.o", Path(folder) / "narrow.so"
+        for arguments in (
+            ["-O3", "-march=native", "-fopenmp", "-fPIC", "-c", source, "-o", thing],
+            ["-shared", thing, "-o", library, f"-L{torch_lib}", "-Wl,--no-as-needed",
+             "-ltorch_cpu"],
+        ):  # fmt: skip
+            subprocess.run(  # noqa: S603 -- the system's compiler on our own source
+                [compiler, *map(str, arguments)],
+                check=True,
+                capture_output=True,
+                timeout=_LIMIT_SECONDS,
+            )
+        return ctypes.CDLL(str(library))
