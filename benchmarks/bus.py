@@ -86,7 +86,7 @@ def _commands(server: bus.PrivateServer, *, seconds: int, rounds: int) -> dict[s
         cost = sum(one["cpu_seconds"] for one in each) / (rounds * options["count"]) * 1e6
         for which in ("p50", "p99"):
             rows[f"commands_{name}{which}"] = summarise(
-                [one[which] for one in each],
+                [one[which] / 1000 for one in each],  # of seconds
                 "ms",
                 p99_of_the_median_second_ms=by_second,
                 cpu_us_a_message=cost,

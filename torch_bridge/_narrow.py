@@ -108,7 +108,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         return _build(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        _LOGGER.warning("narrow chunks are not compiled for this processor: %s", error)
+        _LOGGER.info("narrow chunks go through torch, as they cannot be compiled: %s", error)
         return None
 
 

@@ -240,6 +240,7 @@ def test_without_a_library_all_goes_on(
     if not native:
         monkeypatch.undo()
     _narrow._library.cache_clear()
+    caplog.set_level("INFO", _narrow.__name__)
     try:
         if reason == "switched off":
             monkeypatch.setenv(_narrow.SWITCH, "0")
