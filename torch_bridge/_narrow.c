@@ -192,8 +192,10 @@ INLINE double pull_chunk(const site *s, int64_t c, const float *dy, float *dx, f
 #define FOR_EACH_WIDTH(DO) DO(8) DO(16) DO(24) DO(32) DO(48) DO(64)
 
 /* squares: of x, of all down, of all up. Returns whether the width is served. */
-int esper_grow(const site *s, int64_t width, float *y, float *total, float *square,
-               float *r_square, double *squares) {
+int esper_grow(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
+               const float *gains, const float *down, const float *up, float *y, float *total,
+               float *square, float *r_square, double *squares) {
+  const site of_call = {rows, chunks, rank, x, gains, down, up}, *s = &of_call;
   double of_x = 0, of_down = 0, of_up = 0;
 #define CASE(F)                                                                         \
   case F:                                                                               \
@@ -214,8 +216,10 @@ int esper_grow(const site *s, int64_t width, float *y, float *total, float *squa
 }
 
 /* squares: of dy. Returns whether the width is served. */
-int esper_pull(const site *s, int64_t width, const float *dy, float *dx, float *d_down,
-               float *d_up, float *slope_square, float *utility, double *squares) {
+int esper_pull(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
+               const float *gains, const float *down, const float *up, const float *dy, float *dx,
+               float *d_down, float *d_up, float *slope_square, float *utility, double *squares) {
+  const site of_call = {rows, chunks, rank, x, gains, down, up}, *s = &of_call;
   double of_slope = 0;
 #define CASE(F)                                                                              \
   case F:                                                                                    \

@@ -28,13 +28,7 @@ SWITCH = "ESPER_NATIVE"
 WIDTHS = frozenset({8, 16, 24, 32, 48, 64})
 _LOGGER = logging.getLogger(__name__)
 _LIMIT_SECONDS = 60
-
-
-class _Site(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "chunks", "rank")),
-        *((name, ctypes.c_void_p) for name in ("x", "gains", "down", "up")),
-    )
+_ONE, _THREE = ctypes.c_double * 1, ctypes.c_double * 3
 
 
 class Grown(NamedTuple):
@@ -73,7 +67,7 @@ def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
     features, chunks = plan.cut.features, plan.cut.chunks
     # Apart, as no result of an operation may share memory with another.
     total, square, r_square = map(torch.empty, (features, features, chunks))
-    norms = (ctypes.c_double * 3)()
+    norms = _THREE()
     _call("esper_grow", plan, leaves, x, (y, total, square, r_square), norms)
     return Grown(total, square, r_square, tuple(norms))
 
@@ -83,7 +77,7 @@ def pull(plan: SitePlan, leaves: Leaves, x: Tensor, dy: Tensor) -> PulledBack:
     features, chunks = plan.cut.features, plan.cut.chunks
     slope_square, utility = map(torch.empty, (features, chunks))
     d_x, down, up = map(torch.empty_like, (dy, leaves["down"], leaves["up"]))
-    norms = (ctypes.c_double * 1)()
+    norms = _ONE()
     _call("esper_pull", plan, leaves, x, (dy, d_x, down, up, slope_square, utility), norms)
     return PulledBack(d_x, {"down": down, "up": up}, slope_square, utility, norms[0])
 
@@ -91,12 +85,10 @@ def pull(plan: SitePlan, leaves: Leaves, x: Tensor, dy: Tensor) -> PulledBack:
 def _call(
     name: str, plan: SitePlan, leaves: Leaves, x: Tensor, arrays: tuple[Tensor, ...], norms: Any
 ) -> None:
-    cut, gains = plan.cut, plan.gains
-    inputs = (of.data_ptr() for of in (x, gains, leaves["down"], leaves["up"]))
-    site = _Site(x.numel() // cut.features, cut.chunks, leaves["down"].shape[2], *inputs)
-    call = getattr(_library(), name)
-    pointers = (ctypes.c_void_p(of.data_ptr()) for of in arrays)
-    if not call(ctypes.byref(site), ctypes.c_int64(cut.widest), *pointers, norms):
+    cut, down = plan.cut, leaves["down"]
+    sizes = (x.numel() // cut.features, cut.chunks, down.shape[2], cut.widest)
+    pointers = [of.data_ptr() for of in (x, plan.gains, down, leaves["up"], *arrays)]
+    if not getattr(_library(), name)(*sizes, *pointers, norms):
         raise AssertionError(f"chunks of {cut.widest} features are not compiled in")
 
 
@@ -131,4 +123,8 @@ def _build(compiler: str) -> ctypes.CDLL:
                 capture_output=True,
                 timeout=_LIMIT_SECONDS,
             )
-        return ctypes.CDLL(str(library))
+        built = ctypes.CDLL(str(library))
+    for name, num_arrays in (("esper_grow", 4), ("esper_pull", 6)):
+        pointers = [ctypes.c_void_p] * (4 + num_arrays + 1)
+        getattr(built, name).argtypes = [*[ctypes.c_int64] * 4, *pointers]
+    return built
