@@ -66,7 +66,7 @@ def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
     """Writes `x + act r` into `y`; only where `serves` says so."""
     features, chunks = plan.cut.features, plan.cut.chunks
     # Apart, as no result of an operation may share memory with another.
-    total, square, r_square = map(torch.empty, (features, features, chunks))
+    total, square, r_square = map(x.new_empty, (features, features, chunks))
     norms = _THREE()
     _call("esper_grow", plan, leaves, x, (y, total, square, r_square), norms)
     return Grown(total, square, r_square, tuple(norms))
@@ -75,7 +75,7 @@ def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
 def pull(plan: SitePlan, leaves: Leaves, x: Tensor, dy: Tensor) -> PulledBack:
     """The exact derivative; only where `serves` says so."""
     features, chunks = plan.cut.features, plan.cut.chunks
-    slope_square, utility = map(torch.empty, (features, chunks))
+    slope_square, utility = map(x.new_empty, (features, chunks))
     d_x, down, up = map(torch.empty_like, (dy, leaves["down"], leaves["up"]))
     norms = _ONE()
     _call("esper_pull", plan, leaves, x, (dy, d_x, down, up, slope_square, utility), norms)

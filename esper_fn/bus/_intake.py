@@ -81,11 +81,11 @@ class Intake:
         self._keys = keys
         self._time = server_time or ServerTime(clock)
         self._clock = clock
+        self._lines = {topic: Line(self._time, clock) for topic in COMMAND_TOPICS}
         self._gap_seconds = gap_seconds
         self._schema = schema
         self._ready: dict[Topic, deque[Taken]] = {topic: deque() for topic in COMMAND_TOPICS}
         self._held: dict[str, dict[int, _Held]] = {}
-        self._lines = self._new_lines()
         self._seen: dict[str, int] = dict(position.sequences)
         self._done: list[Done] = []
         self._attempts: dict[tuple[Topic, str], int] = {}
@@ -117,7 +117,8 @@ class Intake:
 
     def forget_entries(self) -> None:
         """The server has lost its streams: names of entries mean nothing any more."""
-        self._lines = self._new_lines()
+        for line in self._lines.values():
+            line.forget()
         self.position.cursor.clear()
 
     def drained(self, topic: Topic) -> None:
@@ -246,9 +247,6 @@ class Intake:
         return any(self._ready.values())
 
     # --- parts ---------------------------------------------------------------------------------
-
-    def _new_lines(self) -> dict[Topic, Line]:
-        return {topic: Line(self._time, self._clock) for topic in COMMAND_TOPICS}
 
     def _check(self, delivery: Delivery) -> None:
         check_size(delivery.topic, len(delivery.payload))

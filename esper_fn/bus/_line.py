@@ -38,6 +38,8 @@ class Line:
         self._clock = clock
         self._arrivals: deque[_Arrival] = deque()
         self._by_name: dict[str, _Arrival] = {}
+        self._lost: dict[str, _Arrival] = {}
+        """Unfinished ones of a stream that is gone."""
         self._empty_at = -math.inf
         self._cursor = (-1, -1)
 
@@ -54,9 +56,17 @@ class Line:
         self._arrivals.append(arrival)
         self._by_name[entry_id] = arrival
 
+    def forget(self) -> None:
+        """The server has lost the stream: names mean nothing now; what came is as old as it was."""
+        self._lost |= self._by_name
+        self._by_name = {}
+        self._arrivals.clear()
+        self._cursor = (-1, -1)
+
     def finish(self, entry_id: str) -> str | None:
         """An entry is done with; returns the last one before which all are, where that moved."""
         arrivals, cursor = self._arrivals, None
+        self._lost.pop(entry_id, None)
         if entry_id in self._by_name:
             self._by_name[entry_id].is_finished = True
         while arrivals and arrivals[0].is_finished:
@@ -68,7 +78,8 @@ class Line:
 
     def seconds_in_stream(self, entry_id: str) -> float:
         """How long ago an entry was published."""
-        now, arrival = self._clock(), self._by_name[entry_id]
+        now = self._clock()
+        arrival = self._by_name.get(entry_id) or self._lost[entry_id]
         published_ms, _ = order(entry_id)
         dated = (self._time.now_ms() - published_ms) / 1000
         return max(min(dated, now - arrival.not_before), now - arrival.came_at)

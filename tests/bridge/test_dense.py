@@ -224,6 +224,21 @@ def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
     assert calls == (["esper_grow", "esper_pull"] if native else [])
 
 
+def test_no_default_of_the_process_reaches_what_is_measured() -> None:
+    _, site = grown("rows of 32", "low_rank")
+    x = torch.randn(70, 32)
+    leaves = dict(site.get_submodule("body").named_parameters())
+    bodies = {site.plan.banks[0].bank: {name: leaf.detach() for name, leaf in leaves.items()}}
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = _dense.forward(site.plan, bodies, x, torch.empty_like(x), watches=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+    torch.testing.assert_close(found[0][0], x.sum(0))
+    torch.testing.assert_close(found[0][1], x.square().sum(0))
+
+
 def test_other_bodies_and_widths_are_not_compiled_in(native: bool) -> None:
     for host, body in (("rows", "low_rank"), ("rows of 32", "gelu")):
         model, site = grown(host, body)

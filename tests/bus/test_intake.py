@@ -209,6 +209,20 @@ def test_forgotten_producers_cannot_be_replayed_and_nothing_grows():
     assert rig.dead[0].reason == "replayed"
 
 
+def test_a_deadline_outlives_a_server_that_forgets():
+    rig = Rig()
+    sent = [
+        rig.delivery(bus.Cull(seed=seed, expires_after_seconds=5 + 90 * seed), sequence=seed)
+        for seed in range(2)
+    ]
+    rig.intake.accept(sent)
+    rig.intake.forget_entries()
+    rig.now += 10
+    rig.turn()
+    assert [dead.reason for dead in rig.dead] == ["expired"]
+    assert [seed for _, seed in rig.effects] == [1]
+
+
 def test_the_latest_outcomes_are_kept_and_not_all():
     position = RunPosition()
     for number in range(3 * MAX_OUTCOMES):
