@@ -34,11 +34,11 @@ demo: install ## grow a network on scikit-learn's digits and write the report to
 
 test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: lint ## the same with the long tests
 	@echo "==> pytest, long tests included"
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: install-dev ## check format, lint, types and layers
 	@echo "==> ruff, mypy, import-linter"

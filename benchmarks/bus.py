@@ -26,14 +26,18 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
     """All rows; `quick` sends fewer messages."""
     rows: dict[str, Row] = {}
     logging.getLogger("esper_fn.bus").setLevel(logging.ERROR)  # servers are killed on purpose
-    with bus.PrivateServer(options={"appendfsync": "everysec"}) as server:
+    with _server() as server:
         rows |= _telemetry(server, repeats=1 if quick else 2, scale=1 if quick else 2)
-        rows |= _commands(server, seconds=2 if quick else 60, rounds=1 if quick else 3)
         rows |= _raw(server)
+    rows |= _commands(seconds=2 if quick else 60, rounds=1 if quick else 3)
     # A server that has just taken a million messages still writes to its disk.
     with bus.PrivateServer() as server:
         rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 60)
     return rows
+
+
+def _server() -> bus.PrivateServer:
+    return bus.PrivateServer(options={"appendfsync": "everysec"})
 
 
 def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[str, Row]:
@@ -68,10 +72,11 @@ def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[s
     return rows
 
 
-def _commands(server: bus.PrivateServer, *, seconds: int, rounds: int) -> dict[str, Row]:
+def _commands(*, seconds: int, rounds: int) -> dict[str, Row]:
     """Ours and bare redis-py in turns, each under the same load for as long.
 
-    A round is a p99 of its own; neighbours come and go, so one round says little.
+    A round is a p99 of its own; neighbours come and go, so one round says little. Each turn has a
+    server of its own: what others have left in one is copied whenever it rewrites its file.
     """
     rate = 10_000
     options = {"rate": rate, "count": rate * seconds}
@@ -79,7 +84,8 @@ def _commands(server: bus.PrivateServer, *, seconds: int, rounds: int) -> dict[s
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
-            found[name].append(_pair(server, *sides[name], options))
+            with _server() as server:
+                found[name].append(_pair(server, *sides[name], options))
     rows: dict[str, Row] = {}
     for name, each in found.items():
         by_second = np.median(np.concatenate([one["p99_by_second"] for one in each]))

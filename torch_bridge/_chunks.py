@@ -35,6 +35,10 @@ class Sums(NamedTuple):
     utility: Tensor | None = None
     """[C]."""
 
+    def copy(self) -> Sums:
+        """The same in memory of its own."""
+        return Sums(self.rows, *(of if of is None else of.clone() for of in self[1:]))
+
 
 def told_of(cuts: Sequence[Cut], sums: Sequence[Sums]) -> np.ndarray:
     """float32[S, 10]: `Pulled.told` of some sites, one behind the other."""

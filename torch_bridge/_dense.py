@@ -97,13 +97,11 @@ def backward(
       kept: what it returned then; computed again where it was not kept.
     """
     name, leaves = _only(plan, bodies)
-    total, square, r_square = stats
-    rows, bank = x.numel() // plan.cut.features, plan.banks[0].bank
+    bank = plan.banks[0].bank
     if _narrow.serves(plan, leaves, x, dy):
-        found = _narrow.pull(plan, leaves, x, dy)
-        told = Sums(rows, total, square, found.slope_square, r_square, found.utility)
+        found = _narrow.pull(plan, leaves, x, stats, dy)
         is_steep = not found.norm <= _STEEP**2
-        return None if is_steep else Pulled(found.d_x, told, {bank: found.d_leaves})
+        return None if is_steep else Pulled(found.d_x, found.told, {bank: found.d_leaves})
     slope_square = squares(dy)
     if not _sum(slope_square) <= _STEEP**2:
         return None
@@ -127,7 +125,8 @@ def backward(
     d_x = torch.empty_like(dy)
     _write(plan.cut, d_x, slope, plan.feel, d_u)
     utility = torch.linalg.vecdot(d_matrix.flatten(1), matrix.flatten(1)).neg_()
-    told = Sums(rows, total, square, slope_square, r_square, utility)
+    total, square, r_square = stats
+    told = Sums(x.numel() // plan.cut.features, total, square, slope_square, r_square, utility)
     own = {of: d_leaves[of].to(leaf.dtype) for of, leaf in leaves.items()}
     return Pulled(d_x, told, {bank: own})
 

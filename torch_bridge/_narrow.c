@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+/* F and the rank, padded with zeros, are multiples of LANES. */
 enum { BLOCK = 64, LANES = 8, WIDEST = 64 };
 
 /* Eight floats wherever they lie. */
@@ -16,60 +17,67 @@ typedef float lanes __attribute__((vector_size(32), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
 #define AT(p) (*(lanes *)(p))
 
-/* Rows that a product computes at once: as many as leave sums in registers. */
-#define TOGETHER(F) ((F) <= 16 ? 4 : (F) <= 32 ? 2 : 1)
+/* out = a m, or out += a m: T rows of V lanes, whose sums stay in registers. The entry of `a` in row
+   t and column k is a[t row + k column]; rows of `m` are as far apart as those of `out`. */
+INLINE void tile(float *out, const float *a, int row, int column, const float *m, int stride,
+                 int inner, int adds, const int T, const int V) {
+  enum { MOST_ROWS = 8, MOST_LANES = 2 };
+  lanes sum[MOST_ROWS][MOST_LANES];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      sum[t][v] = adds ? AT(out + t * stride + v * LANES) : (lanes){0};
+  for (int k = 0; k < inner; ++k)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        sum[t][v] += a[t * row + k * column] * AT(m + k * stride + v * LANES);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) AT(out + t * stride + v * LANES) = sum[t][v];
+}
+
+/* [rows, inner] times [inner, columns]; rows and columns are multiples of LANES. */
+INLINE void multiply(float *out, const float *a, int row, int column, const float *m, int rows,
+                     int inner, int columns, int adds) {
+  int c = 0, n;
+  for (; columns - c >= 2 * LANES; c += 2 * LANES) {
+    for (n = 0; rows - n >= 6; n += 6)
+      tile(out + n * columns + c, a + n * row, row, column, m + c, columns, inner, adds, 6, 2);
+    for (; rows - n >= 4; n += 4)
+      tile(out + n * columns + c, a + n * row, row, column, m + c, columns, inner, adds, 4, 2);
+    for (; n < rows; n += 2)
+      tile(out + n * columns + c, a + n * row, row, column, m + c, columns, inner, adds, 2, 2);
+  }
+  for (n = 0; c < columns && n < rows; n += 8)
+    tile(out + n * columns + c, a + n * row, row, column, m + c, columns, inner, adds, 8, 1);
+}
+
+/* out = a m, of [rows, inner] and [inner, columns]. */
+static void product(float *out, const float *a, const float *m, int rows, int inner, int columns) {
+  multiply(out, a, inner, 1, m, rows, inner, columns, 0);
+}
+
+/* out += a^T m, of [inner, rows] and [inner, columns]. */
+static void add_outer(float *out, const float *a, const float *m, int rows, int inner,
+                      int columns) {
+  multiply(out, a, 1, rows, m, rows, inner, columns, 1);
+}
+
+/* out = a^T, [columns, rows] of [rows, columns]. */
+INLINE void turn(float *out, const float *a, int rows, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) out[j * rows + i] = a[i * columns + j];
+}
 
 /* Copies a block of a chunk; rows beyond it are zero. */
-INLINE void pack(float *to, const float *from, int64_t stride, int rows, const int F) {
+INLINE void pack(float *to, const float *from, int64_t stride, int rows, int F) {
   for (int n = 0; n < rows; ++n)
     for (int f = 0; f < F; f += LANES) AT(to + n * F + f) = AT(from + n * stride + f);
   memset(to + rows * F, 0, sizeof(float) * (BLOCK - rows) * F);
-}
-
-/* out = a m, [BLOCK, F] and [F, F]. */
-INLINE void product(float *out, const float *a, const float *m, const int F) {
-  enum { MOST = 4 };
-  for (int n = 0; n < BLOCK; n += TOGETHER(F)) {
-    lanes sum[MOST][WIDEST / LANES];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOGETHER(F); ++t)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) sum[t][v] = (lanes){0};
-    for (int k = 0; k < F; ++k)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) {
-        const lanes row = AT(m + k * F + v * LANES);
-#pragma GCC unroll 4
-        for (int t = 0; t < TOGETHER(F); ++t) sum[t][v] += a[(n + t) * F + k] * row;
-      }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOGETHER(F); ++t)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) AT(out + (n + t) * F + v * LANES) = sum[t][v];
-  }
-}
-
-/* d += a^T b, [F, F] of two [BLOCK, F]. */
-INLINE void outer(float *d, const float *a, const float *b, const int F) {
-  enum { MOST = 4 };
-  for (int k = 0; k < F; k += TOGETHER(F)) {
-    lanes sum[MOST][WIDEST / LANES];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOGETHER(F); ++t)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) sum[t][v] = AT(d + (k + t) * F + v * LANES);
-    for (int n = 0; n < BLOCK; ++n)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) {
-        const lanes row = AT(b + n * F + v * LANES);
-#pragma GCC unroll 4
-        for (int t = 0; t < TOGETHER(F); ++t) sum[t][v] += a[n * F + k + t] * row;
-      }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOGETHER(F); ++t)
-#pragma GCC unroll 8
-      for (int v = 0; v < F / LANES; ++v) AT(d + (k + t) * F + v * LANES) = sum[t][v];
-  }
 }
 
 INLINE float across(lanes of) {
@@ -78,42 +86,81 @@ INLINE float across(lanes of) {
   return sum;
 }
 
-INLINE double square_of(const float *of, int size) {
-  double square = 0;
-  for (int i = 0; i < size; ++i) square += (double)of[i] * of[i];
-  return square;
+/* Of numbers that lie together, `size` a multiple of LANES. */
+INLINE double inner_product(const float *a, const float *b, int size) {
+  lanes sum[4] = {{0}};
+  int i = 0;
+  for (; size - i >= 4 * LANES; i += 4 * LANES)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] += AT(a + i + j * LANES) * AT(b + i + j * LANES);
+  for (; i < size; i += LANES) sum[0] += AT(a + i) * AT(b + i);
+  return across((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-/* m = down up, [F, F] of [F, R] and [R, F]. */
-INLINE void merge(float *m, const float *down, const float *up, int R, const int F) {
-  memset(m, 0, sizeof(float) * F * F);
-  for (int k = 0; k < F; ++k)
-    for (int r = 0; r < R; ++r)
-      for (int f = 0; f < F; f += LANES) AT(m + k * F + f) += down[k * R + r] * AT(up + r * F + f);
+/* out = base + gain of, a block of a chunk; `out` is where the activations are. */
+INLINE void put(float *out, int64_t stride, const float *base, float gain, const float *of,
+                int rows, int F) {
+  // Row by row, as lines of the same column of a block often share a set of the cache.
+  for (int n = 0; n < rows; ++n)
+    for (int f = 0; f < F; f += LANES)
+      AT(out + n * stride + f) = AT(base + n * F + f) + gain * AT(of + n * F + f);
 }
 
 typedef struct {
   int64_t rows, chunks, rank;
+  int F;
   const float *x, *gains, *down, *up; /* gains: [C, 3] */
 } site;
 
+/* A body: `down` is [F, R] and `up` [R, F], with the rank padded; `both` is their product, [F, F],
+   where that takes fewer operations than one after the other, both passes together. */
+typedef struct {
+  int R, is_merged;
+  float down[WIDEST * WIDEST], up[WIDEST * WIDEST], both[WIDEST * WIDEST];
+} body;
+
+INLINE void load_body(body *of, const site *s, int64_t c) {
+  const int F = s->F, rank = s->rank, R = of->R = (rank + LANES - 1) / LANES * LANES;
+  for (int f = 0; f < F; ++f) {
+    memcpy(of->down + f * R, s->down + (c * F + f) * rank, sizeof(float) * rank);
+    memset(of->down + f * R + rank, 0, sizeof(float) * (R - rank));
+  }
+  memcpy(of->up, s->up + c * rank * F, sizeof(float) * rank * F);
+  memset(of->up + rank * F, 0, sizeof(float) * (R - rank) * F);
+  of->is_merged = 3 * F <= 7 * R;
+  if (of->is_merged) product(of->both, of->down, of->up, F, R, F);
+}
+
+/* What both passes measured of a chunk: a row of `Pulled.told`. */
+typedef struct {
+  float num_values, total, square, num_features, num_dead, slope_square;
+  float num_live, r_square, utility, num_errors;
+} told_row;
+
 /* Writes y = x + act r, and sums: of x and x^2 per feature, of r^2. Returns the square of x; adds
    those of the parameters to `of_leaves`. */
-INLINE double grow_chunk(const site *s, int64_t c, float *y, float *total, float *square,
-                         float *r_square, double *of_leaves, const int F) {
-  const int64_t stride = s->chunks * F, R = s->rank;
-  const float *down = s->down + c * F * R, *up = s->up + c * F * R;
+static double grow_chunk(const site *s, int64_t c, float *y, float *total, float *square,
+                         float *r_square, double *of_leaves) {
+  const int F = s->F;
+  const int64_t stride = s->chunks * F;
   const float act = s->gains[3 * c];
-  float m[WIDEST * WIDEST], u[BLOCK * WIDEST], r[BLOCK * WIDEST];
+  body b;
+  float u[BLOCK * WIDEST], h[BLOCK * WIDEST], r[BLOCK * WIDEST];
   double totals[WIDEST] = {0}, squares[WIDEST] = {0}, of_r = 0, all = 0;
-  of_leaves[0] += square_of(down, F * R);
-  of_leaves[1] += square_of(up, F * R);
-  merge(m, down, up, R, F);
+  load_body(&b, s, c);
+  of_leaves[0] += inner_product(b.down, b.down, F * b.R);
+  of_leaves[1] += inner_product(b.up, b.up, F * b.R);
   for (int64_t from = 0; from < s->rows; from += BLOCK) {
     const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK;
     const int64_t at = from * stride + c * F;
     pack(u, s->x + at, stride, rows, F);
-    product(r, u, m, F);
+    if (b.is_merged) {
+      product(r, u, b.both, BLOCK, F, F);
+    } else {
+      product(h, u, b.down, BLOCK, F, b.R);
+      product(r, h, b.up, BLOCK, b.R, F);
+    }
+    put(y + at, stride, u, act, r, rows, F);
     lanes r_sum = {0};
     for (int f = 0; f < F; f += LANES) {
       lanes sum = {0}, sum_square = {0};
@@ -122,7 +169,6 @@ INLINE double grow_chunk(const site *s, int64_t c, float *y, float *total, float
         sum += x;
         sum_square += x * x;
         r_sum += of * of;
-        AT(y + at + n * stride + f) = x + act * of;
       }
       for (int i = 0; i < LANES; ++i) totals[f + i] += sum[i], squares[f + i] += sum_square[i];
     }
@@ -137,101 +183,96 @@ INLINE double grow_chunk(const site *s, int64_t c, float *y, float *total, float
   return all;
 }
 
-/* Writes d x = dy + feel (dy m^T), gradients of the parameters, sums of dy^2 per feature, and
-   -<dy, r>. Returns the square of dy. */
-INLINE double pull_chunk(const site *s, int64_t c, const float *dy, float *dx, float *d_down,
-                         float *d_up, float *slope_square, float *utility, const int F) {
-  const int64_t stride = s->chunks * F, R = s->rank;
-  const float *down = s->down + c * F * R, *up = s->up + c * F * R;
+/* Writes d x = dy + feel (dy (down up)^T), gradients of the parameters, and what was measured,
+   -<dy, r> among it; `total`, `square` and `r_square` are the forward pass's. Returns the square of
+   dy. */
+static double pull_chunk(const site *s, int64_t c, const float *total, const float *square,
+                         const float *r_square, const float *dy, float *dx, float *d_down,
+                         float *d_up, told_row *told) {
+  const int F = s->F, rank = s->rank;
+  const int64_t stride = s->chunks * F;
   const float feel = s->gains[3 * c + 2];
-  float m[WIDEST * WIDEST], turned[WIDEST * WIDEST], d_m[WIDEST * WIDEST];
+  body b;
+  float down_turned[WIDEST * WIDEST], up_turned[WIDEST * WIDEST], both_turned[WIDEST * WIDEST];
+  float own_down[WIDEST * WIDEST], own_up[WIDEST * WIDEST], own_both[WIDEST * WIDEST];
   float u[BLOCK * WIDEST], slope[BLOCK * WIDEST], d_u[BLOCK * WIDEST];
-  double squares[WIDEST] = {0}, all = 0, inner = 0;
-  merge(m, down, up, R, F);
-  for (int k = 0; k < F; ++k)
-    for (int f = 0; f < F; ++f) turned[f * F + k] = m[k * F + f];
-  memset(d_m, 0, sizeof(float) * F * F);
+  float h[BLOCK * WIDEST], d_h[BLOCK * WIDEST];
+  double of_slope = 0, of_x = 0, of_x_square = 0, inner;
+  int dead = 0;
+  load_body(&b, s, c);
+  const int R = b.R;
+  turn(up_turned, b.up, R, F);
+  if (b.is_merged)
+    turn(both_turned, b.both, F, F);
+  else
+    turn(down_turned, b.down, F, R);
+  memset(own_down, 0, sizeof(float) * F * R);
+  memset(own_up, 0, sizeof(float) * F * R);
+  memset(own_both, 0, sizeof(float) * F * F);
   for (int64_t from = 0; from < s->rows; from += BLOCK) {
     const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK;
     const int64_t at = from * stride + c * F;
     pack(u, s->x + at, stride, rows, F);
     pack(slope, dy + at, stride, rows, F);
-    outer(d_m, u, slope, F);
-    product(d_u, slope, turned, F);
-    for (int f = 0; f < F; f += LANES) {
-      lanes sum_square = {0};
-      for (int n = 0; n < rows; ++n) {
-        const lanes of = AT(slope + n * F + f);
-        sum_square += of * of;
-        AT(dx + at + n * stride + f) = of + feel * AT(d_u + n * F + f);
-      }
-      for (int i = 0; i < LANES; ++i) squares[f + i] += sum_square[i];
+    if (b.is_merged) {
+      add_outer(own_both, u, slope, F, BLOCK, F);
+      product(d_u, slope, both_turned, BLOCK, F, F);
+    } else {
+      product(h, u, b.down, BLOCK, F, R);
+      product(d_h, slope, up_turned, BLOCK, F, R);
+      add_outer(own_up, h, slope, R, BLOCK, F);
+      add_outer(own_down, u, d_h, F, BLOCK, R);
+      product(d_u, d_h, down_turned, BLOCK, R, F);
     }
+    put(dx + at, stride, slope, feel, d_u, rows, F);
+    of_slope += inner_product(slope, slope, rows * F);
+  }
+  if (b.is_merged) {
+    inner = inner_product(own_both, b.both, F * F);
+    add_outer(own_up, b.down, own_both, R, F, F);
+    product(own_down, own_both, up_turned, F, F, R);
+  } else {
+    inner = inner_product(own_up, b.up, F * R);
   }
   for (int f = 0; f < F; ++f) {
-    slope_square[c * F + f] = squares[f];
-    all += squares[f];
+    of_x += total[c * F + f];
+    of_x_square += square[c * F + f];
+    dead += square[c * F + f] == 0;
+    memcpy(d_down + (c * F + f) * rank, own_down + f * R, sizeof(float) * rank);
   }
-  for (int i = 0; i < F * F; ++i) inner += (double)d_m[i] * m[i];
-  utility[c] = -inner;
-  d_down += c * F * R, d_up += c * F * R;
-  memset(d_up, 0, sizeof(float) * F * R);
-  for (int k = 0; k < F; ++k)
-    for (int r = 0; r < R; ++r) {
-      lanes sum = {0};
-      for (int f = 0; f < F; f += LANES) {
-        const lanes of = AT(d_m + k * F + f);
-        sum += of * AT(up + r * F + f);
-        AT(d_up + r * F + f) += down[k * R + r] * of;
-      }
-      d_down[k * R + r] = across(sum);
-    }
-  return all;
+  memcpy(d_up + c * rank * F, own_up, sizeof(float) * rank * F);
+  told[c] = (told_row){
+      .num_values = (float)s->rows * F, .total = of_x, .square = of_x_square, .num_features = F,
+      .num_dead = dead, .slope_square = of_slope, .num_live = 1, .r_square = r_square[c],
+      .utility = -inner, .num_errors = 0,
+  };
+  return of_slope;
 }
 
-#define FOR_EACH_WIDTH(DO) DO(8) DO(16) DO(24) DO(32) DO(48) DO(64)
-
-/* squares: of x, of all down, of all up. Returns whether the width is served. */
-int esper_grow(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
-               const float *gains, const float *down, const float *up, float *y, float *total,
-               float *square, float *r_square, double *squares) {
-  const site of_call = {rows, chunks, rank, x, gains, down, up}, *s = &of_call;
+/* squares: of x, of all down, of all up. */
+void esper_grow(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
+                const float *gains, const float *down, const float *up, float *y, float *total,
+                float *square, float *r_square, double *squares) {
+  const site s = {rows, chunks, rank, width, x, gains, down, up};
   double of_x = 0, of_down = 0, of_up = 0;
-#define CASE(F)                                                                         \
-  case F:                                                                               \
-    _Pragma("omp parallel for schedule(static) reduction(+ : of_x, of_down, of_up)")    \
-    for (int64_t c = 0; c < s->chunks; ++c) {                                           \
-      double of_leaves[2] = {0};                                                        \
-      of_x += grow_chunk(s, c, y, total, square, r_square, of_leaves, F);               \
-      of_down += of_leaves[0], of_up += of_leaves[1];                                   \
-    }                                                                                   \
-    break;
-  switch (width) {
-    FOR_EACH_WIDTH(CASE)
-    default: return 0;
+#pragma omp parallel for schedule(static) reduction(+ : of_x, of_down, of_up)
+  for (int64_t c = 0; c < chunks; ++c) {
+    double of_leaves[2] = {0};
+    of_x += grow_chunk(&s, c, y, total, square, r_square, of_leaves);
+    of_down += of_leaves[0], of_up += of_leaves[1];
   }
-#undef CASE
   squares[0] = of_x, squares[1] = of_down, squares[2] = of_up;
-  return 1;
 }
 
-/* squares: of dy. Returns whether the width is served. */
-int esper_pull(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
-               const float *gains, const float *down, const float *up, const float *dy, float *dx,
-               float *d_down, float *d_up, float *slope_square, float *utility, double *squares) {
-  const site of_call = {rows, chunks, rank, x, gains, down, up}, *s = &of_call;
+/* squares: of dy. */
+void esper_pull(int64_t rows, int64_t chunks, int64_t rank, int64_t width, const float *x,
+                const float *gains, const float *down, const float *up, const float *total,
+                const float *square, const float *r_square, const float *dy, float *dx,
+                float *d_down, float *d_up, told_row *told, double *squares) {
+  const site s = {rows, chunks, rank, width, x, gains, down, up};
   double of_slope = 0;
-#define CASE(F)                                                                              \
-  case F:                                                                                    \
-    _Pragma("omp parallel for schedule(static) reduction(+ : of_slope)")                     \
-    for (int64_t c = 0; c < s->chunks; ++c)                                                  \
-      of_slope += pull_chunk(s, c, dy, dx, d_down, d_up, slope_square, utility, F);          \
-    break;
-  switch (width) {
-    FOR_EACH_WIDTH(CASE)
-    default: return 0;
-  }
-#undef CASE
+#pragma omp parallel for schedule(static) reduction(+ : of_slope)
+  for (int64_t c = 0; c < chunks; ++c)
+    of_slope += pull_chunk(&s, c, total, square, r_square, dy, dx, d_down, d_up, told);
   squares[0] = of_slope;
-  return 1;
 }

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor
 
 from torch_bridge._bodies import Leaves
-from torch_bridge._plan import SitePlan
+from torch_bridge._plan import NUM_CHANNELS, SitePlan
 
 SWITCH = "ESPER_NATIVE"
-WIDTHS = frozenset({8, 16, 24, 32, 48, 64})
+WIDTHS = frozenset(range(8, 65, 8))
+MAX_RANK = 64
 _LOGGER = logging.getLogger(__name__)
+_KEY = "narrow"
+"""In `SitePlan.bound`."""
 _LIMIT_SECONDS = 60
 _ONE, _THREE = ctypes.c_double * 1, ctypes.c_double * 3
 
@@ -46,20 +50,27 @@ class PulledBack(NamedTuple):
 
     d_x: Tensor
     d_leaves: dict[str, Tensor]
-    slope_square: Tensor
-    utility: Tensor
+    told: Tensor
+    """float32[C, 10]: what both passes measured, as `_chunks.Pulled` has it."""
     norm: float
 
 
 def serves(plan: SitePlan, leaves: Leaves, *activations: Tensor) -> bool:
     """Whether the site's only bank, which is all alive and full, is computed here."""
-    if plan.cut.widest not in WIDTHS or plan.banks[0].form.activation != "none":
-        return False
-    if leaves.keys() != {"down", "up"} or plan.cut.chunks < torch.get_num_threads():
+    if _KEY not in plan.bound:
+        plan.bound[_KEY] = _is_known(plan, leaves)
+    if not plan.bound[_KEY]:
         return False
     every = (*leaves.values(), *activations)
-    is_plain = all(of.dtype == torch.float32 and of.is_contiguous() for of in every)
-    return is_plain and _library() is not None
+    return all(of.dtype == torch.float32 and of.is_contiguous() for of in every)
+
+
+def _is_known(plan: SitePlan, leaves: Leaves) -> bool:
+    if plan.banks[0].form.activation != "none" or leaves.keys() != {"down", "up"}:
+        return False
+    is_narrow = plan.cut.widest in WIDTHS and leaves["down"].shape[2] <= MAX_RANK
+    # A thread takes whole chunks.
+    return is_narrow and plan.cut.chunks >= torch.get_num_threads() and _library() is not None
 
 
 def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
@@ -72,14 +83,15 @@ def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:
     return Grown(total, square, r_square, tuple(norms))
 
 
-def pull(plan: SitePlan, leaves: Leaves, x: Tensor, dy: Tensor) -> PulledBack:
-    """The exact derivative; only where `serves` says so."""
-    features, chunks = plan.cut.features, plan.cut.chunks
-    slope_square, utility = map(x.new_empty, (features, chunks))
+def pull(
+    plan: SitePlan, leaves: Leaves, x: Tensor, stats: Sequence[Tensor], dy: Tensor
+) -> PulledBack:
+    """The exact derivative; only where `serves` says so. `stats`: the sums in `Grown`."""
+    told = x.new_empty((plan.cut.chunks, NUM_CHANNELS))
     d_x, down, up = map(torch.empty_like, (dy, leaves["down"], leaves["up"]))
     norms = _ONE()
-    _call("esper_pull", plan, leaves, x, (dy, d_x, down, up, slope_square, utility), norms)
-    return PulledBack(d_x, {"down": down, "up": up}, slope_square, utility, norms[0])
+    _call("esper_pull", plan, leaves, x, (*stats, dy, d_x, down, up, told), norms)
+    return PulledBack(d_x, {"down": down, "up": up}, told, norms[0])
 
 
 def _call(
@@ -88,8 +100,7 @@ def _call(
     cut, down = plan.cut, leaves["down"]
     sizes = (x.numel() // cut.features, cut.chunks, down.shape[2], cut.widest)
     pointers = [of.data_ptr() for of in (x, plan.gains, down, leaves["up"], *arrays)]
-    if not getattr(_library(), name)(*sizes, *pointers, norms):
-        raise AssertionError(f"chunks of {cut.widest} features are not compiled in")
+    getattr(_library(), name)(*sizes, *pointers, norms)
 
 
 @functools.cache
@@ -124,7 +135,8 @@ def _build(compiler: str) -> ctypes.CDLL:
                 timeout=_LIMIT_SECONDS,
             )
         built = ctypes.CDLL(str(library))
-    for name, num_arrays in (("esper_grow", 4), ("esper_pull", 6)):
+    for name, num_arrays in (("esper_grow", 4), ("esper_pull", 8)):
         pointers = [ctypes.c_void_p] * (4 + num_arrays + 1)
         getattr(built, name).argtypes = [*[ctypes.c_int64] * 4, *pointers]
+        getattr(built, name).restype = None
     return built

@@ -13,12 +13,12 @@ measured, in memory that no program sees, as programs write over what they have 
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -276,12 +276,12 @@ def _compute_backward(
     if not plan.banks and not plan.is_watching:
         d_x, grads = _own(dy, x, dy), [torch.zeros_like(leaf) for leaf in stacked]
     else:
-        known = stats
-        if not _is_summed_up(x):  # copies, as a site keeps them and a program reuses its memory
-            is_dense = bool(np.isfinite(stats[2].numpy()).all())
-            known = [of.clone() for of in (stats if is_dense else stats[:2])]
-        pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, tuple(known))
-        site.hear(pulled.told)
+        is_dense = len(stats) == 3 and math.isfinite(stats[2].numpy()[0])
+        known = tuple(stats if is_dense else stats[:2])
+        pulled = _backward(plan, site.axis, _live(site, plan, stacked), x, dy, known)
+        told = pulled.told
+        # A program reuses the memory of what a site keeps.
+        site.hear(told.copy() if isinstance(told, Sums) else told)
         of_bank = {bank.bank: bank for bank in plan.banks}
         grads = [
             _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)

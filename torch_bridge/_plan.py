@@ -150,7 +150,7 @@ class SitePlan:
     is_watching: bool
     """Whether dormant chunks are measured too."""
     bound: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """Which kernels serve the live bank, by rows and dtypes; filled as they are met."""
+    """What serves the live bank, as it is found out: kernels by rows and dtypes, compiled C."""
 
     @cached_property
     def act(self) -> Tensor:

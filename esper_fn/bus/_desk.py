@@ -103,9 +103,9 @@ class Desk:
             self._changed.wait_for(lambda: self.has_news, seconds)
 
     def wait_collected(self, seconds: float) -> None:
-        """Sleeps until the thread has taken up what was finished."""
+        """Sleeps until the thread has taken up what was finished, or never will."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.has_done, seconds)
+            self._changed.wait_for(lambda: not self.has_done or self.is_fenced, seconds)
 
     def position(self) -> RunPosition:
         """A copy of what is in force now."""

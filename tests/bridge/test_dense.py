@@ -19,6 +19,7 @@ from torch_bridge import _dense, _narrow
 BODIES = {
     "low_rank": ef.blueprints.low_rank(4),
     "narrow": ef.blueprints.low_rank(2),
+    "of odd rank": ef.blueprints.low_rank(17),
     **{
         activation: ef.blueprints.bottleneck(3, activation=activation)
         for activation in ("relu", "gelu", "silu")
@@ -97,7 +98,8 @@ def test_both_ways_agree(host: str, body: str, taken: dict[str, int]) -> None:
     x = torch.randn(HOSTS[host][1])
     found, wanted = results(model, site, x), by_the_general_way(model, site, x)
     assert taken == {"forward": 1, "backward": 1}
-    torch.testing.assert_close(found, wanted)
+    # Sums in another order, of which some cancel.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(x), wanted[0])
     assert taken == {"forward": 2, "backward": 1}

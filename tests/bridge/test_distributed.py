@@ -48,6 +48,7 @@ def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> No
     np.testing.assert_allclose(first["outputs"], alone["outputs"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
 def test_two_ranks_under_a_trainer_decide_the_same(framework: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -64,7 +64,7 @@ def test_a_site_by_kernel_is_the_site_without(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiler_meets_the_kernels_themselves(
     monkeypatch: Any, backend: str, stacked: bool
 ) -> None:

@@ -288,6 +288,7 @@ def test_compiles_with_named_tuples_in_and_static_arguments():
     assert compiled(torch.ones(2)).tolist() == [6.0, 6.0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_inductor_compiles_it(leaves):
     torch.compiler.reset()

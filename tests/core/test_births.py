@@ -296,7 +296,7 @@ def test_memory_holds_each_seeds_own_directions() -> None:
     np.testing.assert_array_equal(info.potential, found.potential)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_body_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> None:
     growth, params, state, x, survey, step = setting(2, dtype)
     plain, _, bare, _, _, plain_step = setting(0, dtype)

@@ -229,7 +229,11 @@ def test_a_roll_back_forgets() -> None:
 # --- neuron pairing ----------------------------------------------------------------------------
 
 ACTIVATIONS: tuple[Literal["relu", "gelu", "silu"], ...] = ("relu", "gelu", "silu")
-WIDTHS = [(1, 1, 2), (5, 3, 2), (17, 9, 6), (64, 64, 16), (130, 33, 34)]
+WIDTHS = [
+    (1, 1, 2),
+    (130, 33, 34),
+    *(pytest.param(of, marks=pytest.mark.slow) for of in [(5, 3, 2), (17, 9, 6), (64, 64, 16)]),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

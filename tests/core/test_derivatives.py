@@ -127,6 +127,7 @@ def test_a_penalty_on_the_host_does_not_feel_a_body_in_training() -> None:
     assert any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies))
 
 
+@pytest.mark.slow
 def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a loss after two steps, with respect to where they began: as through `jax.lax.cond`."""
 

@@ -18,8 +18,10 @@ BOTH = {"forward_kernel", "in_place_kernel", "backward_kernel", "reduce_kernel"}
     ("spec", "dtype", "more"),
     [
         ("vision", "bfloat16", {"watch_kernel", "watch_in_place_kernel"}),
-        ("gated_remainder", "bfloat16", {"watch_in_place_kernel"}),
-        ("odd", "float32", {"watch_in_place_kernel"}),
+        pytest.param(
+            "gated_remainder", "bfloat16", {"watch_in_place_kernel"}, marks=pytest.mark.slow
+        ),
+        pytest.param("odd", "float32", {"watch_in_place_kernel"}, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for_hopper(spec, dtype, more, tmp_path):
@@ -28,7 +30,12 @@ def test_compiles_for_hopper(spec, dtype, more, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"), [("mlp", "bfloat16"), ("vision", "bfloat16"), ("gated_remainder", "float32")]
+    ("spec", "dtype"),
+    [
+        ("mlp", "bfloat16"),
+        pytest.param("vision", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("gated_remainder", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_compiler_knows_what_kernels_write(spec, dtype, tmp_path):
     """Taken to write what they only read, they would be given copies of it."""
