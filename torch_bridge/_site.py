@@ -146,7 +146,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the target."""
-        x, rebuild = _first(self.site, module, output)
+        x, rebuild = _first(self, module, output)
         if torch.compiler.is_compiling():
             if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
                 return None
@@ -331,8 +331,12 @@ class _Probed(torch.autograd.Function):  # type: ignore[misc]
         return None, dy, torch.zeros((), device=dy.device)
 
 
-def _first(site: str, module: nn.Module, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that grows, and how an output is made with another in its place."""
+def _first(there: Any, module: nn.Module, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that grows, and how an output is made with another in its place.
+
+    What sits `there` is asked for the name of its site in an error alone: a compiler would hold
+    whatever is read to its value, and each block would need a program of its own.
+    """
     if isinstance(output, Tensor):
         return output, _itself
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -341,8 +345,8 @@ def _first(site: str, module: nn.Module, output: Any) -> tuple[Tensor, Callable[
             return output[0], lambda y: type(output)(y, *rest)
         return output[0], lambda y: type(output)((y, *rest))
     raise BridgeError(
-        f"target {site!r} ({type(module).__name__}) returns {type(output).__name__}; seeds need a "
-        "tensor, or a tuple that begins with one: choose a layer inside it"
+        f"target {there.site!r} ({type(module).__name__}) returns {type(output).__name__}; seeds "
+        "need a tensor, or a tuple that begins with one: choose a layer inside it"
     )
 
 

@@ -64,7 +64,7 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the target."""
         del args
-        x, rebuild = _first(self.site, module, output)
+        x, rebuild = _first(self, module, output)
         return rebuild(self(x))
 
     def forward(self, x: Tensor) -> Tensor:
