@@ -27,12 +27,13 @@ from esper_fn import bus, policies, runtime
 _WIDTH = 512
 _ROWS = 192
 _SEEDS = 16
-_SETTLING = 10
+_SETTLING = 6
 """Steps after a turn that count for nobody: telemetry of the block before may still go out."""
 _FIRST = 4
 """Steps of a run that count for nobody."""
-_BLOCK = 24
-"""Steps timed at once; a publication of telemetry or two falls into each block."""
+_BLOCK = 12
+"""Steps timed at once: enough for some publications of telemetry, and few, as this machine's speed
+changes within a second."""
 
 Ask = Callable[[str, float, list[int]], dict[str, Any]]
 """`ask(run, step_seconds, cores)`: what the process found that sent commands to a run."""

@@ -32,7 +32,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
     rows |= _commands(seconds=2 if quick else 60, rounds=1 if quick else 3)
     # A server that has just taken a million messages still writes to its disk.
     with bus.PrivateServer() as server:
-        rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 60)
+        rows |= loop_rows(server, _ask(server, 40 if quick else 400), num_pairs=4 if quick else 120)
     return rows
 
 
