@@ -98,7 +98,7 @@ def backward(
     """
     name, leaves = _only(plan, bodies)
     bank = plan.banks[0].bank
-    if _narrow.serves(plan, leaves, x, dy):
+    if _narrow.serves(plan, leaves, x, dy, *stats):
         found = _narrow.pull(plan, leaves, x, stats, dy)
         is_steep = not found.norm <= _STEEP**2
         return None if is_steep else Pulled(found.d_x, found.told, {bank: found.d_leaves})

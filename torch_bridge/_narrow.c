@@ -27,7 +27,7 @@ INLINE void tile(float *out, const float *a, int row, int column, const float *m
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
-      sum[t][v] = adds ? AT(out + t * stride + v * LANES) : (lanes){0};
+      sum[t][v] = (lanes){0};
   for (int k = 0; k < inner; ++k)
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -37,7 +37,9 @@ INLINE void tile(float *out, const float *a, int row, int column, const float *m
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) AT(out + t * stride + v * LANES) = sum[t][v];
+    for (int v = 0; v < V; ++v)
+      AT(out + t * stride + v * LANES) =
+          adds ? AT(out + t * stride + v * LANES) + sum[t][v] : sum[t][v];
 }
 
 /* [rows, inner] times [inner, columns]; rows and columns are multiples of LANES. */
@@ -73,11 +75,13 @@ INLINE void turn(float *out, const float *a, int rows, int columns) {
     for (int j = 0; j < columns; ++j) out[j * rows + i] = a[i * columns + j];
 }
 
-/* Copies a block of a chunk; rows beyond it are zero. */
+INLINE int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
+
+/* Copies a block of a chunk; rows up to a multiple of LANES are zero. */
 INLINE void pack(float *to, const float *from, int64_t stride, int rows, int F) {
   for (int n = 0; n < rows; ++n)
     for (int f = 0; f < F; f += LANES) AT(to + n * F + f) = AT(from + n * stride + f);
-  memset(to + rows * F, 0, sizeof(float) * (BLOCK - rows) * F);
+  memset(to + rows * F, 0, sizeof(float) * (padded(rows) - rows) * F);
 }
 
 INLINE float across(lanes of) {
@@ -113,21 +117,22 @@ typedef struct {
 } site;
 
 /* A body: `down` is [F, R] and `up` [R, F], with the rank padded; `both` is their product, [F, F],
-   where that takes fewer operations than one after the other, both passes together. */
+   where that takes fewer operations than one after the other, both passes together: N rows take
+   3 N F F then, and 4 F F R for the products of parameters; else 7 N F R. */
 typedef struct {
   int R, is_merged;
   float down[WIDEST * WIDEST], up[WIDEST * WIDEST], both[WIDEST * WIDEST];
 } body;
 
 INLINE void load_body(body *of, const site *s, int64_t c) {
-  const int F = s->F, rank = s->rank, R = of->R = (rank + LANES - 1) / LANES * LANES;
+  const int F = s->F, rank = s->rank, R = of->R = padded(rank);
   for (int f = 0; f < F; ++f) {
     memcpy(of->down + f * R, s->down + (c * F + f) * rank, sizeof(float) * rank);
     memset(of->down + f * R + rank, 0, sizeof(float) * (R - rank));
   }
   memcpy(of->up, s->up + c * rank * F, sizeof(float) * rank * F);
   memset(of->up + rank * F, 0, sizeof(float) * (R - rank) * F);
-  of->is_merged = 3 * F <= 7 * R;
+  of->is_merged = s->rows * (7 * R - 3 * F) > 4 * F * R;
   if (of->is_merged) product(of->both, of->down, of->up, F, R, F);
 }
 
@@ -151,14 +156,14 @@ static double grow_chunk(const site *s, int64_t c, float *y, float *total, float
   of_leaves[0] += inner_product(b.down, b.down, F * b.R);
   of_leaves[1] += inner_product(b.up, b.up, F * b.R);
   for (int64_t from = 0; from < s->rows; from += BLOCK) {
-    const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK;
+    const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK, N = padded(rows);
     const int64_t at = from * stride + c * F;
     pack(u, s->x + at, stride, rows, F);
     if (b.is_merged) {
-      product(r, u, b.both, BLOCK, F, F);
+      product(r, u, b.both, N, F, F);
     } else {
-      product(h, u, b.down, BLOCK, F, b.R);
-      product(r, h, b.up, BLOCK, b.R, F);
+      product(h, u, b.down, N, F, b.R);
+      product(r, h, b.up, N, b.R, F);
     }
     put(y + at, stride, u, act, r, rows, F);
     lanes r_sum = {0};
@@ -210,19 +215,19 @@ static double pull_chunk(const site *s, int64_t c, const float *total, const flo
   memset(own_up, 0, sizeof(float) * F * R);
   memset(own_both, 0, sizeof(float) * F * F);
   for (int64_t from = 0; from < s->rows; from += BLOCK) {
-    const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK;
+    const int rows = s->rows - from < BLOCK ? s->rows - from : BLOCK, N = padded(rows);
     const int64_t at = from * stride + c * F;
     pack(u, s->x + at, stride, rows, F);
     pack(slope, dy + at, stride, rows, F);
     if (b.is_merged) {
-      add_outer(own_both, u, slope, F, BLOCK, F);
-      product(d_u, slope, both_turned, BLOCK, F, F);
+      add_outer(own_both, u, slope, F, N, F);
+      product(d_u, slope, both_turned, N, F, F);
     } else {
-      product(h, u, b.down, BLOCK, F, R);
-      product(d_h, slope, up_turned, BLOCK, F, R);
-      add_outer(own_up, h, slope, R, BLOCK, F);
-      add_outer(own_down, u, d_h, F, BLOCK, R);
-      product(d_u, d_h, down_turned, BLOCK, R, F);
+      product(h, u, b.down, N, F, R);
+      product(d_h, slope, up_turned, N, F, R);
+      add_outer(own_up, h, slope, R, N, F);
+      add_outer(own_down, u, d_h, F, N, R);
+      product(d_u, d_h, down_turned, N, R, F);
     }
     put(dx + at, stride, slope, feel, d_u, rows, F);
     of_slope += inner_product(slope, slope, rows * F);

@@ -55,13 +55,20 @@ class PulledBack(NamedTuple):
     norm: float
 
 
-def serves(plan: SitePlan, leaves: Leaves, *activations: Tensor) -> bool:
-    """Whether the site's only bank, which is all alive and full, is computed here."""
+def serves(plan: SitePlan, leaves: Leaves, *given: Tensor) -> bool:
+    """Whether the site's only bank, which is all alive and full, is computed here.
+
+    Args:
+      plan: of the site.
+      leaves: its bodies.
+      given: activations, and what was measured of them, whose memory the C functions will read.
+    """
     if _KEY not in plan.bound:
         plan.bound[_KEY] = _is_known(plan, leaves)
-    if not plan.bound[_KEY]:
+    # A thread takes whole chunks.
+    if not plan.bound[_KEY] or plan.cut.chunks < torch.get_num_threads():
         return False
-    every = (*leaves.values(), *activations)
+    every = (*leaves.values(), *given)
     return all(of.dtype == torch.float32 and of.is_contiguous() for of in every)
 
 
@@ -69,8 +76,7 @@ def _is_known(plan: SitePlan, leaves: Leaves) -> bool:
     if plan.banks[0].form.activation != "none" or leaves.keys() != {"down", "up"}:
         return False
     is_narrow = plan.cut.widest in WIDTHS and leaves["down"].shape[2] <= MAX_RANK
-    # A thread takes whole chunks.
-    return is_narrow and plan.cut.chunks >= torch.get_num_threads() and _library() is not None
+    return is_narrow and _library() is not None
 
 
 def grow(plan: SitePlan, leaves: Leaves, x: Tensor, y: Tensor) -> Grown:

@@ -29,7 +29,7 @@ HOSTS = {
     "one row": (nn.Linear(6, 8), (6,)),
     "rows": (nn.Linear(6, 8), (40, 6)),
     "few rows": (nn.Linear(6, 8), (3, 6)),
-    "tokens": (nn.Linear(6, 8), (4, 20, 6)),
+    "tokens": (nn.Linear(6, 32), (4, 20, 6)),  # 16 in a chunk: linear bodies are compiled C
     "images": (nn.Conv2d(2, 8, 3), (5, 2, 6, 6)),
     **{f"rows of {2 * w}": (nn.Linear(6, 2 * w), (70, 6)) for w in sorted(_narrow.WIDTHS)},
 }
@@ -136,8 +136,11 @@ def test_half_precision_parameters_go_the_general_way(taken: dict[str, int]) -> 
     assert all(of.isfinite().all() for of in found)
 
 
-def test_aligned_factors_of_the_largest_norms_stay_finite(taken: dict[str, int]) -> None:
-    model, site = grown("tokens", "gelu")
+@pytest.mark.parametrize("body", ["low_rank", "gelu"])
+def test_aligned_factors_of_the_largest_norms_stay_finite(
+    body: str, taken: dict[str, int]
+) -> None:
+    model, site = grown("tokens", body)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -146,7 +149,7 @@ def test_aligned_factors_of_the_largest_norms_stay_finite(taken: dict[str, int])
         module.down[:, 0, 0], module.up[:, 0, 0] = 0.7 * _dense._FAR, -0.7 * _dense._FAR
     x = torch.zeros(HOSTS["tokens"][1])
     x[0, 0, 0] = 1
-    found = results(model, site, x, steepness=0.99 * _dense._STEEP / 640**0.5)
+    found = results(model, site, x, steepness=0.99 * _dense._STEEP / (4 * 20 * 32) ** 0.5)
     assert taken == {"forward": 1, "backward": 1}
     assert all(of.isfinite().all() for of in found)
 
@@ -226,6 +229,56 @@ def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
     assert calls == (["esper_grow", "esper_pull"] if native else [])
 
 
+@pytest.mark.parametrize("width", [8, 56, 64])
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 65])
+def test_any_rank_and_number_of_rows(
+    rank: int, width: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    call = _narrow._call
+    monkeypatch.setattr(
+        _narrow, "_call", lambda name, *rest: (calls.append(name), call(name, *rest))
+    )
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 2 * width))
+    blueprint = ef.blueprints.low_rank(rank)
+    bridge = grow(model, "0", blueprints={"body": blueprint}, stacked=True)
+    place(bridge, {k: ("body", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    for num_rows in (1, 63, 64, 129):
+        x = torch.randn(num_rows, 6)
+        found = results(model, bridge.sites[0], x)
+        wanted = by_the_general_way(model, bridge.sites[0], x)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert calls == (["esper_grow", "esper_pull"] * 4 if native and rank <= 64 else [])
+
+
+def test_the_number_of_threads_may_change(native: bool) -> None:
+    _, site = grown("tokens", "low_rank")
+    leaves = dict(site.get_submodule("body").named_parameters())
+    x = torch.zeros(3, 32)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 3, 2):
+            torch.set_num_threads(number)
+            assert _narrow.serves(site.plan, leaves, x) == (native and number <= 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_statistics_in_another_dtype_are_not_read(native: bool) -> None:
+    """Hooks on what autograd saves may give anything back."""
+    model, site = grown("tokens", "low_rank")
+    x = torch.randn(HOSTS["tokens"][1])
+    wanted = results(model, site, x)
+
+    def unpack(of: torch.Tensor) -> torch.Tensor:
+        return of.double() if of.shape == (32,) else of
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda of: of, unpack):
+        found = results(model, site, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-5)
+
+
 def test_no_default_of_the_process_reaches_what_is_measured() -> None:
     _, site = grown("rows of 32", "low_rank")
     x = torch.randn(70, 32)
@@ -243,10 +296,9 @@ def test_no_default_of_the_process_reaches_what_is_measured() -> None:
 
 def test_other_bodies_and_widths_are_not_compiled_in(native: bool) -> None:
     for host, body in (("rows", "low_rank"), ("rows of 32", "gelu")):
-        model, site = grown(host, body)
-        model(torch.randn(70, 6))
-        leaves = {"down": torch.zeros(2, 4, 4), "up": torch.zeros(2, 4, 4)}
-        assert not _narrow.serves(site.plan, leaves, torch.zeros(3, 8))
+        _, site = grown(host, body)
+        leaves = dict(site.get_submodule("body").named_parameters())
+        assert not _narrow.serves(site.plan, leaves, torch.zeros(3, site.plan.cut.features))
     assert (_narrow._library() is not None) == native
 
 
