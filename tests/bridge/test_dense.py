@@ -137,9 +137,7 @@ def test_half_precision_parameters_go_the_general_way(taken: dict[str, int]) -> 
 
 
 @pytest.mark.parametrize("body", ["low_rank", "gelu"])
-def test_aligned_factors_of_the_largest_norms_stay_finite(
-    body: str, taken: dict[str, int]
-) -> None:
+def test_aligned_factors_of_the_largest_norms_stay_finite(body: str, taken: dict[str, int]) -> None:
     model, site = grown("tokens", body)
     with torch.no_grad():
         for p in model.parameters():
