@@ -97,6 +97,7 @@ def planted() -> Any:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["low_rank", "bottleneck", "gated"])
 def test_directed_births_see_more_and_learn_faster(name: str) -> None:
     count, slope, first, last, cosine = planted()[f"{name} 1"]

@@ -87,6 +87,7 @@ def test_once_if_has_the_derivatives_of_a_conditional(is_wanted: bool) -> None:
     _close(jax.vmap(jax.grad(loop))(*many), jax.vmap(jax.grad(plain))(*many))
 
 
+@pytest.mark.slow
 def test_a_gradient_penalty_is_the_same_in_a_loop_and_in_one_go() -> None:
     results = []
     for at_once in (1, 2, None):
@@ -179,6 +180,7 @@ def test_a_body_that_breaks_reaches_no_second_derivative(
     assert (float(readings.num_errors[0]) > 0) == is_alive
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks() -> None:
     growth, state = setting(1)
     with jax.checking_leaks():

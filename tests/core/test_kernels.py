@@ -96,6 +96,7 @@ def test_the_hosts_bits_do_not_depend_on_quiet_seeds() -> None:
     assert any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies))
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_same_decisions() -> None:
     """A stack of layers under `scan`, 60 steps with surveys, germinations and removals."""
     chosen = lattice(12, 3, layers=2)

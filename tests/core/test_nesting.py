@@ -192,7 +192,7 @@ def test_evaluation_seeds_enter_a_jit_without_tracing_it_anew() -> None:
     np.testing.assert_allclose(first, ran(plainly, None)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [None, 1])
+@pytest.mark.parametrize("at_once", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_population_under_vmap_is_a_loop_over_its_members(at_once: int | None) -> None:
     """Whole training steps: parameters, states, optimiser states and readings of four networks."""
     growth = ef.growth(

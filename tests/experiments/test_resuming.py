@@ -62,6 +62,7 @@ def stopped_again_and_again(
     raise AssertionError("never finished")
 
 
+@pytest.mark.slow
 def test_an_arm_stopped_and_its_listener(comparison: ex.Comparison, tmp_path: Path) -> None:
     def run() -> tuple[ex.Arm, list[ex.Progress]]:
         told: list[ex.Progress] = []

@@ -66,7 +66,15 @@ def is_bare_figure(output):
     return "<Figure " in found.get("text/plain", "") and not found.keys() - {"text/plain"}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # The first one trains whole arms, for minutes.
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem == "01_quickstart" else [])
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_runs_and_shows_pictures(path, kernel, tmp_path):
     for name in NEEDS.get(path.stem, ()):
         pytest.importorskip(name)
