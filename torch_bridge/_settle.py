@@ -77,9 +77,11 @@ class Learning:
         shape = (len(self.slots),)
         moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
         for of, old in zip(self.groups, before, strict=True):
-            wide, entry = old.float(), of.entry.to(place)
-            moved.index_add_(0, entry, _squares(of.gather().float().sub_(wide)).to(place))
-            size.index_add_(0, entry, _squares(wide).to(place))
+            wide = old.float()
+            change = (of.gather().float() - wide).square().sum(1)
+            entry = of.entry.to(place)
+            moved.index_add_(0, entry, change.to(place))
+            size.index_add_(0, entry, wide.square().sum(1).to(place))
         return moved.sqrt() / (size.sqrt() + 1e-12)
 
     def put_back(self, entry: int, before: Sequence[Tensor]) -> None:
@@ -90,11 +92,3 @@ class Learning:
                     if own == entry:
                         target = p if inner is None else p[inner]
                         target.copy_(old[row].reshape(target.shape))
-
-
-def _squares(of: Tensor) -> Tensor:
-    """[n]: sums of [n, numel] squared."""
-    if of.device.type != "cpu":
-        return of.square().sum(1)
-    numbers = of.numpy()  # whose one pass takes half as long as torch's two
-    return torch.from_numpy(np.einsum("ij,ij->i", numbers, numbers))

@@ -85,6 +85,20 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return count
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compiled functions that were called."""
+    names: list[str] = []
+    call = _narrow._call
+
+    def noting(name: str, *rest: Any) -> None:
+        names.append(name)
+        call(name, *rest)
+
+    monkeypatch.setattr(_narrow, "_call", noting)
+    return names
+
+
 def by_the_general_way(*given: Any, **told: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dense, "serves", lambda plan, x: False)
@@ -215,13 +229,8 @@ def test_all_is_finite_up_to_the_norms_that_are_let_through(
 
 @pytest.mark.parametrize("width", sorted(_narrow.WIDTHS))
 def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
-    width: int, native: bool, monkeypatch: pytest.MonkeyPatch
+    width: int, native: bool, calls: list[str]
 ) -> None:
-    calls = []
-    call = _narrow._call
-    monkeypatch.setattr(
-        _narrow, "_call", lambda name, *rest: (calls.append(name), call(name, *rest))
-    )
     model, site = grown(f"rows of {2 * width}", "low_rank")
     results(model, site, torch.randn(70, 6))
     assert calls == (["esper_grow", "esper_pull"] if native else [])
@@ -229,14 +238,7 @@ def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
 
 @pytest.mark.parametrize("width", [8, 56, 64])
 @pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 65])
-def test_any_rank_and_number_of_rows(
-    rank: int, width: int, native: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    call = _narrow._call
-    monkeypatch.setattr(
-        _narrow, "_call", lambda name, *rest: (calls.append(name), call(name, *rest))
-    )
+def test_any_rank_and_number_of_rows(rank: int, width: int, native: bool, calls: list[str]) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 2 * width))
     blueprint = ef.blueprints.low_rank(rank)
