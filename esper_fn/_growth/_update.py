@@ -109,6 +109,11 @@ def advance(
         (seeds.stage == Stage.GRAFTING) & (seeds.graft != state.seeds.graft)
     )
     seeds = seeds._replace(
+        alpha=jnp.where(
+            move.target == Stage.GRAFTING,
+            grafting.start_alpha(growth.grafts, seeds.graft),
+            seeds.alpha,
+        ),
         graft_memory=cond(
             jnp.any(begins_to_graft),
             lambda of: jnp.where(

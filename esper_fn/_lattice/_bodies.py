@@ -111,11 +111,19 @@ class Pulled(NamedTuple):
     """Whether output and gradients are finite."""
 
 
+def _damped(dy: Array, damping: Float32[Array, "n"], r: Array) -> Array:
+    """`dy + damping r`, `dy` itself where damping is 0."""
+    factor = _column(damping, r)
+    wide = dy.astype(jnp.float32) + factor * r.astype(jnp.float32)
+    return choose(factor != 0, wide.astype(dy.dtype), dy)
+
+
 def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) -> Pulled:
     """The bodies' gradients, and what the step measured of them."""
-    r, of = jax.vjp(partial(outputs, blueprint, wiring, live), live.bodies, u)
-    d_bodies, d_u = of(dy)
-    learn, feel = live.gains[:, 1], live.gains[:, 2]
+    r, pull_back = jax.vjp(partial(outputs, blueprint, wiring, live), live.bodies, u)
+    learn, feel, damping = live.gains[:, 1], live.gains[:, 2], live.gains[:, 3]
+    # A damped body is not felt: nobody reads its `d_u`.
+    d_bodies, d_u = pull_back(_damped(dy, damping, r))
     is_sound = is_finite(r)
     is_flowing = is_sound & is_finite(d_u)
     for leaf in jax.tree.leaves(d_bodies):

@@ -1,13 +1,16 @@
-"""The three-gain forward with its exact derivative, and the measurements it makes on the way.
+"""The forward of four gains with its exact derivative, and the measurements it makes on the way.
 
 For the chunk `x` a seed writes to, the chunk `u` it reads (`u = x` but over a span), the body's
 output `r = body(u)` and the incoming gradient `dy`::
 
     y       = x + act * r
-    d theta = learn * (d r / d theta)^T dy
+    d theta = learn * (d r / d theta)^T (dy + damping * r)
     d x     = dy                            (+ feel * (d r / d u)^T dy where u = x)
     d u     = feel * (d r / d u)^T dy
     utility = -<dy, r>
+
+`damping` belongs to bodies that learn without acting: the loss does not answer to them, so `<dy, r>`
+alone is linear in `r` and has no minimum.
 
 A gain of exactly 0 selects the other operand instead of multiplying, so `y` is `x` and `d x` is
 `dy` bit for bit, NaN and -0.0 included, and a body that is not finite reaches nothing.

@@ -34,8 +34,8 @@ class BankView(NamedTuple):
     bodies: Params
     chunk: Int32[Array, "P"]
     """The chunk each slot serves; negative for a free slot."""
-    gains: Float32[Array, "P 3"]
-    """act, learn, feel; all zero for a free slot."""
+    gains: Float32[Array, "P 4"]
+    """act, learn, feel, damping; all zero for a free slot."""
 
 
 Banks = tuple[BankView, ...]
@@ -54,7 +54,7 @@ class Live(NamedTuple):
     bodies: Params
     chunk: Int32[Array, "n"]
     """Negative for a slot with nothing to do."""
-    gains: Float32[Array, "n 3"]
+    gains: Float32[Array, "n 4"]
 
 
 def rounds(wiring: Wiring, bank: BankView, run: Callable[[Live, Any], Any], carry: Any) -> Any:

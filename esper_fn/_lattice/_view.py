@@ -47,20 +47,28 @@ def _stack(layers: int | None) -> tuple[int, ...]:
 
 def slot_gains(
     seeds: SeedState, owner: Int32[Array, "Q"], settings: Settings
-) -> Float32[Array, "Q 3"]:
-    """act, learn and feel of every slot; zero for free ones."""
+) -> Float32[Array, "Q 4"]:
+    """act, learn, feel and damping of every slot; zero for free ones.
+
+    A body that learns without acting is damped by `|dy| / (trust |x|)` of its chunk, from the
+    averages of the steps before; it does not learn before these are known.
+    """
     seed = jnp.maximum(owner, 0)
     stage = seeds.stage[seed]
-    of_stage = gains(stage, seeds.alpha[seed])
-    still_learns = (stage == Stage.FOSSILIZED) & settings.fossils_learn
-    of_stage = of_stage.at[:, 1].max(still_learns.astype(jnp.float32))
-    return jnp.where((owner != NONE)[:, None], of_stage, 0.0)
+    act, learn, feel = jnp.unstack(gains(stage, seeds.alpha[seed]), axis=-1)
+    learn = jnp.where(settings.is_frozen[stage.astype(jnp.int32)], 0.0, learn)
+    scale = seeds.telemetry.gradient_scale[seed]
+    is_hidden = stage == Stage.TRAINING
+    learn = jnp.where(is_hidden & (scale <= 0), 0.0, learn)
+    damping = jnp.where(is_hidden, scale / settings.trust, 0.0)
+    of_slot = jnp.stack([act, learn, feel, damping], axis=-1)
+    return jnp.where((owner != NONE)[:, None], of_slot, 0.0)
 
 
 def view(
     lattice: Lattice,
     owner: Int32[Array, "Q"],
-    gains_of_slots: Float32[Array, "Q 3"],
+    gains_of_slots: Float32[Array, "Q 4"],
     bodies: Bodies,
     taps: Taps,
     *,

@@ -12,6 +12,7 @@ from esper_fn.grafting._strategies import (
     momentum,
     ramp,
     stability,
+    start_alpha,
     start_memory,
 )
 
@@ -54,5 +55,6 @@ __all__ = [
     "names",
     "ramp",
     "stability",
+    "start_alpha",
     "start_memory",
 ]

@@ -41,7 +41,7 @@ class Update(Protocol):
 class Graft(NamedTuple):
     """A schedule: its numbers (arrays, so tuning one never recompiles), and how it moves.
 
-    A seed that begins to graft starts with alpha 0 and `start` as its memory.
+    A seed that begins to graft starts with `start_alpha`, and `start` as its memory.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Graft(NamedTuple):
     update: Update
     max_step: Float32[Array, ""]
     """No update changes alpha by more (but for `ROUNDING`, in the step that ends at 1)."""
+    start_alpha: float = 0.0
 
 
 ROUNDING = 1e-5
@@ -81,7 +82,7 @@ class _Ramp(NamedTuple):
 
 
 def linear(num_steps: int = 100) -> Graft:
-    """`alpha += 1 / num_steps`, whatever happens.
+    """`alpha += 1 / num_steps`, whatever happens; with one step alpha is 1 from the first one on.
 
     >>> float(linear(num_steps=4).max_step)
     0.25
@@ -92,7 +93,9 @@ def linear(num_steps: int = 100) -> Graft:
         del evidence
         return _move(alpha, hyper.step), memory
 
-    return Graft("linear", _Ramp(step=step), _ZEROS, update, step)
+    return Graft(
+        "linear", _Ramp(step=step), _ZEROS, update, step, start_alpha=1.0 if num_steps == 1 else 0.0
+    )
 
 
 class _Drift(NamedTuple):
@@ -264,6 +267,14 @@ def ramp(
         new_alpha = jnp.where(is_mine, moved, new_alpha)
         new_memory = jnp.where(is_mine[:, None], remembered, new_memory)
     return new_alpha, new_memory
+
+
+def start_alpha(grafts: tuple[Graft, ...], chosen: Array) -> Array:
+    """The alpha with which each seed's schedule begins."""
+    alpha = jnp.full(chosen.shape, grafts[0].start_alpha, jnp.float32)
+    for index in range(1, len(grafts)):
+        alpha = jnp.where(chosen == index, jnp.float32(grafts[index].start_alpha), alpha)
+    return alpha
 
 
 def start_memory(grafts: tuple[Graft, ...], chosen: Array) -> Memory:

@@ -11,7 +11,7 @@ import numpy as np
 
 from esper_fn._control import cond
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar, UInt8
-from esper_fn.lifecycle._gates import EDGES, TESTS, Cause, Edge, Gate, Settings, Signals
+from esper_fn.lifecycle._gates import EDGES, OPTIONS, TESTS, Cause, Edge, Gate, Settings, Signals
 from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, ON_ITS_WAY, TRANSITIONS, Stage
 from esper_fn.lifecycle._state import FAST_STEPS, NONE, SLOW_STEPS, SeedState, is_in
 
@@ -85,20 +85,22 @@ def _first_open(
 
 def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Array, "S"]:
     """What keeps each seed: a pause, or the first closed gate on its way forward, or nothing."""
-    forward: dict[Stage, Edge] = {}
-    for edge in EDGES:
-        forward.setdefault(edge.source, edge)
+    first = {edge.source: edge for edge in reversed(EDGES)}
+    forward = [edge for edge in EDGES if edge == first[edge.source] or OPTIONS & set(edge.gates)]
 
     def first_closed() -> Int8[Array, "S"]:
         gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
-        for stage, edge in forward.items():
+        for edge in forward:
+            is_here = seeds.stage == edge.source
+            for gate in OPTIONS & set(edge.gates):
+                is_here = is_here & TESTS[gate](seeds, signals, limits)
             for gate in reversed(edge.gates):
-                is_closed = (seeds.stage == stage) & ~TESTS[gate](seeds, signals, limits)
+                is_closed = is_here & ~TESTS[gate](seeds, signals, limits)
                 gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
         return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
 
     told: Int8[Array, "S"] = cond(
-        jnp.any(seeds.is_paused | is_in(seeds.stage, list(forward))),
+        jnp.any(seeds.is_paused | is_in(seeds.stage, list(first))),
         first_closed,
         lambda: jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8),
     )

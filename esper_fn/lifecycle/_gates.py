@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
-from esper_fn.lifecycle._stages import NUM_STAGES, Stage
+from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
 
 
@@ -38,6 +38,12 @@ class Gate(IntEnum):
     QUARANTINED = 17
     PAUSED = 18
     """A command holds the seed; of no edge."""
+    ACTS_AT_ONCE = 19
+    """The settings let bodies act from their first step."""
+    TRAINS_FIRST = 20
+    """The settings send bodies through TRAINING."""
+    CONTRIBUTION_UNKNOWN = 21
+    """No survey has measured the seed in this stage."""
 
 
 class Cause(IntEnum):
@@ -75,8 +81,12 @@ class Settings(NamedTuple):
     """What a seed must be worth (in units of the loss) to be kept for good."""
     min_surveys: Int32[Array, ""]
     """Ablations a verdict needs."""
-    fossils_learn: Bool[Array, ""]
-    """Whether FOSSILIZED bodies go on learning with the task."""
+    train_first: Bool[Array, ""]
+    """Whether bodies learn in TRAINING, behind the host, before they act."""
+    trust: Float32[Array, ""]
+    """Size of a body's output, as a share of its chunk's, to which TRAINING leads at most."""
+    is_frozen: Bool[Array, "11"]
+    """Stages whose bodies stand still."""
 
 
 _MIN_STEPS: Mapping[Stage, int] = MappingProxyType(
@@ -99,12 +109,14 @@ _MAX_STEPS: Mapping[Stage, int] = MappingProxyType(
     }
 )
 
+_UNLIMITED = np.iinfo(np.int32).max
+
 
 def settings(
     *,
     min_steps: Mapping[Stage, int] | None = None,
     max_steps: Mapping[Stage, int] | None = None,
-    max_training: int = 4,
+    max_training: int | None = None,
     embargo_steps: int = 100,
     max_errors: int = 3,
     utility_variation: float = 0.25,
@@ -112,14 +124,44 @@ def settings(
     min_stability: float = 0.8,
     min_contribution: float = 0.0,
     min_surveys: int = 2,
-    fossils_learn: bool = False,
+    train_first: bool = False,
+    trust: float = 0.1,
+    freeze: Collection[Stage] = (),
 ) -> Settings:
-    """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
+    """The gates' thresholds.
+
+    A body is the identity when it is born, so by default it acts from its first step (GERMINATED is
+    followed by GRAFTING) and learns from a loss that answers to it, in every stage until it is
+    judged and after. With `train_first` it learns in TRAINING before, while the host stays as it
+    is, bit for bit. There the loss does not answer to its output `r`; so it descends
+    `<dy, r> + damping/2 |r|^2` with `damping = |dy| / (trust |x|)`, whose minimum within reach is no
+    larger than `trust` times its chunk `x`.
+
+    Args:
+      min_steps: shortest stays, of the stages to change, in training steps.
+      max_steps: longest stays, of the stages to change, in training steps.
+      max_training: seeds that may be in TRAINING at once; None for as many as have a slot.
+      embargo_steps: training steps from a removal until the seed may germinate again.
+      max_errors: non-finite measurements after which a body in EVALUATING is removed.
+      utility_variation: largest relative gap between the fast and the slow utility average that
+        counts as settled.
+      loss_variation: the same for the training loss.
+      min_stability: share of calm steps, in [0, 1], that a body in EVALUATING must show.
+      min_contribution: fall of the held-out loss that a body must be worth to be kept for good.
+      min_surveys: ablations that a verdict needs.
+      train_first: whether bodies learn behind the host before they act.
+      trust: see above.
+      freeze: stages in which bodies stand still: some of GRAFTING, STABILIZATION, EVALUATING,
+        FINE_TUNING and FOSSILIZED.
+
+    Returns:
+      The settings, arrays that are part of the state: changing one never recompiles.
 
     Raises:
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
         stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
-        for any other stage, or a count that is too small to mean anything.
+        for any other stage, a count that is too small to mean anything, a `trust` that is not
+        positive, or a stage to freeze in which bodies do not act.
 
     >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
     500
@@ -146,17 +188,25 @@ def settings(
                 f"serve {[of.name for of in _MAX_STEPS]}"
             )
     for name, value, least in (
-        ("max_training", max_training, 1),
+        ("max_training", 1 if max_training is None else max_training, 1),
         ("embargo_steps", embargo_steps, 0),
         ("max_errors", max_errors, 1),
         ("min_surveys", min_surveys, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if not trust > 0:
+        raise ValueError(f"trust must be positive, got {trust!r}")
+    acting = [stage for stage in Stage if ACTS[stage]]
+    for stage in freeze:
+        if stage not in acting:
+            raise ValueError(
+                f"freeze may name {[one.name for one in acting]}, got {getattr(stage, 'name', stage)!r}"
+            )
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),
-        max_training=jnp.int32(max_training),
+        max_training=jnp.int32(_UNLIMITED if max_training is None else max_training),
         embargo_steps=jnp.int32(embargo_steps),
         max_errors=jnp.int32(max_errors),
         utility_variation=jnp.float32(utility_variation),
@@ -164,7 +214,9 @@ def settings(
         min_stability=jnp.float32(min_stability),
         min_contribution=jnp.float32(min_contribution),
         min_surveys=jnp.int32(min_surveys),
-        fossils_learn=jnp.bool_(fossils_learn),
+        train_first=jnp.bool_(train_first),
+        trust=jnp.float32(trust),
+        is_frozen=jnp.asarray(np.isin(np.arange(NUM_STAGES), [int(one) for one in freeze])),
     )
 
 
@@ -217,6 +269,9 @@ TESTS: Mapping[Gate, Test] = MappingProxyType(
         Gate.EMBARGO_OVER: lambda s, m, t: s.embargo_steps <= 0,
         Gate.NON_FINITE: lambda s, m, t: m.has_error,
         Gate.QUARANTINED: lambda s, m, t: m.is_quarantined,
+        Gate.ACTS_AT_ONCE: lambda s, m, t: jnp.broadcast_to(~t.train_first, s.stage.shape),
+        Gate.TRAINS_FIRST: lambda s, m, t: jnp.broadcast_to(t.train_first, s.stage.shape),
+        Gate.CONTRIBUTION_UNKNOWN: lambda s, m, t: s.num_contributions == 0,
     }
 )
 
@@ -249,8 +304,15 @@ GUARD_EDGES: tuple[Edge, ...] = (
 _UTILITY = (Gate.UTILITY_MEASURED, Gate.UTILITY_POSITIVE)
 
 EDGES: tuple[Edge, ...] = (
-    # The first edge of a stage is its way forward: its first closed gate is why a seed waits.
-    Edge(Stage.GERMINATED, Stage.TRAINING, (Gate.MIN_STEPS, Gate.TRAINING_PLACE), Cause.GATE),
+    # The first edge of a stage that the settings allow is its way forward: its first closed gate is
+    # why a seed waits.
+    Edge(Stage.GERMINATED, Stage.GRAFTING, (Gate.ACTS_AT_ONCE, Gate.MIN_STEPS), Cause.GATE),
+    Edge(
+        Stage.GERMINATED,
+        Stage.TRAINING,
+        (Gate.TRAINS_FIRST, Gate.MIN_STEPS, Gate.TRAINING_PLACE),
+        Cause.GATE,
+    ),
     Edge(Stage.GERMINATED, Stage.CANCELLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(
         Stage.TRAINING,
@@ -282,6 +344,13 @@ EDGES: tuple[Edge, ...] = (
         Cause.MEASURED_HARMFUL,
     ),
     Edge(Stage.EVALUATING, Stage.CULLED, (Gate.ERRORS_MANY,), Cause.ERRORS),
+    # What nobody measured is not removed: without surveys a body goes on to the end.
+    Edge(
+        Stage.EVALUATING,
+        Stage.FINE_TUNING,
+        (Gate.MAX_STEPS, Gate.CONTRIBUTION_UNKNOWN),
+        Cause.DWELL_LIMIT,
+    ),
     Edge(Stage.EVALUATING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(
         Stage.FINE_TUNING,
@@ -295,8 +364,17 @@ EDGES: tuple[Edge, ...] = (
         (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NEGATIVE),
         Cause.MEASURED_HARMFUL,
     ),
+    Edge(
+        Stage.FINE_TUNING,
+        Stage.FOSSILIZED,
+        (Gate.MAX_STEPS, Gate.CONTRIBUTION_UNKNOWN),
+        Cause.DWELL_LIMIT,
+    ),
     Edge(Stage.FINE_TUNING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(Stage.CULLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
     Edge(Stage.CANCELLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
 )
 """In order of precedence: the first edge of the seed's stage whose gates are all open is taken."""
+
+OPTIONS = frozenset({Gate.ACTS_AT_ONCE, Gate.TRAINS_FIRST})
+"""Gates that the settings alone open: the edges behind the others are not a stage's way forward."""

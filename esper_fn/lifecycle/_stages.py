@@ -29,7 +29,7 @@ NUM_STAGES = len(Stage)
 SUCCESSORS = MappingProxyType(
     {
         Stage.DORMANT: (Stage.GERMINATED,),
-        Stage.GERMINATED: (Stage.TRAINING, Stage.CANCELLED),
+        Stage.GERMINATED: (Stage.TRAINING, Stage.GRAFTING, Stage.CANCELLED),
         Stage.TRAINING: (Stage.GRAFTING, Stage.CULLED, Stage.CANCELLED, Stage.ROLLED_BACK),
         Stage.GRAFTING: (Stage.STABILIZATION, Stage.CULLED, Stage.ROLLED_BACK),
         Stage.STABILIZATION: (Stage.EVALUATING, Stage.ROLLED_BACK),
@@ -55,16 +55,17 @@ def _matrix() -> np.ndarray:
 TRANSITIONS = _matrix()
 """bool[11, 11]: `TRANSITIONS[source, target]`; no stage may follow itself."""
 
-# (act, learn, feel) of a stage; "a" stands for the seed's alpha.
+# (act, learn, feel) of a stage; "a" stands for the seed's alpha. Where a body acts, the host feels it
+# as much, so that the host's gradient is that of what it computes.
 _GAINS: dict[Stage, tuple[int | str, int | str, int | str]] = {
     Stage.DORMANT: (0, 0, 0),
     Stage.GERMINATED: (0, 0, 0),
     Stage.TRAINING: (0, 1, 0),
-    Stage.GRAFTING: ("a", 1, 0),
-    Stage.STABILIZATION: ("a", 0, 0),
-    Stage.EVALUATING: ("a", 0, 0),
+    Stage.GRAFTING: ("a", 1, "a"),
+    Stage.STABILIZATION: ("a", 1, "a"),
+    Stage.EVALUATING: ("a", 1, "a"),
     Stage.FINE_TUNING: ("a", 1, "a"),
-    Stage.FOSSILIZED: ("a", 0, "a"),
+    Stage.FOSSILIZED: ("a", 1, "a"),
     Stage.CULLED: (0, 0, 0),
     Stage.CANCELLED: (0, 0, 0),
     Stage.ROLLED_BACK: (0, 0, 0),

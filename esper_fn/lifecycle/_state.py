@@ -38,6 +38,8 @@ class Telemetry(NamedTuple):
     utility_slow: Float32[Array, "S"]
     gradient_norm: Float32[Array, "S"]
     """`|dy|` of the chunk."""
+    gradient_scale: Float32[Array, "S"]
+    """`|dy| / |x|` of the chunk."""
     num_steps: Int32[Array, "S"]
     """Steps averaged so far; 0 means not measured."""
     num_live_steps: Int32[Array, "S"]
@@ -109,6 +111,7 @@ def seed_state(num_seeds: int) -> SeedState:
             utility=zeros(),
             utility_slow=zeros(),
             gradient_norm=zeros(),
+            gradient_scale=zeros(),
             num_steps=counter(),
             num_live_steps=counter(),
         ),
@@ -123,7 +126,7 @@ def gains(stage: Int8[Array, "..."], alpha: Float32[Array, "..."]) -> Float32[Ar
     """`(act, learn, feel)` of each seed, from its stage and alpha.
 
     >>> gains(jnp.int8(Stage.GRAFTING), jnp.float32(0.25)).tolist()
-    [0.25, 1.0, 0.0]
+    [0.25, 1.0, 0.25]
     """
     row = stage.astype(jnp.int32)
     return jnp.asarray(GAIN_CONSTANT)[row] + jnp.asarray(GAIN_OF_ALPHA)[row] * alpha[..., None]

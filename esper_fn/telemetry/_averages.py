@@ -67,6 +67,9 @@ def take_in(
         variance=watched(told.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
         dead_fraction=watched(told.dead_fraction, _ratio(reading.num_dead, reading.num_features)),
         gradient_norm=watched(usual, counted),
+        gradient_scale=watched(
+            told.gradient_scale, gradient / jnp.maximum(jnp.sqrt(reading.square), 1e-30)
+        ),
         output_share=judged(told.output_share, share),
         utility=judged(told.utility, worth),
         utility_slow=judged(told.utility_slow, worth, SLOW_STEPS),
