@@ -67,10 +67,12 @@ def propose(
     count: int,
     key: Key,
     preference: Float32[Array, "S"] | None = None,
+    floor: Array | float = -jnp.inf,
 ) -> Proposal:
     """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
 
-    `preference` is the order of the score "even"; `even_spread` when left out.
+    `preference` is the order of the score "even"; `even_spread` when left out. Seeds worth less
+    than `floor` are not asked for.
     """
     of_group = blueprint_of_group(lattice, blueprint)
     room = _room(lattice, seen.owner, of_group)
@@ -96,6 +98,7 @@ def propose(
         (seeds.stage == Stage.DORMANT)
         & ~seeds.is_paused
         & is_measured
+        & (worth >= floor)
         & lattice.per_seed(room > 0)
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
