@@ -111,41 +111,38 @@ def _pull_range(
         u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
         dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
         h = dot(u, down, PRECISION)
-        slope_a = dot(dy, tl.trans(up), PRECISION)
+        if not DAMPED:
+            slope_a = dot(dy, tl.trans(up), PRECISION)
         if HAS_BIAS:
             h += bias
         if ACTIVATION == "gated":
-            z = dot(u, gate, PRECISION)
-            g, g_slope = activate_with_slope(z, "silu")
-            a = g * h
-            slope_h = slope_a * g
-            slope_z = slope_a * h * g_slope
+            a_slope, g_slope = activate_with_slope(dot(u, gate, PRECISION), "silu")
+            a = a_slope * h
         else:
             a, a_slope = activate_with_slope(h, ACTIVATION)
-            slope_h = slope_a * a_slope
         if BR != RANK:
             a = tl.where(ranks[None, :] < RANK, a, 0.0)
-            slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
         if not ALL_ROWS:
             # Rows beyond the batch hold phi(bias), which is no output.
             a = tl.where(is_row[:, None], a, 0.0)
-        worth -= tl.sum(slope_a * a, axis=1)
-        a = narrow(a, dtype)
-        d_h = narrow(slope_h, dtype)
-        r = dot(a, up, PRECISION)
-        output_square += tl.sum(r * r, axis=1)
-        slope = dy
         if DAMPED:
-            slope = narrow(dy.to(tl.float32) + damping * r, dtype)
+            a = narrow(a, dtype)
+            r = dot(a, up, PRECISION)
+            wide = dy.to(tl.float32)
+            worth -= tl.sum(wide * r, axis=1)
+            slope = narrow(wide + damping * r, dtype)
             slope_a = dot(slope, tl.trans(up), PRECISION)
-            if ACTIVATION == "gated":
-                slope_h = slope_a * g
-                slope_z = slope_a * h * g_slope
-            else:
-                slope_h = slope_a * a_slope
-            if BR != RANK:
-                slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
-            d_h = narrow(slope_h, dtype)
+        else:
+            worth -= tl.sum(slope_a * a, axis=1)
+            slope = dy
+        slope_h = slope_a * a_slope
+        if BR != RANK:
+            slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
+        d_h = narrow(slope_h, dtype)
+        if not DAMPED:
+            a = narrow(a, dtype)
+            r = dot(a, up, PRECISION)
+        output_square += tl.sum(r * r, axis=1)
         d_up += dot(tl.trans(slope), a, PRECISION)
         d_down += dot(tl.trans(u), d_h, PRECISION)
         if HAS_BIAS:
@@ -153,6 +150,7 @@ def _pull_range(
             d_bias += tl.sum(tl.reshape(slope_h, [BM // 16, 2, 8, BR]), axis=1)
         d_u = dot(d_h, tl.trans(down), PRECISION)
         if ACTIVATION == "gated":
+            slope_z = slope_a * h * g_slope
             if BR != RANK:
                 slope_z = tl.where(ranks[None, :] < RANK, slope_z, 0.0)
             d_z = narrow(slope_z, dtype)
@@ -284,7 +282,7 @@ def backward_kernel(
             BM,
             BF,
             BR,
-            STAGES,
+            1,  # a damped chunk is not to cost the others registers or shared memory
             ACTIVATION,
             HAS_BIAS,
             BULK,
