@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from esper_fn._control import once_if
 from esper_fn._lattice import select_slots
-from esper_fn._typing import Array, Bodies, Bool, Params
+from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 
 
 class Slots(NamedTuple):
@@ -28,6 +29,8 @@ class PerBodyState(NamedTuple):
 
     host: optax.OptState
     bodies: Mapping[str, Mapping[str, optax.OptState]]
+    num_updates: Int32[Array, ""]
+    """Of the run so far: the clock of the bodies' schedules."""
 
 
 class PerBody(NamedTuple):
@@ -38,20 +41,27 @@ class PerBody(NamedTuple):
 
 
 def per_body(
-    host: optax.GradientTransformation, bodies: optax.GradientTransformation | None = None
+    host: optax.GradientTransformation,
+    bodies: optax.GradientTransformation | None = None,
+    *,
+    schedule: Literal["run", "age"] = "run",
 ) -> PerBody:
     """One optimiser for the host, and one of its own for every body.
 
     The bodies' transformation is mapped over the slots, so each body has its own moments, its own
-    step count (Adam's bias correction is right for a body born at step 10,000), its own schedule
-    (a learning rate that depends on the body's age), and its own norm where gradients are clipped.
-    A slot that got a new body starts from `init`; a slot that does not learn receives an update of
-    zero, weight decay included, and keeps its state.
+    step count (Adam's bias correction is right for a body born at step 10,000), and its own norm
+    where gradients are clipped. Its learning rate and other schedules follow the run: whenever it
+    is born, a body learns at the rate that the host's schedule has reached. A slot that got a new
+    body starts from `init`; a slot that does not learn receives an update of zero, weight decay
+    included, and keeps its state.
 
     Args:
       host: for the host's parameters.
       bodies: for each body; `host` when left out. One that draws random numbers from a key in its
         state draws the same ones for every body.
+      schedule: `run`: schedules count the updates of the run. Where `bodies` is left out, bodies
+        also take over the host's hyperparameters (`optax.inject_hyperparams`) and its
+        `reduce_on_plateau`. `age`: they count the updates of the body.
 
     Returns:
       `init((params, bodies))` and
@@ -62,6 +72,8 @@ def per_body(
 
     >>> optimizer = per_body(optax.adamw(1e-3))
     """
+    if schedule not in ("run", "age"):
+        raise ValueError(f'schedule must be "run" or "age", got {schedule!r}')
     of_host = optax.with_extra_args_support(host)
     of_body = optax.with_extra_args_support(host if bodies is None else bodies)
 
@@ -78,6 +90,7 @@ def per_body(
                 site: {name: jax.vmap(of_body.init)(bank) for name, bank in at_site.items()}
                 for site, at_site in _with_parameters(banks).items()
             },
+            num_updates=jnp.int32(0),
         )
         # Some transformations keep the parameters themselves; a step may donate both.
         own: PerBodyState = jax.tree.map(jnp.copy, state)
@@ -93,6 +106,10 @@ def per_body(
     ) -> tuple[tuple[Params, Bodies], PerBodyState]:
         d_host, d_banks = gradients
         host_params, banks = params
+        if schedule == "age":
+            clock = None
+        else:
+            clock = _Clock(state.num_updates, _schedules(state.host) if bodies is None else None)
         host_updates, host_state = of_host.update(d_host, state.host, host_params, **extra)
         of_banks = _with_parameters(banks)
         is_any = [
@@ -113,6 +130,7 @@ def per_body(
                         bank,
                         slots[site][name],
                         extra,
+                        clock,
                     )
             return updates, states
 
@@ -121,9 +139,75 @@ def per_body(
             shapes = jax.eval_shape(step, (d_banks, state.bodies))[0]
             still = jax.tree.map(lambda g, s: jnp.zeros_like(g, dtype=s.dtype), d_banks, shapes)
             updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.bodies))
-        return (host_updates, updates), PerBodyState(host=host_state, bodies=states)
+        after = PerBodyState(
+            host=host_state, bodies=states, num_updates=state.num_updates + jnp.int32(1)
+        )
+        return (host_updates, updates), after
 
     return PerBody(init=init, update=update)
+
+
+class _Clock(NamedTuple):
+    """What the schedules of a body's transformation read."""
+
+    num_updates: Int32[Array, ""]
+    host: list[Any] | None
+    """The host's schedules, where bodies have the same transformation."""
+
+
+_COUNTING = (
+    optax.ScaleByScheduleState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+_FOLLOWING = (*_COUNTING, optax.contrib.ReduceLROnPlateauState)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, _FOLLOWING)
+
+
+def _counts_only(node: Any) -> bool:
+    """Whether it is the state of a plain schedule among injected hyperparameters."""
+    return getattr(node, "_fields", ()) == ("count",)
+
+
+def _schedules(state: optax.OptState) -> list[Any]:
+    """The parts of an optimiser's state that schedules read."""
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_schedule) if _is_schedule(node)]
+
+
+def _set_clock(state: optax.OptState, clock: _Clock) -> optax.OptState:
+    """A bank's state with its schedules where the run's are."""
+    nodes, structure = jax.tree.flatten(state, is_leaf=_is_schedule)
+    host = iter(clock.host or ())
+
+    def wide(leaf: Any, like: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(leaf, like.dtype), like.shape)
+
+    def counted(node: Any) -> Any:
+        if not _counts_only(node):
+            return node
+        return node._replace(count=wide(clock.num_updates, node.count))
+
+    def follow(node: Any) -> Any:
+        if isinstance(node, _COUNTING):
+            node = node._replace(count=wide(clock.num_updates, node.count))
+        if isinstance(node, optax.InjectStatefulHyperparamsState):
+            inner = jax.tree.map(counted, node.hyperparams_states, is_leaf=_counts_only)
+            node = node._replace(hyperparams_states=inner)
+        if clock.host is None or not _is_schedule(node):
+            return node
+        of_host = next(host)
+        own = ("inner_state",) if hasattr(node, "inner_state") else ()
+        taken = {
+            name: jax.tree.map(wide, getattr(of_host, name), getattr(node, name))
+            for name in node._fields
+            if name not in own
+        }
+        return node._replace(**taken)
+
+    return jax.tree.unflatten(structure, [follow(node) for node in nodes])
 
 
 def _with_parameters(banks: Bodies) -> dict[str, dict[str, Params]]:
@@ -141,11 +225,14 @@ def _update_bank(
     bank: Params,
     slots: Slots,
     extra: Mapping[str, Any],
+    clock: _Clock | None,
 ) -> tuple[Params, optax.OptState]:
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
     state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
+    if clock is not None:
+        state = _set_clock(state, clock)
     updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
         gradients, state, bank
     )

@@ -35,7 +35,7 @@ def grow(
     graft: Any = None,
     governor: Any = None,
     settings: Any = None,
-    max_ablations: int = 8,
+    max_ablations: int | None = None,
     directed_births: int = 0,
     features: Mapping[str, int] | None = None,
     topology: Topology | Mapping[str, Topology] | None = None,

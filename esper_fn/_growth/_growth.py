@@ -312,16 +312,17 @@ def growth(
     settings: lifecycle.Settings | None = None,
     bodies_at_once: int | None = 1,
     implementation: Implementation = "auto",
-    max_ablations: int = 8,
+    max_ablations: int | None = None,
     directed_births: int = 0,
 ) -> Growth:
     """Assembles a growing network.
 
     Args:
       lattice: where and what can grow.
-      policy: who asks for growth; `policies.plateau()` when left out.
+      policy: who asks for growth; `policies.grow()` when left out.
       graft: the grafting strategy, or several of different names of which the first is the default
-        and a command may choose another; `grafting.linear()` when left out.
+        and a command may choose another. When left out, bodies act fully at once
+        (`grafting.linear(1)`), or, if the settings let them train first, by `grafting.linear()`.
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
       bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One at a
@@ -331,7 +332,7 @@ def growth(
       implementation: what computes the bodies of a site. `auto`: a GPU kernel where one can, else
         `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
         every bank of the form that a blueprint's `activation` names, except over spans.
-      max_ablations: seeds measured by ablation in one survey.
+      max_ablations: seeds measured by ablation in one survey; None for all that are to be judged.
       directed_births: N, the dormant seeds of highest potential in each layer of each site whose
         directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
         the next survey, with a blueprint that offers `init_along`, its body begins along them; any
@@ -345,18 +346,14 @@ def growth(
         strategy that cannot end within the longest stay in GRAFTING.
       UnknownNameError: the policy asks for a blueprint that the lattice does not offer.
     """
-    grafts = (
-        (grafting.linear(),)
-        if graft is None
-        else (graft,)
-        if isinstance(graft, grafting.Graft)
-        else tuple(graft)
-    )
+    limits = lifecycle.settings() if settings is None else settings
+    if graft is None:
+        graft = grafting.linear() if limits.train_first else grafting.linear(1)
+    grafts = (graft,) if isinstance(graft, grafting.Graft) else tuple(graft)
     if not grafts or len({one.name for one in grafts}) != len(grafts):
         raise ValueError(
             f"graft needs strategies of different names, got {[one.name for one in grafts]}"
         )
-    limits = lifecycle.settings() if settings is None else settings
     longest = int(limits.max_steps[Stage.GRAFTING])
     for one in grafts:
         if float(one.max_step) * longest < 1 - grafting.ROUNDING:
@@ -368,7 +365,8 @@ def growth(
             )
     if bodies_at_once is not None:
         _check_count("bodies_at_once", bodies_at_once, 1, ", or None for every slot")
-    _check_count("max_ablations", max_ablations, 1)
+    if max_ablations is not None:
+        _check_count("max_ablations", max_ablations, 1, ", or None for every slot")
     _check_count("directed_births", directed_births, 0)
     if implementation not in get_args(Implementation):
         raise ValueError(
@@ -380,7 +378,7 @@ def growth(
             "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
             "leave it at 0"
         )
-    chosen = policies.plateau() if policy is None else policy
+    chosen = policies.grow() if policy is None else policy
     jax.eval_shape(lambda: chosen.init(lattice))  # a policy that does not fit says so here
     return Growth(
         lattice=lattice,
@@ -390,7 +388,7 @@ def growth(
         settings=limits,
         bodies_at_once=bodies_at_once,
         implementation=implementation,
-        max_ablations=max_ablations,
+        max_ablations=lattice.num_slots if max_ablations is None else max_ablations,
         directed_births=directed_births,
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import lifecycle, telemetry
-from esper_fn._control import cond, vary_alike
+from esper_fn._control import vary_alike
 from esper_fn._growth._births import remember
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
 from esper_fn._lattice import Moments, slot_gains, view, zero_probes, zero_taps
@@ -27,6 +27,8 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
         params: Params, state: GrowthState, *args: Any, **kwargs: Any
     ) -> tuple[GrowthState, SurveyInfo]:
         taps = zero_taps(growth.lattice)
+        # What a survey measures counts as constant.
+        fixed, bodies = jax.lax.stop_gradient((params, state.bodies))
 
         # Under the `vmap` of the ablations every round would select among whole activations.
         def loss(gains: Array, probes: Any) -> Scalar:
@@ -35,13 +37,13 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
                 growth.lattice,
                 state.owner,
                 gains,
-                state.bodies,
+                bodies,
                 taps,
                 probes=probes,
                 at_once=at_once,
                 implementation=growth.implementation if probes is not None else "loops",
             )
-            value = loss_fn(params, seeds, *args, **kwargs)
+            value = loss_fn(fixed, seeds, *args, **kwargs)
             return jnp.asarray(value[0] if has_aux else value, jnp.float32)
 
         gains = slot_gains(state.seeds, state.owner, state.settings)
@@ -54,14 +56,31 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
             is_out = (state.owner == index) & (state.owner != NONE)
             return loss(jnp.where(is_out[:, None], 0.0, gains), None)
 
-        missing = cond(
-            jnp.any(is_chosen),
-            lambda: jax.vmap(without)(chosen),
-            lambda: jnp.zeros(chosen.shape, jnp.float32),
-        )
+        missing = _for_the_first(without, chosen, jnp.sum(is_chosen, dtype=jnp.int32))
         return conclude(growth, state, moments, with_all, chosen, is_chosen, missing)
 
     return run
+
+
+_ABLATIONS_AT_ONCE = 8
+
+
+def _for_the_first(
+    measure: Callable[[Array], Scalar], chosen: Int32[Array, "V"], count: Int32[Array, ""]
+) -> Float32[Array, "V"]:
+    """`measure` of the first `count` seeds, a few at once; 0 for the others."""
+    size = min(_ABLATIONS_AT_ONCE, chosen.size)
+    padded = jnp.pad(chosen, (0, -chosen.size % size))
+
+    def block(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, measured = carry
+        values = jax.vmap(measure)(jax.lax.dynamic_slice(padded, (start,), (size,)))
+        return start + size, jax.lax.dynamic_update_slice(measured, values, (start,))
+
+    zeros = jnp.zeros(padded.shape, jnp.float32)
+    first = jnp.zeros_like(count)
+    _, measured = jax.lax.while_loop(lambda carry: carry[0] < count, block, (first, zeros))
+    return measured[: chosen.size]
 
 
 def on_trial(growth: Growth, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:

@@ -121,7 +121,7 @@ def advance(
             ),
             lambda of: of,
             seeds.graft_memory,
-        )
+        ),
     )
     holds = is_in(seeds.stage, OWNS_BODY)
     owner = give(release(state.owner, holds), done.slot, done.is_born)

@@ -9,8 +9,8 @@ output `r = body(u)` and the incoming gradient `dy`::
     d u     = feel * (d r / d u)^T dy
     utility = -<dy, r>
 
-`damping` belongs to bodies that learn without acting: the loss does not answer to them, so `<dy, r>`
-alone is linear in `r` and has no minimum.
+`damping` belongs to bodies that learn without acting: the loss does not answer to them, so
+`<dy, r>` alone is linear in `r` and has no minimum.
 
 A gain of exactly 0 selects the other operand instead of multiplying, so `y` is `x` and `d x` is
 `dy` bit for bit, NaN and -0.0 included, and a body that is not finite reaches nothing.

@@ -134,8 +134,8 @@ def settings(
     followed by GRAFTING) and learns from a loss that answers to it, in every stage until it is
     judged and after. With `train_first` it learns in TRAINING before, while the host stays as it
     is, bit for bit. There the loss does not answer to its output `r`; so it descends
-    `<dy, r> + damping/2 |r|^2` with `damping = |dy| / (trust |x|)`, whose minimum within reach is no
-    larger than `trust` times its chunk `x`.
+    `<dy, r> + damping/2 |r|^2` with `damping = |dy| / (trust |x|)`, at whose minimum `|r|` is at
+    most `trust` times the size of its chunk `x`.
 
     Args:
       min_steps: shortest stays, of the stages to change, in training steps.
@@ -200,9 +200,7 @@ def settings(
     acting = [stage for stage in Stage if ACTS[stage]]
     for stage in freeze:
         if stage not in acting:
-            raise ValueError(
-                f"freeze may name {[one.name for one in acting]}, got {getattr(stage, 'name', stage)!r}"
-            )
+            raise ValueError(f"freeze may name {[one.name for one in acting]}, got {stage!r}")
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),

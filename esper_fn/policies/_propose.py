@@ -16,11 +16,11 @@ from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
 
-Score: TypeAlias = Literal["potential", "gradient", "random"]
-_SCORES = ("potential", "gradient", "random")
+Score: TypeAlias = Literal["potential", "gradient", "random", "even"]
+_SCORES = ("potential", "gradient", "random", "even")
 
 
-def _blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
+def blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
     """int8[G]: what to grow at each site; NONE where the wanted blueprint does not serve it."""
     served = lattice.tables.pool_start >= 0
     chosen = served.argmax(axis=1)
@@ -51,7 +51,13 @@ def _rank_in_group(group: Int32[Array, "n"]) -> Int32[Array, "n"]:
     return jnp.zeros_like(group).at[order].set(rank.astype(group.dtype))
 
 
-def _propose(
+def even_spread(lattice: Lattice) -> Float32[Array, "S"]:
+    """Larger is sooner: a chunk of every site and layer in turn."""
+    turns = [np.arange(size, dtype=np.float32) for size in lattice.tables.group_size]
+    return jnp.asarray(-np.concatenate(turns))
+
+
+def propose(
     lattice: Lattice,
     seen: Observation,
     proposal: Proposal,
@@ -60,9 +66,15 @@ def _propose(
     blueprint: str | None,
     count: int,
     key: Key,
+    preference: Float32[Array, "S"] | None = None,
+    floor: Array | float = -jnp.inf,
 ) -> Proposal:
-    """Asks for the `count` best dormant seeds, of each pool no more than it has room for."""
-    of_group = _blueprint_of_group(lattice, blueprint)
+    """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
+
+    `preference` is the order of the score "even"; `even_spread` when left out. Seeds worth less
+    than `floor` are not asked for.
+    """
+    of_group = blueprint_of_group(lattice, blueprint)
     room = _room(lattice, seen.owner, of_group)
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
@@ -76,12 +88,17 @@ def _propose(
                 jax.random.uniform(key, seeds.stage.shape, jnp.float32),
                 jnp.ones(seeds.stage.shape, bool),
             ),
+            lambda: (
+                even_spread(lattice) if preference is None else preference,
+                jnp.ones(seeds.stage.shape, bool),
+            ),
         ),
     )
     can = (
         (seeds.stage == Stage.DORMANT)
         & ~seeds.is_paused
         & is_measured
+        & (worth >= floor)
         & lattice.per_seed(room > 0)
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
@@ -100,12 +117,12 @@ def _propose(
     )
 
 
-def _score(score: Score) -> Int32[Array, ""]:
+def score_index(score: Score) -> Int32[Array, ""]:
     # In the state, like every number of a rule: choosing by chance instead compiles nothing anew.
     return jnp.int32(_SCORES.index(score))
 
 
-def _check(score: str, count: int, **steps: int) -> None:
+def check(score: str, count: int, **steps: int) -> None:
     if score not in _SCORES:
         raise ValueError(f"score must be one of {_SCORES}, got {score!r}")
     if count < 1:
@@ -148,12 +165,13 @@ def periodic(
       every: steps between two requests.
       start: first step that may ask.
       score: what makes a seed best: its surveyed growth `potential`, the `gradient` norm of its
-        chunk, or chance (`random`). Seeds without the measurement are never asked for.
+        chunk, chance (`random`), or nothing: one chunk of every site in turn (`even`). Seeds
+        without the measurement are never asked for.
       blueprint: what to grow; None takes the first that serves the site.
       count: seeds a request.
       name: the rule's name in the decision log.
     """
-    _check(score, count, every=every)
+    check(score, count, every=every)
 
     def decide(
         lattice: Lattice, state: _Periodic, seen: Observation, proposal: Proposal, key: Key
@@ -161,7 +179,7 @@ def periodic(
         is_due = (seen.step >= state.start) & ((seen.step - state.start) % state.every == 0)
         return state, cond(
             is_due,
-            lambda same: _propose(
+            lambda same: propose(
                 lattice,
                 seen,
                 same,
@@ -175,8 +193,8 @@ def periodic(
         )
 
     def init(lattice: Lattice) -> _Periodic:
-        _blueprint_of_group(lattice, blueprint)  # a wrong name shows here, not in the first step
-        return _Periodic(jnp.int32(every), jnp.int32(start), _score(score))
+        blueprint_of_group(lattice, blueprint)  # a wrong name shows here, not in the first step
+        return _Periodic(jnp.int32(every), jnp.int32(start), score_index(score))
 
     return rule(name, init, decide)
 
@@ -216,12 +234,12 @@ def plateau(
       blueprint: see `periodic`.
       count: seeds a request.
     """
-    _check(score, count, patience=patience)
+    check(score, count, patience=patience)
 
     def init(lattice: Lattice) -> _Plateau:
-        _blueprint_of_group(lattice, blueprint)
+        blueprint_of_group(lattice, blueprint)
         return _Plateau(
-            score=_score(score),
+            score=score_index(score),
             patience=jnp.int32(patience),
             min_gain=jnp.float32(min_gain),
             best=jnp.float32(jnp.inf),
@@ -242,7 +260,7 @@ def plateau(
         )
         return state, cond(
             seen.step - state.last_gain >= state.patience,
-            lambda same: _propose(
+            lambda same: propose(
                 lattice,
                 seen,
                 same,
