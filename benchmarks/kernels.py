@@ -79,7 +79,9 @@ def _draw(spec: Spec, seed: int, live: int | None = None) -> Arguments:
             bias=normal(spec.slots, rank),
         ),
         slot=slot,
-        gains=torch.rand((spec.chunks, 3), generator=source, device="cuda") + 0.1,
+        gains=torch.nn.functional.pad(
+            torch.rand((spec.chunks, 3), generator=source, device="cuda") + 0.1, (0, 1)
+        ),
     )
 
 

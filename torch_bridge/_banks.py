@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_bridge._bodies import Form
 from torch_bridge._optim import Partial, Watcher
-from torch_bridge._plan import BankPlan, plan_bank
+from torch_bridge._plan import NUM_GAINS, BankPlan, plan_bank
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
@@ -41,12 +41,12 @@ def tell_sites(
     Args:
       sites: in the order of the seeds.
       banks: theirs.
-      gains: float32[Q, 3].
+      gains: float32[Q, 4].
       owner: int32[Q].
       is_watching: whether dormant chunks are measured.
     """
     num_seeds = sum(site.plan.cut.chunks for site in sites)
-    by_seed = np.zeros((num_seeds, 3), np.float32)
+    by_seed = np.zeros((num_seeds, NUM_GAINS), np.float32)
     row, slot = (np.full((num_seeds,), -1, np.int32) for _ in range(2))
     is_held = owner >= 0
     by_seed[owner[is_held]] = gains[is_held]

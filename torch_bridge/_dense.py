@@ -1,7 +1,8 @@
 """A site on a CPU in few passes and few calls, where all that lives there is alike.
 
 It serves float32 activations in equal chunks, each with a dense body of the same bank that acts,
-learns and is felt. Linear bodies of narrow chunks are computed by `_narrow` where it can.
+learns, is felt and is not damped. Linear bodies of narrow chunks are computed by `_narrow` where it
+can.
 
 A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
 and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and

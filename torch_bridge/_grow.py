@@ -19,7 +19,7 @@ from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._plan import Cut, SitePlan
+from torch_bridge._plan import NUM_GAINS, Cut, SitePlan
 from torch_bridge._site import Seeds, Shared
 from torch_bridge._targets import Place, Targets, by_pattern, find
 
@@ -231,7 +231,7 @@ def _seeds(
         cut=cut,
         topology=site.topology,
         banks=(),
-        gains=torch.zeros((site.chunks, 3)),
+        gains=torch.zeros((site.chunks, NUM_GAINS)),
         row=torch.full((site.chunks,), -1, dtype=torch.int32),
         is_watching=False,
     )

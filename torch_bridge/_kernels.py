@@ -30,7 +30,7 @@ def grow_compiled(
       bank: all its parameters, `[P, ...]`.
       x: [..., D].
       slot: int32[C], -1 where nobody lives.
-      gains: float32[C, 3].
+      gains: float32[C, 4].
       tap: [C, 10], whose gradient is what both passes measure.
     """
     is_known = x.device.type in DEVICES and x.dtype in _DTYPES and x.is_contiguous()

@@ -1,10 +1,13 @@
-"""The three-gain forward and its exact derivative in torch; see `docs/bridge.md`.
+"""The forward of four gains and its exact derivative in torch; see `docs/bridge.md`.
 
 For a live chunk `x`, its body's output `r` and the incoming gradient `dy`::
 
     y       = x + act * r
-    d theta = learn * (d r / d theta)^T dy
+    d theta = learn * (d r / d theta)^T (dy + damping * r)
     d x     = dy + feel * (d r / d x)^T dy
+
+`damping` is for bodies that learn without acting: the loss does not answer to them, so `<dy, r>`
+alone has no minimum. A body that is felt is never damped.
 
 A gain of 0 selects the other operand, and a body that is not finite reaches nothing. Activations
 have their features in the last axis here; `Leaves` hold the live bodies of a bank, row by row.
@@ -81,10 +84,11 @@ def backward(
         u, slope = take(plan.cut, bank, x), take(plan.cut, bank, dy)
         leaves = bodies[bank.bank]
         gains = plan.gains.index_select(0, bank.chunk)
+        damping = torch.where(gains[:, 2] == 0, gains[:, 3], 0.0) if bank.is_damped else None
         if bank.form.activation is not None:
-            found = _pull_dense(bank, leaves, u, slope)
+            found = _pull_dense(bank, leaves, u, slope, damping)
         else:
-            found = _pull_any(plan, bank, leaves, u, slope)
+            found = _pull_any(plan, bank, leaves, u, slope, damping)
         r_square, utility, d_leaves, d_u = found
         is_sound = r_square.isfinite()
         is_flowing = is_sound & utility.isfinite()
@@ -123,18 +127,27 @@ Measured = tuple[Tensor, Tensor, Leaves, Tensor | None]
 """Sum of r^2 and utility of each body, its gradients, and those of what it read, if felt."""
 
 
-def _pull_any(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor) -> Measured:
+def _pull_any(
+    plan: SitePlan,
+    bank: BankPlan,
+    leaves: Leaves,
+    u: Tensor,
+    slope: Tensor,
+    damping: Tensor | None,
+) -> Measured:
     def run(leaves: Leaves, u: Tensor) -> Tensor:
         return _outputs(plan, bank, leaves, u)
 
     r, pull = torch.func.vjp(run, leaves, u)
-    d_leaves, d_u = pull(slope)
+    d_leaves, d_u = pull(slope if damping is None else _add(slope, damping, r))
     r_square = per_slot_square(r)
     utility = -(slope.float() * r.float()).flatten(1).sum(1)
     return r_square, utility, d_leaves, d_u if bank.feels else None
 
 
-def _pull_dense(bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor) -> Measured:
+def _pull_dense(
+    bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor, damping: Tensor | None
+) -> Measured:
     """`r = phi(u down + bias) up`; `<dy, r> = <phi(z)^T dy, up>` costs no pass over r."""
     name = str(bank.form.activation)
     rows, dy = _as_rows(u), _as_rows(slope)
@@ -143,9 +156,13 @@ def _pull_dense(bank: BankPlan, leaves: Leaves, u: Tensor, slope: Tensor) -> Mea
         up = torch.where(bank.mask[:, None, :], up, 0.0)
     z = inner(leaves, rows)
     a = PHI[name](z)
-    r_square = per_slot_square(torch.bmm(a, up))
+    r = torch.bmm(a, up)
+    r_square = per_slot_square(r)
     d_up = torch.bmm(a.transpose(1, 2), dy)
     utility = -(d_up.float() * up.float()).flatten(1).sum(1)
+    if damping is not None:
+        dy = _add(dy, damping, r)
+        d_up = torch.bmm(a.transpose(1, 2), dy)
     d_z = through(name, z, a, torch.bmm(dy, up.transpose(1, 2)))
     d_leaves = {"down": torch.bmm(rows.transpose(1, 2), d_z), "up": d_up}
     if "bias" in leaves:

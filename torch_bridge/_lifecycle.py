@@ -37,7 +37,7 @@ class _Told(NamedTuple):
     """What the host learns of a step."""
 
     gains: Any
-    """float32[Q, 3]: act, learn and feel of every slot."""
+    """float32[Q, 4]: act, learn, feel and damping of every slot."""
     owner: Any
     """int32[Q]."""
     stage: Any
@@ -104,7 +104,7 @@ class Lifecycle:
         return jax.default_device(self.device)
 
     def gains(self) -> np.ndarray:
-        """float32[Q, 3]: act, learn and feel of every slot."""
+        """float32[Q, 4]: act, learn, feel and damping of every slot."""
         return np.asarray(self._told.gains)
 
     def owner(self) -> np.ndarray:

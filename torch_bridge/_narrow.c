@@ -9,7 +9,7 @@
 #include <string.h>
 
 /* F and the rank, padded with zeros, are multiples of LANES. */
-enum { BLOCK = 64, LANES = 8, WIDEST = 64 };
+enum { BLOCK = 64, LANES = 8, WIDEST = 64, GAINS = 4 };
 
 /* Eight floats wherever they lie. */
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
@@ -113,7 +113,7 @@ INLINE void put(float *out, int64_t stride, const float *base, float gain, const
 typedef struct {
   int64_t rows, chunks, rank;
   int F;
-  const float *x, *gains, *down, *up; /* gains: [C, 3] */
+  const float *x, *gains, *down, *up; /* gains: [C, 4], of bodies without damping */
 } site;
 
 /* A body: `down` is [F, R] and `up` [R, F], with the rank padded; `both` is their product, [F, F],
@@ -148,7 +148,7 @@ static double grow_chunk(const site *s, int64_t c, float *y, float *total, float
                          float *r_square, double *of_leaves) {
   const int F = s->F;
   const int64_t stride = s->chunks * F;
-  const float act = s->gains[3 * c];
+  const float act = s->gains[GAINS * c];
   body b;
   float u[BLOCK * WIDEST], h[BLOCK * WIDEST], r[BLOCK * WIDEST];
   double totals[WIDEST] = {0}, squares[WIDEST] = {0}, of_r = 0, all = 0;
@@ -196,7 +196,7 @@ static double pull_chunk(const site *s, int64_t c, const float *total, const flo
                          float *d_up, told_row *told) {
   const int F = s->F, rank = s->rank;
   const int64_t stride = s->chunks * F;
-  const float feel = s->gains[3 * c + 2];
+  const float feel = s->gains[GAINS * c + 2];
   body b;
   float down_turned[WIDEST * WIDEST], up_turned[WIDEST * WIDEST], both_turned[WIDEST * WIDEST];
   float own_down[WIDEST * WIDEST], own_up[WIDEST * WIDEST], own_both[WIDEST * WIDEST];

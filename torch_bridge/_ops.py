@@ -1,7 +1,7 @@
 """How autograd and `torch.compile` meet a site: an autograd function, and a registered operation.
 
 Eager code runs `Grafted`. A compiler sees `esper_kernels.torch.graft` where a kernel serves all
-that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::site_v6`, one
+that could live at a site (`_kernels.grow_compiled`); elsewhere `esper_bridge::site_v7`, one
 operation whose inside decides from the site's plan what to compute. Either way no stage change
 alters what was compiled. The number changes with its arguments and its derivative: compilers cache
 programs on disk by the operations' names. It is registered without `torch.library.custom_op`, whose
@@ -342,15 +342,15 @@ def _register(signature: str, compute: Any, promise: Any) -> Any:
 
 _LIBRARY = torch.library.Library("esper_bridge", "FRAGMENT")
 site_op = _register(
-    "site_v6(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle, int axis) "
+    "site_v7(Tensor x, Tensor tap, Tensor[] stacked, Tensor handle, int axis) "
     "-> (Tensor, Tensor[])",
     _compute,
     _promise,
 )
 site_backward_op = _register(
-    "site_backward_v6(Tensor x, Tensor dy, Tensor[] stats, Tensor[] stacked, Tensor handle, "
+    "site_backward_v7(Tensor x, Tensor dy, Tensor[] stats, Tensor[] stacked, Tensor handle, "
     "bool for_tap) -> (Tensor, Tensor[])",
     _compute_backward,
     _promise_backward,
 )
-torch.library.register_autograd("esper_bridge::site_v6", _pull, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("esper_bridge::site_v7", _pull, setup_context=_keep, lib=_LIBRARY)

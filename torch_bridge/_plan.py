@@ -13,6 +13,8 @@ from torch import Tensor
 from esper_fn.base import Topology
 from torch_bridge._bodies import Form
 
+NUM_GAINS = 4
+"""act, learn, feel, damping."""
 NUM_WATCHED = 5
 NUM_CHANNELS = 10
 
@@ -73,7 +75,9 @@ class BankPlan:
     """Whether a body acts; of n bodies some may have a gain of 0."""
     feels: bool
     is_full: bool
-    """Every body acts, learns with a gain of 1 and is felt."""
+    """Every body acts, learns with a gain of 1, is felt and is not damped."""
+    is_damped: bool
+    """Whether a body is damped; of n bodies some may have a damping of 0."""
 
     def is_whole(self, leaf: Tensor) -> bool:
         """Whether `[P, ...]` are the parameters of the live bodies, in order."""
@@ -109,7 +113,7 @@ def plan_bank(
       leaves: the names of its parameters.
       slots: int[n], local to the bank.
       chunks: int[n].
-      gains: float32[n, 3].
+      gains: float32[n, 4].
     """
     order = np.argsort(chunks, kind="stable")
     slots, chunks = slots[order].astype(np.int64), chunks[order].astype(np.int64)
@@ -131,7 +135,10 @@ def plan_bank(
         is_all=cut.is_even and len(chunks) == cut.chunks,
         acts=bool(np.any(gains[:, 0] != 0)),
         feels=bool(np.any(gains[:, 2] != 0)),
-        is_full=bool(np.all(gains != 0) and np.all(gains[:, 1] == 1)),
+        is_full=bool(
+            np.all(gains[:, :3] != 0) and np.all(gains[:, 1] == 1) and np.all(gains[:, 3] == 0)
+        ),
+        is_damped=bool(np.any(gains[:, 3] != 0)),
     )
 
 
@@ -144,7 +151,7 @@ class SitePlan:
     banks: tuple[BankPlan, ...]
     """Those in which a body lives."""
     gains: Tensor
-    """float32[C, 3]: act, learn, feel."""
+    """float32[C, 4]: act, learn, feel, damping."""
     row: Tensor
     """int32[C]: the row of the chunk's body in the one live bank, -1 for none."""
     is_watching: bool

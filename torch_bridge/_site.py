@@ -89,7 +89,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.slot = plan.row
         """int32[C]: the slot of the chunk's body in the only bank, -1 for none."""
         self.gains = plan.gains
-        """float32[C, 3]. Beside the plan, as compiled programs read the two."""
+        """float32[C, 4]. Beside the plan, as compiled programs read the two."""
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
         """Requires a gradient where nothing else does; where inductor launches the kernels, its
         gradient is what they measured."""

@@ -65,6 +65,9 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
+SCALE = 0.25
+DAMPING = 2.5
+"""`SCALE` over the default `trust`."""
 BLUEPRINTS = {"bottleneck": ef.blueprints.bottleneck(4), "low_rank": ef.blueprints.low_rank(2)}
 
 
@@ -85,16 +88,21 @@ def place(
     rows: Mapping[int, tuple[str, Stage, float]],
     noise: float = 0.3,
 ) -> None:
-    """Puts seeds where a test wants them: seed -> (blueprint, stage, alpha), with random bodies."""
+    """Puts seeds where a test wants them: seed -> (blueprint, stage, alpha), with random bodies.
+
+    Their chunks' scale is `SCALE`, so those in TRAINING learn damped by `DAMPING`.
+    """
     lattice, state = bridge.lattice, bridge.state
     tables, owner = lattice.tables, np.array(state.owner)
     seeds = state.seeds
     stage, alpha = np.array(seeds.stage), np.array(seeds.alpha)
     slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
+    scale = np.array(seeds.telemetry.gradient_scale)
     source = torch.Generator().manual_seed(3)
     for seed, (name, to, at) in rows.items():
         owner[owner == seed] = -1
         stage[seed], alpha[seed], slot[seed], blueprint[seed] = to, at, -1, -1
+        scale[seed] = SCALE
         if OWNS_BODY[to]:
             group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
             index = lattice.blueprint_index(name)
@@ -111,6 +119,7 @@ def place(
             alpha=jnp.asarray(alpha),
             slot=jnp.asarray(slot),
             blueprint=jnp.asarray(blueprint),
+            telemetry=seeds.telemetry._replace(gradient_scale=jnp.asarray(scale)),
         ),
     )
     bridge._loaded()

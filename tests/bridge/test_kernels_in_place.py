@@ -89,7 +89,7 @@ def test_a_compiler_meets_the_kernels_themselves(
         1: [ef.commands.germinate(0, "bottleneck"), ef.commands.germinate(3, "bottleneck")],
         3: [ef.commands.transition(0, Stage.TRAINING), ef.commands.transition(3, Stage.TRAINING)],
         5: [ef.commands.transition(0, Stage.GRAFTING)],
-        8: [ef.commands.cull(0)],
+        6: [ef.commands.cull(0)],
     }
     stages = set()
     for step in range(10):

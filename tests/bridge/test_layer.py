@@ -1,4 +1,4 @@
-"""What a site computes: bare when dormant, and the three gains when alive."""
+"""What a site computes: bare when dormant, and the four gains when alive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridges import Cnn, Mlp, Transformer, gradients, grow, place, reading
+from bridges import DAMPING, Cnn, Mlp, Transformer, gradients, grow, place, reading
 from torch import nn
 
 import esper_fn as ef
@@ -61,17 +61,17 @@ def body_by_hand(site: Any, bank: str, slot: int, u: torch.Tensor) -> torch.Tens
 
 @pytest.mark.parametrize("bank", ["bottleneck", "low_rank"])
 @pytest.mark.parametrize(
-    ("stage", "act", "learn", "feel"),
+    ("stage", "act", "learn", "feel", "damping"),
     [
-        (Stage.TRAINING, 0.0, 1, 0.0),
-        (Stage.GRAFTING, 0.4, 1, 0.0),
-        (Stage.EVALUATING, 0.4, 0, 0.0),
-        (Stage.FINE_TUNING, 0.4, 1, 0.4),
-        (Stage.FOSSILIZED, 0.4, 0, 0.4),
+        (Stage.TRAINING, 0.0, 1, 0.0, DAMPING),
+        (Stage.GRAFTING, 0.4, 1, 0.4, 0.0),
+        (Stage.EVALUATING, 0.4, 1, 0.4, 0.0),
+        (Stage.FINE_TUNING, 0.4, 1, 0.4, 0.0),
+        (Stage.FOSSILIZED, 0.4, 1, 0.4, 0.0),
     ],
 )
-def test_each_stage_has_its_three_gains(
-    bank: str, stage: Stage, act: float, learn: int, feel: float
+def test_each_stage_has_its_four_gains(
+    bank: str, stage: Stage, act: float, learn: int, feel: float, damping: float
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 8))
     bridge = grow(model, "0")
@@ -85,7 +85,8 @@ def test_each_stage_has_its_three_gains(
     )
     r = body_by_hand(site, bank, slot, u)
     params = list(site.get_submodule(bank)[slot].parameters())
-    *d_params, d_u = torch.autograd.grad(r, [*params, u], dy[:, 4:])
+    (d_u,) = torch.autograd.grad(r, [u], dy[:, 4:], retain_graph=True)
+    d_params = torch.autograd.grad(r, params, dy[:, 4:] + damping * r.detach())
     wanted_y, wanted_d_h = h.clone(), dy.clone()
     wanted_y[:, 4:] += act * r.detach()
     wanted_d_h[:, 4:] += feel * d_u

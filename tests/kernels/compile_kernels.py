@@ -62,7 +62,7 @@ def compile_all(spec, dtype):
         gate=array(*matrix) if spec.activation == "gated" else None,
     )
     x = array(spec.rows, spec.features, dtype=dtype)
-    slot, gains = array(spec.chunks, dtype=torch.int32), array(spec.chunks, 3)
+    slot, gains = array(spec.chunks, dtype=torch.int32), array(spec.chunks, 4)
     case = check(x, body, slot, gains, activation=spec.activation, device="NVIDIA H200")
     assert triton_cuda.refuses(case) is None
     for counters in (triton_cuda.arrivals, lambda x, chunks, stream: None):

@@ -52,7 +52,7 @@ def trace(spec, dtype, num_sites):
     up = learned(spec.slots, spec.rank, spec.width)
     bias = learned(spec.slots, spec.rank) if spec.has_bias else None
     gate = learned(*matrix) if spec.activation == "gated" else None
-    slot, gains = torch.zeros(spec.chunks, dtype=torch.int32), torch.zeros(spec.chunks, 3)
+    slot, gains = torch.zeros(spec.chunks, dtype=torch.int32), torch.zeros(spec.chunks, 4)
     given = x, learned(*matrix), up, bias, gate, slot, gains, learned(spec.chunks, 10)
     aot_function(loss, fw_compiler=report, bw_compiler=report)(*given)[0].sum().backward()
 

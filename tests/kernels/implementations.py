@@ -93,31 +93,25 @@ def strictly() -> Iterator[None]:
         yield
 
 
+@partial(jax.jit, static_argnames=("activation", "implementation"))
+def _both(x: Any, body: Body, tap: Any, dy: Any, slot: Any, gains: Any, **static: str) -> Any:
+    def grow(x: Any, body: Body, tap: Any) -> Any:
+        return graft_jax.graft(x, body, slot, gains, tap, **static)
+
+    (y, watched), pull = jax.vjp(grow, x, body, tap)
+    return y, watched, pull((dy, jnp.zeros_like(watched)))
+
+
 def run_jax(implementation: str) -> Runner:
     """An implementation for JAX, jitted, through its custom derivative."""
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
         body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
-
-        @jax.jit
-        def both(x: Any, body: Body, tap: Any, dy: Any) -> Any:
-            def grow(x: Any, body: Body, tap: Any) -> Any:
-                return graft_jax.graft(
-                    x,
-                    body,
-                    jnp.asarray(inputs.slot),
-                    jnp.asarray(inputs.gains),
-                    tap,
-                    activation=spec.activation,
-                    implementation=implementation,
-                )
-
-            (y, watched), pull = jax.vjp(grow, x, body, tap)
-            return y, watched, pull((dy, jnp.zeros_like(watched)))
-
+        slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
+        static = {"activation": spec.activation, "implementation": implementation}
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
         with strictly():
-            results = both(x, body, jnp.zeros((spec.chunks, 5)), dy)
+            results = _both(x, body, jnp.zeros((spec.chunks, 5)), dy, slot, gains, **static)
         y, watched, (dx, d_body, channels) = results
         d_leaves = (_wide(leaf) for leaf in d_body)
         return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
@@ -130,11 +124,24 @@ def run_torch_in_place(implementation: str) -> Runner:
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
         x, body, slot, gains = torch_arguments(spec, inputs, dtype)
+        x = x.clone()  # in float32 it is the memory of `inputs`
         static = {"activation": spec.activation, "implementation": implementation}
         watched = graft_torch.graft_(x, body, slot, gains, **static)
         return Outcome(_wide(x), _wide(watched), *(None,) * 6)
 
     return run
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames=("activation", "implementation"))
+def _forward_in_place(x: Any, body: Body, slot: Any, gains: Any, **static: str) -> Any:
+    return graft_jax.forward_in_place(x, body, slot, gains, **static)
+
+
+@partial(jax.jit, donate_argnums=1, static_argnames=("activation", "implementation"))
+def _backward_in_place(
+    x: Any, dy: Any, body: Body, slot: Any, gains: Any, watched: Any, **static: str
+) -> Any:
+    return graft_jax.backward_in_place(x, dy, body, slot, gains, watched, **static)
 
 
 def run_jax_in_place(implementation: str) -> Runner:
@@ -144,19 +151,10 @@ def run_jax_in_place(implementation: str) -> Runner:
         body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
         slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
         static = {"activation": spec.activation, "implementation": implementation}
-
-        @partial(jax.jit, donate_argnums=0)
-        def forward(x: Any, body: Body) -> Any:
-            return graft_jax.forward_in_place(x, body, slot, gains, **static)
-
-        @partial(jax.jit, donate_argnums=1)
-        def backward(x: Any, dy: Any, body: Body, watched: Any) -> Any:
-            return graft_jax.backward_in_place(x, dy, body, slot, gains, watched, **static)
-
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
         with strictly():
-            y, watched = forward(jnp.copy(x), body)
-            dx, d_body, channels = backward(x, dy, body, watched)
+            y, watched = _forward_in_place(jnp.copy(x), body, slot, gains, **static)
+            dx, d_body, channels = _backward_in_place(x, dy, body, slot, gains, watched, **static)
         d_leaves = (_wide(leaf) for leaf in d_body)
         return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
 
@@ -232,4 +230,4 @@ def spec_shapes(spec: Spec, dtype: str, framework: str) -> tuple[Any, ...]:
         gate=array("float32", *matrix) if spec.activation == "gated" else None,
     )
     x = array(dtype, spec.rows, spec.features)
-    return x, body, array("int32", spec.chunks), array("float32", spec.chunks, 3)
+    return x, body, array("int32", spec.chunks), array("float32", spec.chunks, 4)

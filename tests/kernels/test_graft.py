@@ -96,14 +96,16 @@ class TestConformance:
         hold(found, true, references(spec_name, dtype), dtype)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
-    @pytest.mark.parametrize("gains", [(0, 0, 0), (0, 1, 0)], ids=["dormant", "training"])
+    @pytest.mark.parametrize(
+        "gains", [(0, 0, 0, 0), (0, 1, 0, 0), (0, 1, 0, 2)], ids=["dormant", "training", "damped"]
+    )
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_identity_bit_for_bit_where_nothing_acts(self, run, name, gains, dtype):
         inputs = draw(PLAIN)
         for array in (inputs.x, inputs.dy):
             array[0, :8] = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38, -3e38]
         inputs.down[0] = np.nan
-        found = run(PLAIN, inputs._replace(gains=np.full((3, 3), gains, np.float32)), dtype)
+        found = run(PLAIN, inputs._replace(gains=np.full((3, 4), gains, np.float32)), dtype)
         for ours, given in ((found.y, inputs.x), (found.dx, inputs.dy)):
             np.testing.assert_array_equal(bits(ours), bits(rounded(name, given, dtype)))
 
@@ -177,9 +179,9 @@ class TestConformance:
 
     def test_learn_scales_the_body_and_feel_the_input(self, run):
         inputs = draw(PLAIN)
-        one = inputs._replace(gains=np.ones((3, 3), np.float32))
-        half = one._replace(gains=np.tile(np.float32([1, 0.5, 1]), (3, 1)))
-        deaf = one._replace(gains=np.tile(np.float32([1, 1, 0]), (3, 1)))
+        one = inputs._replace(gains=np.tile(np.float32([1, 1, 1, 0]), (3, 1)))
+        half = one._replace(gains=np.tile(np.float32([1, 0.5, 1, 0]), (3, 1)))
+        deaf = one._replace(gains=np.tile(np.float32([1, 1, 0, 0]), (3, 1)))
         whole = run(PLAIN, one)
         np.testing.assert_array_equal(2 * run(PLAIN, half).down, whole.down)
         np.testing.assert_array_equal(run(PLAIN, deaf).down, whole.down)
@@ -217,7 +219,7 @@ class TestConformance:
                     np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38, -3e38,
                 ]  # fmt: skip
         inputs.gains[0] = 0
-        inputs.gains[1] = [0, 1, 0]
+        inputs.gains[1] = [0, 1, 0, 0]
         found = run_in_place(PLAIN, inputs)
         for ours, given in ((found.y, inputs.x), (found.dx, inputs.dy)):
             if ours is not None:
@@ -243,3 +245,148 @@ class TestConformance:
         pairs = zip(run_in_place(PLAIN, inputs), run_in_place(PLAIN, inputs), strict=True)
         for first, second in pairs:
             assert first is second or np.array_equal(bits(first), bits(second))
+
+
+DAMPED = (PLAIN, *(BY_NAME[name] for name in ("low_rank", "odd", "gated_remainder")))
+
+
+def mixed(spec):
+    """Every second live body learns unfelt and damped, the others have the usual gains."""
+    inputs = draw(spec)
+    live = np.flatnonzero(live_chunks(spec, inputs))[::2]
+    inputs.gains[live] = [(0, 0.5 + 0.25 * k, 0, 0.5 + k) for k in range(len(live))]
+    return inputs, live
+
+
+def slope_of(activation, z):
+    """`phi` and its derivative by hand."""
+    sigmoid = 1 / (1 + np.exp(-z))
+    if activation == "relu":
+        return np.maximum(z, 0), (z > 0).astype(float)
+    if activation == "gelu":
+        t = np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+        inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
+        return z * (1 + t) / 2, (1 + t) / 2 + z * (1 - t**2) * inner / 2
+    if activation == "silu":
+        return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+    return z, np.ones_like(z)
+
+
+def by_hand(name, spec, inputs, dtype):
+    """The bodies' gradients in float64, chunk by chunk: `(d r / d theta)^T (dy + damping r)`."""
+    given = (None if of is None else rounded(name, of, dtype) for of in inputs[:6])
+    x, dy, down, up, bias, gate = given
+    found = {
+        field: None if of is None else np.zeros_like(of)
+        for field, of in (("down", down), ("up", up), ("bias", bias), ("gate", gate))
+    }
+    starts = np.cumsum(
+        [0, *(len(of) for of in np.array_split(np.arange(spec.features), spec.chunks))]
+    )
+    for chunk in np.flatnonzero(live_chunks(spec, inputs)):
+        p, (_, learn, _, damping) = inputs.slot[chunk], inputs.gains[chunk].astype(float)
+        width = starts[chunk + 1] - starts[chunk]
+        u, g = (of[:, starts[chunk] : starts[chunk + 1]] for of in (x, dy))
+        own_down, own_up = down[p, :width], up[p, :, :width]
+        h = u @ own_down + (0 if bias is None else bias[p])
+        if gate is None:
+            a, slope = slope_of(spec.activation, h)
+        else:
+            z = u @ gate[p, :width]
+            slope, slope_z = slope_of("silu", z)
+            a = slope * h
+        g = g + damping * (a @ own_up)
+        d_a = g @ own_up.T
+        found["down"][p, :width] = learn * (u.T @ (d_a * slope))
+        found["up"][p, :, :width] = learn * (a.T @ g)
+        if bias is not None:
+            found["bias"][p] = learn * (d_a * slope).sum(0)
+        if gate is not None:
+            found["gate"][p, :width] = learn * (u.T @ (d_a * h * slope_z))
+    return found
+
+
+class TestDamping:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("spec", DAMPED, ids=lambda spec: spec.name)
+    def test_body_descends_the_damped_objective_and_nothing_else_changes(
+        self, run, run_in_place, name, spec, dtype
+    ):
+        inputs, damped = mixed(spec)
+        undamped = inputs._replace(gains=inputs.gains * np.float32([1, 1, 1, 0]))
+        right, plain = (by_hand(name, spec, of, dtype) for of in (inputs, undamped))
+        theirs = np.isin(np.arange(spec.slots), inputs.slot[damped])
+        allowed = {"bfloat16": 2e-2, "float32": 2e-5}[dtype]
+        for each in (run, run_in_place):
+            found, before = each(spec, inputs, dtype), each(spec, undamped, dtype)
+            for field in ("y", "watched", "dx", "channels"):
+                if getattr(found, field) is not None:
+                    pair = (bits(getattr(of, field)) for of in (found, before))
+                    np.testing.assert_array_equal(*pair)
+            for field, wanted in right.items():
+                ours = getattr(found, field)
+                if ours is None:
+                    continue
+                assert error(ours, wanted) < allowed, field
+                assert error(ours[theirs], plain[field][theirs]) > 0.05, field
+                rest = getattr(before, field)[~theirs]
+                np.testing.assert_array_equal(bits(ours[~theirs]), bits(rest))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_felt_body_is_not_damped(self, run, dtype):
+        inputs = draw(PLAIN)
+        damped = inputs._replace(gains=inputs.gains + np.float32([0, 0, 0, 3]))
+        for ours, right in zip(*(run(PLAIN, of, dtype) for of in (damped, inputs)), strict=True):
+            assert ours is right or np.array_equal(bits(ours), bits(right))
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_damping_that_overflows_is_an_error_and_reaches_nothing(self, run, name):
+        inputs = draw(PLAIN)
+        inputs.gains[1] = [0, 1, 0, 3e38]
+        found, slot = run(PLAIN, inputs), inputs.slot[1]
+        assert found.channels[:, 4].tolist() == [0, 1, 0]
+        assert not found.down[slot].any()
+        mine = slice(WIDE, 2 * WIDE)
+        right = rounded(name, inputs.dy, "bfloat16")
+        np.testing.assert_array_equal(bits(found.dx[:, mine]), bits(right[:, mine]))
+
+    def test_damping_is_no_work_of_its_own(self, run):
+        inputs = draw(PLAIN)
+        found = run(PLAIN, inputs._replace(gains=np.tile(np.float32([0, 0, 0, 2]), (3, 1))))
+        assert found.channels[:, 1].tolist() == [1, 1, 1]
+        assert not found.down.any()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_pallas_adds_damping_to_what_its_kernels_leave(self, dtype):
+        """Its kernels run on a GPU alone; the reference stands for them here."""
+        import jax
+        import jax.numpy as jnp
+        from implementations import strictly
+
+        from esper_kernels import Body
+        from esper_kernels.graft import check, pallas_mosaic_gpu, reference_jax
+
+        inputs, _ = mixed(PLAIN)
+        x, dy = (jnp.asarray(of).astype(dtype) for of in (inputs.x, inputs.dy))
+        body = Body(*(None if of is None else jnp.asarray(of) for of in inputs[2:6]))
+        slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
+        case = check(x, body, slot, gains, activation="relu", device="cpu")
+
+        @jax.jit
+        def pull(gains):
+            watched = reference_jax.watch(case, x)
+            kernel = gains.at[:, 3].set(0.0)
+            dx, *undamped = reference_jax.backward(case, x, dy, body, slot, kernel, watched)
+            found = pallas_mosaic_gpu._damp(
+                case, x, dx, body, slot, gains, watched, tuple(undamped)
+            )
+            right = reference_jax.backward(case, x, dy, body, slot, gains, watched)
+            return undamped, found, right[1:]
+
+        with strictly():
+            undamped, found, right = pull(gains)
+            still = pull(gains.at[:, 3].set(0.0))[1]
+        for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+            np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+        for ours, wanted in zip(jax.tree.leaves(still), jax.tree.leaves(undamped), strict=True):
+            np.testing.assert_array_equal(ours, wanted)

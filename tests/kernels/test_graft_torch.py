@@ -177,7 +177,7 @@ class TestWatch:
             up=torch.zeros((1, 1, width), device=DEVICE),
         )
         slot = torch.full((chunks,), -1, dtype=torch.int32, device=DEVICE)
-        gains = torch.zeros((chunks, 3), device=DEVICE)
+        gains = torch.zeros((chunks, 4), device=DEVICE)
         rows = x.reshape(-1, shape[-1])
         wanted = kernels.graft(rows, nothing, slot, gains, implementation=implementation)[1]
         assert torch.equal(watched, wanted)

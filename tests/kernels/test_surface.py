@@ -125,7 +125,7 @@ def _jax_arguments():
 
     shape = jax.ShapeDtypeStruct
     body = Body(down=shape((2, 8, 4), jnp.float32), up=shape((2, 4, 8), jnp.float32))
-    return shape((6, 16), jnp.float32), body, shape((2,), jnp.int32), shape((2, 3), jnp.float32)
+    return shape((6, 16), jnp.float32), body, shape((2,), jnp.int32), shape((2, 4), jnp.float32)
 
 
 def test_explain_for_jax_while_tracing():

@@ -11,7 +11,8 @@ Activation = Literal["none", "relu", "gelu", "silu", "gated"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "silu", "gated")
 DTYPES = ("bfloat16", "float32")
 
-NUM_GAINS = 3
+NUM_GAINS = 4
+"""act, learn, feel, damping."""
 NUM_WATCHED = 5
 NUM_CHANNELS = 5
 
@@ -96,7 +97,7 @@ def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device:
       x: [N, D].
       body: the bank's matrices.
       slot: [C].
-      gains: [C, 3].
+      gains: [C, 4].
       activation: one of `ACTIVATIONS`.
       device: see `Case`.
 

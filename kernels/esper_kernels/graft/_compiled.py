@@ -75,7 +75,7 @@ def _ask_once() -> None:
 _ask_once()
 
 
-@triton_op("esper::graft_open_v1", mutates_args=())
+@triton_op("esper::graft_open_v2", mutates_args=())
 def graft_open(
     x: Tensor,
     down: Tensor,
@@ -110,7 +110,7 @@ def graft_open(
     return y, watched
 
 
-@triton_op("esper::graft_open_backward_v1", mutates_args=())
+@triton_op("esper::graft_open_backward_v2", mutates_args=())
 def graft_open_backward(
     x: Tensor,
     dy: Tensor,

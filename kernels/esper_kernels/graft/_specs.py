@@ -114,7 +114,7 @@ SPECS = (
 
 
 def draw(spec: Spec, seed: int = 0) -> Inputs:
-    """Random inputs of unit scale, every live body with gains of its own.
+    """Random inputs of unit scale, every live body with gains of its own and undamped.
 
     >>> draw(SPECS[0]).x.shape
     (128, 256)
@@ -137,5 +137,7 @@ def draw(spec: Spec, seed: int = 0) -> Inputs:
         bias=normal(slots, rank) if spec.has_bias else None,
         gate=normal(slots, width, rank, over=width**0.5) if spec.activation == "gated" else None,
         slot=slot,
-        gains=source.uniform(0.25, 1.0, (spec.chunks, 3)).astype(np.float32),
+        gains=np.pad(source.uniform(0.25, 1.0, (spec.chunks, 3)), ((0, 0), (0, 1))).astype(
+            np.float32
+        ),
     )

@@ -28,6 +28,162 @@ from esper_kernels.graft._triton_reduce import (
 
 
 @triton.jit
+def _pull_range(
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    gate_ptr,
+    shares_ptr,
+    sums_at,
+    slot,
+    chunk,
+    split,
+    feel,
+    damping,
+    start,
+    width,
+    N,
+    D,
+    CHUNKS,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    BM: tl.constexpr,
+    BF: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BULK: tl.constexpr,
+    CHAINED: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DAMPED: tl.constexpr,
+):
+    """One split of one live chunk: writes `dx`, leaves a share of the gradients and all sums but
+    that of dy^2, which it returns by row. `DAMPED` bodies descend `dy + damping r`; none is felt.
+    """
+    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
+    rows = tl.arange(0, BM)
+    cols = tl.arange(0, BF)
+    ranks = tl.arange(0, BR)
+    is_real = cols < width
+    begin = split * BM
+    STEP: tl.constexpr = SPLITS * BM
+    stride = tl.cast(D, tl.int64) * STEP
+    corner = begin.to(tl.int64) * D + start
+    offsets = rows[:, None] * D + cols[None, :]
+    slope_square = tl.zeros([BM], tl.float32)
+    down, up, bias, gate = load_body(
+        down_ptr,
+        up_ptr,
+        bias_ptr,
+        gate_ptr,
+        slot,
+        width,
+        cols,
+        ranks,
+        RANK,
+        WIDTH,
+        HAS_BIAS,
+        ACTIVATION,
+        dtype,
+    )
+    d_down = tl.zeros([BF, BR], tl.float32)
+    d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
+    d_gate = tl.zeros([BF, BR], tl.float32)
+    if HAS_BIAS:
+        d_bias = tl.zeros([BM // 16, 8, BR], tl.float32)
+    output_square = tl.zeros([BM], tl.float32)
+    worth = tl.zeros([BM], tl.float32)
+    limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
+    blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        row = begin + tile * STEP
+        at = corner + tile * stride + offsets
+        is_row = row + rows < N
+        u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+        dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+        h = dot(u, down, PRECISION)
+        if not DAMPED:
+            slope_a = dot(dy, tl.trans(up), PRECISION)
+        if HAS_BIAS:
+            h += bias
+        if ACTIVATION == "gated":
+            a_slope, g_slope = activate_with_slope(dot(u, gate, PRECISION), "silu")
+            a = a_slope * h
+        else:
+            a, a_slope = activate_with_slope(h, ACTIVATION)
+        if BR != RANK:
+            a = tl.where(ranks[None, :] < RANK, a, 0.0)
+        if not ALL_ROWS:
+            # Rows beyond the batch hold phi(bias), which is no output.
+            a = tl.where(is_row[:, None], a, 0.0)
+        if DAMPED:
+            a = narrow(a, dtype)
+            r = dot(a, up, PRECISION)
+            wide = dy.to(tl.float32)
+            worth -= tl.sum(wide * r, axis=1)
+            slope = narrow(wide + damping * r, dtype)
+            slope_a = dot(slope, tl.trans(up), PRECISION)
+        else:
+            worth -= tl.sum(slope_a * a, axis=1)
+            slope = dy
+        slope_h = slope_a * a_slope
+        if BR != RANK:
+            slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
+        d_h = narrow(slope_h, dtype)
+        if not DAMPED:
+            a = narrow(a, dtype)
+            r = dot(a, up, PRECISION)
+        output_square += tl.sum(r * r, axis=1)
+        d_up += dot(tl.trans(slope), a, PRECISION)
+        d_down += dot(tl.trans(u), d_h, PRECISION)
+        if HAS_BIAS:
+            # A thread of a matrix product holds rows 8 apart: this sum stays within it.
+            d_bias += tl.sum(tl.reshape(slope_h, [BM // 16, 2, 8, BR]), axis=1)
+        d_u = dot(d_h, tl.trans(down), PRECISION)
+        if ACTIVATION == "gated":
+            slope_z = slope_a * h * g_slope
+            if BR != RANK:
+                slope_z = tl.where(ranks[None, :] < RANK, slope_z, 0.0)
+            d_z = narrow(slope_z, dtype)
+            d_gate += dot(tl.trans(u), d_z, PRECISION)
+            d_u += dot(d_z, tl.trans(gate), PRECISION)
+        wide = dy.to(tl.float32)
+        slope_square += tl.sum(wide * wide, axis=1)
+        blight += tl.sum(d_u * 0.0, axis=1)
+        dx = blend(dy, d_u, feel, limit)
+        store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+    release(CHAINED)
+    share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
+    is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
+    by_row = share + cols[:, None] * RANK + ranks[None, :]
+    by_rank = share + WIDTH * RANK + ranks[None, :] * WIDTH + cols[:, None]
+    tl.store(by_row, d_down, mask=is_share)
+    tl.store(by_rank, d_up, mask=is_share)
+    broken = tl.sum(blight, axis=0)
+    broken += tl.sum(tl.sum(d_down * 0.0 + d_up * 0.0, axis=1), axis=0)
+    if HAS_BIAS:
+        of_ranks = tl.sum(tl.sum(d_bias, axis=1), axis=0)
+        tl.store(share + 2 * WIDTH * RANK + ranks, of_ranks, mask=ranks < RANK)
+        broken += tl.sum(of_ranks * 0.0, axis=0)
+    if ACTIVATION == "gated":
+        tl.store(by_row + K - WIDTH * RANK, d_gate, mask=is_share)
+        broken += tl.sum(tl.sum(d_gate * 0.0, axis=1), axis=0)
+    tl.store(sums_at + 1, tl.sum(output_square, axis=0))
+    tl.store(sums_at + 2, tl.sum(worth, axis=0))
+    tl.store(sums_at + 3, broken)
+    return slope_square
+
+
+@triton.jit
 def backward_kernel(
     x_ptr,
     dy_ptr,
@@ -78,16 +234,14 @@ def backward_kernel(
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
-    slot, _, learn, feel, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
+    slot, _, learn, feel, damping, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     start, width = locate(chunk, NARROW, NUM_WIDE)
     if OPENS:
         x_ptr = tl.make_tensor_descriptor(x_ptr, [N, D], [D, 1], [BM, BF])
         dy_ptr = tl.make_tensor_descriptor(dy_ptr, [N, D], [D, 1], [BM, BF])
         dx_ptr = tl.make_tensor_descriptor(dx_ptr, [N, D], [D, 1], [BM, BF])
-    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
     cols = tl.arange(0, BF)
-    ranks = tl.arange(0, BR)
     ALL_COLS: tl.constexpr = (NUM_WIDE == 0) and (BF == NARROW)
     is_real = cols < width
     begin = split * BM
@@ -99,97 +253,84 @@ def backward_kernel(
     sums_at = sums_ptr + (split * CHUNKS + chunk) * 4
     slope_square = tl.zeros([BM], tl.float32)
 
-    if is_live:
-        down, up, bias, gate = load_body(
+    if is_live & (damping != 0) & (feel == 0):
+        slope_square = _pull_range(
+            x_ptr,
+            dy_ptr,
+            dx_ptr,
             down_ptr,
             up_ptr,
             bias_ptr,
             gate_ptr,
+            shares_ptr,
+            sums_at,
             slot,
+            chunk,
+            split,
+            feel,
+            damping,
+            start,
             width,
-            cols,
-            ranks,
-            RANK,
+            N,
+            D,
+            CHUNKS,
+            K,
             WIDTH,
-            HAS_BIAS,
+            RANK,
+            SPLITS,
+            TILES,
+            BM,
+            BF,
+            BR,
+            1,  # a damped chunk is not to cost the others registers or shared memory
             ACTIVATION,
-            dtype,
+            HAS_BIAS,
+            BULK,
+            CHAINED,
+            ALL_ROWS,
+            ALL_COLS,
+            PRECISION,
+            DAMPED=True,
         )
-        d_down = tl.zeros([BF, BR], tl.float32)
-        d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
-        d_gate = tl.zeros([BF, BR], tl.float32)
-        if HAS_BIAS:
-            d_bias = tl.zeros([BM // 16, 8, BR], tl.float32)
-        output_square = tl.zeros([BM], tl.float32)
-        worth = tl.zeros([BM], tl.float32)
-        limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
-        blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            row = begin + tile * STEP
-            at = corner + tile * stride + offsets
-            is_row = row + rows < N
-            u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            h = dot(u, down, PRECISION)
-            slope_a = dot(dy, tl.trans(up), PRECISION)
-            if HAS_BIAS:
-                h += bias
-            if ACTIVATION == "gated":
-                z = dot(u, gate, PRECISION)
-                g, g_slope = activate_with_slope(z, "silu")
-                a = g * h
-                slope_h = slope_a * g
-                slope_z = slope_a * h * g_slope
-            else:
-                a, a_slope = activate_with_slope(h, ACTIVATION)
-                slope_h = slope_a * a_slope
-            if BR != RANK:
-                a = tl.where(ranks[None, :] < RANK, a, 0.0)
-                slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
-            if not ALL_ROWS:
-                # Rows beyond the batch hold phi(bias), which is no output.
-                a = tl.where(is_row[:, None], a, 0.0)
-            worth -= tl.sum(slope_a * a, axis=1)
-            a = narrow(a, dtype)
-            d_h = narrow(slope_h, dtype)
-            r = dot(a, up, PRECISION)
-            output_square += tl.sum(r * r, axis=1)
-            d_up += dot(tl.trans(dy), a, PRECISION)
-            d_down += dot(tl.trans(u), d_h, PRECISION)
-            if HAS_BIAS:
-                # A thread of a matrix product holds rows 8 apart: this sum stays within it.
-                d_bias += tl.sum(tl.reshape(slope_h, [BM // 16, 2, 8, BR]), axis=1)
-            d_u = dot(d_h, tl.trans(down), PRECISION)
-            if ACTIVATION == "gated":
-                if BR != RANK:
-                    slope_z = tl.where(ranks[None, :] < RANK, slope_z, 0.0)
-                d_z = narrow(slope_z, dtype)
-                d_gate += dot(tl.trans(u), d_z, PRECISION)
-                d_u += dot(d_z, tl.trans(gate), PRECISION)
-            wide = dy.to(tl.float32)
-            slope_square += tl.sum(wide * wide, axis=1)
-            blight += tl.sum(d_u * 0.0, axis=1)
-            dx = blend(dy, d_u, feel, limit)
-            store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-        release(CHAINED)
-        share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
-        is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
-        by_row = share + cols[:, None] * RANK + ranks[None, :]
-        by_rank = share + WIDTH * RANK + ranks[None, :] * WIDTH + cols[:, None]
-        tl.store(by_row, d_down, mask=is_share)
-        tl.store(by_rank, d_up, mask=is_share)
-        broken = tl.sum(blight, axis=0)
-        broken += tl.sum(tl.sum(d_down * 0.0 + d_up * 0.0, axis=1), axis=0)
-        if HAS_BIAS:
-            of_ranks = tl.sum(tl.sum(d_bias, axis=1), axis=0)
-            tl.store(share + 2 * WIDTH * RANK + ranks, of_ranks, mask=ranks < RANK)
-            broken += tl.sum(of_ranks * 0.0, axis=0)
-        if ACTIVATION == "gated":
-            tl.store(by_row + K - WIDTH * RANK, d_gate, mask=is_share)
-            broken += tl.sum(tl.sum(d_gate * 0.0, axis=1), axis=0)
-        tl.store(sums_at + 1, tl.sum(output_square, axis=0))
-        tl.store(sums_at + 2, tl.sum(worth, axis=0))
-        tl.store(sums_at + 3, broken)
+    elif is_live:
+        slope_square = _pull_range(
+            x_ptr,
+            dy_ptr,
+            dx_ptr,
+            down_ptr,
+            up_ptr,
+            bias_ptr,
+            gate_ptr,
+            shares_ptr,
+            sums_at,
+            slot,
+            chunk,
+            split,
+            feel,
+            damping,
+            start,
+            width,
+            N,
+            D,
+            CHUNKS,
+            K,
+            WIDTH,
+            RANK,
+            SPLITS,
+            TILES,
+            BM,
+            BF,
+            BR,
+            STAGES,
+            ACTIVATION,
+            HAS_BIAS,
+            BULK,
+            CHAINED,
+            ALL_ROWS,
+            ALL_COLS,
+            PRECISION,
+            DAMPED=False,
+        )
     else:
         for tile in tl.range(0, TILES, num_stages=STAGES):
             row = begin + tile * STEP

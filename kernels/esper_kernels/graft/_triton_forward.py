@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
+    GAINS,
     activate,
     blend,
     dot,
@@ -166,7 +167,7 @@ def forward_kernel(
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     split = pid // CHUNKS
-    slot, act, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
+    slot, act, _, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
     if IN_PLACE and not WATCHES and not is_live:
         if split == 0:
             store_nothing(watched_ptr, chunk)
@@ -285,7 +286,7 @@ def in_place_kernel(
     is_it = (live != 0) & (tl.cumsum(live, axis=0) == place + 1)
     chunk = tl.sum(tl.where(is_it, chunks, 0), axis=0)
     slot = tl.load(slot_ptr + chunk)
-    act = tl.load(gains_ptr + chunk * 3)
+    act = tl.load(gains_ptr + chunk * GAINS)
     start, width = locate(chunk, NARROW, NUM_WIDE)
     total, squares = _graft_range(
         x_ptr,

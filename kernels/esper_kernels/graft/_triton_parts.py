@@ -8,6 +8,11 @@ import os
 import triton
 import triton.language as tl
 
+from esper_kernels.graft._case import NUM_GAINS
+
+GAINS = tl.constexpr(NUM_GAINS)
+"""From the gains of one chunk to those of the next."""
+
 # Triton's interpreter multiplies bfloat16 as if it were integers (in float32 the products are the
 # same, for those of two bfloat16 numbers are exact there), and cuts off instead of rounding to it.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,12 +37,13 @@ def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
 def find(slot_ptr, gains_ptr, chunk, SLOTS):
     """Slot, gains and whether a body is at work in the chunk."""
     slot = tl.load(slot_ptr + chunk)
-    act = tl.load(gains_ptr + chunk * 3)
-    learn = tl.load(gains_ptr + chunk * 3 + 1)
-    feel = tl.load(gains_ptr + chunk * 3 + 2)
+    act = tl.load(gains_ptr + chunk * GAINS)
+    learn = tl.load(gains_ptr + chunk * GAINS + 1)
+    feel = tl.load(gains_ptr + chunk * GAINS + 2)
+    damping = tl.load(gains_ptr + chunk * GAINS + 3)
     is_served = (slot >= 0) & (slot < SLOTS)
-    is_live = is_served & ((act != 0) | (learn != 0) | (feel != 0))
-    return slot, act, learn, feel, is_live
+    is_live = is_served & ((act != 0) | (learn != 0) | (feel != 0) | (damping != 0))
+    return slot, act, learn, feel, damping, is_live
 
 
 @triton.jit

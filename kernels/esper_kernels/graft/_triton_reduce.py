@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._triton_parts import await_release, find, is_finite
+from esper_kernels.graft._triton_parts import GAINS, await_release, find, is_finite
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def reduce_kernel(
     pid = tl.program_id(0)
     sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
     if pid < CHUNKS:
-        _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
+        _, _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
         await_release(CHAINED)
         add_up_channels(
             sums_ptr, watched_ptr, channels_ptr, pid, is_live, CHUNKS, SPLITS, BS, BESIDE
@@ -175,7 +175,7 @@ def reduce_kernel(
         k = piece * BK + tl.arange(0, BK)
         total = tl.zeros([BK], tl.float32)
         if chunk >= 0:
-            learn = tl.load(gains_ptr + chunk * 3 + 1)
+            learn = tl.load(gains_ptr + chunk * GAINS + 1)
             total = add_up_gradients(
                 shares_ptr, sums_ptr, chunk, learn, learn != 0, k, CHUNKS, SPLITS, K, BK, BS
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._triton_parts import await_release, locate
+from esper_kernels.graft._triton_parts import GAINS, await_release, locate
 
 
 @triton.jit
@@ -89,9 +89,10 @@ def live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS: tl.constexpr):
     """Which of `chunks` have a body at work, as 0 and 1."""
     inside = chunks < CHUNKS
     slots = tl.load(slot_ptr + chunks, mask=inside, other=-1)
-    gain = tl.load(gains_ptr + chunks * 3, mask=inside, other=0.0) != 0
-    gain = gain | (tl.load(gains_ptr + chunks * 3 + 1, mask=inside, other=0.0) != 0)
-    gain = gain | (tl.load(gains_ptr + chunks * 3 + 2, mask=inside, other=0.0) != 0)
+    gain = tl.load(gains_ptr + chunks * GAINS, mask=inside, other=0.0) != 0
+    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 1, mask=inside, other=0.0) != 0)
+    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 2, mask=inside, other=0.0) != 0)
+    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 3, mask=inside, other=0.0) != 0)
     return ((slots >= 0) & (slots < SLOTS) & gain).to(tl.int32)
 
 

@@ -156,7 +156,7 @@ def graft(
       x: [N, D], bfloat16 or float32.
       body: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
-      gains: [C, 3] float32: act, learn, feel.
+      gains: [C, 4] float32: act, learn, feel, damping.
       tap: [C, 5] float32 zeros, or None; `channels` arrive as its cotangent.
       activation: `none`, `relu`, `gelu`, `silu` or `gated`.
       implementation: `auto`, `pallas` or `reference`.
@@ -170,7 +170,7 @@ def graft(
       UnavailableError: `implementation` cannot serve the call; says why. While tracing.
 
     >>> body = Body(down=jnp.ones((1, 2, 1)), up=jnp.ones((1, 1, 2)))
-    >>> y, _ = graft(jnp.ones((2, 4)), body, jnp.array([-1, 0], jnp.int32), jnp.ones((2, 3)))
+    >>> y, _ = graft(jnp.ones((2, 4)), body, jnp.array([-1, 0], jnp.int32), jnp.ones((2, 4)))
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """

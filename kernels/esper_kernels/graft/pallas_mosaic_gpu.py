@@ -1,6 +1,7 @@
 """`graft` in Pallas, lowered by Mosaic GPU for Hopper's matrix units and copy engine; bfloat16.
 
-The kernels leave partial sums of each range of rows; XLA adds them in a fixed order here.
+The kernels leave partial sums of each range of rows; XLA adds them in a fixed order here. They know
+no damping: where a damped body lives, the reference computes its gradients after them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
+from esper_kernels.graft import reference_jax
 from esper_kernels.graft._case import Body, Case
 from esper_kernels.graft.reference_jax import is_live
 
@@ -137,7 +139,8 @@ def backward(
 
     dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, body, gains), slot, gains)
     sums = [jnp.sum(of, axis=0) for of in partial_sums]
-    return dx, *_learned(case, body, slot, gains, watched, sums)
+    undamped = _learned(case, body, slot, gains, watched, sums)
+    return dx, *_damp(case, x, dx, body, slot, gains, watched, undamped)
 
 
 def backward_in_place(
@@ -153,8 +156,42 @@ def backward_in_place(
     share, ref = backward_share(case), jax.new_ref(dy)
     kernel, words = backward_kernel(case, share=share), live_words(is_live(case, slot, gains))
     *partial_sums, where = kernel(x, ref, *_operands(case, body, gains), slot, gains, words)
-    sums = gather_sums(share, where, *partial_sums)
-    return jax.freeze(ref), *_learned(case, body, slot, gains, watched, sums)
+    sums, dx = gather_sums(share, where, *partial_sums), jax.freeze(ref)
+    undamped = _learned(case, body, slot, gains, watched, sums)
+    return dx, *_damp(case, x, dx, body, slot, gains, watched, undamped)
+
+
+def _damp(
+    case: Case,
+    x: Array,
+    dx: Array,
+    body: Body,
+    slot: Array,
+    gains: Array,
+    watched: Array,
+    undamped: tuple[Body, Array],
+) -> tuple[Body, Array]:
+    """The body's gradients and `channels`; where damped bodies live, by the reference.
+
+    None of them is felt, so `dx` is `dy` there. All else keeps its bits.
+    """
+    learn, feel, damping = gains[:, 1], gains[:, 2], gains[:, 3]
+    is_damped = is_live(case, slot, gains) & (damping != 0) & (learn != 0) & (feel == 0)
+
+    def damp(undamped: tuple[Body, Array]) -> tuple[Body, Array]:
+        d_body, channels = undamped
+        own = jnp.where(is_damped[:, None], gains, 0.0)
+        _, damped, measured = reference_jax.backward(case, x, dx, body, slot, own, watched)
+        slots = jnp.where(is_damped, slot, case.slots)
+        is_theirs = jnp.zeros((case.slots,), bool).at[slots].set(True, mode="drop")
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(is_theirs.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        errors = jnp.where(is_damped, measured[:, 4], channels[:, 4])
+        return jax.tree.map(choose, damped, d_body), channels.at[:, 4].set(errors)
+
+    return jax.lax.cond(jnp.any(is_damped), damp, lambda undamped: undamped, undamped)
 
 
 def _learned(

@@ -98,6 +98,7 @@ def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
     """Whether a body is at work in the chunk."""
     own = slot[chunk]
     is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (gains[chunk, 2] != 0.0)
+    is_used |= gains[chunk, 3] != 0.0
     return (own >= 0) & (own < case.slots) & is_used
 
 

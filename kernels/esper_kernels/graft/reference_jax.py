@@ -140,11 +140,15 @@ def backward(
 ) -> tuple[Array, Body, Array]:
     """`dx`, the body's gradients and `channels`; see the README beside this file."""
     live = is_live(case, slot, gains)
-    learn, feel = (jnp.where(live, gains[:, k], jnp.zeros((), gains.dtype)) for k in (1, 2))
+    learn, feel, damping = (
+        jnp.where(live, gains[:, k], jnp.zeros((), gains.dtype)) for k in (1, 2, 3)
+    )
     u, slope = split(case, x), split(case, dy)
     narrow = _gather(case, body, slot, x.dtype)
     r, pull = jax.vjp(partial(_run, case.activation), narrow, u)
-    d_body, d_u = pull(slope)
+    # A body that is felt is not damped, so `d_u` is the host's own wherever it is read.
+    damping = jnp.where(feel == 0, damping, jnp.zeros((), gains.dtype))
+    d_body, d_u = pull(_add(slope, damping, r))
 
     wide = _wide(x.dtype)
     gradient_square = jnp.sum(jnp.square(slope.astype(wide)), axis=(0, 2))

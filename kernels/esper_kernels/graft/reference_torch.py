@@ -122,11 +122,14 @@ def backward(
 ) -> tuple[Tensor, Body, Tensor]:
     """`dx`, the body's gradients and `channels`; see the README beside this file."""
     live = is_live(case, slot, gains)
-    learn, feel = (torch.where(live, gains[:, k], 0.0) for k in (1, 2))
+    learn, feel, damping = (torch.where(live, gains[:, k], 0.0) for k in (1, 2, 3))
     u, slope = split(case, x), split(case, dy)
     narrow = _gather(case, body, slot, x.dtype)
     pulled = torch.func.vjp(partial(_run, case.activation), u, *narrow)
-    r, (d_u, *d_narrow) = pulled[0], pulled[1](slope)
+    r = pulled[0]
+    # A body that is felt is not damped, so `d_u` is the host's own wherever it is read.
+    damping = torch.where(feel == 0, damping, 0.0)
+    d_u, *d_narrow = pulled[1](_add(slope, damping, r))
 
     wide = _wide(x.dtype)
     gradient_square = slope.to(wide).square().sum((0, 2))

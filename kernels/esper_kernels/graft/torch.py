@@ -63,7 +63,7 @@ def graft(
       x: [N, D], contiguous, bfloat16 or float32.
       body: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
-      gains: [C, 3] float32: act, learn, feel.
+      gains: [C, 4] float32: act, learn, feel, damping.
       tap: float32 zeros, or None. [C, 5]: `channels` arrive as its gradient; [C, 10]: `watched`
         and `channels` beside each other.
       activation: `none`, `relu`, `gelu`, `silu` or `gated`.
@@ -81,7 +81,7 @@ def graft(
     >>> x, up = torch.ones(2, 4), torch.ones(1, 1, 2)
     >>> body = Body(down=torch.ones(1, 2, 1), up=up)
     >>> slot = torch.tensor([-1, 0], dtype=torch.int32)
-    >>> y, watched = graft(x, body, slot, torch.ones(2, 3))
+    >>> y, watched = graft(x, body, slot, torch.ones(2, 4))
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """
