@@ -50,7 +50,7 @@ def test_seeds_grow_at_once_and_are_kept_through_measured_gates(
 ) -> None:
     events = [event for event in run[1].events if event["arm"] == "grown"]
     assert run[1].summary["seeds_fossilized"] >= 1
-    assert [e["step"] for e in events if e["to"] == "GERMINATED"][0] <= 1
+    assert next(e["step"] for e in events if e["to"] == "GERMINATED") <= 1
     assert not [event for event in events if event["cause"] == "command"]
     for event in events:
         if event["to"] == "FOSSILIZED":
