@@ -190,11 +190,11 @@ def fit(
     if steering is not None:
         if commands is not None:
             raise ValueError("commands must be None with steering, which brings its own")
-        from esper_fn.runtime._steering import both, either  # needs the extra `bus`
+        from esper_fn.runtime._steering import both  # needs the extra `bus`
 
         commands, max_commands = steering.commands, steering.max_commands
         listener = both(listener, steering.listener)
-        should_stop, should_save = either(should_stop, steering.should_stop), steering.should_save
+        should_stop, should_save = steering.heed(should_stop), steering.should_save
         checkpoints = steering.join(checkpoints)
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
