@@ -1,0 +1,123 @@
+"""SIGTERM while a run stands still over the bus: it saves and ends, whatever became of the server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+
+import pytest
+from test_steering import GROWTH, fit, until
+
+from esper_fn import bus, checkpoint, runtime
+
+GRACE_SECONDS = 8
+
+
+@pytest.fixture
+def own_server():
+    with bus.PrivateServer() as running:
+        yield running
+
+
+def up(server):
+    pass
+
+
+def killed(server):
+    server.kill()
+
+
+def silent(server):
+    server.send_signal(signal.SIGSTOP)
+
+
+def emptied(server):
+    import redis
+
+    with redis.Redis(unix_socket_path=str(server.socket)) as raw:
+        raw.flushall()
+
+
+@pytest.mark.parametrize("fault", [None, up, killed, silent, emptied])
+def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, request):
+    server = None if fault is None else request.getfixturevalue("own_server")
+    url = "memory" if server is None else server.url
+    name, times = f"run-{secrets.token_hex(4)}", {}
+
+    def operator():
+        with bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
+            until(lambda: client.living() == [name])
+            assert client.send(bus.Pause()).is_done
+            time.sleep(0.2)
+            times["steps"] = len(steps)
+            if fault is not None:
+                fault(server)
+                time.sleep(0.2)
+            times["asked"] = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    steps = []
+    thread = threading.Thread(target=operator, daemon=True)
+    with checkpoint.Writer(tmp_path) as writer, runtime.termination() as is_asked:
+        thread.start()
+        with runtime.steer(url, GROWTH, run=name, max_commands=4) as steering:
+            fitted = fit(
+                steering,
+                should_stop=is_asked,
+                listener=steps.append,
+                checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
+            )
+        ended = time.monotonic()
+    thread.join(10)
+    assert ended - times["asked"] < GRACE_SECONDS
+    assert fitted.num_steps == times["steps"] == len(steps)
+    assert checkpoint.steps(tmp_path) == [fitted.num_steps]
+    assert not steering.is_stopped
+
+
+def test_a_run_paused_before_its_first_step_ends_when_it_is_asked_to(tmp_path):
+    name = f"run-{secrets.token_hex(4)}"
+    broker = bus.Broker()
+    with bus.connect("memory", run=name, keys=bus.NO_KEYS, broker=broker) as client:
+        client.send(bus.Pause(), wait_seconds=None, must_listen=False)
+        asks = []
+
+        def should_stop():
+            asks.append(time.monotonic())
+            return len(asks) > 3
+
+        with runtime.steer("memory", GROWTH, run=name, max_commands=4, broker=broker) as steering:
+            steering.station.listen()
+            until(lambda: steering.station.has_news)
+            fitted = fit(steering, should_stop=should_stop)
+        assert fitted.num_steps <= 1
+
+
+def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp_path):
+    keys = bus.Keyring(active="k", keys={"k": b"k" * 32})
+    name, broker = f"run-{secrets.token_hex(4)}", bus.Broker()
+
+    def run(num_steps):
+        with checkpoint.Writer(tmp_path) as writer:
+            with runtime.steer(
+                "memory", GROWTH, run=name, max_commands=4, broker=broker, keys=keys
+            ) as steering:
+                fit(
+                    steering,
+                    num_steps=num_steps,
+                    checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
+                )
+                return steering.station.position(), steering.station.counts
+
+    with bus.connect("memory", run=name, keys=keys, broker=broker) as client:
+        first, _ = run(3)
+        meanwhile = bus.Germinate(seed=0, blueprint="scale")
+        client.send(meanwhile, wait_seconds=None, must_listen=False)
+        second, counts = run(6)
+        assert first.identity
+        assert second.identity == first.identity
+        assert counts == {}
+        assert second.outcome(meanwhile.id).is_done
