@@ -35,6 +35,7 @@ from esper_fn.errors import BusSecurityError, BusUnavailableError, EsperError, F
 
 _LOGGER = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, BusSecurityError, RedisError)
+_Work = Callable[[int], Awaitable[None]]
 _READ_LIMIT = 256
 _ACCEPTED_AT_ONCE = 32
 _TRIM_EVERY = 512
@@ -123,15 +124,9 @@ class Clerk:
                 clock=self._terms.clock,
             )
         self._tell(self._announcement)
-        self._tasks = [
-            asyncio.create_task(self._repeat(work))
-            for work in (
-                *(partial(self._read, topic) for topic in COMMAND_TOPICS),
-                self._settle,
-                self._live,
-                self._watch_gaps,
-            )
-        ]
+        works: list[_Work] = [partial(self._read, topic) for topic in COMMAND_TOPICS]
+        works += [self._settle, self._live, self._watch_gaps]
+        self._tasks = [asyncio.create_task(self._repeat(work)) for work in works]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
         self._drain()  # what was offered before
@@ -277,7 +272,7 @@ class Clerk:
                 "keys (esper:{run}:*) out of clean-ups and set maxmemory-policy to noeviction",
             )
 
-    async def _repeat(self, work: Callable[[int], Awaitable[None]]) -> None:
+    async def _repeat(self, work: _Work) -> None:
         """Works until another process takes over: a failure is told, and waits ever longer.
 
         Args:

@@ -21,9 +21,8 @@ def site(kind, request, run_name):
     if kind == "memory":
         yield Site("memory", run_name, broker, broker.forget)
         return
-    with bus.PrivateServer() as server:
-        with redis.Redis(unix_socket_path=str(server.socket)) as raw:
-            yield Site(server.url, run_name, broker, raw.flushall)
+    with bus.PrivateServer() as server, redis.Redis(unix_socket_path=str(server.socket)) as raw:
+        yield Site(server.url, run_name, broker, raw.flushall)
 
 
 class Site:

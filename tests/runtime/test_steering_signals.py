@@ -1,4 +1,4 @@
-"""SIGTERM while a run stands still over the bus: it saves and ends, whatever became of the server."""
+"""SIGTERM while a run is paused over the bus: it saves and ends, whatever became of the server."""
 
 from __future__ import annotations
 
@@ -101,16 +101,18 @@ def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp
     name, broker = f"run-{secrets.token_hex(4)}", bus.Broker()
 
     def run(num_steps):
-        with checkpoint.Writer(tmp_path) as writer:
-            with runtime.steer(
+        with (
+            checkpoint.Writer(tmp_path) as writer,
+            runtime.steer(
                 "memory", GROWTH, run=name, max_commands=4, broker=broker, keys=keys
-            ) as steering:
-                fit(
-                    steering,
-                    num_steps=num_steps,
-                    checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
-                )
-                return steering.station.position(), steering.station.counts
+            ) as steering,
+        ):
+            fit(
+                steering,
+                num_steps=num_steps,
+                checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
+            )
+            return steering.station.position(), steering.station.counts
 
     with bus.connect("memory", run=name, keys=keys, broker=broker) as client:
         first, _ = run(3)
