@@ -134,6 +134,90 @@ def test_a_stop_is_in_force_at_once_though_the_runs_place_was_removed(place, fau
         assert place.calls() - quiet < 100
 
 
+def evicted(raw, run):
+    raw.config_set("maxmemory-policy", "allkeys-random")
+    raw.config_set("maxmemory", "1")
+    raw.ping()
+    until(lambda: raw.dbsize() == 0)
+    raw.config_set("maxmemory", "0")
+
+
+def swapped(raw, run):
+    raw.swapdb(0, 1)
+
+
+def replica_for_a_moment(raw, run):
+    raw.replicaof("127.0.0.1", "1")
+    time.sleep(0.3)
+    raw.replicaof("no", "one")
+
+
+def trimmed(raw, run):
+    for topic in Topic:
+        raw.xtrim(f"esper:{{{run}}}:{topic}", maxlen=0)
+
+
+def renamed(raw, run):
+    for key in raw.keys("*"):
+        raw.rename(key, b"old:" + key)
+
+
+def expired(raw, run):
+    for key in raw.keys("*"):
+        raw.pexpire(key, 1)
+
+
+def scripts_forgotten(raw, run):
+    raw.script_flush()
+
+
+def owner_forgotten(raw, run):
+    raw.hdel(f"esper:{{{run}}}:run", "owner", "number", "identity")
+
+
+def positions_moved(raw, run):
+    for topic in COMMAND_STREAMS:
+        key = f"esper:{{{run}}}:{topic}"
+        for group in raw.xinfo_groups(key):
+            raw.xgroup_setid(key, group["name"], "0-0")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        evicted,
+        swapped,
+        replica_for_a_moment,
+        trimmed,
+        renamed,
+        expired,
+        scripts_forgotten,
+        owner_forgotten,
+        positions_moved,
+    ],
+)
+def test_a_stop_is_in_force_at_once_whatever_the_server_did(own_server, raw, run_name, fault):
+    place = Place(own_server.url, run_name, None, raw, lease_seconds=1.5)
+    try:
+        before = [bus.Cull(seed=seed) for seed in range(3)]
+        for command in before:
+            assert place.client.send(command, wait_seconds=10).is_done
+        fault(raw, run_name)
+        stop = bus.EmergencyStop()
+        began = time.monotonic()
+        assert place.client.send(stop, wait_seconds=5, must_listen=False).is_done
+        assert time.monotonic() - began < 2
+        after = bus.Cull(seed=9)
+        assert place.client.send(after, wait_seconds=5, must_listen=False).is_done
+        assert place.loop.effects == [*(command.id for command in before), stop.id, after.id]
+        assert place.loop.error is None
+        quiet = place.calls()
+        time.sleep(0.5)
+        assert place.calls() - quiet < 100
+    finally:
+        place.close()
+
+
 def test_what_still_is_in_a_stream_is_not_lost_with_its_group(place):
     place.loop.close()  # keeps nobody from sending
     waiting = [bus.Cull(seed=seed) for seed in range(5)]

@@ -156,6 +156,13 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
 
             return checked
 
+    async def holder():
+        transport = make()
+        try:
+            return await transport.holder()
+        finally:
+            await transport.close()
+
     first = Loop(Blocked, lease_seconds=0.6)
     try:
         blocks.append(1)
@@ -163,20 +170,14 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         lose["groups"]()
         second = bus.Station(make, announcement)
         second.start()
+        owner = asyncio.run(holder())
         blocks.clear()
         until(lambda: first.step > 1_000)
+        assert asyncio.run(holder()) == owner
         assert first.error is None
         assert not second.is_fenced
         assert not first.station.is_fenced
         second.close()
-
-        async def holder():
-            transport = make()
-            try:
-                return await transport.holder()
-            finally:
-                await transport.close()
-
         until(lambda: asyncio.run(holder()) is not None, 5)
         assert first.error is None
     finally:
