@@ -31,10 +31,17 @@ from esper_fn.bus._transport import (
     Settlement,
     Transport,
 )
-from esper_fn.errors import BusSecurityError, BusUnavailableError, EsperError, FencedError
+from esper_fn.errors import (
+    BusError,
+    BusSecurityError,
+    BusUnavailableError,
+    EsperError,
+    FencedError,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _OUTAGE = (BusUnavailableError, BusSecurityError, RedisError)
+_MAX_COMPLAINTS = 100
 _Work = Callable[[int], Awaitable[None]]
 _READ_LIMIT = 256
 _ACCEPTED_AT_ONCE = 32
@@ -212,9 +219,9 @@ class Clerk:
             words = f"run {self._transport.run!r} is driven by {error.holder} now"
             if error.epoch > self._lease.epoch:
                 raise FencedError(f"{words}; this process must not go on", error.epoch) from None
-            raise BusUnavailableError(
-                f"{words}, on a server that had forgotten this process; it goes on without "
-                "commands until the other one ends"
+            raise BusError(
+                f"{words}, on a server that had forgotten this process, which takes no commands "
+                "until the other one ends"
             ) from None
         self._time.learn(found.server_ms)
         self._lease: Lease = found.lease
@@ -311,7 +318,7 @@ class Clerk:
             if failures == 1:
                 _LOGGER.warning("the bus is away; the run goes on: %s", error)
             return
-        if str(error) in self._complaints:
+        if str(error) in self._complaints or len(self._complaints) >= _MAX_COMPLAINTS:
             return
         self._complaints.add(str(error))
         is_foreseen = isinstance(error, RedisError | EsperError)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from esper_fn import bus, commands
+from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
 from esper_fn.bus import Outcome, SeedOutcome, Taken
 from esper_fn.commands import Code
@@ -163,9 +163,12 @@ class Steering:
         """
         if checkpoints is None:
             self._saved = None
+            self.station.listen()
             return None
         saved = self._saved = SavedPositions(checkpoints.writer)
         self.station.keep_commands()
+        if not checkpoint.steps(checkpoints.writer.path):
+            self.station.listen()  # nothing is restored; else the restored position listens
         note, recall = checkpoints.note, checkpoints.recall
 
         def with_position() -> dict[str, Any]:
@@ -216,7 +219,7 @@ class Steering:
         self.station.close()
         self.station = self._make(position)
         self.station.keep_commands()
-        self.station.start(is_listening=False)
+        self.station.start()
 
     def _boundary(self) -> bool:
         self.station.listen()

@@ -12,6 +12,7 @@ import pytest
 from test_steering import GROWTH, fit, until
 
 from esper_fn import bus, checkpoint, runtime
+from esper_fn.errors import BusUnavailableError
 
 GRACE_SECONDS = 8
 
@@ -49,7 +50,7 @@ def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, reques
 
     def operator():
         with bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
-            until(lambda: client.living() == [name])
+            until(lambda: len(steps) > 2)
             assert client.send(bus.Pause()).is_done
             time.sleep(0.2)
             times["steps"] = len(steps)
@@ -115,6 +116,9 @@ def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp
             return steering.station.position(), steering.station.counts
 
     with bus.connect("memory", run=name, keys=keys, broker=broker) as client:
+        early = bus.Germinate(seed=1, blueprint="scale")
+        with pytest.raises(BusUnavailableError, match="takes no commands yet"):
+            client.send(early, wait_seconds=0.2, must_listen=False)  # it goes out later
         first, _ = run(3)
         meanwhile = bus.Germinate(seed=0, blueprint="scale")
         client.send(meanwhile, wait_seconds=None, must_listen=False)
@@ -122,4 +126,5 @@ def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp
         assert first.identity
         assert second.identity == first.identity
         assert counts == {}
+        assert second.outcome(early.id).is_done
         assert second.outcome(meanwhile.id).is_done
