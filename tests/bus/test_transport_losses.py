@@ -133,7 +133,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
     run_async(main(), t)
 
 
-def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(make, lose):
+def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(make, lose, caplog):
     """Both began with the same number, so neither has proved to be the newer one."""
     announcement = bus.Announcement(run="r", host="h", pid=1, sites={})
     blocks = []
@@ -177,6 +177,7 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         assert first.error is None
         assert not second.is_fenced
         assert not first.station.is_fenced
+        until(lambda: "takes no commands until the other one ends" in caplog.text)
         second.close()
         until(lambda: asyncio.run(holder()) is not None, 5)
         assert first.error is None
