@@ -143,6 +143,17 @@ class Steering:
             self._should_end = should_stop
         return lambda: self.should_stop() or self._should_end()
 
+    def should_start(self) -> bool:
+        """Takes what waits before the first step; False where a pause ended with a wish to end.
+
+        Raises:
+          FencedError: another process drives the run now.
+          RunStoppedError: stopped before its first step.
+        """
+        if self._boundary():
+            self.check_stopped()
+        return not (self._is_paused and self._should_end())
+
     def should_stop(self) -> bool:
         """Takes what waits; stands still while paused; True after an emergency stop.
 

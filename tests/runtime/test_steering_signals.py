@@ -79,22 +79,43 @@ def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, reques
     assert not steering.is_stopped
 
 
-def test_a_run_paused_before_its_first_step_ends_when_it_is_asked_to(tmp_path):
-    name = f"run-{secrets.token_hex(4)}"
-    broker = bus.Broker()
+@pytest.mark.parametrize("first_steps", [0, 3])
+def test_a_run_paused_before_its_first_step_ends_without_it(first_steps, tmp_path):
+    name, broker = f"run-{secrets.token_hex(4)}", bus.Broker()
+
+    def run(num_steps, should_stop=None):
+        with (
+            checkpoint.Writer(tmp_path) as writer,
+            runtime.steer("memory", GROWTH, run=name, max_commands=4, broker=broker) as steering,
+        ):
+
+            def pause_is_there(_=None):
+                until(lambda: steering.station.has_news)
+
+            if should_stop is not None and not first_steps:
+                steering.station.listen()
+                pause_is_there()
+            return fit(
+                steering,
+                num_steps=num_steps,
+                should_stop=should_stop,
+                checkpoints=runtime.Checkpoints(
+                    writer=writer, every_steps=10_000_000, recall=pause_is_there
+                ),
+            )
+
+    if first_steps:
+        run(first_steps)
     with bus.connect("memory", run=name, keys=bus.NO_KEYS, broker=broker) as client:
         client.send(bus.Pause(), wait_seconds=None, must_listen=False)
-        asks = []
 
         def should_stop():
-            asks.append(time.monotonic())
-            return len(asks) > 3
+            told = client.watch([bus.Topic.OUTCOMES], seconds=0.05, from_beginning=True)
+            return any(outcome.is_done for outcome in told)
 
-        with runtime.steer("memory", GROWTH, run=name, max_commands=4, broker=broker) as steering:
-            steering.station.listen()
-            until(lambda: steering.station.has_news)
-            fitted = fit(steering, should_stop=should_stop)
-        assert fitted.num_steps <= 1
+        fitted = run(6, should_stop)
+    assert fitted.num_steps == len(fitted.losses) == first_steps
+    assert checkpoint.steps(tmp_path) == [first_steps] * bool(first_steps)
 
 
 def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp_path):
