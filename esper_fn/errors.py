@@ -25,6 +25,7 @@
     │   ├── NoOutcomeError        (also TimeoutError)
     │   └── MessageError          (also ValueError)
     │       ├── OversizedError
+    │       ├── ReplayedError
     │       ├── UndecodableError
     │       ├── UnsupportedVersionError
     │       └── ForgedError
@@ -133,7 +134,7 @@ class FencedError(BusError):
 
     Args:
       message: who, and what to do.
-      epoch: of the newest lease; 0 where the server knows none, having lost its memory.
+      epoch: of the newest lease; 0 where no other process is known to hold one.
     """
 
     def __init__(self, message: str, epoch: int = 0) -> None:
@@ -159,6 +160,12 @@ class OversizedError(MessageError):
     """A message larger than its topic takes."""
 
     reason = "oversized"
+
+
+class ReplayedError(MessageError):
+    """A copy of a message that was meant for an earlier run."""
+
+    reason = "replayed"
 
 
 class UndecodableError(MessageError):

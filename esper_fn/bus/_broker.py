@@ -54,6 +54,9 @@ class Run:
         default_factory=lambda: {topic: Stream() for topic in Topic}
     )
     holder: str | None = None
+    owner: str | None = None
+    """Of the newest lease, also when it was given up."""
+    identity: str = ""
     expires_at: float = 0.0
     epoch: int = 0
     number: int = 0
@@ -85,6 +88,28 @@ class Broker:
         with self.lock:
             self.runs.clear()
             self.generation = token_hex(8)
+        self.wake()
+
+    def lose(self, run: str, *topics: Topic) -> None:
+        """Loses streams of a run with their groups, as by DEL or an eviction.
+
+        Args:
+          run: whose.
+          topics: of the streams; where left out, they stay and all else that is known goes.
+        """
+        with self.lock:
+            streams = self.run(run).streams
+            if topics:
+                streams.update({topic: Stream() for topic in topics})
+            else:
+                self.runs[run] = Run(streams=streams)
+        self.wake()
+
+    def lose_groups(self, run: str) -> None:
+        """Loses the consumer groups of a run's streams, as by XGROUP DESTROY."""
+        with self.lock:
+            for stream in self.run(run).streams.values():
+                stream.groups.clear()
         self.wake()
 
     def add(self, run: str, topic: Topic, entry: Entry) -> str:
@@ -150,7 +175,9 @@ def entries_after(
 
 def acknowledge(stream: Stream, group: str, entry_ids: Sequence[str]) -> int:
     """Takes entries off a group's list; returns how many were on it."""
-    pending = stream.groups.setdefault(group, Group()).pending
+    if group not in stream.groups:
+        return 0
+    pending = stream.groups[group].pending
     return sum(pending.pop(order(name), None) is not None for name in entry_ids)
 
 

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from secrets import token_hex
 
 from redis.exceptions import RedisError
@@ -19,14 +20,29 @@ from esper_fn.bus._ledger import Ledger
 from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._publisher import Publisher, ServerTime
-from esper_fn.bus._resilience import Clock, Retry
+from esper_fn.bus._resilience import Clock, RateLimiter, Retry
 from esper_fn.bus._signing import Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
-from esper_fn.bus._transport import Delivery, Lease, LeaseHeldError, Settlement, Transport
-from esper_fn.errors import BusUnavailableError, FencedError
+from esper_fn.bus._transport import (
+    Attached,
+    Delivery,
+    Lease,
+    LeaseHeldError,
+    Settlement,
+    Transport,
+)
+from esper_fn.errors import (
+    BusError,
+    BusSecurityError,
+    BusUnavailableError,
+    EsperError,
+    FencedError,
+)
 
 _LOGGER = logging.getLogger(__name__)
-_OUTAGE = (BusUnavailableError, RedisError)
+_OUTAGE = (BusUnavailableError, BusSecurityError, RedisError)
+_MAX_COMPLAINTS = 100
+_Work = Callable[[int], Awaitable[None]]
 _READ_LIMIT = 256
 _ACCEPTED_AT_ONCE = 32
 _TRIM_EVERY = 512
@@ -81,11 +97,19 @@ class Clerk:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
         self._publishers: dict[Topic, Publisher] = {}
         self._settled_since_trim = 0
+        self._identity = ""
+        self._is_told = False
+        self._complaints: set[str] = set()
+        """Told since all was well."""
+        self._alerts = RateLimiter(per_second=0.1, burst=5, clock=terms.clock)
         self.num_settled = 0
         self.num_lost_servers = 0
 
-    async def open(self) -> None:
+    async def open(self, *, is_listening: bool) -> None:
         """Takes the place and begins to work."""
+        self._listening = asyncio.Event()
+        if is_listening:
+            self.listen()
         self.settle_now = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -107,18 +131,17 @@ class Clerk:
                 clock=self._terms.clock,
             )
         self._tell(self._announcement)
-        self._tasks = [
-            asyncio.create_task(work)
-            for work in (
-                *(self._read(topic) for topic in COMMAND_TOPICS),
-                self._settle(),
-                self._live(),
-                self._watch_gaps(),
-            )
-        ]
+        works: list[_Work] = [partial(self._read, topic) for topic in COMMAND_TOPICS]
+        works += [self._settle, self._live, self._watch_gaps]
+        self._tasks = [asyncio.create_task(self._repeat(work)) for work in works]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
         self._drain()  # what was offered before
+
+    def listen(self) -> None:
+        """Commands are taken from now on, and told for which run they are to be signed."""
+        self._identity = self._position.identity
+        self._listening.set()
 
     async def close(self, drain_seconds: float) -> None:
         """Makes known what is still to be, for so long, and gives the place up."""
@@ -138,7 +161,8 @@ class Clerk:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(*_OUTAGE):
+        # A server that does not answer, or refuses, sees the lease expire.
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(1.0):
                 await self._transport.release(self._lease)
         await self._transport.close()
@@ -177,7 +201,7 @@ class Clerk:
         )
         await self._attach(first=True)
 
-    async def _attach(self, *, first: bool) -> None:
+    async def _attach(self, *, first: bool) -> Attached:
         is_given = self._is_given or not first
         try:
             found = await self._transport.attach(
@@ -186,113 +210,165 @@ class Clerk:
                 least_epoch=self._position.epoch,
                 cursor=self._position.cursor if is_given else None,
                 should_take_over=self._terms.should_take_over and first,
+                identity=self._identity,
+                counts_attempts=first,
             )
         except LeaseHeldError as error:
             if first:
                 raise
-            raise FencedError(
-                f"run {self._transport.run!r} is driven by {error.holder} now; this process must "
-                "not go on"
+            words = f"run {self._transport.run!r} is driven by {error.holder} now"
+            if error.epoch > self._lease.epoch:
+                raise FencedError(f"{words}; this process must not go on", error.epoch) from None
+            raise BusError(
+                f"{words}, on a server that had forgotten this process, which takes no commands "
+                "until the other one ends"
             ) from None
         self._time.learn(found.server_ms)
         self._lease: Lease = found.lease
+        self._generation = found.generation
         self._ledger.restart()
-        self._desk.arrive(found, is_given=is_given)
+        self._desk.arrive(found, is_given=is_given, is_again=not first)
         self.settle_now.set()
+        return found
 
-    async def _live(self) -> None:
-        failures = 0
-        while not self._desk.is_fenced:
-            wait = self._terms.lease_seconds / 3
-            await asyncio.sleep(self._retry.delay_seconds(failures) if failures else wait)
-            try:
-                await self._renew()
-            except FencedError as error:
-                self._desk.lose(error)
-                return
-            except _OUTAGE:
-                failures += 1
-                continue
-            failures = 0
-            run, desk = self._transport.run, self._desk
-            self._tell(Heartbeat(run=run, step=desk.step, is_paused=desk.is_paused))
+    async def _renew(self, *, lost: Lease | None = None) -> None:
+        """Keeps the place, and takes it again where it was removed.
 
-    async def _renew(self) -> None:
+        Args:
+          lost: a lease whose group is gone, if so.
+
+        Raises:
+          FencedError: another process drives the run now.
+        """
         async with self._renewing:
-            await self._renew_alone()
-
-    async def _renew_alone(self) -> None:
-        lease = self._lease
-        try:
-            server_ms = await self._transport.renew(lease, lease_seconds=self._terms.lease_seconds)
-        except FencedError as error:
-            if error.epoch >= lease.epoch:
-                raise
-            _LOGGER.error("the bus's server has lost its memory; taking the place anew")
-            self._desk.forget_entries()
-            await self._attach(first=False)
-            self.num_lost_servers += 1
-            self._tell(self._announcement)
-            self._tell(
-                Alert(
-                    name="server_lost_its_memory",
-                    level="critical",
-                    words="the bus's server was restarted without its files or emptied; commands "
-                    "whose senders are gone are lost; switch append-only persistence on",
-                    step=self._desk.step,
+            lease = self._lease
+            if lost is not None and lost is not lease:
+                return
+            identity = self._identity
+            try:
+                server_ms = await self._transport.renew(
+                    lease, lease_seconds=self._terms.lease_seconds, identity=identity
                 )
+            except FencedError as error:
+                if error.epoch > lease.epoch:
+                    raise
+                await self._retake()
+            else:
+                self._time.learn(server_ms)
+                if lost is not None:
+                    await self._retake()
+            self._is_told = bool(identity)
+
+    async def _retake(self) -> None:
+        generation = self._generation
+        found = await self._attach(first=False)
+        self._tell(self._announcement)
+        if found.generation != generation:
+            self.num_lost_servers += 1
+            self._alert(
+                "server_lost_its_memory",
+                "the bus's server was restarted without its files or emptied; commands whose "
+                "senders are gone are lost; switch append-only persistence on",
             )
         else:
-            self._time.learn(server_ms)
+            self._alert(
+                "bus_place_lost",
+                "streams, groups or other keys of the run were removed from the bus's server, as "
+                "by a clean-up, an eviction or a failover; the run has made them anew and goes on "
+                "from where it stood; commands removed before it had read them are lost; keep its "
+                "keys (esper:{run}:*) out of clean-ups and set maxmemory-policy to noeviction",
+            )
 
-    async def _lost(self, error: FencedError) -> None:
-        """The lease does not hold: another process, or a server without memory?"""
+    async def _repeat(self, work: _Work) -> None:
+        """Works until another process takes over: a failure is told, and waits ever longer.
+
+        Args:
+          work: one round, after so many failures in a row.
+        """
+        failures = 0
+        while not self._desk.is_fenced:
+            lease = self._lease
+            try:
+                await work(failures)
+                failures = 0
+                continue
+            except FencedError as error:
+                failures += 1
+                await self._lost(lease, error, failures)
+            except Exception as error:
+                # Whatever it is: training does not depend on the bus.
+                failures += 1
+                self._complain(error, failures)
+            await asyncio.sleep(self._retry.delay_seconds(failures))
+
+    async def _lost(self, lease: Lease, error: FencedError, failures: int) -> None:
+        """The lease does not hold: another process, or a server that has lost it?"""
         try:
-            await self._renew()
+            if error.epoch > self._lease.epoch:
+                raise error
+            await self._renew(lost=lease)
         except FencedError as real:
-            self._desk.lose(real)
-        except _OUTAGE:
-            await asyncio.sleep(self._retry.delay_seconds(1))
-        else:
-            _LOGGER.debug("the lease was renewed after: %s", error)
+            if real.epoch > self._lease.epoch:
+                self._desk.lose(real)
+        except Exception as other:
+            self._complain(other, failures)
 
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
+    def _complain(self, error: Exception, failures: int) -> None:
+        if isinstance(error, BusUnavailableError):
+            if failures == 1:
+                _LOGGER.warning("the bus is away; the run goes on: %s", error)
+            return
+        if str(error) in self._complaints or len(self._complaints) >= _MAX_COMPLAINTS:
+            return
+        self._complaints.add(str(error))
+        is_foreseen = isinstance(error, RedisError | EsperError)
+        self._alert(
+            "bus_refuses",
+            f"the bus refuses the run, which goes on and tries again: {error}; check its user, "
+            "password and access rules, and the keys of the run",
+            cause=None if is_foreseen else error,
+        )
+
+    def _alert(self, name: str, words: str, *, cause: Exception | None = None) -> None:
+        if not self._alerts.allows():
+            return
+        _LOGGER.error("%s: %s", name, words, exc_info=cause)
+        self._tell(Alert(name=name, level="critical", words=words[:2_000], step=self._desk.step))
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def _live(self, failures: int) -> None:
+        if not failures:
+            await asyncio.sleep(self._terms.lease_seconds / 3)
+        await self._renew()
+        self._complaints.clear()
+        run, desk = self._transport.run, self._desk
+        self._tell(Heartbeat(run=run, step=desk.step, is_paused=desk.is_paused))
+
+    @staticmethod
+    def _task_ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _LOGGER.error("the run's place on the bus is lost: %s", error, exc_info=error)
-            self._desk.lose(error if isinstance(error, FencedError) else FencedError(str(error)))
+            _LOGGER.critical("a part of the bus has ended: %s", error, exc_info=error)
 
     # --- commands in ----------------------------------------------------------------------------
 
-    async def _read(self, topic: Topic) -> None:
-        failures = 0
-        while not self._desk.is_fenced:
-            if topic is not COMMAND_TOPICS[0]:
-                await self._room.wait()
-            lease = self._lease
-            try:
-                if failures:
-                    # An answer that got lost has handed entries out that never came.
-                    await self._renew()
-                    lease = self._lease
-                    found = await self._transport.claim(
-                        topic, lease.group, self._holder, idle_seconds=0.0, limit=20_000
-                    )
-                    await self._accept(topic, found, is_all=False)
-                    failures = 0
-                found = await self._transport.read(
-                    [topic], lease.group, self._holder, limit=_READ_LIMIT, wait_seconds=None
-                )
-            except FencedError as error:
-                if lease is self._lease:
-                    await self._lost(error)
-                continue
-            except _OUTAGE as error:
-                failures += 1
-                if failures == 1:
-                    _LOGGER.warning("commands cannot be read: %s", error)
-                await asyncio.sleep(self._retry.delay_seconds(failures))
-                continue
-            await self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
+    async def _read(self, topic: Topic, failures: int) -> None:
+        await self._listening.wait()
+        if topic is not COMMAND_TOPICS[0]:
+            await self._room.wait()
+        if failures or not self._is_told:
+            await self._renew()
+        lease = self._lease
+        if failures:
+            # An answer that got lost has handed entries out that never came.
+            found = await self._transport.claim(
+                topic, lease.group, self._holder, idle_seconds=0.0, limit=20_000
+            )
+            await self._accept(topic, found, is_all=False)
+        found = await self._transport.read(
+            [topic], lease.group, self._holder, limit=_READ_LIMIT, wait_seconds=None
+        )
+        await self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
 
     async def _accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> None:
         for at in range(0, max(1, len(found)), _ACCEPTED_AT_ONCE):
@@ -306,39 +382,25 @@ class Clerk:
             await asyncio.sleep(0)
         self._gaps.set()
 
-    async def _watch_gaps(self) -> None:
-        while not self._desk.is_fenced:
-            left = self._desk.expire_gaps()
-            if left is None:
-                self._gaps.clear()
-                await self._gaps.wait()
-                self._gaps.clear()
-            else:
-                self.settle_now.set()
-                await asyncio.sleep(left)
+    async def _watch_gaps(self, failures: int) -> None:
+        left = self._desk.expire_gaps()
+        if left is None:
+            self._gaps.clear()
+            await self._gaps.wait()
+            self._gaps.clear()
+        else:
+            self.settle_now.set()
+            await asyncio.sleep(left)
 
     # --- words out ------------------------------------------------------------------------------
 
-    async def _settle(self) -> None:
-        failures = 0
-        while True:
+    async def _settle(self, failures: int) -> None:
+        if not failures:
             await self.settle_now.wait()
-            self.settle_now.clear()
-            while (settlement := self._next_settlement()) is not None:
-                lease = self._lease
-                try:
-                    await self._transport.settle(lease, settlement)
-                except FencedError as error:
-                    if lease is self._lease:
-                        await self._lost(error)
-                    if self._desk.is_fenced:
-                        return
-                except _OUTAGE:
-                    failures += 1
-                    await asyncio.sleep(self._retry.delay_seconds(failures))
-                else:
-                    failures = 0
-                    await self._settled(settlement)
+        self.settle_now.clear()
+        while (settlement := self._next_settlement()) is not None:
+            await self._transport.settle(self._lease, settlement)
+            await self._settled(settlement)
 
     def _next_settlement(self) -> Settlement | None:
         if self._ledger.current is None:

@@ -23,14 +23,16 @@ from esper_fn.bus._topics import COMMAND_TOPICS, Topic
 from esper_fn.bus._trace import current_trace
 from esper_fn.bus._transport import BEGINNING, Delivery, Transport
 from esper_fn.errors import (
+    BusSecurityError,
     BusUnavailableError,
+    BusyError,
     MessageError,
     NobodyListensError,
     NoOutcomeError,
 )
 
 _LOGGER = logging.getLogger(__name__)
-_OUTAGE = (BusUnavailableError, RedisError)
+_OUTAGE = (BusUnavailableError, BusSecurityError, RedisError)
 WATCHED = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES)
 """What `watch` follows."""
 _MAX_UNSETTLED = 10_000
@@ -113,15 +115,17 @@ class AsyncClient:
             future = self._waiting.setdefault(command.id, loop.create_future())
         if command.expires_after_seconds is None and len(self._unsettled) < _MAX_UNSETTLED:
             self._unsettled[command.id] = (command, -1)
+        publisher = self._publishers[command.topic]
         try:
             number = await asyncio.wait_for(
-                self._publishers[command.topic].send(command, trace=current_trace()),
+                publisher.send(command, trace=current_trace()),
                 wait_seconds if wait_seconds is not None else 30.0,
             )
         except TimeoutError:
             raise BusUnavailableError(
                 f"the bus's server did not accept command {command.id} in time; it is not known "
                 "whether it will; send it again with the same id"
+                + (f" (last: {problem})" if (problem := publisher.problem) else "")
             ) from None
         except BaseException:
             self._unsettled.pop(command.id, None)
@@ -166,9 +170,9 @@ class AsyncClient:
         while True:
             try:
                 found = await self.transport.tail(after, limit=200, wait_seconds=None)
-            except _OUTAGE:
+            except _OUTAGE as error:
                 failures += 1
-                await asyncio.sleep(self._retry.delay_seconds(failures))
+                await self._rest(failures, error)
                 continue
             failures = 0
             for delivery in found:
@@ -265,9 +269,9 @@ class AsyncClient:
         while True:
             try:
                 found = await self.transport.tail(after, limit=500, wait_seconds=None)
-            except _OUTAGE:
+            except _OUTAGE as error:
                 failures += 1
-                await asyncio.sleep(self._retry.delay_seconds(failures))
+                await self._rest(failures, error)
                 continue
             failures = 0
             for delivery in found:
@@ -288,8 +292,13 @@ class AsyncClient:
             again = [item for item in self._unsettled.values() if item[0].topic is topic]
             for command, number in sorted(again, key=lambda item: item[1]):
                 if number >= 0:
-                    with contextlib.suppress(*_OUTAGE):
+                    with contextlib.suppress(BusyError):
                         await publisher.republish(command, number)
+
+    async def _rest(self, failures: int, error: Exception) -> None:
+        if failures == 1:
+            _LOGGER.warning("run %r cannot be followed: %s", self.transport.run, error)
+        await asyncio.sleep(self._retry.delay_seconds(failures))
 
 
 def connect_async(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import msgspec
+from msgspec import Meta
 
 from esper_fn.bus._messages import AnyMessage, Id, Message
 from esper_fn.bus._topics import POLICIES, Topic
@@ -25,6 +26,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=Fals
       issued_at_ms: when, on the server's clock as the producer knew it.
       held_ms: how long the producer held it before this publication.
       trace: W3C `traceparent`, or nothing.
+      identity: of the run that a signed command is for.
     """
 
     format: int
@@ -33,6 +35,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=Fals
     issued_at_ms: int
     held_ms: int = 0
     trace: str | None = None
+    identity: Annotated[str, Meta(max_length=80)] = ""
 
 
 class Parcel(msgspec.Struct, frozen=True, array_like=True):

@@ -146,21 +146,26 @@ class Desk:
             self._fenced = error
             self._changed.notify_all()
 
-    def arrive(self, found: Attached, *, is_given: bool) -> None:
+    def arrive(self, found: Attached, *, is_given: bool, is_again: bool = False) -> None:
         """A lease was taken.
 
         Args:
           found: there.
           is_given: the position counts, and not what the server remembers.
+          is_again: by this process, which goes on: the server is told what it may have lost.
         """
         with self._changed:
-            self._entered()
+            intake = self._entered()
             self._position.epoch = found.lease.epoch
-            if not is_given:
-                self._position.cursor.update(found.cursor)
-            known, undone = ({}, found.sequences) if is_given else (found.sequences, {})
-            self._held().restart(found.attempts, known, undone)
-            self._held().accept(found.leftovers)
+            intake.forget_entries(found.emptied)
+            if is_again:
+                self._position.changed = {**self._position.sequences, **self._position.changed}
+            else:
+                if not is_given:
+                    self._position.cursor.update(found.cursor)
+                known, undone = ({}, found.sequences) if is_given else (found.sequences, {})
+                intake.restart(found.attempts, known, undone)
+            intake.accept(found.leftovers)
 
     def accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> bool:
         """Takes deliveries in; False where the reader should wait for room.
@@ -198,11 +203,6 @@ class Desk:
             left = self._held().expire_gaps()
             self._changed.notify_all()
         return left
-
-    def forget_entries(self) -> None:
-        """See `Intake.forget_entries`."""
-        with self._changed:
-            self._entered().forget_entries()
 
     def empty_outbox(self) -> dict[Topic, list[Message]]:
         """Words that wait to go out."""

@@ -16,8 +16,8 @@ from esper_fn.bus._publisher import ServerTime
 from esper_fn.bus._resilience import Clock
 from esper_fn.bus._signing import NO_KEYS, Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
-from esper_fn.bus._transport import Delivery, order
-from esper_fn.errors import MessageError, UndecodableError
+from esper_fn.bus._transport import BEGINNING, Delivery, order
+from esper_fn.errors import MessageError, ReplayedError, UndecodableError
 
 MAX_ATTEMPTS = 5
 """A command during which the run ended so often is set aside."""
@@ -115,11 +115,11 @@ class Intake:
             self.position.note(key, max(number, self.position.sequences.get(key, -1)))
             self._seen[key] = max(number, self._seen.get(key, -1))
 
-    def forget_entries(self) -> None:
-        """The server has lost its streams: names of entries mean nothing any more."""
-        for line in self._lines.values():
-            line.forget()
-        self.position.cursor.clear()
+    def forget_entries(self, topics: Iterable[Topic] = COMMAND_TOPICS) -> None:
+        """The server has lost these streams: names of entries mean nothing any more."""
+        for topic in topics:
+            self._lines[topic].forget()
+            self.position.cursor.pop(topic, None)
 
     def drained(self, topic: Topic) -> None:
         """A stream has nothing more right now: whatever comes later is published later."""
@@ -135,7 +135,7 @@ class Intake:
             if delivery.entry_id in line:
                 continue
             at = order(delivery.entry_id)
-            if at <= cursors.get(delivery.topic, (-1, -1)):
+            if at <= cursors.get(delivery.topic, (-1, -1)) and not self._is_new(delivery):
                 self._answer_again(delivery)
                 continue
             line.came(delivery.entry_id, at, now)
@@ -253,6 +253,11 @@ class Intake:
         self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
         parcel = self._schema.decode(delivery.payload)
         header, messages = parcel.header, parcel.messages
+        if self._keys.is_required and header.identity != self.position.identity:
+            raise ReplayedError(
+                f"signed for another run of this name ({header.identity[:80] or 'any'}); this is "
+                f"{self.position.identity}"
+            )
         if len(messages) != 1 or not isinstance(messages[0], Command):
             raise UndecodableError("an entry of a command stream must hold exactly one command")
         command = messages[0]
@@ -316,7 +321,7 @@ class Intake:
 
     def _close_gap(self, delivery: Delivery, error: MessageError) -> None:
         """A message that is authentic but unreadable has used up its number."""
-        if error.reason in {"forged", "oversized"}:
+        if error.reason in {"forged", "oversized", "replayed"}:
             return
         try:
             header = self._schema.decode_header(delivery.payload)
@@ -353,6 +358,22 @@ class Intake:
         self.position.note(taken.key, taken.sequence)
         self._settle(taken.delivery, self.position.outcome(taken.command.id), None)
 
+    def _is_new(self, delivery: Delivery) -> bool:
+        """Whether an entry at or before the cursor was not in force when the cursor passed.
+
+        A server that took over from another one may name entries by a clock that lags behind.
+        """
+        try:
+            check_size(delivery.topic, len(delivery.payload))
+            self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
+            header = self._schema.decode_header(delivery.payload)
+        except MessageError:
+            return False
+        key = f"{header.producer}/{delivery.topic}"
+        if key in self._seen:
+            return header.sequence > self._seen[key]
+        return header.issued_at_ms > self.position.issued_floor_ms
+
     def _answer_again(self, delivery: Delivery) -> None:
         """An entry at or before the cursor is in force: only its answer may have got lost."""
         self._count("duplicate")
@@ -374,7 +395,7 @@ class Intake:
         topic, entry_id = delivery.topic, delivery.entry_id
         self._attempts.pop((topic, entry_id), None)
         cursor = self._lines[topic].finish(entry_id)
-        if cursor is not None:
+        if cursor is not None and order(cursor) > order(self.position.cursor.get(topic, BEGINNING)):
             self.position.cursor[topic] = cursor
         self._done.append(Done(topic, entry_id, outcome, dead))
 

@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -104,19 +105,27 @@ class Link:
                     answer = await self._connection.read_response(disconnect_on_error=False)
                 is_answered = True
             except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
-                is_answered = True
+                # Behind the address of a read-only server another one may answer by now.
+                is_answered = not isinstance(error, ReadOnlyError)
                 raise BusUnavailableError(
                     f"the bus at {self._address.shown} cannot take this now: {error}"
+                ) from error
+            except NoPermissionError as error:
+                is_answered = True
+                raise BusSecurityError(
+                    f"the bus at {self._address.shown} does not let this user do that: {error}"
                 ) from error
             except ResponseError:
                 is_answered = True
                 raise
-            except AuthenticationError as error:
-                raise BusSecurityError(
-                    f"the bus at {self._address.shown} refuses the user or password: {error}"
-                ) from error
             except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
-                # TimeoutError is an OSError.
+                # TimeoutError is an OSError. A connection wraps what its opening was refused with.
+                if isinstance(error, AuthenticationError) or isinstance(
+                    error.__cause__, AuthenticationError
+                ):
+                    raise BusSecurityError(
+                        f"the bus at {self._address.shown} refuses the user or password: {error}"
+                    ) from error
                 self._breaker.failed()
                 raise BusUnavailableError(
                     f"the bus at {self._address.shown} does not answer: "

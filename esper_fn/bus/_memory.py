@@ -13,6 +13,7 @@ from esper_fn.bus._broker import (
     Group,
     Pending,
     Run,
+    Stream,
     acknowledge,
     backlog,
     entries_after,
@@ -29,6 +30,7 @@ from esper_fn.bus._transport import (
     Entry,
     Lease,
     LeaseHeldError,
+    OtherRunError,
     Published,
     Settlement,
     order,
@@ -64,14 +66,23 @@ class MemoryTransport:
         return self._broker.now_ms()
 
     async def publish(
-        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
+        self,
+        topic: Topic,
+        producer: str,
+        first: int,
+        entries: Sequence[Entry],
+        *,
+        identity: str | None = None,
     ) -> Published:
         """See `Transport`."""
         policy = POLICIES[topic]
         with self._broker.lock:
-            stream = self._run().streams[topic]
+            run = self._run()
+            stream = run.streams[topic]
             skip = max(0, stream.sequences.get(producer, -1) - first + 1)
             fresh = entries[skip:]
+            if fresh and identity and identity != run.identity:
+                raise OtherRunError(run.identity)
             if fresh and policy.when_full is WhenFull.REFUSE:
                 waiting = backlog(stream)
                 kept = len(stream.keys) + len(fresh)
@@ -107,9 +118,7 @@ class MemoryTransport:
             out = []
             for topic in topics:
                 stream = self._run().streams[topic]
-                if group.startswith(RUN_GROUP) and group not in stream.groups:
-                    raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
-                of = stream.groups.setdefault(group, Group())
+                of = self._group(stream, group)
                 now = self._broker.clock()
                 for key, entry in entries_after(stream, of.last, limit):
                     of.last = key
@@ -149,7 +158,7 @@ class MemoryTransport:
         """See `Transport`."""
         with self._broker.lock:
             stream = self._run().streams[topic]
-            of = stream.groups.setdefault(group, Group())
+            of = self._group(stream, group)
             now = self._broker.clock()
             out: list[Delivery] = []
             for key, pending in sorted(of.pending.items()):
@@ -182,21 +191,28 @@ class MemoryTransport:
         least_epoch: int = 0,
         cursor: Mapping[Topic, str] | None = None,
         should_take_over: bool = False,
+        identity: str = "",
+        counts_attempts: bool = True,
     ) -> Attached:
         """See `Transport`."""
         with self._broker.lock:
             run = self._run()
             left = run.expires_at - self._broker.clock()
             if run.holder not in {None, holder} and left > 0 and not should_take_over:
-                raise LeaseHeldError(str(run.holder), left)
+                raise LeaseHeldError(str(run.holder), left, run.epoch)
             run.epoch = max(run.epoch, least_epoch) + 1
-            run.holder, run.number = holder, 0
+            run.holder = run.owner = holder
+            run.number, run.identity = 0, identity
             run.expires_at = self._broker.clock() + lease_seconds
-            start, leftovers = {}, []
+            start, leftovers, emptied = {}, [], set()
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
                 start[topic] = (run.cursor if cursor is None else cursor).get(topic, BEGINNING)
-                at, is_counted = order(start[topic]), False
+                if order(start[topic]) > stream.last:
+                    # This is not the stream that the cursor is of.
+                    emptied.add(topic)
+                    start[topic] = BEGINNING
+                at, is_counted = order(start[topic]), not counts_attempts
                 for name in [name for name in stream.groups if name.startswith(RUN_GROUP)]:
                     for key, pending in sorted(stream.groups.pop(name).pending.items()):
                         entry_id, entry = entry_name(key), stream.entries.get(key)
@@ -219,13 +235,17 @@ class MemoryTransport:
                 leftovers=leftovers,
                 attempts=dict(run.attempts),
                 server_ms=self._broker.now_ms(),
+                emptied=frozenset(emptied),
             )
 
-    async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
+    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
         """See `Transport`."""
         with self._broker.lock:
             run = self._check(lease)
             run.holder, run.expires_at = lease.holder, self._broker.clock() + lease_seconds
+            run.identity = identity
+            for topic in COMMAND_TOPICS:
+                self._group(run.streams[topic], lease.group)
             return self._broker.now_ms()
 
     async def release(self, lease: Lease) -> None:
@@ -315,13 +335,20 @@ class MemoryTransport:
 
     def _check(self, lease: Lease) -> Run:
         run = self._run()
-        if run.epoch != lease.epoch:
-            raise FencedError(
-                f"run {self._name!r} is driven by {run.holder or 'nobody'} now (epoch "
-                f"{run.epoch}); this process held epoch {lease.epoch} and must not go on",
-                run.epoch,
-            )
-        return run
+        if (run.owner, run.epoch) == lease:
+            return run
+        if run.epoch <= lease.epoch or run.owner == lease.holder:
+            raise FencedError(f"the place of run {self._name!r} (epoch {lease.epoch}) was removed")
+        raise FencedError(
+            f"run {self._name!r} is driven by {run.owner} now (epoch {run.epoch}); this process "
+            f"held epoch {lease.epoch} and must not go on",
+            run.epoch,
+        )
+
+    def _group(self, stream: Stream, group: str) -> Group:
+        if group.startswith(RUN_GROUP) and group not in stream.groups:
+            raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
+        return stream.groups.setdefault(group, Group())
 
     def _add(self, run: Run, topic: Topic, entries: Sequence[Entry]) -> None:
         for entry in entries:

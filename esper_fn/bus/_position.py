@@ -26,6 +26,8 @@ class RunPosition:
     later command is carried out again, and none twice.
 
     Attributes:
+      identity: of the run, by chance; a restored run keeps it, and no other one has it. Signed
+        commands are signed for it.
       epoch: of the last lease.
       cursor: last entry of each command stream up to which everything is in force.
       sequences: last number in force, by `producer/topic`, the latest producers last.
@@ -34,6 +36,7 @@ class RunPosition:
       outcomes: at least the latest `MAX_OUTCOMES` by command id, for commands that come again.
     """
 
+    identity: str = ""
     epoch: int = 0
     cursor: dict[Topic, str] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class RunPosition:
         3
         """
         return {
+            "identity": self.identity,
             "epoch": self.epoch,
             "cursor": {topic.value: last for topic, last in self.cursor.items()},
             "sequences": dict(self.sequences),

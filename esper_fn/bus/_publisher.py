@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from redis.exceptions import RedisError
-
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Schema, check_size
 from esper_fn.bus._messages import Message
 from esper_fn.bus._resilience import Clock, Retry
 from esper_fn.bus._signing import NO_KEYS, Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
-from esper_fn.bus._transport import Entry, Transport
+from esper_fn.bus._transport import Entry, OtherRunError, Transport
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
 _LOGGER = logging.getLogger(__name__)
 _MESSAGES_IN_PARCEL = 256
 _ENTRIES_AT_ONCE = 128
+_UNKNOWN = "?"
+"""Stands for the identity of a run that was not met yet; no run has it."""
+_CHANGES_AT_ONCE = 2
 
 
 class ServerTime:
@@ -95,6 +96,8 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next = 0
+        is_bound = topic in COMMAND_TOPICS and keys.is_required
+        self._identity = _UNKNOWN if is_bound else None
         self._task: asyncio.Task[None] | None = None
         self.producer = token_hex(8)
         self.generation: str | None = None
@@ -103,6 +106,8 @@ class Publisher:
         self.num_published = 0
         self.num_dropped = 0
         self.num_failures = 0
+        self.problem = ""
+        """Why nothing was accepted, the last time; empty after a success."""
 
     def offer(self, message: Message) -> bool:
         """Queues a message without waiting; False when an older one was dropped for it."""
@@ -148,9 +153,10 @@ class Publisher:
         return accepted
 
     async def republish(self, message: Message, sequence: int) -> None:
-        """Publishes again what a server has lost, under the number it had."""
-        entry = self._pack([_Waiting(message, self._clock(), None, None)], sequence)
-        await self._transport.publish(self._topic, self.producer, sequence, [entry])
+        """Publishes again what a server has lost, under the number it had; until it succeeds."""
+        item, failures = _Waiting(message, self._clock(), None, None), 0
+        while not await self._publish(sequence, [self._pack([item], sequence)], failures):
+            failures += 1
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Waits until everything is out; False when time is up before."""
@@ -206,23 +212,13 @@ class Publisher:
 
     async def _try(self, groups: list[list[_Waiting]], entries: list[Entry], failures: int) -> bool:
         try:
-            published = await self._transport.publish(
-                self._topic, self.producer, self._next, entries
-            )
+            if not await self._publish(self._next, entries, failures):
+                return False
         except BusyError as error:
             for group in groups:
                 for item in group:
                     _refuse(item, error)
             return True
-        except (BusUnavailableError, RedisError) as error:
-            self.num_failures += 1
-            if failures == 0:
-                _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
-            await asyncio.sleep(self._retry.delay_seconds(failures + 1))
-            return False
-        if self.generation not in {None, published.generation}:
-            self.forgotten.set()
-        self.generation = published.generation
         for at, group in enumerate(groups):
             for item in group:
                 if item.accepted is not None and not item.accepted.done():
@@ -230,6 +226,33 @@ class Publisher:
             self.num_published += len(group)
         self._next += len(groups)
         return True
+
+    async def _publish(self, first: int, entries: list[Entry], failures: int) -> bool:
+        """Tries once; waits after a failure, whatever it was, and returns False."""
+        try:
+            published = await self._transport.publish(
+                self._topic, self.producer, first, entries, identity=self._identity
+            )
+        except BusyError:
+            raise
+        except OtherRunError as error:
+            # The entries must be signed anew, for the run that lives.
+            self._identity = error.identity or _UNKNOWN
+            self.problem = f"run {self._transport.run!r} takes no commands yet"
+            if error.identity and failures < _CHANGES_AT_ONCE:
+                return False
+        except Exception as error:
+            self.num_failures += 1
+            self.problem = str(error)
+            if failures == 0:
+                _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
+        else:
+            if self.generation not in {None, published.generation}:
+                self.forgotten.set()
+            self.generation, self.problem = published.generation, ""
+            return True
+        await asyncio.sleep(self._retry.delay_seconds(failures + 1))
+        return False
 
     def _take(self) -> list[list[_Waiting]]:
         if self._topic in COMMAND_TOPICS:
@@ -250,6 +273,7 @@ class Publisher:
             issued_at_ms=self._time.now_ms(),
             held_ms=int((self._clock() - first.since) * 1000),
             trace=first.trace,
+            identity=self._identity or "",
         )
         payload = self._schema.encode(header, [item.message for item in group])
         check_size(self._topic, len(payload))

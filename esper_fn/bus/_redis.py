@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from secrets import token_hex
@@ -26,12 +27,19 @@ from esper_fn.bus._transport import (
     Entry,
     Lease,
     LeaseHeldError,
+    OtherRunError,
     Published,
     Settlement,
     milliseconds,
 )
-from esper_fn.errors import BusUnavailableError, BusyError, FencedError
+from esper_fn.errors import (
+    BusSecurityError,
+    BusUnavailableError,
+    BusyError,
+    FencedError,
+)
 
+_LOGGER = logging.getLogger(__name__)
 _PRODUCER_SECONDS = 86_400
 """How long a producer's last number is kept; an attempt is never repeated after that."""
 _LONGEST_BLOCK_SECONDS = 20.0
@@ -44,6 +52,10 @@ _RENEW = Script(_scripts.RENEW)
 _RELEASE = Script(_scripts.RELEASE)
 _SETTLE = Script(_scripts.SETTLE)
 _BURY = Script(_scripts.BURY)
+_REPAIR = Script(_scripts.REPAIR)
+_GONE = ("NOGROUP", "UNBLOCKED", "WRONGTYPE")
+"""How a server says that a group, or the stream it belongs to, is not there (any more)."""
+_HASHES = {"run", "sequences", "attempts"}
 
 
 class RedisTransport:
@@ -100,13 +112,19 @@ class RedisTransport:
             for name in ("bind", "protected-mode", "port", "requirepass"):
                 pair = [part.decode() for part in await self._call("CONFIG", "GET", name)]
                 settings.update(zip(pair[::2], pair[1::2], strict=True))
-        except ResponseError:
+        except (ResponseError, BusSecurityError):
             settings = {}  # a server whose access rules keep its settings to itself
         check_reach(self._address, settings, has_key=self._has_key)
         return server_ms(seconds, micros)
 
     async def publish(
-        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
+        self,
+        topic: Topic,
+        producer: str,
+        first: int,
+        entries: Sequence[Entry],
+        *,
+        identity: str | None = None,
     ) -> Published:
         """See `Transport`."""
         policy = POLICIES[topic]
@@ -117,6 +135,7 @@ class RedisTransport:
             _PRODUCER_SECONDS,
             RUN_GROUP,
             token_hex(8),
+            identity or "",
         ]
         for payload, signature in entries:
             arguments += (payload, signature)
@@ -124,14 +143,17 @@ class RedisTransport:
             self.stream(topic),
             self._key(f"last:{topic.value}:{producer}"),
             self._key("generation"),
+            self._key("run"),
         ]
         count, told = await self._script(_PUBLISH, keys, arguments)
+        if count == -2:
+            raise OtherRunError(told.decode(errors="replace"))
         if count < 0:
             raise BusyError(
                 f"{told:,} entries wait on {self.stream(topic)}, at most {policy.max_entries:,}; "
                 "send more slowly, or wait for outcomes"
             )
-        return Published(count, told.decode())
+        return Published(count, told.decode(errors="replace"))
 
     async def read(
         self,
@@ -152,14 +174,10 @@ class RedisTransport:
             try:
                 answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
             except ResponseError as error:
-                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                if not str(error).startswith(_GONE):
                     raise
-                if group.startswith(RUN_GROUP):
-                    raise FencedError(
-                        f"the lease on run {self._name!r} of group {group} is over"
-                    ) from None
                 await self._make_groups(streams, group)
-                return await once(block, timeout)
+                answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
             return deliveries(topics, streams, answer)
 
         return await self._wait_for(once, wait_seconds)
@@ -214,7 +232,7 @@ class RedisTransport:
                 limit,
             )
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
+            if not str(error).startswith(_GONE):
                 raise
             await self._make_groups([stream], group)
             return []
@@ -246,6 +264,8 @@ class RedisTransport:
         least_epoch: int = 0,
         cursor: Mapping[Topic, str] | None = None,
         should_take_over: bool = False,
+        identity: str = "",
+        counts_attempts: bool = True,
     ) -> Attached:
         """See `Transport`."""
         keys = [
@@ -266,19 +286,29 @@ class RedisTransport:
                 int(should_take_over),
                 RUN_GROUP,
                 token_hex(8),
+                identity,
+                int(counts_attempts),
                 *cursors,
             ],
         )
         if not answer[0]:
-            raise LeaseHeldError(answer[1].decode(), answer[2] / 1000)
+            raise LeaseHeldError(
+                answer[1].decode(errors="replace"), answer[2] / 1000, int(answer[3])
+            )
         streams = list(map(self.stream, COMMAND_TOPICS))
         return attached(holder, COMMAND_TOPICS, streams, answer)
 
-    async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
+    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
         """See `Transport`."""
-        keys = [self._lease_key(self._name), self._key("run")]
+        keys = [
+            self._lease_key(self._name),
+            self._key("run"),
+            *map(self.stream, COMMAND_TOPICS),
+        ]
         answer = await self._script(
-            _RENEW, keys, [lease.holder, lease.epoch, milliseconds(lease_seconds)]
+            _RENEW,
+            keys,
+            [lease.holder, lease.epoch, milliseconds(lease_seconds), RUN_GROUP, identity],
         )
         self._check(answer, lease)
         return server_ms(*answer[1:])
@@ -316,8 +346,13 @@ class RedisTransport:
 
     async def holder(self) -> str | None:
         """See `Transport`."""
-        held = await self._call("GET", self._lease_key(self._name))
-        return None if held is None else held.decode().partition(" ")[2]
+        try:
+            held = await self._call("GET", self._lease_key(self._name))
+        except ResponseError as error:
+            if not str(error).startswith(_GONE):
+                raise
+            return None
+        return None if held is None else held.decode(errors="replace").partition(" ")[2]
 
     async def living(self) -> list[str]:
         """See `Transport`."""
@@ -327,7 +362,9 @@ class RedisTransport:
             cursor, keys = await self._call(
                 "SCAN", cursor, "MATCH", self._lease_key("*"), "COUNT", 500
             )
-            names |= {key.decode().removeprefix(head).removesuffix(foot) for key in keys}
+            names |= {
+                key.decode(errors="replace").removeprefix(head).removesuffix(foot) for key in keys
+            }
             if cursor == b"0":
                 return sorted(names)
 
@@ -357,9 +394,31 @@ class RedisTransport:
         return await self._link("write").call(*arguments, timeout_seconds=self._timeout)
 
     async def _script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
-        return await self._link("write").run(script, keys, arguments, timeout_seconds=self._timeout)
+        link = self._link("write")
+        try:
+            return await link.run(script, keys, arguments, timeout_seconds=self._timeout)
+        except ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+        removed = await link.run(
+            _REPAIR, keys, list(map(self._type, keys)), timeout_seconds=self._timeout
+        )
+        _LOGGER.error(
+            "keys of run %r on the bus were of a wrong type and are removed: %s",
+            self._name,
+            ", ".join(repr(key.decode(errors="replace")) for key in removed) or "gone by now",
+        )
+        return await link.run(script, keys, arguments, timeout_seconds=self._timeout)
+
+    def _type(self, key: str) -> str:
+        name = key.removeprefix(self._key(""))
+        if name in set(Topic):
+            return "stream"
+        return "hash" if name in _HASHES else "string"
 
     async def _make_groups(self, streams: Sequence[str], group: str) -> None:
+        if group.startswith(RUN_GROUP):
+            raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
         for stream in streams:
             try:
                 await self._call("XGROUP", "CREATE", stream, group, BEGINNING, "MKSTREAM")
@@ -383,9 +442,11 @@ class RedisTransport:
     def _check(self, answer: list[Any], lease: Lease) -> None:
         if answer[0]:
             return
-        held, epoch = answer[1].decode(), int(answer[2])
+        epoch, holder = int(answer[1]), answer[2].decode(errors="replace")
+        if epoch <= lease.epoch or holder == lease.holder:
+            raise FencedError(f"the place of run {self._name!r} (epoch {lease.epoch}) was removed")
         raise FencedError(
-            f"run {self._name!r} is driven by {held.partition(' ')[2] or 'nobody'} now (epoch "
-            f"{epoch}); this process held epoch {lease.epoch} and must not go on",
+            f"run {self._name!r} is driven by {holder} now (epoch {epoch}); this process held "
+            f"epoch {lease.epoch} and must not go on",
             epoch,
         )

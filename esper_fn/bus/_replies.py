@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from esper_fn.bus._topics import Topic
 from esper_fn.bus._transport import Attached, Delivery, Lease
+
+_NUMBER = re.compile(rb"-?[0-9]{1,16}")
 
 
 def server_ms(seconds: bytes, micros: bytes) -> int:
@@ -14,9 +17,13 @@ def server_ms(seconds: bytes, micros: bytes) -> int:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-def pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """A flat list of names and values."""
-    return list(zip(flat[::2], flat[1::2], strict=True))
+def counts(flat: list[bytes]) -> dict[str, int]:
+    """A flat list of names and whole numbers; what is neither is left out."""
+    found = {}
+    for name, number in zip(flat[::2], flat[1::2], strict=True):
+        if _NUMBER.fullmatch(number):
+            found[name.decode(errors="replace")] = int(number)
+    return found
 
 
 def deliveries(topics: Sequence[Topic], streams: Sequence[str], answer: Any) -> list[Delivery]:
@@ -44,21 +51,23 @@ def attached(
     holder: str, topics: Sequence[Topic], streams: Sequence[str], answer: list[Any]
 ) -> Attached:
     """An answer to the script `ATTACH`, for command streams in this order."""
-    _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros = answer
+    _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros, emptied = answer
     topic_of = dict(zip(streams, topics, strict=True))
     tried = {}
-    for name, count in pairs(attempts):
-        stream, _, entry_id = name.decode().rpartition(" ")
-        tried[topic_of[stream], entry_id] = int(count)
+    for name, count in counts(attempts).items():
+        stream, _, entry_id = name.rpartition(" ")
+        if stream in topic_of:
+            tried[topic_of[stream], entry_id] = count
     return Attached(
         lease=Lease(holder, epoch),
-        generation=generation.decode(),
+        generation=generation.decode(errors="replace"),
         cursor={topic: last.decode() for topic, last in zip(topics, at, strict=True)},
-        sequences={name.decode(): int(number) for name, number in pairs(sequences)},
+        sequences=counts(sequences),
         leftovers=[
             delivery(topics[index], entry_id, fields)._replace(deliveries=count)
             for index, entry_id, fields, count in leftovers
         ],
         attempts=tried,
         server_ms=server_ms(seconds, micros),
+        emptied=frozenset(topics[index] for index in emptied),
     )

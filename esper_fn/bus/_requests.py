@@ -20,6 +20,7 @@ def settlement_arguments(lease: Lease, settlement: Settlement) -> list[Any]:
         len(settlement.outcomes),
         len(settlement.dead),
         len(settlement.sequences),
+        lease.holder,
     ]
     for topic in COMMAND_TOPICS:
         arguments += (settlement.cursor.get(topic, ""), len(done[topic]))

@@ -6,19 +6,23 @@ Every key carries the run's name in braces, so that a cluster keeps a run on one
 from __future__ import annotations
 
 PUBLISH = """
--- KEYS: stream, producer's last number, generation
+-- KEYS: stream, producer's last number, generation, run
 -- ARGV: first number, limit, refuses?, seconds to remember the producer, group, a name for a
---       new generation, then payload and signature of each entry
+--       new generation, identity of the run ('' for any), then payload and signature of each entry
 local generation = redis.call('GET', KEYS[3])
 if not generation then
   generation = ARGV[6]
   redis.call('SET', KEYS[3], generation)
 end
 local first, limit = tonumber(ARGV[1]), tonumber(ARGV[2])
-local count = (#ARGV - 6) / 2
-local last = tonumber(redis.call('GET', KEYS[2]) or '-1')
+local count = (#ARGV - 7) / 2
+local last = tonumber(string.match(redis.call('GET', KEYS[2]) or '', '^%d+$') or '-1')
 local skip = math.max(0, last - first + 1)
 if skip >= count then return {0, generation} end
+if ARGV[7] ~= '' then
+  local identity = redis.call('HGET', KEYS[4], 'identity') or ''
+  if identity ~= ARGV[7] then return {-2, identity} end
+end
 local refuses = ARGV[3] == '1'
 if refuses then
   local new = count - skip
@@ -39,7 +43,7 @@ if refuses then
   end
 end
 for i = skip, count - 1 do
-  local payload, signature = ARGV[7 + 2 * i], ARGV[8 + 2 * i]
+  local payload, signature = ARGV[8 + 2 * i], ARGV[9 + 2 * i]
   if refuses then
     if signature == '' then redis.call('XADD', KEYS[1], '*', 'm', payload)
     else redis.call('XADD', KEYS[1], '*', 'm', payload, 's', signature) end
@@ -54,37 +58,74 @@ redis.call('SET', KEYS[2], string.format('%.0f', first + count - 1), 'EX', ARGV[
 return {count - skip, generation}
 """
 
-ATTACH = """
+_NEWEST = """
+local function newest(run) -- epoch and holder of the newest lease; '0' and '' where none is sound
+  local epoch = redis.call('HGET', run, 'epoch')
+  local owner = redis.call('HGET', run, 'owner') or ''
+  local number, holder = string.match(owner, '^(%d+) (.+)$')
+  if number and number == epoch and #number < 16 then return number, holder end
+  return '0', ''
+end
+local function tell(run, identity)
+  if identity == '' then redis.call('HDEL', run, 'identity')
+  elseif redis.call('HGET', run, 'identity') ~= identity then
+    redis.call('HSET', run, 'identity', identity)
+  end
+end
+"""
+
+ATTACH = (
+    _NEWEST
+    + """
 -- KEYS: lease, run, generation, sequences, attempts, then the command streams
 -- ARGV: holder, lease in ms, least epoch, takes over?, group, a name for a new generation,
---       then a cursor for each stream ('' for the last settled entry)
-local held = redis.call('GET', KEYS[1])
-if held and ARGV[4] ~= '1' then
-  local holder = string.match(held, '^%d+ (.*)$')
-  if holder ~= ARGV[1] then return {0, holder, redis.call('PTTL', KEYS[1])} end
+--       identity of the run, count attempts?, then a cursor for each stream ('' for the last
+--       settled entry)
+-- Anybody may have written to these keys: what cannot be ours counts as missing.
+local held = redis.call('GET', KEYS[1]) or ''
+local held_epoch, holder = string.match(held, '^(%d+) (.+)$')
+local left = redis.call('PTTL', KEYS[1])
+if holder and left >= 0 and ARGV[4] ~= '1' and holder ~= ARGV[1] then
+  return {0, holder, left, held_epoch}
 end
 local generation = redis.call('GET', KEYS[3])
 if not generation then
   generation = ARGV[6]
   redis.call('SET', KEYS[3], generation)
 end
-local epoch = math.max(tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0'), tonumber(ARGV[3]))
-epoch = epoch + 1
-redis.call('HSET', KEYS[2], 'epoch', epoch, 'number', 0)
-redis.call('SET', KEYS[1], string.format('%.0f %s', epoch, ARGV[1]), 'PX', ARGV[2])
+local epoch = tonumber(ARGV[3])
+for _, text in ipairs({redis.call('HGET', KEYS[2], 'epoch') or '', held_epoch or ''}) do
+  if #text < 16 and string.match(text, '^%d+$') then epoch = math.max(epoch, tonumber(text)) end
+end
+epoch = string.format('%.0f', epoch + 1)
+local owner = epoch .. ' ' .. ARGV[1]
+redis.call('HSET', KEYS[2], 'epoch', epoch, 'owner', owner, 'number', 0)
+tell(KEYS[2], ARGV[7])
+redis.call('SET', KEYS[1], owner, 'PX', ARGV[2])
 local function before(a, b) -- a <= b
   local a1, a2 = string.match(a, '(%d+)-(%d+)')
   local b1, b2 = string.match(b, '(%d+)-(%d+)')
   a1, a2, b1, b2 = tonumber(a1), tonumber(a2), tonumber(b1), tonumber(b2)
   return a1 < b1 or (a1 == b1 and a2 <= b2)
 end
-local cursors, leftovers = {}, {}
+local cursors, leftovers, emptied = {}, {}, {}
 for i = 6, #KEYS do
-  local stream, cursor = KEYS[i], ARGV[i + 1]
+  local stream, cursor = KEYS[i], ARGV[i + 3]
   if cursor == '' then cursor = redis.call('HGET', KEYS[2], 'cursor:' .. stream) or '0-0' end
+  if not string.match(cursor, '^%d+%-%d+$') then cursor = '0-0' end
+  redis.pcall('XGROUP', 'CREATE', stream, ARGV[5] .. epoch, '0-0', 'MKSTREAM')
+  local info, last = redis.call('XINFO', 'STREAM', stream), '0-0'
+  for at = 1, #info, 2 do
+    if info[at] == 'last-generated-id' then last = info[at + 1] end
+  end
+  if not before(cursor, last) then
+    -- This is not the stream that the cursor is of.
+    emptied[#emptied + 1] = i - 6
+    cursor = '0-0'
+  end
+  redis.call('XGROUP', 'SETID', stream, ARGV[5] .. epoch, cursor)
   cursors[#cursors + 1] = cursor
-  local counted = false
-  redis.call('XGROUP', 'CREATE', stream, ARGV[5] .. epoch, cursor, 'MKSTREAM')
+  local counted = ARGV[8] ~= '1'
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local name = group[2]
     if string.sub(name, 1, #ARGV[5]) == ARGV[5] and name ~= ARGV[5] .. epoch then
@@ -100,7 +141,10 @@ for i = 6, #KEYS do
           elseif not counted then
             -- The first in line was being carried out; those behind it are not suspected.
             counted = true
-            redis.call('HINCRBY', KEYS[5], stream .. ' ' .. row[1], 1)
+            local field = stream .. ' ' .. row[1]
+            if type(redis.pcall('HINCRBY', KEYS[5], field, 1)) == 'table' then
+              redis.call('HSET', KEYS[5], field, 1)
+            end
           end
         end
         if #pending < 500 then break end
@@ -112,19 +156,32 @@ for i = 6, #KEYS do
   end
 end
 local time = redis.call('TIME')
-return {1, epoch, generation, cursors, redis.call('HGETALL', KEYS[4]), leftovers,
-        redis.call('HGETALL', KEYS[5]), time[1], time[2]}
+return {1, tonumber(epoch), generation, cursors, redis.call('HGETALL', KEYS[4]), leftovers,
+        redis.call('HGETALL', KEYS[5]), time[1], time[2], emptied}
 """
+)
 
-RENEW = """
--- KEYS: lease, run. ARGV: holder, epoch, lease in ms
-if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[2] then
-  return {0, redis.call('GET', KEYS[1]) or '', redis.call('HGET', KEYS[2], 'epoch') or '0'}
-end
+RENEW = (
+    _NEWEST
+    + """
+-- KEYS: lease, run, then the command streams. ARGV: holder, epoch, lease in ms, group, identity
+local epoch, holder = newest(KEYS[2])
+if epoch ~= ARGV[2] or holder ~= ARGV[1] then return {0, epoch, holder} end
 redis.call('SET', KEYS[1], ARGV[2] .. ' ' .. ARGV[1], 'PX', ARGV[3])
+tell(KEYS[2], ARGV[5])
+for i = 3, #KEYS do
+  local is_there = false
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[i])) do
+      is_there = is_there or group[2] == ARGV[4] .. ARGV[2]
+    end
+  end
+  if not is_there then return {0, '0', ''} end
+end
 local time = redis.call('TIME')
 return {1, time[1], time[2]}
 """
+)
 
 RELEASE = """
 -- KEYS: lease. ARGV: holder, epoch
@@ -132,19 +189,21 @@ if redis.call('GET', KEYS[1]) == ARGV[2] .. ' ' .. ARGV[1] then redis.call('DEL'
 return 1
 """
 
-SETTLE = """
+SETTLE = (
+    _NEWEST
+    + """
 -- KEYS: lease, run, sequences, attempts, outcomes, dead, then the command streams
 -- ARGV: epoch, number, group, limits of outcomes and dead letters, then counts of outcomes, dead
---       letters and sequences, then for each stream the cursor ('' for none) and the number of
---       entries done, then all of these in order
-if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[1] then
-  return {0, redis.call('GET', KEYS[1]) or '', redis.call('HGET', KEYS[2], 'epoch') or '0'}
-end
-if tonumber(ARGV[2]) <= tonumber(redis.call('HGET', KEYS[2], 'number') or '0') then
-  return {1}
-end
-redis.call('HSET', KEYS[2], 'number', ARGV[2])
-local at = 9
+--       letters and sequences, the holder, then for each stream the cursor ('' for none) and the
+--       number of entries done, then all of these in order
+local epoch, holder = newest(KEYS[2])
+if epoch ~= ARGV[1] or holder ~= ARGV[9] then return {0, epoch, holder} end
+local number = tonumber(ARGV[2])
+local settled = tonumber(redis.call('HGET', KEYS[2], 'number') or '0') or 0
+-- Nobody else counts within a lease: a higher number is somebody's garbage.
+if settled > number then return {0, '0', ''} end
+if settled == number then return {1} end
+local at = 10
 local counts = {}
 for i = 7, #KEYS do
   if ARGV[at] ~= '' then redis.call('HSET', KEYS[2], 'cursor:' .. KEYS[i], ARGV[at]) end
@@ -176,7 +235,23 @@ for _ = 1, tonumber(ARGV[8]) do
   else redis.call('HSET', KEYS[3], ARGV[at], ARGV[at + 1]) end
   at = at + 2
 end
+-- Last: where something above fails, all of it is repeated.
+redis.call('HSET', KEYS[2], 'number', ARGV[2])
 return {1}
+"""
+)
+
+REPAIR = """
+-- KEYS: of a run. ARGV: the type of each. Removes those of another type, which cannot be ours.
+local removed = {}
+for i, key in ipairs(KEYS) do
+  local found = redis.call('TYPE', key)['ok']
+  if found ~= 'none' and found ~= ARGV[i] then
+    redis.call('DEL', key)
+    removed[#removed + 1] = key .. ' (' .. found .. ')'
+  end
+end
+return removed
 """
 
 BURY = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
+from secrets import token_hex
 from types import TracebackType
 
 from esper_fn.bus._clerk import Clerk, Terms
@@ -60,6 +61,7 @@ class Station:
         clock: Clock = time.monotonic,
     ) -> None:
         at = RunPosition() if position is None else position.copy()
+        at.identity = at.identity or token_hex(16)
         terms = Terms(
             keys=keys,
             lease_seconds=lease_seconds,
@@ -80,21 +82,33 @@ class Station:
             keeps_commands=keeps_commands,
         )
         self._thread: LoopThread | None = None
+        self._is_listening = False
 
-    def start(self) -> None:
+    def start(self, *, is_listening: bool = True) -> None:
         """Takes the run's place.
+
+        Args:
+          is_listening: takes commands; otherwise from `listen` on, for a run that may be restored
+            to another position first.
 
         Raises:
           BusUnavailableError: no server.
           BusSecurityError: a server others can reach, without a key.
           LeaseHeldError: another process drives the run.
         """
+        self._is_listening = is_listening
         self._thread = LoopThread("esper-bus")
         try:
-            self._thread.call(self._clerk.open())
+            self._thread.call(self._clerk.open(is_listening=is_listening))
         except BaseException:
             self._thread.close()
             raise
+
+    def listen(self) -> None:
+        """Begins to take commands, where that was left for later."""
+        if self._thread is not None and not self._is_listening:
+            self._is_listening = True
+            self._thread.soon(self._clerk.listen)
 
     def take(self, step: int, limit: int) -> list[Taken]:
         """Commands whose turn it is, at most `limit`.

@@ -67,6 +67,8 @@ class Attached(NamedTuple):
     attempts: dict[tuple[Topic, str], int]
     """How often a run has ended with an entry handed out, not settled, and first in line."""
     server_ms: int
+    emptied: frozenset[Topic] = frozenset()
+    """Streams that end before the cursor: they were lost, and begin anew at `BEGINNING`."""
 
 
 class Settlement(NamedTuple):
@@ -88,12 +90,26 @@ class LeaseHeldError(Exception):
     Args:
       holder: who.
       seconds: until it expires.
+      epoch: of that lease.
     """
 
-    def __init__(self, holder: str, seconds: float) -> None:
+    def __init__(self, holder: str, seconds: float, epoch: int = 0) -> None:
         super().__init__(f"held by {holder} for {seconds:.1f} s more")
         self.holder = holder
         self.seconds = seconds
+        self.epoch = epoch
+
+
+class OtherRunError(Exception):
+    """Commands are signed for another run of this name than the one that lives; none was accepted.
+
+    Args:
+      identity: of the run that lives; empty where none takes commands yet.
+    """
+
+    def __init__(self, identity: str) -> None:
+        super().__init__(f"the run's identity is {identity or 'not known yet'}")
+        self.identity = identity
 
 
 class Transport(Protocol):
@@ -131,12 +147,26 @@ class Transport(Protocol):
         ...
 
     async def publish(
-        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry]
+        self,
+        topic: Topic,
+        producer: str,
+        first: int,
+        entries: Sequence[Entry],
+        *,
+        identity: str | None = None,
     ) -> Published:
         """Adds entries numbered `first`, `first + 1`, ... by their producer; all or none.
 
+        Args:
+          topic: which stream.
+          producer: who.
+          first: number of the first entry.
+          entries: in order.
+          identity: of the run they are meant for; any where left out.
+
         Raises:
           BusyError: the stream is full and refuses.
+          OtherRunError: another run of this name lives; nothing was accepted.
         """
         ...
 
@@ -156,7 +186,7 @@ class Transport(Protocol):
         topics and consumer.
 
         Raises:
-          FencedError: the lease that the group belongs to is over.
+          FencedError: the lease's group is gone; `renew` knows why.
         """
         ...
 
@@ -177,7 +207,11 @@ class Transport(Protocol):
     async def claim(
         self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
     ) -> list[Delivery]:
-        """Hands out anew what was handed out `idle_seconds` ago and never acknowledged."""
+        """Hands out anew what was handed out `idle_seconds` ago and never acknowledged.
+
+        Raises:
+          FencedError: the lease's group is gone; `renew` knows why.
+        """
         ...
 
     async def bury(self, topic: Topic, group: str, entry_ids: Sequence[str], dead: Entry) -> None:
@@ -192,6 +226,8 @@ class Transport(Protocol):
         least_epoch: int = 0,
         cursor: Mapping[Topic, str] | None = None,
         should_take_over: bool = False,
+        identity: str = "",
+        counts_attempts: bool = True,
     ) -> Attached:
         """Takes a run's place. The commands after `cursor` will be handed out again.
 
@@ -201,17 +237,20 @@ class Transport(Protocol):
           least_epoch: the new epoch is larger.
           cursor: from a run's position; the last settled entries where left out.
           should_take_over: even from a living holder, who is then fenced off.
+          identity: of the run, for which commands are signed; empty while it takes none.
+          counts_attempts: the holder before has ended; False where it is this process itself.
 
         Raises:
           LeaseHeldError: somebody else lives there.
         """
         ...
 
-    async def renew(self, lease: Lease, *, lease_seconds: float) -> int:
-        """Keeps the place; returns the server's time in milliseconds.
+    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
+        """Keeps the place and tells the run's identity; returns the server's milliseconds.
 
         Raises:
-          FencedError: it is lost.
+          FencedError: it is lost. `epoch` is above the lease's where another process has proved
+            to have taken it, and 0 where the server has lost it, or some of it.
         """
         ...
 

@@ -98,4 +98,4 @@ class Keeping:
     def check_done(self, name: str, fitted: runtime.Fit, num_steps: int, saved: int | None) -> None:
         """Raises `StoppedError` where a fit ended before its time."""
         if fitted.num_steps < num_steps:
-            raise StoppedError(name, fitted.num_steps, is_saved=saved == fitted.num_steps)
+            raise StoppedError(name, fitted.num_steps, is_saved=(saved or 0) == fitted.num_steps)

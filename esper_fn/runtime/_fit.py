@@ -186,15 +186,16 @@ def fit(
       NonFiniteLossError: the loss is not finite and there is no snapshot to go back to, or going
         back did not help.
     """
-    should_save = None
+    should_start = should_save = None
     if steering is not None:
         if commands is not None:
             raise ValueError("commands must be None with steering, which brings its own")
-        from esper_fn.runtime._steering import both, either  # needs the extra `bus`
+        from esper_fn.runtime._steering import both  # needs the extra `bus`
 
         commands, max_commands = steering.commands, steering.max_commands
         listener = both(listener, steering.listener)
-        should_stop, should_save = either(should_stop, steering.should_stop), steering.should_save
+        should_stop, should_save = steering.heed(should_stop), steering.should_save
+        should_start = steering.should_start
         checkpoints = steering.join(checkpoints)
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
@@ -267,6 +268,7 @@ def fit(
         length=length,
         listener=listener,
         checkpoints=checkpoints,
+        should_start=should_start,
         should_stop=should_stop,
         should_save=should_save,
     )
@@ -360,6 +362,7 @@ def _drive(
     listener: Listener | None,
     checkpoints: Checkpoints | None,
     should_stop: Callable[[], bool] | None,
+    should_start: Callable[[], bool] | None = None,
     should_save: Callable[[], bool] | None = None,
 ) -> Fit:
     """Segments from where the run stands to its end, or to where it is stopped."""
@@ -384,7 +387,8 @@ def _drive(
         saved = first
 
     num_compiled = 0
-    while first < num_steps:
+    is_over = first < num_steps and should_start is not None and not should_start()
+    while first < num_steps and not is_over:
         with count_compilations() as count:
             state, lost, infos, happened, rollbacks = advance(state, first, record)
             losses.append(lost)
@@ -400,14 +404,12 @@ def _drive(
         is_over = should_stop is not None and should_stop()
         if should_save is not None and should_save():
             save()
-        if is_over:
-            break
     save()
     if checkpoints is not None:
         checkpoints.writer.wait()
     return Fit(
         state=state,
-        losses=np.concatenate(losses),
+        losses=np.concatenate(losses) if losses else np.zeros(0, np.float32),
         events=record["events"],
         num_compiled=num_compiled,
         rollbacks=record["rollbacks"],

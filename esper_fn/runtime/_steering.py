@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from esper_fn import bus, commands
+from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
 from esper_fn.bus import Outcome, SeedOutcome, Taken
 from esper_fn.commands import Code
@@ -25,6 +25,8 @@ _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024
 _HANDING_OVER = 0.002
 """Seconds that a loop waits at most for its outcomes to be on their way."""
+_PAUSE_SECONDS = 0.1
+"""So often a paused loop asks whether it is to end."""
 
 
 class _Rows(NamedTuple):
@@ -75,10 +77,11 @@ class Steering:
         self._should_save = False
         self._saved: SavedPositions | None = None
         self._step = 0
+        self._should_end: Callable[[], bool] = lambda: False
         self.station: bus.Station = station(None)
 
     def __enter__(self) -> Steering:
-        self.station.start()
+        self.station.start(is_listening=False)  # a restored run takes commands as itself only
         return self
 
     def __exit__(
@@ -131,6 +134,26 @@ class Steering:
         self.station.flush()
         self._tell(segment)
 
+    def heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
+        """What `fit` asks after each segment: somebody else's wish to end, and `should_stop`.
+
+        A pause ends with either.
+        """
+        if should_stop is not None:
+            self._should_end = should_stop
+        return lambda: self.should_stop() or self._should_end()
+
+    def should_start(self) -> bool:
+        """Takes what waits before the first step; False where a pause ended with a wish to end.
+
+        Raises:
+          FencedError: another process drives the run now.
+          RunStoppedError: stopped before its first step.
+        """
+        if self._boundary():
+            self.check_stopped()
+        return not (self._is_paused and self._should_end())
+
     def should_stop(self) -> bool:
         """Takes what waits; stands still while paused; True after an emergency stop.
 
@@ -151,9 +174,12 @@ class Steering:
         """
         if checkpoints is None:
             self._saved = None
+            self.station.listen()
             return None
         saved = self._saved = SavedPositions(checkpoints.writer)
         self.station.keep_commands()
+        if not checkpoint.steps(checkpoints.writer.path):
+            self.station.listen()  # nothing is restored; else the restored position listens
         note, recall = checkpoints.note, checkpoints.recall
 
         def with_position() -> dict[str, Any]:
@@ -207,10 +233,11 @@ class Steering:
         self.station.start()
 
     def _boundary(self) -> bool:
+        self.station.listen()
         self._rows = self._rows or []
         self._fill()
-        while self._is_paused and self._stopped_by is None:
-            self.station.wait(None)
+        while self._is_paused and self._stopped_by is None and not self._should_end():
+            self.station.wait(_PAUSE_SECONDS)
             self._fill()
         return self._stopped_by is not None
 
@@ -333,16 +360,6 @@ class Steering:
             station.offer([bus.CheckpointEvent(step=saved, what="saved")])
             if (cursor := self._saved.oldest()) is not None:
                 station.kept_from(cursor)
-
-
-def either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether one of two says so; both are asked."""
-
-    def ask() -> bool:
-        told = second()
-        return (first is not None and first()) or told
-
-    return ask
 
 
 def both(

@@ -256,9 +256,13 @@ def raw_entry(transport, payload, keys=bus.NO_KEYS, topic=Topic.COMMANDS):
     return Entry(payload, keys.sign(transport.stream(topic), payload))
 
 
-def parcel(command, *, producer="raw", sequence=0, format_=bus.FORMAT):
+def parcel(command, *, producer="raw", sequence=0, format_=bus.FORMAT, identity=""):
     header = Header(
-        format=format_, producer=producer, sequence=sequence, issued_at_ms=int(time.time() * 1000)
+        format=format_,
+        producer=producer,
+        sequence=sequence,
+        issued_at_ms=int(time.time() * 1000),
+        identity=identity,
     )
     return bus.SCHEMA.encode(header, [command])
 
@@ -268,7 +272,8 @@ SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
 
 def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
     loop = Loop(maker(server.url, run_name, SECRET), keys=SECRET)
-    good = parcel(bus.Cull(seed=1, id="good"))
+    identity = loop.station.position().identity
+    good = parcel(bus.Cull(seed=1, id="good"), identity=identity)
 
     async def inject():
         t = bus.make_transport(server.url, run_name, keys=SECRET)
@@ -276,7 +281,7 @@ def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
         signed = raw_entry(t, good, SECRET)
         elsewhere = Entry(good, SECRET.sign(t.stream(Topic.OUTCOMES), good))
         big = bus.POLICIES[Topic.COMMANDS].max_entry_bytes + 1
-        strange = parcel(bus.StepMetrics(step=1, loss=0.0), producer="odd")
+        strange = parcel(bus.StepMetrics(step=1, loss=0.0), producer="odd", identity=identity)
         downgraded = parcel(bus.Cull(seed=1, id="down"), producer="down", format_=0)
         for number, entry in enumerate(
             [

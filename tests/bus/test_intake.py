@@ -223,6 +223,23 @@ def test_a_deadline_outlives_a_server_that_forgets():
     assert [seed for _, seed in rig.effects] == [1]
 
 
+def test_an_entry_that_a_lagging_clock_names_before_the_cursor_is_taken_once():
+    rig = Rig()
+    rig.intake.accept([rig.delivery(bus.Cull(seed=0, id="a"), entry_ms=1_000)])
+    rig.turn()
+    cursor = dict(rig.intake.position.cursor)
+    late = rig.delivery(bus.Cull(seed=1, id="b"), sequence=1, entry_ms=900)
+    for _ in range(3):
+        rig.intake.accept([late])
+        rig.turn()
+    other = rig.delivery(bus.Cull(seed=2, id="c"), producer="q", entry_ms=901)
+    rig.intake.accept([other])
+    rig.turn()
+    assert [name for name, _ in rig.effects] == ["a", "b", "c"]
+    assert rig.intake.position.cursor == cursor
+    assert rig.dead == []
+
+
 def test_the_latest_outcomes_are_kept_and_not_all():
     position = RunPosition()
     for number in range(3 * MAX_OUTCOMES):

@@ -1,0 +1,410 @@
+"""A run's place on the bus is removed, refused or spoilt: training goes on, and it comes back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+import pytest
+import redis
+from test_station import Loop, until
+
+from esper_fn import bus
+from esper_fn.bus import Topic
+
+COMMAND_STREAMS = (Topic.URGENT, Topic.COMMANDS)
+
+
+@pytest.fixture
+def own_server(tmp_path):
+    with bus.PrivateServer(tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def raw(own_server):
+    with redis.Redis(unix_socket_path=str(own_server.socket)) as client:
+        yield client
+
+
+@pytest.fixture
+def place(kind, request, run_name):
+    """A run over either transport, one who steers it, and ways to remove its place."""
+    broker = bus.Broker()
+    server = request.getfixturevalue("own_server") if kind == "redis" else None
+    raw = request.getfixturevalue("raw") if kind == "redis" else None
+    url = "memory" if server is None else server.url
+    place = Place(url, run_name, broker, raw)
+    yield place
+    place.close()
+
+
+class Place:
+    def __init__(self, url, run, broker, raw, **options):
+        self.url, self.run, self.broker, self.raw = url, run, broker, raw
+        self.loop = Loop(self.transport, **options)
+        self.client = bus.connect(url, run=run, keys=bus.NO_KEYS, broker=broker)
+
+    def transport(self):
+        return bus.make_transport(self.url, self.run, keys=bus.NO_KEYS, broker=self.broker)
+
+    def key(self, name):
+        return f"esper:{{{self.run}}}:{name}"
+
+    def alerts(self):
+        told = self.client.watch([Topic.EVENTS], seconds=0.3, from_beginning=True)
+        return [message.name for message in told if isinstance(message, bus.Alert)]
+
+    def calls(self):
+        return sum(row["calls"] for row in self.raw.info("commandstats").values())
+
+    def close(self):
+        self.client.close()
+        self.loop.close()
+
+
+def streams_deleted(place):
+    if place.raw is None:
+        place.broker.lose(place.run, *COMMAND_STREAMS)
+    else:
+        place.raw.delete(*map(place.key, COMMAND_STREAMS))
+
+
+def all_streams_deleted(place):
+    if place.raw is None:
+        place.broker.lose(place.run, *Topic)
+    else:
+        place.raw.delete(*map(place.key, Topic))
+
+
+def groups_destroyed(place):
+    if place.raw is None:
+        place.broker.lose_groups(place.run)
+        return
+    for topic in COMMAND_STREAMS:
+        for group in place.raw.xinfo_groups(place.key(topic)):
+            place.raw.xgroup_destroy(place.key(topic), group["name"])
+
+
+def bookkeeping_deleted(place):
+    if place.raw is None:
+        place.broker.lose(place.run)
+    else:
+        place.raw.delete(*map(place.key, ("run", "lease", "sequences", "attempts")))
+
+
+def everything_deleted(place):
+    if place.raw is None:
+        place.broker.forget()
+    else:
+        place.raw.flushall()
+
+
+FAULTS = [
+    streams_deleted,
+    all_streams_deleted,
+    groups_destroyed,
+    bookkeeping_deleted,
+    everything_deleted,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_stop_is_in_force_at_once_though_the_runs_place_was_removed(place, fault, caplog):
+    loop, client = place.loop, place.client
+    before = [bus.Cull(seed=seed) for seed in range(3)]
+    for command in before:
+        assert client.send(command, wait_seconds=10).is_done
+    fault(place)
+    stop = bus.EmergencyStop(reason="now")
+    began = time.monotonic()
+    assert client.send(stop, wait_seconds=5, must_listen=False).is_done
+    assert time.monotonic() - began < 2
+    after = bus.Cull(seed=9)
+    assert client.send(after, wait_seconds=5).is_done
+    assert client.send(before[0], wait_seconds=5).is_done  # answered again, not done again
+    assert loop.effects == [*(command.id for command in before), stop.id, after.id]
+    assert loop.error is None
+    assert len(place.alerts()) == 1
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR]
+    if place.raw is not None:
+        quiet = place.calls()
+        time.sleep(1.0)
+        assert place.calls() - quiet < 100
+
+
+def evicted(raw, run):
+    raw.config_set("maxmemory-policy", "allkeys-random")
+    raw.config_set("maxmemory", "1")
+    raw.ping()
+    until(lambda: raw.dbsize() == 0)
+    raw.config_set("maxmemory", "0")
+
+
+def swapped(raw, run):
+    raw.swapdb(0, 1)
+
+
+def replica_for_a_moment(raw, run):
+    raw.replicaof("127.0.0.1", "1")
+    time.sleep(0.3)
+    raw.replicaof("no", "one")
+
+
+def trimmed(raw, run):
+    for topic in Topic:
+        raw.xtrim(f"esper:{{{run}}}:{topic}", maxlen=0)
+
+
+def renamed(raw, run):
+    for key in raw.keys("*"):
+        raw.rename(key, b"old:" + key)
+
+
+def expired(raw, run):
+    for key in raw.keys("*"):
+        raw.pexpire(key, 1)
+
+
+def scripts_forgotten(raw, run):
+    raw.script_flush()
+
+
+def owner_forgotten(raw, run):
+    raw.hdel(f"esper:{{{run}}}:run", "owner", "number", "identity")
+
+
+def positions_moved(raw, run):
+    for topic in COMMAND_STREAMS:
+        key = f"esper:{{{run}}}:{topic}"
+        for group in raw.xinfo_groups(key):
+            raw.xgroup_setid(key, group["name"], "0-0")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        evicted,
+        swapped,
+        replica_for_a_moment,
+        trimmed,
+        renamed,
+        expired,
+        scripts_forgotten,
+        owner_forgotten,
+        positions_moved,
+    ],
+)
+def test_a_stop_is_in_force_at_once_whatever_the_server_did(own_server, raw, run_name, fault):
+    place = Place(own_server.url, run_name, None, raw, lease_seconds=1.5)
+    try:
+        before = [bus.Cull(seed=seed) for seed in range(3)]
+        for command in before:
+            assert place.client.send(command, wait_seconds=10).is_done
+        fault(raw, run_name)
+        stop = bus.EmergencyStop()
+        began = time.monotonic()
+        assert place.client.send(stop, wait_seconds=5, must_listen=False).is_done
+        assert time.monotonic() - began < 2
+        after = bus.Cull(seed=9)
+        assert place.client.send(after, wait_seconds=5, must_listen=False).is_done
+        assert place.loop.effects == [*(command.id for command in before), stop.id, after.id]
+        assert place.loop.error is None
+        quiet = place.calls()
+        time.sleep(0.5)
+        assert place.calls() - quiet < 100
+    finally:
+        place.close()
+
+
+def test_what_still_is_in_a_stream_is_not_lost_with_its_group(place):
+    place.loop.close()  # keeps nobody from sending
+    waiting = [bus.Cull(seed=seed) for seed in range(5)]
+    for command in waiting[:2]:
+        place.client.send(command, wait_seconds=None, must_listen=False)
+    place.loop = Loop(place.transport, start=False)
+    until(lambda: place.loop.station.num_waiting == 2)
+    groups_destroyed(place)
+    for command in waiting[2:]:
+        place.client.send(command, wait_seconds=None, must_listen=False)
+    until(lambda: place.loop.station.num_waiting == 5)
+    place.loop._thread.start()
+    until(lambda: len(place.loop.effects) == 5)
+    assert place.loop.effects == [command.id for command in waiting]
+
+
+def test_streams_that_begin_anew_under_an_earlier_clock_are_read(own_server, raw, run_name):
+    place = Place(own_server.url, run_name, None, raw)
+    try:
+        done = bus.Cull(seed=1)
+        assert place.client.send(done, wait_seconds=10).is_done
+        for topic in COMMAND_STREAMS:
+            # As by a server whose clock was set back, or another one that took over.
+            raw.delete(place.key(topic))
+        until(lambda: raw.exists(*map(place.key, COMMAND_STREAMS)) == 2)
+        for topic in COMMAND_STREAMS:
+            assert raw.xinfo_stream(place.key(topic))["last-generated-id"] == b"0-0"
+            raw.execute_command("XADD", place.key(topic), "1-1", "other", "fields")
+            until(lambda: len(place.client.dead_letters()) >= 1)
+        stop = bus.EmergencyStop()
+        assert place.client.send(stop, wait_seconds=5).is_done
+        assert place.loop.effects == [done.id, stop.id]
+        assert len(place.client.dead_letters()) == 2
+    finally:
+        place.close()
+
+
+def test_a_failover_to_a_server_that_lags_behind_loses_no_command(own_server, raw, run_name):
+    place = Place(own_server.url, run_name, None, raw)
+    try:
+        first, second = bus.Cull(seed=1), bus.Cull(seed=2)
+        assert place.client.send(first, wait_seconds=10).is_done
+        copy = {key: raw.dump(key) for key in raw.keys("*")}
+        assert place.client.send(second, wait_seconds=10).is_done
+        raw.flushall()
+        for key, value in copy.items():
+            raw.restore(key, 5_000 if key.endswith(b":lease") else 0, value, replace=True)
+        stop = bus.EmergencyStop()
+        began = time.monotonic()
+        assert place.client.send(stop, wait_seconds=5).is_done
+        assert time.monotonic() - began < 2
+        assert place.loop.effects == [first.id, second.id, stop.id]
+    finally:
+        place.close()
+
+
+def test_a_place_removed_again_and_again_costs_the_server_little(own_server, raw, run_name):
+    place = Place(own_server.url, run_name, None, raw)
+    try:
+        began, before = time.monotonic(), place.calls()
+        while time.monotonic() - began < 2:
+            streams_deleted(place)
+            time.sleep(0.002)
+        assert place.calls() - before < 10_000  # 1,000 are the test's own
+        assert place.client.send(bus.EmergencyStop(), wait_seconds=5).is_done
+        assert len(place.alerts()) <= 6
+    finally:
+        place.close()
+
+
+def spoil(place, name, *command):
+    place.raw.delete(place.key(name))
+    place.raw.execute_command(command[0], place.key(name), *command[1:])
+
+
+def write(place, name, *command):
+    place.raw.execute_command(command[0], place.key(name), *command[1:])
+
+
+GARBAGE = {
+    "epoch": partial(write, name="run", command=("HSET", "epoch", "garbage")),
+    "high epoch": partial(write, name="run", command=("HSET", "epoch", "999999")),
+    "infinite epoch": partial(write, name="run", command=("HSET", "epoch", "inf")),
+    "binary owner": partial(write, name="run", command=("HSET", "owner", b"\xff\x00")),
+    "number": partial(write, name="run", command=("HSET", "number", "x")),
+    "high number": partial(write, name="run", command=("HSET", "number", "999999")),
+    "run as text": partial(spoil, name="run", command=("SET", "x")),
+    "lease": partial(spoil, name="lease", command=("SET", b"\xff nonsense")),
+    "lease for ever": partial(spoil, name="lease", command=("SET", "99 somebody")),
+    "lease as list": partial(spoil, name="lease", command=("RPUSH", "x")),
+    "generation": partial(spoil, name="generation", command=("SET", b"\xff\xfe")),
+    "generation as list": partial(spoil, name="generation", command=("RPUSH", "x")),
+    "sequences as text": partial(spoil, name="sequences", command=("SET", "x")),
+    "sequences": partial(write, name="sequences", command=("HSET", b"\xff", "many")),
+    "attempts as set": partial(spoil, name="attempts", command=("SADD", "x")),
+    "attempts": partial(write, name="attempts", command=("HSET", "nothing", "x")),
+    "commands as text": partial(spoil, name="commands", command=("SET", "x")),
+    "urgent as list": partial(spoil, name="urgent", command=("RPUSH", "x")),
+    "outcomes as text": partial(spoil, name="outcomes", command=("SET", "x")),
+    "events as text": partial(spoil, name="events", command=("SET", "x")),
+    "foreign entries": partial(write, name="urgent", command=("XADD", "*", "x", b"\xff")),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_in_the_runs_keys_ends_nothing(own_server, raw, run_name, what):
+    place = Place(own_server.url, run_name, None, raw, lease_seconds=0.6)
+    try:
+        fault = GARBAGE[what]
+        place.client.send(bus.Cull(seed=1), wait_seconds=10)
+        fault.func(place, fault.keywords["name"], *fault.keywords["command"])
+        began = time.monotonic()
+        stop = bus.EmergencyStop()
+        assert place.client.send(stop, wait_seconds=5, must_listen=False).is_done
+        assert time.monotonic() - began < 2
+        time.sleep(0.5)  # several renewals
+        assert place.client.send(bus.Cull(seed=2), wait_seconds=5).is_done
+        assert len(place.loop.effects) == 3
+        assert place.loop.error is None
+        assert not place.loop.station.is_fenced
+        place.loop.close()
+        # The next one finds its way too.
+        place.loop = Loop(place.transport)
+        assert place.client.send(bus.Cull(seed=3), wait_seconds=5).is_done
+        assert len(place.loop.effects) == 1
+    finally:
+        place.close()
+
+
+def password_changed(raw):
+    raw.config_set("requirepass", "other")
+    raw.execute_command("AUTH", "other")
+    return lambda: raw.config_set("requirepass", "")
+
+
+def user_off(raw):
+    raw.execute_command("ACL", "SETUSER", "default", "off")
+    raw.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    return lambda: raw.execute_command("ACL", "SETUSER", "default", "on")
+
+
+def rule(*denied):
+    def change(raw):
+        raw.execute_command("ACL", "SETUSER", "admin", "on", ">pw", "~*", "&*", "+@all")
+        raw.execute_command("AUTH", "admin", "pw")
+        raw.execute_command("ACL", "SETUSER", "default", *denied)
+        return lambda: raw.execute_command("ACL", "SETUSER", "default", "~*", "+@all")
+
+    change.__name__ = "rule " + " ".join(denied)
+    return change
+
+
+REFUSALS = [
+    password_changed,
+    user_off,
+    rule("-xreadgroup"),
+    rule("-evalsha", "-eval"),
+    rule("-@all"),
+    rule("resetkeys", "~other:*"),
+    rule("-hget", "-hset"),
+]
+
+
+@pytest.mark.parametrize("change", REFUSALS, ids=lambda change: change.__name__)
+def test_a_bus_that_refuses_the_run_ends_nothing(own_server, raw, run_name, change, caplog):
+    raw.ping()
+    place = Place(own_server.url, run_name, None, raw, lease_seconds=0.9)
+    try:
+        assert place.client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+        allow = change(raw)
+        for client in raw.client_list():
+            if client["id"] != str(raw.client_id()):
+                raw.client_kill_filter(_id=client["id"])
+        before, steps = place.calls(), place.loop.step
+        time.sleep(1.5)
+        assert place.loop.error is None
+        assert place.loop.step > steps
+        assert place.calls() - before < 400
+        said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert said
+        assert "other" not in "".join(record.getMessage() for record in said).split()
+        allow()
+        stop = bus.EmergencyStop()
+        began = time.monotonic()
+        assert place.client.send(stop, wait_seconds=10, must_listen=False).is_done
+        assert time.monotonic() - began < 2
+        assert place.loop.effects[-1] == stop.id
+        until(lambda: "bus_refuses" in place.alerts())
+    finally:
+        place.close()
