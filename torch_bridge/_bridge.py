@@ -291,14 +291,16 @@ class Bridge:
         """The model without seeds, with the same outputs.
 
         Bodies that act and are linear in the output of a linear layer, a convolution, an embedding
-        or an affine normalisation are folded into its weights; others stay, as a plain submodule
-        `grown` of their target. The bridge ends here.
+        or an affine normalisation are folded into its weights, if these are ordinary parameters
+        that nothing else reads; others stay, as a plain submodule `grown` of their target. So do
+        bodies behind a hook, and those too small for weights of 16 bits. The bridge ends here.
         """
         self._check_open()
-        _unwrap.unwrap(self)
+        staying = _unwrap.unwrap(self)
         self._is_open = False
         for handle in self._handles:
-            handle.remove()
+            if handle.id not in staying:
+                handle.remove()
         self.optimizers.close()
         return self.model
 
