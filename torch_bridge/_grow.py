@@ -218,11 +218,13 @@ def _seeds(
         (p for p in (*place.module.parameters(), *model.parameters()) if p.is_floating_point()),
         torch.zeros(()),
     )
+    options = {"device": like.device, "dtype": like.dtype}
     banks: dict[str, list[dict[str, Tensor]]] = {}
     for name, leaves in bodies.items():
         count = next((len(leaf) for leaf in leaves.values()), 0)
         each = [
-            {of: torch.tensor(leaf[slot]).to(like) for of, leaf in leaves.items()}
+            # Not `.to(like)`: the bodies of a quantised layer would be quantised.
+            {of: torch.tensor(leaf[slot], **options) for of, leaf in leaves.items()}
             for slot in range(count)
         ]
         banks[name] = each or [{}]

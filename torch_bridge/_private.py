@@ -175,7 +175,7 @@ def _names_read(module: nn.Module) -> Iterator[frozenset[str]]:
 
     Layers of torch are known: those that read their children's weights compute as the children do.
     """
-    kind = type(module)
+    kind: Any = type(module)
     if not (kind.__module__.startswith("torch.nn.") or is_transposed_linear(module)):
         yield from _names_read_by(kind)
     own: list[Any] = [of for of in vars(module).values() if callable(of)]
@@ -187,7 +187,7 @@ def _names_read(module: nn.Module) -> Iterator[frozenset[str]]:
 
 
 @cache
-def _names_read_by(kind: type) -> tuple[frozenset[str], ...]:
+def _names_read_by(kind: Any) -> tuple[frozenset[str], ...]:
     """Of the functions that the forward pass of a class may call, as far as names tell."""
     known: dict[str, Any] = {}
     for base in reversed(kind.__mro__):

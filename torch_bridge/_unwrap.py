@@ -176,8 +176,7 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
     acting = [bank for bank in own.plan.banks if bank.acts]
     layout = _layout(module) if acting and weights.is_plain(name, module) else None
     for bank in acting:
-        chunks = None if layout is None else _affine(own, bank)
-        values = None if chunks is None else _folded(module, layout, chunks, folded)
+        values = None if layout is None else _folded(module, layout, _affine(own, bank), folded)
         if values is None:
             rest.append(bank)
         else:
@@ -241,14 +240,15 @@ def _layout(module: Any) -> Layout | None:
 
 
 def _folded(
-    module: Any, layout: Layout, chunks: list[Affine], earlier: dict[str, Tensor]
+    module: Any, layout: Layout, chunks: list[Affine] | None, earlier: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
     """New values of the module's parameters, None if the bodies do not fit into them."""
+    if chunks is None:
+        return None
     weight = earlier.get("weight", module.weight).detach().clone()
     moved = weight.movedim(layout.axis, -1)
-    bias = earlier.get("bias", None if layout.is_table else module.bias)
-    was_absent = bias is None
-    bias = weight.new_zeros(moved.shape[-1]) if was_absent else bias.detach().clone()
+    old = earlier.get("bias", None if layout.is_table else module.bias)
+    bias = weight.new_zeros(moved.shape[-1]) if old is None else old.detach().clone()
     for of in chunks:
         if not layout.is_mixing and not of.is_diagonal:
             return None
@@ -260,13 +260,9 @@ def _folded(
             sound = sound and _add_(bias[of.features], of.matrix, shift)
         if not sound:
             return None
-    if layout.is_table:
+    if layout.is_table or (old is None and not bias.any()):
         return {"weight": weight}
-    if was_absent and not bias.any():
-        return {"weight": weight}
-    if was_absent and not layout.can_shift:
-        return None
-    return {"weight": weight, "bias": bias}
+    return {"weight": weight, "bias": bias} if old is not None or layout.can_shift else None
 
 
 _MOST_LOST = 1 / 8
