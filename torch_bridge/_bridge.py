@@ -263,9 +263,9 @@ class Bridge:
         bank = self._bank_of(slot)
         local = slot - bank.start
         params = bank.site.parameters_of(bank.name, (local,))
-        bank.site.write_(
-            bank.name, local, {name: torch.tensor(leaf) for name, leaf in leaves.items()}
-        )
+        numbers = {name: torch.tensor(leaf) for name, leaf in leaves.items()}
+        bank.site.write_(bank.name, local, numbers)
+        self._shared.begin_averages(bank.site, bank.name, local, slot, numbers)
         self.optimizers.forget(params, local if bank.site.is_stacked else None)
 
     def _bank_of(self, slot: int) -> Bank:

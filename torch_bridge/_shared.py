@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,9 @@ class Shared:
         self.tell = tell
         self.sites: list[weakref.ref[Seeds]] = []
         """Those there are; the copy of a part of a model has a part of them."""
+        self.copies: weakref.WeakSet[Shared] = weakref.WeakSet()
+        self.is_average = False
+        """Whether something goes on writing the lifecycle of another model into this copy's."""
         self.is_busy = True
         """Whether any site lives or watches in this step. Compiled programs depend on it: one is
         the bare model's, the other one serves every step in which there is anything to do."""
@@ -60,6 +63,19 @@ class Shared:
         found = [site for of in self.sites if (site := of()) is not None]
         return sorted(found, key=lambda site: site.first_seed)
 
+    def begin_averages(
+        self, site: Seeds, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
+    ) -> None:
+        """Lets averages of a newborn begin with it, and not with who had its slot before.
+
+        Only where the average has no body in the slot, so that none of its outputs changes.
+        """
+        for copied in self.copies:
+            if copied.is_average and copied.lifecycle.owner()[slot] < 0:
+                for own in copied.living_sites():
+                    if own.first_seed == site.first_seed:
+                        own.write_(bank, local, leaves)
+
     def __reduce__(self) -> Any:
         raise BridgeError(NO_PICKLE)
 
@@ -68,6 +84,7 @@ class Shared:
         lifecycle = copy.deepcopy(self.lifecycle, memo)
         twin = memo[id(self)] = self.__class__(lifecycle, self.tell)
         twin.is_busy = self.is_busy
+        self.copies.add(twin)
         if not lifecycle.is_driven:  # else its bridge was copied with it
             me = weakref.ref(twin)
             lifecycle.on_load = lambda: (shared := me()) and shared.tell(shared)

@@ -123,6 +123,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
     def receive(self) -> None:
         """Moves the model to what has been written into its record."""
+        self.shared.is_average = not self.shared.lifecycle.is_driven
         self.load(self.record)
 
     def load(self, record: Any) -> None:

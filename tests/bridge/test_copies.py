@@ -25,6 +25,7 @@ import esper_fn as ef
 import torch_bridge
 from esper_fn.lifecycle import Stage
 
+GRAFT = ef.grafting.linear(num_steps=12)
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
 
 
@@ -35,7 +36,8 @@ def net() -> nn.Sequential:
 
 def grown(**options: Any) -> tuple[nn.Sequential, torch_bridge.Bridge]:
     model = net()
-    return model, quiet(model, "0", **options)
+    # Slowly, as a seed can be culled while it is grafted.
+    return model, quiet(model, "0", graft=GRAFT, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -152,17 +154,17 @@ def test_averages_live_as_their_model_does() -> None:
     model, bridge = grown()
     averages = {name: make(model) for name, make in AVERAGES.items()}
     bare = model(X)
-    enliven(bridge, [0], noise=0.1)
+    enliven(bridge, [0], noise=0.5)
     for _, update in averages.values():
         update()
-    enliven(bridge, [1], noise=0.3)
+    enliven(bridge, [1], noise=1.0)
     for _, update in averages.values():
         update()
     stages, wanted = bridge.stages.copy(), model(X)
     first, second = (average for average, _ in list(averages.values())[:2])
     torch.testing.assert_close(first(X), second(X))  # half and half, either way
     for name, (average, _) in averages.items():
-        assert (average(X) - bare).abs().max() > 1e-2, name
+        assert (average(X) - bare).abs().max() > 1e-3, name
         assert (average(X) - wanted).abs().max() > 1e-3, name
         found, its_stages = alike(average.state_dict())
         torch.testing.assert_close(average(X), found, rtol=0, atol=0, msg=name)
@@ -179,6 +181,32 @@ def test_averages_live_as_their_model_does() -> None:
     averages["ema"][1]()
     torch.testing.assert_close(averages["ema"][0](X), bare)
     np.testing.assert_array_equal(bridge.stages, [Stage.CULLED] * 2)
+
+
+def test_an_average_of_a_newborn_begins_with_it() -> None:
+    """Not with the body that had its slot before."""
+    model, bridge = grown(capacity=1)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    best = copy.deepcopy(model)
+    bare = model(X)
+    enliven(bridge, [0], noise=3.0)
+    average.update_parameters(model)
+    assert (average(X) - bare).abs().max() > 1e-2
+    bridge.step(1.0, [ef.commands.cull(0)])
+    average.update_parameters(model)
+    bridge.step(1.0, [ef.commands.germinate(1, "low_rank")])
+    for stage in (Stage.TRAINING, Stage.GRAFTING):
+        average.update_parameters(model)
+        bridge.step(1.0, [ef.commands.transition(1, stage)])
+    bridge.step(1.0)
+    average.update_parameters(model)
+    assert bridge.seed(1).alpha > 0
+    # Nobody has trained the newborn: its average is the newborn.
+    (own,) = ([p for n, p in of.named_parameters() if "seeds" in n] for of in [average.module])
+    for mean, newborn in zip(own, bridge.body_parameters(), strict=True):
+        torch.testing.assert_close(mean, newborn)
+    torch.testing.assert_close(average(X), model(X))
+    assert all(not p.any() for n, p in best.named_parameters() if "seeds" in n)
 
 
 def test_integers_of_an_average_by_differences_are_refused_or_right() -> None:
@@ -277,7 +305,7 @@ def test_a_copy_trains_by_itself() -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_copied_bridge_goes_on_with_its_model(stacked: bool) -> None:
-    model, bridge = grown(stacked=stacked, watch_every=1)
+    model, bridge = grown(stacked=stacked)
     enliven(bridge)
     twin = copy.deepcopy(bridge)
     assert twin.model is not model
@@ -321,7 +349,7 @@ def test_a_part_is_copied_as_it_is() -> None:
     assert not torch.equal(model[0](X), wanted)
     # Without the site that has the record, too.
     model = net()
-    bridge = quiet(model, ["0", "3"], chunks=1)
+    bridge = quiet(model, ["0", "3"], chunks=1, graft=GRAFT)
     enliven(bridge)
     part, wanted = copy.deepcopy(model[3]), model[3](torch.ones(1, 8))
     bridge.step(1.0, [ef.commands.cull(1)])
