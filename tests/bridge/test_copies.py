@@ -209,7 +209,7 @@ def test_an_average_of_a_newborn_begins_with_it() -> None:
     assert all(not p.any() for n, p in best.named_parameters() if "seeds" in n)
 
 
-def test_integers_of_an_average_by_differences_are_refused_or_right() -> None:
+def test_averages_of_whole_lists_take_the_newest_lifecycle() -> None:
     """`_foreach_` functions of integers, as `get_swa_multi_avg_fn` has them."""
     model, bridge = grown()
     lists = [list(of.buffers()) for of in (copy.deepcopy(model), model)]
