@@ -14,6 +14,7 @@ from torch_bridge._bodies import Form
 from torch_bridge._optim import Partial, Watcher
 from torch_bridge._plan import NUM_GAINS, BankPlan, plan_bank
 from torch_bridge._settle import Learning
+from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 
 
@@ -28,6 +29,18 @@ class Bank(NamedTuple):
     form: Form
 
 
+def tell_copy(shared: Shared) -> None:
+    """Gives the sites of a copied model their plans, which no bridge does.
+
+    Nothing is measured there, as nobody would read it.
+    """
+    sites, lifecycle = shared.living_sites(), shared.lifecycle
+    banks = [Bank(site, *of) for site in sites for of in site.slots_of_banks]
+    gains = lifecycle.gains()
+    shared.is_busy = bool(np.any(gains != 0))
+    tell_sites(sites, banks, gains, lifecycle.owner(), is_watching=False)
+
+
 def tell_sites(
     sites: Sequence[Seeds],
     banks: Sequence[Bank],
@@ -39,13 +52,13 @@ def tell_sites(
     """Gives every site its plan for the next step.
 
     Args:
-      sites: in the order of the seeds.
+      sites: all of a model, or those that a copy of a part of it has.
       banks: theirs.
       gains: float32[Q, 4].
       owner: int32[Q].
       is_watching: whether dormant chunks are measured.
     """
-    num_seeds = sum(site.plan.cut.chunks for site in sites)
+    num_seeds = max([*(site.first_seed + site.plan.cut.chunks for site in sites), owner.max() + 1])
     by_seed = np.zeros((num_seeds, NUM_GAINS), np.float32)
     row, slot = (np.full((num_seeds,), -1, np.int32) for _ in range(2))
     is_held = owner >= 0
@@ -66,8 +79,8 @@ def tell_sites(
         slot[bank.first_seed + chunks] = slots
         plans[id(bank.site)].append(plan)
     flats: dict[torch.device, list[Tensor]] = {}
-    first = 0
     for site in sites:
+        first = site.first_seed
         device, last = site.tap.device, first + site.plan.cut.chunks
         if device not in flats:
             flats[device] = [torch.tensor(of, device=device) for of in (by_seed, row, slot)]
@@ -81,7 +94,6 @@ def tell_sites(
             bound={},
         )
         site.gains = on_gains
-        first = last
 
 
 def _aligned(part: Tensor) -> Tensor:

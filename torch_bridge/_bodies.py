@@ -200,6 +200,11 @@ _FORMS: dict[str, tuple[Apply, ...]] = {
 }
 
 
+def is_built_in(form: Form, name: str) -> bool:
+    """Whether a form is the one that a built-in blueprint of this name has."""
+    return form.apply in _FORMS[name]
+
+
 def register_blueprint(name: str, apply: Apply) -> None:
     """Says what a blueprint of your own computes in torch.
 

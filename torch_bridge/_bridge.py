@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,8 @@ from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._measure import Measured, measure, read
 from torch_bridge._optim import Watcher
-from torch_bridge._site import Seeds, Shared
+from torch_bridge._shared import Shared
+from torch_bridge._site import Seeds
 
 
 class Bridge:
@@ -67,8 +69,31 @@ class Bridge:
         self._is_reached = False
         self._is_open = True
         self._was: tuple[bytes, bytes] | None = None
-        lifecycle.on_load = self._loaded
+        self._drive()
+
+    def _drive(self) -> None:
+        self._lifecycle.is_driven, self._lifecycle.on_load = True, self._loaded
+        self._was = None
         self._refresh()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bridge:
+        """The bridge of the copied model, which grows on from here by itself.
+
+        It knows no optimiser yet, and no measurement that is still under way.
+        """
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        for name, of in vars(self).items():
+            if name in ("growth", "_group"):
+                setattr(twin, name, of)
+            elif name not in ("optimizers", "_pending", "_asked", "_was"):
+                setattr(twin, name, copy.deepcopy(of, memo))
+        twin.optimizers = Watcher(twin._host, twin.body_parameters())
+        twin._pending, twin._asked = [], list(self._asked)
+        if twin._is_open:
+            twin._drive()
+        else:
+            twin.optimizers.close()
+        return twin
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -238,9 +263,9 @@ class Bridge:
         bank = self._bank_of(slot)
         local = slot - bank.start
         params = bank.site.parameters_of(bank.name, (local,))
-        bank.site.write_(
-            bank.name, local, {name: torch.tensor(leaf) for name, leaf in leaves.items()}
-        )
+        numbers = {name: torch.tensor(leaf) for name, leaf in leaves.items()}
+        bank.site.write_(bank.name, local, numbers)
+        self._shared.begin_averages(bank.site, bank.name, local, slot, numbers)
         self.optimizers.forget(params, local if bank.site.is_stacked else None)
 
     def _bank_of(self, slot: int) -> Bank:
@@ -291,14 +316,16 @@ class Bridge:
         """The model without seeds, with the same outputs.
 
         Bodies that act and are linear in the output of a linear layer, a convolution, an embedding
-        or an affine normalisation are folded into its weights; others stay, as a plain submodule
-        `grown` of their target. The bridge ends here.
+        or an affine normalisation are folded into its weights, if these are ordinary parameters
+        that nothing else reads; others stay, as a plain submodule `grown` of their target. So do
+        bodies behind a hook, and those too small for weights of 16 bits. The bridge ends here.
         """
         self._check_open()
-        _unwrap.unwrap(self)
+        staying = _unwrap.unwrap(self)
         self._is_open = False
         for handle in self._handles:
-            handle.remove()
+            if handle.id not in staying:
+                handle.remove()
         self.optimizers.close()
         return self.model
 

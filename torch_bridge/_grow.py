@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
-from torch_bridge._banks import Bank
+from torch_bridge._banks import Bank, tell_copy
 from torch_bridge._bodies import form_of
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._plan import NUM_GAINS, Cut, SitePlan
-from torch_bridge._site import Seeds, Shared
+from torch_bridge._plan import NUM_GAINS, BankSlots, Cut, SitePlan
+from torch_bridge._shared import Shared
+from torch_bridge._site import Seeds
 from torch_bridge._targets import Place, Targets, by_pattern, find
 
 
@@ -122,27 +123,22 @@ def grow(
     ]
     lifecycle = Lifecycle(growth, seed)
     empty = lifecycle.empty_bodies()
-    shared = Shared()
-    seeds = [
-        _seeds(place, site, empty[site.name], shared, stacked, model)
-        for place, site in zip(places, sites, strict=True)
-    ]
+    shared = Shared(lifecycle, tell_copy)
     starts = np.cumsum([0, *(site.num_seeds for site in sites)])
-    banks = [
-        Bank(
-            site=seeds[bank.site],
-            name=lattice.names[bank.blueprint],
-            start=bank.start,
-            num_slots=bank.num_slots,
-            first_seed=int(starts[bank.site]),
-            form=form,
-        )
-        for bank, form in zip(lattice.tables.banks, forms, strict=True)
+    slots: list[list[BankSlots]] = [[] for _ in sites]
+    for bank, form in zip(lattice.tables.banks, forms, strict=True):
+        name, first = lattice.names[bank.blueprint], int(starts[bank.site])
+        slots[bank.site].append(BankSlots(name, bank.start, bank.num_slots, first, form))
+    seeds = [
+        _seeds(place, site, empty[site.name], shared, tuple(own), stacked, model)
+        for place, site, own in zip(places, sites, slots, strict=True)
     ]
+    banks = [Bank(site, *of) for site in seeds for of in site.slots_of_banks]
+    banks.sort(key=lambda bank: bank.start)
     for own in seeds:
         kernels = [bank.form.kernel for bank in banks if bank.site is own]
         own.activation = kernels[0] if len(kernels) == 1 else None
-    seeds[0].lifecycle = lifecycle
+    seeds[0].keep_record()
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
         model.register_forward_hook(shared.end),
@@ -211,6 +207,7 @@ def _seeds(
     site: ef.Site,
     bodies: Mapping[str, Mapping[str, np.ndarray]],
     shared: Shared,
+    slots: tuple[BankSlots, ...],
     is_stacked: bool,
     model: nn.Module,
 ) -> Seeds:
@@ -218,11 +215,13 @@ def _seeds(
         (p for p in (*place.module.parameters(), *model.parameters()) if p.is_floating_point()),
         torch.zeros(()),
     )
+    options = {"device": like.device, "dtype": like.dtype}
     banks: dict[str, list[dict[str, Tensor]]] = {}
     for name, leaves in bodies.items():
         count = next((len(leaf) for leaf in leaves.values()), 0)
         each = [
-            {of: torch.tensor(leaf[slot]).to(like) for of, leaf in leaves.items()}
+            # Not `.to(like)`: the bodies of a quantised layer would be quantised.
+            {of: torch.tensor(leaf[slot], **options) for of, leaf in leaves.items()}
             for slot in range(count)
         ]
         banks[name] = each or [{}]
@@ -235,5 +234,5 @@ def _seeds(
         row=torch.full((site.chunks,), -1, dtype=torch.int32),
         is_watching=False,
     )
-    own = Seeds(site.name, place.axis, plan, banks, shared, is_stacked=is_stacked)
+    own = Seeds(site.name, place.axis, plan, banks, shared, slots, is_stacked=is_stacked)
     return own.to(like.device)

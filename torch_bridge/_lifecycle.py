@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -71,7 +72,11 @@ class Lifecycle:
         self._programs: dict[int, tuple[Any, Words]] = {}
         self._conclude = jax.jit(growth.conclude)
         self._on_trial = jax.jit(growth.on_trial)
-        self.on_load: Callable[[], None] = lambda: None
+        self.on_load: Callable[[], Any] = lambda: None
+        self.is_driven = False
+        """Whether a bridge moves it; a copied model's rests until its record is written."""
+        self.age = 0
+        """How often it has changed."""
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -89,10 +94,16 @@ class Lifecycle:
             self._words = jax.device_put(self._pack_state(state), self.device)
             self._told = jax.tree.map(np.asarray, _tell(state))
         self._unpacked = state
+        self.age += 1
 
     def __deepcopy__(self, memo: Any) -> Lifecycle:
-        """A copied model (an average of its weights, say) is at the same point of the same life."""
-        return self
+        """Of a copied model: at the same point, and from now on by itself.
+
+        States are never changed in place, so the two share what is the same.
+        """
+        twin = memo[id(self)] = copy.copy(self)
+        twin.is_driven, twin.on_load = False, lambda: None
+        return twin
 
     def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
         """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
@@ -142,6 +153,7 @@ class Lifecycle:
         words, told = program(before, measured.astype(np.float32), asked)
         found = words_of_told.read(np.asarray(told))
         self._words, self._told, self._unpacked = words, found, None
+        self.age += 1
         return self._told.info, self._born(before)
 
     def _program(self, asked: Any) -> tuple[Any, Words]:

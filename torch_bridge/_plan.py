@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +140,17 @@ def plan_bank(
         ),
         is_damped=bool(np.any(gains[:, 3] != 0)),
     )
+
+
+class BankSlots(NamedTuple):
+    """A bank of the lattice: which of all slots are its own, and whose."""
+
+    name: str
+    start: int
+    num_slots: int
+    first_seed: int
+    """Of its site."""
+    form: Form
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _kernels, _layer, _ops
+from torch_bridge import _kernels, _layer, _ops, _record
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
-from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
+from torch_bridge._plan import NUM_CHANNELS, BankPlan, BankSlots, SitePlan
+from torch_bridge._shared import NO_PICKLE, Shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,32 +29,6 @@ class Body(nn.Module):  # type: ignore[misc] # torch is untyped here
             self.register_parameter(name, nn.Parameter(leaf))
 
 
-class Shared:
-    """What all sites of one model share: whether the model is running, and what a survey wants."""
-
-    def __init__(self) -> None:
-        self.is_busy = True
-        """Whether any site lives or watches in this step. Compiled programs depend on it: one is
-        the bare model's, the other one serves every step in which there is anything to do."""
-        self.is_running = False
-        self.called: set[str] = set()
-        self.moments: dict[str, list[Tensor]] | None = None
-        """Where a survey gathers second moments; None outside of one."""
-        self.anchors: list[Tensor] = []
-        self.with_moments = False
-
-    def begin(self, model: nn.Module, args: Any) -> None:
-        """The forward pre-hook of the whole model."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self.is_running = True
-            self.called.clear()
-
-    def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """The forward hook of the whole model."""
-        if not torch.compiler.is_compiling():
-            self.is_running = False
-
-
 class Seeds(nn.Module):  # type: ignore[misc]
     """The seeds of one target; a child of it, named `seeds`. Made by `grow`."""
 
@@ -62,6 +39,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         plan: SitePlan,
         banks: Mapping[str, list[dict[str, Tensor]]],
         shared: Shared,
+        slots_of_banks: tuple[BankSlots, ...],
         *,
         is_stacked: bool,
     ) -> None:
@@ -71,6 +49,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.is_stacked = is_stacked
         self.plan = plan
         self.shared = shared
+        self.slots_of_banks = slots_of_banks
+        shared.sites.append(weakref.ref(self))
         self.leaf_names: list[tuple[str, str]] = []
         """Of `_all_rows`: bank and leaf."""
         self.places_of: dict[str, list[tuple[str, int]]] = {}
@@ -97,8 +77,63 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """None or one: what backward passes measured. A list, as setting a module's attribute takes
         longer."""
         self.handle = _ops.new_handle(self)
-        self.lifecycle: Any = None
-        """On the first site: who writes the lifecycle into a state dict, and reads it."""
+        self.packed_age: int | None = None
+        """Where this site has the record of the lifecycle: the age of what is in it."""
+
+    @property
+    def first_seed(self) -> int:
+        """Of its chunks among all seeds."""
+        return self.slots_of_banks[0].first_seed
+
+    # --- the record --------------------------------------------------------------------------
+
+    def keep_record(self) -> None:
+        """Makes this the site whose buffer holds the lifecycle."""
+        lifecycle = self.shared.lifecycle
+        record = _record.seal(lifecycle.pack(), lifecycle.age).to(self.tap.device)
+        self.register_buffer("lifecycle", record, persistent=False)
+        self.packed_age = lifecycle.age
+        _record.own(self)
+
+    def pack_record(self) -> None:
+        """Brings the record up to date, if this site has it."""
+        record = self.record
+        if record is None or record.is_meta or self.packed_age == self.shared.lifecycle.age:
+            return
+        lifecycle = self.shared.lifecycle
+        _record.write_(record, _record.seal(lifecycle.pack(), lifecycle.age))
+        self.packed_age = lifecycle.age
+
+    @property
+    def record(self) -> Tensor | None:
+        """The buffer as it is, which may be older than the lifecycle."""
+        found: Tensor | None = self.__dict__["_buffers"].get("lifecycle")
+        return found
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:
+        """Torch's registry: packed when it is read, as packing in every step would take time."""
+        self.pack_record()
+        found: dict[str, Tensor | None] = self.__dict__["_buffers"]
+        return found
+
+    @_buffers.setter
+    def _buffers(self, buffers: dict[str, Tensor | None]) -> None:
+        self.__dict__["_buffers"] = buffers
+
+    def receive(self) -> None:
+        """Moves the model to what has been written into its record."""
+        self.shared.is_average = not self.shared.lifecycle.is_driven
+        self.load(self.record)
+
+    def load(self, record: Any) -> None:
+        """Takes a lifecycle over."""
+        lifecycle = self.shared.lifecycle
+        packed, age = _record.unseal(record)
+        lifecycle.unpack(packed)
+        # What a bridge drives is newer than all averages of it, whatever was loaded.
+        lifecycle.age = max(lifecycle.age, age) if lifecycle.is_driven else age
+        self.packed_age = None
 
     # --- parameters --------------------------------------------------------------------------
 
@@ -259,6 +294,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Seeds:
         super()._apply(fn, recurse)
+        self.packed_age = None
         device = fn(torch.empty(0, dtype=torch.int64, device=self.tap.device)).device
         if device != self.tap.device:
             self.tap = torch.zeros_like(self.tap, device=device, requires_grad=True)
@@ -271,33 +307,35 @@ class Seeds(nn.Module):  # type: ignore[misc]
         own = {"tap", "handle", "heard"}
         twin: Seeds = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
+        self.pack_record()
         for name, of in self.__dict__.items():
             twin.__dict__[name] = None if name in own else copy.deepcopy(of, memo)
         twin.tap = torch.zeros_like(self.tap, requires_grad=True)
         twin.heard = []
         twin.handle = _ops.new_handle(twin)
+        twin.plan = replace(twin.plan, is_watching=False, bound={})
+        twin.shared.sites.append(weakref.ref(twin))
+        if twin.record is not None:
+            _record.own(twin)
         return twin
 
     def __reduce__(self) -> Any:
-        raise BridgeError(
-            "a grown model cannot be pickled; save model.state_dict() with safetensors, grow a "
-            "fresh model alike and load it there"
-        )
+        raise BridgeError(NO_PICKLE)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lifecycle is not None:
-            destination[prefix + "lifecycle"] = self.lifecycle.pack()
+        record = self._buffers.get("lifecycle")
+        if record is not None:
+            destination[prefix + "lifecycle"] = record.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         key = prefix + "lifecycle"
-        if self.lifecycle is not None and key in state_dict:
-            packed = state_dict[key]
-            self.lifecycle.unpack(packed)
+        if self.record is not None and key in state_dict:
+            self.load(state_dict[key])
             state_dict = {name: of for name, of in state_dict.items() if name != key}
-        elif self.lifecycle is not None:
+        elif self.record is not None:
             rest[2].append(key)  # missing_keys
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

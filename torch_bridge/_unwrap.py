@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_bridge._plan import BankPlan, SitePlan
+from torch_bridge._bodies import is_built_in
+from torch_bridge._plan import BankPlan
+from torch_bridge._private import Weights, is_transposed_linear
 from torch_bridge._site import Seeds, _first
 
 if TYPE_CHECKING:
@@ -16,26 +18,84 @@ if TYPE_CHECKING:
 
 
 class Affine(NamedTuple):
-    """`y = x + x matrix + shift` over the features, as float64."""
+    """`y = x + x matrix + shift` over the features of one chunk, as float64."""
 
+    features: slice
     matrix: Tensor
-    """[D, D]."""
+    """[n, n]."""
     shift: Tensor
-    """[D]."""
+    """[n]."""
+    is_diagonal: bool
 
 
-def unwrap(bridge: Bridge) -> None:
-    """Folds and removes the seeds of every site."""
-    modules = dict(bridge.model.named_modules())
-    for site in bridge.sites:
-        module = modules[site.site]
-        with torch.no_grad():
-            rest = [of for of in site.plan.banks if of.acts and not _fold(module, site, of)]
-        del module._modules["seeds"]
-        if rest:
-            grown = Grown(site, rest)
-            module.add_module("grown", grown)
-            module.register_forward_hook(grown.hook)
+class Site(NamedTuple):
+    """A target as it is to become."""
+
+    module: nn.Module
+    own: Seeds
+    folded: dict[str, Tensor]
+    """New values of the module's parameters."""
+    rest: list[BankPlan]
+    """The banks that stay."""
+
+
+def unwrap(bridge: Bridge) -> set[int]:
+    """Folds and removes the seeds of every site.
+
+    Returns:
+      The ids of forward hooks that stay where they are.
+    """
+    targets = {
+        id(of._modules["seeds"]): (name, of)
+        for name, of in bridge.model.named_modules()
+        if of._modules.get("seeds") is not None
+    }
+    # A target that has been taken out of the model since takes its seeds with it.
+    chosen = [(*targets[id(own)], own) for own in bridge.sites if id(own) in targets]
+    hooks = {id(own): _hook_of(module, own) for _, module, own in chosen}
+    weights = Weights(bridge.model, {of for of in hooks.values() if of is not None})
+    with torch.no_grad():
+        # All are computed before one is written: what fails must leave the model as it was.
+        sites = [_fold(weights, name, module, own) for name, module, own in chosen]
+        for site in sites:
+            _write(site)
+    staying = set()
+    for site in sites:
+        hook = hooks[id(site.own)]
+        del site.module._modules["seeds"]
+        if site.rest:
+            name = _free_name(site.module)
+            grown = Grown(site.own, site.rest)
+            site.module.add_module(name, grown)
+            if hook is None:
+                site.module.register_forward_hook(grown.hook)
+            else:  # between the hooks that were made before it and those made after
+                site.module._forward_hooks[hook] = grown.hook
+                staying.add(hook)
+    return staying
+
+
+def _hook_of(module: nn.Module, own: Seeds) -> int | None:
+    hooks = module._forward_hooks.items()
+    return next((key for key, of in hooks if getattr(of, "__self__", None) is own), None)
+
+
+def _free_name(module: nn.Module) -> str:
+    """`grown`, unless what an earlier bridge left is called so."""
+    name, count = "grown", 1
+    while hasattr(module, name):
+        count += 1
+        name = f"grown{count}"
+    return name
+
+
+def _write(site: Site) -> None:
+    for leaf, value in site.folded.items():
+        parameter = site.module._parameters[leaf]
+        if parameter is None:
+            site.module._parameters[leaf] = nn.Parameter(value)
+        else:
+            parameter.copy_(value)
 
 
 class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
@@ -68,18 +128,26 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         return rebuild(self(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x + act * body(x)`."""
+        """`x + act * body(x)`, in the dtype of `x`; a body that is not finite reaches nothing."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._grown(x)
+        return self._grown(x)
+
+    def _grown(self, x: Tensor) -> Tensor:
         last = x.movedim(self.axis, -1)
-        y = last
+        y = last.float()
         for name, apply, slots, is_all in self._banks:
             inner: Any = getattr(self, name)
             u = self._take(inner, is_all, last)
             leaves = dict(inner.named_parameters())
-            r = apply(leaves, u, inner.mask, self.topology)
-            act = inner.act.reshape(len(slots), *(1,) * (r.ndim - 1))
+            r = apply(leaves, u, inner.mask, self.topology).float()
+            one_each = (len(slots), *(1,) * (r.ndim - 1))
+            act = inner.act.reshape(one_each)
+            is_acting = (act != 0) & r.flatten(1).sum(1).isfinite().reshape(one_each)
             # Added over zeros: written in place it could not be exported.
-            y = y + self._lay_out(inner, is_all, (act * r.float()).to(x.dtype), y)
-        return y.movedim(-1, self.axis)
+            y = y + self._lay_out(inner, is_all, torch.where(is_acting, act * r, 0.0), y)
+        return y.to(x.dtype).movedim(-1, self.axis)
 
     def _take(self, inner: Any, is_all: bool, x: Tensor) -> Tensor:
         cut = self._cut
@@ -101,102 +169,112 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         return wide.index_copy(-2, inner.chunk, laid).flatten(-2)
 
 
-def _fold(module: nn.Module, site: Seeds, bank: BankPlan) -> bool:
-    """Puts a bank's bodies into the module's weights, if both are of a kind that allows it."""
-    fold = _folds(module)
-    affine = None if fold is None else _affine(site.plan, site, bank)
-    if fold is None or affine is None:
-        return False
-    return fold(module, affine)
+def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
+    """What becomes of a target, without changing it."""
+    folded: dict[str, Tensor] = {}
+    rest = []
+    acting = [bank for bank in own.plan.banks if bank.acts]
+    layout = _layout(module) if acting and weights.is_plain(name, module) else None
+    for bank in acting:
+        values = None if layout is None else _folded(module, layout, _affine(own, bank), folded)
+        if values is None:
+            rest.append(bank)
+        else:
+            folded |= values
+    return Site(module, own, folded, rest)
 
 
-def _affine(plan: SitePlan, site: Seeds, bank: BankPlan) -> Affine | None:
+def _affine(own: Seeds, bank: BankPlan) -> list[Affine] | None:
     """What the bodies do to the features, where that is linear in each position alone."""
-    leaves = dict(zip(site.names_of(bank.bank), site.rows_of(bank), strict=True))
-    cut, device = plan.cut, plan.gains.device
-    matrix = torch.zeros((cut.features, cut.features), dtype=torch.float64, device=device)
-    shift = torch.zeros((cut.features,), dtype=torch.float64, device=device)
+    leaves = dict(zip(own.names_of(bank.bank), own.rows_of(bank), strict=True))
+    cut = own.plan.cut
     is_low_rank = bank.form.activation == "none" and set(leaves) <= {"down", "up", "bias"}
-    if not is_low_rank and set(leaves) != {"scale", "shift"} and leaves:
+    is_diagonal = is_built_in(bank.form, "scale_shift") or is_built_in(bank.form, "noop")
+    if not (is_low_rank or is_diagonal):
         return None
+    found = []
     for index, chunk in enumerate(bank.chunk.tolist()):
         start, size = int(cut.starts[chunk]), int(cut.sizes[chunk])
-        act = plan.gains[chunk, 0].double()
-        here = slice(start, start + size)
-        own = {name: leaf[index].double() for name, leaf in leaves.items()}
+        act = own.plan.gains[chunk, 0].double()
+        body = {name: leaf[index].double() for name, leaf in leaves.items()}
+        if act == 0 or not body:
+            continue
         if is_low_rank:
-            up = own["up"][:, :size]
-            matrix[here, here] = act * (own["down"][:size] @ up)
-            if "bias" in own:
-                shift[here] = act * (own["bias"] @ up)
-        elif own:
-            matrix[here, here] = torch.diag(act * own["scale"][:size])
-            shift[here] = act * own["shift"][:size]
-    return Affine(matrix, shift)
+            up = body["up"][:, :size]
+            matrix = act * (body["down"][:size] @ up)
+            shift = act * (body["bias"] @ up) if "bias" in body else torch.zeros_like(matrix[0])
+        else:
+            matrix = torch.diag(act * body["scale"][:size])
+            shift = act * body["shift"][:size]
+        found.append(Affine(slice(start, start + size), matrix, shift, is_diagonal))
+    return found
 
 
-def _folds(module: nn.Module) -> Callable[[Any, Affine], bool] | None:
-    if type(module) is nn.Linear:
-        return _into_linear
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return _into_transposed_linear
-    if type(module) in {nn.Conv1d, nn.Conv2d, nn.Conv3d}:
-        return _into_conv
-    if type(module) is nn.Embedding:
-        return _into_embedding
-    if type(module) in {nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d}:
-        return _into_norm
+class Layout(NamedTuple):
+    """How a layer's parameters make its features."""
+
+    axis: int
+    """Of the features in its weight."""
+    is_mixing: bool = True
+    """Whether features may be mixed in its weight."""
+    is_table: bool = False
+    """Whether each row of the weight is an output, so that a shift goes there too."""
+    can_shift: bool = True
+    """Whether it takes a bias, or has one."""
+
+
+def _layout(module: Any) -> Layout | None:
+    if isinstance(module, nn.Linear):
+        return Layout(0)
+    if is_transposed_linear(module):
+        return Layout(-1)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # In groups, output channels read different inputs.
+        return Layout(0, is_mixing=module.groups == 1)
+    if isinstance(module, nn.Embedding):
+        return Layout(-1, is_table=True)
+    if getattr(module, "weight", None) is not None and module.weight.ndim == 1:
+        has_shift = getattr(module, "bias", None) is not None
+        return Layout(0, is_mixing=False, can_shift=has_shift)
     return None
 
 
-def _add_(p: Tensor, change: Tensor) -> None:
-    p.copy_((p.double() + change).to(p.dtype))
+def _folded(
+    module: Any, layout: Layout, chunks: list[Affine] | None, earlier: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """New values of the module's parameters, None if the bodies do not fit into them."""
+    if chunks is None:
+        return None
+    weight = earlier.get("weight", module.weight).detach().clone()
+    moved = weight.movedim(layout.axis, -1)
+    old = earlier.get("bias", None if layout.is_table else module.bias)
+    bias = weight.new_zeros(moved.shape[-1]) if old is None else old.detach().clone()
+    for of in chunks:
+        if not layout.is_mixing and not of.is_diagonal:
+            return None
+        shift = of.shift
+        if layout.is_table:
+            sound = _add_(moved[..., of.features], of.matrix, shift)
+        else:
+            sound = _add_(moved[..., of.features], of.matrix, torch.zeros_like(shift))
+            sound = sound and _add_(bias[of.features], of.matrix, shift)
+        if not sound:
+            return None
+    if layout.is_table or (old is None and not bias.any()):
+        return {"weight": weight}
+    return {"weight": weight, "bias": bias} if old is not None or layout.can_shift else None
 
 
-def _into_bias(module: Any, affine: Affine, device: torch.device, dtype: torch.dtype) -> None:
-    if module.bias is not None:
-        _add_(module.bias, module.bias.double() @ affine.matrix + affine.shift)
-    elif affine.shift.any():
-        shift = affine.shift.to(device=device, dtype=dtype)
-        module.register_parameter("bias", nn.Parameter(shift))
+_MOST_LOST = 1 / 8
+"""Of a change, what rounding to a weight of 16 bits may take away."""
 
 
-def _into_linear(module: Any, affine: Affine) -> bool:
-    _into_bias(module, affine, module.weight.device, module.weight.dtype)
-    _add_(module.weight, affine.matrix.T @ module.weight.double())
-    return True
-
-
-def _into_transposed_linear(module: Any, affine: Affine) -> bool:
-    _into_bias(module, affine, module.weight.device, module.weight.dtype)
-    _add_(module.weight, module.weight.double() @ affine.matrix)
-    return True
-
-
-def _into_conv(module: Any, affine: Affine) -> bool:
-    mixes = affine.matrix.T @ module.weight.double().flatten(1)
-    # A convolution in groups cannot mix output channels that read different inputs.
-    if module.groups > 1 and not torch.equal(affine.matrix, torch.diag(affine.matrix.diagonal())):
-        return False
-    _into_bias(module, affine, module.weight.device, module.weight.dtype)
-    _add_(module.weight, mixes.reshape(module.weight.shape))
-    return True
-
-
-def _into_embedding(module: Any, affine: Affine) -> bool:
-    _add_(module.weight, module.weight.double() @ affine.matrix + affine.shift)
-    return True
-
-
-def _into_norm(module: Any, affine: Affine) -> bool:
-    diagonal = affine.matrix.diagonal()
-    has_scale = getattr(module, "weight", None) is not None and module.weight.ndim == 1
-    has_shift = getattr(module, "bias", None) is not None
-    if not has_scale or not torch.equal(affine.matrix, torch.diag(diagonal)):
-        return False
-    if affine.shift.any() and not has_shift:
-        return False
-    if has_shift:
-        _add_(module.bias, module.bias.double() * diagonal + affine.shift)
-    _add_(module.weight, module.weight.double() * diagonal)
-    return True
+def _add_(values: Tensor, matrix: Tensor, shift: Tensor) -> bool:
+    """Changes values `[..., n]` by `values matrix + shift`, if they can tell the difference."""
+    wide = values.double()
+    change = wide @ matrix + shift
+    new = (wide + change).to(values.dtype)
+    error = (new.double() - (wide + change)).norm()
+    values.copy_(new)
+    is_fine = torch.finfo(values.dtype).bits >= 32 or bool(error <= _MOST_LOST * change.norm())
+    return is_fine and bool(new.isfinite().all())

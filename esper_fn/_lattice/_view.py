@@ -51,16 +51,14 @@ def slot_gains(
     """act, learn, feel and damping of every slot; zero for free ones.
 
     A body that learns without acting is damped by `|dy| / (trust |x|)` of its chunk, from the
-    averages of the steps before; it does not learn before these are known.
+    averages of the steps before. In its first step it needs none: `r` is 0 at birth.
     """
     seed = jnp.maximum(owner, 0)
     stage = seeds.stage[seed]
     act, learn, feel = jnp.unstack(gains(stage, seeds.alpha[seed]), axis=-1)
     learn = jnp.where(settings.is_frozen[stage.astype(jnp.int32)], 0.0, learn)
     scale = seeds.telemetry.gradient_scale[seed]
-    is_hidden = stage == Stage.TRAINING
-    learn = jnp.where(is_hidden & (scale <= 0), 0.0, learn)
-    damping = jnp.where(is_hidden, scale / settings.trust, 0.0)
+    damping = jnp.where(stage == Stage.TRAINING, scale / settings.trust, 0.0)
     of_slot = jnp.stack([act, learn, feel, damping], axis=-1)
     return jnp.where((owner != NONE)[:, None], of_slot, 0.0)
 

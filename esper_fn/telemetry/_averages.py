@@ -24,6 +24,10 @@ MAX_GRADIENT_RATIO = 30.0
 make the next hundred steps look small."""
 
 
+MAX_GRADIENT_SCALE = 1e6
+"""`|dy| / |x|` of a chunk that is zero or almost."""
+
+
 def _ratio(numerator: Array, denominator: Array | float) -> Array:
     return numerator / jnp.maximum(denominator, 1.0)
 
@@ -68,7 +72,8 @@ def take_in(
         dead_fraction=watched(told.dead_fraction, _ratio(reading.num_dead, reading.num_features)),
         gradient_norm=watched(usual, counted),
         gradient_scale=watched(
-            told.gradient_scale, gradient / jnp.maximum(jnp.sqrt(reading.square), 1e-30)
+            told.gradient_scale,
+            gradient / jnp.maximum(jnp.sqrt(reading.square), gradient / MAX_GRADIENT_SCALE + 1e-30),
         ),
         output_share=judged(told.output_share, share),
         utility=judged(told.utility, worth),

@@ -214,7 +214,6 @@ def place(growth: Any, state: Any, stage: Any, *, blueprint: int = 0, **columns:
         "slot": slot,
         "blueprint": np.where(slot >= 0, blueprint, NONE),
         "alpha": np.where(acts, 0.5, 0.0),
-        "gradient_scale": 1.0,
         **columns,
     }
     seeds = state.seeds

@@ -319,10 +319,16 @@ class TestDamping:
         allowed = {"bfloat16": 2e-2, "float32": 2e-5}[dtype]
         for each in (run, run_in_place):
             found, before = each(spec, inputs, dtype), each(spec, undamped, dtype)
-            for field in ("y", "watched", "dx", "channels"):
+            for field in ("y", "watched", "dx"):
                 if getattr(found, field) is not None:
                     pair = (bits(getattr(of, field)) for of in (found, before))
                     np.testing.assert_array_equal(*pair)
+            # A compiler may sum what is measured of the damped body itself in another order.
+            if found.channels is not None:
+                channels, same = (np.asarray(of.channels) for of in (found, before))
+                np.testing.assert_allclose(channels[damped], same[damped], rtol=1e-3, atol=1e-4)
+                pair = (np.delete(of, damped, axis=0) for of in (channels, same))
+                np.testing.assert_array_equal(*map(bits, pair))
             for field, wanted in right.items():
                 ours = getattr(found, field)
                 if ours is None:

@@ -1,0 +1,154 @@
+"""The lifecycle as a buffer of the model, so that it goes wherever the model's numbers go.
+
+A copy of a model (an average of its weights, the best one so far) has a lifecycle of its own, and
+what torch's tools do to a copy they do to its parameters and buffers: `AveragedModel` copies or
+averages them, Lightning swaps two models' in place. So one buffer of the first site holds the
+packed lifecycle. Whoever writes into it moves that model to another point of its life.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_bridge._errors import BridgeError
+
+_MARK = b"life"
+_SIZE = 16
+"""Bytes after the packed lifecycle: the mark, its age, a checksum."""
+_ARITHMETIC = {
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul"),
+    *("div", "truediv", "true_divide", "rtruediv", "itruediv", "divide", "multiply", "subtract"),
+    *("lerp", "addcmul", "addcdiv"),
+}
+_OWNERS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Sites with a record."""
+
+
+class Record(Tensor):  # type: ignore[misc] # torch is untyped here
+    """The bytes of a lifecycle, which are copied like any others but never averaged.
+
+    A sum or product is the newest record among its terms: where parameters are averaged, the
+    average lives as the model does. In files it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """What torch calls in place of a function of records."""
+        name = func.__name__.strip("_").removeprefix("foreach_")
+        is_in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        is_in_place = is_in_place or name in ("iadd", "isub", "imul", "itruediv")
+        if name in _ARITHMETIC:
+            if isinstance(args[0], (list, tuple)):
+                found = [_newest(terms) for terms in _by_entry(args)]
+            else:
+                found = [_newest((*args, *(kwargs or {}).values()))]
+            targets = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
+            if not is_in_place:
+                return found if isinstance(args[0], (list, tuple)) else found[0]
+            for target, value in zip(targets, found, strict=True):
+                target.copy_(value)
+            return None if isinstance(args[0], (list, tuple)) else args[0]
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if is_in_place or func.__name__ == "__set__":
+            for target in args[0] if isinstance(args[0], (list, tuple)) else args[:1]:
+                if isinstance(target, Record):
+                    _tell_owner(target)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        twin: Record = self.detach().clone()
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+def _by_entry(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The terms for each entry of a `_foreach_` function."""
+    for k in range(len(args[0])):
+        yield tuple(of[k] if isinstance(of, (list, tuple)) else of for of in args)
+
+
+def _newest(terms: tuple[Any, ...]) -> Record:
+    records = [of for of in terms if isinstance(of, Record)]
+    newest = records[0]
+    for of in records[1:]:
+        if age_of(of) >= age_of(newest):
+            newest = of
+    return newest
+
+
+def _plain(record: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        found: Tensor = record.detach().as_subclass(Tensor)
+        return found
+
+
+def _bytes(record: Tensor, first: int = 0) -> bytes:
+    part = _plain(record)[first:]
+    found: bytes = part.to(device="cpu", dtype=torch.uint8).numpy().tobytes()
+    return found
+
+
+def age_of(record: Tensor) -> int:
+    """How often its lifecycle had changed."""
+    tail = _bytes(record, -_SIZE)
+    return int.from_bytes(tail[4:12], "little") if tail[:4] == _MARK else -1
+
+
+def seal(packed: Tensor, age: int) -> Record:
+    """The record of a packed lifecycle."""
+    data = packed.numpy().tobytes()
+    tail = _MARK + age.to_bytes(8, "little")
+    tail += zlib.crc32(data + tail).to_bytes(4, "little")
+    found: Record = torch.frombuffer(bytearray(data + tail), dtype=torch.uint8).as_subclass(Record)
+    return found
+
+
+def unseal(record: Tensor) -> tuple[Tensor, int]:
+    """A packed lifecycle and its age; -1 for one from before there were records.
+
+    Raises:
+      BridgeError: the bytes are no longer those of one lifecycle.
+    """
+    data = _bytes(record)
+    tail = data[-_SIZE:]
+    if tail[:4] != _MARK:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8), -1
+    if zlib.crc32(data[:-4]) != int.from_bytes(tail[12:], "little"):
+        raise BridgeError(
+            "the buffer `lifecycle` of a grown model was changed by something other than a copy: "
+            "it holds bytes, of which there is no mean; average parameters, and copy buffers from "
+            "the model (AveragedModel(model, use_buffers=False) does)"
+        )
+    packed = torch.frombuffer(bytearray(data[:-_SIZE]), dtype=torch.uint8)
+    return packed, int.from_bytes(tail[4:12], "little")
+
+
+def own(site: Any) -> None:
+    """Tells a site from now on (`site.receive()`) when its record is written."""
+    _OWNERS.add(site)
+
+
+def write_(record: Tensor, value: Record) -> None:
+    """Puts a value into a record without telling its owner."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        record.copy_(value)
+
+
+def _tell_owner(written: Record) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        memory = written.untyped_storage().data_ptr()
+        owners = [of for of in _OWNERS if of.record.untyped_storage().data_ptr() == memory]
+    for site in owners:
+        site.receive()
