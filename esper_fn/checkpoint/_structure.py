@@ -178,8 +178,8 @@ def _leaf(node: Any, path: str) -> tuple[Leaf | None, Any]:
         key = str(jax.random.key_impl(node))
         if key not in KEYS:
             raise CheckpointError(
-                f"{path}: random keys of {key!r} cannot be made again, only those of {list(KEYS)}; save "
-                "`jax.random.key_data(...)`"
+                f"{path}: random keys of {key!r} cannot be made again, only those of "
+                f"{list(KEYS)}; save `jax.random.key_data(...)`"
             )
         node = jax.random.key_data(node)
     if isinstance(node, jax.Array) and not node.is_fully_addressable:
