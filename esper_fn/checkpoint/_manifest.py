@@ -148,7 +148,7 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
         raise CorruptCheckpointError("it has no HMAC, but a key is given")
     for name, digest in wanted.items():
         said = seal.get(name)
-        if not _is_digest(said) or not hmac.compare_digest(said, digest):
+        if not _is_digest(said) or not hmac.compare_digest(str(said), digest):
             raise CorruptCheckpointError(f"its {name.replace('_', '-')} does not match")
     if dumps(seal) != seal_line:
         raise CorruptCheckpointError("its seal has another form")

@@ -81,10 +81,10 @@ def restore(
         step = checked_step(step)
         damage = first_damage(path, step, key=key)
         if damage is not None:
-            kind = CorruptCheckpointError
+            message = f"{Path(path)}: {damage}; leave `step` out to take the newest sound one"
             if damage.verdict == "unreadable":
-                kind = UnreadableCheckpointError
-            raise kind(f"{Path(path)}: {damage}; leave `step` out to take the newest sound one")
+                raise UnreadableCheckpointError(message)
+            raise CorruptCheckpointError(message)
         return _read(Path(path), step, only, like, key, max_bytes, ())
     passed: list[Damage] = []
     for candidate in reversed(steps(path)):

@@ -129,8 +129,8 @@ def describe(value: Any) -> tuple[Any, list[Leaf], list[Any]]:
             arrays.append(array)
             return len(leaves) - 1
         children = _children(node, path)
-        pairs = enumerate(children)
-        return {"kind": "opaque", "name": qualified(kind), "of": many(pairs, path, depth)}
+        of = many(enumerate(children), path, depth)
+        return {"kind": "opaque", "name": qualified(kind), "of": of}
 
     structure = one(value, "", 0)
     if len(leaves) > MAX_LEAVES:
@@ -160,7 +160,7 @@ def _leaf(node: Any, path: str) -> tuple[Leaf | None, Any]:
         name = f"{type(node).__name__}()"
         if name not in _SCALARS:
             raise CheckpointError(f"{path}: {type(node)!r} is no plain Python number or string")
-        if name == "int()" and node.bit_length() > MAX_INT_BITS:
+        if isinstance(node, int) and node.bit_length() > MAX_INT_BITS:
             raise CheckpointError(
                 f"{path}: an int of {node.bit_length()} bits, at most {MAX_INT_BITS} are read "
                 "back; save it as a string, `hex(...)`"

@@ -160,7 +160,8 @@ def history(
     found = []
     for step in steps(path):
         folder = Path(path) / STEPS / step_name(step)
-        doubt, metrics = doubtful.get(step, ""), {}
+        doubt = doubtful.get(step, "")
+        metrics: Mapping[str, float] = {}
         statuses: Mapping[str, os.stat_result] = {}
         try:
             statuses = _files.statuses(folder)

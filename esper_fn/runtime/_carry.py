@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ import numpy as np
 from esper_fn import checkpoint, rollback
 from esper_fn._growth import Growth, GrowthState
 from esper_fn._lattice import Lattice, Site, lattice
-from esper_fn._lattice._lattice import Bank
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
 from esper_fn.optim import PerBody, PerBodyState
+from esper_fn.runtime import _rows
 from esper_fn.runtime._plain import decoded
 from esper_fn.runtime._ring import num_saved
 from esper_fn.runtime._step import TrainState
@@ -156,7 +156,7 @@ def _state_of(value: Any, where: str) -> TrainState | GrowthState:
     for kind in (TrainState, GrowthState):
         states = [one for one in inner.values() if isinstance(one, kind)]
         if len(states) == 1:
-            return cast(TrainState | GrowthState, states[0])
+            return states[0]
     has = f"a dict with {list(inner)[:20]}" if inner else f"a {type(value).__name__}"
     raise CheckpointError(
         f"{where} does not hold a whole run: there must be a `TrainState` or a `GrowthState`, or a "
@@ -182,10 +182,10 @@ def _carried(
     _check_lattices(before.lattice, growth.lattice)
     fresh = growth.init(key)
     maps = _Maps(
-        seed=_seed_map(before.lattice, growth.lattice),
-        slot=_slot_map(before.lattice, growth.lattice),
+        seed=_rows.seed_map(before.lattice, growth.lattice),
+        slot=_rows.slot_map(before.lattice, growth.lattice),
     )
-    _check_nothing_is_lost(before.lattice, saved, maps.seed, maps.slot)
+    _rows.check_nothing_is_lost(before.lattice, saved, maps.seed, maps.slot)
     changes: list[str] = []
     grown = _growth_state(saved, fresh, before, growth, maps, changes)
     if isinstance(old, GrowthState):
@@ -222,21 +222,21 @@ def _growth_state(
     changes: list[str],
 ) -> GrowthState:
     def rows(of: np.ndarray, old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda a, b: _rows(of, a, b), old, new)
+        return jax.tree.map(lambda a, b: _rows.merged(of, a, b), old, new)
 
     after = growth.lattice
-    new_seed = _inverse(maps.seed, before.lattice.num_seeds)
-    new_slot = _inverse(maps.slot, before.lattice.num_slots)
+    new_seed = _rows.inverse(maps.seed, before.lattice.num_seeds)
+    new_slot = _rows.inverse(maps.slot, before.lattice.num_slots)
     graft_of = [_index(growth, name) for name in before.grafts]
     seeds: SeedState = rows(maps.seed, saved.seeds, fresh.seeds)
     blueprints = [after.names.index(name) for name in before.lattice.names]
     seeds = seeds._replace(
-        slot=_renumbered(seeds.slot, new_slot),
-        blueprint=_renumbered(seeds.blueprint, np.asarray(blueprints, np.int8)),
-        graft=_renumbered(seeds.graft, np.asarray(graft_of, np.int8)),
+        slot=_rows.renumbered(seeds.slot, new_slot),
+        blueprint=_rows.renumbered(seeds.blueprint, np.asarray(blueprints, np.int8)),
+        graft=_rows.renumbered(seeds.graft, np.asarray(graft_of, np.int8)),
     )
     owner = rows(maps.slot, saved.owner, fresh.owner)
-    bodies = _banks(before.lattice, after, saved.bodies, fresh.bodies)
+    bodies = _rows.banks(before.lattice, after, saved.bodies, fresh.bodies)
     if (num_new := int((maps.seed == NONE).sum())) > 0:
         changes.append(f"growth.seeds: {num_new} new, dormant")
     if (num_new := int((maps.slot == NONE).sum())) > 0:
@@ -244,7 +244,7 @@ def _growth_state(
 
     def as_before(name: str) -> Any:
         old, own = getattr(saved, name), getattr(fresh, name)
-        if _shapes(old) == _shapes(own):
+        if _rows.shapes(old) == _rows.shapes(own):
             return jax.tree.map(jnp.asarray, old)
         changes.append(f"growth.{name}: of another form, begins anew")
         return own
@@ -255,7 +255,7 @@ def _growth_state(
     return fresh._replace(
         seeds=seeds,
         bodies=bodies,
-        owner=_renumbered(owner, new_seed),
+        owner=_rows.renumbered(owner, new_seed),
         is_born=rows(maps.slot, saved.is_born, fresh.is_born),
         loss=jax.tree.map(jnp.asarray, saved.loss),
         settings=jax.tree.map(jnp.asarray, saved.settings),
@@ -284,11 +284,11 @@ def _optimizer_state(
             "in a loop with another, carry the `GrowthState` alone"
         )
     opt_state: PerBodyState = optimizer.init((params, fresh.bodies))
-    if _shapes(opt_state.host) != _shapes(old.opt_state.host):
+    if _rows.shapes(opt_state.host) != _rows.shapes(old.opt_state.host):
         raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
     return opt_state._replace(
         host=jax.tree.map(jnp.asarray, old.opt_state.host),
-        bodies=_banks(before, after, old.opt_state.bodies, opt_state.bodies),
+        bodies=_rows.banks(before, after, old.opt_state.bodies, opt_state.bodies),
     )
 
 
@@ -371,127 +371,3 @@ def _index(growth: Growth, graft: str) -> int:
     if graft not in names:
         raise CheckpointError(f"the run grafted with {graft!r}; offer it here too, beside {names}")
     return names.index(graft)
-
-
-def _seed_map(before: Lattice, after: Lattice) -> np.ndarray:
-    """For each seed of `after` the seed of `before` at the same place, or `NONE`."""
-    at = {_place(before, seed): seed for seed in range(before.num_seeds)}
-    return np.asarray([at.get(_place(after, seed), NONE) for seed in range(after.num_seeds)])
-
-
-def _place(of: Lattice, seed: int) -> tuple[str, int, int]:
-    site, layer, chunk = of.locate(seed)
-    return site.name, layer, chunk
-
-
-def _slots(of: Lattice, bank: Bank) -> np.ndarray:
-    """The flat slots of a bank, `[L, pool]`."""
-    return np.arange(bank.start, bank.start + bank.num_slots).reshape(
-        of.sites[bank.site].num_layers, -1
-    )
-
-
-def _pairs(before: Lattice, after: Lattice) -> list[tuple[Bank, Bank]]:
-    """Banks of the same site and blueprint."""
-    of = {(before.sites[b.site].name, before.names[b.blueprint]): b for b in before.tables.banks}
-    found = []
-    for bank in after.tables.banks:
-        twin = of.get((after.sites[bank.site].name, after.names[bank.blueprint]))
-        if twin is not None:
-            found.append((twin, bank))
-    return found
-
-
-def _slot_map(before: Lattice, after: Lattice) -> np.ndarray:
-    """For each slot of `after` the slot of `before` it takes over, or `NONE`."""
-    found = np.full(after.num_slots, NONE)
-    for old, new in _pairs(before, after):
-        sources, targets = _slots(before, old), _slots(after, new)
-        width = min(sources.shape[1], targets.shape[1])
-        found[targets[:, :width]] = sources[:, :width]
-    return found
-
-
-def _check_nothing_is_lost(
-    before: Lattice, grown: Any, seed_of: np.ndarray, slot_of: np.ndarray
-) -> None:
-    owner = np.asarray(grown.owner)
-    for slot in np.flatnonzero(owner != NONE).tolist():
-        seed = int(owner[slot])
-        if slot not in slot_of or seed not in seed_of:
-            site, layer, chunk = before.locate(seed)
-            raise CheckpointError(
-                f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds a body "
-                "that has no place in this lattice; keep its site and at least the capacity of "
-                f"the run, {before.capacity}"
-            )
-
-
-def _rows(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
-    """`saved[of]`, and `new` where `of` is `NONE`; dtype and bits as saved."""
-    if jnp.issubdtype(jnp.result_type(new), jax.dtypes.prng_key):
-        return _key_rows(of, saved, new)
-    saved, own = np.asarray(saved), np.asarray(new)
-    if saved.dtype != own.dtype or saved.shape[1:] != own.shape[1:]:
-        raise CheckpointError(
-            f"rows of {saved.dtype}{list(saved.shape[1:])} were saved, here they are "
-            f"{own.dtype}{list(own.shape[1:])}; blueprints and optimizer must be the run's"
-        )
-    rows = own.copy()
-    rows[of != NONE] = saved[of[of != NONE]]
-    return jnp.asarray(rows)
-
-
-def _key_rows(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
-    """`_rows` of typed random keys."""
-    impl = str(jax.random.key_impl(new))
-    if not jnp.issubdtype(jnp.result_type(saved), jax.dtypes.prng_key):
-        raise CheckpointError(f"random keys are here what was saved as {jnp.result_type(saved)}")
-    if str(jax.random.key_impl(saved)) != impl:
-        raise CheckpointError(
-            f"random keys were saved as {jax.random.key_impl(saved)}, here they are {impl}"
-        )
-    rows = _rows(of, jax.random.key_data(saved), jax.random.key_data(new))
-    return jax.random.wrap_key_data(rows, impl=impl)
-
-
-def _banks(before: Lattice, after: Lattice, saved: Any, new: Any) -> Any:
-    """Bodies, or their optimiser states: `[P, ...]` a bank."""
-    found = {site: dict(at_site) for site, at_site in new.items()}
-    for old, bank in _pairs(before, after):
-        site, name = after.sites[bank.site].name, after.names[bank.blueprint]
-        if name not in found.get(site, {}):
-            continue  # a blueprint without parameters has no optimiser state
-        sources, targets = _slots(before, old) - old.start, _slots(after, bank) - bank.start
-        width = min(sources.shape[1], targets.shape[1])
-        of = np.full(bank.num_slots, NONE)
-        of[targets[:, :width]] = sources[:, :width]
-        if name not in saved.get(site, {}):
-            raise CheckpointError(
-                f"the state holds no bodies of {name!r} at {site!r}: it is not of that growth"
-            )
-        rows = [jax.tree.leaves(tree[site][name]) for tree in (saved, new)]
-        if len(rows[0]) != len(rows[1]):
-            raise CheckpointError(f"bodies of {name!r} at {site!r} have another form here")
-        found[site][name] = jax.tree.unflatten(
-            jax.tree.structure(new[site][name]),
-            [_rows(of, a, b) for a, b in zip(*rows, strict=True)],
-        )
-    return found
-
-
-def _inverse(of: np.ndarray, size: int) -> np.ndarray:
-    found = np.full(size, NONE, np.int64)
-    known = np.flatnonzero(of != NONE)
-    found[of[known]] = known
-    return found
-
-
-def _renumbered(numbers: Any, to: np.ndarray) -> jax.Array:
-    held = np.asarray(numbers)
-    return jnp.asarray(np.where(held == NONE, NONE, to[np.maximum(held, 0)]).astype(held.dtype))
-
-
-def _shapes(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return str(structure), [(np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves]
