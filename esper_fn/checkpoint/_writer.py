@@ -371,6 +371,7 @@ class Writer:
 
     def _commit(self, step: int, work: Path) -> None:
         target = self.path / STEPS / step_name(step)
+        is_corrupt = self._is_still_corrupt(step)
         # A step of the same number that is not sound, or anything else of that name.
         aside = set_aside(self.path, step) if os.path.lexists(target) else None
         try:
@@ -381,20 +382,27 @@ class Writer:
             raise
         _files.sync(target.parent)
         self._last_good, self._written = self.last_acknowledged, step
-        doubt = self._doubtful.pop(step, "it is no step")
+        self._corrupt.discard(step)
+        doubt = self._doubtful.pop(step, "it was no sound step")
         if aside is None:
             return
-        if step in self._corrupt:
-            self._corrupt.discard(step)
+        if is_corrupt:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             self._notices.append(f"what lay at step {step} is in {aside} now, unjudged: {doubt}")
 
     def _collect(self, incoming: int) -> None:
-        for decision in self.plan(incoming_bytes=incoming):
-            if not decision.is_kept:
-                drop(self.path, decision.step)
-                self._corrupt.discard(decision.step)
+        for step in [one.step for one in self.plan(incoming_bytes=incoming) if not one.is_kept]:
+            if step not in self._corrupt or self._is_still_corrupt(step):
+                drop(self.path, step)
+            self._corrupt.discard(step)
+
+    def _is_still_corrupt(self, step: int) -> bool:
+        """Looks again before a step goes for what was found in it: it may have been mended."""
+        if step not in self._corrupt:
+            return False
+        damage = _verify.judge(self.path, step, key=self._key)
+        return damage is not None and damage.verdict == "corrupt"
 
     def plan(self, *, incoming_bytes: int = 0) -> list[_retention.Decision]:
         """What the retention would do now."""

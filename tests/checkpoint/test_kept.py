@@ -254,6 +254,19 @@ def test_a_corrupt_step_goes_when_the_new_one_is_sound_and_not_before(
     assert_all_there(folder)
 
 
+def test_a_corrupt_step_that_was_mended_meanwhile_stays(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run")
+    copy = Path(shutil.copytree(step_folder(folder, 3), tmp_path / "copy"))
+    spoil_data(folder, 3)
+    with checkpoint.Writer(folder, keep=checkpoint.everything(), on_failure=fail) as writer:
+        assert writer.restore().step == 2
+        shutil.rmtree(step_folder(folder, 3))
+        shutil.copytree(copy, step_folder(folder, 3))
+        writer.save(4, value(4))
+    assert checkpoint.steps(folder) == [1, 2, 3, 4]
+    assert_all_there(folder)
+
+
 def test_a_byte_budget_leaves_the_last_sound_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
