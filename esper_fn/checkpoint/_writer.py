@@ -300,7 +300,12 @@ class Writer:
             self._notices.append(f"step {step} was saved, an older one was not removed: {error}")
 
     def _make_room(self, step: int, incoming: int) -> None:
-        """Keeps a byte budget while a step is being written; nothing goes where it has room."""
+        """Removes what the retention does not keep beside a step known to be sound.
+
+        Corrupt steps wait for the new one, unless a byte budget needs their room.
+        """
+        if self.last_acknowledged is not None:
+            self._collect(incoming + ROOT_BYTES, spared=frozenset(self._corrupt))
         limit = self.keep.max_bytes
         if limit is None:
             return
@@ -391,8 +396,9 @@ class Writer:
         else:
             self._notices.append(f"what lay at step {step} is in {aside} now, unjudged: {doubt}")
 
-    def _collect(self, incoming: int) -> None:
-        for step in [one.step for one in self.plan(incoming_bytes=incoming) if not one.is_kept]:
+    def _collect(self, incoming: int, spared: frozenset[int] = frozenset()) -> None:
+        decisions = self.plan(incoming_bytes=incoming)
+        for step in [one.step for one in decisions if not one.is_kept and one.step not in spared]:
             if step not in self._corrupt or self._is_still_corrupt(step):
                 drop(self.path, step)
             self._corrupt.discard(step)
