@@ -14,6 +14,7 @@
     ├── CheckpointError           (also ValueError)
     │   ├── CorruptCheckpointError
     │   ├── NoCheckpointError     (also FileNotFoundError)
+    │   ├── UnreadableCheckpointError
     │   └── ResumeError
     ├── BusError
     │   ├── BusAddressError       (also ValueError)
@@ -74,6 +75,10 @@ class CorruptCheckpointError(CheckpointError):
 
 class NoCheckpointError(CheckpointError, FileNotFoundError):
     """There is no step to restore."""
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A step on disk cannot be read just now: no permission, a failing disk, no free handles."""
 
 
 class ResumeError(CheckpointError):

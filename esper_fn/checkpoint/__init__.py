@@ -4,19 +4,12 @@ A folder of steps, each written whole or not at all, each verified byte for byte
 back. `docs/checkpoints.md` says what is promised.
 """
 
+from esper_fn.checkpoint._check import check
 from esper_fn.checkpoint._files import num_disk_bytes
-from esper_fn.checkpoint._folder import (
-    Damage,
-    Restored,
-    damages,
-    history,
-    inspect,
-    restore,
-    steps,
-    verify,
-)
+from esper_fn.checkpoint._folder import inspect, steps
 from esper_fn.checkpoint._manifest import VERSION, Manifest
 from esper_fn.checkpoint._once import prune, save
+from esper_fn.checkpoint._restore import Restored, restore
 from esper_fn.checkpoint._retention import (
     Context,
     Decision,
@@ -32,6 +25,7 @@ from esper_fn.checkpoint._retention import (
 )
 from esper_fn.checkpoint._structure import from_structure, to_structure
 from esper_fn.checkpoint._types import register
+from esper_fn.checkpoint._verify import Damage, damages, history, verify
 from esper_fn.checkpoint._writer import CheckpointWarning, Writer, warn
 
 __all__ = [
@@ -46,6 +40,7 @@ __all__ = [
     "Step",
     "Writer",
     "best",
+    "check",
     "damages",
     "decide",
     "every",

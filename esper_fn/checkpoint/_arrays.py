@@ -189,5 +189,8 @@ def value_of(leaf: Leaf, bits: np.ndarray | None, digest: str | None) -> Any:
         raise CorruptCheckpointError(f"{leaf.path}: the array read is not the one that was saved")
     array = bits.reshape(-1).view(jax.numpy.dtype(leaf.dtype)).reshape(leaf.shape)
     if leaf.key is not None:
-        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=leaf.key)
+        try:
+            return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=leaf.key)
+        except (TypeError, ValueError) as error:
+            raise CorruptCheckpointError(f"{leaf.path}: no random key: {error}") from None
     return array

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
 from pathlib import Path, PurePosixPath
 
-from esper_fn.errors import CorruptCheckpointError
+from esper_fn.errors import CorruptCheckpointError, UnreadableCheckpointError
 
 MAX_FILES = 100_000
 _PIECE_BYTES = 2**20
+_NO_FILE = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EISDIR)
+)
+"""What the system says where no plain file is; anything else may be over in a moment."""
 
 
 def is_safe(relative: object) -> bool:
     """Whether a listed path stays inside its folder on every system."""
     if not isinstance(relative, str) or not 0 < len(relative) <= 512:
         return False
-    if any(ord(c) < 32 for c in relative) or "\\" in relative or ":" in relative:
+    if (
+        any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in relative)
+        or "\\" in relative
+        or ":" in relative
+    ):
         return False
     parts = relative.split("/")
     return (
@@ -32,8 +41,14 @@ def sizes(folder: Path) -> dict[str, int]:
 
     Raises:
       CorruptCheckpointError: a symbolic link or a special file, or more than `MAX_FILES`.
+      OSError: a folder cannot be read.
     """
-    found: dict[str, int] = {}
+    return {name: status.st_size for name, status in statuses(folder).items()}
+
+
+def statuses(folder: Path) -> dict[str, os.stat_result]:
+    """`sizes`, and whatever else the system says of each file."""
+    found: dict[str, os.stat_result] = {}
     waiting = [folder]
     while waiting:
         with os.scandir(waiting.pop()) as entries:
@@ -44,7 +59,7 @@ def sizes(folder: Path) -> dict[str, int]:
                 status = entry.stat(follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
                     raise CorruptCheckpointError(f"{entry.path}: neither a plain file nor a folder")
-                found[Path(entry.path).relative_to(folder).as_posix()] = status.st_size
+                found[Path(entry.path).relative_to(folder).as_posix()] = status
                 if len(found) > MAX_FILES:
                     raise CorruptCheckpointError(f"{folder}: more than {MAX_FILES} files")
     return found
@@ -65,20 +80,26 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
     Raises:
       CorruptCheckpointError: missing, not a plain file, or longer.
+      UnreadableCheckpointError: whatever else the system says; it may be over in a moment.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptCheckpointError(f"{path}: not a plain file")
+            if status.st_size > max_bytes:
+                raise CorruptCheckpointError(
+                    f"{path}: {status.st_size} bytes, at most {max_bytes} are read"
+                )
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                return file.read(max_bytes + 1)
+        finally:
+            os.close(handle)
     except OSError as error:
-        raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpointError(f"{path}: not a plain file")
-        if status.st_size > max_bytes:
-            raise CorruptCheckpointError(
-                f"{path}: {status.st_size} bytes, at most {max_bytes} are read"
-            )
-        return file.read(max_bytes + 1)
+        if error.errno in _NO_FILE:
+            raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
+        raise UnreadableCheckpointError(f"{path}: unreadable: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:
@@ -129,7 +150,7 @@ def num_disk_bytes(folder: Path) -> int:
         for name in names:
             try:
                 status = os.lstat(Path(where, name))
-            except FileNotFoundError:
+            except OSError:  # gone meanwhile, or not to be read just now
                 continue
             seen[status.st_dev, status.st_ino] = status.st_size
     return sum(seen.values())

@@ -9,12 +9,21 @@ from typing import Any
 MAX_DEPTH = 256
 
 
-def dumps(value: Any) -> bytes:
-    """One line of UTF-8; raises `ValueError` for NaN, infinities and what JSON cannot say."""
+def dumps(value: Any, *, is_checked: bool = False) -> bytes:
+    """One line of UTF-8; raises `ValueError` for NaN, infinities and what JSON cannot say.
+
+    Args:
+      value: of dicts, lists, tuples, strings, numbers, None.
+      is_checked: refuse also what `loads` would not read back: too deep, or two keys that JSON
+        cannot tell apart.
+    """
     try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+        data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not expressible in JSON: {error}") from None
+    if is_checked:
+        _check_form(value)
+    return data
 
 
 def loads(data: bytes, *, max_bytes: int) -> Any:
@@ -35,7 +44,7 @@ def loads(data: bytes, *, max_bytes: int) -> Any:
         )
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
-    _check_depth(value)
+    _check_form(value)
     return value
 
 
@@ -57,7 +66,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def _check_form(value: Any) -> None:
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
@@ -65,7 +74,16 @@ def _check_depth(value: Any) -> None:
         inner: list[Any] = []
         for one in level:
             if isinstance(one, dict):
+                _check_keys(one)
                 inner.extend(one.values())
-            elif isinstance(one, list):
+            elif isinstance(one, list | tuple):
                 inner.extend(one)
         level, depth = inner, depth + 1
+
+
+def _check_keys(of: dict[Any, Any]) -> None:
+    if all(type(key) is str for key in of):
+        return
+    texts = {key if isinstance(key, str) else json.dumps(key) for key in of}
+    if len(texts) != len(of):
+        raise ValueError(f"two of the keys {list(of)[:20]!r} are one in JSON")

@@ -21,7 +21,7 @@ from esper_fn.errors import CheckpointError, CorruptCheckpointError
 NAME = "manifest.jsonl"
 RECORD = "record.json"
 FORMAT = "esper-fn checkpoint"
-VERSION = 2
+VERSION = 3
 MAX_BYTES = 256 * 2**20
 MAX_STEP = 10**12 - 1
 PACKED = "packed"
@@ -64,6 +64,7 @@ class Manifest:
       files: every file of the step but the manifest.
       metrics: finite numbers for retention.
       versions: of what wrote it.
+      is_signed: whether it has an HMAC.
     """
 
     run: str
@@ -75,6 +76,7 @@ class Manifest:
     files: Mapping[str, FileInfo]
     metrics: Mapping[str, float]
     versions: Mapping[str, str]
+    is_signed: bool = False
 
     @property
     def num_array_bytes(self) -> int:
@@ -145,8 +147,8 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
     if key is not None and "hmac_sha256" not in seal:
         raise CorruptCheckpointError("it has no HMAC, but a key is given")
     for name, digest in wanted.items():
-        told = seal.get(name)
-        if not isinstance(told, str) or not hmac.compare_digest(told.encode(), digest.encode()):
+        said = seal.get(name)
+        if not _is_digest(said) or not hmac.compare_digest(str(said), digest):
             raise CorruptCheckpointError(f"its {name.replace('_', '-')} does not match")
     if dumps(seal) != seal_line:
         raise CorruptCheckpointError("its seal has another form")
@@ -154,7 +156,12 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
         content = loads(body, max_bytes=MAX_BYTES)
     except ValueError as error:
         raise CorruptCheckpointError(f"it is no JSON of ours: {error}") from None
-    return _parse(_migrated(content))
+    try:
+        return _parse(_migrated(content), is_signed="hmac_sha256" in seal)
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(f"its content has another form: {error}") from error
 
 
 def _migrated(content: Any) -> dict[str, Any]:
@@ -188,10 +195,15 @@ def _from_1(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_MIGRATIONS = {1: _from_1}
+def _from_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 had dictionaries with strings for keys only."""
+    return {**content, "version": 3}
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+_MIGRATIONS = {1: _from_1, 2: _from_2}
+
+
+def _parse(content: dict[str, Any], *, is_signed: bool) -> Manifest:
     run, step = content.get("run"), content.get("step")
     if not isinstance(run, str) or not 0 < len(run) <= 64:
         raise CorruptCheckpointError("its run has no name")
@@ -209,10 +221,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
             raise CorruptCheckpointError("the digest of a leaf has another form")
         digests.append(digest)
         leaves.append(leaf_from_json({k: v for k, v in row.items() if k != "sha256"}))
-    if not isinstance(metrics, dict) or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-        for v in metrics.values()
-    ):
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
         raise CorruptCheckpointError("its metrics are no numbers")
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise CorruptCheckpointError("its versions have another form")
@@ -227,7 +236,15 @@ def _parse(content: dict[str, Any]) -> Manifest:
         files=files,
         metrics=metrics,
         versions=versions,
+        is_signed=is_signed,
     )
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
 
 
 def _is_digest(value: object) -> bool:

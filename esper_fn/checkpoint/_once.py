@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from esper_fn.checkpoint import _folder, _retention
+from esper_fn.checkpoint import _folder, _retention, _verify
 from esper_fn.checkpoint._folder import PathLike
 from esper_fn.checkpoint._place import drop, take_lock
 from esper_fn.checkpoint._writer import Writer
@@ -45,6 +45,8 @@ def prune(
 ) -> list[_retention.Decision]:
     """Removes the steps of a folder that a retention does not keep; never the newest sound one.
 
+    Nor one that cannot be judged: signed with another key, of a newer format, unreadable just now.
+
     Args:
       path: a checkpoint folder that no writer has open (unless `dry_run`).
       keep: what stays.
@@ -58,17 +60,18 @@ def prune(
     _folder.run_identity(root)
     lock = None if dry_run else take_lock(root)
     try:
-        unsound, protected = set(), {}
+        unsound, doubtful, protected = set(), {}, {}
         for step in reversed(_folder.steps(root)):
-            if _folder.first_damage(root, step, key=key) is None:
+            damage = _verify.judge(root, step, key=key)
+            if damage is None:
                 protected[step] = "the newest sound step"
                 break
-            unsound.add(step)
-        decisions = _retention.decide(
-            keep,
-            _folder.history(root, key=key, unsound=frozenset(unsound)),
-            protected=protected,
-        )
+            if damage.verdict == "corrupt":
+                unsound.add(step)
+            else:
+                doubtful[step] = f"{damage.file}: {damage.problem}"
+        history = _verify.history(root, key=key, unsound=frozenset(unsound), doubtful=doubtful)
+        decisions = _retention.decide(keep, history, protected=protected)
         for decision in decisions:
             if not (decision.is_kept or dry_run):
                 drop(root, decision.step)

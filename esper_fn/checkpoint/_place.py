@@ -14,6 +14,7 @@ from esper_fn.checkpoint._json import dumps
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 LOCK = "lock"
+ASIDE = "set_aside"
 
 
 def drop(path: Path, step: int) -> None:
@@ -24,14 +25,29 @@ def drop(path: Path, step: int) -> None:
     shutil.rmtree(work)
 
 
+def set_aside(path: Path, step: int) -> Path:
+    """Takes away what lies where a step has to go, whatever it is; returns where to."""
+    aside = path / ASIDE / f"{step_name(step)}-{secrets.token_hex(4)}"
+    aside.parent.mkdir(exist_ok=True)
+    os.rename(path / STEPS / step_name(step), aside)
+    return aside
+
+
+def _clear(work: Path) -> None:
+    """Removes what a killed writer left of its own."""
+    work.mkdir(exist_ok=True)
+    for entry in list(os.scandir(work)):
+        if entry.name.startswith(("save-", "drop-")):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
 def open_folder(path: Path) -> tuple[str, int]:
     """Makes a folder ready for a writer: the run's identity and the lock's handle."""
     (path / STEPS).mkdir(parents=True, exist_ok=True)
     lock = take_lock(path)
     try:
-        shutil.rmtree(path / WORK, ignore_errors=True)
-        (path / WORK).mkdir()
-        if not (path / _folder.RUN).is_file():
+        _clear(path / WORK)
+        if not _folder.exists(path / _folder.RUN):
             if _folder.steps(path):
                 raise CorruptCheckpointError(
                     f"{path}: it holds steps but no {_folder.RUN}; restore that file, or use "

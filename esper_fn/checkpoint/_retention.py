@@ -17,13 +17,15 @@ class Step:
       blobs: bytes by content; steps that share a file name the same content, which then counts
         once.
       metrics: of the step.
-      is_sound: False where a verification found it damaged.
+      is_sound: False where a verification proved it corrupt.
+      doubt: why it cannot be judged just now; it stays, and no retention counts it.
     """
 
     step: int
     blobs: Mapping[str, int]
     metrics: Mapping[str, float]
     is_sound: bool = True
+    doubt: str = ""
 
 
 class Context(NamedTuple):
@@ -198,8 +200,8 @@ def decide(
 ) -> list[Decision]:
     """Pure: what stays and what goes.
 
-    Damaged steps go as soon as a sound one is newer, and at once where there is a byte budget; the
-    protected ones never go.
+    Damaged steps go as soon as a sound one is newer, and at once where there is a byte budget and
+    any sound one. The protected ones never go, nor those that cannot be judged.
 
     Args:
       keep: the retention.
@@ -212,15 +214,18 @@ def decide(
     [0, 2, 3]
     """
     steps = sorted(history, key=lambda one: one.step)
-    sound = [one for one in steps if one.is_sound]
+    sound = [one for one in steps if one.is_sound and not one.doubt]
     newest = sound[-1].step if sound else None
+    incoming_bytes += _own_bytes([one for one in steps if one.doubt], beside=sound)
     kept = keep.choose(sound, Context(frozenset(protected), incoming_bytes))
     decisions = []
     for one in steps:
         if one.step in protected:
             decisions.append(Decision(one.step, True, protected[one.step]))
+        elif one.doubt:
+            decisions.append(Decision(one.step, True, f"it cannot be judged: {one.doubt}"))
         elif not one.is_sound:
-            is_kept = keep.max_bytes is None and (newest is None or newest < one.step)
+            is_kept = newest is None or (keep.max_bytes is None and newest < one.step)
             why = "damaged" + (", but no newer step is sound" if is_kept else "")
             decisions.append(Decision(one.step, is_kept, why))
         elif one.step in kept:
@@ -228,6 +233,13 @@ def decide(
         else:
             decisions.append(Decision(one.step, False, f"not kept by {keep.name}"))
     return decisions
+
+
+def _own_bytes(steps: Sequence[Step], beside: Sequence[Step]) -> int:
+    """What steps take that others do not share."""
+    others = {name for one in beside for name in one.blobs}
+    own = {name: size for one in steps for name, size in one.blobs.items() if name not in others}
+    return sum(own.values())
 
 
 def _check(name: str, value: object, least: int) -> None:

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import default_registry
 
-from esper_fn.checkpoint._types import is_named_tuple, name_of, type_of
+from esper_fn.checkpoint._keys import key_to_json, keys_from_json, label
+from esper_fn.checkpoint._types import is_named_tuple, name_of, qualified, type_of
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 MAX_LEAVES = 1_000_000
 MAX_RANK = 32
 MAX_DEPTH = 100
+MAX_INT_BITS = 13_000
+MAX_LEAF_BYTES = 2**50
+KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
+"""Implementations of random keys, and how many numbers each is."""
 
 
 class Leaf(NamedTuple):
@@ -95,50 +100,59 @@ def describe(value: Any) -> tuple[Any, list[Leaf], list[Any]]:
     leaves: list[Leaf] = []
     arrays: list[Any] = []
 
-    def many(children: Any, path: str) -> list[Any]:
-        if path.count("/") >= MAX_DEPTH:
-            raise CheckpointError(f"{path}: nested deeper than {MAX_DEPTH}")
-        return [one(child, f"{path}/{label}" if path else str(label)) for label, child in children]
+    def many(children: Any, path: str, depth: int) -> list[Any]:
+        return [
+            one(child, f"{path}/{name}" if path else str(name), depth + 1)
+            for name, child in children
+        ]
 
-    def one(node: Any, path: str) -> Any:
+    def one(node: Any, path: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{path[:200]}: nested deeper than {MAX_DEPTH}")
         if node is None:
             return {"kind": "none"}
         kind = type(node)
         if kind is dict:
-            bad = [key for key in node if not isinstance(key, str)]
-            if bad:
-                raise CheckpointError(
-                    f"{path or 'the value'}: dictionary keys must be strings, got {bad[0]!r}"
-                )
-            return {"kind": "dict", "keys": list(node), "of": many(node.items(), path)}
+            keys = [key_to_json(key, path) for key in node]
+            pairs = zip(map(label, keys), node.values(), strict=True)
+            return {"kind": "dict", "keys": keys, "of": many(pairs, path, depth)}
         if kind in (list, tuple):
-            return {"kind": kind.__name__, "of": many(enumerate(node), path)}
+            return {"kind": kind.__name__, "of": many(enumerate(node), path, depth)}
         name = name_of(kind)
         if name is not None:
             fields = list(kind._fields)
             pairs = zip(fields, node, strict=True)
-            return {"kind": "named", "name": name, "keys": fields, "of": many(pairs, path)}
+            return {"kind": "named", "name": name, "keys": fields, "of": many(pairs, path, depth)}
         leaf, array = _leaf(node, path)
         if leaf is not None:
             leaves.append(leaf)
             arrays.append(array)
             return len(leaves) - 1
-        if default_registry.flatten_one_level(node) is None:
-            raise CheckpointError(
-                f"{path or 'the value'}: a {kind.__module__}.{kind.__qualname__} is neither an "
-                "array, a number, a string nor a registered pytree; leave it out or convert it"
-            )
-        children = default_registry.flatten_one_level(node)[0]
-        return {
-            "kind": "opaque",
-            "name": f"{kind.__module__}.{kind.__qualname__}",
-            "of": many(enumerate(children), path),
-        }
+        children = _children(node, path)
+        of = many(enumerate(children), path, depth)
+        return {"kind": "opaque", "name": qualified(kind), "of": of}
 
-    structure = one(value, "")
+    structure = one(value, "", 0)
     if len(leaves) > MAX_LEAVES:
         raise CheckpointError(f"at most {MAX_LEAVES} leaves, got {len(leaves)}; stack them")
     return structure, leaves, arrays
+
+
+def _children(node: Any, path: str) -> Any:
+    kind = qualified(type(node))
+    try:
+        flat = default_registry.flatten_one_level(node)
+    except Exception as error:  # whatever the type's own code raises
+        raise CheckpointError(
+            f"{path or 'the value'}: JAX cannot take this {kind} apart ({error}); make it a dict, "
+            "whose keys may be of several types here"
+        ) from error
+    if flat is None:
+        raise CheckpointError(
+            f"{path or 'the value'}: a {kind} is neither an array, a number, a string nor a "
+            "registered pytree; leave it out or convert it"
+        )
+    return flat[0]
 
 
 def _leaf(node: Any, path: str) -> tuple[Leaf | None, Any]:
@@ -146,13 +160,27 @@ def _leaf(node: Any, path: str) -> tuple[Leaf | None, Any]:
         name = f"{type(node).__name__}()"
         if name not in _SCALARS:
             raise CheckpointError(f"{path}: {type(node)!r} is no plain Python number or string")
+        if isinstance(node, int) and node.bit_length() > MAX_INT_BITS:
+            raise CheckpointError(
+                f"{path}: an int of {node.bit_length()} bits, at most {MAX_INT_BITS} are read "
+                "back; save it as a string, `hex(...)`"
+            )
         kept = node.hex() if isinstance(node, float) else str(node) if name == "int()" else node
         return Leaf(path=path, dtype=name, shape=(), scalar=kept), None
     if not isinstance(node, jax.Array | np.ndarray | np.generic):
         return None, None
+    if isinstance(node, np.ma.MaskedArray):
+        raise CheckpointError(
+            f"{path}: a masked array would lose its mask; save `.data` and `.mask`"
+        )
     key = None
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         key = str(jax.random.key_impl(node))
+        if key not in KEYS:
+            raise CheckpointError(
+                f"{path}: random keys of {key!r} cannot be made again, only those of "
+                f"{list(KEYS)}; save `jax.random.key_data(...)`"
+            )
         node = jax.random.key_data(node)
     if isinstance(node, jax.Array) and not node.is_fully_addressable:
         raise CheckpointError(
@@ -162,6 +190,11 @@ def _leaf(node: Any, path: str) -> tuple[Leaf | None, Any]:
     name = _name(node.dtype)
     if name not in _PLAIN and name not in _AS_INTEGERS:
         raise CheckpointError(f"{path}: arrays of dtype {name} cannot be stored")
+    if len(node.shape) > MAX_RANK:
+        raise CheckpointError(
+            f"{path}: an array of rank {len(node.shape)}, at most {MAX_RANK} can be stored; "
+            "reshape it"
+        )
     return Leaf(path=path, dtype=name, shape=tuple(node.shape), key=key), node
 
 
@@ -190,15 +223,15 @@ def leaf_from_json(row: Any) -> Leaf:
         raise CorruptCheckpointError(f"a leaf is {_short(row)}")
     if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise CorruptCheckpointError(f"{path}: shape {_short(shape)}")
-    if key is not None and (
-        not isinstance(key, str) or key not in ("threefry2x32", "rbg", "unsafe_rbg")
-    ):
+    if key is not None and (not isinstance(key, str) or key not in KEYS):
         raise CorruptCheckpointError(f"{path}: random keys of kind {_short(key)} are unknown")
+    if key is not None and (dtype != "uint32" or shape[-1:] != [KEYS[key]]):
+        raise CorruptCheckpointError(f"{path}: {dtype}{_short(shape)} are no random keys")
     leaf = Leaf(path=path, dtype=dtype, shape=tuple(shape), key=key, scalar=scalar)
     if leaf.is_scalar:
         scalar_value(leaf)
-    else:
-        storage(dtype)
+    elif leaf.num_bytes > MAX_LEAF_BYTES:
+        raise CorruptCheckpointError(f"{path}: an array of {leaf.num_bytes} bytes is impossible")
     return leaf
 
 
@@ -210,7 +243,7 @@ def scalar_value(leaf: Leaf) -> Any:
             return float.fromhex(value)
         if leaf.dtype == "int()" and isinstance(value, str) and len(value) < 4000:
             return int(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     if (leaf.dtype == "bool()" and isinstance(value, bool)) or (
         leaf.dtype == "str()" and isinstance(value, str)
@@ -247,6 +280,8 @@ def build(structure: Any, values: list[Any], like: Any = None) -> Any:
             return None
         if kind == "opaque":
             return _opaque(node, like, list(of), one, depth)
+        if kind == "dict":
+            keys = keys_from_json(keys, like)
         guides = _guides(kind, keys, of, like)
         children = [one(child, guide, depth + 1) for child, guide in zip(of, guides, strict=True)]
         if kind == "dict":
@@ -259,6 +294,24 @@ def build(structure: Any, values: list[Any], like: Any = None) -> Any:
     if not all(used):
         raise CorruptCheckpointError("the structure leaves out some of its leaves")
     return value
+
+
+def check_form(structure: Any, num_leaves: int) -> None:
+    """Raises `CorruptCheckpointError` unless it is a structure that has each leaf once."""
+    used: set[int] = set()
+    waiting = [(structure, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise CorruptCheckpointError(f"the structure is nested deeper than {MAX_DEPTH}")
+        if type(node) is int:
+            if not 0 <= node < num_leaves or node in used:
+                raise CorruptCheckpointError("the structure names a leaf wrongly")
+            used.add(node)
+        else:
+            waiting.extend((child, depth + 1) for child in _node(node)[2])
+    if len(used) != num_leaves:
+        raise CorruptCheckpointError("the structure leaves out some of its leaves")
 
 
 def to_structure(value: Any) -> tuple[Any, list[str], list[Any]]:
@@ -284,7 +337,7 @@ def from_structure(structure: Any, arrays: list[Any]) -> Any:
     return build(structure, arrays)
 
 
-def _node(node: Any) -> tuple[str, list[str], list[Any]]:
+def _node(node: Any) -> tuple[str, list[Any], list[Any]]:
     if not isinstance(node, dict):
         raise CorruptCheckpointError(f"a node of the structure is {_short(node)}")
     kind, keys, of = node.get("kind"), node.get("keys", []), node.get("of", [])
@@ -292,10 +345,11 @@ def _node(node: Any) -> tuple[str, list[str], list[Any]]:
         raise CorruptCheckpointError(f"a node of the structure is of kind {_short(kind)}")
     if not isinstance(of, list) or not isinstance(keys, list):
         raise CorruptCheckpointError(f"a node of the structure is {_short(node)}")
-    if kind in ("dict", "named") and (
+    is_named = kind == "named"
+    if (kind == "dict" or is_named) and (
         len(keys) != len(of)
-        or len(set(map(str, keys))) != len(keys)
-        or not all(isinstance(key, str) for key in keys)
+        or (is_named and not all(isinstance(key, str) for key in keys))
+        or (is_named and len(set(keys)) != len(keys))
     ):
         raise CorruptCheckpointError(f"keys and children of a node differ: {_short(keys)}")
     if kind in ("named", "opaque") and not isinstance(node.get("name"), str):
@@ -303,7 +357,7 @@ def _node(node: Any) -> tuple[str, list[str], list[Any]]:
     return kind, keys, of
 
 
-def _guides(kind: str, keys: list[str], of: list[Any], like: Any) -> list[Any]:
+def _guides(kind: str, keys: list[Any], of: list[Any], like: Any) -> list[Any]:
     if kind == "dict" and isinstance(like, dict):
         return [like.get(key) for key in keys]
     if kind == "named" and is_named_tuple(type(like)):
@@ -334,7 +388,7 @@ def _named(name: str, keys: list[str], children: list[Any]) -> Any:
 
 def _opaque(node: Any, like: Any, of: list[Any], one: Any, depth: int) -> Any:
     kind = type(like)
-    if f"{kind.__module__}.{kind.__qualname__}" != node["name"]:
+    if qualified(kind) != node["name"]:
         raise CheckpointError(
             f"the checkpoint holds a {node['name']!r}, a pytree node that can be rebuilt only "
             "beside an example; pass `like=` a value of the same structure"
@@ -345,7 +399,12 @@ def _opaque(node: Any, like: Any, of: list[Any], one: Any, depth: int) -> Any:
             f"`like` has {len(guides)} children in a {node['name']!r}, the checkpoint {len(of)}"
         )
     children = [one(child, guide, depth + 1) for child, guide in zip(of, guides, strict=True)]
-    return jax.tree_util.tree_unflatten(treedef, children)
+    try:
+        return jax.tree_util.tree_unflatten(treedef, children)
+    except Exception as error:  # whatever the type's own code raises
+        raise CheckpointError(
+            f"a {node['name']!r} cannot be made of what the checkpoint holds: {error}"
+        ) from error
 
 
 def _short(value: Any) -> str:

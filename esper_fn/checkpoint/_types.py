@@ -1,4 +1,4 @@
-"""The closed set of NamedTuples that a checkpoint may be made of.
+"""The closed set of NamedTuples and enums that a checkpoint may be made of.
 
 A file names the type of a node; the name is looked up here and nowhere else. Nothing is imported,
 called or found by a name that stands in a file.
@@ -6,6 +6,7 @@ called or found by a name that stands in a file.
 
 from __future__ import annotations
 
+import enum
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from esper_fn._growth import GrowthState
 from esper_fn._lattice import _directions
 from esper_fn.errors import CheckpointError
 from esper_fn.grafting import _strategies
-from esper_fn.lifecycle import LossTrack, SeedState, Settings
+from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import Telemetry
 from esper_fn.policies import _limit, _propose
 
@@ -31,26 +32,31 @@ def is_named_tuple(kind: type[Any]) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
+def qualified(kind: type[Any]) -> str:
+    """`module.Name` of a type."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def register(kind: type[Any], name: str | None = None) -> None:
-    """Lets values of a NamedTuple type of yours be rebuilt from a checkpoint.
+    """Lets a NamedTuple type of yours, or an enum whose members are keys, come back from a file.
 
     Call it where the type is defined, before restoring. Types of Esper-fn and Optax are known.
 
     Args:
-      kind: a NamedTuple type.
+      kind: a NamedTuple or enum type.
       name: what files call it, for good; `module.Name` when left out.
 
     Raises:
-      CheckpointError: no NamedTuple type, or a name that another type has.
+      CheckpointError: no such type, or a name that another type has.
 
     >>> from typing import Any, NamedTuple
     >>> class Mine(NamedTuple):
     ...     count: Any
     >>> register(Mine, "mine.Mine")
     """
-    if not is_named_tuple(kind):
-        raise CheckpointError(f"register takes a NamedTuple type, got {kind!r}")
-    called = f"{kind.__module__}.{kind.__qualname__}" if name is None else name
+    if not (is_named_tuple(kind) or _is_enum(kind)):
+        raise CheckpointError(f"register takes a NamedTuple type or an enum, got {kind!r}")
+    called = qualified(kind) if name is None else name
     if _BY_NAME.get(called, kind) is not kind:
         raise CheckpointError(
             f"{called!r} is the name of {_BY_NAME[called]!r} already; give another `name`"
@@ -65,8 +71,19 @@ def name_of(kind: type[Any]) -> str | None:
 
 
 def type_of(name: str) -> type[Any] | None:
-    """The type that files call `name`; None for no registered one."""
-    return _BY_NAME.get(name)
+    """The NamedTuple type that files call `name`; None for no registered one."""
+    kind = _BY_NAME.get(name)
+    return None if kind is None or _is_enum(kind) else kind
+
+
+def enum_of(name: str) -> type[Any] | None:
+    """The enum that files call `name`; None for no registered one."""
+    kind = _BY_NAME.get(name)
+    return kind if kind is not None and _is_enum(kind) else None
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def _register_all(module: ModuleType, prefix: str) -> None:
@@ -75,7 +92,7 @@ def _register_all(module: ModuleType, prefix: str) -> None:
             register(kind, f"{prefix}.{name}")
 
 
-for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, optim.PerBodyState):
+for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, Stage, optim.PerBodyState):
     register(_kind, f"esper_fn.{_kind.__name__}")
 register(rollback.Anchor, "esper_fn.rollback.Ring")
 register(rollback.Snapshot, "esper_fn.rollback.Snapshot")

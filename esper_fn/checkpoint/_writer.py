@@ -15,11 +15,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax, _retention
+from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax, _retention, _verify
+from esper_fn.checkpoint._check import numbers_of, record_bytes
 from esper_fn.checkpoint._folder import STEPS, WORK, PathLike, step_name
-from esper_fn.checkpoint._json import dumps
 from esper_fn.checkpoint._manifest import FileInfo, Manifest
-from esper_fn.checkpoint._place import drop, open_folder
+from esper_fn.checkpoint._place import drop, open_folder, set_aside
+from esper_fn.checkpoint._restore import Restored, restore
 from esper_fn.checkpoint._structure import Leaf, describe
 from esper_fn.errors import CheckpointError
 
@@ -35,7 +36,7 @@ ROOT_BYTES = 4096
 
 
 class CheckpointWarning(UserWarning):
-    """A step was not written; training goes on."""
+    """A step was not written, or lies beside others that cannot be judged; training goes on."""
 
 
 def warn(error: BaseException) -> None:
@@ -90,9 +91,13 @@ class Writer:
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-copy")
         self._is_closed = False
         self._overhead = OVERHEAD_BYTES
-        self._unsound: set[int] = set()
+        self._corrupt: set[int] = set()
+        self._doubtful: dict[int, str] = {}
+        self._notices: list[str] = []
+        self._noticed: set[int] = set()
         self._last_good: int | None = None
         self._written: int | None = None
+        self._found: int | None = None
         self.num_saved = 0
         self.num_failed = 0
 
@@ -101,14 +106,16 @@ class Writer:
         """The newest step written by this writer, or found sound by `restore`."""
         return self._written if self._written is not None else self._last_good
 
-    def restore(self, step: int | None = None, **options: Any) -> _folder.Restored:
+    def restore(self, step: int | None = None, **options: Any) -> Restored:
         """`checkpoint.restore` from this writer's folder, with its key, after the save under way.
 
-        What is found sound stays from now on, and what is found damaged makes way for later steps.
+        What is found sound stays from now on. What is proven corrupt makes way for later steps;
+        what cannot be judged stays, and is set aside where a step of its number is written.
         """
         self._settle()
-        restored = _folder.restore(self.path, step, key=self._key, **options)
-        self._unsound |= {damage.step for damage in restored.passed_over}
+        restored = restore(self.path, step, key=self._key, **options)
+        for damage in restored.passed_over:
+            self._note(damage)
         if self._written is None:
             self._last_good = max(restored.step, self._last_good or 0)
         return restored
@@ -137,29 +144,26 @@ class Writer:
 
         Raises:
           CheckpointError: the writer is closed, the step exists already and is sound, or the value
-            cannot be stored. What goes wrong later goes to `on_failure`.
+            cannot be stored, which `check` says beforehand. What goes wrong later goes to
+            `on_failure`.
         """
         if self._is_closed:
             raise CheckpointError(f"{self.path}: this writer is closed")
-        if not isinstance(step, int) or not 0 <= step <= _manifest.MAX_STEP:
-            raise CheckpointError(
-                f"step must be an int from 0 to {_manifest.MAX_STEP}, got {step!r}"
-            )
+        step = _folder.checked_step(step)
         self._settle()
-        if step in _folder.steps(self.path) and step not in self._unsound:
-            if _folder.first_damage(self.path, step, key=self._key) is None:
-                raise CheckpointError(
-                    f"{self.path}: step {step} exists and is sound; prune it first, or write to "
-                    "another folder"
-                )
-            self._unsound.add(step)
         structure, leaves, arrays = describe(value)
-        noted = None if record is None else _as_json(record)
-        numbers = {
-            name: float(number)
-            for name, number in (metrics or {}).items()
-            if np.isfinite(float(number))
-        }
+        noted = None if record is None else record_bytes(record)
+        numbers = numbers_of(metrics or {})
+        try:
+            is_sound = self._is_sound(step)
+        except OSError as error:  # the folder cannot be listed just now
+            self._fail(error)
+            return
+        if is_sound:
+            raise CheckpointError(
+                f"{self.path}: step {step} exists and is sound; prune it first, or write to "
+                "another folder"
+            )
         copies = _arrays.fetch(arrays, leaves, self._pool, self._copiers)
         self._pool = [copy for copy in copies if copy is not None]
         self._pending = self._thread.submit(
@@ -206,11 +210,34 @@ class Writer:
         if pending is None:
             return True
         error = pending.exception()
-        if error is None:
-            self.num_saved += 1
-            return True
+        if error is not None:
+            self._fail(error)
+            return False
+        self.num_saved += 1
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            warnings.warn(f"{self.path}: {notice}", CheckpointWarning, stacklevel=3)
+        return True
+
+    def _fail(self, error: BaseException) -> None:
         self.num_failed += 1
         self._on_failure(error)
+
+    def _note(self, damage: _verify.Damage) -> None:
+        if damage.verdict == "corrupt":
+            self._corrupt.add(damage.step)
+        else:
+            self._doubtful[damage.step] = f"{damage.file}: {damage.problem}"
+
+    def _is_sound(self, step: int) -> bool:
+        """Whether the step exists and is what was saved; what it is else is noted."""
+        if step not in _folder.steps(self.path):
+            return False
+        if step not in self._corrupt and step not in self._doubtful:
+            damage = _verify.judge(self.path, step, key=self._key)
+            if damage is None:
+                return True
+            self._note(damage)
         return False
 
     def _write(
@@ -225,16 +252,7 @@ class Writer:
     ) -> None:
         leaf_digests = _arrays.digests(leaves, copies)
         planned = _arrays.plan(leaves, copies, leaf_digests, prefixes)
-        incoming = self._incoming(planned, noted)
-        self._collect(incoming + ROOT_BYTES)
-        if self.keep.max_bytes is not None:
-            held = _files.num_disk_bytes(self.path)
-            if held + incoming > self.keep.max_bytes:
-                raise CheckpointError(
-                    f"step {step} needs about {incoming} bytes beside {held} that must stay, but "
-                    f"the budget of {self.keep.name} is {self.keep.max_bytes}; it must have room "
-                    "for two steps"
-                )
+        self._make_room(step, self._incoming(planned, noted))
         work = self.path / WORK / f"save-{step_name(step)}-{secrets.token_hex(4)}"
         try:
             work.mkdir(parents=True)
@@ -276,7 +294,38 @@ class Writer:
             raise
         new = sum(one.num_bytes for one in planned)
         self._overhead = max(OVERHEAD_BYTES, 2 * (sum(sizes.values()) + len(data) - new))
-        self._collect(0)
+        try:
+            self._collect(0)
+        except OSError as error:  # the step itself is on the disk
+            self._notices.append(f"step {step} was saved, an older one was not removed: {error}")
+
+    def _make_room(self, step: int, incoming: int) -> None:
+        """Removes what the retention does not keep beside a step known to be sound.
+
+        Corrupt steps wait for the new one, unless a byte budget needs their room.
+        """
+        if self.last_acknowledged is not None:
+            self._collect(incoming + ROOT_BYTES, spared=frozenset(self._corrupt))
+        limit = self.keep.max_bytes
+        if limit is None:
+            return
+        if _files.num_disk_bytes(self.path) + incoming > limit:
+            if self.last_acknowledged is None:
+                self._find_sound()
+            self._collect(incoming + ROOT_BYTES)
+        rest = _files.num_disk_bytes(self.path)
+        if rest + incoming > limit:
+            raise CheckpointError(
+                f"step {step} needs about {incoming} bytes beside {rest} that must stay, but "
+                f"the budget of {self.keep.name} is {limit}; it must have room for two steps"
+            )
+
+    def _find_sound(self) -> None:
+        """Verifies what an earlier process wrote, until a step is known that may not go."""
+        for step in reversed(_folder.steps(self.path)):
+            if self._is_sound(step):
+                self._found = step
+                return
 
     def _incoming(self, planned: list[_arrays.Planned], noted: bytes | None) -> int:
         new = {
@@ -290,11 +339,13 @@ class Writer:
             return None
         for step in reversed(_folder.steps(self.path)):
             candidate = self.path / STEPS / step_name(step) / folder
-            if step in self._unsound or not candidate.is_dir():
+            if step in self._corrupt or step in self._doubtful:
                 continue
-            names = [name for name in candidate.rglob("*") if name.is_file()]
-            most = max((name.stat().st_nlink for name in names), default=MAX_SHARED)
-            return candidate if most < MAX_SHARED else None
+            try:
+                links = [status.st_nlink for status in _files.statuses(candidate).values()]
+            except (OSError, CheckpointError):  # not there, or not to be read just now
+                continue
+            return candidate if max(links, default=MAX_SHARED) < MAX_SHARED else None
         return None
 
     def _shared(self, one: _arrays.Planned, target: Path) -> dict[str, str]:
@@ -325,47 +376,66 @@ class Writer:
 
     def _commit(self, step: int, work: Path) -> None:
         target = self.path / STEPS / step_name(step)
-        if target.exists():  # a damaged step of the same number
-            self._drop(step)
-        os.rename(work, target)
+        is_corrupt = self._is_still_corrupt(step)
+        # A step of the same number that is not sound, or anything else of that name.
+        aside = set_aside(self.path, step) if os.path.lexists(target) else None
+        try:
+            os.rename(work, target)
+        except BaseException:
+            if aside is not None:
+                os.rename(aside, target)
+            raise
         _files.sync(target.parent)
-        self._unsound.discard(step)
         self._last_good, self._written = self.last_acknowledged, step
+        self._corrupt.discard(step)
+        doubt = self._doubtful.pop(step, "it was no sound step")
+        if aside is None:
+            return
+        if is_corrupt:
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            self._notices.append(f"what lay at step {step} is in {aside} now, unjudged: {doubt}")
 
-    def _collect(self, incoming: int) -> None:
-        for decision in self.plan(incoming_bytes=incoming):
-            if not decision.is_kept:
-                self._drop(decision.step)
+    def _collect(self, incoming: int, spared: frozenset[int] = frozenset()) -> None:
+        decisions = self.plan(incoming_bytes=incoming)
+        for step in [one.step for one in decisions if not one.is_kept and one.step not in spared]:
+            if step not in self._corrupt or self._is_still_corrupt(step):
+                drop(self.path, step)
+            self._corrupt.discard(step)
+
+    def _is_still_corrupt(self, step: int) -> bool:
+        """Looks again before a step goes for what was found in it: it may have been mended."""
+        if step not in self._corrupt:
+            return False
+        damage = _verify.judge(self.path, step, key=self._key)
+        return damage is not None and damage.verdict == "corrupt"
 
     def plan(self, *, incoming_bytes: int = 0) -> list[_retention.Decision]:
         """What the retention would do now."""
         protected = {}
+        if self._found is not None and incoming_bytes > 0:
+            protected[self._found] = "the newest sound step"
         if self._last_good is not None and incoming_bytes == 0:
             protected[self._last_good] = "the last good step before the one just written"
         if self.last_acknowledged is not None:
             protected[self.last_acknowledged] = "the step just written"
+        history = _verify.history(
+            self.path, key=self._key, unsound=frozenset(self._corrupt), doubtful=self._doubtful
+        )
+        self._notice(history)
         return _retention.decide(
-            self.keep,
-            _folder.history(self.path, key=self._key, unsound=frozenset(self._unsound)),
-            protected=protected,
-            incoming_bytes=incoming_bytes,
+            self.keep, history, protected=protected, incoming_bytes=incoming_bytes
         )
 
-    def _drop(self, step: int) -> None:
-        drop(self.path, step)
-        self._unsound.discard(step)
+    def _notice(self, history: Sequence[_retention.Step]) -> None:
+        new = [one for one in history if one.doubt and one.step not in self._noticed]
+        self._noticed |= {one.step for one in new}
+        if new:
+            numbers = ", ".join(str(one.step) for one in new)
+            self._notices.append(
+                f"steps that cannot be judged stay ({numbers}; step {new[-1].step}: "
+                f"{new[-1].doubt}); remove them by hand if they are of no use"
+            )
 
 
 _PACKAGES = ("esper-fn", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
-
-
-def _as_json(record: Any) -> bytes:
-    try:
-        noted = dumps(record)
-    except ValueError as error:
-        raise CheckpointError(f"record: {error}") from None
-    if len(noted) > _folder.MAX_RECORD_BYTES:
-        raise CheckpointError(
-            f"record takes {len(noted)} bytes, at most {_folder.MAX_RECORD_BYTES} are read back"
-        )
-    return noted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from esper_fn.runtime._carry import Carried, carry_over
+from esper_fn.runtime._carry import Carried, carry_over, enlarge
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import (
@@ -69,6 +69,7 @@ __all__ = [
     "compile_fit",
     "compile_fit_host",
     "count_compilations",
+    "enlarge",
     "fit",
     "fit_host",
     "in_memory",

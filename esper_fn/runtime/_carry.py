@@ -1,4 +1,4 @@
-"""A saved run into a larger lattice: more capacity, more sites, more blueprints."""
+"""A state, saved or in memory, into a larger lattice: more capacity, sites, blueprints."""
 
 from __future__ import annotations
 
@@ -9,125 +9,189 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import checkpoint, rollback
-from esper_fn._growth import Growth
+from esper_fn._growth import Growth, GrowthState
 from esper_fn._lattice import Lattice, Site, lattice
-from esper_fn._lattice._lattice import Bank
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
-from esper_fn.optim import PerBody
+from esper_fn.optim import PerBody, PerBodyState
+from esper_fn.runtime import _rows
+from esper_fn.runtime._plain import decoded
 from esper_fn.runtime._ring import num_saved
 from esper_fn.runtime._step import TrainState
 
 
 class Carried(NamedTuple):
-    """A state for a larger lattice, and what is not as it was saved."""
+    """A state for a larger lattice, and what is not as it was."""
 
-    state: TrainState
+    state: Any
+    """A `TrainState`, or a `GrowthState` where one was given."""
     changes: tuple[str, ...]
     """One line for each group of leaves that changed, and by which rule."""
 
 
 def carry_over(
-    restored: checkpoint.Restored, growth: Growth, optimizer: PerBody, *, key: Key
+    restored: checkpoint.Restored,
+    growth: Growth,
+    optimizer: PerBody | None = None,
+    *,
+    key: Key,
+    before: Growth | None = None,
 ) -> Carried:
-    """Puts what `fit` saved into a growth with more capacity, sites, blueprints or strategies.
+    """Puts what was saved into a growth with more capacity, sites, blueprints or strategies.
+
+    Args:
+      restored: a step read back whole. `fit` saved it, or a loop of your own: its value is a
+        `TrainState` (as it is or in `saved_form`) or a `GrowthState`, or a dict that has one, or
+        one with `params`, `opt_state` and `growth`.
+      growth: the larger one; blueprints are recognised by their names.
+      optimizer: the one of the run; needless for a `GrowthState`.
+      key: for the new slots' bodies.
+      before: the growth the step was saved with. `fit` notes it; a loop of your own gives it here.
+
+    Returns:
+      What `enlarge` returns, by its rules.
+
+    Raises:
+      CheckpointError: no such state, or something living has no slot in `growth`.
+    """
+    if not isinstance(restored, checkpoint.Restored):
+        raise CheckpointError(
+            f"restored must be what `checkpoint.restore` returns, got {type(restored).__name__}; "
+            "for a state in memory there is `runtime.enlarge`"
+        )
+    _check_growth("growth", growth)
+    if before is not None:
+        _check_growth("before", before)
+        old = _Before(before.lattice, tuple(graft.name for graft in before.grafts))
+    else:
+        old = _from_record(restored, growth.lattice)
+    where = f"step {restored.step}"
+    return _carried(_state_of(restored.value, where), old, growth, optimizer, key, where)
+
+
+def enlarge(
+    state: TrainState | GrowthState,
+    before: Growth,
+    growth: Growth,
+    optimizer: PerBody | None = None,
+    *,
+    key: Key,
+) -> Carried:
+    """Puts a state into a growth with more capacity, sites, blueprints or strategies.
 
     | leaves | rule |
     |---|---|
-    | `params`, `opt_state.host`, `growth.loss`, `.settings`, `.key`, `.step` | as saved |
+    | `params`, `opt_state.host`, `growth.loss`, `.settings`, `.key`, `.step` | as before |
     | `growth.seeds` | row of the same site, layer and chunk; a new seed is dormant |
     | `growth.bodies`, `opt_state.bodies`, `growth.is_born` | slot of the same site, blueprint, \
 layer and position; a new slot is fresh |
     | `growth.owner`, `seeds.slot`, `.blueprint`, `.graft` | renumbered to name the same things |
-    | `growth.grafts` | numbers of a strategy of the same name as saved, others the growth's own |
-    | `growth.policy`, `growth.governor` | as saved where structure and shapes are the growth's, \
+    | `growth.grafts` | numbers of a strategy of the same name as before, others the growth's own |
+    | `growth.policy`, `growth.governor` | as before where structure and shapes are the growth's, \
 else its own, from their beginning |
     | `growth.memory` | forgotten until the next survey |
     | `anchor` | taken now: no roll-back goes back beyond this moment |
 
+    Shapes are larger then, so programs compile again. Arrays lie on the default device.
+
     Args:
-      restored: a step that `fit` saved, read back whole.
+      state: the present one, as `Fit.state`; it is not changed. A `GrowthState` for loops with an
+        optimiser of their own.
+      before: the growth it belongs to.
       growth: the larger one; blueprints are recognised by their names.
-      optimizer: the one of the run.
+      optimizer: the one of the run; needless for a `GrowthState`.
       key: for the new slots' bodies.
 
     Returns:
-      A state for `fit(start=...)`, and what changed.
+      A state of the same kind, for `fit(start=...)` or a loop of your own, and what changed.
 
     Raises:
-      CheckpointError: not saved by `fit`, or something living has no place in `growth`.
+      CheckpointError: not a state of `before`, or something living has no slot in `growth`.
     """
-    try:
-        old: TrainState = restored.value["state"]
-        settings = restored.record["settings"]
-        before = _lattice_of(settings, growth.lattice)
-    except (TypeError, KeyError, IndexError) as error:
+    _check_growth("before", before)
+    _check_growth("growth", growth)
+    old = _Before(before.lattice, tuple(graft.name for graft in before.grafts))
+    return _carried(_state_of(state, "state"), old, growth, optimizer, key, "state")
+
+
+class _Before(NamedTuple):
+    """What of the smaller growth is no state."""
+
+    lattice: Lattice
+    grafts: tuple[str, ...]
+
+
+def _check_growth(name: str, growth: Any) -> None:
+    if not isinstance(growth, Growth):
         raise CheckpointError(
-            f"step {restored.step} does not hold a whole run as `fit` saves it ({error!r}); "
-            "restore it without `only=`"
-        ) from None
-    after = growth.lattice
+            f"{name} must be a growth, made by `esper_fn.growth`, got {type(growth).__name__}"
+        )
+
+
+def _from_record(restored: checkpoint.Restored, larger: Lattice) -> _Before:
+    record = restored.record
+    settings = decoded(record.get("settings")) if isinstance(record, dict) else None
+    names = ("sites", "blueprints", "capacity", "dtype", "grafts")
+    if not isinstance(settings, dict) or any(name not in settings for name in names):
+        raise CheckpointError(
+            f"step {restored.step} does not say with which growth it was saved, as steps of `fit` "
+            "do; pass `before=` the growth of that run"
+        )
+    return _Before(_lattice_of(settings, larger), tuple(settings["grafts"]))
+
+
+def _state_of(value: Any, where: str) -> TrainState | GrowthState:
+    """The state in what was saved, by its type."""
+    if isinstance(value, TrainState | GrowthState):
+        return value
+    inner = value if isinstance(value, dict) else {}
+    if isinstance(inner.get("growth"), GrowthState) and {"params", "opt_state"} <= inner.keys():
+        return TrainState(
+            params=inner["params"],
+            opt_state=inner["opt_state"],
+            growth=inner["growth"],
+            anchor=inner.get("anchor"),
+        )
+    for kind in (TrainState, GrowthState):
+        states = [one for one in inner.values() if isinstance(one, kind)]
+        if len(states) == 1:
+            return states[0]
+    has = f"a dict with {list(inner)[:20]}" if inner else f"a {type(value).__name__}"
+    raise CheckpointError(
+        f"{where} does not hold a whole run: there must be a `TrainState` or a `GrowthState`, or a "
+        f"dict with one, or with `params`, `opt_state` and `growth`; it is {has}. Restore it "
+        "without `only=`, or put the parts together and call `runtime.enlarge`"
+    )
+
+
+def _carried(
+    old: TrainState | GrowthState,
+    before: _Before,
+    growth: Growth,
+    optimizer: PerBody | None,
+    key: Key,
+    where: str,
+) -> Carried:
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise CheckpointError(
+            f"key must be a random key, `jax.random.key(0)` say, got {type(key).__name__}"
+        )
+    saved = old if isinstance(old, GrowthState) else old.growth
+    _check_state(old, saved, before, where)
+    _check_lattices(before.lattice, growth.lattice)
     fresh = growth.init(key)
-    seed_of = _seed_map(before, after)
-    slot_of = _slot_map(before, after)
-    _check_nothing_is_lost(before, old.growth, seed_of, slot_of)
+    maps = _Maps(
+        seed=_rows.seed_map(before.lattice, growth.lattice),
+        slot=_rows.slot_map(before.lattice, growth.lattice),
+    )
+    _rows.check_nothing_is_lost(before.lattice, saved, maps.seed, maps.slot)
     changes: list[str] = []
-
-    def rows(of: np.ndarray, saved: Any, new: Any) -> Any:
-        return jax.tree.map(lambda a, b: _rows(of, a, b), saved, new)
-
-    new_seed = _inverse(seed_of, before.num_seeds)
-    new_slot = _inverse(slot_of, before.num_slots)
-    graft_of = [_index(growth, name) for name in settings["grafts"]]
-    seeds: SeedState = rows(seed_of, old.growth.seeds, fresh.seeds)
-    blueprints = [after.names.index(name) for name in before.names]
-    seeds = seeds._replace(
-        slot=_renumbered(seeds.slot, new_slot),
-        blueprint=_renumbered(seeds.blueprint, np.asarray(blueprints, np.int8)),
-        graft=_renumbered(seeds.graft, np.asarray(graft_of, np.int8)),
-    )
-    owner = rows(slot_of, old.growth.owner, fresh.owner)
-    bodies = _banks(before, after, old.growth.bodies, fresh.bodies)
-    if (num_new := int((seed_of == NONE).sum())) > 0:
-        changes.append(f"growth.seeds: {num_new} new, dormant")
-    if (num_new := int((slot_of == NONE).sum())) > 0:
-        changes.append(f"growth.bodies, opt_state.bodies: {num_new} new slots, fresh")
-
-    def kept(name: str) -> Any:
-        saved, own = getattr(old.growth, name), getattr(fresh, name)
-        if _shapes(saved) == _shapes(own):
-            return jax.tree.map(jnp.asarray, saved)
-        changes.append(f"growth.{name}: of another form, begins anew")
-        return own
-
-    if fresh.memory is not None or old.growth.memory is not None:
-        changes.append("growth.memory: forgotten until the next survey")
-    saved_grafts = dict(zip(settings["grafts"], old.growth.grafts, strict=True))
-    grown = fresh._replace(
-        seeds=seeds,
-        bodies=bodies,
-        owner=_renumbered(owner, new_seed),
-        is_born=rows(slot_of, old.growth.is_born, fresh.is_born),
-        loss=jax.tree.map(jnp.asarray, old.growth.loss),
-        settings=jax.tree.map(jnp.asarray, old.growth.settings),
-        grafts=tuple(
-            jax.tree.map(jnp.asarray, saved_grafts.get(graft.name, own))
-            for graft, own in zip(growth.grafts, fresh.grafts, strict=True)
-        ),
-        policy=kept("policy"),
-        governor=kept("governor"),
-        key=old.growth.key,
-        step=jnp.asarray(old.growth.step),
-    )
+    grown = _growth_state(saved, fresh, before, growth, maps, changes)
+    if isinstance(old, GrowthState):
+        return Carried(state=jax.tree.map(jnp.copy, grown), changes=tuple(changes))
     params = jax.tree.map(jnp.asarray, old.params)
-    opt_state = optimizer.init((params, fresh.bodies))
-    if _shapes(opt_state.host) != _shapes(old.opt_state.host):
-        raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
-    opt_state = opt_state._replace(
-        host=jax.tree.map(jnp.asarray, old.opt_state.host),
-        bodies=_banks(before, after, old.opt_state.bodies, opt_state.bodies),
-    )
+    opt_state = _optimizer_state(old, params, fresh, before.lattice, growth.lattice, optimizer)
     anchor = None
     if old.anchor is not None:
         anchor = rollback.anchor(
@@ -142,36 +206,164 @@ else its own, from their beginning |
     return Carried(state=jax.tree.map(jnp.copy, state), changes=tuple(changes))
 
 
-def _lattice_of(settings: Any, larger: Lattice) -> Lattice:
+class _Maps(NamedTuple):
+    """For each seed and slot of the larger lattice the one it takes over, or `NONE`."""
+
+    seed: np.ndarray
+    slot: np.ndarray
+
+
+def _growth_state(
+    saved: GrowthState,
+    fresh: GrowthState,
+    before: _Before,
+    growth: Growth,
+    maps: _Maps,
+    changes: list[str],
+) -> GrowthState:
+    def rows(of: np.ndarray, old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: _rows.merged(of, a, b), old, new)
+
+    after = growth.lattice
+    new_seed = _rows.inverse(maps.seed, before.lattice.num_seeds)
+    new_slot = _rows.inverse(maps.slot, before.lattice.num_slots)
+    graft_of = [_index(growth, name) for name in before.grafts]
+    seeds: SeedState = rows(maps.seed, saved.seeds, fresh.seeds)
+    blueprints = [after.names.index(name) for name in before.lattice.names]
+    seeds = seeds._replace(
+        slot=_rows.renumbered(seeds.slot, new_slot),
+        blueprint=_rows.renumbered(seeds.blueprint, np.asarray(blueprints, np.int8)),
+        graft=_rows.renumbered(seeds.graft, np.asarray(graft_of, np.int8)),
+    )
+    owner = rows(maps.slot, saved.owner, fresh.owner)
+    bodies = _rows.banks(before.lattice, after, saved.bodies, fresh.bodies)
+    if (num_new := int((maps.seed == NONE).sum())) > 0:
+        changes.append(f"growth.seeds: {num_new} new, dormant")
+    if (num_new := int((maps.slot == NONE).sum())) > 0:
+        changes.append(f"growth.bodies, opt_state.bodies: {num_new} new slots, fresh")
+
+    def as_before(name: str) -> Any:
+        old, own = getattr(saved, name), getattr(fresh, name)
+        if _rows.shapes(old) == _rows.shapes(own):
+            return jax.tree.map(jnp.asarray, old)
+        changes.append(f"growth.{name}: of another form, begins anew")
+        return own
+
+    if fresh.memory is not None or saved.memory is not None:
+        changes.append("growth.memory: forgotten until the next survey")
+    saved_grafts = dict(zip(before.grafts, saved.grafts, strict=True))
+    return fresh._replace(
+        seeds=seeds,
+        bodies=bodies,
+        owner=_rows.renumbered(owner, new_seed),
+        is_born=rows(maps.slot, saved.is_born, fresh.is_born),
+        loss=jax.tree.map(jnp.asarray, saved.loss),
+        settings=jax.tree.map(jnp.asarray, saved.settings),
+        grafts=tuple(
+            jax.tree.map(jnp.asarray, saved_grafts.get(graft.name, own))
+            for graft, own in zip(growth.grafts, fresh.grafts, strict=True)
+        ),
+        policy=as_before("policy"),
+        governor=as_before("governor"),
+        key=saved.key,
+        step=jnp.asarray(saved.step),
+    )
+
+
+def _optimizer_state(
+    old: TrainState,
+    params: Any,
+    fresh: GrowthState,
+    before: Lattice,
+    after: Lattice,
+    optimizer: PerBody | None,
+) -> PerBodyState:
+    if not isinstance(optimizer, PerBody):
+        raise CheckpointError(
+            f"optimizer must be the run's, from `optim.per_body`, got {type(optimizer).__name__}; "
+            "in a loop with another, carry the `GrowthState` alone"
+        )
+    opt_state: PerBodyState = optimizer.init((params, fresh.bodies))
+    if _rows.shapes(opt_state.host) != _rows.shapes(old.opt_state.host):
+        raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
+    return opt_state._replace(
+        host=jax.tree.map(jnp.asarray, old.opt_state.host),
+        bodies=_rows.banks(before, after, old.opt_state.bodies, opt_state.bodies),
+    )
+
+
+def _check_state(old: TrainState | GrowthState, saved: Any, before: _Before, where: str) -> None:
+    """Raises unless it is a state of that growth, made of arrays."""
+    if not isinstance(saved, GrowthState):
+        raise CheckpointError(
+            f"{where}: growth must be a `GrowthState`, got {type(saved).__name__}"
+        )
+    if isinstance(old, TrainState) and not isinstance(old.opt_state, PerBodyState):
+        raise CheckpointError(
+            f"{where}: opt_state must be of `optim.per_body`, got {type(old.opt_state).__name__}; "
+            "in a loop with another optimiser, carry the `GrowthState` alone"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(old):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
+            name = jax.tree_util.keystr(path)
+            raise CheckpointError(f"{where}: {name} must be an array, got {type(leaf).__name__}")
+    counts = (np.shape(saved.seeds.stage), np.shape(saved.owner), len(saved.grafts))
+    lattice = before.lattice
+    expected = ((lattice.num_seeds,), (lattice.num_slots,), len(before.grafts))
+    for name, has, wants in zip(("seeds", "slots", "grafts"), counts, expected, strict=True):
+        if has != wants:
+            raise CheckpointError(
+                f"{where} is not of the growth `before`: it has {_count(has)} {name}, the growth "
+                f"{_count(wants)}"
+            )
+
+
+def _count(shape: Any) -> Any:
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else shape
+
+
+def _check_lattices(before: Lattice, after: Lattice) -> None:
+    missing = [name for name in before.names if name not in after.names]
+    if missing:
+        raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
+    if before.dtype != after.dtype:
+        raise CheckpointError(
+            f"bodies were saved as {before.dtype} and are {after.dtype} here; nothing is cast "
+            "silently: make the lattice with the dtype of the run"
+        )
+    sites = {site.name: site for site in after.sites}
+    for site in before.sites:
+        other = sites.get(site.name, site)
+        for field in _FORM:
+            if getattr(site, field) != getattr(other, field):
+                raise CheckpointError(
+                    f"site {site.name!r}: {field} was {getattr(site, field)!r} and is "
+                    f"{getattr(other, field)!r}; give a site of another form another name"
+                )
+
+
+_FORM = ("features", "chunks", "topology", "source_features", "layers")
+
+
+def _lattice_of(settings: dict[str, Any], larger: Lattice) -> Lattice:
     """The lattice a run was saved with, its blueprints found by name in the larger one."""
     names = settings["blueprints"]
     missing = [name for name in names if name not in larger.names]
     if missing:
         raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
-    if settings["dtype"] != str(larger.dtype):
-        raise CheckpointError(
-            f"bodies were saved as {settings['dtype']} and are {larger.dtype} here; nothing is "
-            "cast silently: make the lattice with the dtype of the run"
+    fields = ("name", *_FORM, "positions")
+    try:
+        return lattice(
+            sites=[Site(**dict(zip(fields, row, strict=True))) for row in settings["sites"]],
+            blueprints={name: larger.blueprints[larger.names.index(name)] for name in names},
+            capacity=settings["capacity"],
+            dtype=jnp.dtype(settings["dtype"]),
         )
-    fields = (
-        "name", "features", "chunks", "topology", "source_features", "layers", "positions",
-    )  # fmt: skip
-    places = [Site(**dict(zip(fields, row, strict=True))) for row in settings["sites"]]
-    for place in places:
-        for other in larger.sites:
-            if other.name == place.name and (
-                changed := [f for f in fields[1:-1] if getattr(place, f) != getattr(other, f)]
-            ):
-                raise CheckpointError(
-                    f"site {place.name!r}: {changed[0]} was {getattr(place, changed[0])!r} and is "
-                    f"{getattr(other, changed[0])!r}; give a site of another form another name"
-                )
-    return lattice(
-        sites=places,
-        blueprints={name: larger.blueprints[larger.names.index(name)] for name in names},
-        capacity=settings["capacity"],
-        dtype=larger.dtype,
-    )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"what the step says of its growth has another form ({error}); pass `before=` the "
+            "growth of that run"
+        ) from error
 
 
 def _index(growth: Growth, graft: str) -> int:
@@ -179,108 +371,3 @@ def _index(growth: Growth, graft: str) -> int:
     if graft not in names:
         raise CheckpointError(f"the run grafted with {graft!r}; offer it here too, beside {names}")
     return names.index(graft)
-
-
-def _seed_map(before: Lattice, after: Lattice) -> np.ndarray:
-    """For each seed of `after` the seed of `before` at the same place, or `NONE`."""
-    at = {_place(before, seed): seed for seed in range(before.num_seeds)}
-    return np.asarray([at.get(_place(after, seed), NONE) for seed in range(after.num_seeds)])
-
-
-def _place(of: Lattice, seed: int) -> tuple[str, int, int]:
-    site, layer, chunk = of.locate(seed)
-    return site.name, layer, chunk
-
-
-def _slots(of: Lattice, bank: Bank) -> np.ndarray:
-    """The flat slots of a bank, `[L, pool]`."""
-    return np.arange(bank.start, bank.start + bank.num_slots).reshape(
-        of.sites[bank.site].num_layers, -1
-    )
-
-
-def _pairs(before: Lattice, after: Lattice) -> list[tuple[Bank, Bank]]:
-    """Banks of the same site and blueprint."""
-    of = {(before.sites[b.site].name, before.names[b.blueprint]): b for b in before.tables.banks}
-    found = []
-    for bank in after.tables.banks:
-        twin = of.get((after.sites[bank.site].name, after.names[bank.blueprint]))
-        if twin is not None:
-            found.append((twin, bank))
-    return found
-
-
-def _slot_map(before: Lattice, after: Lattice) -> np.ndarray:
-    """For each slot of `after` the slot of `before` it takes over, or `NONE`."""
-    found = np.full(after.num_slots, NONE)
-    for old, new in _pairs(before, after):
-        sources, targets = _slots(before, old), _slots(after, new)
-        width = min(sources.shape[1], targets.shape[1])
-        found[targets[:, :width]] = sources[:, :width]
-    return found
-
-
-def _check_nothing_is_lost(
-    before: Lattice, grown: Any, seed_of: np.ndarray, slot_of: np.ndarray
-) -> None:
-    owner = np.asarray(grown.owner)
-    for slot in np.flatnonzero(owner != NONE).tolist():
-        seed = int(owner[slot])
-        if slot not in slot_of or seed not in seed_of:
-            site, layer, chunk = before.locate(seed)
-            raise CheckpointError(
-                f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds a body "
-                "that has no place in this lattice; keep its site and at least the capacity of "
-                f"the run, {before.capacity}"
-            )
-
-
-def _rows(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
-    """`saved[of]`, and `new` where `of` is `NONE`; dtype and bits as saved."""
-    saved, own = np.asarray(saved), np.asarray(new)
-    if saved.dtype != own.dtype or saved.shape[1:] != own.shape[1:]:
-        raise CheckpointError(
-            f"rows of {saved.dtype}{list(saved.shape[1:])} were saved, here they are "
-            f"{own.dtype}{list(own.shape[1:])}; blueprints and optimizer must be the run's"
-        )
-    rows = own.copy()
-    rows[of != NONE] = saved[of[of != NONE]]
-    return jnp.asarray(rows)
-
-
-def _banks(before: Lattice, after: Lattice, saved: Any, new: Any) -> Any:
-    """Bodies, or their optimiser states: `[P, ...]` a bank."""
-    found = {site: dict(at_site) for site, at_site in new.items()}
-    for old, bank in _pairs(before, after):
-        site, name = after.sites[bank.site].name, after.names[bank.blueprint]
-        if name not in found.get(site, {}):
-            continue  # a blueprint without parameters has no optimiser state
-        sources, targets = _slots(before, old) - old.start, _slots(after, bank) - bank.start
-        width = min(sources.shape[1], targets.shape[1])
-        of = np.full(bank.num_slots, NONE)
-        of[targets[:, :width]] = sources[:, :width]
-        rows = [jax.tree.leaves(tree[site][name]) for tree in (saved, new)]
-        if len(rows[0]) != len(rows[1]):
-            raise CheckpointError(f"bodies of {name!r} at {site!r} have another form here")
-        found[site][name] = jax.tree.unflatten(
-            jax.tree.structure(new[site][name]),
-            [_rows(of, a, b) for a, b in zip(*rows, strict=True)],
-        )
-    return found
-
-
-def _inverse(of: np.ndarray, size: int) -> np.ndarray:
-    found = np.full(size, NONE, np.int64)
-    known = np.flatnonzero(of != NONE)
-    found[of[known]] = known
-    return found
-
-
-def _renumbered(numbers: Any, to: np.ndarray) -> jax.Array:
-    held = np.asarray(numbers)
-    return jnp.asarray(np.where(held == NONE, NONE, to[np.maximum(held, 0)]).astype(held.dtype))
-
-
-def _shapes(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return str(structure), [(np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves]

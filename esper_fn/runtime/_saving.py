@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ import numpy as np
 
 from esper_fn import checkpoint
 from esper_fn._growth import Growth
-from esper_fn.errors import CheckpointError, ResumeError
+from esper_fn.errors import ResumeError
+from esper_fn.runtime._plain import decoded, encoded, is_alike
 from esper_fn.runtime._ring import example, live_form, saved_form, saved_parts
 from esper_fn.runtime._step import TrainState
 
@@ -29,10 +30,12 @@ class Checkpoints:
         and at the end of the run.
       resume: go on from the newest sound step of the writer's folder, if it has one. With False, a
         folder that holds steps is refused.
-      note: gives JSON that is saved along, whatever the caller needs to go on.
+      note: gives JSON that is saved along, whatever the caller needs to go on. Also called before
+        the first step, to say then what cannot be saved. Infinities, NaN, NumPy numbers and arrays
+        (as numbers and lists) and keys that are numbers come back too; tuples are lists then.
       recall: told the note of the step the run goes on from, before its first segment.
-      settings: JSON of anything else that must be the same when the run goes on, under names of its
-        own.
+      settings: anything else that must be the same when the run goes on, under names of its own;
+        of the same kinds as a note.
     """
 
     writer: checkpoint.Writer
@@ -43,8 +46,13 @@ class Checkpoints:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every_steps, int) or self.every_steps < 1:
+        try:
+            every = -1 if isinstance(self.every_steps, bool) else operator.index(self.every_steps)
+        except TypeError:
+            every = -1
+        if every < 1:
             raise ValueError(f"every_steps must be an int, at least 1, got {self.every_steps!r}")
+        object.__setattr__(self, "every_steps", every)
 
 
 class Progress(NamedTuple):
@@ -60,18 +68,35 @@ class Progress(NamedTuple):
 def save(to: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss: float) -> None:
     """Saves asynchronously."""
     state = progress.state
-    is_grown = isinstance(state, TrainState)
     to.writer.save(
         progress.step,
-        {"state": saved_form(state) if is_grown else state, "losses": progress.losses},
+        _value(progress),
         record={
-            "settings": {**to.settings, **settings},
-            "record": _encoded(progress.record),
-            "note": None if to.note is None else _encoded(to.note()),
+            "settings": encoded({**to.settings, **settings}, "settings"),
+            "record": encoded(progress.record, "record"),
+            "note": None if to.note is None else encoded(to.note(), "note"),
         },
         metrics={"loss": loss},
-        parts=saved_parts(state) if is_grown else (),
+        parts=saved_parts(state) if isinstance(state, TrainState) else (),
     )
+
+
+def _value(progress: Progress) -> dict[str, Any]:
+    state = progress.state
+    form = saved_form(state) if isinstance(state, TrainState) else state
+    return {"state": form, "losses": progress.losses}
+
+
+def _check(to: Checkpoints, fresh: Any, settings: Mapping[str, Any]) -> None:
+    """Says before the first step what could not be saved."""
+    record = {"settings": encoded({**to.settings, **settings}, "settings")}
+    if to.note is not None:
+        try:
+            note = to.note()
+        except Exception:  # it may need a segment first, and is called again then
+            note = None
+        record["note"] = encoded(note, "note")
+    checkpoint.check(_value(Progress(0, fresh, np.zeros(0), {})), record=record)
 
 
 def is_due(to: Checkpoints, first: int, last: int) -> bool:
@@ -92,6 +117,7 @@ def load(
 
     Raises:
       NoCheckpointError: there are steps, but none is sound.
+      CheckpointError: the state, a setting or the note cannot be saved.
       ResumeError: saved with other settings, or longer than this run.
 
     Warns with a `CheckpointWarning` that names newer steps that are damaged.
@@ -100,6 +126,7 @@ def load(
     to.writer.wait()  # a save of an earlier run may still be under way
     there = checkpoint.steps(path)
     if not there:
+        _check(to, fresh, settings)
         return None
     if not to.resume:
         raise ResumeError(
@@ -118,7 +145,8 @@ def load(
         )
     if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
         raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
-    saved, present = record["settings"], {**to.settings, **settings}
+    saved = decoded(record["settings"])
+    present = decoded(encoded({**to.settings, **settings}, "settings"))
     if "num_snapshots" in present and "num_snapshots" not in saved:
         # From before there was a choice: the two there were come into a ring of this run's.
         saved = {**saved, "num_snapshots": present["num_snapshots"]}
@@ -134,18 +162,20 @@ def load(
         state = live_form(state, num_snapshots=settings["num_snapshots"])
     check_alike(fresh, state, str(path))
     if to.recall is not None:
-        to.recall(_decoded(record["note"]))
+        to.recall(decoded(record["note"]))
     return Progress(
         step=step,
         state=jax.tree.map(_placed, fresh, state),
         losses=losses,
-        record=_decoded(record["record"]),
+        record=decoded(record["record"]),
     )
 
 
 def _check_settings(path: object, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    # Older versions saved keys that are numbers as strings.
+    saved, present = ({str(n): v for n, v in of.items()} for of in (saved, present))
     for name in sorted(saved.keys() | present.keys()):
-        if saved.get(name) != present.get(name):
+        if not is_alike(saved.get(name), present.get(name)):
             raise ResumeError(
                 f"{path}: {name} is {present.get(name)!r} now and was {saved.get(name)!r} when the "
                 "step was saved, so the run would not be the one that was stopped; set it back, or "
@@ -186,29 +216,6 @@ def _placed(fresh: Any, leaf: Any) -> Any:
     if len(fresh.sharding.device_set) > 1:
         return jax.device_put(leaf, fresh.sharding)
     return jnp.array(leaf, copy=True)
-
-
-def _encoded(value: Any) -> Any:
-    """JSON that holds non-finite floats too."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if isinstance(value, dict):
-        if "$float" in value:
-            raise CheckpointError("a note must not have a key '$float'")
-        return {name: _encoded(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(inner) for inner in value]
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"$float"}:
-            return float(value["$float"])
-        return {name: _decoded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_decoded(inner) for inner in value]
-    return value
 
 
 def describe(growth: Growth) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
             assert checkpoint.verify(disk / "run") == {0: None, 1: None}
             assert list((disk / "run" / ".work").iterdir()) == []
             assert len(told) == 2
-            (disk / "run" / "steps" / f"{0:012d}" / "manifest.jsonl").unlink()
+            data = disk / "run" / "steps" / f"{0:012d}" / "data"
+            next(file for file in data.rglob("*") if file.is_file()).write_bytes(b"damaged")
         checkpoint.prune(disk / "run", checkpoint.latest(1))
         with checkpoint.Writer(disk / "run", on_failure=fail) as writer:
             writer.save(9, {"x": np.random.default_rng(9).normal(size=250_000)})

@@ -1,0 +1,162 @@
+"""Keys of dictionaries as JSON, and back with their types: numbers, enums, tuples, strings."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from esper_fn.checkpoint._types import enum_of, name_of, qualified
+from esper_fn.errors import CheckpointError, CorruptCheckpointError
+
+MAX_TUPLE_DEPTH = 8
+_NUMPY = frozenset(
+    f"{kind}{bits}"
+    for kind, widths in (
+        ("int", (8, 16, 32, 64)),
+        ("uint", (8, 16, 32, 64)),
+        ("float", (16, 32, 64)),
+        ("bool", ("",)),
+    )
+    for bits in widths
+)
+
+
+def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
+    """A string as it is, any other key as `{type: value}`; raises `CheckpointError`."""
+    row: Any = None
+    if isinstance(key, enum.Enum):
+        kind = type(key)
+        members = [one.name for one in key] if isinstance(key, enum.Flag) else [key.name]
+        row = {"enum": [name_of(kind) or qualified(kind), *members]}
+    elif isinstance(key, np.generic) and str(key.dtype) in _NUMPY:
+        value = key.item()
+        row = {"numpy": [str(key.dtype), value.hex() if isinstance(value, float) else str(value)]}
+    elif isinstance(key, str):
+        row = str(key)
+    elif key is None or type(key) is bool:
+        row = {"constant": key}
+    elif type(key) is int and key.bit_length() <= 13_000:
+        row = {"int": str(key)}
+    elif type(key) is float:
+        row = {"float": key.hex()}
+    elif type(key) is bytes:
+        row = {"bytes": key.hex()}
+    elif type(key) is tuple and depth < MAX_TUPLE_DEPTH:
+        row = {"tuple": [key_to_json(one, path, depth + 1) for one in key]}
+    if row is None:
+        raise CheckpointError(
+            f"{path or 'the value'}: the dictionary key {_short(key)} is a {qualified(type(key))}; "
+            "a key may be a string, int, bool, float, None, bytes, NumPy number, enum member, or a "
+            "tuple of these: convert it"
+        )
+    return row
+
+
+def label(row: Any) -> str:
+    """What paths call a key: `5` for the int, the member's name for an enum."""
+    if isinstance(row, str):
+        return row
+    ((kind, value),) = row.items()
+    if kind == "float":
+        return repr(float.fromhex(value))
+    if kind == "enum":
+        return "|".join(value[1:])
+    if kind == "tuple":
+        return f"({','.join(map(label, value))})"
+    return str(value[1]) if kind == "numpy" else str(value)
+
+
+def keys_from_json(rows: list[Any], like: Any = None) -> list[Any]:
+    """The keys again.
+
+    Args:
+      rows: from `key_to_json`, by way of a file.
+      like: a dictionary whose keys tell enums that are not registered.
+
+    Raises:
+      CorruptCheckpointError: no keys, or two that are equal.
+      CheckpointError: an enum that is neither registered nor among the keys of `like`.
+    """
+    kinds = {}
+    if isinstance(like, dict):
+        kinds = {qualified(kind): kind for kind in _enums(like)}
+    try:
+        keys = [_from_json(row, kinds, 0) for row in rows]
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+        raise CorruptCheckpointError(f"keys of a node are {_short(rows)}") from None
+    if len(dict.fromkeys(keys)) != len(keys):
+        raise CorruptCheckpointError(f"two keys of a node are equal: {_short(rows)}")
+    return keys
+
+
+def _enums(keys: Iterable[Any]) -> Iterable[type[Any]]:
+    for key in keys:
+        if isinstance(key, enum.Enum):
+            yield type(key)
+        elif type(key) is tuple:
+            yield from _enums(key)
+
+
+def _from_json(row: Any, kinds: dict[str, type[Any]], depth: int) -> Any:
+    if isinstance(row, str):
+        return row
+    if depth > MAX_TUPLE_DEPTH:
+        raise ValueError("nested too deeply")
+    ((kind, value),) = row.items()
+    if kind == "constant" and (value is None or type(value) is bool):
+        return value
+    if kind == "int" and isinstance(value, str) and len(value) < 4000:
+        return int(value)
+    if kind == "float":
+        return float.fromhex(value)
+    if kind == "bytes":
+        return bytes.fromhex(value)
+    if kind == "tuple" and isinstance(value, list):
+        return tuple(_from_json(one, kinds, depth + 1) for one in value)
+    if kind == "numpy":
+        return _number(*value)
+    if kind == "enum":
+        return _member(kinds, *value)
+    raise ValueError("of another form")
+
+
+def _number(dtype: str, text: str) -> Any:
+    if dtype not in _NUMPY:
+        raise ValueError(dtype)
+    if dtype == "bool":
+        return {"True": np.True_, "False": np.False_}[text]
+    value: Any = float.fromhex(text) if dtype.startswith("float") else int(text)
+    return np.dtype(dtype).type(value)
+
+
+def _member(kinds: dict[str, type[Any]], name: str, *members: str) -> Any:
+    kind = enum_of(name) or kinds.get(name)
+    if kind is None:
+        raise CheckpointError(
+            f"the checkpoint has dictionary keys of the enum {name!r}, which is not registered in "
+            "this process: call `checkpoint.register(TYPE, NAME)`, or pass `like=` a value with "
+            "such keys"
+        )
+    missing = [one for one in members if one not in kind.__members__]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has a key {name}.{missing[0]}; here it has only "
+            f"{', '.join(kind.__members__)}: restore with the version that wrote it"
+        )
+    if issubclass(kind, enum.Flag):
+        found = kind(0)
+        for one in members:
+            found |= kind[one]
+        return found
+    (member,) = members
+    return kind[member]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,180 @@
+"""Growing the capacity of a state in memory, and of checkpoints of a loop of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from checkpoint_support import assert_same, fail
+from growing import Job, mlp
+
+import esper_fn as ef
+from esper_fn import checkpoint, runtime
+from esper_fn.errors import CheckpointError
+
+KEY = jax.random.key(7)
+MORE = ef.site("more", features=6, chunks=3)
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    """A run that has no room for more: each site has one slot."""
+    return mlp(capacity=1)
+
+
+@pytest.fixture(scope="module")
+def state(job: Job) -> runtime.TrainState:
+    state: runtime.TrainState = job.fit(num_steps=60).state
+    assert (np.asarray(state.growth.owner) >= 0).sum() >= 2
+    return state
+
+
+def growth(job: Job, capacity: int = 2, sites: Any = None, **options: Any) -> ef.Growth:
+    lattice = job.growth.lattice
+    sites = lattice.sites if sites is None else sites
+    blueprints = dict(zip(lattice.names, lattice.blueprints, strict=True))
+    return ef.growth(
+        ef.lattice(sites=sites, blueprints=blueprints, capacity=capacity, **options),
+        policy=job.growth.policy,
+        graft=ef.grafting.linear(12),
+        settings=job.growth.settings,
+        bodies_at_once=None,
+    )
+
+
+def test_more_capacity_in_memory_changes_nothing_that_lives(
+    job: Job, state: runtime.TrainState
+) -> None:
+    larger = growth(job, sites=[*job.growth.lattice.sites, MORE])
+    before = jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0)))
+    carried, changes = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
+    # The old state is untouched.
+    assert_same(before, jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0))))
+    assert carried.growth.owner.shape == (larger.lattice.num_slots,)
+    assert (job.growth.lattice.num_slots, larger.lattice.num_slots) == (4, 8)
+    assert (np.asarray(carried.growth.owner) >= 0).sum() == (
+        np.asarray(state.growth.owner) >= 0
+    ).sum()
+    assert any("new slots, fresh" in change for change in changes)
+    batch = jax.tree.map(lambda leaf: leaf[0], job.batches(60, 1))
+    np.testing.assert_allclose(
+        job.loss_fn(state.params, job.growth.seeds(state.growth), batch),
+        job.loss_fn(carried.params, larger.seeds(carried.growth), batch),
+        rtol=1e-6,
+    )
+    assert int(carried.growth.step) == 60
+    assert int(carried.anchor.every) == int(state.anchor.every)
+
+
+def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState) -> None:
+    larger = growth(job)
+    whole = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY).state.growth
+    assert_same(whole, runtime.enlarge(state.growth, job.growth, larger, key=KEY).state)
+
+
+def test_there_and_nothing_more_is_the_same(job: Job, state: runtime.TrainState) -> None:
+    carried, changes = runtime.enlarge(state, job.growth, job.growth, job.optimizer, key=KEY)
+    assert changes == ("anchor: taken now",)
+    assert_same(state[:3], carried[:3])
+
+
+FORMS = {
+    "the state alone": runtime.saved_form,
+    "as it is in memory": lambda state: state,
+    "under a name": lambda state: {"state": runtime.saved_form(state), "losses": np.ones(3)},
+    "under another name": lambda state: {"mine": state, "best": 0.5},
+    "its parts": lambda state: {
+        "params": state.params, "opt_state": state.opt_state, "growth": state.growth
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_checkpoints_of_a_loop_of_ones_own(
+    job: Job, state: runtime.TrainState, tmp_path: Path, name: str
+) -> None:
+    with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
+        writer.save(60, FORMS[name](state), record={"mine": [1]} if name[0] == "u" else None)
+    restored = checkpoint.restore(tmp_path)
+    larger = growth(job)
+    carried = runtime.carry_over(restored, larger, job.optimizer, key=KEY, before=job.growth)
+    expected = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
+    if name == "its parts":
+        assert carried.state.anchor is None
+        expected = expected._replace(state=expected.state._replace(anchor=None))
+    assert_same(expected.state, carried.state)
+    with pytest.raises(CheckpointError, match=r"does not say with which growth .* pass `before=`"):
+        runtime.carry_over(restored, larger, job.optimizer, key=KEY)
+
+
+def restored_of(value: Any, record: Any = None) -> checkpoint.Restored:
+    return checkpoint.Restored(
+        step=3, value=value, record=record, metrics={}, versions={}, passed_over=()
+    )
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a list": ([1, 2], "does not hold a whole run"),
+    "nothing": (None, "does not hold a whole run"),
+    "a word": ("state", "does not hold a whole run"),
+    "a dict of others": ({"weights": np.ones(2)}, r"it is a dict with \['weights'\]"),
+    "a state of words": ({"state": "x"}, "does not hold a whole run"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_state_is_refused_by_what_it_is(job: Job, name: str) -> None:
+    value, message = WRONG[name]
+    with pytest.raises(CheckpointError, match=message):
+        runtime.carry_over(
+            restored_of(value), growth(job), job.optimizer, key=KEY, before=job.growth
+        )
+    with pytest.raises(CheckpointError, match=message):
+        runtime.enlarge(value, job.growth, growth(job), job.optimizer, key=KEY)
+
+
+def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState) -> None:
+    larger = growth(job)
+    given = {"state": state, "before": job.growth, "growth": larger, "optimizer": job.optimizer}
+    given["key"] = KEY
+    words = state.growth._replace(step="60")
+    for changes, message in (
+        ({"before": None}, "before must be a growth, .* got NoneType"),
+        ({"before": larger}, "state is not of the growth `before`: it has 4 slots, the growth 6"),
+        ({"growth": larger.lattice}, "growth must be a growth, .* got Lattice"),
+        ({"optimizer": None}, r"optimizer must be the run's, .* got NoneType"),
+        ({"optimizer": optax.adam(0.1)}, "optimizer must be the run's"),
+        ({"optimizer": ef.optim.per_body(optax.sgd(0.1))}, "opt_state.host|must be the run's"),
+        ({"key": 3}, "key must be a random key, .* got int"),
+        ({"state": state._replace(growth=None)}, "growth must be a `GrowthState`, got NoneType"),
+        ({"state": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_body`"),
+        ({"state": state._replace(growth=words)}, "growth.step must be an array, got str"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            runtime.enlarge(**{**given, **changes})
+    with pytest.raises(CheckpointError, match=r"got TrainState; .* `runtime\.enlarge`"):
+        runtime.carry_over(state, larger, job.optimizer, key=KEY)  # type: ignore[arg-type]
+    for record in (None, 5, {"settings": None}, {"settings": {"sites": 3}}, {"settings": {1: 2}}):
+        with pytest.raises(CheckpointError, match="pass `before="):
+            runtime.carry_over(restored_of(state, record), larger, job.optimizer, key=KEY)
+    strange = {"sites": [[1]], "blueprints": [], "capacity": "x", "dtype": "y", "grafts": []}
+    with pytest.raises(CheckpointError, match="pass `before="):
+        runtime.carry_over(
+            restored_of(state, {"settings": strange}), larger, job.optimizer, key=KEY
+        )
+
+
+def test_optimisers_with_random_keys_are_carried(job: Job) -> None:
+    noisy = ef.optim.per_body(optax.add_noise(0.1, 0.5, jax.random.key(3)))
+    started = runtime.init(noisy, job.params, job.growth.init(KEY))
+    carried = runtime.enlarge(started, job.growth, growth(job), noisy, key=KEY).state
+    assert_same(started.opt_state.host, carried.opt_state.host)
+
+
+def test_what_lives_is_never_dropped(job: Job, state: runtime.TrainState) -> None:
+    with pytest.raises(CheckpointError, match="holds a body that has no place in this lattice"):
+        runtime.enlarge(state, job.growth, growth(job, sites=[MORE]), job.optimizer, key=KEY)
