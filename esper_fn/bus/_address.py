@@ -147,7 +147,7 @@ def _network(rest: str) -> tuple[str, dict[str, Any]]:
     if not rest.startswith("//"):
         _refuse("after the scheme comes //")
     before = rest[2:].partition("?")[0]
-    authority, slash, path = before.partition("/")
+    authority, _, path = before.partition("/")
     if "@" in rest[2 + len(authority) :]:
         _refuse(
             "an @ stands after the host; in a user or password write / as %2F and ? as %3F, in an "

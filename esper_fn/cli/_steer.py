@@ -117,8 +117,10 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Prints a fresh key."""
-    del parser
-    say(bus.new_key(options.name))
+    name = options.name
+    if not (name.isascii() and name.isidentifier() and len(name) <= 64):
+        parser.error(f"argument --name: {name!r} must be letters, digits and _, at most 64")
+    say(bus.new_key(name))
     return DONE
 
 

@@ -12,8 +12,7 @@ from esper_fn.monitoring._metrics import METRICS, Kind, Metric
 
 _LOOPBACK = "127.0.0.1"
 MAX_SERIES = 10_000
-"""Label values come from messages; more series than that, as Prometheus would see them, are not made
-but counted in `Exporter.num_refused_series`."""
+"""Label values come from messages; more series than that are not made, but counted."""
 
 
 class _Counter(Counter):

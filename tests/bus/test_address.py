@@ -11,7 +11,7 @@ from esper_fn import bus
 from esper_fn.cli import main
 from esper_fn.errors import BusAddressError, EsperError
 
-SECRET = "hunter2"
+SECRET = "hunter2"  # noqa: S105 -- what must never be seen
 
 GOOD = {
     f"redis://:{SECRET}@127.0.0.1:1/0": {"password": SECRET, "port": 1, "db": 0},
@@ -30,11 +30,11 @@ GOOD = {
     f"rediss://:{SECRET}@127.0.0.1:1?ssl_cert_reqs=none&ssl_check_hostname=no": {
         "ssl_cert_reqs": "none", "ssl_check_hostname": False,
     },
-    f"unix:///tmp/none%23.sock?password={SECRET}@&db=5": {
-        "path": "/tmp/none#.sock", "password": f"{SECRET}@", "db": 5,
+    f"unix:///nowhere/none%23.sock?password={SECRET}@&db=5": {
+        "path": "/nowhere/none#.sock", "password": f"{SECRET}@", "db": 5,
     },
-    f"unix://{SECRET}@/tmp/no@ne.sock": {"path": "/tmp/no@ne.sock", "username": SECRET},
-    "unix:/tmp/none.sock": {"path": "/tmp/none.sock"},
+    f"unix://{SECRET}@/nowhere/no@ne.sock": {"path": "/nowhere/no@ne.sock", "username": SECRET},
+    "unix:/nowhere/none.sock": {"path": "/nowhere/none.sock"},
     f" redis://:{SECRET}@127.0.0.1:1\n": {"password": SECRET},
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ BAD = {
     f"redis://:{SECRET}@[localhost]:1": "no IPv6 address",
     f"redis://:{SECRET}@::1:1": "HOST:PORT",
     f"redis:{SECRET}": "//",
-    f"unix://{SECRET}/tmp/x.sock": "third /",
+    f"unix://{SECRET}/nowhere/x.sock": "third /",
     f"unix://:{SECRET}": "third /",
     f"unix:{SECRET}": "path of the socket",
     f"http://:{SECRET}@127.0.0.1": "redis://",
