@@ -17,6 +17,7 @@ from esper_fn.checkpoint._folder import (
 )
 from esper_fn.checkpoint._manifest import VERSION, Manifest
 from esper_fn.checkpoint._once import prune, save
+from esper_fn.checkpoint._place import exclusive
 from esper_fn.checkpoint._retention import (
     Context,
     Decision,
@@ -50,6 +51,7 @@ __all__ = [
     "decide",
     "every",
     "everything",
+    "exclusive",
     "from_structure",
     "history",
     "inspect",

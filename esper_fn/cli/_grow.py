@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from esper_fn import data, report, runtime
+from esper_fn import checkpoint, data, report, runtime
 from esper_fn import experiments as ex
 from esper_fn.cli import MAX_SEED
 from esper_fn.cli._say import complain
@@ -106,11 +106,13 @@ def _run(options: argparse.Namespace, comparison: ex.Comparison, target: Path) -
 def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolder:
     """The run folder; what a resumed run had measured is written anew from its checkpoints."""
     try:
-        if not is_resumed:
+        if is_resumed:
+            return report.create(target, overwrite=True)
+        # Both locks come first: a run that lives keeps its folder and its checkpoints.
+        with checkpoint.exclusive(target / CHECKPOINTS):
             folder = report.create(target, overwrite=overwrite)
             shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
             return folder
-        return report.create(target, overwrite=True)
     except RunFolderError as error:
         raise RunFolderError(str(error).replace("overwrite=True", "--overwrite")) from None
 
