@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = Parser(prog="esper", description="Grow neural networks while they train.")
+    parser: argparse.ArgumentParser = Parser(
+        prog="esper", description="Grow neural networks while they train."
+    )
     parser.add_argument("--version", action="version", version=f"esper-fn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_grow(commands)
@@ -79,7 +81,8 @@ def _refuse_unknown(options: argparse.Namespace, unknown: list[str]) -> NoReturn
         )
     elif options.command in {"send", "stop", "dlq"} and not unknown[0].startswith("-"):
         hint = "; a run is named with --run NAME, its bus with --bus ADDRESS"
-    options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    parser: argparse.ArgumentParser = options.parser
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _count(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:

@@ -54,7 +54,7 @@ def safe_streams() -> Iterator[None]:
     streams: list[tuple[Any, str]] = []
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
-            streams.append((stream, stream.errors))
+            streams.append((stream, str(stream.errors)))
             stream.reconfigure(errors="backslashreplace")
     logger, handler = logging.getLogger("esper_fn"), logging.StreamHandler()
     handler.setFormatter(_Formatter("esper: %(message)s"))
