@@ -3,7 +3,7 @@
 See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
-from esper_fn.bus._address import MEMORY, Address, parse_address
+from esper_fn.bus._address import MEMORY, Address, hide_addresses, parse_address
 from esper_fn.bus._broker import Broker
 from esper_fn.bus._client import AsyncClient, connect_async
 from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
@@ -133,6 +133,7 @@ __all__ = [
     "WhenFull",
     "connect",
     "connect_async",
+    "hide_addresses",
     "make_transport",
     "new_id",
     "new_key",

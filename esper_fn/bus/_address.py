@@ -3,57 +3,221 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl, quote, unquote
 
 from esper_fn.errors import BusAddressError, BusSecurityError
 
 MEMORY = "memory"
 _EXAMPLES = "memory, redis://127.0.0.1:6379/0, rediss://host:6379/0, unix:///path/to/redis.sock"
+_HIDDEN = "***"
+_SECRETS = ("username", "password", "ssl_password")
+_PLAIN_OPTIONS = ("db", "username", "password", "client_name")
+_TLS_OPTIONS = (
+    "ssl_cert_reqs", "ssl_check_hostname", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile",
+    "ssl_keyfile", "ssl_password",
+)  # fmt: skip
+_OWN_OPTIONS = (
+    "protocol", "decode_responses", "encoding", "encoding_errors", "socket_timeout",
+    "socket_connect_timeout", "socket_keepalive", "retry_on_timeout", "retry_on_error",
+    "max_connections", "health_check_interval", "timeout", "single_connection_client",
+)  # fmt: skip
+"""Of Redis clients in general; here the bus chooses them itself."""
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_ADDRESS = re.compile(r"\b(rediss?|unix)(:/\S*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """A checked address.
+    """A checked address. Neither its `repr` nor `shown` holds a user or a password.
 
     Attributes:
-      url: as given.
+      url: as given; it may hold a password.
       is_memory: the bus is inside this process.
       is_local: only this machine can reach it, by the address alone.
+      shown: the address for people.
+      options: host, port, path, database, user, password and TLS, by the names redis-py has for
+        them.
     """
 
-    url: str
+    url: str = field(repr=False)
     is_memory: bool
     is_local: bool
+    shown: str
+    options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
 
-    @property
-    def shown(self) -> str:
-        """The address without a password."""
-        parts = urlsplit(self.url)
-        if parts.password is None:
-            return self.url
-        return self.url.replace(f":{parts.password}@", ":***@", 1)
+    def hide(self, text: str) -> str:
+        """`text` without the user and password of this address, should a server repeat them."""
+        for name, value in self.options:
+            if name in _SECRETS and len(value) > 1:
+                text = text.replace(value, _HIDDEN)
+        return text
+
+
+def hide_addresses(text: str) -> str:
+    """`text` with every address of a server in it as `Address.shown`, or without its parts.
+
+    >>> hide_addresses("no option --bsu redis://:hunter2@host:6379/0")
+    'no option --bsu redis://***@host:6379/0'
+    """
+
+    def shown(match: re.Match[str]) -> str:
+        try:
+            return parse_address(match[0]).shown
+        except BusAddressError:
+            return f"{match[1]}://{_HIDDEN}"
+
+    return _ADDRESS.sub(shown, text)
 
 
 def parse_address(url: str) -> Address:
     """Reads an address.
 
+    `redis://USER:PASSWORD@HOST:PORT/DB`, `rediss://` for TLS, or `unix:///PATH`. Parts are
+    percent-encoded where they hold one of `/ ? # %` or a blank. Options after `?` are `db`,
+    `username`, `password`, `client_name`, and with `rediss` the `ssl_...` options of redis-py.
+
     Raises:
-      BusAddressError: it is none.
+      BusAddressError: it is none. The message names the part that is wrong and no text of it, since
+        a wrong part is often a password in the wrong place.
     """
+    url = url.strip()
     if url in {MEMORY, f"{MEMORY}://"}:
-        return Address(url=url, is_memory=True, is_local=True)
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    if parts.scheme == "unix" and parts.path:
-        return Address(url=url, is_memory=False, is_local=True)
-    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or port == -1:
-        raise BusAddressError(f"bus address {url!r} is none; write one like {_EXAMPLES}")
-    return Address(url=url, is_memory=False, is_local=is_loopback(parts.hostname))
+        return Address(url=url, is_memory=True, is_local=True, shown=MEMORY)
+    scheme, colon, rest = url.partition(":")
+    scheme = scheme.lower()
+    if not colon or scheme not in {"redis", "rediss", "unix"}:
+        _refuse("it does not begin with redis://, rediss:// or unix://")
+    if any(not char.isprintable() or char.isspace() for char in rest):
+        _refuse("it holds a blank or a control character; write a blank as %20")
+    if "#" in rest:
+        _refuse("it holds a #; write it as %23, in a password too")
+    if scheme == "unix":
+        place, options = _unix(rest)
+    else:
+        place, options = _network(rest)
+    known = (*_PLAIN_OPTIONS, *_TLS_OPTIONS) if scheme == "rediss" else _PLAIN_OPTIONS
+    for name, value in _query(rest, known):
+        if name in options and options[name] != value:
+            _refuse(f"{name} is given twice; leave one out")
+        options[name] = value
+    if scheme == "rediss":
+        options.setdefault("ssl_cert_reqs", "required")
+    shown_user = f"{_HIDDEN}@" if options.keys() & set(_SECRETS) else ""
+    shown_db = f"/{options['db']}" if "db" in options else ""
+    if scheme == "unix":
+        shown = f"unix://{shown_user}{place}" + (f"?db={options['db']}" if shown_db else "")
+    else:
+        shown = f"{scheme}://{shown_user}{place}{shown_db}"
+    return Address(
+        url=url,
+        is_memory=False,
+        is_local=scheme == "unix" or is_loopback(options["host"]),
+        shown=shown,
+        options=tuple(options.items()),
+    )
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise BusAddressError(f"bus address: {problem}; write one like {_EXAMPLES}") from None
+
+
+def _unix(rest: str) -> tuple[str, dict[str, Any]]:
+    """Where the socket is, and the options before the `?`."""
+    before = rest.partition("?")[0]
+    user = ""
+    if before.startswith("//"):
+        authority, slash, path = before[2:].partition("/")
+        if authority and not authority.endswith("@"):
+            _refuse("between unix:// and the path stands something; the path begins with a third /")
+        user, path = authority[:-1], slash + path
+    else:
+        path = before
+    path = unquote(path)
+    if not path.startswith("/") or len(path) < 2 or not path.isprintable():
+        _refuse("the path of the socket is missing or not absolute")
+    return quote(path, safe="/@:+,=~"), {"path": path, **_user(user)}
+
+
+def _network(rest: str) -> tuple[str, dict[str, Any]]:
+    """Host and port for people, and the options before the `?`."""
+    if not rest.startswith("//"):
+        _refuse("after the scheme comes //")
+    before = rest[2:].partition("?")[0]
+    authority, _, path = before.partition("/")
+    if "@" in rest[2 + len(authority) :]:
+        _refuse(
+            "an @ stands after the host; in a user or password write / as %2F and ? as %3F, in an "
+            "option write @ as %40"
+        )
+    user, _, where = authority.rpartition("@")
+    found = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([^:]*))?", where)
+    if found is None:
+        _refuse("host and port are not HOST:PORT; an IPv6 address stands in [ ]")
+    host, port = found[1], found[2]
+    if host.startswith("["):
+        host = unquote(host[1:-1])
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            _refuse("what stands in [ ] is no IPv6 address")
+    elif not host or not all(char.isalnum() or char in "._-" for char in host):
+        _refuse("the host is missing, or holds something other than letters, digits, . _ and -")
+    options: dict[str, Any] = {"host": host, "port": 6379}
+    if port is not None:
+        options["port"] = _whole(port, "the port", 1, 65_535)
+    if path:
+        options["db"] = _whole(path.removesuffix("/"), "the database after the host", 0, 2**31 - 1)
+    shown = f"[{host}]" if ":" in host else host
+    return f"{shown}:{options['port']}", {**options, **_user(user)}
+
+
+def _user(text: str) -> dict[str, Any]:
+    name, _, password = text.partition(":")
+    both = {"username": unquote(name), "password": unquote(password)}
+    return {key: value for key, value in both.items() if value}
+
+
+def _query(rest: str, known: tuple[str, ...]) -> list[tuple[str, Any]]:
+    options = []
+    seen = set()
+    for name, value in parse_qsl(rest.partition("?")[2], keep_blank_values=True):
+        if name in _OWN_OPTIONS:
+            _refuse(f"option {name!r} is chosen by the bus itself; leave it out")
+        if name in _TLS_OPTIONS and name not in known:
+            _refuse(f"option {name!r} belongs to TLS; begin the address with rediss://")
+        if name not in known:
+            # An option without a value, or with a strange name, may be a piece of a password.
+            which = f"option {name!r}" if name.isidentifier() and value else "an option"
+            _refuse(f"{which} is unknown; there are {', '.join(known)}")
+        if name in seen:
+            _refuse(f"option {name!r} is given twice; leave one out")
+        seen.add(name)
+        if not value:
+            _refuse(f"option {name!r} has no value")
+        options.append((name, _option(name, value)))
+    return options
+
+
+def _option(name: str, value: str) -> Any:
+    if name == "db":
+        return _whole(value, "option 'db'", 0, 2**31 - 1)
+    if name == "ssl_cert_reqs" and value not in {"none", "optional", "required"}:
+        _refuse("option 'ssl_cert_reqs' must be none, optional or required")
+    if name == "ssl_check_hostname":
+        if value.lower() not in _WORDS:
+            _refuse("option 'ssl_check_hostname' must be true or false")
+        return _WORDS[value.lower()]
+    return value
+
+
+def _whole(text: str, what: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and least <= int(text) <= most):
+        _refuse(f"{what} must be a whole number from {least} to {most}")
+    return int(text)
 
 
 def is_loopback(host: str) -> bool:

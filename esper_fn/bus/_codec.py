@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import msgspec
 from msgspec import Meta
 
+from esper_fn._text import plain
 from esper_fn.bus._messages import AnyMessage, Id, Message
 from esper_fn.bus._topics import POLICIES, Topic
 from esper_fn.errors import MessageError, OversizedError, UndecodableError, UnsupportedVersionError
@@ -126,7 +127,7 @@ class Schema:
             return self._unread.decode(payload)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise UndecodableError(
-                f"{len(payload)} bytes are no parcel of messages: {error}"
+                f"{len(payload)} bytes are no parcel of messages: {plain(error, limit=500)}"
             ) from None
 
     def _decode_singly(self, payload: bytes) -> Parcel:
@@ -150,7 +151,7 @@ class Schema:
             if fields is not None and tag in known:
                 return msgspec.convert(fields, self._types)
         except (msgspec.MsgspecError, RecursionError, ValueError, TypeError, KeyError) as error:
-            raise UndecodableError(f"a message cannot be read: {error}") from None
+            raise UndecodableError(f"a message cannot be read: {plain(error, limit=500)}") from None
         kind = tag.partition("/")[0]
         here = sorted(name for name in known if name.partition("/")[0] == kind)
         remedy = f"this side knows {', '.join(here)}" if here else "this side knows no such kind"

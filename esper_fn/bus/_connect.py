@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -13,11 +12,10 @@ from esper_fn.bus._broker import Broker
 from esper_fn.bus._memory import MemoryTransport
 from esper_fn.bus._redis import RedisTransport
 from esper_fn.bus._signing import Keyring
-from esper_fn.bus._transport import Transport
+from esper_fn.bus._transport import RUN_NAME, Transport
 from esper_fn.errors import BusAddressError
 
 T = TypeVar("T")
-_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def make_transport(url: str, run: str, *, keys: Keyring, broker: Broker | None = None) -> Transport:
@@ -32,7 +30,7 @@ def make_transport(url: str, run: str, *, keys: Keyring, broker: Broker | None =
     Raises:
       BusAddressError: the address or the name is none.
     """
-    if not _RUN.fullmatch(run):
+    if not RUN_NAME.fullmatch(run):
         raise BusAddressError(
             f"run={run!r} must be letters, digits, dots, - and _, at most 100, a letter or digit "
             "first"

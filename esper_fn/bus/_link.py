@@ -28,9 +28,10 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from esper_fn._text import plain
 from esper_fn.bus._address import Address
 from esper_fn.bus._resilience import CircuitBreaker
-from esper_fn.errors import BusSecurityError, BusUnavailableError
+from esper_fn.errors import BusAddressError, BusSecurityError, BusUnavailableError
 
 _CONNECT_SECONDS = 2.0
 
@@ -57,17 +58,19 @@ class Link:
     def __init__(self, address: Address, breaker: CircuitBreaker) -> None:
         self._address = address
         self._breaker = breaker
-        is_tcp = not address.url.startswith("unix")
-        keepalive = {
-            getattr(socket, name): value
-            for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
-            if hasattr(socket, name)
-        }
-        options: dict[str, Any] = (
-            {"socket_keepalive": True, "socket_keepalive_options": keepalive} if is_tcp else {}
-        )
-        pool = redis_asyncio.ConnectionPool.from_url(
-            address.url,
+        options = dict(address.options)
+        connection: Any = redis_asyncio.UnixDomainSocketConnection
+        if "path" not in options:
+            is_tls = address.url.lower().startswith("rediss")
+            connection = redis_asyncio.SSLConnection if is_tls else redis_asyncio.Connection
+            options["socket_keepalive"] = True
+            options["socket_keepalive_options"] = {
+                getattr(socket, name): value
+                for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+                if hasattr(socket, name)
+            }
+        pool = redis_asyncio.ConnectionPool(
+            connection_class=connection,
             protocol=2,
             retry=RedisRetry(NoBackoff(), 0),
             socket_timeout=None,
@@ -99,8 +102,7 @@ class Link:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     if not self._connection.is_connected:
-                        async with asyncio.timeout(_CONNECT_SECONDS):
-                            await self._connection.connect()
+                        await self._connect()
                     await self._connection.send_packed_command(hiredis.pack_command(arguments))
                     answer = await self._connection.read_response(disconnect_on_error=False)
                 is_answered = True
@@ -108,13 +110,14 @@ class Link:
                 # Behind the address of a read-only server another one may answer by now.
                 is_answered = not isinstance(error, ReadOnlyError)
                 raise BusUnavailableError(
-                    f"the bus at {self._address.shown} cannot take this now: {error}"
-                ) from error
+                    f"the bus at {self._address.shown} cannot take this now: {self._said(error)}"
+                ) from None
             except NoPermissionError as error:
                 is_answered = True
                 raise BusSecurityError(
-                    f"the bus at {self._address.shown} does not let this user do that: {error}"
-                ) from error
+                    f"the bus at {self._address.shown} does not let this user do that: "
+                    f"{self._said(error)}"
+                ) from None
             except ResponseError:
                 is_answered = True
                 raise
@@ -124,13 +127,13 @@ class Link:
                     error.__cause__, AuthenticationError
                 ):
                     raise BusSecurityError(
-                        f"the bus at {self._address.shown} refuses the user or password: {error}"
-                    ) from error
+                        f"the bus at {self._address.shown} refuses the user or password: "
+                        f"{self._said(error)}"
+                    ) from None
                 self._breaker.failed()
                 raise BusUnavailableError(
-                    f"the bus at {self._address.shown} does not answer: "
-                    f"{error or type(error).__name__}"
-                ) from error
+                    f"the bus at {self._address.shown} does not answer: {self._said(error)}"
+                ) from None
             finally:
                 if not is_answered:
                     await self._drop()
@@ -154,6 +157,28 @@ class Link:
             return await self.call(
                 "EVAL", script.text, len(keys), *keys, *arguments, timeout_seconds=timeout_seconds
             )
+
+    async def _connect(self) -> None:
+        """Connects, says who we are, and chooses the database."""
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._connection.connect()
+        except RedisError as error:
+            said, cause = self._said(error), error.__cause__ or error
+            if isinstance(cause, NoPermissionError | AuthenticationError):
+                raise BusSecurityError(
+                    f"the bus at {self._address.shown} refuses the user or password: {said}"
+                ) from None
+            if "DB index" in said:
+                raise BusAddressError(
+                    f"the bus at {self._address.shown} has no such database: {said}; name another "
+                    "one after the host, as in redis://host:6379/0"
+                ) from None
+            raise
+
+    def _said(self, error: BaseException) -> str:
+        """What a server or the system said; some repeat the password."""
+        return plain(self._address.hide(str(error)), limit=500) or type(error).__name__
 
     async def _drop(self) -> None:
         await self._connection.disconnect(nowait=True)

@@ -22,6 +22,7 @@ from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
 from esper_fn.bus._transport import (
     BEGINNING,
     RUN_GROUP,
+    RUN_NAME,
     Attached,
     Delivery,
     Entry,
@@ -356,15 +357,17 @@ class RedisTransport:
 
     async def living(self) -> list[str]:
         """See `Transport`."""
-        names, cursor = set(), b"0"
-        head, foot = self._lease_key("*").split("*")
+        names: set[str] = set()
+        cursor, (head, foot) = b"0", self._lease_key("*").split("*")
         while True:
             cursor, keys = await self._call(
                 "SCAN", cursor, "MATCH", self._lease_key("*"), "COUNT", 500
             )
-            names |= {
-                key.decode(errors="replace").removeprefix(head).removesuffix(foot) for key in keys
-            }
+            for key in keys:
+                # Anybody may write keys; what no run can be called is none.
+                name = key.decode("utf-8", "replace").removeprefix(head).removesuffix(foot)
+                if RUN_NAME.fullmatch(name):
+                    names.add(name)
             if cursor == b"0":
                 return sorted(names)
 

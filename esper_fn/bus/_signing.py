@@ -21,6 +21,7 @@ from esper_fn.errors import BusSecurityError, ForgedError
 _MIN_KEY_BYTES = 16
 _MAC_BYTES = 32
 _LONGEST_SIGNATURE = 64 + 1 + _MAC_BYTES
+_MAX_KEY_FILE_BYTES = 64 * 1024
 KEYS_VARIABLE = "ESPER_BUS_KEYS"
 KEY_FILE_VARIABLE = "ESPER_BUS_KEY_FILE"
 
@@ -106,20 +107,34 @@ def read_keys(environment: Mapping[str, str] | None = None) -> Keyring:
     text, origin = environment.get(KEYS_VARIABLE, ""), f"${KEYS_VARIABLE}"
     if not text and (path := environment.get(KEY_FILE_VARIABLE)):
         origin = path
-        if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
-            raise BusSecurityError(f"{path} may be read by others; chmod 600 it")
-        text = Path(path).read_text(encoding="ascii")
+        text = _read_key_file(Path(path))
     keys: dict[str, bytes] = {}
-    for part in text.replace(",", "\n").split():
+    for number, part in enumerate(text.replace(",", "\n").split(), 1):
         key_id, _, digits = part.partition(":")
         try:
+            if not (digits and key_id.isascii() and key_id.isidentifier()):
+                raise ValueError
             keys[key_id] = bytes.fromhex(digits)
         except ValueError:
-            # The text may hold a key, so it is not shown.
+            # Either half may hold a key, so neither is shown.
             raise BusSecurityError(
-                f"{origin}: key {key_id!r} must be written id:hex, as in first:00ff..."
+                f"{origin}: pair {number} must be written id:hex, as in first:00ff...; the id is "
+                "letters, digits and _"
             ) from None
     return Keyring(active=next(iter(keys), None), keys=keys)
+
+
+def _read_key_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+            raise BusSecurityError(f"{path} may be read by others; chmod 600 it")
+        data = file.read(_MAX_KEY_FILE_BYTES + 1)
+    if len(data) > _MAX_KEY_FILE_BYTES or not data.isascii():
+        raise BusSecurityError(
+            f"{path} is no file of keys: it holds one id:hex a line, at most "
+            f"{_MAX_KEY_FILE_BYTES} bytes of ASCII"
+        )
+    return data.decode("ascii")
 
 
 def new_key(key_id: str = "first") -> str:

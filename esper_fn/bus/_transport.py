@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ from esper_fn.bus._topics import Topic
 RUN_GROUP = "run:"
 """How the consumer groups begin through which runs take commands: one for each lease."""
 BEGINNING = "0-0"
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a run may be called."""
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,7 @@ from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.checkpoint._folder import inspect, steps
 from esper_fn.checkpoint._manifest import VERSION, Manifest
 from esper_fn.checkpoint._once import prune, save
+from esper_fn.checkpoint._place import exclusive
 from esper_fn.checkpoint._restore import Restored, restore
 from esper_fn.checkpoint._retention import (
     Context,
@@ -45,6 +46,7 @@ __all__ = [
     "decide",
     "every",
     "everything",
+    "exclusive",
     "from_structure",
     "history",
     "inspect",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +77,4 @@ def prune(
         return decisions
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()

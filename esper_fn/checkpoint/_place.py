@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from esper_fn._lock import BusyFolderError, FolderLock
 from esper_fn.checkpoint import _files, _folder, _manifest
 from esper_fn.checkpoint._folder import STEPS, WORK, step_name
 from esper_fn.checkpoint._json import dumps
@@ -41,11 +43,12 @@ def _clear(work: Path) -> None:
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def open_folder(path: Path) -> tuple[str, int]:
+def open_folder(path: Path) -> tuple[str, FolderLock]:
     """Makes a folder ready for a writer: the run's identity and the lock's handle."""
-    (path / STEPS).mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     lock = take_lock(path)
     try:
+        (path / STEPS).mkdir(exist_ok=True)
         _clear(path / WORK)
         if not _folder.exists(path / _folder.RUN):
             if _folder.steps(path):
@@ -57,19 +60,30 @@ def open_folder(path: Path) -> tuple[str, int]:
             _files.write_synced(path / _folder.RUN, dumps(content) + b"\n")
         return _folder.run_identity(path), lock
     except BaseException:
-        os.close(lock)
+        lock.close()
         raise
 
 
-def take_lock(path: Path) -> int:
+def take_lock(path: Path) -> FolderLock:
     """The one writer's lock; the system lets it go when the process ends, however it ends."""
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
+        return FolderLock(path / LOCK)
+    except BusyFolderError as error:
         raise CheckpointError(
-            f"{path}: another process is writing checkpoints there; wait for it, or use another "
-            "folder"
+            f"{path}: another process is writing checkpoints there: {error}; wait for it, or use "
+            "another folder"
         ) from None
-    return lock
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keeps writers out of every checkpoint folder at or below `path`, up to three levels deep.
+
+    Raises:
+      CheckpointError: one is writing already; the message names its process.
+    """
+    with ExitStack() as locks:
+        for pattern in ("", "*/", "*/*/", "*/*/*/"):
+            for file in sorted(path.glob(pattern + LOCK)):
+                locks.callback(take_lock(file.parent).close)
+        yield

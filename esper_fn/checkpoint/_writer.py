@@ -190,7 +190,7 @@ class Writer:
             self._is_closed = True
             self._thread.shutdown()
             self._copiers.shutdown()
-            os.close(self._lock)
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from esper_fn._version import __version__
 from esper_fn.cli import _arguments
+from esper_fn.cli._say import Parser, complain, safe_streams, say
 from esper_fn.errors import EsperError
 
 USAGE_ERROR = 2
 FAILURE = 1
+MAX_COUNT = 2**53
+MAX_STEPS = 10**8
+MAX_SEED = 2**32 - 1
+"""Larger ones would be cut to 32 bits by JAX, and two of them be one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 for success, 2 for a wrong call, 1 for a run that failed. Errors of Esper-fn are printed as
     one line, and so are those of the file system; anything else is a bug and keeps its traceback.
     """
-    parser = argparse.ArgumentParser(
+    with safe_streams():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser: argparse.ArgumentParser = Parser(
         prog="esper", description="Grow neural networks while they train."
     )
     parser.add_argument("--version", action="version", version=f"esper-fn {__version__}")
@@ -30,28 +41,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_checkpoint(commands)
     _add_export(commands)
     _arguments.add(commands)
-    options = parser.parse_args(arguments)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse_unknown(options, unknown)
     try:
-        status: int = options.run(parser, options)
+        status: int = options.run(options.parser, options)
     except BrokenPipeError:
         return FAILURE
     except KeyboardInterrupt:
-        print("interrupted; the run folder holds what was measured so far", file=sys.stderr)
+        complain("interrupted; the run folder holds what was measured so far")
         return 130
     except (EsperError, ModuleNotFoundError, OSError) as error:
-        print(f"esper: {error}", file=sys.stderr)
+        complain(error)
+        return FAILURE
+    except MemoryError as error:
+        complain(f"not enough memory for this: {error}; ask for fewer steps or less data")
+        return FAILURE
+    except Exception as error:
+        if not _is_of_server(error):
+            raise
+        complain(f"the bus's server refuses this: {error}")
         return FAILURE
     return status
 
 
-def _count(least: int) -> Callable[[str], int]:
+def _is_of_server(error: Exception) -> bool:
+    redis = sys.modules.get("redis")
+    return redis is not None and isinstance(error, redis.RedisError)
+
+
+def _refuse_unknown(options: argparse.Namespace, unknown: list[str]) -> NoReturn:
+    hint = ""
+    if options.command == "watch" and not unknown[0].startswith("-"):
+        hint = (
+            "; it follows a living run over its bus: esper watch --bus ADDRESS --run NAME. For the "
+            "folder of a finished run: esper report DIR"
+        )
+    elif options.command in {"send", "stop", "dlq"} and not unknown[0].startswith("-"):
+        hint = "; a run is named with --run NAME, its bus with --bus ADDRESS"
+    parser: argparse.ArgumentParser = options.parser
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def _count(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too small; at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large; at most {most}")
         return value
 
     return parse
@@ -73,8 +116,16 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="digits (default), fashion-mnist, mnist1d or shakespeare",
     )
     grow.add_argument("--data-folder", metavar="DIR", help="where its files lie ($ESPER_DATA)")
-    grow.add_argument("--steps", type=_count(40), metavar="N", help="training steps of each arm")
-    grow.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of weights and order")
+    grow.add_argument(
+        "--steps", type=_count(40, MAX_STEPS), metavar="N", help="training steps of each arm"
+    )
+    grow.add_argument(
+        "--seed",
+        type=_count(0, MAX_SEED),
+        default=0,
+        metavar="N",
+        help=f"of weights and order, at most {MAX_SEED}",
+    )
     grow.add_argument(
         "--repeat",
         type=_count(1),
@@ -131,7 +182,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         action.add_argument(
             "--key-file", metavar="FILE", help="the key that manifests were sealed with"
         )
-        action.set_defaults(run=_run_checkpoint)
+        action.set_defaults(run=_run_checkpoint, parser=action)
         if name == "prune":
             action.add_argument("--latest", type=_count(1), metavar="N", help="keep the newest N")
             action.add_argument("--every", type=_count(1), metavar="K", help="keep multiples of K")
@@ -182,5 +233,5 @@ def _run_report(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     del parser
     from esper_fn import report
 
-    print(report.write_report(options.folder))
+    say(report.write_report(options.folder))
     return 0

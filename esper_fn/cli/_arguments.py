@@ -10,6 +10,7 @@ from importlib import import_module
 
 ADDRESS_VARIABLE = "ESPER_BUS"
 DEFAULT_ADDRESS = "redis://127.0.0.1:6379/0"
+MAX_SECONDS = 1_000_000_000
 KINDS = (
     "germinate",
     "transition",
@@ -61,7 +62,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S", help="end then")
     watch.add_argument(
         "--metrics-port",
-        type=_whole,
+        type=_port,
         metavar="N",
         help="also serve Prometheus metrics at http://127.0.0.1:N/metrics",
     )
@@ -105,9 +106,16 @@ def _later(module: str, name: str) -> Callable[..., int]:
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 0")
+    if not text.isdecimal() or len(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number, at least 0")
     return int(text)
+
+
+def _port(text: str) -> int:
+    value = _whole(text)
+    if not 0 < value < 65_536:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no port, from 1 to 65535")
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -115,6 +123,8 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    if not 0 < value <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r} is no number of seconds above 0, at most {MAX_SECONDS}"
+        )
     return value

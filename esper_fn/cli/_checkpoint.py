@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import reduce
 from operator import or_
 from pathlib import Path
 
 from esper_fn import checkpoint
 from esper_fn import experiments as ex
+from esper_fn.cli._say import say
 from esper_fn.errors import CheckpointError, NoCheckpointError
+
+_MAX_KEY_BYTES = 2**20
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """One action on every checkpoint folder at or below the one named."""
-    key = None if options.key_file is None else Path(options.key_file).read_bytes()
+    key = None if options.key_file is None else _read_key(options.key_file)
     keep = _retention(parser, options) if options.action == "prune" else None
     folders = _folders(Path(options.folder))
     status = 0
@@ -29,8 +31,19 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             assert keep is not None  # noqa: S101 -- made above for this action
             for one in checkpoint.prune(folder, keep, dry_run=options.dry_run, key=key):
                 fate = "kept" if one.is_kept else "to go" if options.dry_run else "gone"
-                print(f"{label}step {one.step}: {fate}: {one.why}")
+                say(f"{label}step {one.step}: {fate}: {one.why}")
     return status
+
+
+def _read_key(name: str) -> bytes:
+    with open(name, "rb") as file:
+        key = file.read(_MAX_KEY_BYTES + 1)
+    if not 16 <= len(key) <= _MAX_KEY_BYTES:
+        raise CheckpointError(
+            f"--key-file {name}: a key has 16 to {_MAX_KEY_BYTES} bytes; name the file that the "
+            "run's key was read from"
+        )
+    return key
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -49,20 +62,20 @@ def _list(folder: Path, label: str, key: bytes | None) -> None:
         try:
             manifest = checkpoint.inspect(folder, step, key=key)
         except CheckpointError as error:
-            print(f"{label}step {step}: {error}")
+            say(f"{label}step {step}: {error}")
             continue
         size = sum(of.num_bytes for of in manifest.files.values())
         metrics = "".join(f", {name} {value:.6g}" for name, value in manifest.metrics.items())
-        print(f"{label}step {step}: {len(manifest.leaves)} leaves, {size:,} bytes{metrics}")
+        say(f"{label}step {step}: {len(manifest.leaves)} leaves, {size:,} bytes{metrics}")
 
 
 def _verify(folder: Path, label: str, key: bytes | None) -> int:
     status = 0
     for step, damage in checkpoint.verify(folder, key=key).items():
         if damage is None:
-            print(f"{label}step {step}: sound")
+            say(f"{label}step {step}: sound")
         else:
-            print(f"{label}{damage}", file=sys.stderr)
+            say(f"{label}{damage}", to_stderr=True)
             status = 1
     return status
 
@@ -104,11 +117,11 @@ def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         seed=options.seed,
         data_folder=options.data_folder,
     )
-    print(
+    say(
         f"step {told['step']}: {told['bodies']} bodies beside the host, {told['folded']} folded "
         f"into it; test accuracy {told['exported_test_accuracy']:.2%} as written, "
         f"{told['test_accuracy']:.2%} in the run"
     )
     for file in told["files"]:
-        print(file)
+        say(file)
     return 0

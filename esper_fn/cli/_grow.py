@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from esper_fn import data, report, runtime
+from esper_fn import checkpoint, data, report, runtime
 from esper_fn import experiments as ex
+from esper_fn.cli import MAX_SEED
+from esper_fn.cli._say import complain
 from esper_fn.cli._show import Screen
 from esper_fn.errors import RunFolderError
 
@@ -20,6 +22,13 @@ CHECKPOINTS = "checkpoints"
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Runs the four arms once or several times and writes the run folder."""
+    if options.policy == "none":
+        options.policy = "never"
+    if options.seed + options.repeat - 1 > MAX_SEED:
+        parser.error(
+            f"argument --repeat: the last seed would be {options.seed + options.repeat - 1}, at "
+            f"most {MAX_SEED}; lower --seed or --repeat"
+        )
     for kind, name, allowed in (
         ("--data", options.data, ex.names()),
         ("--policy", options.policy, ex.POLICIES),
@@ -35,7 +44,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     def told(error: BaseException) -> None:
         failures.append(error)
-        print(f"esper: a checkpoint was not written: {error}", file=sys.stderr)
+        complain(f"a checkpoint was not written: {error}")
         if steering is not None:
             steering.checkpoint_failed(error)
 
@@ -61,7 +70,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         try:
             return _run(options, comparison, target)
         except ex.StoppedError as stop:
-            print(f"esper: {stop}; `--resume auto` with the same options goes on", file=sys.stderr)
+            complain(f"{stop}; `--resume auto` with the same options goes on")
             return 0 if stop.is_saved else 1
 
 
@@ -97,11 +106,13 @@ def _run(options: argparse.Namespace, comparison: ex.Comparison, target: Path) -
 def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolder:
     """The run folder; what a resumed run had measured is written anew from its checkpoints."""
     try:
-        if not is_resumed:
+        if is_resumed:
+            return report.create(target, overwrite=True)
+        # Both locks come first: a run that lives keeps its folder and its checkpoints.
+        with checkpoint.exclusive(target / CHECKPOINTS):
             folder = report.create(target, overwrite=overwrite)
             shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
             return folder
-        return report.create(target, overwrite=True)
     except RunFolderError as error:
         raise RunFolderError(str(error).replace("overwrite=True", "--overwrite")) from None
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_fn import experiments as ex
+from esper_fn._text import plain
 from esper_fn.hosts import count_parameters
 
 _ARMS = {
@@ -134,7 +135,7 @@ class Screen:
             f"{summary['recompilations_after_first_step']} recompilations after the first step; "
             f"{summary['wall_seconds']:.0f} s"
         )
-        self._console.print(f"report: {page}", soft_wrap=True)
+        self._console.print(f"report: {plain(page)}", soft_wrap=True, markup=False)
 
 
 def _interval(of: dict[str, float], *, is_difference: bool = False) -> str:

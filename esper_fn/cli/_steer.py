@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import sys
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from esper_fn import bus
 from esper_fn.cli._arguments import ADDRESS_VARIABLE
+from esper_fn.cli._say import say
 from esper_fn.errors import BusError, NobodyListensError
 
 _CLASSES: dict[str, type[bus.Command]] = {
@@ -30,6 +29,7 @@ _CLASSES: dict[str, type[bus.Command]] = {
     "batch": bus.Batch,
 }
 _OPTIONS = ("site", "seed", "blueprint", "graft", "target", "file")
+_MAX_BATCH_BYTES = 256 * 1024
 DONE, NOT_DONE = 0, 1
 
 
@@ -38,22 +38,19 @@ def prepare(options: argparse.Namespace, growth: Any) -> Any:
     from esper_fn import runtime
 
     name = options.run_name or f"{options.data}-{options.seed}"
+    shown = bus.parse_address(options.bus).shown
     with bus.connect(options.bus, run=name) as client:
         if name in client.living():
-            raise BusError(
-                f"a run named {name!r} lives on {options.bus}; choose another name with --run"
-            )
+            raise BusError(f"a run named {name!r} lives on {shown}; choose another name with --run")
     steering = runtime.steer(options.bus, growth, run=name)
-    if options.bus != bus.MEMORY:
-        print(
-            f"steer it with: esper send COMMAND --bus {options.bus} --run {name}", file=sys.stderr
-        )
+    if not bus.parse_address(options.bus).is_memory:
+        say(f"steer it with: esper send COMMAND --bus {shown} --run {name}", to_stderr=True)
     return steering
 
 
 def connect(options: argparse.Namespace) -> bus.Client:
     """A client to the named run, or to the only one there is."""
-    if options.bus == bus.MEMORY:
+    if bus.parse_address(options.bus).is_memory:
         raise BusError(
             "the bus `memory` lies inside the process of its run; start the run with --bus "
             f"redis://... and name the same address here, or in ${ADDRESS_VARIABLE}"
@@ -63,8 +60,10 @@ def connect(options: argparse.Namespace) -> bus.Client:
     with bus.connect(options.bus, run="any") as anyone:
         living = anyone.living()
     if len(living) != 1:
+        names = ", ".join(living[:20]) + (", ..." if len(living) > 20 else "")
         raise NobodyListensError(
-            f"{len(living)} runs live on {options.bus}: {', '.join(living) or 'none'}; "
+            f"{len(living)} runs live on {bus.parse_address(options.bus).shown}: "
+            f"{names or 'none'}; "
             + ("name one with --run" if living else "start one with `esper grow --bus`")
         )
     return bus.connect(options.bus, run=living[0])
@@ -76,7 +75,7 @@ def send(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     with connect(options) as client:
         outcome = client.send(command, wait_seconds=options.wait)
     if outcome is None:
-        print(f"accepted: {command.id}")
+        say(f"accepted: {command.id}")
         return DONE
     return _show(outcome)
 
@@ -98,8 +97,8 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         letters = client.dead_letters(limit=2_000)
         if options.what == "list":
             for name, letter in letters:
-                print(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
-            print(f"{len(letters)} dead letters")
+                say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
+            say(f"{len(letters)} dead letters")
             return DONE
         known = dict(letters)
         if unknown := [name for name in options.letters if name not in known]:
@@ -108,18 +107,20 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             if options.what == "show":
                 letter = known[name]
                 for key in letter.__struct_fields__:
-                    print(f"{key}: {getattr(letter, key)!r}")
+                    say(f"{key}: {getattr(letter, key)!r}")
             elif options.what == "replay":
-                print(f"{name} sent again: {', '.join(client.replay(name))}")
+                say(f"{name} sent again: {', '.join(client.replay(name))}")
         if options.what == "drop":
-            print(f"{client.drop(options.letters)} dropped")
+            say(f"{client.drop(options.letters)} dropped")
     return DONE
 
 
 def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Prints a fresh key."""
-    del parser
-    print(bus.new_key(options.name))
+    name = options.name
+    if not (name.isascii() and name.isidentifier() and len(name) <= 64):
+        parser.error(f"argument --name: {name!r} must be letters, digits and _, at most 64")
+    say(bus.new_key(name))
     return DONE
 
 
@@ -138,8 +139,7 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bu
     fields: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS if name in taken}
     fields.pop("file", None)
     if kind == "batch":
-        fields["commands"] = msgspec.json.decode(Path(options.file).read_bytes())
-        fields["commands"] = [_tagged(parser, part) for part in fields["commands"]]
+        fields["commands"] = [_tagged(parser, part) for part in _read_batch(parser, options.file)]
     fields = {name: value for name, value in fields.items() if value is not None}
     if options.id is not None:
         fields["id"] = options.id
@@ -152,8 +152,19 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bu
         parser.error(f"send {kind}: {error}")
 
 
+def _read_batch(parser: argparse.ArgumentParser, name: str) -> list[Any]:
+    with open(name, "rb") as file:
+        data = file.read(_MAX_BATCH_BYTES + 1)
+    if len(data) > _MAX_BATCH_BYTES:
+        parser.error(f"send batch: --file {name} is longer than {_MAX_BATCH_BYTES} bytes")
+    try:
+        return msgspec.json.decode(data, type=list[Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        parser.error(f"send batch: --file {name} is no JSON list of commands: {error}")
+
+
 def _tagged(parser: argparse.ArgumentParser, part: Any) -> Any:
-    if not isinstance(part, dict) or part.get("kind") not in _CLASSES:
+    if not isinstance(part, dict) or str(part.get("kind")) not in _CLASSES:
         parser.error('send batch: --file must hold a list like [{"kind": "cull", "seed": 3}]')
     return {**part, "kind": _CLASSES[part["kind"]].__struct_config__.tag}
 
@@ -168,9 +179,9 @@ def _sender() -> str:
 def _show(outcome: bus.Outcome | None) -> int:
     if outcome is None:
         return DONE
-    print(f"{outcome.code}" + (f": {outcome.words}" if outcome.words else ""))
+    say(f"{outcome.code}" + (f": {outcome.words}" if outcome.words else ""))
     for seed in outcome.seeds:
-        print(f"  seed {seed.seed}: {seed.code}, {seed.before} to {seed.after}")
+        say(f"  seed {seed.seed}: {seed.code}, {seed.before} to {seed.after}")
     if outcome.step >= 0:
-        print(f"  step {outcome.step}")
+        say(f"  step {outcome.step}")
     return DONE if outcome.is_done else NOT_DONE

@@ -16,10 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from esper_fn import bus, monitoring
+from esper_fn._text import plain
 from esper_fn.bus import Topic
+from esper_fn.cli._say import say
 from esper_fn.cli._steer import connect
 
 _FOREVER_SECONDS = 10 * 365 * 86_400.0
+_LONGEST_LINE = 500
+_MOST_STAGES = 24
 _TOPICS = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES, Topic.DEAD)
 
 
@@ -48,21 +52,24 @@ class Board:
                 )
             case bus.Alert():
                 line = f"{message.level}: {message.words}"
-                self.alerts.append(line)
             case bus.DeadLetter():
                 line = f"set aside ({message.reason}): {message.words}"
-                self.alerts.append(line)
             case bus.Outcome():
                 line = f"step {message.step}: {message.code} {message.words}".rstrip()
             case bus.CheckpointEvent():
                 line = f"checkpoint {message.what} at step {message.step} {message.words}".rstrip()
-        if line is not None:
-            self.lines.append(line)
+        if line is None:
+            return None
+        line = plain(line, limit=_LONGEST_LINE)
+        self.lines.append(line)
+        if isinstance(message, bus.Alert | bus.DeadLetter):
+            self.alerts.append(line)
         return line
 
     def draw(self) -> Any:
         """The table."""
-        table = Table(title=f"{self.run}{' (paused)' if self.is_paused else ''}")
+        # As `Text`, since plain strings are markup here.
+        table = Table(title=Text(f"{plain(self.run)}{' (paused)' if self.is_paused else ''}"))
         for column in ("step", "loss", "steps/s", "live", "parameters", "roll-backs", "dropped"):
             table.add_column(column, justify="right")
         if (m := self.metrics) is not None:
@@ -77,9 +84,9 @@ class Board:
             )
         stages = Table(title="stages")
         shown = {} if self.metrics is None else self.metrics.stages
-        for stage in shown:
-            stages.add_column(stage, justify="right")
-        stages.add_row(*map(str, shown.values()))
+        for stage in list(shown)[:_MOST_STAGES]:
+            stages.add_column(Text(plain(stage, limit=40)), justify="right")
+        stages.add_row(*map(str, list(shown.values())[:_MOST_STAGES]))
         parts: list[Any] = [table, stages, Text("\n".join(self.lines))]
         if self.alerts:
             parts.append(Text("\n".join(self.alerts), style="bold red"))
@@ -103,11 +110,11 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             messages = _exported(messages, monitoring.Exporter(run, registry))
         if not console.is_terminal:
             for message in messages:
-                board.take(message)
+                line = board.take(message)
                 if isinstance(message, bus.StepMetrics):
-                    print(f"step {message.step}: loss {message.loss:.4f}, {message.stages}")
-                elif board.lines and not isinstance(message, bus.Heartbeat | bus.Frame):
-                    print(board.lines[-1])
+                    line = f"step {message.step}: loss {message.loss:.4f}, {message.stages}"
+                if line is not None:
+                    say(line)
             return 0
         with Live(board.draw(), console=console, refresh_per_second=8) as live:
             for message in messages:

@@ -46,7 +46,7 @@ def export_run(
         raise CheckpointError(f"format must be one of {FORMATS}, got {format!r}")
     folder = _folder(run, arm, seed)
     restored = checkpoint.restore(folder)
-    settings = restored.record["settings"]
+    settings = _settings(folder, restored)
     dataset = data.load(settings["data"], folder=data_folder)
     chosen = job(settings["data"])
     host = chosen.host(dataset)
@@ -99,6 +99,21 @@ def export_run(
         "folded": len(folded),
         "step": restored.step,
     }
+
+
+def _settings(folder: Path, restored: checkpoint.Restored) -> dict[str, Any]:
+    record = restored.record if isinstance(restored.record, dict) else {}
+    settings = record.get("settings")
+    kinds = {"data": str, "policy": str, "steps": int, "seed": int}
+    is_ours = isinstance(settings, dict) and all(
+        type(settings.get(name)) is kind for name, kind in kinds.items()
+    )
+    value = restored.value
+    if not (is_ours and "record" in record and isinstance(value, dict) and "state" in value):
+        raise CheckpointError(
+            f"{folder}: step {restored.step} was not saved by `esper grow`; name a folder of it"
+        )
+    return dict(settings)  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:

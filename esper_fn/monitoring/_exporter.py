@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -13,6 +13,13 @@ from esper_fn.monitoring._metrics import METRICS, Kind, Metric
 _LOOPBACK = "127.0.0.1"
 MAX_SERIES = 10_000
 """Label values come from messages; more series than that are not made, but counted."""
+
+
+class _Counter(Counter):
+    """Without the time of its birth, which would be one more series for each."""
+
+    def _child_samples(self) -> Iterable[Any]:
+        return [sample for sample in super()._child_samples() if sample.name != "_created"]
 
 
 class Exporter:
@@ -33,34 +40,40 @@ class Exporter:
         self._run = run
         self._by_type: dict[type[bus.Message], list[tuple[Metric, Any]]] = {}
         self._series: set[tuple[str, ...]] = set()
-        self._stages: set[tuple[str, ...]] = set()
         self.num_refused_series = 0
         for metric in METRICS:
-            make = Counter if metric.kind is Kind.COUNTER else Gauge
+            make = _Counter if metric.kind is Kind.COUNTER else Gauge
             made = make(metric.name, metric.help, ("run", *metric.labels), registry=registry)
             self._by_type.setdefault(metric.of, []).append((metric, made))
 
     def take(self, message: bus.Message) -> None:
         """Takes a message in; one that no metric comes from changes nothing."""
         for metric, made in self._by_type.get(type(message), ()):
-            samples = list(metric.read(message))
+            samples = dict(metric.read(message))
             if metric.kind is Kind.GAUGE and metric.labels:
                 # What a message no longer names is zero, not what it was.
-                told = {labels for labels, _ in samples}
-                for labels in self._stages - told:
-                    made.labels(self._run, *labels).set(0.0)
-                self._stages |= told
-            for labels, value in samples:
-                name = (metric.name, *labels)
-                if name not in self._series and len(self._series) >= MAX_SERIES:
-                    self.num_refused_series += 1
+                before = (name[1:] for name in self._series if name[0] == metric.name)
+                samples = {**dict.fromkeys(before, 0.0), **samples}
+            for labels, value in samples.items():
+                if not self._admit(metric.name, labels):
                     continue
-                self._series.add(name)
                 child = made.labels(self._run, *labels)
                 if metric.kind is Kind.COUNTER:
                     child.inc(value)
                 else:
                     child.set(value)
+
+    def _admit(self, name: str, labels: tuple[str, ...]) -> bool:
+        """Whether there is a series of these labels, or room for it."""
+        if (name, *labels) in self._series:
+            return True
+        # A flood of labels must not crowd out the metrics without any.
+        limit = MAX_SERIES - min(MAX_SERIES // 100, len(METRICS)) if labels else MAX_SERIES
+        if len(self._series) >= limit:
+            self.num_refused_series += 1
+            return False
+        self._series.add((name, *labels))
+        return True
 
 
 def serve(registry: CollectorRegistry, port: int, *, host: str = _LOOPBACK) -> Callable[[], None]:

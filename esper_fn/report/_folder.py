@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
+from esper_fn._lock import BusyFolderError, FolderLock
 from esper_fn.errors import RunFolderError
 from esper_fn.report._records import EVENT, MAX_LINE_BYTES, METRICS, Field, check, loads, plain
 from esper_fn.report._words import SCHEMA
@@ -46,12 +47,13 @@ class RunFolder:
     closes the files and finishes nothing.
     """
 
-    __slots__ = ("_events", "_is_finished", "_metrics", "path")
+    __slots__ = ("_events", "_is_finished", "_lock", "_metrics", "path")
 
-    def __init__(self, path: Path, events: BinaryIO, metrics: BinaryIO) -> None:
+    def __init__(self, path: Path, events: BinaryIO, metrics: BinaryIO, lock: FolderLock) -> None:
         self.path: Final = path
         self._events: Final = events
         self._metrics: Final = metrics
+        self._lock: Final = lock
         self._is_finished = False
 
     def append_event(self, event: Mapping[str, Any]) -> None:
@@ -104,9 +106,13 @@ class RunFolder:
         return target
 
     def close(self) -> None:
-        """Close the files. What was appended stays; a folder without summary is unfinished."""
+        """Close the files and let another process have the folder.
+
+        What was appended stays; a folder without summary is unfinished.
+        """
         self._events.close()
         self._metrics.close()
+        self._lock.close()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -156,8 +162,8 @@ def create(path: str | os.PathLike[str], *, overwrite: bool = False) -> RunFolde
             removed; anything else in it stays.
 
     Raises:
-        RunFolderError: `path` is not a folder, holds files that are no run of ours, or holds a run
-            and `overwrite` is False.
+        RunFolderError: `path` is not a folder, holds files that are no run of ours, holds a run and
+            `overwrite` is False, or a living process writes a run there, which is named.
     """
     folder = Path(path)
     try:
@@ -166,33 +172,37 @@ def create(path: str | os.PathLike[str], *, overwrite: bool = False) -> RunFolde
         raise RunFolderError(
             f"{folder}: it, or a parent of it, is a file; name another folder"
         ) from None
-    if (folder / MARKER).is_file():
-        if not overwrite:
+    if not (folder / MARKER).is_file() and next(folder.iterdir(), None) is not None:
+        raise RunFolderError(
+            f"{folder}: it is not empty and holds no run of ours (no {MARKER}), so nothing in it"
+            " is touched; name a new or an empty folder"
+        )
+    # Nothing is removed or made before the folder is this process's alone.
+    try:
+        lock = FolderLock(folder / MARKER, {"format": "esper-fn run", "schema": SCHEMA})
+    except BusyFolderError as error:
+        raise RunFolderError(
+            f"{folder}: a run is being written there by {error}; wait until it ends, stop it, or"
+            " name another folder"
+        ) from None
+    try:
+        if not (lock.was_empty or overwrite):
             raise RunFolderError(
                 f"{folder}: it already holds a run; name another folder, or pass overwrite=True to"
                 " replace that run"
             )
         _remove_run(folder)
-    elif next(folder.iterdir(), None) is not None:
-        raise RunFolderError(
-            f"{folder}: it is not empty and holds no run of ours (no {MARKER}), so nothing in it"
-            " is touched; name a new or an empty folder"
-        )
-    try:
-        with open(folder / MARKER, "x", encoding="utf-8") as marker:
-            marker.write(json.dumps({"format": "esper-fn run", "schema": SCHEMA}) + "\n")
-    except FileExistsError:
-        raise RunFolderError(
-            f"{folder}: another process has just started a run in it; name another folder"
-        ) from None
-    events = open(folder / EVENTS_FILE, "xb")  # noqa: SIM115 - closed by RunFolder.close
-    metrics = open(folder / METRICS_FILE, "xb")  # noqa: SIM115 - the same
-    return RunFolder(folder, events, metrics)
+        events = open(folder / EVENTS_FILE, "xb")  # noqa: SIM115 - closed by RunFolder.close
+        metrics = open(folder / METRICS_FILE, "xb")  # noqa: SIM115 - the same
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(folder, events, metrics, lock)
 
 
 def _remove_run(folder: Path) -> None:
     # The summary goes first: a folder with a summary is always whole.
-    for name in (SUMMARY, REPORT, EVENTS_FILE, METRICS_FILE, MARKER):
+    for name in (SUMMARY, REPORT, EVENTS_FILE, METRICS_FILE):
         (folder / name).unlink(missing_ok=True)
     for leftover in folder.glob(".*.tmp"):
         if leftover.name.startswith((f".{SUMMARY}.", f".{REPORT}.")):

@@ -68,7 +68,7 @@ stages; rules measured during training decide each step.</p>
 <div class="wide">{tables.stage_table(run)}</div>
 <h2>What happened</h2>
 {tables.event_table(run)}
-<h2>What it cost</h2>
+{tables.rollback_section(run)}<h2>What it cost</h2>
 <div class="wide">{tables.cost_table(run)}</div>
 <div class="columns">
 <section><h2>Settings</h2>{tables.settings_table(run)}</section>

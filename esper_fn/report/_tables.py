@@ -11,6 +11,7 @@ from esper_fn.report._words import (
     ACCURACY_KEY,
     ARM_LABEL,
     ARMS,
+    GROWING_ARMS,
     PARAMS_KEY,
     STAGES,
     accuracy_name,
@@ -23,6 +24,7 @@ _SHOWN_ELSEWHERE: Final = {
     "schema",
     "versions",
     "repeats",
+    "rollbacks",
     "train_flops",
     *ACCURACY_KEY.values(),
     *PARAMS_KEY.values(),
@@ -141,7 +143,7 @@ def event_table(run: Run) -> str:
     every = sorted(run.events, key=lambda event: event["step"])
     shown = every[:MAX_EVENTS]
     has_arms = len({event["arm"] for event in every}) > 1
-    head = ["step", "arm", "site [chunk]", "seed", "from → to", "body", "asked by", "measured"]
+    head = ["step", "arm", "site [chunk]", "seed", "from → to", "body", "cause", "measured"]
     rows = [
         [
             count(event["step"]),
@@ -178,6 +180,57 @@ def measured(values: Mapping[str, Any] | None) -> str:
         value = number(values, key)
         parts.append(f"{safe(key)}&nbsp;{'not&nbsp;measured' if value is None else f'{value:.3g}'}")
     return ", ".join(parts)
+
+
+def _spoken(name: str) -> str:
+    """A name of the code as words: `policy:periodic` is policy: periodic."""
+    return name.replace(":", ": ").replace("_", " ")
+
+
+def rollback_section(run: Run) -> str:
+    """What the governor rolled back and quarantined, under a heading; nothing where it did not."""
+    by_arm = run.summary.get("rollbacks")
+    rows = [
+        [
+            ARM_LABEL[arm],
+            _amount(row, "step"),
+            safe(_spoken(str(row.get("alarm", NOTHING))).lower()),
+            _restored(row),
+            _quarantined(row.get("quarantined")),
+        ]
+        for arm in GROWING_ARMS
+        for row in _mappings(by_arm.get(arm) if isinstance(by_arm, dict) else None)[:MAX_EVENTS]
+    ]
+    if not rows:
+        return ""
+    head = ["", "step", "alarm", "host", "quarantined"]
+    return f'<h2>What was rolled back</h2>\n<div class="wide">{table(head, rows, [1])}</div>\n'
+
+
+def _mappings(value: object) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _amount(record: Mapping[str, Any], key: str) -> str:
+    value = number(record, key)
+    return NOTHING if value is None else count(value)
+
+
+def _restored(row: Mapping[str, Any]) -> str:
+    if number(row, "restored_step") is None:
+        return "not moved"
+    undone = number(row, "steps_undone")
+    lost = "" if undone is None else f", {count(undone)} steps undone"
+    return f"went back to step {_amount(row, 'restored_step')}{lost}"
+
+
+def _quarantined(seeds: object) -> str:
+    parts = []
+    for seed in _mappings(seeds)[:20]:
+        site = f"{safe(seed.get('site', NOTHING))} [{_amount(seed, 'chunk')}]"
+        parts.append(f"seed #{_amount(seed, 'seed')} at {site}, {swatch(str(seed.get('stage')))}")
+    more = len(_mappings(seeds)) - len(parts)
+    return "; ".join(parts) + (f" and {count(more)} more" if more else "") or NOTHING
 
 
 def cost_table(run: Run) -> str:
@@ -220,7 +273,7 @@ def si(value: float, unit: str) -> str:
 def settings_table(run: Run) -> str:
     """Every plain entry of the summary that the page shows nowhere else."""
     rows = [
-        [safe(key.replace("_", " ")), _plain_value(value)]
+        [safe(_spoken(key)), _plain_value(value)]
         for key, value in run.summary.items()
         if key not in _SHOWN_ELSEWHERE
     ]
@@ -239,7 +292,26 @@ def versions_table(run: Run) -> str:
 
 
 def _plain_value(value: object) -> str:
-    return NOTHING if value is None else safe(clean(str(value), limit=300))
+    return safe(clean(_in_words(value), limit=300))
+
+
+def _in_words(value: object) -> str:
+    """What JSON holds, without its signs: lists with commas, mappings with the names in front."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        parts = [f"{_spoken(str(key))} {_nested(inner)}" for key, inner in value.items()]
+        return ", ".join(parts) or NOTHING
+    if isinstance(value, list):
+        return ", ".join(map(_nested, value)) or NOTHING
+    return str(value)
+
+
+def _nested(value: object) -> str:
+    words = _in_words(value)
+    return f"({words})" if isinstance(value, dict | list) and words != NOTHING else words
 
 
 def _pairs(rows: list[list[str]]) -> str:
