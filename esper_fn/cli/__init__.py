@@ -62,7 +62,8 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "grow",
         help="grow a network on a data set and compare it with its rivals",
         description="Grows a network and trains, with the same data and steps, the host without "
-        "growth, growth at random places, and a static network of equal size.",
+        "growth, growth at every layer alike and at random places, and a static network of equal "
+        "size.",
     )
     # Names are checked against the registries below, which cost an import of JAX.
     grow.add_argument(
@@ -83,9 +84,9 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     grow.add_argument(
         "--policy",
-        default="periodic",
+        default="grow",
         metavar="NAME",
-        help="who asks for growth: periodic (default), plateau, random or none",
+        help="who asks for growth: grow (default), periodic, plateau, random or never",
     )
     grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")
     grow.add_argument(
@@ -152,7 +153,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export = commands.add_parser("export", help="write a run's grown network for other programs")
     export.add_argument("folder", metavar="RUN", help="a folder of `esper grow`")
     export.add_argument("--format", choices=("safetensors", "stablehlo"), default="safetensors")
-    export.add_argument("--arm", choices=("grown", "random"), default="grown")
+    export.add_argument("--arm", choices=("grown", "uniform", "random"), default="grown")
     export.add_argument("--seed", type=_count(0), metavar="N", help="of which run; the lowest")
     export.add_argument("--data-folder", metavar="DIR", help="where its data lie ($ESPER_DATA)")
     export.add_argument("--out", metavar="DIR", help="where to write (RUN/export)")

@@ -16,6 +16,7 @@ from esper_fn.hosts import count_parameters
 _ARMS = {
     "host": "host, no growth",
     "grown": "grown where measured",
+    "uniform": "grown in every layer",
     "random": "grown at random",
     "static": "static, equal size",
 }
@@ -88,6 +89,7 @@ class Screen:
         self._console.print(
             f"run {self._done}/{self._repeats}, seed {row['seed']}: "
             f"host {row['host_accuracy']:.1%}, grown {row['grown_accuracy']:.1%}, "
+            f"uniform {row['uniform_growth_accuracy']:.1%}, "
             f"random {row['random_growth_accuracy']:.1%}, "
             f"static {row['static_equal_params_accuracy']:.1%}  "
             f"({row['seeds_fossilized']} kept, {row['seeds_culled']} removed, "
@@ -104,6 +106,7 @@ class Screen:
         for arm, name, parameters in (
             ("host", "host_accuracy", "host_params"),
             ("grown", "grown_accuracy", "grown_params"),
+            ("uniform", "uniform_growth_accuracy", "uniform_params"),
             ("random", "random_growth_accuracy", "random_params"),
             ("static", "static_equal_params_accuracy", "static_params"),
         ):
@@ -119,7 +122,7 @@ class Screen:
         self._console.print(table)
         if repeats is not None:
             of = repeats["intervals"]
-            for rival in ("host", "random", "static"):
+            for rival in ("host", "uniform", "random", "static"):
                 self._console.print(
                     f"grown minus {rival}, paired over {repeats['count']} runs: "
                     f"{_interval(of[f'grown_minus_{rival}'], is_difference=True)}"

@@ -1,4 +1,4 @@
-"""One job, four arms, the same data in the same order: what growth is worth."""
+"""One job, five arms, the same data in the same order: what growth is worth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esper_fn import optim, runtime
+from esper_fn import optim, policies, runtime
 from esper_fn._growth import Growth
 from esper_fn._lattice import BareSeeds
 from esper_fn._typing import Array, Params
@@ -24,6 +24,7 @@ from esper_fn.hosts import Host, count_parameters
 from esper_fn.lifecycle import Stage
 
 SURVEY_EVERY = 25
+_SCORES: Mapping[str, policies.Score] = {"uniform": "even", "random": "random"}
 EVAL_ROWS = 256
 
 
@@ -104,18 +105,17 @@ class Comparison:
     steering: runtime.Steering | None = None
     """Steers the growing arm of the next run, and that one only, with a boundary at every step."""
 
-    def grown(self, seed: int, listener: Listener | None = None, *, at_random: bool = False) -> Arm:
-        """The growing network; `at_random` draws the places instead of measuring them."""
-        name = "random" if at_random else "grown"
+    def grown(self, seed: int, listener: Listener | None = None, *, name: str = "grown") -> Arm:
+        """The growing network; `uniform` spreads its places and `random` draws them."""
         key = jax.random.key(seed)
         start = self.growth.init(jax.random.fold_in(key, 1))
-        if at_random and self.policy_name != "never":
-            twin = policy(self.policy_name, self.job, steps=self.steps, score="random")
+        if name != "grown" and self.policy_name != "never":
+            twin = policy(self.policy_name, self.job, steps=self.steps, score=_SCORES[name])
             start = start._replace(policy=twin.init(self.growth.lattice))
         host_count = count_parameters(self.host)
         tell = Teller(listener)
         steering = None
-        if not at_random:
+        if name == "grown":
             steering, self.steering = self.steering, None
 
         def listen(segment: runtime.Segment) -> None:
@@ -290,7 +290,7 @@ def prepare(
     data: Dataset,
     *,
     steps: int | None = None,
-    policy: str = "periodic",
+    policy: str = "grow",
     keeping: Keeping | None = None,
 ) -> Comparison:
     """Makes a job ready to run.
@@ -315,7 +315,7 @@ def prepare(
     growing = make_growth(job, host, policy, steps=num_steps)
     schedule = optax.cosine_decay_schedule(job.learning_rate, num_steps)
     host_optimizer = optax.adamw(schedule)
-    optimizer = optim.per_body(host_optimizer, optax.adamw(job.learning_rate))
+    optimizer = optim.per_body(host_optimizer)
     return Comparison(
         job=job,
         data=data,
@@ -342,7 +342,7 @@ def run(
     listener: Listener | None = None,
     announce: Callable[[str], None] = lambda arm: None,
 ) -> dict[str, Any]:
-    """All four arms with one seed: the rows of a summary.
+    """All five arms with one seed: the rows of a summary.
 
     Args:
       comparison: from `prepare`.
@@ -363,28 +363,44 @@ def run(
     plain = comparison.plain(seed, listener)
     announce("grown")
     grown = comparison.grown(seed, listener)
+    announce("uniform")
+    uniform = comparison.grown(seed, listener, name="uniform")
     announce("random")
-    random = comparison.grown(seed, listener, at_random=True)
+    random = comparison.grown(seed, listener, name="random")
     announce("static")
     static = comparison.equal(seed, grown.parameters, listener)
-    arms: Mapping[str, Arm] = {"host": plain, "grown": grown, "random": random, "static": static}
+    arms: Mapping[str, Arm] = {
+        "host": plain,
+        "grown": grown,
+        "uniform": uniform,
+        "random": random,
+        "static": static,
+    }
     return {
         "seed": seed,
         "host_accuracy": plain.accuracy,
         "grown_accuracy": grown.accuracy,
         "static_equal_params_accuracy": static.accuracy,
+        "uniform_growth_accuracy": uniform.accuracy,
         "random_growth_accuracy": random.accuracy,
         "host_params": plain.parameters,
         "grown_params": grown.parameters,
         "static_params": static.parameters,
+        "uniform_params": uniform.parameters,
         "random_params": random.parameters,
         "seeds_total": comparison.growth.lattice.num_seeds,
         "seeds_fossilized": grown.num_fossilized,
         "seeds_culled": grown.num_culled,
         "random_seeds_fossilized": random.num_fossilized,
         "random_seeds_culled": random.num_culled,
-        "recompilations_after_first_step": grown.num_compiled + random.num_compiled,
+        "recompilations_after_first_step": sum(
+            arm.num_compiled for arm in (grown, uniform, random)
+        ),
         "train_flops": {name: arm.train_flops for name, arm in arms.items()},
-        "rollbacks": {"grown": grown.rollbacks, "random": random.rollbacks},
+        "rollbacks": {
+            "grown": grown.rollbacks,
+            "uniform": uniform.rollbacks,
+            "random": random.rollbacks,
+        },
         "wall_seconds": time.monotonic() - began + before(),
     }

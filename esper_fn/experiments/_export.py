@@ -31,7 +31,7 @@ def export_run(
       run: a folder of `esper grow`.
       out: the folder to write to.
       format: `safetensors` or `stablehlo`.
-      arm: `grown` or `random`.
+      arm: `grown`, `uniform` or `random`.
       seed: of which run; the lowest there is when left out.
       data_folder: where the data set lies.
 

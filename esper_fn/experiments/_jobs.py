@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from esper_fn import blueprints, grafting, hosts, lifecycle, policies
+from esper_fn import blueprints, hosts, policies
 from esper_fn._growth import Growth, growth
 from esper_fn._lattice import lattice
 from esper_fn.data import Dataset
@@ -25,12 +25,11 @@ class Job:
       blueprints: names of registered blueprints that may grow.
       sizes: keyword arguments of their factories.
       batch_size: examples a step.
-      learning_rate: of AdamW, decayed to zero by a cosine for hosts, constant for bodies.
+      learning_rate: of AdamW, decayed to zero by a cosine.
       steps: default length.
       germinations: bodies that may be born in the whole run.
       capacity: bodies alive at once per bank.
       survey_examples: held-out examples of a survey.
-      min_contribution: fall of the validation loss a body must be worth to be kept.
     """
 
     data: str
@@ -44,7 +43,6 @@ class Job:
     germinations: int
     capacity: int
     survey_examples: int
-    min_contribution: float = 0.01
 
 
 def _shape(data: Dataset) -> tuple[int, int, int]:
@@ -60,7 +58,7 @@ _JOBS = {
             host=lambda d: hosts.mlp((64, 32, 2, 32, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((64, size, size, size, d.num_classes)),
             blueprints=("bottleneck",),
-            sizes={"width": 8, "activation": "gelu"},
+            sizes={"width": 8, "activation": "gelu", "birth": "paired"},
             batch_size=64,
             learning_rate=3e-3,
             steps=1500,
@@ -73,7 +71,7 @@ _JOBS = {
             host=lambda d: hosts.mlp((40, 64, 2, 64, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((40, size, size, size, d.num_classes)),
             blueprints=("bottleneck",),
-            sizes={"width": 16, "activation": "gelu"},
+            sizes={"width": 16, "activation": "gelu", "birth": "paired"},
             batch_size=128,
             learning_rate=3e-3,
             steps=3000,
@@ -118,7 +116,7 @@ _JOBS = {
     )
 }
 
-POLICIES = ("plateau", "periodic", "random", "never")
+POLICIES = ("grow", "periodic", "plateau", "random", "never")
 
 
 def names() -> tuple[str, ...]:
@@ -138,13 +136,15 @@ def policy(
 ) -> policies.Policy:
     """A policy by name, sized for a run of `steps`.
 
-    It begins to ask after a tenth of the run and stops at two fifths of it, so that what grows can
-    still pass its gates; at most `job.germinations` bodies are born.
+    At most `job.germinations` bodies are born. All but `grow`, which asks at once, begin to ask
+    after a tenth of the run, one body at a time, and stop at two fifths of it.
 
     Raises:
       UnknownNameError: none of `POLICIES`.
     """
     start, rest = max(1, steps // 10), max(1, steps // 40)
+    if name == "grow":
+        return policies.chain(policies.grow(score=score), policies.quota(job.germinations))
     if name == "plateau":
         asks = policies.plateau(patience=max(1, steps // 20), min_gain=0.5, score=score)
     elif name == "periodic":
@@ -165,8 +165,7 @@ def policy(
 
 
 def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
-    """The growing network of a job."""
-    stay = max(10, steps // 40)
+    """The growing network of a job: the defaults, and a policy."""
     return growth(
         lattice(
             sites=host.sites,
@@ -174,21 +173,6 @@ def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth
             capacity=job.capacity,
         ),
         policy=policy(policy_name, job, steps=steps),
-        graft=grafting.linear(stay),
-        settings=lifecycle.settings(
-            min_steps={
-                lifecycle.Stage.TRAINING: stay // 2,
-                lifecycle.Stage.FINE_TUNING: steps // 3,
-            },
-            max_steps={
-                lifecycle.Stage.TRAINING: 2 * stay,
-                lifecycle.Stage.STABILIZATION: max(20, stay),
-                lifecycle.Stage.FINE_TUNING: steps // 3 + 4 * stay,
-            },
-            min_contribution=job.min_contribution,
-        ),
-        bodies_at_once=1,
-        max_ablations=4,
     )
 
 

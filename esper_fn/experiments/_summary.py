@@ -15,6 +15,7 @@ _ACCURACIES = {
     "host": "host_accuracy",
     "grown": "grown_accuracy",
     "static": "static_equal_params_accuracy",
+    "uniform": "uniform_growth_accuracy",
     "random": "random_growth_accuracy",
 }
 
@@ -24,7 +25,7 @@ def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     columns = {
         name: np.asarray([row[name] for row in rows], np.float64) for name in _ACCURACIES.values()
     }
-    for rival in ("host", "random", "static"):
+    for rival in ("host", "uniform", "random", "static"):
         columns[f"grown_minus_{rival}"] = columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
     return {name: _interval(values) for name, values in columns.items()}
 

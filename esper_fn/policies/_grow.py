@@ -15,7 +15,6 @@ from esper_fn.policies._propose import (
     Score,
     blueprint_of_group,
     check,
-    even_spread,
     propose,
     score_index,
 )
@@ -24,8 +23,6 @@ from esper_fn.policies._propose import (
 class _Grow(NamedTuple):
     score: Int32[Array, ""]
     every: Int32[Array, ""]
-    preference: Float32[Array, "S"]
-    """Larger is sooner, where nothing was measured."""
     min_share: Float32[Array, ""]
     reference: Float32[Array, ""]
     """The largest potential when the first request was made."""
@@ -45,7 +42,7 @@ def grow(
 
     The first request comes in the first step. If a survey came before it (`make_step` and `fit`
     begin with one), it names the seeds by their surveyed potential, as far as that is at least
-    `min_share` of the largest one; else every seed, one chunk of each site and layer in turn.
+    `min_share` of the largest one; else every seed, one of each layer in turn.
     After that it asks every `every` steps, where potentials still reach that bound, unless the mean
     contribution of all living bodies that surveys have measured is zero or less. How much it gets
     is for the banks, and for `budget` or `quota` behind it, to say.
@@ -66,7 +63,6 @@ def grow(
         return _Grow(
             score=score_index(score),
             every=jnp.int32(every),
-            preference=even_spread(lattice),
             min_share=jnp.float32(min_share),
             reference=jnp.float32(0),
             last=jnp.int32(-1),
@@ -93,7 +89,6 @@ def grow(
                 blueprint=blueprint,
                 count=lattice.num_seeds if count is None else count,
                 key=key,
-                preference=state.preference,
                 floor=jnp.where(reads_potential, state.min_share * reference, -jnp.inf),
             ),
             lambda same: same,

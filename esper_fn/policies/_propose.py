@@ -51,10 +51,26 @@ def _rank_in_group(group: Int32[Array, "n"]) -> Int32[Array, "n"]:
     return jnp.zeros_like(group).at[order].set(rank.astype(group.dtype))
 
 
-def even_spread(lattice: Lattice) -> Float32[Array, "S"]:
-    """Larger is sooner: a chunk of every site and layer in turn."""
-    turns = [np.arange(size, dtype=np.float32) for size in lattice.tables.group_size]
-    return jnp.asarray(-np.concatenate(turns))
+_AFTER_ALL_SPANS = 1e6
+
+
+def _even_spread(lattice: Lattice) -> Float32[Array, "S"]:
+    """Larger is sooner: one seed of every layer in turn, where there are spans of these first.
+
+    Sites whose names agree up to their last dot ("layer1.0", "layer1.1") are of one layer.
+    """
+    has_spans = any(place.is_span for place in lattice.sites)
+    turns: dict[tuple[str, int], int] = {}
+    order = []
+    for place in lattice.sites:
+        stem = place.name.rpartition(".")[0] or place.name
+        is_late = has_spans and not place.is_span
+        for layer in range(place.num_layers):
+            first = turns.get((stem, layer), 0)
+            turns[stem, layer] = first + place.chunks
+            own = -np.arange(first, first + place.chunks, dtype=np.float32)
+            order.append(own - _AFTER_ALL_SPANS * is_late)
+    return jnp.asarray(np.concatenate(order), jnp.float32)
 
 
 def propose(
@@ -66,13 +82,11 @@ def propose(
     blueprint: str | None,
     count: int,
     key: Key,
-    preference: Float32[Array, "S"] | None = None,
     floor: Array | float = -jnp.inf,
 ) -> Proposal:
     """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
 
-    `preference` is the order of the score "even"; `even_spread` when left out. Seeds worth less
-    than `floor` are not asked for.
+    Seeds worth less than `floor` are not asked for.
     """
     of_group = blueprint_of_group(lattice, blueprint)
     room = _room(lattice, seen.owner, of_group)
@@ -89,7 +103,7 @@ def propose(
                 jnp.ones(seeds.stage.shape, bool),
             ),
             lambda: (
-                even_spread(lattice) if preference is None else preference,
+                _even_spread(lattice),
                 jnp.ones(seeds.stage.shape, bool),
             ),
         ),
@@ -165,7 +179,7 @@ def periodic(
       every: steps between two requests.
       start: first step that may ask.
       score: what makes a seed best: its surveyed growth `potential`, the `gradient` norm of its
-        chunk, chance (`random`), or nothing: one chunk of every site in turn (`even`). Seeds
+        chunk, chance (`random`), or nothing: one seed of every layer in turn (`even`). Seeds
         without the measurement are never asked for.
       blueprint: what to grow; None takes the first that serves the site.
       count: seeds a request.

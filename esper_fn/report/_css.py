@@ -21,7 +21,7 @@ p{margin:8px 0;max-width:44em}
  font-variant-numeric:tabular-nums}
 .card span{display:block;font-size:13px;color:var(--muted)}
 .grown{--tone:var(--arm-grown)}.host{--tone:var(--arm-host)}
-.random{--tone:var(--arm-random)}.static{--tone:var(--arm-static)}
+.uniform{--tone:var(--arm-uniform)}.random{--tone:var(--arm-random)}.static{--tone:var(--arm-static)}
 .card.grown{background:color-mix(in srgb,var(--arm-grown) 7%,transparent)}
 .arm{color:var(--tone);font-weight:600}
 .facts{list-style:none;display:flex;flex-wrap:wrap;gap:6px 28px;margin:18px 0 0;padding:0;

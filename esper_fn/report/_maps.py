@@ -49,7 +49,7 @@ def stage_map(run: Run, *, arm: str = "grown") -> "Figure":
 
     Args:
         run: the run to draw.
-        arm: "grown" or "random".
+        arm: "grown", "uniform" or "random".
 
     Returns:
         A figure with one collection of bars for each stage that occurs.
@@ -192,7 +192,7 @@ def alpha_curves(run: Run, *, arm: str = "grown") -> "Figure":
 
     Args:
         run: the run to draw.
-        arm: "grown" or "random".
+        arm: "grown", "uniform" or "random".
 
     Returns:
         A figure with one line for each life of a body, at most `MAX_RAMPS` of them.
@@ -268,7 +268,7 @@ def where_it_grew(run: Run, *, arm: str = "grown") -> "Figure | None":
 
     Args:
         run: the run to draw.
-        arm: "grown" or "random".
+        arm: "grown", "uniform" or "random".
 
     Returns:
         A figure with one bar a site on each side, or None when no germination measured a potential.

@@ -29,6 +29,7 @@ PAPER: Final = "#ffffff"
 ARM_COLOR: Final = {
     "host": "#747d89",
     "grown": "#0b6fb8",
+    "uniform": "#2a8a57",
     "random": "#bd7500",
     "static": "#b0478c",
 }
@@ -40,6 +41,7 @@ DARK: Final = {
     PAPER: "#12161c",
     ARM_COLOR["host"]: "#98a2ae",
     ARM_COLOR["grown"]: "#4ba9f2",
+    ARM_COLOR["uniform"]: "#5cc98f",
     ARM_COLOR["random"]: "#e3a13a",
     ARM_COLOR["static"]: "#e07fbe",
 }

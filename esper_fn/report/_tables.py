@@ -32,7 +32,7 @@ _SHOWN_ELSEWHERE: Final = {
     "recompilations_after_first_step",
     "wall_seconds",
 }
-_CARD_ORDER: Final = ("grown", "static", "random", "host")
+_CARD_ORDER: Final = ("grown", "static", "uniform", "random", "host")
 
 
 def safe(value: object) -> str:

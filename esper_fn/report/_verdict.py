@@ -10,6 +10,7 @@ from esper_fn.report._words import ACCURACY_KEY, PARAMS_KEY, accuracy_name, numb
 _RIVAL: Final = {
     "static": "a static network of equal size",
     "host": "the host alone",
+    "uniform": "growth at every layer alike",
     "random": "growth at random places",
 }
 

@@ -6,22 +6,25 @@ from typing import Any, Final, NamedTuple
 
 SCHEMA: Final = 1
 
-ARMS: Final = ("host", "grown", "random", "static")
-GROWING_ARMS: Final = ("grown", "random")
+ARMS: Final = ("host", "grown", "uniform", "random", "static")
+GROWING_ARMS: Final = ("grown", "uniform", "random")
 ARM_LABEL: Final = {
     "host": "host alone",
     "grown": "grown",
+    "uniform": "uniform growth",
     "random": "random growth",
     "static": "static, equal size",
 }
 ACCURACY_KEY: Final = {
     "host": "host_accuracy",
     "grown": "grown_accuracy",
+    "uniform": "uniform_growth_accuracy",
     "random": "random_growth_accuracy",
     "static": "static_equal_params_accuracy",
 }
 DIFFERENCE_KEY: Final = {
     "host": "grown_minus_host",
+    "uniform": "grown_minus_uniform",
     "random": "grown_minus_random",
     "static": "grown_minus_static",
 }

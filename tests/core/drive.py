@@ -17,13 +17,13 @@ from esper_fn.governors import Alarm, Governor, Verdict
 
 NONE = -1
 ACTING = (3, 4, 5, 6, 7)
-LEARNING = (2, 3, 6)
+LEARNING = (2, 3, 4, 5, 6, 7)
 HOLDING = (1, 2, 3, 4, 5, 6, 7)
 
 # Written by hand from design.md section 5; the code's own table is compared with it.
 LEGAL: dict[int, tuple[int, ...]] = {
     0: (1,),
-    1: (2, 9),
+    1: (2, 3, 9),
     2: (3, 8, 9, 10),
     3: (4, 8, 10),
     4: (5, 10),
@@ -107,7 +107,13 @@ def calm_track(num_steps: int = 1000, loss: float = 1.0, deviation: float = 0.01
 
 
 def rig(lattice: Any, *, rows: int, **parts: Any) -> Rig:
-    parts = {"policy": ef.policies.never(), "governor": ef.governors.lenient(), **parts}
+    """Bodies go through TRAINING, so that a seed's way leads through every stage."""
+    parts = {
+        "policy": ef.policies.never(),
+        "governor": ef.governors.lenient(),
+        "settings": ef.lifecycle.settings(train_first=True),
+        **parts,
+    }
     growth = ef.growth(lattice, bodies_at_once=None, **parts)
     return Rig(growth=growth, update=jax.jit(growth.update), rows=rows)
 
@@ -208,6 +214,7 @@ def place(growth: Any, state: Any, stage: Any, *, blueprint: int = 0, **columns:
         "slot": slot,
         "blueprint": np.where(slot >= 0, blueprint, NONE),
         "alpha": np.where(acts, 0.5, 0.0),
+        "gradient_scale": 1.0,
         **columns,
     }
     seeds = state.seeds

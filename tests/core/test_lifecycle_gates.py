@@ -50,7 +50,8 @@ GUARDS = [
 UTILITY = (G.UTILITY_MEASURED, G.UTILITY_POSITIVE)
 JUDGED = (G.MIN_STEPS, G.CONTRIBUTION_MEASURED)
 WAYS = [
-    (S.GERMINATED, S.TRAINING, (G.MIN_STEPS, G.TRAINING_PLACE), C.GATE),
+    (S.GERMINATED, S.GRAFTING, (G.ACTS_AT_ONCE, G.MIN_STEPS), C.GATE),
+    (S.GERMINATED, S.TRAINING, (G.TRAINS_FIRST, G.MIN_STEPS, G.TRAINING_PLACE), C.GATE),
     (S.GERMINATED, S.CANCELLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.TRAINING, S.GRAFTING, (G.MIN_STEPS, *UTILITY, G.UTILITY_SETTLED), C.GATE),
     (S.TRAINING, S.GRAFTING, (G.MAX_STEPS, *UTILITY), C.DWELL_LIMIT),
@@ -67,9 +68,11 @@ WAYS = [
     ),
     (S.EVALUATING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NEGATIVE), C.MEASURED_HARMFUL),
     (S.EVALUATING, S.CULLED, (G.ERRORS_MANY,), C.ERRORS),
+    (S.EVALUATING, S.FINE_TUNING, (G.MAX_STEPS, G.CONTRIBUTION_UNKNOWN), C.DWELL_LIMIT),
     (S.EVALUATING, S.CULLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.FINE_TUNING, S.FOSSILIZED, (*JUDGED, G.CONTRIBUTION_HIGH), C.GATE),
     (S.FINE_TUNING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NEGATIVE), C.MEASURED_HARMFUL),
+    (S.FINE_TUNING, S.FOSSILIZED, (G.MAX_STEPS, G.CONTRIBUTION_UNKNOWN), C.DWELL_LIMIT),
     (S.FINE_TUNING, S.CULLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.CULLED, S.DORMANT, (G.EMBARGO_OVER,), C.GATE),
     (S.CANCELLED, S.DORMANT, (G.EMBARGO_OVER,), C.GATE),
@@ -92,6 +95,9 @@ COLUMNS: dict[Gate, tuple[dict[str, Any], dict[str, Any]]] = {
     G.QUARANTINED: ({"is_quarantined": 1}, {"is_quarantined": 0}),
     G.TRAINING_PLACE: ({"has_place": 1}, {"has_place": 0}),
     G.LOSS_SETTLED: ({"is_settled": 1}, {"is_settled": 0}),
+    G.ACTS_AT_ONCE: ({"trains_first": 0}, {"trains_first": 1}),
+    G.TRAINS_FIRST: ({"trains_first": 1}, {"trains_first": 0}),
+    G.CONTRIBUTION_UNKNOWN: ({"num_contributions": 0}, {"num_contributions": 1}),
 }
 # As closed as a row can be; contribution is between its two verdicts.
 CLOSED: dict[str, Any] = {
@@ -102,9 +108,12 @@ MIN, MAX = 20, 50
 
 # A closed gate that opens another edge: (edge, gate) -> (stage, cause) it ends in instead.
 ELSEWHERE = {
-    (3, G.UTILITY_MEASURED): (S.CULLED, C.DWELL_LIMIT),
-    (3, G.UTILITY_POSITIVE): (S.CULLED, C.DWELL_LIMIT),
-    (9, G.CONTRIBUTION_POSITIVE): (S.CULLED, C.MEASURED_HARMFUL),
+    (1, G.TRAINS_FIRST): (S.GRAFTING, C.GATE),
+    (4, G.UTILITY_MEASURED): (S.CULLED, C.DWELL_LIMIT),
+    (4, G.UTILITY_POSITIVE): (S.CULLED, C.DWELL_LIMIT),
+    (10, G.CONTRIBUTION_POSITIVE): (S.CULLED, C.MEASURED_HARMFUL),
+    (13, G.CONTRIBUTION_UNKNOWN): (S.CULLED, C.DWELL_LIMIT),
+    (17, G.CONTRIBUTION_UNKNOWN): (S.CULLED, C.DWELL_LIMIT),
 }
 
 
@@ -143,8 +152,8 @@ CASES = [
 ]
 
 
-def globals_of(case: Case) -> tuple[int, int]:
-    return case.columns["has_place"], case.columns["is_settled"]
+def globals_of(case: Case) -> tuple[int, int, int]:
+    return case.columns["has_place"], case.columns["is_settled"], case.columns["trains_first"]
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +193,14 @@ def verdicts() -> dict[str, tuple[Stage, Cause, Gate, Stage]]:
                     )
                 },
             )
-            has_place, is_settled = key
+            has_place, is_settled, trains_first = key
             state = limits(
                 state,
                 min_steps=dict.fromkeys(range(1, 7), MIN),
                 max_steps=MAX,
                 max_training=128 if has_place else 0,
                 min_contribution=0.5,
+                train_first=bool(trains_first),
             )
             track = calm_track()
             state = state._replace(
@@ -231,8 +241,9 @@ def test_edge_opens_exactly_with_all_of_its_gates(verdicts: Any, case: Case) -> 
         assert (stage, told) == elsewhere
         return
     assert (stage, told) == (source, C.NONE)
-    is_way_forward = case.edge < len(WAYS) and source not in [way[0] for way in WAYS[: case.edge]]
-    if is_way_forward:
+    is_first = case.edge < len(WAYS) and source not in [way[0] for way in WAYS[: case.edge]]
+    by_option = source == S.GERMINATED and G.MIN_STEPS in (WAYS + GUARDS)[case.edge][2]
+    if (is_first or by_option) and case.closed not in {G.ACTS_AT_ONCE, G.TRAINS_FIRST}:
         assert waiting_for == case.closed
 
 
@@ -249,7 +260,7 @@ def drive(rig: Any, state: Any, num_steps: int, **step: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("loss", [1.0, np.nan])
-def test_without_any_measurement_every_seed_comes_home(loss: float) -> None:
+def test_without_any_measurement_every_way_ends(loss: float) -> None:
     rig = wide()
     start = np.resize([1, 2, 3, 4, 5, 6, 8, 9], 128)
     state = place(rig.growth, rig.fresh(), start, embargo_steps=np.isin(start, (8, 9)) * 7)
@@ -258,8 +269,11 @@ def test_without_any_measurement_every_seed_comes_home(loss: float) -> None:
     state = state._replace(loss=ef.lifecycle.loss_track())
     told = drive(rig, state, 3 * (5 + 1) + 7 + 2, loss=loss)
     final = told[-1][0]
-    assert np.asarray(final.seeds.stage).tolist() == [S.DORMANT] * 128
-    assert (np.asarray(final.owner) == NONE).all()
+    # What nobody measured is not removed once it acts fully.
+    kept = np.isin(start, (S.STABILIZATION, S.EVALUATING, S.FINE_TUNING))
+    ends = np.where(kept, S.FOSSILIZED, S.DORMANT)
+    assert np.asarray(final.seeds.stage).tolist() == ends.tolist()
+    assert np.count_nonzero(np.asarray(final.owner) != NONE) == np.count_nonzero(kept)
     assert all(not state_faults(rig.growth, state) for state, _ in told)
 
 
@@ -647,6 +661,8 @@ def test_a_lasting_rise_after_a_constant_loss_is_followed(before: float) -> None
         ({"embargo_steps": -1}, "embargo_steps"),
         ({"max_errors": 0}, "max_errors"),
         ({"min_surveys": 0}, "min_surveys"),
+        ({"trust": 0.0}, "trust"),
+        ({"freeze": (S.TRAINING,)}, "freeze"),
     ],
 )
 def test_settings_that_would_hang_or_mean_nothing_are_refused(wrong: Any, words: str) -> None:

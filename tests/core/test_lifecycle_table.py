@@ -161,11 +161,11 @@ def test_gains_by_stage() -> None:
         (0, 0, 0),  # DORMANT
         (0, 0, 0),  # GERMINATED
         (0, 1, 0),  # TRAINING
-        (a, 1, 0),  # GRAFTING
-        (a, 0, 0),  # STABILIZATION
-        (a, 0, 0),  # EVALUATING
+        (a, 1, a),  # GRAFTING
+        (a, 1, a),  # STABILIZATION
+        (a, 1, a),  # EVALUATING
         (a, 1, a),  # FINE_TUNING
-        (a, 0, a),  # FOSSILIZED
+        (a, 1, a),  # FOSSILIZED
         (0, 0, 0),  # CULLED
         (0, 0, 0),  # CANCELLED
         (0, 0, 0),  # ROLLED_BACK

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import esper_fn as ef
@@ -17,6 +16,7 @@ PROMISED = (
     "host_accuracy",
     "grown_accuracy",
     "static_equal_params_accuracy",
+    "uniform_growth_accuracy",
     "random_growth_accuracy",
     "host_params",
     "grown_params",
@@ -40,18 +40,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.Run]:
 def test_the_summary_holds_what_is_promised(run: tuple[Path, report.Run]) -> None:
     summary = run[1].summary
     assert [name for name in PROMISED if name not in summary] == []
-    assert set(summary["train_flops"]) == {"host", "grown", "random", "static"}
+    assert set(summary["train_flops"]) == {"host", "grown", "uniform", "random", "static"}
     assert summary["host_params"] < summary["grown_params"]
     assert abs(summary["static_params"] / summary["grown_params"] - 1) < 0.05
 
 
-def test_a_seed_is_kept_and_one_removed_through_measured_gates(
+def test_seeds_grow_at_once_and_are_kept_through_measured_gates(
     run: tuple[Path, report.Run],
 ) -> None:
     events = [event for event in run[1].events if event["arm"] == "grown"]
     assert run[1].summary["seeds_fossilized"] >= 1
-    assert run[1].summary["seeds_culled"] >= 1
-    assert {event["to"] for event in events} >= {"FOSSILIZED", "CULLED"}
+    assert next(e["step"] for e in events if e["to"] == "GERMINATED") <= 1
     assert not [event for event in events if event["cause"] == "command"]
     for event in events:
         if event["to"] == "FOSSILIZED":
@@ -80,13 +79,16 @@ def test_the_folder_is_complete_and_the_page_needs_no_network(
     assert "<svg" in page
 
 
-def test_the_arms_saw_the_same_data_and_steps(run: tuple[Path, report.Run]) -> None:
+def test_growth_loses_little_to_a_network_that_had_the_right_shape(
+    run: tuple[Path, report.Run],
+) -> None:
+    summary = run[1].summary
+    assert summary["grown_accuracy"] > summary["host_accuracy"] + 0.02
+    assert summary["grown_accuracy"] > summary["static_equal_params_accuracy"] - 0.02
+
+
+def test_the_arms_saw_the_same_steps(run: tuple[Path, report.Run]) -> None:
     metrics = run[1].metrics
-    losses = {
-        arm: [row["loss"] for row in metrics if row["arm"] == arm][:4] for arm in ("host", "grown")
-    }
-    # Before anything acts the growing network is the host.
-    np.testing.assert_allclose(losses["host"], losses["grown"], rtol=1e-3)
     assert {row["step"] for row in metrics if row["arm"] == "static"} == {
         row["step"] for row in metrics if row["arm"] == "random"
     }
@@ -114,6 +116,7 @@ def test_intervals_against_a_hand_computation() -> None:
         {
             "host_accuracy": a,
             "grown_accuracy": a + 0.1,
+            "uniform_growth_accuracy": a,
             "random_growth_accuracy": a,
             "static_equal_params_accuracy": a,
         }
@@ -142,3 +145,4 @@ def test_over_ten_seeds_growth_beats_the_host_and_chance(tmp_path: Path) -> None
     assert repeats["count"] == 10
     assert repeats["intervals"]["grown_minus_host"]["low"] > 0
     assert repeats["intervals"]["grown_minus_random"]["low"] > 0
+    assert repeats["intervals"]["grown_minus_static"]["mean"] > -0.005

@@ -185,7 +185,7 @@ class TestCreateRefuses:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arm": "host"}, "'arm' is 'host'; it must be one of grown, random"),
+        ({"arm": "host"}, "'arm' is 'host'; it must be one of grown, uniform, random"),
         ({"to": "SPROUTED"}, "'to' is 'SPROUTED'; it must be one of DORMANT, GERMINATED"),
         ({"step": -1}, "'step' is -1; it must be an integer of 0 or more"),
         ({"step": True}, "'step' is True"),

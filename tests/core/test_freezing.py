@@ -1,4 +1,4 @@
-"""Fossils stand still unless they are told to go on learning."""
+"""Bodies learn in every stage in which they act, but where a stage is frozen."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from esper_fn.lifecycle import Stage
 X = jax.random.normal(jax.random.key(0), (16, 6))
 
 
-@pytest.mark.parametrize("fossils_learn", [False, True])
-def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("stage", [stage for stage in Stage if ef.lifecycle.ACTS[stage]])
+def test_an_acting_body_learns_unless_its_stage_is_frozen(stage: Stage, is_frozen: bool) -> None:
     growth = ef.growth(
         ef.lattice(
             sites=[ef.site("a", features=6)],
@@ -24,7 +25,7 @@ def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None
             capacity=1,
         ),
         policy=ef.policies.never(),
-        settings=ef.lifecycle.settings(fossils_learn=fossils_learn),
+        settings=ef.lifecycle.settings(freeze=(stage,) if is_frozen else ()),
         bodies_at_once=None,
     )
 
@@ -36,7 +37,7 @@ def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None
     state = state._replace(
         owner=jnp.zeros_like(state.owner),
         seeds=state.seeds._replace(
-            stage=jnp.full((1,), Stage.FOSSILIZED, jnp.int8),
+            stage=jnp.full((1,), stage, jnp.int8),
             slot=jnp.zeros((1,), jnp.int32),
             blueprint=jnp.zeros((1,), jnp.int8),
             alpha=jnp.ones((1,)),
@@ -48,4 +49,4 @@ def test_fossils_learn_when_asked_and_not_otherwise(fossils_learn: bool) -> None
     step = make_step(growth, loss_fn, optimizer)
     _, state, _, _ = step(params, state, opt_state, X, growth.commands())
     has_moved = not np.array_equal(before, state.bodies["a"]["low_rank"]["up"])
-    assert has_moved is fossils_learn
+    assert has_moved is not is_frozen
