@@ -319,18 +319,15 @@ class TestDamping:
         allowed = {"bfloat16": 2e-2, "float32": 2e-5}[dtype]
         for each in (run, run_in_place):
             found, before = each(spec, inputs, dtype), each(spec, undamped, dtype)
-            for field in ("y", "watched", "dx"):
+            if found.channels is not None:
+                # -<dy, r> may be summed up in another way where r is at hand anyway.
+                worth = [of.channels[damped, 3].copy() for of in (found, before)]
+                assert error(*worth) < allowed
+                found.channels[damped, 3] = before.channels[damped, 3]
+            for field in ("y", "watched", "dx", "channels"):
                 if getattr(found, field) is not None:
                     pair = (bits(getattr(of, field)) for of in (found, before))
                     np.testing.assert_array_equal(*pair)
-            # A compiler may sum what is measured of the damped body itself in another order.
-            if found.channels is not None:
-                channels, same = (np.asarray(of.channels) for of in (found, before))
-                np.testing.assert_allclose(
-                    channels[damped], same[damped], rtol=max(allowed, 1e-4), atol=allowed
-                )
-                pair = (np.delete(of, damped, axis=0) for of in (channels, same))
-                np.testing.assert_array_equal(*map(bits, pair))
             for field, wanted in right.items():
                 ours = getattr(found, field)
                 if ours is None:
