@@ -11,7 +11,7 @@ import numpy as np
 
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
-from esper_fn._typing import Array, Float32, Int32, Key
+from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
@@ -30,11 +30,29 @@ def _blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
     return np.asarray(chosen, np.int8)
 
 
-def _room(lattice: Lattice, owner: Array, of_group: np.ndarray) -> Int32[Array, "G"]:
+def _choose(
+    lattice: Lattice, seen: Observation, blueprint: str | None
+) -> tuple[Int8[Array, "G"], Bool[Array, "G"]]:
+    """What to grow at each site, and whether the limits behind the rule admit it.
+
+    Where a rule leaves the blueprint open, the first one that is admitted.
+    """
+    of_group = jnp.asarray(_blueprint_of_group(lattice, blueprint))
+    if seen.is_admitted is None:
+        return of_group, jnp.ones(of_group.shape, bool)
+    if blueprint is None:
+        options = jnp.asarray(lattice.tables.pool_start >= 0) & seen.is_admitted
+        first = jnp.argmax(options, axis=1).astype(jnp.int8)
+        of_group = jnp.where(jnp.any(options, axis=1), first, of_group)
+    group = jnp.arange(of_group.size)
+    return of_group, seen.is_admitted[group, jnp.maximum(of_group, 0)]
+
+
+def _room(lattice: Lattice, owner: Array, of_group: Int8[Array, "G"]) -> Int32[Array, "G"]:
     """Free slots in the wanted blueprint's pool of each group."""
     tables = lattice.tables
     num_groups = len(tables.group_site)
-    is_wanted = jnp.asarray(tables.slot_blueprint == of_group[tables.slot_group])
+    is_wanted = jnp.asarray(tables.slot_blueprint, jnp.int8) == of_group[tables.slot_group]
     free = (owner == NONE) & is_wanted
     return (
         jnp.zeros((num_groups,), jnp.int32)
@@ -61,8 +79,12 @@ def _propose(
     count: int,
     key: Key,
 ) -> Proposal:
-    """Asks for the `count` best dormant seeds, of each pool no more than it has room for."""
-    of_group = _blueprint_of_group(lattice, blueprint)
+    """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
+
+    Only for bodies that the limits behind the rule admit, if there are any: else the limit's
+    refusal of the best one is what the log should say.
+    """
+    of_group, is_admitted = _choose(lattice, seen, blueprint)
     room = _room(lattice, seen.owner, of_group)
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
@@ -86,6 +108,8 @@ def _propose(
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
     )
+    fitting = can & lattice.per_seed(is_admitted)
+    can = jnp.where(jnp.any(fitting), fitting, can)
     best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, lattice.num_seeds))
     group = jnp.searchsorted(jnp.asarray(lattice.tables.group_start), index, side="right") - 1
     fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
@@ -149,7 +173,8 @@ def periodic(
       start: first step that may ask.
       score: what makes a seed best: its surveyed growth `potential`, the `gradient` norm of its
         chunk, or chance (`random`). Seeds without the measurement are never asked for.
-      blueprint: what to grow; None takes the first that serves the site.
+      blueprint: what to grow; None takes the first that serves the site and fits into a budget
+        behind the rule.
       count: seeds a request.
       name: the rule's name in the decision log.
     """
