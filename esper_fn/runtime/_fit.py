@@ -26,7 +26,15 @@ from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._ring import live_form
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
-from esper_fn.runtime._step import CompiledFit, TrainState, init, make_step_parts
+from esper_fn.runtime._step import (
+    CompiledFit,
+    TrainState,
+    init,
+    make_step,
+    make_step_parts,
+    make_survey,
+    scan_steps,
+)
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
@@ -115,7 +123,15 @@ def compile_fit(
     growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
 ) -> CompiledFit:
     """The compiled programs that several `fit` calls may share (`segment=`), one per growth."""
-    return CompiledFit(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
+    parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
+    if survey_every is None:
+        return CompiledFit(parts)
+    surveyed = scan_steps(
+        make_step(growth, loss_fn, optimizer, survey_every=None),
+        survey=make_survey(growth, loss_fn),
+        survey_every=survey_every,
+    )
+    return CompiledFit(parts, surveyed=surveyed, survey_every=survey_every)
 
 
 def fit(
@@ -158,7 +174,8 @@ def fit(
       survey_batch: a held-out batch for surveys.
       start: the growth to start from, or a whole state, whose parameters and snapshots are taken
         then; `growth.init(key)` when left out.
-      survey_every: steps between surveys; None for none.
+      survey_every: steps between surveys; None for none. Where segments begin and end with one
+        (their length a multiple of it) it stands between steps, else in each as a conditional.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       num_snapshots: how many are kept; 0 for none. Each takes the memory of parameters, optimiser
         state and bodies; see `rollback.anchor`.
