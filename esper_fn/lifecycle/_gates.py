@@ -61,7 +61,8 @@ class Settings(NamedTuple):
 
     min_steps: Int32[Array, "11"]
     max_steps: Int32[Array, "11"]
-    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED and the stages that end a body)."""
+    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED) or until the embargo is over (CULLED,
+    CANCELLED). That of ROLLED_BACK is the quarantine."""
     max_training: Int32[Array, ""]
     """Seeds that may be in TRAINING at once."""
     embargo_steps: Int32[Array, ""]
@@ -106,6 +107,7 @@ def settings(
     max_steps: Mapping[Stage, int] | None = None,
     max_training: int = 4,
     embargo_steps: int = 100,
+    quarantine_steps: int | None = 500,
     max_errors: int = 3,
     utility_variation: float = 0.25,
     loss_variation: float = 0.05,
@@ -115,6 +117,9 @@ def settings(
     fossils_learn: bool = False,
 ) -> Settings:
     """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
+
+    After `quarantine_steps` in ROLLED_BACK a seed may grow again, as after `embargo_steps` in
+    CULLED or CANCELLED; with None it waits for `commands.release`, which ends it at any time.
 
     Raises:
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
@@ -143,16 +148,18 @@ def settings(
         if stage not in _MAX_STEPS and (shortest[stage] or longest[stage]):
             raise ValueError(
                 f"{stage.name} ends by no dwell; leave it out of min_steps and max_steps, which "
-                f"serve {[of.name for of in _MAX_STEPS]}"
+                f"serve {[of.name for of in _MAX_STEPS]} (for ROLLED_BACK set quarantine_steps)"
             )
     for name, value, least in (
         ("max_training", max_training, 1),
         ("embargo_steps", embargo_steps, 0),
+        ("quarantine_steps", 1 if quarantine_steps is None else quarantine_steps, 1),
         ("max_errors", max_errors, 1),
         ("min_surveys", min_surveys, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    longest[Stage.ROLLED_BACK] = quarantine_steps or 0
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),
@@ -298,5 +305,6 @@ EDGES: tuple[Edge, ...] = (
     Edge(Stage.FINE_TUNING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(Stage.CULLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
     Edge(Stage.CANCELLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
+    Edge(Stage.ROLLED_BACK, Stage.DORMANT, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
 )
 """In order of precedence: the first edge of the seed's stage whose gates are all open is taken."""
