@@ -89,11 +89,19 @@ def _propose(
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
     telemetry = seeds.telemetry
+
+    def has_gain(score: Float32[Array, "S"]) -> Bool[Array, "S"]:
+        # A chunk that is dead, or that no gradient reaches: a body there could never help.
+        return jnp.isfinite(score) & (score != 0)
+
     worth, is_measured = jax.lax.switch(
         score,
         (
-            lambda: (seeds.potential, seeds.num_potentials > 0),
-            lambda: (telemetry.gradient_norm, telemetry.num_steps > 0),
+            lambda: (seeds.potential, (seeds.num_potentials > 0) & has_gain(seeds.potential)),
+            lambda: (
+                telemetry.gradient_norm,
+                (telemetry.num_steps > 0) & has_gain(telemetry.gradient_norm),
+            ),
             lambda: (
                 jax.random.uniform(key, seeds.stage.shape, jnp.float32),
                 jnp.ones(seeds.stage.shape, bool),
@@ -172,7 +180,8 @@ def periodic(
       every: steps between two requests.
       start: first step that may ask.
       score: what makes a seed best: its surveyed growth `potential`, the `gradient` norm of its
-        chunk, or chance (`random`). Seeds without the measurement are never asked for.
+        chunk, or chance (`random`). Seeds without the measurement, or where it is exactly zero
+        (a dead chunk), are never asked for.
       blueprint: what to grow; None takes the first that serves the site and fits into a budget
         behind the rule.
       count: seeds a request.

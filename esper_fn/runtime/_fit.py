@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -273,6 +274,7 @@ def fit(
         told = rollback_reports(growth, infos, first, clock)
         record["clock"] = clock.state()
         events = lifecycle_events(growth, infos, first)
+        _warn_of_barren(growth, infos, first, record)
         return _Advanced(state, infos.loss, infos, events, told)
 
     return _drive(
@@ -346,6 +348,27 @@ def fit_host(
         should_stop=should_stop,
     )
     return fitted._replace(state=fitted.state[0])
+
+
+def _warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, Any]) -> None:
+    """Says once a run where growth cannot help."""
+    steps = np.flatnonzero(np.asarray(infos.num_barren))
+    if record.get("has_warned") or not steps.size:
+        return
+    record["has_warned"] = True
+    row = int(steps[-1])
+    is_dormant = infos.stage[row] == Stage.DORMANT
+    seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
+    places = [growth.lattice.locate(int(seed)) for seed in seeds[:5]]
+    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
+    warnings.warn(
+        f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
+        f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
+        "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
+        "look for dead units or an unused output, or leave the site out of the lattice",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:

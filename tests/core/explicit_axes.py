@@ -84,8 +84,8 @@ def run(params: Any, state: Any, x: jax.Array) -> Any:
 
 
 def close(got: Any, want: Any, name: str) -> None:
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        one, other = np.asarray(one), np.asarray(other)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    for one, other in [(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs]:
         if np.issubdtype(other.dtype, np.floating):
             np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4, err_msg=name)
         else:

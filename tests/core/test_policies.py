@@ -170,8 +170,8 @@ def test_periodic_asks_when_it_is_due_and_for_the_best() -> None:
     [
         ("the best", {}, 1),
         ("the first of equals", {"potential": (0.5,) * 6}, 0),
-        ("only measured ones", {"potential": (None, None, 0.0, None, None, None)}, 2),
-        ("a potential of zero counts", {"potential": (None, 0.0, None, -1.0, None, None)}, 1),
+        ("only measured ones", {"potential": (None, None, 0.1, None, None, None)}, 2),
+        ("not a dead one", {"potential": (0.0, 0.0, 0.2, 0.0, float("nan"), 0.1)}, 2),
         ("only dormant ones", {"stage": (0, 2, 0, 8, 0, 10)}, 2),
         ("only where there is room", {"owner": (0, 2, *[NONE] * 9)}, 3),
         ("of this blueprint", {"owner": (NONE, NONE, 0, 2, *[NONE] * 7)}, 1),
