@@ -98,6 +98,22 @@ def _is_sharded() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def by_compiler(run: Callable[..., Array], like: Array, *operands: Any) -> Array:
+    """`run(*operands)`, divided among devices by the compiler; the result is divided as `like` is.
+
+    Over mesh axes of type Explicit JAX would want to be told how each intermediate is divided.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = tuple(name for name, kind in types if kind == jax.sharding.AxisType.Explicit)
+    if not names:
+        return run(*operands)
+    divided: Array = jax.sharding.auto_axes(
+        run, axes=names, out_sharding=jax.typeof(like).sharding
+    )(*operands)
+    return divided
+
+
 def vary_alike(tree: Any, *like: Any) -> Any:
     """Inside a `shard_map`, marks `tree` as varying where one of `like` does."""
     axes = frozenset[str]().union(*map(_varying_axes, like))

@@ -168,7 +168,7 @@ def cancel(seed: int) -> Command:
 
 
 def roll_back(seed: int) -> Command:
-    """Remove a seed's body and keep the seed out until it is released."""
+    """Remove a seed's body and keep the seed out for a quarantine, or until it is released."""
     return transition(seed, Stage.ROLLED_BACK)
 
 

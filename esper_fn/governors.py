@@ -40,7 +40,8 @@ class Verdict(NamedTuple):
     should_roll_back: Bool[Array, ""]
     """The caller is to restore the last good parameters (`esper_fn.rollback`)."""
     is_quarantined: Bool[Array, "S"]
-    """Seeds to be rolled back and kept out until somebody releases them."""
+    """Seeds to be rolled back and kept out for `settings(quarantine_steps=...)`, or until somebody
+    releases them."""
     is_uneasy: Bool[Array, ""] | np.bool_ = np.bool_(False)
     """The loss is too high, not yet for long enough to be an alarm: the present is not to be kept
     as good."""

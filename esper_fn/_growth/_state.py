@@ -70,6 +70,9 @@ class Info(NamedTuple):
     """Forward operations of the live bodies on one example."""
     num_directed: Int32[Array, ""]
     """Bodies born along a survey's directions in this step."""
+    num_barren: Int32[Array, ""]
+    """Dormant seeds whose measured potential is exactly zero: their chunk is dead or no gradient
+    reaches it, and no policy that goes by a measurement will ask for them."""
 
 
 class SurveyInfo(NamedTuple):

@@ -169,6 +169,10 @@ def advance(
         ),
         num_flops=jnp.sum(jnp.where(is_live, jnp.asarray(tables.flops[of_slot]), 0.0)),
         num_directed=num_directed,
+        num_barren=jnp.sum(
+            (seeds.stage == Stage.DORMANT) & (seeds.num_potentials > 0) & (seeds.potential == 0),
+            dtype=jnp.int32,
+        ),
     )
     return after, info, birth_key
 

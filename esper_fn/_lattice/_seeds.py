@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from esper_fn._control import vary_alike
+from esper_fn._control import by_compiler, vary_alike
 from esper_fn._lattice._forward import grow_in_place, grow_span
 from esper_fn._lattice._probe import Moments, probe
 from esper_fn._lattice._rounds import BankView, Wiring
@@ -124,13 +125,8 @@ class Seeds:
         if source is not None:
             x, source = vary_alike(x, source), vary_alike(source, x)
         banks = tuple(bank._replace(bodies=vary_alike(bank.bodies, x)) for bank in view.banks)
-        tap = vary_alike(view.tap, x)
-        if view.probe is not None:
-            chunkings = (wiring.source, wiring.target)
-            x = probe(chunkings, x if source is None else source, x, vary_alike(view.probe, x))
-        if source is None:
-            return grow_in_place(wiring, banks, x, tap)
-        return grow_span(wiring, banks, source, x, tap)
+        tap, moments = vary_alike(view.tap, x), vary_alike(view.probe, x)
+        return by_compiler(partial(_grow, wiring), x, banks, tap, moments, x, source)
 
     def layers(self, name: str) -> Seeds:
         """The seeds of a site with layers, every array with leading axis L: `xs` of a `lax.scan`.
@@ -161,6 +157,22 @@ class Seeds:
             visits=self._layout.visits,
         )
         return Seeds(layout, (view,))
+
+
+def _grow(
+    wiring: Wiring,
+    banks: tuple[BankView, ...],
+    tap: Array,
+    moments: Moments | None,
+    x: Array,
+    source: Array | None,
+) -> Array:
+    if moments is not None:
+        chunkings = (wiring.source, wiring.target)
+        x = probe(chunkings, x if source is None else source, x, moments)
+    if source is None:
+        return grow_in_place(wiring, banks, x, tap)
+    return grow_span(wiring, banks, source, x, tap)
 
 
 def _check_activation(place: Site, argument: str, x: Any, features: int) -> None:

@@ -67,7 +67,8 @@ class Settings(NamedTuple):
 
     min_steps: Int32[Array, "11"]
     max_steps: Int32[Array, "11"]
-    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED and the stages that end a body)."""
+    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED) or until the embargo is over (CULLED,
+    CANCELLED). That of ROLLED_BACK is the quarantine."""
     max_training: Int32[Array, ""]
     """Seeds that may be in TRAINING at once."""
     embargo_steps: Int32[Array, ""]
@@ -118,6 +119,7 @@ def settings(
     max_steps: Mapping[Stage, int] | None = None,
     max_training: int | None = None,
     embargo_steps: int = 100,
+    quarantine_steps: int | None = 500,
     max_errors: int = 3,
     utility_variation: float = 0.25,
     loss_variation: float = 0.05,
@@ -142,6 +144,8 @@ def settings(
       max_steps: longest stays, of the stages to change, in training steps.
       max_training: seeds that may be in TRAINING at once; None for as many as have a slot.
       embargo_steps: training steps from a removal until the seed may germinate again.
+      quarantine_steps: training steps from a roll-back until the seed may germinate again; with
+        None it waits for `commands.release`, which ends a quarantine at any time.
       max_errors: non-finite measurements after which a body in EVALUATING is removed.
       utility_variation: largest relative gap between the fast and the slow utility average that
         counts as settled.
@@ -185,11 +189,12 @@ def settings(
         if stage not in _MAX_STEPS and (shortest[stage] or longest[stage]):
             raise ValueError(
                 f"{stage.name} ends by no dwell; leave it out of min_steps and max_steps, which "
-                f"serve {[of.name for of in _MAX_STEPS]}"
+                f"serve {[of.name for of in _MAX_STEPS]} (for ROLLED_BACK set quarantine_steps)"
             )
     for name, value, least in (
         ("max_training", 1 if max_training is None else max_training, 1),
         ("embargo_steps", embargo_steps, 0),
+        ("quarantine_steps", 1 if quarantine_steps is None else quarantine_steps, 1),
         ("max_errors", max_errors, 1),
         ("min_surveys", min_surveys, 1),
     ):
@@ -201,6 +206,7 @@ def settings(
     for stage in freeze:
         if stage not in acting:
             raise ValueError(f"freeze may name {[one.name for one in acting]}, got {stage!r}")
+    longest[Stage.ROLLED_BACK] = quarantine_steps or 0
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),
@@ -371,6 +377,7 @@ EDGES: tuple[Edge, ...] = (
     Edge(Stage.FINE_TUNING, Stage.CULLED, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
     Edge(Stage.CULLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
     Edge(Stage.CANCELLED, Stage.DORMANT, (Gate.EMBARGO_OVER,), Cause.GATE),
+    Edge(Stage.ROLLED_BACK, Stage.DORMANT, (Gate.MAX_STEPS,), Cause.DWELL_LIMIT),
 )
 """In order of precedence: the first edge of the seed's stage whose gates are all open is taken."""
 

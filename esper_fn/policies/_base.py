@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,7 +12,7 @@ from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Kind
-from esper_fn.lifecycle import NONE, LossTrack, SeedState
+from esper_fn.lifecycle import NONE, LossTrack, SeedState, Stage
 
 
 class Observation(NamedTuple):
@@ -21,6 +22,9 @@ class Observation(NamedTuple):
     seeds: SeedState
     owner: Int32[Array, "Q"]
     loss: LossTrack
+    is_admitted: Bool[Array, "G B"] | None = None
+    """Which bodies the limits behind a rule still admit, by layer of a site and by blueprint, each
+    on its own. None where no limit stands behind it, or none that depends on the body."""
 
 
 class Proposal(NamedTuple):
@@ -62,6 +66,14 @@ class Decide(Protocol):
         ...
 
 
+class Admit(Protocol):
+    """What a limit still has room for."""
+
+    def __call__(self, lattice: Lattice, state: Any, seen: Observation) -> Bool[Array, "G B"]:
+        """Whether one body of each blueprint at each layer of a site would pass on its own."""
+        ...
+
+
 class Policy(NamedTuple):
     """Telemetry and seed states in, requests out: `(init, decide)`, which nest by `chain`."""
 
@@ -69,6 +81,9 @@ class Policy(NamedTuple):
     """Names of the rules inside, for the decision log."""
     init: Init
     decide: Decide
+    admit: Admit | None = None
+    """Shown to the rules before this one as `Observation.is_admitted`, so that they ask for what
+    fits; None where it does not depend on the body."""
 
 
 def no_proposal(num_seeds: int) -> Proposal:
@@ -85,8 +100,15 @@ def no_proposal(num_seeds: int) -> Proposal:
     )
 
 
-def rule(name: str, init: Init, decide: Decide) -> Policy:
-    """A policy of one named rule, which has asked where a row differs from what it was given."""
+def rule(name: str, init: Init, decide: Decide, admit: Admit | None = None) -> Policy:
+    """A policy of one named rule, which has asked where a row differs from what it was given.
+
+    Args:
+      name: in the decision log.
+      init: see `Init`.
+      decide: see `Decide`.
+      admit: of a limit that some bodies may pass and others not; see `Admit`.
+    """
 
     def noted(
         lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
@@ -105,7 +127,7 @@ def rule(name: str, init: Init, decide: Decide) -> Policy:
             vetoed_by=jnp.where(had & ~has, mine, jnp.where(asks, nobody, proposal.vetoed_by)),
         )
 
-    return Policy(rules=(name,), init=init, decide=noted)
+    return Policy(rules=(name,), init=init, decide=noted, admit=admit)
 
 
 def chain(*policies: Policy) -> Policy:
@@ -127,12 +149,13 @@ def chain(*policies: Policy) -> Policy:
     ) -> tuple[Any, Proposal]:
         states = []
         first = 0
+        admitted = _admitted_before(policies, lattice, state, seen)
         for index, policy in enumerate(policies):
             nobody = jnp.full_like(proposal.kind, NONE)
             child, after = policy.decide(
                 lattice,
                 state[index],
-                seen,
+                seen._replace(is_admitted=admitted[index + 1]),
                 proposal._replace(asked_by=nobody, vetoed_by=nobody),
                 jax.random.fold_in(key, index),
             )
@@ -149,7 +172,27 @@ def chain(*policies: Policy) -> Policy:
             first += len(policy.rules)
         return tuple(states), proposal
 
-    return Policy(rules=rules, init=init, decide=decide)
+    def admit(lattice: Lattice, state: Any, seen: Observation) -> Bool[Array, "G B"]:
+        everything = jnp.ones(lattice.tables.costs.shape, bool)
+        seen = seen._replace(is_admitted=everything)
+        return jnp.asarray(_admitted_before(policies, lattice, state, seen)[0])
+
+    is_limiting = any(policy.admit is not None for policy in policies)
+    return Policy(rules=rules, init=init, decide=decide, admit=admit if is_limiting else None)
+
+
+def _admitted_before(
+    policies: Sequence[Policy], lattice: Lattice, states: Any, seen: Observation
+) -> list[Bool[Array, "G B"] | None]:
+    """What the policies from each one on admit, and at last what stands behind all of them."""
+    admitted = [seen.is_admitted]
+    for policy, state in zip(reversed(policies), reversed(states), strict=True):
+        behind = admitted[-1]
+        if policy.admit is not None:
+            own = policy.admit(lattice, state, seen)
+            behind = own if behind is None else own & behind
+        admitted.append(behind)
+    return admitted[::-1]
 
 
 def strike(proposal: Proposal, is_struck: Bool[Array, "S"]) -> Proposal:
@@ -163,9 +206,14 @@ def germinations(proposal: Proposal) -> Bool[Array, "S"]:
     return proposal.kind == Kind.GERMINATE
 
 
-def by_priority(proposal: Proposal) -> Int32[Array, "S"]:
-    """Seeds in the order in which germinations are served; those not asked come last."""
-    urgency = jnp.where(germinations(proposal), -proposal.priority, jnp.inf)
+def servable(proposal: Proposal, seen: Observation) -> Bool[Array, "S"]:
+    """Who is asked to germinate and can; any other request is refused by the table in the end."""
+    return germinations(proposal) & (seen.seeds.stage == Stage.DORMANT)
+
+
+def by_priority(proposal: Proposal, asks: Bool[Array, "S"]) -> Int32[Array, "S"]:
+    """Seeds in the order in which germinations are served; those not in `asks` come last."""
+    urgency = jnp.where(asks, -proposal.priority, jnp.inf)
     return jnp.argsort(urgency, stable=True).astype(jnp.int32)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from esper_fn._control import cond
+from esper_fn._control import cond, vary_alike
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
@@ -15,8 +16,8 @@ from esper_fn.policies._base import (
     Policy,
     Proposal,
     by_priority,
-    germinations,
     rule,
+    servable,
     strike,
     when_asked,
 )
@@ -26,25 +27,23 @@ class _Limit(NamedTuple):
     limit: Int32[Array, ""]
 
 
-def _keep_first(proposal: Proposal, num_kept: Array) -> Proposal:
+def _keep_first(proposal: Proposal, seen: Observation, num_kept: Array) -> Proposal:
     """The proposal with only its `num_kept` most urgent germinations."""
-    asks = germinations(proposal)
+    asks = servable(proposal, seen)
 
     def is_late() -> Bool[Array, "S"]:
-        order = by_priority(proposal)
+        order = by_priority(proposal, asks)
         place = jnp.arange(order.size, dtype=jnp.int32)
         return jnp.zeros(asks.shape, bool).at[order].set(place >= num_kept)
 
     # Ordering all seeds is what takes time: only where some are kept and some are not.
     num_asked = jnp.sum(asks, dtype=jnp.int32)
-    return strike(
-        proposal,
-        cond(
-            (num_kept > 0) & (num_kept < num_asked),
-            is_late,
-            lambda: jnp.broadcast_to(num_kept <= 0, asks.shape),
-        ),
+    is_struck = cond(
+        (num_kept > 0) & (num_kept < num_asked),
+        is_late,
+        lambda: jnp.broadcast_to(num_kept <= 0, asks.shape),
     )
+    return strike(proposal, is_struck & asks)
 
 
 def concurrency(limit: int) -> Policy:
@@ -58,7 +57,7 @@ def concurrency(limit: int) -> Policy:
         del lattice, key
         num_on_their_way = jnp.sum(is_in(seen.seeds.stage, ON_ITS_WAY), dtype=jnp.int32)
         room = state.limit - num_on_their_way
-        return state, when_asked(proposal, lambda same: _keep_first(same, room))
+        return state, when_asked(proposal, lambda same: _keep_first(same, seen, room))
 
     return rule("concurrency", lambda lattice: _Limit(jnp.int32(limit)), decide)
 
@@ -71,46 +70,100 @@ _CERTAINLY = 0.999
 
 
 def budget(parameters: int) -> Policy:
-    """At most `parameters` in all living bodies, the requested ones included."""
+    """At most `parameters` in all living bodies, the requested ones included.
+
+    Requests are served in their order; one that does not fit is passed over, and the next that
+    fits is taken. Rules before this one ask for bodies that fit, as long as there are any.
+    """
     if parameters < 0:
         raise ValueError(f"parameters must not be negative, got {parameters!r}")
+
+    def room(lattice: Lattice, state: _Budget, seen: Observation) -> Float32[Array, ""]:
+        tables = lattice.tables
+        of_slot = jnp.asarray(tables.costs[tables.slot_group, tables.slot_blueprint])
+        return state.limit - jnp.sum(jnp.where(seen.owner != NONE, of_slot, 0.0))
+
+    def admit(lattice: Lattice, state: _Budget, seen: Observation) -> Bool[Array, "G B"]:
+        return jnp.asarray(lattice.tables.costs) <= room(lattice, state, seen)
 
     def decide(
         lattice: Lattice, state: _Budget, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Budget, Proposal]:
         del key
-        tables = lattice.tables
-        of_slot = jnp.asarray(tables.costs[tables.slot_group, tables.slot_blueprint])
-        spent = jnp.sum(jnp.where(seen.owner != NONE, of_slot, 0.0))
+        left = room(lattice, state, seen)
 
         def narrow(same: Proposal) -> Proposal:
-            asks = germinations(same)
+            asks = servable(same, seen)
             price = jnp.zeros(asks.shape, jnp.float32)
             for index in range(len(lattice.blueprints)):
                 is_wanted = asks & (jnp.maximum(same.blueprint, 0) == index)
-                price = jnp.where(is_wanted, lattice.per_seed(tables.costs[:, index]), price)
+                price = jnp.where(
+                    is_wanted, lattice.per_seed(lattice.tables.costs[:, index]), price
+                )
 
-            def is_beyond() -> Bool[Array, "S"]:
-                order = by_priority(same)
-                is_over = spent + jnp.cumsum(price[order]) > state.limit
-                return jnp.zeros(asks.shape, bool).at[order].set(is_over)
+            def some() -> Bool[Array, "S"]:
+                order = by_priority(same, asks)
+                is_served = _affordable(price[order], asks[order], left)
+                return jnp.zeros(asks.shape, bool).at[order].set(~is_served)
 
-            # Ordering all seeds is what takes time: not where all of them fit, roundings included.
-            is_ample = spent + jnp.sum(price) < state.limit * _CERTAINLY
-            return strike(same, cond(is_ample, lambda: jnp.zeros(asks.shape, bool), is_beyond))
+            # Ordering all seeds is what takes time: neither where all of them fit, roundings
+            # included, nor where none does.
+            is_ample = jnp.sum(price) < left - (1 - _CERTAINLY) * state.limit
+            is_hopeless = jnp.min(jnp.where(asks, price, jnp.inf)) > left
+            is_struck = cond(
+                is_ample | is_hopeless, lambda: jnp.broadcast_to(is_hopeless, asks.shape), some
+            )
+            return strike(same, is_struck & asks)
 
         return state, when_asked(proposal, narrow)
 
-    return rule("budget", lambda lattice: _Budget(jnp.float32(parameters)), decide)
+    return rule("budget", lambda lattice: _Budget(jnp.float32(parameters)), decide, admit)
+
+
+def _affordable(
+    price: Float32[Array, "S"], asks: Bool[Array, "S"], left: Float32[Array, ""]
+) -> Bool[Array, "S"]:
+    """Which requests, served in turn, fit into what the ones before them leave.
+
+    Each round strikes out the first one that does not fit and every later one as dear as that;
+    so there are no more rounds than different prices.
+    """
+    place = jnp.arange(price.size, dtype=jnp.int32)
+
+    def running(is_served: Bool[Array, "S"]) -> Float32[Array, "S"]:
+        return jnp.cumsum(jnp.where(is_served, price, 0.0))
+
+    def is_over(state: tuple[Array, Array]) -> Bool[Array, "S"]:
+        return state[0] & (state[1] > left)
+
+    def pass_over(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        is_served, total = state
+        first = jnp.argmax(is_over(state)).astype(jnp.int32)
+        rest = left - (total[first] - price[first])
+        is_served &= (place < first) | ((place > first) & (price <= rest))
+        return is_served, running(is_served)
+
+    asks = vary_alike(asks, price, left)
+    served, _ = jax.lax.while_loop(
+        lambda state: jnp.any(is_over(state)), pass_over, (asks, running(asks))
+    )
+    return jnp.asarray(served)
+
+
+def _births(requested: Bool[Array, "S"], seen: Observation) -> Int32[Array, ""]:
+    """How many of the last step's requests hold a slot now: the others were refused later on."""
+    is_born = (seen.owner != NONE) & requested[jnp.maximum(seen.owner, 0)]
+    return jnp.sum(is_born, dtype=jnp.int32)
 
 
 class _Cooldown(NamedTuple):
     steps: Int32[Array, ""]
     last: Int32[Array, ""]
+    requested: Bool[Array, "S"]
 
 
 def cooldown(steps: int) -> Policy:
-    """No germination within `steps` steps after the last one that passed this rule."""
+    """No germination within `steps` steps after the last that passed this rule and took place."""
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps!r}")
 
@@ -118,32 +171,41 @@ def cooldown(steps: int) -> Policy:
         lattice: Lattice, state: _Cooldown, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Cooldown, Proposal]:
         del lattice, key
-        is_hot = (state.last >= 0) & (seen.step - state.last < state.steps)
+        last = jnp.where(_births(state.requested, seen) > 0, seen.step - 1, state.last)
+        is_hot = (last >= 0) & (seen.step - last < state.steps)
         cooled = strike(proposal, jnp.broadcast_to(is_hot, proposal.kind.shape))
-        passes = jnp.any(germinations(cooled))
-        return state._replace(last=jnp.where(passes, seen.step, state.last)), cooled
+        return state._replace(last=last, requested=servable(cooled, seen)), cooled
 
-    return rule("cooldown", lambda lattice: _Cooldown(jnp.int32(steps), jnp.int32(NONE)), decide)
+    def init(lattice: Lattice) -> _Cooldown:
+        nobody = jnp.zeros((lattice.num_seeds,), bool)
+        return _Cooldown(jnp.int32(steps), jnp.int32(NONE), nobody)
+
+    return rule("cooldown", init, decide)
 
 
 class _Quota(NamedTuple):
     left: Int32[Array, ""]
+    requested: Bool[Array, "S"]
 
 
 def quota(germinations_allowed: int) -> Policy:
-    """At most so many germinations that passed this rule, over the whole run."""
+    """At most so many germinations that passed this rule and took place, over the whole run."""
     if germinations_allowed < 0:
         raise ValueError(f"must not be negative, got {germinations_allowed!r}")
 
     def decide(
         lattice: Lattice, state: _Quota, seen: Observation, proposal: Proposal, key: Key
     ) -> tuple[_Quota, Proposal]:
-        del lattice, seen, key
-        kept = when_asked(proposal, lambda same: _keep_first(same, state.left))
-        used = jnp.sum(germinations(kept), dtype=jnp.int32)
-        return _Quota(left=state.left - used), kept
+        del lattice, key
+        left = state.left - _births(state.requested, seen)
+        kept = when_asked(proposal, lambda same: _keep_first(same, seen, left))
+        return _Quota(left=left, requested=servable(kept, seen)), kept
 
-    return rule("quota", lambda lattice: _Quota(jnp.int32(germinations_allowed)), decide)
+    def init(lattice: Lattice) -> _Quota:
+        nobody = jnp.zeros((lattice.num_seeds,), bool)
+        return _Quota(jnp.int32(germinations_allowed), nobody)
+
+    return rule("quota", init, decide)
 
 
 def until(step: int) -> Policy:

@@ -11,7 +11,7 @@ import numpy as np
 
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
-from esper_fn._typing import Array, Float32, Int32, Key
+from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.policies._base import Observation, Policy, Proposal, rule
@@ -30,11 +30,29 @@ def blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
     return np.asarray(chosen, np.int8)
 
 
-def _room(lattice: Lattice, owner: Array, of_group: np.ndarray) -> Int32[Array, "G"]:
+def _choose(
+    lattice: Lattice, seen: Observation, blueprint: str | None
+) -> tuple[Int8[Array, "G"], Bool[Array, "G"]]:
+    """What to grow at each site, and whether the limits behind the rule admit it.
+
+    Where a rule leaves the blueprint open, the first one that is admitted.
+    """
+    of_group = jnp.asarray(blueprint_of_group(lattice, blueprint))
+    if seen.is_admitted is None:
+        return of_group, jnp.ones(of_group.shape, bool)
+    if blueprint is None:
+        options = jnp.asarray(lattice.tables.pool_start >= 0) & seen.is_admitted
+        first = jnp.argmax(options, axis=1).astype(jnp.int8)
+        of_group = jnp.where(jnp.any(options, axis=1), first, of_group)
+    group = jnp.arange(of_group.size)
+    return of_group, seen.is_admitted[group, jnp.maximum(of_group, 0)]
+
+
+def _room(lattice: Lattice, owner: Array, of_group: Int8[Array, "G"]) -> Int32[Array, "G"]:
     """Free slots in the wanted blueprint's pool of each group."""
     tables = lattice.tables
     num_groups = len(tables.group_site)
-    is_wanted = jnp.asarray(tables.slot_blueprint == of_group[tables.slot_group])
+    is_wanted = jnp.asarray(tables.slot_blueprint, jnp.int8) == of_group[tables.slot_group]
     free = (owner == NONE) & is_wanted
     return (
         jnp.zeros((num_groups,), jnp.int32)
@@ -86,18 +104,28 @@ def propose(
 ) -> Proposal:
     """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
 
-    Seeds worth less than `floor` are not asked for.
+    Only for bodies that the limits behind the rule admit, if there are any: else the limit's
+    refusal of the best one is what the log should say. Seeds worth less than `floor` are not asked
+    for.
     """
-    of_group = blueprint_of_group(lattice, blueprint)
+    of_group, is_admitted = _choose(lattice, seen, blueprint)
     room = _room(lattice, seen.owner, of_group)
     wanted = lattice.per_seed(of_group)
     seeds = seen.seeds
     telemetry = seeds.telemetry
+
+    def has_gain(score: Float32[Array, "S"]) -> Bool[Array, "S"]:
+        # A chunk that is dead, or that no gradient reaches: a body there could never help.
+        return jnp.isfinite(score) & (score != 0)
+
     worth, is_measured = jax.lax.switch(
         score,
         (
-            lambda: (seeds.potential, seeds.num_potentials > 0),
-            lambda: (telemetry.gradient_norm, telemetry.num_steps > 0),
+            lambda: (seeds.potential, (seeds.num_potentials > 0) & has_gain(seeds.potential)),
+            lambda: (
+                telemetry.gradient_norm,
+                (telemetry.num_steps > 0) & has_gain(telemetry.gradient_norm),
+            ),
             lambda: (
                 jax.random.uniform(key, seeds.stage.shape, jnp.float32),
                 jnp.ones(seeds.stage.shape, bool),
@@ -117,6 +145,8 @@ def propose(
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
     )
+    fitting = can & lattice.per_seed(is_admitted)
+    can = jnp.where(jnp.any(fitting), fitting, can)
     best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, lattice.num_seeds))
     group = jnp.searchsorted(jnp.asarray(lattice.tables.group_start), index, side="right") - 1
     fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
@@ -180,8 +210,9 @@ def periodic(
       start: first step that may ask.
       score: what makes a seed best: its surveyed growth `potential`, the `gradient` norm of its
         chunk, chance (`random`), or nothing: one seed of every layer in turn (`even`). Seeds
-        without the measurement are never asked for.
-      blueprint: what to grow; None takes the first that serves the site.
+        without the measurement, or where it is exactly zero (a dead chunk), are never asked for.
+      blueprint: what to grow; None takes the first that serves the site and fits into a budget
+        behind the rule.
       count: seeds a request.
       name: the rule's name in the decision log.
     """

@@ -108,7 +108,8 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Rolled back",
         "#c477a9",
         "#ed79c6",
-        "Something went wrong, such as a value that is not finite: the body was undone at once.",
+        "Something went wrong, such as a value that is not finite: the body was undone at once. "
+        "After a quarantine the seed may try again.",
     ),
 }
 

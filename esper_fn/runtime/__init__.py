@@ -30,10 +30,12 @@ from esper_fn.runtime._step import (
     Learned,
     Step,
     StepParts,
+    Survey,
     TrainState,
     init,
     make_step,
     make_step_parts,
+    make_survey,
     scan_steps,
 )
 
@@ -64,6 +66,7 @@ __all__ = [
     "Steering",
     "Step",
     "StepParts",
+    "Survey",
     "TrainState",
     "carry_over",
     "compile_fit",
@@ -78,6 +81,7 @@ __all__ = [
     "live_form",
     "make_step",
     "make_step_parts",
+    "make_survey",
     "rollback_reports",
     "saved_form",
     "saved_parts",

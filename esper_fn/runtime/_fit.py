@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,15 @@ from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._ring import live_form
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
-from esper_fn.runtime._step import CompiledFit, TrainState, init, make_step_parts
+from esper_fn.runtime._step import (
+    CompiledFit,
+    TrainState,
+    init,
+    make_step,
+    make_step_parts,
+    make_survey,
+    scan_steps,
+)
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
@@ -115,7 +124,15 @@ def compile_fit(
     growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
 ) -> CompiledFit:
     """The compiled programs that several `fit` calls may share (`segment=`), one per growth."""
-    return CompiledFit(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
+    parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
+    if survey_every is None:
+        return CompiledFit(parts)
+    surveyed = scan_steps(
+        make_step(growth, loss_fn, optimizer, survey_every=None),
+        survey=make_survey(growth, loss_fn),
+        survey_every=survey_every,
+    )
+    return CompiledFit(parts, surveyed=surveyed, survey_every=survey_every)
 
 
 def fit(
@@ -158,7 +175,8 @@ def fit(
       survey_batch: a held-out batch for surveys.
       start: the growth to start from, or a whole state, whose parameters and snapshots are taken
         then; `growth.init(key)` when left out.
-      survey_every: steps between surveys; None for none.
+      survey_every: steps between surveys; None for none. Where segments begin and end with one
+        (their length a multiple of it) it stands between steps, else in each as a conditional.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       num_snapshots: how many are kept; 0 for none. Each takes the memory of parameters, optimiser
         state and bodies; see `rollback.anchor`.
@@ -257,6 +275,7 @@ def fit(
         told = rollback_reports(growth, infos, first, clock)
         record["clock"] = clock.state()
         events = lifecycle_events(growth, infos, first)
+        _warn_of_barren(growth, infos, first, record)
         return _Advanced(state, infos.loss, infos, events, told)
 
     return _drive(
@@ -331,6 +350,27 @@ def fit_host(
         should_stop=should_stop,
     )
     return fitted._replace(state=fitted.state[0])
+
+
+def _warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, Any]) -> None:
+    """Says once a run where growth cannot help."""
+    steps = np.flatnonzero(np.asarray(infos.num_barren))
+    if record.get("has_warned") or not steps.size:
+        return
+    record["has_warned"] = True
+    row = int(steps[-1])
+    is_dormant = infos.stage[row] == Stage.DORMANT
+    seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
+    places = [growth.lattice.locate(int(seed)) for seed in seeds[:5]]
+    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
+    warnings.warn(
+        f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
+        f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
+        "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
+        "look for dead units or an unused output, or leave the site out of the lattice",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:

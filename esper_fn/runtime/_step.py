@@ -45,6 +45,10 @@ Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
 """`step(state, batch, survey_batch, commands) -> (state, info)`."""
 
 
+Survey = Callable[[TrainState, Any], TrainState]
+"""`survey(state, survey_batch) -> state`, with the seeds measured."""
+
+
 class StepParts(NamedTuple):
     """A step in two parts, for a loop that takes commands in between.
 
@@ -139,8 +143,10 @@ def make_step(
       growth: the static part.
       loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
       optimizer: from `optim.per_body`.
-      survey_every: steps between two surveys on `survey_batch`; None never surveys, and then
-        nothing is ever judged by its contribution.
+      survey_every: steps between two surveys on `survey_batch`. It is a conditional in each step,
+        which `vmap` over whole states would compute at every step: pass None there, and
+        `make_survey` to `scan_steps`. With None and no survey elsewhere nothing is ever judged by
+        its contribution.
 
     Returns:
       `step(state, batch, survey_batch, commands) -> (state, info)`.
@@ -157,12 +163,52 @@ def _joined(parts: StepParts) -> Step:
     return step
 
 
-def scan_steps(step: Step) -> Callable[..., tuple[TrainState, Info]]:
+def make_survey(growth: Growth, loss_fn: LossFn) -> Survey:
+    """The survey of a training state by itself, for loops that place it between steps.
+
+    Args:
+      growth: the static part.
+      loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
+
+    Returns:
+      `survey(state, survey_batch) -> state`.
+    """
+    measure = growth.survey(loss_fn)
+
+    def survey(state: TrainState, survey_batch: Any) -> TrainState:
+        return state._replace(growth=measure(state.params, state.growth, survey_batch)[0])
+
+    return survey
+
+
+def scan_steps(
+    step: Step, *, survey: Survey | None = None, survey_every: int | None = None
+) -> Callable[..., tuple[TrainState, Info]]:
     """Many steps as one program: `run(state, batches, survey_batch, commands)`.
 
     `batches` have a leading axis of T steps; `commands` belong to the first of them. Returns the
     last state and every step's `Info`, `[T, ...]`. With all batches at once it is a whole run.
+
+    With a survey, steps run in segments of `survey_every` (the last may be shorter), one survey
+    before each of them and no conditional: so `vmap` over whole states surveys once a segment.
+    Where `run` starts at a multiple of `survey_every`, these are the surveys of
+    `make_step(survey_every=...)`.
+
+    Args:
+      step: from `make_step`, with `survey_every=None` there if `survey` is given here.
+      survey: from `make_survey`.
+      survey_every: steps of a segment.
+
+    Raises:
+      ValueError: one of `survey` and `survey_every` without the other, or a wrong number of steps.
     """
+    if (survey is None) != (survey_every is None):
+        raise ValueError(
+            "scan_steps needs both survey= (from make_survey) and survey_every=, or neither; got "
+            f"survey={survey!r}, survey_every={survey_every!r}"
+        )
+    if survey_every is not None and (type(survey_every) is not int or survey_every < 1):
+        raise ValueError(f"survey_every must be an int, at least 1, got {survey_every!r}")
 
     def run(
         state: TrainState, batches: Any, survey_batch: Any, commands: Commands | None = None
@@ -176,11 +222,41 @@ def scan_steps(step: Step) -> Callable[..., tuple[TrainState, Info]]:
             after, info = step(before, batch, survey_batch, now)
             return (after, index + 1), info
 
+        def segment(carry: tuple[TrainState, Array], batches: Any) -> tuple[Any, Info]:
+            before, index = carry
+            measured = before if survey is None else survey(before, survey_batch)
+            return jax.lax.scan(one, (measured, index), batches)
+
         start: Int32[Array, ""] = jnp.int32(0)
-        (state, _), infos = jax.lax.scan(one, (state, start), batches)
+        if survey_every is None:
+            (state, _), infos = segment((state, start), batches)
+        else:
+            (state, _), infos = _by_segments(segment, (state, start), batches, survey_every)
         return state, infos
 
     return run
+
+
+def _by_segments(
+    segment: Callable[..., tuple[Any, Any]], carry: Any, batches: Any, length: int
+) -> tuple[Any, Any]:
+    """`segment` over every `length` batches in turn, and over what is left of them."""
+    num_steps = jax.tree.leaves(batches)[0].shape[0]
+    num_whole = num_steps // length
+    bound = num_whole * length
+    told = []
+    if num_whole:
+        whole = jax.tree.map(
+            lambda leaf: leaf[:bound].reshape(num_whole, length, *leaf.shape[1:]), batches
+        )
+        carry, infos = jax.lax.scan(segment, carry, whole)
+        told.append(jax.tree.map(lambda leaf: leaf.reshape(bound, *leaf.shape[2:]), infos))
+    if bound < num_steps:
+        carry, infos = segment(carry, jax.tree.map(lambda leaf: leaf[bound:], batches))
+        told.append(infos)
+    if len(told) == 1:
+        return carry, told[0]
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *told)
 
 
 class CompiledFit:
@@ -188,13 +264,24 @@ class CompiledFit:
 
     Args:
       parts: of the step.
+      surveyed: `scan_steps` with a survey before every `survey_every` steps in place of the
+        conditional in each of them; serves segments that begin and end with one.
+      survey_every: as in `parts`.
 
     Attributes:
       whole: `whole(state, batches, survey_batch, commands)`, a segment as one program.
     """
 
-    def __init__(self, parts: StepParts) -> None:
+    def __init__(
+        self,
+        parts: StepParts,
+        *,
+        surveyed: Callable[..., tuple[TrainState, Info]] | None = None,
+        survey_every: int | None = None,
+    ) -> None:
         self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        self._surveyed = jax.jit(surveyed, donate_argnums=0) if surveyed else None
+        self._survey_every = survey_every
         # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._learn = jax.jit(
             lambda params, opt_state, growth, batches, survey_batch: parts.learn(
@@ -223,10 +310,16 @@ class CompiledFit:
         With a function for its commands, a segment of one step runs as two programs, and it is
         asked between them, when the gradients are there; a longer one takes them at its beginning.
         """
+        num_steps = jax.tree.leaves(batches)[0].shape[0]
+        run = self.whole
+        if self._surveyed is not None and self._survey_every is not None:
+            is_aligned = num_steps % self._survey_every == 0
+            if is_aligned and int(state.growth.step) % self._survey_every == 0:
+                run = self._surveyed
         if isinstance(commands, Commands):
-            return self.whole(state, batches, survey_batch, commands)
-        if jax.tree.leaves(batches)[0].shape[0] > 1:
-            return self.whole(state, batches, survey_batch, commands())
+            return run(state, batches, survey_batch, commands)
+        if num_steps > 1:
+            return run(state, batches, survey_batch, commands())
         params, opt_state, growth, anchor = state
         learned = self._learn(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(learned.loss)

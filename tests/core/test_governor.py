@@ -72,9 +72,9 @@ def test_the_first_step_of_a_run_may_be_the_bad_one(guarded: Any) -> None:
     assert float(after.loss.slow) == 3.0
 
 
-def test_rolled_back_waits_for_an_explicit_release(guarded: Any) -> None:
+def test_an_explicit_release_ends_a_quarantine_at_once(guarded: Any) -> None:
     state, _ = guarded.step(start(guarded), loss=np.nan)
-    for _ in range(300):
+    for _ in range(30):
         state, info = guarded.step(state)
     assert int(state.seeds.stage[0]) == S.ROLLED_BACK
     state, info = guarded.step(state, [germinate(0, "scale")])

@@ -76,6 +76,7 @@ WAYS = [
     (S.FINE_TUNING, S.CULLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.CULLED, S.DORMANT, (G.EMBARGO_OVER,), C.GATE),
     (S.CANCELLED, S.DORMANT, (G.EMBARGO_OVER,), C.GATE),
+    (S.ROLLED_BACK, S.DORMANT, (G.MAX_STEPS,), C.DWELL_LIMIT),
 ]
 
 # What a row must look like for a gate to be (open, closed).
@@ -197,7 +198,7 @@ def verdicts() -> dict[str, tuple[Stage, Cause, Gate, Stage]]:
             state = limits(
                 state,
                 min_steps=dict.fromkeys(range(1, 7), MIN),
-                max_steps=MAX,
+                max_steps=dict.fromkeys((*range(1, 7), 10), MAX),
                 max_training=128 if has_place else 0,
                 min_contribution=0.5,
                 train_first=bool(trains_first),
@@ -287,7 +288,7 @@ def test_with_training_places_too() -> None:
     assert (stages[-1] == S.DORMANT).all()
 
 
-@pytest.mark.parametrize("stage", [S.DORMANT, S.FOSSILIZED, S.ROLLED_BACK])
+@pytest.mark.parametrize("stage", [S.DORMANT, S.FOSSILIZED])
 def test_stages_without_a_longest_stay_keep_their_seeds(stage: Stage) -> None:
     rig = small()
     state = place(rig.growth, rig.fresh(), [stage, *[0] * 6], steps_in_stage=100_000)
@@ -659,6 +660,8 @@ def test_a_lasting_rise_after_a_constant_loss_is_followed(before: float) -> None
         ({"min_steps": {S.FOSSILIZED: 10}}, "FOSSILIZED"),
         ({"max_training": 0}, "max_training"),
         ({"embargo_steps": -1}, "embargo_steps"),
+        ({"quarantine_steps": 0}, "quarantine_steps must be at least 1"),
+        ({"max_steps": {S.ROLLED_BACK: 10}}, "for ROLLED_BACK set quarantine_steps"),
         ({"max_errors": 0}, "max_errors"),
         ({"min_surveys": 0}, "min_surveys"),
         ({"trust": 0.0}, "trust"),
@@ -673,7 +676,9 @@ def test_settings_that_would_hang_or_mean_nothing_are_refused(wrong: Any, words:
 def test_every_stage_on_its_way_has_a_longest_stay() -> None:
     told = ef.lifecycle.settings()
     assert (np.asarray(told.max_steps)[1:7] > 0).all()
-    assert (np.asarray(told.max_steps)[[0, 7, 8, 9, 10]] == 0).all()
+    assert (np.asarray(told.max_steps)[[0, 7, 8, 9]] == 0).all()
+    assert int(told.max_steps[S.ROLLED_BACK]) == 500
+    assert int(ef.lifecycle.settings(quarantine_steps=None).max_steps[S.ROLLED_BACK]) == 0
 
 
 def test_thresholds_are_state_and_never_compiled_in() -> None:

@@ -170,8 +170,8 @@ def test_periodic_asks_when_it_is_due_and_for_the_best() -> None:
     [
         ("the best", {}, 1),
         ("the first of equals", {"potential": (0.5,) * 6}, 0),
-        ("only measured ones", {"potential": (None, None, 0.0, None, None, None)}, 2),
-        ("a potential of zero counts", {"potential": (None, 0.0, None, -1.0, None, None)}, 1),
+        ("only measured ones", {"potential": (None, None, 0.1, None, None, None)}, 2),
+        ("not a dead one", {"potential": (0.0, 0.0, 0.2, 0.0, float("nan"), 0.1)}, 2),
         ("only dormant ones", {"stage": (0, 2, 0, 8, 0, 10)}, 2),
         ("only where there is room", {"owner": (0, 2, *[NONE] * 9)}, 3),
         ("of this blueprint", {"owner": (NONE, NONE, 0, 2, *[NONE] * 7)}, 1),
@@ -338,7 +338,7 @@ def test_limits_let_other_requests_pass() -> None:
     for policy in (concurrency(1), budget(0), cooldown(5), quota(0), until(0)):
         player = Player(policy)
         player.ask(observe(0), wish(3))
-        busy = observe(1, stage=(0, 2, 2, 0, 0, 0))
+        busy = observe(1, stage=(0, 2, 2, 0, 0, 0), owner=[*[NONE] * 4, 3, *[NONE] * 6])
         told = player.ask(busy, other)
         assert told.kind.tolist() == [0, Kind.TRANSITION, 0, 0, 0, 0], policy.rules
 
@@ -358,8 +358,8 @@ def test_limits_let_other_requests_pass() -> None:
         # Living bodies count: slot 6 holds a rank in `b` (16), slot 0 a scale in `a` (4).
         (23, {6: 3, 0: 0}, wish(1), []),
         (24, {6: 3, 0: 0}, wish(1), [1]),
-        # What comes after one that is too dear waits, even if it is cheap.
-        (4, {}, wish(0, 3, priority=(0.0, 1.0)), []),
+        # One that is too dear is passed over.
+        (4, {}, wish(0, 3, priority=(0.0, 1.0)), [0]),
     ],
 )
 def test_budget_counts_parameters(
@@ -369,13 +369,18 @@ def test_budget_counts_parameters(
     assert asked(Player(budget(limit)).ask(observe(owner=held), wished)) == expected
 
 
+BORN = [0, 1, *[NONE] * 9]
+"""Owners once seeds 0 and 1 have bodies."""
+
+
 def test_cooldown_table() -> None:
     player = Player(cooldown(3))
     wishes = [True, True, True, True, False, False, False, True, True]
-    told = [
-        len(asked(player.ask(observe(step), wish(0, 1) if is_wished else None)))
-        for step, is_wished in enumerate(wishes)
-    ]
+    told: list[int] = []
+    for step, is_wished in enumerate(wishes):
+        held = BORN if told and told[-1] else [NONE] * 11
+        proposal = wish(0, 1) if is_wished else None
+        told.append(len(asked(player.ask(observe(step, owner=held), proposal))))
     # All that is asked in one step passes together.
     assert told == [2, 0, 0, 2, 0, 0, 0, 2, 0]
 
@@ -385,11 +390,14 @@ def test_a_cooldown_of_nothing_lets_all_pass() -> None:
     assert [len(asked(player.ask(observe(step), wish(0)))) for step in range(3)] == [1, 1, 1]
 
 
-def test_quota_counts_what_passes() -> None:
+def test_quota_counts_what_passes_and_takes_place() -> None:
     player = Player(quota(3))
     told = []
+    held = [NONE] * 11
     for step, wished in enumerate([wish(0, 1), None, wish(2, 3, priority=(0.1, 0.2)), wish(4)]):
-        told.append(asked(player.ask(observe(step), wished)))
+        told.append(asked(player.ask(observe(step, owner=held), wished)))
+        for seed in told[-1]:
+            held[{0: 0, 1: 1, 3: 4}[seed]] = seed
     assert told == [[0, 1], [], [3], []]
     assert int(player.state.left) == 0
 
@@ -436,7 +444,8 @@ def test_chain_notes_who_asked_and_who_refused() -> None:
     assert asked(first) == [1, 3]
     assert first.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
     assert first.vetoed_by.tolist() == [NONE, NONE, NONE, NONE, NONE, 1]
-    second = player.ask(observe(2, potential=ALL))
+    held = [1, *[NONE] * 3, 3, *[NONE] * 6]
+    second = player.ask(observe(2, potential=ALL, owner=held))
     assert asked(second) == []
     assert second.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
     assert second.vetoed_by.tolist() == [NONE, 2, NONE, 2, NONE, 1]

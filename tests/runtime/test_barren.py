@@ -1,0 +1,56 @@
+"""A chunk where growth cannot help is never asked for, and the run says so once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import esper_fn as ef
+from esper_fn import runtime
+
+ALIVE = 2
+
+
+def test_dead_chunks_are_left_alone_and_named_once() -> None:
+    lattice = ef.lattice(
+        sites=[ef.site("h", features=6, chunks=3)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=3,
+    )
+    policy = ef.policies.periodic(every=1, count=3)
+    growth = ef.growth(lattice, policy=policy, bodies_at_once=None)
+    # Chunk 0 is always zero, and of chunk 1 nothing reaches the loss.
+    reads, counts = np.repeat([0.0, 1.0, 1.0], 2), np.repeat([1.0, 0.0, 1.0], 2)
+
+    def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        h = seeds.grow("h", x * params * jnp.asarray(reads, jnp.float32))
+        return jnp.mean(jnp.square((h - 1) * jnp.asarray(counts, jnp.float32)))
+
+    def batches(first: int, count: int) -> Any:
+        rng = np.random.default_rng(first)
+        return rng.standard_normal((count, 8, 6)).astype(np.float32)
+
+    with pytest.warns(RuntimeWarning, match="potential of exactly zero") as told:
+        done = runtime.fit(
+            growth,
+            loss_fn,
+            ef.optim.per_body(optax.sgd(0.1)),
+            jnp.ones((6,)),
+            batches,
+            num_steps=20,
+            key=jax.random.key(0),
+            survey_batch=batches(99, 1)[0],
+            survey_every=5,
+            segment_steps=5,
+            anchor_every=None,
+        )
+    words = [str(one.message) for one in told if "exactly zero" in str(one.message)]
+    assert len(words) == 1
+    assert "2 dormant seed(s)" in words[0]
+    assert "'h' chunk 0, 'h' chunk 1" in words[0]
+    assert {event["seed"] for event in done.events} == {ALIVE}
