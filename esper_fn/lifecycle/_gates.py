@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
-from esper_fn.lifecycle._stages import NUM_STAGES, Stage
+from esper_fn.lifecycle._stages import NUM_STAGES, Stage, as_stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
 
 
@@ -117,6 +117,7 @@ def settings(
     """The gates' thresholds; `min_steps` and `max_steps` name only the stages to change.
 
     Raises:
+      UnknownNameError: a stage that is none, its name as a string for instance.
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
         stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
         for any other stage, or a count that is too small to mean anything.
@@ -126,12 +127,12 @@ def settings(
     """
     shortest = np.zeros(NUM_STAGES, np.int32)
     longest = np.zeros(NUM_STAGES, np.int32)
-    for target, values in (
-        (shortest, {**_MIN_STEPS, **(min_steps or {})}),
-        (longest, {**_MAX_STEPS, **(max_steps or {})}),
+    for argument, target, values in (
+        ("min_steps", shortest, {**_MIN_STEPS, **(min_steps or {})}),
+        ("max_steps", longest, {**_MAX_STEPS, **(max_steps or {})}),
     ):
         for stage, value in values.items():
-            target[stage] = value
+            target[as_stage(stage, argument)] = value
     for stage in Stage:
         if shortest[stage] < 0 or longest[stage] < 0:
             raise ValueError(f"the stay in {stage.name} must not be negative")
