@@ -11,6 +11,9 @@ import optax
 
 from esper_fn._arguments import described
 
+LARGEST = float(np.finfo(np.float32).max)
+"""In place of infinity in a state, which `jax_debug_infs` would take for a fault."""
+
 
 def learns(leaf: Any) -> bool:
     """Whether a leaf has a gradient: whole numbers, flags and random keys have none."""
@@ -65,7 +68,7 @@ def strong(tree: Any) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and not leaf.weak_type:
+        if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):
             return leaf
         return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(_dtype(leaf)))
 

@@ -139,7 +139,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
     told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
     key = jax.random.key(0)
     params = blueprint.init(key, spec, dtype)
-    directed = blueprint.init_along(key, spec, dtype, told)
+    directed = blueprint.init_along(jax.random.clone(key), spec, dtype, told)
     if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
         leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
     ):
@@ -148,7 +148,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
         fail("the output at birth along directions must be exactly zero")
     alike = jax.tree.map(
         lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
-        blueprint.init_along(key, spec, dtype, jnp.zeros_like(told)),
+        blueprint.init_along(jax.random.clone(key), spec, dtype, jnp.zeros_like(told)),
         params,
     )
     if not jax.tree.all(alike):

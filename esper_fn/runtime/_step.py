@@ -226,7 +226,10 @@ class CompiledFit:
     """
 
     def __init__(self, parts: StepParts) -> None:
-        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
+        # To say where a NaN comes from, JAX runs the program again on what it was given.
+        is_debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        first, both = ((), ()) if is_debugged else ((0,), (0, 1))
+        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=first)
         # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._learn = jax.jit(
             lambda params, opt_state, growth, batches, survey_batch: parts.learn(
@@ -234,13 +237,13 @@ class CompiledFit:
                 jax.tree.map(lambda leaf: leaf[0], batches),
                 survey_batch,
             ),
-            donate_argnums=(0, 1),
+            donate_argnums=both,
         )
         self._live = jax.jit(
             lambda rest, anchor, before, commands: _as_segment(
                 *parts.live(_with_bodies(rest, before)._replace(anchor=anchor), commands)
             ),
-            donate_argnums=(0, 1),
+            donate_argnums=both,
         )
 
     def __call__(
