@@ -194,12 +194,12 @@ def _update_host(
     extra: Mapping[str, Any],
 ) -> tuple[Params, optax.OptState]:
     host, banks = params
+    learning, still = part(host)
     own = dict(extra)
     if isinstance(own.get("grad"), tuple):
         own["grad"] = like(own["grad"][0], host)
     if "value_fn" in own:
         own["value_fn"] = lambda moved: extra["value_fn"]((join(moved, still), banks))
-    learning, still = part(host)
     if not jax.tree.leaves(still):
         return of_host.update(gradients[0], state, host, **own)
     updates, state = of_host.update(like(gradients[0], host), state, learning, **own)

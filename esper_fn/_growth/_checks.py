@@ -48,7 +48,8 @@ def check_state(growth: Growth, state: Any, call: str, *, with_bodies: bool = Tr
                 f"state has {jnp.shape(leaf)[-1:]} {name}, this growth has {size}; {_OTHER}"
             )
     for name, own in (("policy", _policy(growth)), ("governor", growth.governor.state)):
-        if jax.tree.structure(getattr(state, name)) != jax.tree.structure(own):
+        pair: list[Any] = [jax.tree.structure(tree) for tree in (getattr(state, name), own)]
+        if pair[0] != pair[1]:
             raise LatticeError(
                 f"state.{name} belongs to another {name} than this growth's; {_OTHER}"
             )

@@ -227,7 +227,7 @@ class CompiledFit:
 
     def __init__(self, parts: StepParts) -> None:
         # To say where a NaN comes from, JAX runs the program again on what it was given.
-        is_debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        is_debugged = any(getattr(jax.config, f"jax_debug_{what}") for what in ("nans", "infs"))
         first, both = ((), ()) if is_debugged else ((0,), (0, 1))
         self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=first)
         # What a half only hands on stays out of it: an array a program takes costs time each step.
