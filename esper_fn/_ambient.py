@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,8 @@ from typing import Any
 
 import jax
 
-from esper_fn._lattice import BareSeeds, Seeds, Site
+from esper_fn._arguments import described
+from esper_fn._lattice import BareSeeds, Mark, Seeds, Site, marked
 from esper_fn._typing import Array
 from esper_fn.base import Topology
 from esper_fn.errors import LatticeError
@@ -20,6 +22,7 @@ class Discovery:
 
     def __init__(self) -> None:
         self.sites: dict[str, Site] = {}
+        self.mark = Mark()
 
     def declare(self, site: Site) -> None:
         """Notes a site; the same one may be reached several times."""
@@ -41,11 +44,23 @@ def using(seeds: AnySeeds) -> Iterator[None]:
     """Inside the block, `linen.Grow` and `nnx.Grow` modules use `seeds`.
 
     Put it around the model's call in the loss function; it holds no longer than the block, and in
-    this thread only.
+    this thread only. What is compiled inside (`jax.jit`, `nnx.jit`, a scan, each operation outside
+    of any of them) is compiled for these seeds alone. In the loss function of a compiled step that
+    costs nothing. An evaluation would compile all anew for each `growth.seeds(state)`: to compile
+    it once, compile a function that takes the seeds as an argument and enters the block itself.
+
+    Raises:
+      LatticeError: `seeds` are none.
     """
+    if not isinstance(seeds, AnySeeds):
+        raise LatticeError(
+            f"using: seeds must be `Seeds` or `BareSeeds`, got {described(seeds)}; "
+            "take those the loss function is given, or `growth.seeds(state)`"
+        )
     token = _SEEDS.set(seeds)
     try:
-        yield
+        with marked(seeds.mark):
+            yield
     finally:
         _SEEDS.reset(token)
 
@@ -61,7 +76,8 @@ def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, 
       **kwargs: its keyword arguments.
 
     Raises:
-      LatticeError: no site, or two different ones of the same name.
+      LatticeError: no site, two different ones of the same name, or a model that changes its own
+        state.
     """
     found = Discovery()
 
@@ -69,7 +85,17 @@ def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, 
         with using(found):
             return run(*args, **kwargs)
 
-    jax.eval_shape(traced, *args, **kwargs)
+    try:
+        jax.eval_shape(traced, *args, **kwargs)
+    except Exception as error:
+        # By its name: the core knows nothing of Flax.
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise LatticeError(
+            "discover: the model changes its own state when it is called, as dropout and running "
+            "statistics do in training mode; call `model.eval()` first, or give the model a copy "
+            "of its state inside `run` (`nnx.merge(*nnx.split(model))`)"
+        ) from error
     if not found.sites:
         raise LatticeError(
             "the model has no site; put `linen.Grow(...)` or `nnx.Grow(...)` after a layer"
@@ -93,6 +119,8 @@ def grow_here(
             "call in the loss function, or pass seeds= (`ef.BareSeeds()` for the plain host)"
         )
     if isinstance(found, Discovery):
+        if not hasattr(x, "shape"):
+            raise LatticeError(f"site {site!r}: x must be an array, got {described(x)}")
         found.declare(_declared(site, x, source, chunks, topology))
         return x
     return found.grow(site, x, source=source)
@@ -105,13 +133,15 @@ def _declared(name: str, x: Array, source: Array | None, chunks: int, topology: 
         chunks=chunks,
         topology=topology,
         source_features=None if source is None else source.shape[-1],
-        positions=_positions(x, topology),
+        positions=_positions(name, x, topology),
     )
 
 
-def _positions(x: Array, topology: Topology) -> int:
-    if topology == "vector":
-        return 1
-    if topology == "sequence":
-        return int(x.shape[-2])
-    return int(x.shape[-3] * x.shape[-2])
+def _positions(name: str, x: Array, topology: Topology) -> int:
+    inner = {"sequence": 2, "image": 3}.get(topology, 1)
+    if len(x.shape) < inner:
+        raise LatticeError(
+            f"site {name!r}: topology={topology!r} needs an activation of at least {inner} axes, "
+            f"got {x.shape}; choose another topology or keep the axes"
+        )
+    return math.prod(x.shape[-inner:-1])

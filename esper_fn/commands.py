@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._arguments import described
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
+from esper_fn.lifecycle._stages import as_stage
 
 _NUM_ROWS = 6
 
@@ -138,6 +141,10 @@ class Command:
     """Commands of the same name take force together or not at all; see `together`."""
 
 
+# Without leaves, so that one passed into a `jit` in place of `Commands` reaches our message.
+jax.tree_util.register_static(Command)
+
+
 def together(commands: Sequence[Command], name: str = "batch") -> list[Command]:
     """Commands of one step that take force together, or none of them does.
 
@@ -154,7 +161,7 @@ def germinate(seed: int, blueprint: str, graft: str | None = None) -> Command:
 
 def transition(seed: int, target: Stage) -> Command:
     """Move a seed to a stage that may follow its own."""
-    return Command(kind=Kind.TRANSITION, seed=seed, target=Stage(target))
+    return Command(kind=Kind.TRANSITION, seed=seed, target=as_stage(target, "target"))
 
 
 def cull(seed: int) -> Command:
@@ -226,6 +233,7 @@ def pack_on_host(
 
     Arguments and errors as there.
     """
+    _check(commands)
     if len(commands) > size:
         raise CommandError(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
@@ -259,10 +267,28 @@ def pack_on_host(
                 )
             rows[3, column] = grafts.index(command.graft)
         if command.target is not None:
-            rows[4, column] = command.target
+            rows[4, column] = as_stage(command.target, "target")
         if command.batch is not None:
             rows[5, column] = batches.setdefault(command.batch, len(batches))
     return rows
+
+
+def _check(commands: object) -> None:
+    remedy = "pass a list of what `germinate`, `cull` and their like return"
+    if not isinstance(commands, Sequence) or isinstance(commands, str | Commands):
+        raise CommandError(
+            f"commands must be a list of Command, got {described(commands)}; {remedy}"
+        )
+    for command in commands:
+        if not isinstance(command, Command):
+            raise CommandError(
+                f"each command must be a Command, got {described(command)}; {remedy}"
+            )
+        if not isinstance(command.seed, Integral) or isinstance(command.seed, bool):
+            raise CommandError(
+                f"a command's seed must be an int, got {command.seed!r}; "
+                "`lattice.seed_index(site, chunk)` finds it"
+            )
 
 
 def _empty(size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._leaves import LARGEST
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
 from esper_fn.lifecycle import ACTS, ON_ITS_WAY, LossTrack, SeedState, is_in
 
@@ -114,7 +115,7 @@ def standard(
         veto_steps=jnp.int32(veto_steps),
         num_bad=jnp.int32(0),
         veto_left=jnp.int32(0),
-        best=jnp.float32(jnp.inf),
+        best=jnp.float32(LARGEST),
         noise=jnp.float32(0.0),
     )
     return Governor(state=state, judge=_judge)
@@ -125,7 +126,7 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     is_warm = track.num_steps >= state.patience
     # Forgotten after a divergence: nothing is judged until the veto is over, then what is usual
     # is learned anew. Else data that changed for good would be rolled back again and again.
-    is_forgotten = jnp.isinf(state.best) & (state.veto_left > 0)
+    is_forgotten = (state.best >= LARGEST) & (state.veto_left > 0)
     is_best = is_warm & ~is_forgotten & (track.slow < state.best)
     best = jnp.where(is_best, track.slow, state.best)
     noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
@@ -162,7 +163,7 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     state = state._replace(
         num_bad=jnp.where(has_diverged, 0, num_bad),
         veto_left=veto_left,
-        best=jnp.where(has_diverged, jnp.inf, best),
+        best=jnp.where(has_diverged, LARGEST, best),
         noise=noise,
     )
     return state, verdict

@@ -7,11 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
+from esper_fn._arguments import described
 from esper_fn._control import once_if
 from esper_fn._lattice import select_slots
+from esper_fn._leaves import join, learns, like, part
 from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 
 
@@ -55,9 +58,12 @@ def per_body(
     body starts from `init`; a slot that does not learn receives an update of zero, weight decay
     included, and keeps its state.
 
+    Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are.
+
     Args:
       host: for the host's parameters.
-      bodies: for each body; `host` when left out. One that draws random numbers from a key in its
+      bodies: for each body; `host` when left out, which then may hold no tree of labels or masks: a
+        body is another tree. One that draws random numbers from a key in its
         state draws the same ones for every body.
       schedule: `run`: schedules count the updates of the run. Where `bodies` is left out, bodies
         also take over the host's hyperparameters (`optax.inject_hyperparams`) and its
@@ -67,15 +73,40 @@ def per_body(
       `init((params, bodies))` and
       `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
       `Growth.slots`, which returns `((host updates, body updates), state)` for
-      `optax.apply_updates`. Further keywords (a loss, say) go to both transformations. `init`
-      raises `TypeError` for anything but the pair.
+      `optax.apply_updates`. Further keywords (`value=loss`, say) go to both transformations; of
+      the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the pair of parameters,
+      each gets its own part, and a body no `value_fn`. `init` raises `TypeError` for anything but
+      the pair, and `ValueError` for a host's transformation that does not fit a body.
+
+    Raises:
+      TypeError: one of them is no transformation, a factory that was not called for instance.
 
     >>> optimizer = per_body(optax.adamw(1e-3))
     """
     if schedule not in ("run", "age"):
         raise ValueError(f'schedule must be "run" or "age", got {schedule!r}')
+    for name, value in (("host", host), ("bodies", bodies)):
+        is_none = value is None and name == "bodies"
+        if not is_none and (isinstance(value, PerBody) or not _is_transformation(value)):
+            raise TypeError(
+                f"{name} must be an Optax transformation, got {described(value)}; "
+                f"`{name}=optax.adam(1e-3)` for instance"
+            )
     of_host = optax.with_extra_args_support(host)
     of_body = optax.with_extra_args_support(host if bodies is None else bodies)
+
+    def begin(site: str, name: str, bank: Params) -> optax.OptState:
+        try:
+            return jax.vmap(of_body.init)(bank)
+        except Exception as error:
+            if bodies is not None:
+                raise
+            raise ValueError(
+                f"the host's transformation does not fit the bodies {name!r} of site {site!r}, "
+                f"which are {jax.tree.structure(bank)}; trees of labels and masks fit one tree "
+                "only: give them as functions of the parameters, or give the bodies their own "
+                "transformation, `per_body(host, bodies=optax.adam(1e-3))`"
+            ) from error
 
     def init(params: tuple[Params, Bodies]) -> PerBodyState:
         if not isinstance(params, tuple) or len(params) != 2:
@@ -85,9 +116,9 @@ def per_body(
             )
         host_params, banks = params
         state = PerBodyState(
-            host=of_host.init(host_params),
+            host=of_host.init(_learning(host_params)),
             bodies={
-                site: {name: jax.vmap(of_body.init)(bank) for name, bank in at_site.items()}
+                site: {name: begin(site, name, bank) for name, bank in at_site.items()}
                 for site, at_site in _with_parameters(banks).items()
             },
             num_updates=jnp.int32(0),
@@ -105,12 +136,14 @@ def per_body(
         **extra: Any,
     ) -> tuple[tuple[Params, Bodies], PerBodyState]:
         d_host, d_banks = gradients
-        host_params, banks = params
+        banks = params[1]
         if schedule == "age":
             clock = None
         else:
             clock = _Clock(state.num_updates, _schedules(state.host) if bodies is None else None)
-        host_updates, host_state = of_host.update(d_host, state.host, host_params, **extra)
+        host_updates, host_state = _update_host(
+            of_host, (d_host, d_banks), state.host, params, extra
+        )
         of_banks = _with_parameters(banks)
         is_any = [
             jnp.any(slots[site][name].is_born | slots[site][name].learns)
@@ -210,6 +243,76 @@ def _set_clock(state: optax.OptState, clock: _Clock) -> optax.OptState:
     return jax.tree.unflatten(structure, [follow(node) for node in nodes])
 
 
+def check_optimizer(optimizer: Any, opt_state: Any = None) -> None:
+    """Raises `TypeError` for an optimiser that knows nothing of births; with its state, if any."""
+    remedy = "use `ef.optim.per_body(optax.adam(1e-3))`"
+    if not _is_transformation(optimizer):
+        raise TypeError(
+            f"optimizer must be from optim.per_body, got {described(optimizer)}; {remedy}"
+        )
+    if opt_state is None or not isinstance(optimizer, optax.GradientTransformation):
+        return
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, PerBodyState))
+    if not any(isinstance(leaf, PerBodyState) for leaf in parts):
+        raise TypeError(
+            "optimizer must be from optim.per_body, got an Optax transformation, under which a "
+            f"newborn body inherits the moments of a dead one; {remedy}"
+        )
+
+
+def _is_transformation(value: Any) -> bool:
+    has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    return has_both and not isinstance(value, type)
+
+
+def _learning(params: Params) -> Params:
+    """The parameters without the leaves that do not learn, where there are any."""
+    return params if all(map(learns, jax.tree.leaves(params))) else part(params)[0]
+
+
+def _update_host(
+    of_host: optax.GradientTransformationExtraArgs,
+    gradients: tuple[Params, Bodies],
+    state: optax.OptState,
+    params: tuple[Params, Bodies],
+    extra: Mapping[str, Any],
+) -> tuple[Params, optax.OptState]:
+    host, banks = params
+    learning, still = part(host)
+    own = dict(extra)
+    if isinstance(own.get("grad"), tuple):
+        own["grad"] = like(own["grad"][0], host)
+    if "value_fn" in own:
+        own["value_fn"] = lambda moved: extra["value_fn"]((join(moved, still), banks))
+    if not jax.tree.leaves(still):
+        return of_host.update(gradients[0], state, host, **own)
+    updates, state = of_host.update(like(gradients[0], host), state, learning, **own)
+    return join(updates, jax.tree.map(_no_update, still)), state
+
+
+def _no_update(leaf: Any) -> Any:
+    """What `optax.apply_updates` leaves alone; nothing can be added to a random key."""
+    is_key = jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0) if is_key else jnp.zeros_like(leaf)
+
+
+def _of_one_body(extra: Mapping[str, Any], gradient: Params) -> dict[str, Any]:
+    own = dict(extra)
+    if "grad" in own:
+        own["grad"] = gradient
+    if "value_fn" in own:
+        own["value_fn"] = _no_search
+    return own
+
+
+def _no_search(params: Params) -> Array:
+    raise TypeError(
+        "a body's transformation asks for the loss at other parameters (`value_fn`), as a line "
+        "search does, and a body has no loss of its own; give the bodies another one, "
+        "`per_body(host, bodies=optax.adam(1e-3))`"
+    )
+
+
 def _with_parameters(banks: Bodies) -> dict[str, dict[str, Params]]:
     """The banks whose blueprint has parameters at all."""
     return {
@@ -233,7 +336,7 @@ def _update_bank(
     state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
     if clock is not None:
         state = _set_clock(state, clock)
-    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **extra))(
+    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **_of_one_body(extra, g)))(
         gradients, state, bank
     )
     # In the dtypes that `init` chose, whatever the gradients' are: a step must not change them.

@@ -127,7 +127,7 @@ def _initialiser(
 
 def _slot_key(key: Key, bank: int, slot: int, num_slots: int) -> Key:
     """The key that `give_birth` uses for a slot of a bank."""
-    keys: Key = _slot_keys(key, bank, num_slots)[slot]
+    keys: Key = _slot_keys(jax.random.clone(key), bank, num_slots)[slot]
     return keys
 
 

@@ -12,6 +12,14 @@ import jax.numpy as jnp
 from esper_fn import governors, grafting, lifecycle, policies, telemetry
 from esper_fn._control import vary_alike
 from esper_fn._growth._births import newborn
+from esper_fn._growth._checks import (
+    check_count,
+    check_parts,
+    check_reached,
+    check_state,
+    loss_of,
+    no_gradient,
+)
 from esper_fn._growth._state import GrowthState, Info, LossFn, SurveyInfo
 from esper_fn._growth._survey import conclude, on_trial, survey
 from esper_fn._growth._update import advance, update
@@ -31,12 +39,13 @@ from esper_fn._lattice import (
     view,
     zero_taps,
 )
+from esper_fn._leaves import check_leaves, join, part
 from esper_fn._typing import Array, Bodies, Bool, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands, pack
-from esper_fn.errors import LatticeError
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.optim import Slots
+from esper_fn.policies._base import check_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,6 +94,7 @@ class Growth:
 
     def seeds(self, state: GrowthState) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
+        check_state(self, state, "growth.seeds(state)")
         return view(
             self.lattice,
             state.owner,
@@ -97,6 +107,7 @@ class Growth:
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
         """What `optim.per_body` must know of every slot."""
+        check_state(self, state, "growth.slots(state)", with_bodies=False)
         born = per_slot_tree(self.lattice, state.is_born)
         learns = per_slot_tree(
             self.lattice, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
@@ -114,6 +125,7 @@ class Growth:
 
     def seed(self, state: GrowthState, index: int) -> lifecycle.Seed:
         """One seed to read; transfers a row from the device."""
+        check_state(self, state, "growth.seed(state, index)", with_bodies=False)
         place, layer, chunk = self.lattice.locate(index)
         row = jax.device_get(jax.tree.map(lambda leaf: leaf[index], state.seeds))
         told = row.telemetry
@@ -148,6 +160,9 @@ class Growth:
         the number alive. Under `vmap` over states every round selects among whole activations: use
         `growth(bodies_at_once=None)` there.
 
+        Leaves of `params` that are no floating numbers (counts, flags, random keys) are constants:
+        their gradient is the empty one of `jax.grad(allow_int=True)`.
+
         Args:
           loss_fn: pure; returns a scalar, or `(scalar, aux)` with `has_aux`.
           has_aux: whether it returns more than the loss.
@@ -157,14 +172,20 @@ class Growth:
           `(value, (d params, d bodies), readings)`.
 
         Raises:
-          LatticeError: while tracing, where the loss function does not reach a site.
+          LatticeError: while tracing, where the loss function does not reach a site, and for the
+            state of another growth.
+          TypeError, ValueError: while tracing, for a loss that is not one floating number, and for
+            arguments of the wrong kind.
         """
 
         def run(params: Params, state: GrowthState, *args: Any, **kwargs: Any) -> Any:
+            check_state(self, state, "(params, state, *args)")
+            check_leaves("params", params)
             visits = Visits()
+            learning, still = part(params)
             gains = slot_gains(state.seeds, state.owner, state.settings)
 
-            def loss(params: Params, bodies: Bodies, taps: Any) -> Any:
+            def loss(learning: Params, bodies: Bodies, taps: Any) -> Any:
                 seeds = view(
                     self.lattice,
                     state.owner,
@@ -175,18 +196,14 @@ class Growth:
                     implementation=self.implementation,
                     visits=visits,
                 )
-                return loss_fn(params, seeds, *args, **kwargs)
+                value = loss_fn(join(learning, still), seeds, *args, **kwargs)
+                return loss_of(value, has_aux)
 
-            value, (d_params, d_bodies, d_taps) = jax.value_and_grad(
+            value, (slopes, d_bodies, d_taps) = jax.value_and_grad(
                 loss, argnums=(0, 1, 2), has_aux=has_aux
-            )(params, state.bodies, vary_alike(zero_taps(self.lattice), state.owner))
-            missed = [site.name for site in self.lattice.sites if site.name not in visits.names]
-            if missed:
-                raise LatticeError(
-                    f"the loss function never reaches site(s) {missed}; call "
-                    f"`seeds.grow({missed[0]!r}, activation)` in the model or leave the site out "
-                    "of the lattice"
-                )
+            )(learning, state.bodies, vary_alike(zero_taps(self.lattice), state.owner))
+            check_reached(self.lattice, visits)
+            d_params = join(slopes, jax.tree.map(no_gradient, still))
             return value, (d_params, d_bodies), readings_of(d_taps)
 
         return run
@@ -341,11 +358,14 @@ def growth(
         so does a roll-back. With 0, the default, there is no memory and no cost.
 
     Raises:
+      TypeError: an argument of another kind, a factory that was not called for instance.
       ValueError: bodies_at_once or max_ablations no int or below 1, directed_births no int, below
         0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
-        strategy that cannot end within the longest stay in GRAFTING.
+        strategy that cannot end within the longest stay in GRAFTING; a policy that limits what
+        no rule before it asks for.
       UnknownNameError: the policy asks for a blueprint that the lattice does not offer.
     """
+    check_parts(lattice, policy, graft, governor, settings)
     limits = lifecycle.settings() if settings is None else settings
     if graft is None:
         graft = grafting.linear() if limits.train_first else grafting.linear(1)
@@ -364,10 +384,10 @@ def growth(
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
     if bodies_at_once is not None:
-        _check_count("bodies_at_once", bodies_at_once, 1, ", or None for every slot")
+        check_count("bodies_at_once", bodies_at_once, 1, ", or None for every slot")
     if max_ablations is not None:
-        _check_count("max_ablations", max_ablations, 1, ", or None for every slot")
-    _check_count("directed_births", directed_births, 0)
+        check_count("max_ablations", max_ablations, 1, ", or None for every slot")
+    check_count("directed_births", directed_births, 0)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
@@ -380,6 +400,7 @@ def growth(
         )
     chosen = policies.grow() if policy is None else policy
     jax.eval_shape(lambda: chosen.init(lattice))  # a policy that does not fit says so here
+    check_order(chosen)
     return Growth(
         lattice=lattice,
         policy=chosen,
@@ -391,8 +412,3 @@ def growth(
         max_ablations=lattice.num_slots if max_ablations is None else max_ablations,
         directed_births=directed_births,
     )
-
-
-def _check_count(name: str, value: object, least: int, also: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int, at least {least}{also}, got {value!r}")

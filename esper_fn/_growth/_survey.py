@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from esper_fn import lifecycle, telemetry
 from esper_fn._control import vary_alike
 from esper_fn._growth._births import remember
+from esper_fn._growth._checks import check_state, loss_of
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
 from esper_fn._lattice import Moments, slot_gains, view, zero_probes, zero_taps
 from esper_fn._typing import Array, Bool, Float32, Int32, Params, Scalar
@@ -26,6 +27,7 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
     def run(
         params: Params, state: GrowthState, *args: Any, **kwargs: Any
     ) -> tuple[GrowthState, SurveyInfo]:
+        check_state(growth, state, "(params, state, *args)")
         taps = zero_taps(growth.lattice)
         # What a survey measures counts as constant.
         fixed, bodies = jax.lax.stop_gradient((params, state.bodies))
@@ -43,7 +45,7 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
                 at_once=at_once,
                 implementation=growth.implementation if probes is not None else "loops",
             )
-            value = loss_fn(fixed, seeds, *args, **kwargs)
+            value = loss_of(loss_fn(fixed, seeds, *args, **kwargs), has_aux)
             return jnp.asarray(value[0] if has_aux else value, jnp.float32)
 
         gains = slot_gains(state.seeds, state.owner, state.settings)

@@ -10,6 +10,13 @@ import jax.numpy as jnp
 from esper_fn import _execute, governors, grafting, lifecycle, policies, telemetry
 from esper_fn._control import cond, once_if
 from esper_fn._growth._births import spend
+from esper_fn._growth._checks import (
+    check_bodies,
+    check_commands,
+    check_readings,
+    check_state,
+    scalar_loss,
+)
 from esper_fn._growth._state import GrowthState, Info
 from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
 from esper_fn._typing import Array, Bodies, Bool, Float32, Key, Params, Scalar
@@ -29,6 +36,9 @@ def update(
     commands: Commands | None = None,
 ) -> tuple[GrowthState, Info]:
     """`Growth.update`."""
+    call = "update(state, bodies, readings, loss, commands)"
+    check_state(growth, state, call)
+    check_bodies(growth, bodies, "bodies")
     kept, drift, body_error = _settle(growth, state, bodies)
     after, info, birth_key = advance(
         growth, state, readings, loss, drift=drift, has_broken=body_error, commands=commands
@@ -50,7 +60,12 @@ def advance(
     commands: Commands | None,
 ) -> tuple[GrowthState, Info, Key]:
     """`Growth.advance`."""
-    commands = no_commands(1) if commands is None else commands.checked()
+    call = "advance(state, readings, loss, drift=..., has_broken=..., commands=...)"
+    check_state(growth, state, call, with_bodies=False)
+    check_readings(readings)
+    loss = scalar_loss(loss)
+    commands = check_commands(commands)
+    commands = no_commands(1) if commands is None else commands
     policy_key, birth_key, key = jax.random.split(state.key, 3)
     loss, readings = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), readings))
     track, is_spike = lifecycle.track_loss(state.loss, loss)

@@ -12,6 +12,7 @@ from esper_fn._lattice._directions import Directions, Memory, has_directed, no_d
 from esper_fn._lattice._forward import Reading
 from esper_fn._lattice._lattice import Lattice, init_bodies, lattice
 from esper_fn._lattice._probe import Moments
+from esper_fn._lattice._scope import Mark, marked
 from esper_fn._lattice._seeds import BareSeeds, Seeds, Visits
 from esper_fn._lattice._site import Site, chunk_mask, site, span
 from esper_fn._lattice._view import (
@@ -28,6 +29,7 @@ __all__ = [
     "BareSeeds",
     "Directions",
     "Lattice",
+    "Mark",
     "Memory",
     "Moments",
     "Reading",
@@ -41,6 +43,7 @@ __all__ = [
     "has_directed",
     "init_bodies",
     "lattice",
+    "marked",
     "no_directions",
     "per_slot_tree",
     "readings_of",

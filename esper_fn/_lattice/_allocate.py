@@ -133,7 +133,7 @@ def give_birth(
                 can = lattice.blueprints[bank.blueprint].init_along is not None
                 if can and told is not None and owner is not None:
                     is_told, along = of_slots(bank, owner, told)
-                    directed = fresh_bank(lattice, bank, own_key, along)
+                    directed = fresh_bank(lattice, bank, jax.random.clone(own_key), along)
                     fresh = _choose(is_told, directed, fresh)
                 return _choose(here, fresh, old)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._arguments import check_kind, described
 from esper_fn._lattice._site import Site
 from esper_fn._typing import Array, Bodies, DType, Float32, Int32, Key
 from esper_fn.base import Blueprint, Cost
@@ -168,10 +169,21 @@ def lattice(
       dtype: dtype of the bodies' parameters.
 
     Raises:
+      TypeError: a site or a blueprint is none, its factory for instance.
       LatticeError: no site, a name given twice, a blueprint that serves no site, a site no
         blueprint serves, a capacity below one, a dtype that is not floating.
     """
-    places = tuple(sites)
+    places = tuple(sites) if isinstance(sites, Iterable) else (sites,)
+    for place in places:
+        check_kind("sites: each", place, Site, "make a list of them with `ef.site` and `ef.span`")
+    if not isinstance(blueprints, Mapping):
+        raise TypeError(
+            f"blueprints must be a dict of names and blueprints, got {described(blueprints)}; "
+            '`{"low_rank": ef.blueprints.low_rank()}` for instance'
+        )
+    for name, blueprint in blueprints.items():
+        remedy = f"call its factory: `{{{name!r}: ef.blueprints.low_rank()}}` for instance"
+        check_kind(f"blueprints[{name!r}]", blueprint, Blueprint, remedy)
     if not places:
         raise LatticeError("a lattice needs at least one site; make one with `site` or `span`")
     doubled = {p.name for p in places if sum(q.name == p.name for q in places) > 1}

@@ -12,6 +12,7 @@ from esper_fn._control import by_compiler, vary_alike
 from esper_fn._lattice._forward import grow_in_place, grow_span
 from esper_fn._lattice._probe import Moments, probe
 from esper_fn._lattice._rounds import BankView, Wiring
+from esper_fn._lattice._scope import Mark
 from esper_fn._lattice._site import Site
 from esper_fn._typing import Array, Float
 from esper_fn.errors import LatticeError, UnknownNameError
@@ -58,6 +59,7 @@ class Seeds:
     def __init__(self, layout: Layout, views: tuple[SiteView, ...]) -> None:
         self._layout = layout
         self._views = views
+        self.mark = Mark()
 
     def tree_flatten(self) -> tuple[tuple[tuple[SiteView, ...]], Layout]:
         """Arrays and structure."""
@@ -199,6 +201,8 @@ def _check_activation(place: Site, argument: str, x: Any, features: int) -> None
 @jax.tree_util.register_pytree_node_class
 class BareSeeds:
     """Stands in for `Seeds` where nothing grows: the plain host."""
+
+    mark = Mark()
 
     def tree_flatten(self) -> tuple[tuple[()], None]:
         """No arrays."""

@@ -82,7 +82,9 @@ class Site:
             )
         if self.topology not in TOPOLOGIES:
             raise LatticeError(
-                f"site {self.name!r}: topology must be one of {TOPOLOGIES}, got {self.topology!r}"
+                f"site {self.name!r}: topology must be one of {TOPOLOGIES}, got {self.topology!r}; "
+                "it is `image` for [..., H, W, D] (convolutions too), `sequence` for [..., T, D], "
+                "else `vector`"
             )
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import esper_kernels.jax as kernels
+from esper_fn._arguments import check_kind, described
 from esper_fn._typing import Array, Params
-from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Topology
+from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Cost, Topology
 from esper_kernels import Body
 
 _SHAPES: dict[Topology, tuple[int, ...]] = {
@@ -27,8 +30,11 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
     direction exactly what `init` makes; and that `apply` is the form that `activation` names.
 
     Raises:
+      TypeError: it is no blueprint.
       ValueError: naming the blueprint, the topology, and what was found instead.
     """
+    check_kind("blueprint", blueprint, Blueprint, "call its factory: `low_rank(rank=8)`")
+    _check_signatures(blueprint)
     unknown = set(blueprint.topologies) - set(TOPOLOGIES)
     if unknown or not blueprint.topologies:
         raise ValueError(
@@ -40,6 +46,37 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
         for check_one in (_check_one, _check_along, _check_activation):
             check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
             check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
+
+
+_CALLS = {
+    "init": "init(key, spec, dtype)",
+    "apply": "apply(params, x, spec, mask)",
+    "cost": "cost(spec, positions)",
+    "init_along": "init_along(key, spec, dtype, directions)",
+}
+
+
+def _check_signatures(blueprint: Blueprint) -> None:
+    for name, call in _CALLS.items():
+        function = getattr(blueprint, name)
+        if function is None and name == "init_along":
+            continue
+        if not callable(function):
+            raise ValueError(
+                f"blueprint {blueprint.name!r}: {name} must be a function called as `{call}`, got "
+                f"{described(function)}"
+            )
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # built in, it tells none
+            continue
+        try:
+            signature.bind(*range(call.count(",") + 1))
+        except TypeError as error:
+            raise ValueError(
+                f"blueprint {blueprint.name!r}: {name} is called as `{call}`, its signature is "
+                f"{name}{signature} ({error}); give it these arguments, in this order"
+            ) from None
 
 
 def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
@@ -61,10 +98,14 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     x = jnp.asarray(rng.standard_normal((*shape[:-1], spec.inputs)), dtype)
     params = blueprint.init(jax.random.key(0), spec, dtype)
     leaves = jax.tree.leaves(params)
+    if not all(hasattr(leaf, "dtype") for leaf in leaves):
+        fail(f"init must return a tree of arrays, got {described(params)} with other leaves")
     if any(leaf.dtype != dtype for leaf in leaves):
         dtypes = sorted({leaf.dtype.name for leaf in leaves})
         fail(f"init must make {asked} parameters, got {dtypes}")
     r = jax.eval_shape(output, params, x)
+    if not hasattr(r, "shape"):
+        fail(f"apply must return one array, got {described(r)}")
     if r.shape != shape or r.dtype != dtype:
         fail(f"apply must return {shape} {asked}, got {r.shape} {r.dtype}")
     r, slopes = at_birth(params, x, jnp.asarray(rng.standard_normal(shape), dtype))
@@ -73,7 +114,10 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
     if leaves and not any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(slopes)):
         fail("no parameter gets a gradient at birth: not all factors may start at zero")
     count = sum(leaf.size for leaf in leaves)
-    stated = blueprint.cost(spec, 1).parameters
+    cost = blueprint.cost(spec, 1)
+    if not isinstance(cost, Cost):
+        fail(f"cost must return `Cost(parameters=..., flops=...)`, got {described(cost)}")
+    stated = cost.parameters
     if stated != count:
         fail(f"cost states {stated} parameters, init makes {count}")
 
@@ -95,7 +139,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
     told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
     key = jax.random.key(0)
     params = blueprint.init(key, spec, dtype)
-    directed = blueprint.init_along(key, spec, dtype, told)
+    directed = blueprint.init_along(jax.random.clone(key), spec, dtype, told)
     if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
         leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
     ):
@@ -104,7 +148,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
         fail("the output at birth along directions must be exactly zero")
     alike = jax.tree.map(
         lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
-        blueprint.init_along(key, spec, dtype, jnp.zeros_like(told)),
+        blueprint.init_along(jax.random.clone(key), spec, dtype, jnp.zeros_like(told)),
         params,
     )
     if not jax.tree.all(alike):

@@ -80,7 +80,10 @@ def low_rank(rank: int = 4) -> Blueprint:
         }
 
     def init_along(key: Key, spec: BodySpec, dtype: DType, directions: Array) -> Params:
-        return {**init(key, spec, dtype), "down": spanning(key, rank, dtype, directions)}
+        return {
+            **init(jax.random.clone(key), spec, dtype),
+            "down": spanning(key, rank, dtype, directions),
+        }
 
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
@@ -197,7 +200,7 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
         if is_paired:
             return paired(key, spec, dtype, directions)
         down = spanning(key, width, dtype, mirrored(directions))
-        return {**_two_matrices(key, spec, width, dtype), "down": down}
+        return {**_two_matrices(jax.random.clone(key), spec, width, dtype), "down": down}
 
     def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
         del spec, mask
@@ -259,7 +262,7 @@ def gated(width: int = 8) -> Blueprint:
         }
 
     def init_along(key: Key, spec: BodySpec, dtype: DType, directions: Array) -> Params:
-        _, value_key = jax.random.split(key)
+        _, value_key = jax.random.split(jax.random.clone(key))
         told = spanning(value_key, width, dtype, directions)
         return {**init(key, spec, dtype), "down": told}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
-from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage
+from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage, as_stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
 
 
@@ -162,6 +162,7 @@ def settings(
       The settings, arrays that are part of the state: changing one never recompiles.
 
     Raises:
+      UnknownNameError: a stage that is none, its name as a string for instance.
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
         stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
         for any other stage, a count that is too small to mean anything, a `trust` that is not
@@ -172,12 +173,12 @@ def settings(
     """
     shortest = np.zeros(NUM_STAGES, np.int32)
     longest = np.zeros(NUM_STAGES, np.int32)
-    for target, values in (
-        (shortest, {**_MIN_STEPS, **(min_steps or {})}),
-        (longest, {**_MAX_STEPS, **(max_steps or {})}),
+    for argument, target, values in (
+        ("min_steps", shortest, {**_MIN_STEPS, **(min_steps or {})}),
+        ("max_steps", longest, {**_MAX_STEPS, **(max_steps or {})}),
     ):
         for stage, value in values.items():
-            target[stage] = value
+            target[as_stage(stage, argument)] = value
     for stage in Stage:
         if shortest[stage] < 0 or longest[stage] < 0:
             raise ValueError(f"the stay in {stage.name} must not be negative")
@@ -203,7 +204,8 @@ def settings(
     if not trust > 0:
         raise ValueError(f"trust must be positive, got {trust!r}")
     acting = [stage for stage in Stage if ACTS[stage]]
-    for stage in freeze:
+    frozen = [as_stage(stage, "freeze") for stage in freeze]
+    for stage in frozen:
         if stage not in acting:
             raise ValueError(f"freeze may name {[one.name for one in acting]}, got {stage!r}")
     longest[Stage.ROLLED_BACK] = quarantine_steps or 0
@@ -220,7 +222,7 @@ def settings(
         min_surveys=jnp.int32(min_surveys),
         train_first=jnp.bool_(train_first),
         trust=jnp.float32(trust),
-        is_frozen=jnp.asarray(np.isin(np.arange(NUM_STAGES), [int(one) for one in freeze])),
+        is_frozen=jnp.asarray(np.isin(np.arange(NUM_STAGES), [int(one) for one in frozen])),
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from numbers import Integral
 from types import MappingProxyType
 
 import numpy as np
+
+from esper_fn.errors import UnknownNameError
 
 
 class Stage(IntEnum):
@@ -25,6 +28,17 @@ class Stage(IntEnum):
 
 
 NUM_STAGES = len(Stage)
+
+
+def as_stage(value: object, argument: str) -> Stage:
+    """A `Stage`; raises `UnknownNameError` for what is none, its name as a string for instance."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and value in set(Stage):
+        return Stage(int(value))
+    remedy = "write a member of `ef.Stage`"
+    if isinstance(value, str) and value.upper() in Stage.__members__:
+        remedy = f"write `ef.Stage.{value.upper()}`, not its name"
+    raise UnknownNameError(f"stage in {argument}:", value, Stage.__members__, remedy)
+
 
 SUCCESSORS = MappingProxyType(
     {

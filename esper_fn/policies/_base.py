@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
@@ -137,6 +138,8 @@ def chain(*policies: Policy) -> Policy:
     >>> chain(periodic(every=10), chain(cooldown(steps=5))).rules
     ('periodic', 'cooldown')
     """
+    for policy in policies:
+        check_kind("a link of the chain", policy, Policy, "call a factory: `plateau()`, not a list")
     rules = tuple(name for policy in policies for name in policy.rules)
     if len(rules) > 127:
         raise ValueError(f"at most 127 rules, got {len(rules)}")
@@ -193,6 +196,23 @@ def _admitted_before(
             behind = own if behind is None else own & behind
         admitted.append(behind)
     return admitted[::-1]
+
+
+_LIMITS = frozenset({"budget", "concurrency", "cooldown", "quota", "until"})
+
+
+def check_order(policy: Policy) -> None:
+    """Raises `ValueError` where a policy limits what no rule before it asks for."""
+    first = next(iter(policy.rules), None)
+    if first in _LIMITS:
+        asks = [name for name in policy.rules if name not in _LIMITS]
+        raise ValueError(
+            f"policy: its rules are {list(policy.rules)}, and {first!r} only limits what rules "
+            "before it ask for, so "
+            + (f"it would limit nothing of {asks}" if asks else "nothing would ever grow")
+            + f"; put a rule that asks first, `chain(plateau(), {first}(...))`, or `never()` for "
+            "growth by commands alone"
+        )
 
 
 def strike(proposal: Proposal, is_struck: Bool[Array, "S"]) -> Proposal:

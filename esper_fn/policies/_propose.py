@@ -11,6 +11,7 @@ import numpy as np
 
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
+from esper_fn._leaves import LARGEST
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
@@ -287,7 +288,7 @@ def plateau(
             score=score_index(score),
             patience=jnp.int32(patience),
             min_gain=jnp.float32(min_gain),
-            best=jnp.float32(jnp.inf),
+            best=jnp.float32(LARGEST),
             last_gain=jnp.int32(0),
         )
 

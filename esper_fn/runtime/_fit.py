@@ -15,6 +15,7 @@ import optax
 from esper_fn import rollback
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._lattice import BareSeeds
+from esper_fn._leaves import check_leaves, join, part, strong
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command, Commands
 from esper_fn.data import batch_indices
@@ -221,11 +222,12 @@ def fit(
     start = growth.init(key) if start is None else start
     if isinstance(start, TrainState):
         start = live_form(start)
-    start = jax.tree.map(jnp.copy, start)
+    start = jax.tree.map(jnp.copy, strong(start))
     if isinstance(start, TrainState):
         state = start
     else:
-        params = jax.tree.map(jnp.copy, params)
+        check_leaves("params", params)
+        params = jax.tree.map(jnp.copy, strong(params))
         state = init(
             optimizer, params, start, anchor_every=anchor_every, num_snapshots=num_snapshots
         )
@@ -298,10 +300,19 @@ def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -
 
     def one(carry: tuple[Params, Any], batch: Any) -> tuple[Any, Any]:
         params, opt_state = carry
-        loss, slopes = jax.value_and_grad(loss_fn)(params, BareSeeds(), batch)
-        updates, opt_state = optimizer.update(slopes, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        learning, still = part(params)
 
+        def value_fn(moved: Params) -> Any:
+            return loss_fn(join(moved, still), BareSeeds(), batch)
+
+        loss, slopes = jax.value_and_grad(value_fn)(learning)
+        updates, opt_state = extended.update(
+            slopes, opt_state, learning, value=loss, grad=slopes, value_fn=value_fn
+        )
+        moved = optax.apply_updates(learning, updates)
+        return strong((join(moved, still), opt_state)), loss
+
+    extended = optax.with_extra_args_support(optimizer)
     return jax.jit(lambda carry, batches: jax.lax.scan(one, carry, batches), donate_argnums=0)
 
 
@@ -324,7 +335,10 @@ def fit_host(
     """
     length = segment_length(num_steps, segment_steps)
     run = segment or compile_fit_host(loss_fn, optimizer)
-    carry = (jax.tree.map(jnp.copy, params), optimizer.init(params))
+    check_leaves("params", params)
+    params = jax.tree.map(jnp.copy, strong(params))
+    # Copied, as some transformations keep the parameters themselves, and a segment donates both.
+    carry = (params, jax.tree.map(jnp.copy, strong(optimizer.init(part(params)[0]))))
 
     def advance(carry: Any, first: int, record: dict[str, Any]) -> _Advanced:
         del record

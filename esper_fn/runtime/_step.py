@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from esper_fn import rollback
+from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
+from esper_fn._growth._checks import check_commands
+from esper_fn._leaves import apply_updates, check_leaves, strong
 from esper_fn._typing import Array, Int32, Params, Scalar
 from esper_fn.commands import Commands, no_commands
-from esper_fn.optim import PerBody
+from esper_fn.optim import PerBody, check_optimizer
 
 
 class TrainState(NamedTuple):
@@ -78,8 +80,19 @@ def init(
       growth: from `Growth.init`.
       anchor_every: steps between the snapshots that a roll-back restores; None keeps none.
       num_snapshots: how many are kept, static; 0 keeps none. See `rollback.anchor`.
+
+    Numbers become arrays and no leaf keeps a weak type, so that no later step is compiled anew.
+
+    Raises:
+      TypeError: an optimiser that is not from `optim.per_body`, no state of a growth, or a leaf of
+        `params` that is neither array nor number.
     """
-    opt_state = optimizer.init((params, growth.bodies))
+    check_kind("growth", growth, GrowthState, "pass `growth.init(key)`")
+    check_leaves("params", params)
+    params, growth = strong((params, growth))
+    check_optimizer(optimizer)
+    opt_state = strong(optimizer.init((params, growth.bodies)))
+    check_optimizer(optimizer, opt_state)
     held = None
     if anchor_every is not None and num_snapshots != 0:
         held = rollback.anchor(
@@ -97,10 +110,13 @@ def make_step_parts(
     """
     if survey_every is not None and survey_every < 1:
         raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
+    check_kind("growth", growth, Growth, "pass what `ef.growth(lattice, ...)` returns")
     measure = growth.survey(loss_fn)
 
     def learn(state: TrainState, batch: Any, survey_batch: Any) -> Learned:
+        check_kind("state", state, TrainState, "make it with `runtime.init(...)`")
         params, opt_state, grown, held = state
+        check_optimizer(optimizer, opt_state)
         if survey_every is not None:
             grown = cond(
                 grown.step % survey_every == 0,
@@ -108,10 +124,21 @@ def make_step_parts(
                 lambda: grown,
             )
         loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
+
+        def value_fn(moved: tuple[Params, Any]) -> Scalar:
+            seeds = growth.seeds(grown._replace(bodies=moved[1]))
+            return jnp.asarray(loss_fn(moved[0], seeds, batch))
+
         updates, opt_state = optimizer.update(
-            gradients, opt_state, (params, grown.bodies), slots=growth.slots(grown)
+            gradients,
+            opt_state,
+            (params, grown.bodies),
+            slots=growth.slots(grown),
+            value=loss,
+            grad=gradients,
+            value_fn=value_fn,
         )
-        params, bodies = optax.apply_updates((params, grown.bodies), updates)
+        params, bodies = apply_updates((params, grown.bodies), updates)
         return Learned(
             params=params,
             opt_state=opt_state,
@@ -129,7 +156,8 @@ def make_step_parts(
             params, opt_state, grown, held = rollback.guard(
                 growth, held, params, opt_state, grown, info.verdict
             )
-        return TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held), info
+        after = TrainState(params=params, opt_state=opt_state, growth=grown, anchor=held)
+        return strong(after), info
 
     return StepParts(learn=learn, live=live)
 
@@ -147,6 +175,9 @@ def make_step(
         which `vmap` over whole states would compute at every step: pass None there, and
         `make_survey` to `scan_steps`. With None and no survey elsewhere nothing is ever judged by
         its contribution.
+
+    The optimiser is given `value=loss`, `grad=` and `value_fn=`, for those that look at the loss
+    (`optax.contrib.reduce_on_plateau`) or search along a line (for the host only).
 
     Returns:
       `step(state, batch, survey_batch, commands) -> (state, info)`.
@@ -213,6 +244,7 @@ def scan_steps(
     def run(
         state: TrainState, batches: Any, survey_batch: Any, commands: Commands | None = None
     ) -> tuple[TrainState, Info]:
+        commands = check_commands(commands)
         first = no_commands(1) if commands is None else commands
         silent = no_commands(first.columns.shape[-1])
 
@@ -279,8 +311,11 @@ class CompiledFit:
         surveyed: Callable[..., tuple[TrainState, Info]] | None = None,
         survey_every: int | None = None,
     ) -> None:
-        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=0)
-        self._surveyed = jax.jit(surveyed, donate_argnums=0) if surveyed else None
+        # To say where a NaN comes from, JAX runs the program again on what it was given.
+        is_debugged = any(getattr(jax.config, f"jax_debug_{what}") for what in ("nans", "infs"))
+        first, both = ((), ()) if is_debugged else ((0,), (0, 1))
+        self.whole = jax.jit(scan_steps(_joined(parts)), donate_argnums=first)
+        self._surveyed = jax.jit(surveyed, donate_argnums=first) if surveyed else None
         self._survey_every = survey_every
         # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._learn = jax.jit(
@@ -289,13 +324,13 @@ class CompiledFit:
                 jax.tree.map(lambda leaf: leaf[0], batches),
                 survey_batch,
             ),
-            donate_argnums=(0, 1),
+            donate_argnums=both,
         )
         self._live = jax.jit(
             lambda rest, anchor, before, commands: _as_segment(
                 *parts.live(_with_bodies(rest, before)._replace(anchor=anchor), commands)
             ),
-            donate_argnums=(0, 1),
+            donate_argnums=both,
         )
 
     def __call__(

@@ -1,0 +1,208 @@
+"""What comes to a growth from outside, looked at before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_fn import governors, grafting, lifecycle, policies
+from esper_fn._arguments import check_kind, described
+from esper_fn._growth._state import GrowthState
+from esper_fn._lattice import Lattice, Reading, Visits, init_bodies
+from esper_fn._typing import Array, Bodies, Scalar
+from esper_fn.commands import Command, Commands
+from esper_fn.errors import LatticeError
+
+if TYPE_CHECKING:
+    from esper_fn._growth._growth import Growth
+
+_OTHER = "use the state of this growth's own `init`, or the growth that the state belongs to"
+
+
+def check_state(growth: Growth, state: Any, call: str, *, with_bodies: bool = True) -> None:
+    """Raises unless `state` is one of this growth.
+
+    Args:
+      growth: whose it should be.
+      state: as it came.
+      call: the call and the order of its arguments, for the message.
+      with_bodies: whether its bodies are looked at too; a host outside of JAX keeps them itself.
+
+    Raises:
+      TypeError: it is no state.
+      LatticeError: it is one of another growth.
+    """
+    check_kind("state", state, GrowthState, f"the call is {call}, with `growth.init(key)` as state")
+    lattice = growth.lattice
+    for name, leaf, size in (
+        ("seeds", state.seeds.stage, lattice.num_seeds),
+        ("slots", state.owner, lattice.num_slots),
+    ):
+        if jnp.shape(leaf)[-1:] != (size,):
+            raise LatticeError(
+                f"state has {jnp.shape(leaf)[-1:]} {name}, this growth has {size}; {_OTHER}"
+            )
+    for name, own in (("policy", _policy(growth)), ("governor", growth.governor.state)):
+        pair: list[Any] = [jax.tree.structure(tree) for tree in (getattr(state, name), own)]
+        if pair[0] != pair[1]:
+            raise LatticeError(
+                f"state.{name} belongs to another {name} than this growth's; {_OTHER}"
+            )
+    if len(state.grafts) != len(growth.grafts):
+        raise LatticeError(
+            f"state.grafts has {len(state.grafts)} strategies, this growth has "
+            f"{[graft.name for graft in growth.grafts]}; {_OTHER}"
+        )
+    if with_bodies:
+        check_bodies(growth, state.bodies, "state.bodies")
+
+
+def check_bodies(growth: Growth, bodies: Any, argument: str) -> None:
+    """Raises `TypeError` or `LatticeError` unless `bodies` are of this growth's lattice."""
+    check_kind(
+        argument,
+        bodies,
+        Mapping,
+        "they are the second half of what `optax.apply_updates((params, state.bodies), updates)` "
+        "returns",
+    )
+    for site, of_site in _body_shapes(growth.lattice).items():
+        for name, wanted in of_site.items():
+            there = f"{argument}[{site!r}][{name!r}]"
+            try:
+                bank = bodies[site][name]
+            except (KeyError, TypeError):
+                raise LatticeError(f"{there} is missing; {_OTHER}") from None
+            leaves, own = jax.tree.leaves(bank), jax.tree.leaves(wanted)
+            shapes = [tuple(jnp.shape(leaf)) for leaf in leaves]
+            if [s[max(len(s) - len(o.shape), 0) :] for s, o in zip(shapes, own, strict=False)] != [
+                o.shape for o in own
+            ] or len(leaves) != len(own):
+                raise LatticeError(
+                    f"{there} has leaves of shapes {shapes}, this growth's are "
+                    f"{[o.shape for o in own]}; {_OTHER}"
+                )
+
+
+@lru_cache(maxsize=64)
+def _body_shapes(lattice: Lattice) -> Bodies:
+    shapes: Bodies = jax.eval_shape(lambda: init_bodies(lattice, jax.random.key(0)))
+    return shapes
+
+
+@lru_cache(maxsize=64)
+def _policy(growth: Growth) -> Any:
+    return jax.eval_shape(lambda: growth.policy.init(growth.lattice))
+
+
+def check_readings(readings: Any) -> None:
+    """Raises `TypeError` unless they are a `Reading`."""
+    check_kind(
+        "readings", readings, Reading, "pass what `growth.value_and_grad` returns as its third"
+    )
+
+
+def check_commands(commands: Any) -> Commands | None:
+    """The commands, if they are `Commands` or None; raises `TypeError` otherwise."""
+    if commands is None:
+        return None
+    if not isinstance(commands, Commands):
+        what = "one Command" if isinstance(commands, Command) else described(commands)
+        raise TypeError(
+            f"commands must be Commands or None, got {what}; pack them for this very step: "
+            "`growth.commands([...])`"
+        )
+    return commands.checked()
+
+
+def scalar_loss(loss: Any, argument: str = "loss", *, must_learn: bool = False) -> Scalar:
+    """The loss as an array without axes.
+
+    Args:
+      loss: as it came.
+      argument: its name in messages.
+      must_learn: whether it is to be differentiated; else whole numbers will do.
+
+    Raises:
+      TypeError: it is no real number.
+      ValueError: it has axes.
+    """
+    try:
+        shape, dtype = np.shape(loss), jnp.result_type(loss)
+    except (TypeError, ValueError):
+        shape, dtype = None, None
+    if loss is None or dtype is None or isinstance(loss, Sequence):
+        raise TypeError(
+            f"{argument} must be one number, got {described(loss)}"
+            + ("; with more than the loss, set has_aux=True" if isinstance(loss, tuple) else "")
+        )
+    if shape:
+        raise ValueError(
+            f"{argument} must be one number, got an array of shape {shape}; reduce it, with "
+            "`jnp.mean` for instance"
+        )
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    if not is_float and (must_learn or not jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(
+            f"{argument} must be a real floating number, got {dtype}; convert it, with "
+            "`.astype(jnp.float32)` for instance, or check what it computes"
+        )
+    value: Array = jnp.asarray(loss, dtype if is_float else jnp.float32)
+    return value
+
+
+def loss_of(value: Any, has_aux: bool) -> Any:
+    """What a loss function returned, looked at; arguments and errors as in `scalar_loss`."""
+    returned = "what loss_fn returns"
+    if not has_aux:
+        return scalar_loss(value, returned, must_learn=True)
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{returned} must be `(loss, aux)` with has_aux, got {described(value)}")
+    return scalar_loss(value[0], "the loss that loss_fn returns", must_learn=True), value[1]
+
+
+def no_gradient(leaf: Any) -> np.ndarray:
+    """JAX's own gradient of what has none."""
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def check_reached(lattice: Lattice, visits: Visits) -> None:
+    """Raises `LatticeError` where the loss function missed a site."""
+    missed = [site.name for site in lattice.sites if site.name not in visits.names]
+    if missed:
+        raise LatticeError(
+            f"the loss function never reaches site(s) {missed} with the seeds that it is given; "
+            f"call `seeds.grow({missed[0]!r}, activation)` of its second argument in the model "
+            "(seeds from outside, closed over or of another `ef.using`, do not learn), or leave "
+            "the site out of the lattice"
+        )
+
+
+def check_parts(lattice: Any, policy: Any, graft: Any, governor: Any, settings: Any) -> None:
+    """Raises `TypeError` where `growth` got something else than a part; None stands for a default.
+
+    Arguments as of `growth`.
+    """
+    check_kind("lattice", lattice, Lattice, "make one with `ef.lattice(sites=..., ...)`")
+    grafts = () if graft is None else (graft,)
+    if isinstance(graft, Sequence) and not isinstance(graft, grafting.Graft):
+        grafts = tuple(graft)
+    for name, value, kind, factory in (
+        ("policy", policy, policies.Policy, "policies.plateau"),
+        *(("graft", one, grafting.Graft, "grafting.linear") for one in grafts),
+        ("governor", governor, governors.Governor, "governors.standard"),
+        ("settings", settings, lifecycle.Settings, "lifecycle.settings"),
+    ):
+        if value is not None or name == "graft":
+            check_kind(name, value, kind, f"make one with `ef.{factory}(...)`")
+
+
+def check_count(name: str, value: object, least: int, also: str = "") -> None:
+    """Raises `ValueError` unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int, at least {least}{also}, got {value!r}")

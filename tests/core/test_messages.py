@@ -1,0 +1,530 @@
+"""What a wrong argument is answered: its name, what came, what is allowed, the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import esper_fn as ef
+from esper_fn import commands as cmd
+from esper_fn import runtime
+from esper_fn.base import Cost
+
+X = jnp.ones((4, 6))
+
+
+def lattice(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Lattice:
+    return ef.lattice(
+        sites=[ef.site(name, features=6, chunks=chunks)],
+        blueprints={"low_rank": ef.blueprints.low_rank(rank)},
+        capacity=2,
+    )
+
+
+LATTICE = lattice()
+GROWTH = ef.growth(LATTICE, policy=ef.policies.never())
+OTHERS = {
+    "seeds": ef.growth(lattice(chunks=3), policy=ef.policies.never()),
+    "site": ef.growth(lattice(name="b"), policy=ef.policies.never()),
+    "rank": ef.growth(lattice(rank=2), policy=ef.policies.never()),
+    "policy": ef.growth(LATTICE, policy=ef.policies.periodic(every=3)),
+    "governor": ef.growth(LATTICE, policy=ef.policies.never(), governor=ef.governors.lenient()),
+    "grafts": ef.growth(
+        LATTICE,
+        policy=ef.policies.never(),
+        graft=[ef.grafting.linear(), ef.grafting.adaptive()],
+    ),
+}
+
+
+def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(seeds.grow("a", x) * params)
+
+
+@cache
+def state_of(growth: ef.Growth) -> Any:
+    return jax.eval_shape(growth.init, jax.random.key(0))
+
+
+def trace(run: Callable[..., Any], *args: Any) -> Any:
+    """Only traced: a message must come before anything is compiled."""
+    return jax.eval_shape(run, *args)
+
+
+STATE = state_of(GROWTH)
+P = jnp.ones(())
+READINGS = trace(GROWTH.value_and_grad(loss_fn), P, STATE, X)[2]
+VALUE = GROWTH.value_and_grad(loss_fn)
+UPDATE = GROWTH.update
+LOSS = jnp.float32(1.0)
+BODIES = STATE.bodies
+Builder = Callable[[], Any]
+
+
+def step(**changes: Any) -> Any:
+    given = {"state": STATE, "bodies": BODIES, "readings": READINGS, "loss": LOSS}
+    commands = changes.pop("commands", None)
+    return trace(lambda given: UPDATE(**given, commands=commands), {**given, **changes})
+
+
+def returning(value: Callable[[jax.Array], Any], **options: Any) -> Any:
+    def run(params: Any, state: Any, x: jax.Array) -> Any:
+        return GROWTH.value_and_grad(
+            lambda params, seeds, x: value(seeds.grow("a", x) * params), **options
+        )(params, state, x)
+
+    return trace(run, P, STATE, X)
+
+
+def surveyed(value: Callable[[jax.Array], Any]) -> Any:
+    measure = GROWTH.survey(lambda params, seeds, x: value(seeds.grow("a", x) * params))
+    return trace(measure, P, STATE, X)
+
+
+def closed_over() -> Any:
+    def run(params: Any, state: Any, x: jax.Array) -> Any:
+        outside = GROWTH.seeds(state)
+        return GROWTH.value_and_grad(lambda p, seeds, x: loss_fn(p, outside, x))(params, state, x)
+
+    return trace(run, P, STATE, X)
+
+
+class Dropping(nnx.Module):
+    def __init__(self) -> None:
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+        self.grow = ef.nnx.Grow("a")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.grow(self.drop(x))
+
+
+class Normalised(nnx.Module):
+    def __init__(self) -> None:
+        self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ef.nnx.Grow("a")(self.norm(x))
+
+
+class Conv(nn.Module):
+    topology: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ef.linen.Grow("a", topology=self.topology)(x)
+
+
+def blueprint(**parts: Any) -> Any:
+    return ef.blueprints.low_rank(1)._replace(name="own", **parts)
+
+
+BAD_STATES: dict[str, tuple[Builder, str]] = {
+    "update, swapped": (
+        lambda: step(state=BODIES, bodies=STATE),
+        r"state must be a GrowthState, got a dict; the call is update\(state, bodies, readings",
+    ),
+    "update, seeds": (
+        lambda: trace(lambda s: UPDATE(GROWTH.seeds(s), BODIES, READINGS, LOSS), STATE),
+        r"state must be a GrowthState, got a Seeds; .*`growth\.init\(key\)`",
+    ),
+    "bodies are the pair": (
+        lambda: step(bodies=(P, BODIES)),
+        r"bodies must be a Mapping, got a tuple; .*second half of what `optax\.apply_updates",
+    ),
+    "bodies of another": (
+        lambda: step(bodies=state_of(OTHERS["site"]).bodies),
+        r"bodies\['a'\]\['low_rank'\] is missing",
+    ),
+    "readings and loss, swapped": (
+        lambda: step(readings=LOSS, loss=READINGS),
+        r"readings must be a Reading, got .*; pass what `growth\.value_and_grad` returns",
+    ),
+    "value_and_grad, swapped": (
+        lambda: trace(VALUE, STATE, P, X),
+        r"state must be a GrowthState, got .*; the call is \(params, state, \*args\)",
+    ),
+    "value_and_grad, seeds": (
+        lambda: trace(lambda s: VALUE(P, GROWTH.seeds(s), X), STATE),
+        "state must be a GrowthState, got a Seeds",
+    ),
+    "survey, swapped": (
+        lambda: trace(GROWTH.survey(loss_fn), STATE, P, X),
+        r"state must be a GrowthState, got .*; the call is \(params, state",
+    ),
+    "seeds of seeds": (
+        lambda: trace(lambda s: GROWTH.seeds(GROWTH.seeds(s)), STATE),
+        "state must be a GrowthState, got a Seeds",
+    ),
+    "slots of bodies": (
+        lambda: trace(lambda s: GROWTH.slots(s.bodies), STATE),
+        "state must be a GrowthState, got a dict",
+    ),
+    "step, growth state": (
+        lambda: trace(
+            runtime.make_step(GROWTH, loss_fn, ef.optim.per_body(optax.sgd(0.1))),
+            STATE,
+            X,
+            X,
+            cmd.no_commands(),
+        ),
+        r"state must be a TrainState, got a GrowthState; make it with `runtime\.init",
+    ),
+    **{
+        f"other {name}": (lambda of=other: trace(VALUE, P, state_of(of), X), wanted)
+        for (name, other), wanted in zip(
+            OTHERS.items(),
+            (
+                r"state has \(3,\) seeds, this growth has 2; use the state of this growth's own",
+                r"state\.bodies\['a'\]\['low_rank'\] is missing",
+                r"state\.bodies\['a'\]\['low_rank'\] has leaves of shapes \[\(2, 3, 2\), ",
+                r"state\.policy belongs to another policy than this growth's",
+                r"state\.governor belongs to another governor than this growth's",
+                r"state\.grafts has 2 strategies, this growth has \['linear'\]",
+            ),
+            strict=True,
+        )
+    },
+}
+BAD_LOSSES: dict[str, tuple[Builder, str]] = {
+    "update, vector": (
+        lambda: step(loss=jnp.ones(3)),
+        r"loss must be one number, got an array of shape \(3,\); reduce it, with `jnp\.mean`",
+    ),
+    "update, one in a row": (lambda: step(loss=jnp.ones((1,))), r"shape \(1,\); reduce it"),
+    "update, complex": (
+        lambda: step(loss=jnp.complex64(1)),
+        "loss must be a real .* got complex64",
+    ),
+    "update, flag": (lambda: step(loss=jnp.bool_(True)), "loss must be a real .* got bool"),
+    "update, none": (
+        lambda: step(loss=None),
+        "loss must be one number, got None",
+    ),
+    "vector": (
+        lambda: returning(lambda y: y),
+        r"what loss_fn returns must be one number, got an array of shape \(4, 6\); reduce",
+    ),
+    "integer": (
+        lambda: returning(lambda y: jnp.sum(y).astype(int)),
+        "what loss_fn returns must be a real floating number, got int32; convert it",
+    ),
+    "tuple": (
+        lambda: returning(lambda y: (jnp.mean(y), y)),
+        "what loss_fn returns must be one number, got a tuple; .* set has_aux=True",
+    ),
+    "no tuple": (
+        lambda: returning(jnp.mean, has_aux=True),
+        r"what loss_fn returns must be `\(loss, aux\)` with has_aux, got",
+    ),
+    "none": (
+        lambda: returning(lambda y: None),
+        "what loss_fn returns must be one number, got None",
+    ),
+    "survey, vector": (
+        lambda: surveyed(lambda y: y),
+        r"one number, got an array of shape \(4, 6\)",
+    ),
+}
+BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
+    "a list": (
+        lambda: step(commands=[cmd.cull(1)]),
+        r"commands must be Commands or None, got a list; pack them .* `growth\.commands\(\[",
+    ),
+    "a list, compiled": (
+        lambda: trace(UPDATE, STATE, BODIES, READINGS, LOSS, [cmd.cull(1)]),
+        "commands must be Commands or None, got a list",
+    ),
+    "one": (lambda: step(commands=cmd.cull(1)), "got one Command; pack them"),
+    "one to pack": (
+        lambda: GROWTH.commands(cmd.cull(1)),  # type: ignore[arg-type]
+        "commands must be a list of Command, got a Command; pass a list",
+    ),
+    "packed twice": (
+        lambda: GROWTH.commands(GROWTH.commands()),  # type: ignore[arg-type]
+        "commands must be a list of Command, got a Commands",
+    ),
+    "words": (
+        lambda: GROWTH.commands(["cull"]),  # type: ignore[list-item]
+        "each command must be a Command, got 'cull'",
+    ),
+    "not called": (
+        lambda: GROWTH.commands([cmd.cull]),  # type: ignore[list-item]
+        "each command must be a Command, got the function cull, not called",
+    ),
+    "a seed by name": (
+        lambda: GROWTH.commands([cmd.cull("a")]),  # type: ignore[arg-type]
+        r"a command's seed must be an int, got 'a'; `lattice\.seed_index",
+    ),
+    "a stage by name": (
+        lambda: cmd.transition(0, "culled"),  # type: ignore[arg-type]
+        r"unknown stage in target: 'culled'; allowed: .*CULLED.*; write `ef\.Stage\.CULLED`",
+    ),
+    "no stage": (
+        lambda: cmd.transition(0, 77),  # type: ignore[arg-type]
+        "unknown stage in target: 77; allowed: .*write a member of `ef.Stage`",
+    ),
+    "min_steps by name": (
+        lambda: ef.lifecycle.settings(min_steps={"TRAINING": 3}),  # type: ignore[dict-item]
+        r"unknown stage in min_steps: 'TRAINING'; .*write `ef\.Stage\.TRAINING`, not its name",
+    ),
+    "max_steps by name": (
+        lambda: ef.lifecycle.settings(max_steps={"Training": 3}),  # type: ignore[dict-item]
+        "unknown stage in max_steps: 'Training'",
+    ),
+}
+
+
+def grow(**options: Any) -> Any:
+    return ef.growth(LATTICE, **options)
+
+
+BAD_PARTS: dict[str, tuple[Builder, str]] = {
+    "policy": (
+        lambda: grow(policy=ef.policies.plateau),
+        r"policy must be a Policy, got the function plateau, not called; .*policies\.plateau\(",
+    ),
+    "policy by name": (lambda: grow(policy="plateau"), "policy must be a Policy, got 'plateau'"),
+    "policies": (lambda: grow(policy=[ef.policies.never()]), "policy must be a Policy, got a list"),
+    "graft": (
+        lambda: grow(graft=ef.grafting.linear),
+        "graft must be a Graft, got the function linear, not called",
+    ),
+    "grafts": (lambda: grow(graft=[ef.grafting.linear]), "got the function linear, not called"),
+    "governor": (
+        lambda: grow(governor=ef.governors.standard),
+        "governor must be a Governor, got the function standard, not called",
+    ),
+    "settings": (
+        lambda: grow(settings=ef.lifecycle.settings),
+        "settings must be a Settings, got the function settings, not called",
+    ),
+    "settings, a dict": (lambda: grow(settings={"max_training": 3}), "settings .* got a dict"),
+    "lattice": (
+        lambda: ef.growth(ef.lattice),  # type: ignore[arg-type]
+        r"lattice must be a Lattice, got the function lattice, not called; make one with",
+    ),
+    "chain": (
+        lambda: ef.policies.chain(ef.policies.plateau),  # type: ignore[arg-type]
+        "a link of the chain must be a Policy, got the function plateau, not called",
+    ),
+    "chain of a list": (
+        lambda: ef.policies.chain([ef.policies.never()]),  # type: ignore[arg-type]
+        "a link of the chain must be a Policy, got a list",
+    ),
+    "budget alone": (
+        lambda: grow(policy=ef.policies.chain(ef.policies.budget(100))),
+        r"its rules are \['budget'\], and 'budget' only limits .*nothing would ever grow; put",
+    ),
+    "limits alone": (
+        lambda: grow(policy=ef.policies.chain(ef.policies.quota(1), ef.policies.until(9))),
+        "'quota' only limits what rules before it ask for, so nothing would ever grow",
+    ),
+    "a limit first": (
+        lambda: grow(policy=ef.policies.chain(ef.policies.budget(9), ef.policies.plateau())),
+        r"'budget' only limits .*so it would limit nothing of \['plateau'\]",
+    ),
+    "blueprint": (
+        lambda: ef.lattice(
+            sites=LATTICE.sites,
+            blueprints={"x": ef.blueprints.low_rank},  # type: ignore[dict-item]
+            capacity=1,
+        ),
+        r"blueprints\['x'\] must be a Blueprint, got the function low_rank, not called; call",
+    ),
+    "blueprints, a list": (
+        lambda: ef.lattice(
+            sites=LATTICE.sites,
+            blueprints=[ef.blueprints.low_rank()],  # type: ignore[arg-type]
+            capacity=1,
+        ),
+        "blueprints must be a dict of names and blueprints, got a list",
+    ),
+    "one site": (
+        lambda: ef.lattice(sites="a", blueprints={}, capacity=1),  # type: ignore[arg-type]
+        "sites: each must be a Site, got 'a'; make a list",
+    ),
+    "site": (
+        lambda: ef.lattice(sites=[ef.site], blueprints={}, capacity=1),  # type: ignore[list-item]
+        "sites: each must be a Site, got the function site, not called",
+    ),
+    "topology": (
+        lambda: ef.site("a", features=6, topology="conv"),  # type: ignore[arg-type]
+        r"topology must be one of .*, got 'conv'; it is `image` for \[\.\.\., H, W, D\]",
+    ),
+    "topology of a module": (
+        lambda: ef.discover(lambda x: Conv("conv").apply({}, x), X),
+        r"site 'a': topology must be one of .*, got 'conv'; it is `image`",
+    ),
+    "topology that does not fit": (
+        lambda: ef.discover(lambda x: Conv("image").apply({}, x), X),
+        r"topology='image' needs an activation of at least 3 axes, got \(4, 6\)",
+    ),
+    "no activation": (
+        lambda: ef.discover(lambda x: ef.nnx.Grow("a")((x, x)), X),  # type: ignore[arg-type]
+        "site 'a': x must be an array, got a tuple",
+    ),
+    "dropout": (
+        lambda: ef.discover(Dropping(), X),
+        r"the model changes its own state .* call `model\.eval\(\)` first",
+    ),
+    "running statistics": (lambda: ef.discover(Normalised(), X), r"`model\.eval\(\)` first"),
+    "closed over": (
+        closed_over,
+        r"never reaches site\(s\) \['a'\] with the seeds that it is given; .*closed over or of",
+    ),
+    "using a state": (lambda: ef.using(STATE).__enter__(), "got a GrowthState; take those"),
+    "using None": (lambda: ef.using(None).__enter__(), "got None"),  # type: ignore[arg-type]
+}
+BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
+    "init, plain": (
+        lambda: trace(lambda s: runtime.init(optax.adam(0.1), P, s), STATE),  # type: ignore[arg-type]
+        r"got an Optax transformation, .*inherits the moments of a dead one; use `ef\.optim\.per_",
+    ),
+    "step, plain": (
+        lambda: trace(
+            lambda s, o: runtime.make_step(GROWTH, loss_fn, optax.adam(0.1))(  # type: ignore[arg-type]
+                runtime.TrainState(P, o, s, None), X, X, cmd.no_commands()
+            ),
+            STATE,
+            jax.eval_shape(optax.adam(0.1).init, (P, BODIES)),
+        ),
+        "got an Optax transformation, .*inherits the moments",
+    ),
+    "not called": (
+        lambda: trace(lambda s: runtime.init(ef.optim.per_body, P, s), STATE),  # type: ignore[arg-type]
+        r"optimizer must be from optim\.per_body, got the function per_body, not called",
+    ),
+    "host not called": (
+        lambda: ef.optim.per_body(optax.adam),
+        r"host must be an Optax transformation, got the function adam, not called; `host=optax",
+    ),
+    "a rate": (lambda: ef.optim.per_body(0.1), "host must be an Optax transformation, got 0.1"),
+    "bodies not called": (
+        lambda: ef.optim.per_body(optax.sgd(0.1), optax.sgd),
+        "bodies must be an Optax transformation, got the function sgd, not called",
+    ),
+    "twice": (
+        lambda: ef.optim.per_body(ef.optim.per_body(optax.sgd(0.1))),
+        "host must be an Optax transformation, got a PerBody",
+    ),
+    "labels": (
+        lambda: trace(
+            ef.optim.per_body(
+                optax.multi_transform({"x": optax.sgd(0.1)}, {"w": "x", "v": "x"})
+            ).init,
+            ({"w": P, "v": P}, BODIES),
+        ),
+        r"does not fit the bodies 'low_rank' of site 'a'.* or give the bodies their own",
+    ),
+    "a mask": (
+        lambda: trace(
+            ef.optim.per_body(optax.masked(optax.adam(0.1), {"w": True, "v": False})).init,
+            ({"w": P, "v": P}, BODIES),
+        ),
+        "does not fit the bodies 'low_rank'",
+    ),
+    "a mask of decay": (
+        lambda: trace(
+            ef.optim.per_body(optax.adamw(0.1, mask={"w": True, "v": False})).init,
+            ({"w": P, "v": P}, BODIES),
+        ),
+        "does not fit the bodies 'low_rank'",
+    ),
+    "params with words": (
+        lambda: trace(lambda s: VALUE({"w": P, "name": "x"}, s, X), STATE),
+        r"params\['name'\] must be an array or a number, got 'x'; keep what is neither out",
+    ),
+    "init, params with words": (
+        lambda: trace(
+            lambda s: runtime.init(ef.optim.per_body(optax.sgd(0.1)), {"f": jnp.tanh}, s), STATE
+        ),
+        r"params\['f'\] must be an array or a number, got the function tanh",
+    ),
+    "init, no state": (
+        lambda: runtime.init(ef.optim.per_body(optax.sgd(0.1)), P, GROWTH),  # type: ignore[arg-type]
+        r"growth must be a GrowthState, got a Growth; pass `growth\.init\(key\)`",
+    ),
+}
+BAD_BLUEPRINTS: dict[str, tuple[Builder, str]] = {
+    "not called": (
+        lambda: ef.blueprints.check(ef.blueprints.low_rank),  # type: ignore[arg-type]
+        "blueprint must be a Blueprint, got the function low_rank, not called",
+    ),
+    **{
+        name: (lambda parts=parts: ef.blueprints.check(blueprint(**parts)), wanted)
+        for name, parts, wanted in (
+            (
+                "init",
+                {"init": lambda key, spec: {}},
+                r"'own': init is called as `init\(key, spec, dtype\)`, its signature is init\(",
+            ),
+            (
+                "apply",
+                {"apply": lambda params, x: x},
+                r"apply is called as `apply\(params, x, spec, mask\)`, its signature is apply\(",
+            ),
+            (
+                "cost",
+                {"cost": lambda spec: Cost(0, 0)},
+                r"cost is called as `cost\(spec, positions\)`",
+            ),
+            (
+                "init_along",
+                {"init_along": lambda key: {}},
+                r"init_along is called as `init_along\(key, spec, dtype, directions\)`",
+            ),
+            (
+                "keyword",
+                {"cost": lambda spec, *, positions: Cost(0, 0)},
+                r"cost is called as `cost\(spec, positions\)`",
+            ),
+            ("no function", {"apply": None}, "apply must be a function called as .*, got None"),
+            ("no cost", {"cost": lambda s, p: 3}, r"cost must return `Cost\(.*\)`, got 3"),
+            (
+                "a pair",
+                {"apply": lambda params, x, spec, mask: (x, x)},
+                "apply must return one array, got a tuple",
+            ),
+        )
+    },
+}
+TABLES = {
+    "state": BAD_STATES,
+    "loss": BAD_LOSSES,
+    "commands": BAD_COMMANDS,
+    "part": BAD_PARTS,
+    "optimiser": BAD_OPTIMISERS,
+    "blueprint": BAD_BLUEPRINTS,
+}
+CASES = [
+    pytest.param(build, wanted, id=f"{table}: {name}")
+    for table, cases in TABLES.items()
+    for name, (build, wanted) in cases.items()
+]
+
+
+@pytest.mark.parametrize(("build", "wanted"), CASES)
+def test_the_message_names_argument_value_allowed_and_remedy(build: Builder, wanted: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        build()
+    message = str(caught.value)
+    assert re.search(wanted, message), message
+
+
+@pytest.mark.parametrize("loss", [2, 2.0, jnp.int32(2), jnp.bfloat16(2), jnp.asarray(2.0)])
+def test_a_loss_of_another_type_changes_no_type_of_the_state(loss: Any) -> None:
+    after, info = step(loss=loss)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), STATE
+    )
+    assert info.loss.dtype == jnp.float32
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(after))
