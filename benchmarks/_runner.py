@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, str] = {
     "checkpoint": "benchmarks.checkpoint",
     "bridge": "benchmarks.bridge",
     "bus": "benchmarks.bus",
+    "growth": "benchmarks.growth",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -1,6 +1,7 @@
 """Ready jobs that compare growth with its honest rivals."""
 
 from esper_fn.experiments._compare import (
+    SURVEY_EVERY,
     Arm,
     Comparison,
     evaluator,
@@ -9,14 +10,23 @@ from esper_fn.experiments._compare import (
     run,
 )
 from esper_fn.experiments._export import FORMATS, export_run
-from esper_fn.experiments._jobs import POLICIES, Job, equal_parameters, job, names, policy
+from esper_fn.experiments._jobs import (
+    POLICIES,
+    Job,
+    equal_parameters,
+    job,
+    lattice_of,
+    names,
+    policy,
+)
 from esper_fn.experiments._keeping import Keeping, StoppedError
 from esper_fn.experiments._progress import Progress
-from esper_fn.experiments._summary import intervals, summary
+from esper_fn.experiments._summary import intervals, mean_interval, summary
 
 __all__ = [
     "FORMATS",
     "POLICIES",
+    "SURVEY_EVERY",
     "Arm",
     "Comparison",
     "Job",
@@ -28,7 +38,9 @@ __all__ = [
     "export_run",
     "intervals",
     "job",
+    "lattice_of",
     "loss_of",
+    "mean_interval",
     "names",
     "policy",
     "prepare",

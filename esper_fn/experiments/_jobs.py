@@ -8,7 +8,7 @@ from typing import Any
 
 from esper_fn import blueprints, hosts, policies
 from esper_fn._growth import Growth, growth
-from esper_fn._lattice import lattice
+from esper_fn._lattice import Lattice, lattice
 from esper_fn.data import Dataset
 from esper_fn.errors import UnknownNameError
 from esper_fn.hosts import Host, count_parameters
@@ -164,16 +164,18 @@ def policy(
     )
 
 
+def lattice_of(job: Job, host: Host) -> Lattice:
+    """Where and what can grow in a job."""
+    return lattice(
+        sites=host.sites,
+        blueprints={name: blueprints.get(name, **job.sizes) for name in job.blueprints},
+        capacity=job.capacity,
+    )
+
+
 def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
     """The growing network of a job: the defaults, and a policy."""
-    return growth(
-        lattice(
-            sites=host.sites,
-            blueprints={name: blueprints.get(name, **job.sizes) for name in job.blueprints},
-            capacity=job.capacity,
-        ),
-        policy=policy(policy_name, job, steps=steps),
-    )
+    return growth(lattice_of(job, host), policy=policy(policy_name, job, steps=steps))
 
 
 def equal_parameters(job: Job, data: Dataset, count: int) -> Host:

@@ -27,7 +27,7 @@ def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
     for rival in ("host", "uniform", "random", "static"):
         columns[f"grown_minus_{rival}"] = columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
-    return {name: _interval(values) for name, values in columns.items()}
+    return {name: mean_interval(values) for name, values in columns.items()}
 
 
 # Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom; beyond that the normal's.
@@ -38,7 +38,8 @@ _T = (
 )  # fmt: skip
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
+def mean_interval(values: np.ndarray) -> dict[str, float]:
+    """`mean`, `low` and `high` of some values: their mean and its 95 % interval (Student's t)."""
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return {"mean": mean, "low": mean, "high": mean}

@@ -1,0 +1,181 @@
+"""Does growth pay as it is shipped? Three scenes, each against its honest rivals.
+
+- *digits*: `ef.growth(lattice)` alone on the task of `make demo`, against a static network of as
+  many parameters, paired by seed.
+- *labels*: the same 1,200 images with new random labels every 200 steps, against the same network
+  without growth. The default must not make Adam worse.
+- *adapt*: a small character GPT, trained on one text, frozen, and adapted to another by low-rank
+  bodies at every linear layer of its blocks (`torch_bridge.grow` alone), against PEFT's LoRA at the
+  same layers with as many parameters and the same learning rates. Needs torch and PEFT.
+
+Differences are means over paired seeds; `low` and `high` are their 95 % t-intervals.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import esper_fn as ef
+from benchmarks._timing import Row, exact
+from esper_fn import experiments, hosts, runtime
+from esper_fn.experiments import mean_interval
+
+
+def measure(*, quick: bool) -> Mapping[str, Row]:
+    """All rows; `quick` takes few seeds and short runs."""
+    rows = _digits(num_seeds=2 if quick else 10, steps=100 if quick else 1500)
+    rows |= _labels(num_seeds=2 if quick else 5, num_tasks=2 if quick else 30)
+    if importlib.util.find_spec("peft") is None:
+        sys.stderr.write("growth: the scene of adapting needs torch and PEFT; left out\n")
+        return rows
+    from benchmarks import _adapt
+
+    return rows | _adapt.rows(num_seeds=1 if quick else 3, steps=20 if quick else 400)
+
+
+def difference(ours: list[float], theirs: list[float], unit: str, **extra: object) -> Row:
+    """The mean of `ours - theirs`, paired, with its 95 % interval."""
+    found = mean_interval(np.subtract(ours, theirs))
+    return Row(
+        median=found["mean"],
+        low=found["low"],
+        high=found["high"],
+        unit=unit,
+        count=len(ours),
+        extra={"statistic": "mean and 95 % t-interval", "ours": ours, "theirs": theirs, **extra},
+    )
+
+
+# --- the demonstration's task --------------------------------------------------------------------
+
+
+def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
+    job, data = experiments.job("digits"), ef.data.load("digits")
+    host = job.host(data)
+    schedule = optax.cosine_decay_schedule(job.learning_rate, steps)
+    transformation = optax.adamw(schedule)
+    optimizer = ef.optim.per_body(transformation)
+    loss_fn = experiments.loss_of(host)
+    growth = ef.growth(experiments.lattice_of(job, host))  # and nothing else
+    segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=experiments.SURVEY_EVERY)
+    evaluate = experiments.evaluator(host, data.test_inputs, data.test_targets)
+    rivals: dict[int, Any] = {}
+    grown, static, sizes = [], [], []
+    for seed in range(num_seeds):
+        key = jax.random.key(seed)
+        batches = runtime.in_memory(
+            data.train_inputs,
+            data.train_targets,
+            batch_size=job.batch_size,
+            num_steps=steps,
+            seed=seed,
+        )
+        count = job.survey_examples
+        fitted = runtime.fit(
+            growth,
+            loss_fn,
+            optimizer,
+            host.init(key),
+            batches,
+            num_steps=steps,
+            key=jax.random.fold_in(key, 1),
+            survey_batch=(data.validation_inputs[:count], data.validation_targets[:count]),
+            survey_every=experiments.SURVEY_EVERY,
+            segment=segment,
+            segment_steps=experiments.SURVEY_EVERY,
+        )
+        accuracy, _ = evaluate(fitted.state.params, growth.seeds(fitted.state.growth))
+        size = hosts.count_parameters(host) + fitted.num_parameters
+        rival = experiments.equal_parameters(job, data, size)
+        size = hosts.count_parameters(rival)
+        if size not in rivals:
+            rivals[size] = (
+                runtime.compile_fit_host(experiments.loss_of(rival), transformation),
+                experiments.evaluator(rival, data.test_inputs, data.test_targets),
+            )
+        trained = runtime.fit_host(
+            experiments.loss_of(rival),
+            transformation,
+            rival.init(key),
+            batches,
+            num_steps=steps,
+            segment=rivals[size][0],
+            segment_steps=experiments.SURVEY_EVERY,
+        )
+        theirs, _ = rivals[size][1](trained.state, ef.BareSeeds())
+        grown.append(100 * float(accuracy))
+        static.append(100 * float(theirs))
+        sizes.append(size)
+    return {
+        "digits_default_minus_static": difference(grown, static, "points", parameters=sizes),
+    }
+
+
+# --- random labels -------------------------------------------------------------------------------
+
+_IMAGES, _WIDTH, _TASK_STEPS, _BATCH, _RATE = 1200, 100, 200, 64, 1e-3
+
+
+def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
+    try:
+        data = ef.data.load("fashion-mnist")
+    except ef.errors.MissingDataError:
+        data = ef.data.load("digits")
+    images = jnp.asarray(data.train_inputs[:_IMAGES].reshape(_IMAGES, -1), jnp.float32)
+    widths = (images.shape[1], _WIDTH, _WIDTH, _WIDTH, 10)
+    host = hosts.mlp(widths, spans=2)
+    lattice = ef.lattice(
+        sites=host.sites,
+        blueprints={"bottleneck": ef.blueprints.bottleneck(width=16, activation="gelu")},
+        capacity=1,
+    )
+    loss_fn = experiments.loss_of(host)
+    growth, optimizer = ef.growth(lattice), ef.optim.per_body(optax.adam(_RATE))
+    step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
+    grow = jax.jit(
+        runtime.scan_steps(
+            step, survey=runtime.make_survey(growth, loss_fn), survey_every=experiments.SURVEY_EVERY
+        )
+    )
+    plain_step = runtime.compile_fit_host(loss_fn, optax.adam(_RATE))
+
+    @jax.jit
+    def accuracy(params: Any, seeds: Any, labels: jax.Array) -> jax.Array:
+        chosen = jnp.argmax(host.apply(params, seeds, images), axis=-1)
+        return jnp.mean((chosen == labels).astype(jnp.float32))
+
+    ours: list[float] = []
+    theirs: list[float] = []
+    for seed in range(num_seeds):
+        key = jax.random.key(seed)
+        params = host.init(key)
+        state = runtime.init(optimizer, params, growth.init(jax.random.fold_in(key, 1)))
+        plain = (host.init(key), optax.adam(_RATE).init(params))
+        random = np.random.default_rng(seed)
+        scores: tuple[list[float], list[float]] = ([], [])
+        for _ in range(num_tasks):
+            labels = jnp.asarray(random.integers(0, 10, _IMAGES))
+            rows = np.stack(
+                [random.choice(_IMAGES, _BATCH, replace=False) for _ in range(_TASK_STEPS)]
+            )
+            batches = images[rows], labels[rows]
+            state, _ = grow(state, batches, (images[:256], labels[:256]))
+            plain, _ = plain_step(plain, batches)
+            scores[0].append(float(accuracy(state.params, growth.seeds(state.growth), labels)))
+            scores[1].append(float(accuracy(plain[0], ef.BareSeeds(), labels)))
+        for kept, of_tasks in zip((ours, theirs), scores, strict=True):
+            kept.append(100 * float(np.mean(of_tasks)))
+    told = {"tasks": num_tasks, "data": data.name}
+    found = difference(ours, theirs, "points", **told)
+    return {
+        "labels_default_minus_plain": found,
+        "labels_default_at_best": exact(found.high, "points", **told),
+    }
