@@ -27,6 +27,34 @@ class Slots(NamedTuple):
     """Receives updates; the others stand still, optimiser state included."""
 
 
+class _Remedy(type):
+    """Of a type whose name JAX prints where trees do not match."""
+
+    def __repr__(cls) -> str:
+        return (
+            "gradients of bodies, which only an optimiser from ef.optim.per_body takes: a plain "
+            "Optax transformation hands the moments of a dead body to a newborn one"
+        )
+
+
+class BodyGradients(dict[str, Any], metaclass=_Remedy):
+    """What `Growth.value_and_grad` returns for the bodies: site -> blueprint -> `[P, ...]`.
+
+    A dictionary, but to JAX another kind of tree than the bodies themselves: so a plain Optax
+    transformation refuses them, whose state would outlive the bodies.
+    """
+
+
+jax.tree_util.register_pytree_with_keys(
+    BodyGradients,
+    lambda tree: (
+        [(jax.tree_util.DictKey(name), tree[name]) for name in sorted(tree)],
+        tuple(sorted(tree)),
+    ),
+    lambda names, leaves: BodyGradients(zip(names, leaves, strict=True)),
+)
+
+
 class PerBodyState(NamedTuple):
     """Optimiser state of the host, and of every body on its own."""
 
@@ -135,7 +163,7 @@ def per_body(
         slots: Mapping[str, Mapping[str, Slots]],
         **extra: Any,
     ) -> tuple[tuple[Params, Bodies], PerBodyState]:
-        d_host, d_banks = gradients
+        d_host, d_banks = gradients[0], dict(gradients[1])
         banks = params[1]
         if schedule == "age":
             clock = None

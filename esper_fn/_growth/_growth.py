@@ -44,7 +44,7 @@ from esper_fn._typing import Array, Bodies, Bool, Float32, Int32, Key, Params, S
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.lifecycle import NONE, Stage
-from esper_fn.optim import Slots
+from esper_fn.optim import BodyGradients, Slots
 from esper_fn.policies._base import check_order
 
 
@@ -169,7 +169,8 @@ class Growth:
 
         Returns:
           A function of `(params, state, *args, **kwargs)` that returns
-          `(value, (d params, d bodies), readings)`.
+          `(value, (d params, d bodies), readings)`; the gradients of the bodies are
+          `optim.BodyGradients`, for `optim.per_body`.
 
         Raises:
           LatticeError: while tracing, where the loss function does not reach a site, and for the
@@ -204,7 +205,7 @@ class Growth:
             )(learning, state.bodies, vary_alike(zero_taps(self.lattice), state.owner))
             check_reached(self.lattice, visits)
             d_params = join(slopes, jax.tree.map(no_gradient, still))
-            return value, (d_params, d_bodies), readings_of(d_taps)
+            return value, (d_params, BodyGradients(d_bodies)), readings_of(d_taps)
 
         return run
 

@@ -528,3 +528,23 @@ def test_a_loss_of_another_type_changes_no_type_of_the_state(loss: Any) -> None:
     )
     assert info.loss.dtype == jnp.float32
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("made", [optax.adam, optax.sgd, optax.adamw])
+def test_a_plain_optimiser_in_a_loop_of_ones_own_is_refused_with_the_remedy(made: Any) -> None:
+    growth = ef.growth(
+        ef.lattice(
+            sites=[ef.site("a", features=4)],
+            blueprints={"low_rank": ef.blueprints.low_rank(2)},
+            capacity=1,
+        )
+    )
+    params, optimizer = jnp.ones((4, 2)), made(1e-3)
+    state = growth.init(jax.random.key(0))
+    opt_state = optimizer.init((params, state.bodies))
+    loss_fn = lambda params, seeds: jnp.sum(seeds.grow("a", jnp.ones((3, 4))) @ params)  # noqa: E731
+    _, grads, _ = growth.value_and_grad(loss_fn)(params, state)
+    both = (params, state.bodies)
+    with pytest.raises(ValueError, match=r"ef\.optim\.per_body"):
+        updates, _ = optimizer.update(grads, opt_state, both, slots=growth.slots(state))
+        optax.apply_updates(both, updates)
