@@ -21,6 +21,7 @@ from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._measure import Measured, measure, read
 from torch_bridge._optim import Watcher
+from torch_bridge._reach import Reach
 from torch_bridge._site import Seeds, Shared
 
 
@@ -64,7 +65,7 @@ class Bridge:
         self._lag = lag
         self._pending: list[Measured] = []
         self._asked: list[Command] = []
-        self._is_reached = False
+        self._reach = Reach(sites, watch_every)
         self._is_open = True
         self._was: tuple[bytes, bytes] | None = None
         lifecycle.on_load = self._loaded
@@ -192,10 +193,11 @@ class Bridge:
           None before there was one, and commands wait.
 
         Raises:
-          BridgeError: a site was never reached, bodies are in no optimiser, or the bridge was
-            unwrapped.
+          BridgeError: bodies are in no optimiser that steps, or require no gradient, or the bridge
+            was unwrapped.
         """
         self._check_open()
+        self.optimizers.check_gradients(with_resting=not self._num_calls)
         self.optimizers.check_complete()
         self._pending.append(
             measure(self.sites, self.optimizers, self._group, loss, is_waiting=not self._lag)
@@ -205,8 +207,7 @@ class Bridge:
             self._end_step()
             return None
         found = read(self._pending.pop(0), self._group, self.lattice)
-        if not self._is_reached and self._watch_every:
-            self._check_reached(found.readings)
+        self._reach.note(found.readings)
         asked, self._asked = self._asked, []
         info, born = self._lifecycle.advance(*found, asked)
         with torch.no_grad():
@@ -216,23 +217,10 @@ class Bridge:
         return info
 
     def _end_step(self) -> None:
+        self.optimizers.end_step()
         self._num_steps += 1
         self._num_calls += 1
         self._refresh()
-
-    def _check_reached(self, measured: np.ndarray) -> None:
-        first = 0
-        for site in self.sites:
-            chunks = site.plan.cut.chunks
-            if not measured[first : first + chunks, 0].any():
-                raise BridgeError(
-                    f"target {site.site!r} was not reached by the backward pass of the first step: "
-                    "its module is never called (some layers are read by their parents instead, "
-                    "as nn.MultiheadAttention.out_proj), or the loss does not depend on it; leave "
-                    "it out of targets"
-                )
-            first += chunks
-        self._is_reached = True
 
     def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
         bank = self._bank_of(slot)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _kernels, _layer, _ops
+from torch_bridge import _kernels, _layer, _ops, _pure
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
@@ -33,8 +34,8 @@ class Shared:
         self.is_busy = True
         """Whether any site lives or watches in this step. Compiled programs depend on it: one is
         the bare model's, the other one serves every step in which there is anything to do."""
-        self.is_running = False
-        self.called: set[str] = set()
+        self.called: dict[int, set[str]] = {}
+        """The sites called in the forward pass that a thread is in, by the thread's number."""
         self.moments: dict[str, list[Tensor]] | None = None
         """Where a survey gathers second moments; None outside of one."""
         self.anchors: list[Tensor] = []
@@ -43,13 +44,12 @@ class Shared:
     def begin(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the whole model."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self.is_running = True
-            self.called.clear()
+            self.called[threading.get_ident()] = set()
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the whole model."""
         if not torch.compiler.is_compiling():
-            self.is_running = False
+            self.called.pop(threading.get_ident(), None)
 
 
 class Seeds(nn.Module):  # type: ignore[misc]
@@ -153,6 +153,8 @@ class Seeds(nn.Module):  # type: ignore[misc]
             return rebuild(self._compiled(x))
         self._check(module, x)
         self._count()
+        if _pure.is_transformed():
+            return rebuild(self._pure(x)) if self.plan.banks else None
         y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
         return None if y is None else rebuild(y)
 
@@ -175,11 +177,16 @@ class Seeds(nn.Module):  # type: ignore[misc]
             return _ops.grafted(self, plan, self.axis, x, self.tap, *leaves)
         if not torch.is_grad_enabled():
             return None
-        is_new = not x.requires_grad
+        # A view that is written to in place loses the hook by which it would be measured.
+        is_new = not x.requires_grad or (plan.is_watching and x._is_view())
         y = _ops.Anchored.apply(x, self.tap) if is_new else x
         if plan.is_watching:
             self._watch(y)
         return y if is_new else None
+
+    def _pure(self, x: Tensor) -> Tensor:
+        rows = [dict(zip(of.leaves, self.rows_of(of), strict=True)) for of in self.plan.banks]
+        return _pure.grown(self.plan, self.axis, x, rows)
 
     def _watch(self, x: Tensor) -> None:
         """Measures dormant chunks by a hook of the tensor, which leaves the graph as it was."""
@@ -187,7 +194,14 @@ class Seeds(nn.Module):  # type: ignore[misc]
         with torch.no_grad():
             stats = _ops.watch(cut, x.movedim(axis, -1))
 
-        def measure(dy: Tensor) -> None:
+        def measure(dy: Tensor | None) -> None:
+            if dy is None:
+                raise BridgeError(
+                    f"target {self.site!r}: no gradient comes back to it, as a layer behind it has "
+                    "no derivative (a quantised one of torch.ao, say). Nothing can learn there: "
+                    "leave it out by exclude=, or grow the model in floating point and quantise "
+                    "it after bridge.unwrap()"
+                )
             with torch.no_grad():
                 self.hear(_ops.tell(cut, stats, dy.movedim(axis, -1)))
 
@@ -229,7 +243,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             raise BridgeError(
                 f"target {self.site!r} ({type(module).__name__}): its output {tuple(x.shape)} has "
                 f"no feature axis of {width} at axis {self.axis}; say features={{{self.site!r}: "
-                "WIDTH}} or choose another target"
+                "WIDTH} or choose another target"
             )
         if x.dtype not in DTYPES:
             raise BridgeError(
@@ -243,17 +257,16 @@ class Seeds(nn.Module):  # type: ignore[misc]
             )
 
     def _count(self) -> None:
-        shared = self.shared
-        if not shared.is_running or torch._C._current_graph_task_id() != -1:
+        called = self.shared.called.get(threading.get_ident())
+        if called is None or torch._C._current_graph_task_id() != -1:
             return  # a part of the model alone, or a checkpoint's second run
-        if self.site in shared.called:
-            shared.is_running = False
+        if self.site in called:
             raise BridgeError(
                 f"target {self.site!r} is called more than once in one forward pass of the model: "
                 "its seeds would serve two places at once; leave it out of targets, or call a "
                 "module of its own at each place"
             )
-        shared.called.add(self.site)
+        called.add(self.site)
 
     # --- module protocol ---------------------------------------------------------------------
 
