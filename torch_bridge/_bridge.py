@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,7 +69,7 @@ class Bridge:
         self._reach = Reach(sites, watch_every)
         self._is_open = True
         self._was: tuple[bytes, bytes] | None = None
-        lifecycle.on_load = self._loaded
+        lifecycle.on_load, lifecycle.make_room = self._loaded, self._make_room
         self._refresh()
 
     # --- reading -----------------------------------------------------------------------------
@@ -208,6 +209,7 @@ class Bridge:
             return None
         found = read(self._pending.pop(0), self._group, self.lattice)
         self._reach.note(found.readings)
+        self._tell_changes()
         asked, self._asked = self._asked, []
         info, born = self._lifecycle.advance(*found, asked)
         with torch.no_grad():
@@ -215,6 +217,15 @@ class Bridge:
                 self._bear(slot, leaves)
         self._end_step()
         return info
+
+    def _tell_changes(self) -> None:
+        changes, self._lifecycle.changes = self._lifecycle.changes, []
+        if changes:
+            warnings.warn(
+                f"the checkpoint was saved under another {', '.join(changes)}: stages and bodies "
+                "go on, these begin anew; grow with the same ones to go on as before",
+                stacklevel=3,
+            )
 
     def _end_step(self) -> None:
         self.optimizers.end_step()
@@ -250,6 +261,23 @@ class Bridge:
             return
         tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
         tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
+
+    def _make_room(self, capacity: int) -> None:
+        """Room for as many bodies as a checkpoint holds; everything begins anew."""
+        lattice = self.lattice
+        larger = ef.lattice(
+            sites=lattice.sites,
+            blueprints=dict(zip(lattice.names, lattice.blueprints, strict=True)),
+            capacity=capacity,
+            dtype=lattice.dtype,
+        )
+        self.growth = replace(self.growth, lattice=larger)
+        banks = zip(self.banks, larger.tables.banks, strict=True)
+        self.banks = [bank._replace(start=to.start, num_slots=to.num_slots) for bank, to in banks]
+        for bank in self.banks:
+            bank.site.make_room(bank.name, bank.num_slots)
+        self._lifecycle.begin(self.growth)
+        self.optimizers.set_bodies(self.body_parameters())
 
     def _loaded(self) -> None:
         self._num_steps = int(self._lifecycle.state.step)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
+from torch_bridge import _load
 from torch_bridge._banks import Bank
 from torch_bridge._bodies import form_of
 from torch_bridge._bridge import Bridge
@@ -157,6 +158,7 @@ def grow(
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
         model.register_forward_hook(shared.end, always_call=True),
+        model.register_load_state_dict_pre_hook(_load.prepare),
     ]
     _tell_compiler()
     for place, own in zip(places, seeds, strict=True):

@@ -53,8 +53,7 @@ class Watcher:
 
     def __init__(self, host: Iterable[nn.Parameter], bodies: Iterable[nn.Parameter]) -> None:
         self._host = {id(p) for p in host}
-        self.bodies = list(bodies)
-        self._bodies = {id(p) for p in self.bodies}
+        self.set_bodies(bodies)
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._holds: weakref.WeakKeyDictionary[Any, _Holds] = weakref.WeakKeyDictionary()
         self._num_steps = 0
@@ -74,6 +73,11 @@ class Watcher:
         ]
         for handle in self._handles:
             weakref.finalize(self, handle.remove)
+
+    def set_bodies(self, bodies: Iterable[nn.Parameter]) -> None:
+        """Says which parameters are bodies'."""
+        self.bodies = list(bodies)
+        self._bodies = {id(p) for p in self.bodies}
 
     def close(self) -> None:
         """Stops watching."""

@@ -130,6 +130,20 @@ class Seeds(nn.Module):  # type: ignore[misc]
             of = getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
             of.data.copy_(leaves[name])
 
+    def make_room(self, bank: str, num_slots: int) -> list[nn.Parameter]:
+        """Gives a bank more slots; returns the new parameters."""
+        module: Any = self.get_submodule(bank)
+        if self.is_stacked:
+            for name, of in list(module.named_parameters()):
+                more = of.new_zeros((num_slots - len(of), *of.shape[1:]))
+                setattr(module, name, nn.Parameter(torch.cat([of.detach(), more])))
+            return list(module.parameters())
+        first = len(module)
+        like = dict(module[0].named_parameters())
+        for _ in range(num_slots - first):
+            module.append(Body({n: torch.zeros_like(of.detach()) for n, of in like.items()}))
+        return [p for body in list(module)[first:] for p in body.parameters()]
+
     def _all_rows(self) -> list[Tensor]:
         """Every leaf of every bank, `[P, ...]`, in the order of `leaf_names`."""
         every: list[Tensor] = []
