@@ -109,6 +109,9 @@ def grow(
     """
     cpu_device()  # before the arrays of the lattice start JAX wherever it likes
     _check(model, blueprints, watch_every=watch_every, lag=lag)
+    for name, flag in {"freeze_host": freeze_host, "stacked": stacked, "verbose": verbose}.items():
+        if not isinstance(flag, bool):
+            raise BridgeError(f"{name} must be True or False, got {flag!r}")
     places, skipped = find(model, targets, features, exclude)
     sites = _sites(places, chunks, topology)
     lattice = ef.lattice(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _kernels, _layer, _ops, _pure
+from torch_bridge import _kernels, _layer, _nested, _ops, _pure
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, SitePlan
@@ -165,12 +165,28 @@ class Seeds(nn.Module):  # type: ignore[misc]
             if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
                 return None
             return rebuild(self._compiled(x))
+        if x.is_nested:
+            self._count()
+            return rebuild(self._nested(module, x))
         self._check(module, x)
         self._count()
         if _pure.is_transformed():
             return rebuild(self._pure(x)) if self.plan.banks else None
-        y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
+        y = self._measured(x)
         return None if y is None else rebuild(y)
+
+    def _measured(self, x: Tensor) -> Tensor | None:
+        return self._surveyed(x) if self.shared.moments is not None else self._grown(x)
+
+    def _nested(self, module: nn.Module, x: Tensor) -> Tensor:
+        is_pointwise = self.plan.topology == "vector"
+        parts, together = _nested.apart(x, is_pointwise=is_pointwise)
+        for part in parts:
+            self._check(module, part)
+        grown = [self._measured(part) for part in parts]
+        if all(of is None for of in grown):
+            return x
+        return together([p if of is None else of for p, of in zip(parts, grown, strict=True)])
 
     def _compiled(self, x: Tensor) -> Tensor:
         rows = self._all_rows()
