@@ -16,6 +16,7 @@ import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
 from torch_bridge import _survey, _unwrap
+from torch_bridge._arguments import check_step, check_survey
 from torch_bridge._banks import Bank, tell_optimizers, tell_sites
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
@@ -194,10 +195,11 @@ class Bridge:
           None before there was one, and commands wait.
 
         Raises:
-          BridgeError: bodies are in no optimiser that steps, or require no gradient, or the bridge
-            was unwrapped.
+          BridgeError: arguments of other types, bodies that are in no optimiser that steps, or
+            require no gradient, or the bridge was unwrapped.
         """
         self._check_open()
+        check_step(loss, commands)
         self.optimizers.check_gradients(with_resting=not self._num_calls)
         self.optimizers.check_complete()
         self._pending.append(
@@ -301,6 +303,7 @@ class Bridge:
           What was found, with NumPy leaves; `bridge.state` remembers it.
         """
         self._check_open()
+        check_survey(closure)
         return _survey.survey(self, closure)
 
     def unwrap(self) -> nn.Module:

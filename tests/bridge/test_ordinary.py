@@ -330,22 +330,27 @@ def test_a_target_that_is_never_reached_is_warned_of_once() -> None:
     assert "idle" in message
 
 
+class Viewed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+
 class Projects(nn.Module):
-    """Its output is a view that is written to in place, as where inputs are masked."""
+    """Its layer's output is a view that is written to in place, as where inputs are masked."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(3, 8)
+        self.layer = Viewed(3, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layer(x.transpose(1, 2))
+        y = self.layer(x)
         y[:, 0] = 1.0
         return y
 
 
 def test_a_view_that_is_written_to_is_measured() -> None:
     model = Projects()
-    x = torch.randn(2, 3, 5)
+    x = torch.randn(2, 5, 3)
     loss = model(x).square().mean()
     loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]
