@@ -225,9 +225,7 @@ class Lifecycle:
 
     def leaves(self) -> dict[str, np.ndarray]:
         """The state's arrays by their paths, its key as numbers."""
-        return _saved.leaves_of(
-            self.state._replace(key=jax.random.key_data(self.state.key))  # type: ignore[arg-type]
-        )
+        return _saved.leaves_of(self.state._replace(key=jax.random.key_data(self.state.key)))
 
     def pack(self) -> Tensor:
         """The state as one uint8 tensor."""
@@ -246,7 +244,7 @@ class Lifecycle:
                 f"the checkpoint holds more bodies than the model has room for; say grow(capacity="
                 f"{fitted.capacity}), or load it into the whole model"
             )
-        raw = self.state._replace(key=jax.random.key_data(self.state.key))  # type: ignore[arg-type]
+        raw = self.state._replace(key=jax.random.key_data(self.state.key))
         found = [jax.device_put(leaf, self.device) for leaf in fitted.leaves]
         raw = jax.tree.unflatten(jax.tree.structure(raw), found)
         impl = jax.random.key_impl(self.state.key)

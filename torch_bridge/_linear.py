@@ -99,8 +99,7 @@ def _heads(
         for name, of in named.items()
         if name in linear or next(of.parameters(recurse=False), None) is not None
     ]
-    last = leaves[-1:]
-    return {name for name in last if name in linear and not _is_repeated(name, named)}
+    return {of for of in leaves[-1:] if of in linear and not _is_repeated(of, named)}
 
 
 def _declared(module: nn.Module) -> nn.Module | None:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper_fn.lifecycle import NONE
 from torch_bridge import _saved
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle, from_tensor, to_tensor
-from torch_bridge._saved import NONE, Saved
+from torch_bridge._saved import Saved
 from torch_bridge._site import Seeds
 
 StateDict = MutableMapping[str, Any]

@@ -130,7 +130,7 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
         return Fitted(leaves, slots, capacity, list(saved.changes), not alike)
     target = np.full(before.num_slots + 1, NONE)
     target[slots[slots != NONE]] = np.flatnonzero(slots != NONE)
-    renumbered: dict[str, Sequence[int]] = {
+    renumbered: dict[str, Any] = {
         ".seeds.slot": target[:-1],
         ".seeds.blueprint": [lattice.names.index(name) for name in saved.blueprints],
         ".seeds.graft": [
@@ -160,7 +160,7 @@ def _group(leaves: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]
     return {path: of for path, of in leaves.items() if path.startswith(f".{name}")}
 
 
-def _renumber(leaf: np.ndarray, to: Sequence[int]) -> np.ndarray:
+def _renumber(leaf: np.ndarray, to: Any) -> np.ndarray:
     return np.where(leaf == NONE, NONE, np.asarray(to)[np.maximum(leaf, 0)]).astype(leaf.dtype)
 
 
