@@ -1,13 +1,13 @@
 """A site inside a transform of `torch.func`, or of forward-mode differentiation.
 
 There its autograd function, which measures, cannot run. The same output and the same derivatives
-come from operations that every transform knows; nothing is measured. Damping is left out, as it is
-no derivative of the loss.
+come from operations that every transform knows; nothing is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ def _change(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor
     r = by_input.detach()
     is_sound = r.flatten(1).sum(1, dtype=torch.float32).isfinite()
     gains = plan.gains.index_select(0, bank.chunk)
+    if bank.is_damped:
+        damping = torch.where(gains[:, 2] == 0, gains[:, 3], 0.0)
+        by_leaves = _Damped.apply(by_leaves, column(damping, r) * r.float())
     parts = (r, by_leaves - r, by_input - r)
     total = torch.zeros_like(u, dtype=torch.float32)
     for gain, part in zip(gains[:, :3].unbind(1), parts, strict=True):
@@ -46,6 +49,30 @@ def _change(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor
         chosen = column(is_sound, part) & (wide != 0)
         total = total + torch.where(chosen, wide * part.float(), 0.0)
     return total.to(u.dtype)
+
+
+class _Damped(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
+    """The identity, whose backward pass adds what pulls an output back: `dy + damping * r`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(r: Tensor, pull: Tensor) -> Tensor:
+        return r.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (pull,) = ctx.saved_tensors
+        return (dy + pull).to(dy.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, dr: Tensor, _: Any) -> Tensor:
+        return dr.clone()
 
 
 def _laid(cut: Cut, bank: BankPlan, values: Tensor, like: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ def unseal(record: Any) -> tuple[Tensor, int]:
         raise BridgeError(
             "the buffer `lifecycle` of a grown model was changed by something other than a copy: "
             "it holds bytes, of which there is no mean; average parameters, and copy buffers from "
-            "the model (AveragedModel(model, use_buffers=False) does)"
+            "the model (AveragedModel(model, use_buffers=False) does). If it is from a file, that "
+            "is damaged. Nothing was loaded"
         )
     packed = torch.frombuffer(bytearray(data[:-_SIZE]), dtype=torch.uint8)
     return packed, int.from_bytes(tail[4:12], "little")

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,11 +91,6 @@ class Shared:
             if not copied.lifecycle.is_driven:
                 copied.lifecycle.make_room(capacity)
 
-    def make_room_in_copy(self, capacity: int) -> None:
-        """The same where no bridge tells the sites."""
-        self.make_room(capacity)
-        self.tell(self)
-
     def begin_averages(
         self, site: Seeds, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
     ) -> None:
@@ -122,7 +118,12 @@ class Shared:
         if not lifecycle.is_driven:  # else its bridge was copied with it
             me = weakref.ref(twin)
             lifecycle.on_load = lambda: (shared := me()) and shared.tell(shared)
-            lifecycle.make_room = lambda capacity: (
-                (shared := me()) and shared.make_room_in_copy(capacity)
-            )
+            lifecycle.make_room = partial(_make_room_in_copy, me)
         return twin
+
+
+def _make_room_in_copy(of: weakref.ref[Shared], capacity: int) -> None:
+    shared = of()
+    if shared is not None:
+        shared.make_room(capacity)
+        shared.tell(shared)  # no bridge does
