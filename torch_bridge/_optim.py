@@ -154,8 +154,7 @@ class Watcher:
         """Takes resting bodies out of the step and remembers the others."""
         if not self.check(optimizer):
             return
-        if self.scaler is not None:
-            self.scale = float(self.scaler.get_scale())
+        self.scale = self.scale_now()
         self.rest()
         if self.before is None and self.learning.groups:
             self.before = self.learning.snapshot()
@@ -163,6 +162,10 @@ class Watcher:
             of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
             for of in (*bank.params, *of_state):
                 self._saved.append((of, of.detach().clone(), bank.learns))
+
+    def scale_now(self) -> float:
+        """By what the next loss is multiplied."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def rest(self) -> None:
         """Takes the gradients of resting bodies away."""

@@ -1,4 +1,4 @@
-"""A copy loads by itself, also where it needs more room, and never moves what it was copied from."""
+"""A copy loads by itself, also where it needs more room, and never moves its original."""
 
 from __future__ import annotations
 
