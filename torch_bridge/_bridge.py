@@ -280,8 +280,10 @@ class Bridge:
     def _refresh(self) -> None:
         """Tells every site who lives there now, and optimisers who learns."""
         gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
-        if gains[:, 3].any():  # a scaled loss pulls as much harder
-            gains = gains * np.float32([1, 1, 1, self.optimizers.scale_now()])
+        if gains[:, 3].any():
+            # Damping is in units of the mean loss over all ranks, and of it unscaled.
+            factor = self.optimizers.scale_now() * self._group.size
+            gains = gains * np.float32([1, 1, 1, factor])
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
         is_new = not self._num_calls  # the first step compiles what later ones with work to do run
         self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
