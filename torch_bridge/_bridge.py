@@ -283,7 +283,7 @@ class Bridge:
         if gains[:, 3].any():
             # Damping is in units of the mean loss over all ranks, and of it unscaled.
             factor = self.optimizers.scale_now() * self._group.size
-            gains = gains * np.float32([1, 1, 1, factor])
+            gains = gains * np.array([1, 1, 1, factor], np.float32)
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
         is_new = not self._num_calls  # the first step compiles what later ones with work to do run
         self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
