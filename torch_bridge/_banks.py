@@ -29,13 +29,19 @@ class Bank(NamedTuple):
     form: Form
 
 
+def banks_of(sites: Sequence[Seeds]) -> list[Bank]:
+    """The banks of some sites, in the order of their slots."""
+    banks = [Bank(site, *of) for site in sites for of in site.slots_of_banks]
+    return sorted(banks, key=lambda bank: bank.start)
+
+
 def tell_copy(shared: Shared) -> None:
     """Gives the sites of a copied model their plans, which no bridge does.
 
     Nothing is measured there, as nobody would read it.
     """
     sites, lifecycle = shared.living_sites(), shared.lifecycle
-    banks = [Bank(site, *of) for site in sites for of in site.slots_of_banks]
+    banks = banks_of(sites)
     gains = lifecycle.gains()
     shared.is_busy = bool(np.any(gains != 0))
     tell_sites(sites, banks, gains, lifecycle.owner(), is_watching=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,12 +17,14 @@ import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
 from torch_bridge import _survey, _unwrap
-from torch_bridge._banks import Bank, tell_optimizers, tell_sites
+from torch_bridge._arguments import check_step, check_survey
+from torch_bridge._banks import Bank, banks_of, tell_optimizers, tell_sites
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._measure import Measured, measure, read
 from torch_bridge._optim import Watcher
+from torch_bridge._reach import Reach
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 
@@ -66,13 +69,15 @@ class Bridge:
         self._lag = lag
         self._pending: list[Measured] = []
         self._asked: list[Command] = []
-        self._is_reached = False
+        self._reach = Reach(sites, watch_every)
         self._is_open = True
         self._was: tuple[bytes, bytes] | None = None
         self._drive()
 
     def _drive(self) -> None:
-        self._lifecycle.is_driven, self._lifecycle.on_load = True, self._loaded
+        lifecycle = self._lifecycle
+        lifecycle.is_driven = True
+        lifecycle.on_load, lifecycle.make_room = self._loaded, self._make_room
         self._was = None
         self._refresh()
 
@@ -186,7 +191,8 @@ class Bridge:
         self.optimizers.check_complete()
         if scaler is not None:
             self.optimizers.scaler = scaler
-            self.optimizers.scale = float(scaler.get_scale())
+            self.optimizers.scale = self.optimizers.scale_now()
+            self._refresh()
 
     @contextmanager
     def around(self, optimizer: Any) -> Iterator[None]:
@@ -217,10 +223,12 @@ class Bridge:
           None before there was one, and commands wait.
 
         Raises:
-          BridgeError: a site was never reached, bodies are in no optimiser, or the bridge was
-            unwrapped.
+          BridgeError: arguments of other types, bodies that are in no optimiser that steps, or
+            require no gradient, or the bridge was unwrapped.
         """
         self._check_open()
+        check_step(loss, commands)
+        self.optimizers.check_gradients(with_resting=not self._num_calls)
         self.optimizers.check_complete()
         self._pending.append(
             measure(self.sites, self.optimizers, self._group, loss, is_waiting=not self._lag)
@@ -230,8 +238,8 @@ class Bridge:
             self._end_step()
             return None
         found = read(self._pending.pop(0), self._group, self.lattice)
-        if not self._is_reached and self._watch_every:
-            self._check_reached(found.readings)
+        self._reach.note(found.readings)
+        self._tell_changes()
         asked, self._asked = self._asked, []
         info, born = self._lifecycle.advance(*found, asked)
         with torch.no_grad():
@@ -240,24 +248,20 @@ class Bridge:
         self._end_step()
         return info
 
+    def _tell_changes(self) -> None:
+        changes, self._lifecycle.changes = self._lifecycle.changes, []
+        if changes:
+            warnings.warn(
+                f"the checkpoint was saved under another {', '.join(changes)}: stages and bodies "
+                "go on, these begin anew; grow with the same ones to go on as before",
+                stacklevel=3,
+            )
+
     def _end_step(self) -> None:
+        self.optimizers.end_step()
         self._num_steps += 1
         self._num_calls += 1
         self._refresh()
-
-    def _check_reached(self, measured: np.ndarray) -> None:
-        first = 0
-        for site in self.sites:
-            chunks = site.plan.cut.chunks
-            if not measured[first : first + chunks, 0].any():
-                raise BridgeError(
-                    f"target {site.site!r} was not reached by the backward pass of the first step: "
-                    "its module is never called (some layers are read by their parents instead, "
-                    "as nn.MultiheadAttention.out_proj), or the loss does not depend on it; leave "
-                    "it out of targets"
-                )
-            first += chunks
-        self._is_reached = True
 
     def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
         bank = self._bank_of(slot)
@@ -276,6 +280,10 @@ class Bridge:
     def _refresh(self) -> None:
         """Tells every site who lives there now, and optimisers who learns."""
         gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
+        if gains[:, 3].any():
+            # Damping is in units of the mean loss over all ranks, and of it unscaled.
+            factor = self.optimizers.scale_now() * self._group.size
+            gains = gains * np.array([1, 1, 1, factor], np.float32)
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
         is_new = not self._num_calls  # the first step compiles what later ones with work to do run
         self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
@@ -287,6 +295,14 @@ class Bridge:
             return
         tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
         tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
+
+    def _make_room(self, capacity: int) -> None:
+        """Room for as many bodies as a checkpoint holds."""
+        self._shared.make_room(capacity)
+        self.growth = self._lifecycle.growth
+        self.banks = banks_of(self.sites)
+        self.optimizers.set_bodies(self.body_parameters())
+        self._loaded()
 
     def _loaded(self) -> None:
         self._num_steps = int(self._lifecycle.state.step)
@@ -310,6 +326,7 @@ class Bridge:
           What was found, with NumPy leaves; `bridge.state` remembers it.
         """
         self._check_open()
+        check_survey(closure)
         return _survey.survey(self, closure)
 
     def unwrap(self) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
-from torch_bridge._banks import Bank, tell_copy
+from torch_bridge import _load
+from torch_bridge._banks import banks_of, tell_copy
 from torch_bridge._bodies import form_of
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert._devices import cpu_device
@@ -29,7 +30,8 @@ def grow(
     model: nn.Module,
     *,
     targets: Targets = "all-linear",
-    chunks: int | Mapping[str, int] = 16,
+    exclude: Targets = (),
+    chunks: int | Mapping[str, int] | None = None,
     blueprints: Mapping[str, ef.base.Blueprint] | None = None,
     capacity: int = 16,
     policy: Any = None,
@@ -40,6 +42,7 @@ def grow(
     directed_births: int = 0,
     features: Mapping[str, int] | None = None,
     topology: Topology | Mapping[str, Topology] | None = None,
+    freeze_host: bool = False,
     stacked: bool = False,
     watch_every: int = 16,
     lag: int = 0,
@@ -58,8 +61,13 @@ def grow(
       targets: whose outputs grow: `"all-linear"`, a module's name or the end of one (`"fc1"`), a
         regular expression for a whole name (`blocks("h")` for every block of the list `h`), a
         module class, a function of `(name, module)`, or a sequence of these. A target returns a
-        tensor, or a tuple that begins with one.
-      chunks: seeds along the feature axis, for all or by pattern; no more than features.
+        tensor, or a tuple that begins with one. `"all-linear"` leaves out the output head, routers
+        of experts, and layers that their parents read instead of calling them; to grow such a layer
+        all the same, name it.
+      exclude: what `targets` shall not take, said in the same words; a module's name stands for all
+        that is inside of it, too.
+      chunks: seeds along the feature axis, 16 if left out. A number counts for all targets, and
+        those with fewer features have one seed a feature; a mapping says it by pattern, exactly.
       blueprints: what may grow, by name; `{"low_rank": ef.blueprints.low_rank()}` if left out.
       capacity: bodies alive at once, for each target and blueprint.
       policy: as in `esper_fn.growth`, and so are `graft`, `governor`, `settings`,
@@ -72,6 +80,8 @@ def grow(
       features: widths of the last axis by pattern, for targets whose class does not tell.
       topology: `vector`, `sequence` or `image`, for all or by pattern; by itself, convolutions are
         images and everything else is a vector.
+      freeze_host: takes `requires_grad` from the model's own parameters, so that only bodies learn.
+        Say it here: whoever freezes all parameters after this call freezes the bodies too.
       stacked: one parameter for each bank tensor, `[P, ...]`, in place of one for each body. For
         thousands of live bodies; needs an optimiser that works element by element, whose step
         count bodies of a bank then share.
@@ -99,8 +109,11 @@ def grow(
     2
     """
     cpu_device()  # before the arrays of the lattice start JAX wherever it likes
-    _check(model, watch_every, lag)
-    places = find(model, targets, features)
+    _check(model, blueprints, watch_every=watch_every, lag=lag)
+    for name, flag in {"freeze_host": freeze_host, "stacked": stacked, "verbose": verbose}.items():
+        if not isinstance(flag, bool):
+            raise BridgeError(f"{name} must be True or False, got {flag!r}")
+    places, skipped = find(model, targets, features, exclude)
     sites = _sites(places, chunks, topology)
     lattice = ef.lattice(
         sites=sites,
@@ -121,6 +134,8 @@ def grow(
         form_of(lattice.blueprints[bank.blueprint], sites[bank.site].spec)
         for bank in lattice.tables.banks
     ]
+    if freeze_host:
+        model.requires_grad_(False)
     lifecycle = Lifecycle(growth, seed)
     empty = lifecycle.empty_bodies()
     shared = Shared(lifecycle, tell_copy)
@@ -133,15 +148,15 @@ def grow(
         _seeds(place, site, empty[site.name], shared, tuple(own), stacked, model)
         for place, site, own in zip(places, sites, slots, strict=True)
     ]
-    banks = [Bank(site, *of) for site in seeds for of in site.slots_of_banks]
-    banks.sort(key=lambda bank: bank.start)
+    banks = banks_of(seeds)
     for own in seeds:
         kernels = [bank.form.kernel for bank in banks if bank.site is own]
         own.activation = kernels[0] if len(kernels) == 1 else None
     seeds[0].keep_record()
     handles = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
-        model.register_forward_hook(shared.end),
+        model.register_forward_hook(shared.end, always_call=True),
+        model.register_load_state_dict_pre_hook(_load.prepare),
     ]
     _tell_compiler()
     for place, own in zip(places, seeds, strict=True):
@@ -160,14 +175,32 @@ def grow(
         handles,
     )
     if verbose:
-        sys.stdout.write(bridge.summary() + "\n")
+        left_out = "".join(f"  left out by 'all-linear': {n} ({w})\n" for n, w in skipped.items())
+        sys.stdout.write(f"{bridge.summary()}\n{left_out}")
     return bridge
 
 
-def _check(model: object, watch_every: object, lag: object) -> None:
+def _check(model: object, blueprints: object, **counts: object) -> None:
     if not isinstance(model, nn.Module):
         raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, value in {"watch_every": watch_every, "lag": lag}.items():
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise BridgeError(
+            "model has lazy layers whose shapes are not known yet; call it once on a batch before "
+            "grow()"
+        )
+    if blueprints is not None and not isinstance(blueprints, Mapping):
+        raise BridgeError(
+            f"blueprints must be a dict of name to blueprint, got {type(blueprints).__name__}; say "
+            "blueprints={'low_rank': ef.blueprints.low_rank()}"
+        )
+    for name, blueprint in (blueprints or {}).items():
+        if not isinstance(name, str) or not isinstance(blueprint, ef.base.Blueprint):
+            raise BridgeError(
+                f"blueprints[{name!r}] must be a blueprint under a name, got "
+                f"{type(blueprint).__name__}; make one by calling a function of ef.blueprints, as "
+                "{'low_rank': ef.blueprints.low_rank(rank=8)}"
+            )
+    for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise BridgeError(f"{name} must be an int, at least 0, got {value!r}")
 
@@ -185,12 +218,15 @@ def _tell_compiler() -> None:
 
 
 def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:
-    told = by_pattern(topology, places, "topology", None)
+    kinds = by_pattern(topology, places, "topology", None)
+    most = 16 if chunks is None else chunks
+    counts = by_pattern(most, places, "chunks", 1)
+    widest = max(place.features for place in places)
+    if chunks is None or (isinstance(most, int) and most <= widest):
+        counts = [min(most, place.features) for place in places]
     sites = []
-    for place, count, kind in zip(
-        places, by_pattern(chunks, places, "chunks", 1), told, strict=True
-    ):
-        is_image = place.axis == 1 and isinstance(place.module, (nn.Conv2d, nn.BatchNorm2d))
+    for place, count, kind in zip(places, counts, kinds, strict=True):
+        is_image = place.axis == 1 and isinstance(place.module, _IMAGES)
         sites.append(
             ef.site(
                 place.name,
@@ -200,6 +236,9 @@ def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]
             )
         )
     return sites
+
+
+_IMAGES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 
 def _seeds(

@@ -25,7 +25,8 @@ from torch_bridge._chunks import Pulled, column, per_slot_square, put_, slopes, 
 from torch_bridge._plan import NUM_WATCHED, BankPlan, Cut, SitePlan
 
 
-def _outputs(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor:
+def outputs(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor:
+    """What each body of a bank adds, zero where padded."""
     r = bank.form.apply(leaves, u, bank.mask, plan.topology)
     if bank.columns is None:
         return r
@@ -50,7 +51,7 @@ def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) 
         if not bank.acts:
             continue
         u = take(plan.cut, bank, x)
-        r = _outputs(plan, bank, bodies[bank.bank], u)
+        r = outputs(plan, bank, bodies[bank.bank], u)
         act = plan.gains[:, 0].index_select(0, bank.chunk)
         act = torch.where(_is_finite(r), act, 0.0)
         put_(plan.cut, bank, y, _add(u, act, r))
@@ -136,7 +137,7 @@ def _pull_any(
     damping: Tensor | None,
 ) -> Measured:
     def run(leaves: Leaves, u: Tensor) -> Tensor:
-        return _outputs(plan, bank, leaves, u)
+        return outputs(plan, bank, leaves, u)
 
     r, pull = torch.func.vjp(run, leaves, u)
     d_leaves, d_u = pull(slope if damping is None else _add(slope, damping, r))

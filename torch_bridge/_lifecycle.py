@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import esper_fn as ef
 from esper_fn._lattice import Moments, slot_gains
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
+from torch_bridge import _saved
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 from torch_bridge._words import Words
@@ -58,8 +58,21 @@ class Lifecycle:
     """
 
     def __init__(self, growth: ef.Growth, seed: int) -> None:
-        self.growth = growth
         self.device = cpu_device()
+        self.on_load: Callable[[], Any] = lambda: None
+        self.make_room: Callable[[int], Any] = lambda capacity: None
+        """Gives the model room for more bodies, where a checkpoint holds them."""
+        self.is_driven = False
+        """Whether a bridge moves it; a copied model's rests until its record is written."""
+        self.age = 0
+        """How often it has changed."""
+        self.changes: list[str] = []
+        """What a loaded checkpoint could not say for this growth."""
+        self.begin(growth, seed)
+
+    def begin(self, growth: ef.Growth, seed: int = 0) -> None:
+        """All seeds dormant, under a growth that may have another capacity than before."""
+        self.growth = growth
         with self._here():
             # Without bodies, whose random numbers would take long to compile: a birth writes them.
             begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
@@ -72,11 +85,6 @@ class Lifecycle:
         self._programs: dict[int, tuple[Any, Words]] = {}
         self._conclude = jax.jit(growth.conclude)
         self._on_trial = jax.jit(growth.on_trial)
-        self.on_load: Callable[[], Any] = lambda: None
-        self.is_driven = False
-        """Whether a bridge moves it; a copied model's rests until its record is written."""
-        self.age = 0
-        """How often it has changed."""
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -102,7 +110,7 @@ class Lifecycle:
         States are never changed in place, so the two share what is the same.
         """
         twin = memo[id(self)] = copy.copy(self)
-        twin.is_driven, twin.on_load = False, lambda: None
+        twin.is_driven, twin.on_load, twin.make_room = False, lambda: None, lambda capacity: None
         return twin
 
     def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
@@ -227,52 +235,53 @@ class Lifecycle:
 
     # --- in a state dict ---------------------------------------------------------------------
 
-    def _leaves(self) -> tuple[list[Any], Any]:
-        raw = self.state._replace(key=jax.random.key_data(self.state.key))
-        return jax.tree.flatten(raw)
-
-    def _digest(self, leaves: Sequence[Any]) -> bytes:
-        lattice = self.growth.lattice
-        told = [
-            [(np.shape(leaf), str(np.asarray(leaf).dtype)) for leaf in leaves],
-            [(s.name, s.features, s.chunks, s.topology) for s in lattice.sites],
-            lattice.names,
-            lattice.capacity,
-        ]
-        return hashlib.sha256(repr(told).encode()).digest()[:8]
+    def leaves(self) -> dict[str, np.ndarray]:
+        """The state's arrays by their paths, its key as numbers."""
+        return _saved.leaves_of(self.state._replace(key=jax.random.key_data(self.state.key)))
 
     def pack(self) -> Tensor:
-        """The state as one uint8 tensor: eight bytes that name its layout, then its arrays."""
-        leaves = [np.asarray(leaf) for leaf in self._leaves()[0]]
-        data = self._digest(leaves) + b"".join(leaf.tobytes() for leaf in leaves)
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        """The state as one uint8 tensor."""
+        return to_tensor(_saved.describe(self.growth, self.leaves()))
 
     def unpack(self, packed: Tensor) -> None:
         """Takes a packed state over.
 
         Raises:
-          BridgeError: it belongs to other sites, blueprints, policies or another capacity.
+          BridgeError: it cannot be read, or belongs to other sites, blueprints or more bodies.
         """
-        leaves, structure = self._leaves()
-        data = packed.detach().cpu().numpy().tobytes()
-        sizes = [np.asarray(leaf).nbytes for leaf in leaves]
-        if len(data) != 8 + sum(sizes) or data[:8] != self._digest(leaves):
+        saved = from_tensor(packed)
+        fitted = _saved.fit(saved, self.growth, self.leaves())
+        if fitted.capacity or fitted.is_moved:
             raise BridgeError(
-                "the checkpoint's lifecycle belongs to another growth: grow the model with the "
-                "same targets, chunks, blueprints, capacity, policy and settings as when it was "
-                "saved, then load"
+                f"the checkpoint holds more bodies than a part of the model has room for; say "
+                f"grow(capacity={saved.capacity}), or load it into the whole model, which makes "
+                "the room"
             )
-        found, at = [], 8
-        for leaf, size in zip(leaves, sizes, strict=True):
-            like = np.asarray(leaf)
-            part = np.frombuffer(data[at : at + size], like.dtype).reshape(like.shape)
-            found.append(jax.device_put(part, self.device))
-            at += size
-        raw = jax.tree.unflatten(structure, found)
+        self._take(fitted)
+        self.changes = fitted.changes
+        self.on_load()
+
+    def restore(self, packed: Tensor) -> None:
+        """Goes on in a growth with more room than the one that was packed, without telling."""
+        self._take(_saved.fit(from_tensor(packed), self.growth, self.leaves()))
+
+    def _take(self, fitted: _saved.Fitted) -> None:
+        raw = self.state._replace(key=jax.random.key_data(self.state.key))
+        found = [jax.device_put(leaf, self.device) for leaf in fitted.leaves]
+        raw = jax.tree.unflatten(jax.tree.structure(raw), found)
         impl = jax.random.key_impl(self.state.key)
         with self._here():
             self.state = raw._replace(key=jax.random.wrap_key_data(raw.key, impl=impl))
-        self.on_load()
+
+
+def to_tensor(saved: _saved.Saved) -> Tensor:
+    """For a state dict."""
+    return torch.frombuffer(bytearray(_saved.write(saved)), dtype=torch.uint8)
+
+
+def from_tensor(packed: Tensor) -> _saved.Saved:
+    """The inverse of `to_tensor`; raises BridgeError."""
+    return _saved.parse(packed.numpy().tobytes())
 
 
 def _look(state: ef.GrowthState) -> _Told:

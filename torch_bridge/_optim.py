@@ -32,16 +32,31 @@ class Partial(NamedTuple):
     """bool[P]."""
 
 
+class _Holds(NamedTuple):
+    """What an optimiser holds, by the parameters' identities."""
+
+    form: list[tuple[int, int]]
+    """Identity and length of each group's list, as long as which all stays."""
+    bodies: set[int]
+    host: set[int]
+    """Everything else."""
+    last_step: int
+    """The call of `bridge.step` that followed its last step."""
+
+
+_PATIENCE_STEPS = 64
+"""Calls of `bridge.step` for which an optimiser may rest while others step."""
+
+
 class Watcher:
     """Notices the optimisers of one model and keeps resting bodies out of their steps."""
 
     def __init__(self, host: Iterable[nn.Parameter], bodies: Iterable[nn.Parameter]) -> None:
         self._host = {id(p) for p in host}
-        self.bodies = list(bodies)
-        self._bodies = {id(p) for p in self.bodies}
+        self.set_bodies(bodies)
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._held: set[int] = set()
-        self._is_complete = not self._bodies
+        self._holds: weakref.WeakKeyDictionary[Any, _Holds] = weakref.WeakKeyDictionary()
+        self._num_steps = 0
         self.resting: list[nn.Parameter] = []
         """Parameters none of whose bodies learn."""
         self.learning = Learning(())
@@ -59,45 +74,87 @@ class Watcher:
         for handle in self._handles:
             weakref.finalize(self, handle.remove)
 
+    def set_bodies(self, bodies: Iterable[nn.Parameter]) -> None:
+        """Says which parameters are bodies'."""
+        self.bodies = list(bodies)
+        self._bodies = {id(p) for p in self.bodies}
+
     def close(self) -> None:
         """Stops watching."""
         for handle in self._handles:
             handle.remove()
 
-    def check(self, optimizer: Any) -> None:
-        """Notes which bodies an optimiser holds, if it has anything to do with the model."""
-        if optimizer in self.seen and self._is_complete:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held & (self._host | self._bodies):
+    def check(self, optimizer: Any) -> set[int]:
+        """Notes which parameters an optimiser holds now; returns the bodies' among them."""
+        lists = [group["params"] for group in optimizer.param_groups]
+        form = [(id(params), len(params)) for params in lists]
+        known = self._holds.get(optimizer)
+        if known is None or known.form != form:
+            every = {id(p) for params in lists for p in params}
+            bodies = every & self._bodies
+            if not bodies and not every & self._host:
+                return bodies
+            known = _Holds(form, bodies, every - bodies, 0)
             self.seen.add(optimizer)
-            self._held |= held & self._bodies
-            self._is_complete = self._held == self._bodies
+        self._holds[optimizer] = known._replace(last_step=self._num_steps)
+        return known.bodies
 
     def check_complete(self) -> None:
-        """Holds the optimisers seen so far to having all bodies.
+        """Holds the optimisers that step to having all bodies.
+
+        One whose other parameters are stepped by another one now has been replaced, and one that
+        has not stepped for long rests.
 
         Raises:
-          BridgeError: bodies are in none of them, as with one made before `grow`.
+          BridgeError: bodies are in none of them, as with one made before `grow`, or made later of
+            the model's own parameters.
         """
-        if self._is_complete or not self.seen:
+        every = list(self._holds.items())
+        if not self._bodies or not every:
             return
-        kinds = ", ".join(sorted({type(of).__name__ for of in self.seen}))
+        now = [(of, held) for of, held in every if held.last_step == self._num_steps]
+        stepped = set().union(*(held.host for _, held in now))
+        missing = set(self._bodies)
+        for _, held in every:
+            is_replaced = held.last_step < self._num_steps and held.host & stepped
+            is_resting = bool(now) and held.last_step < self._num_steps - _PATIENCE_STEPS
+            if not is_replaced and not is_resting:
+                missing -= held.bodies
+        if not missing:
+            return
+        kinds = ", ".join(sorted({type(of).__name__ for of, _ in now or every}))
         raise BridgeError(
-            f"{len(self._bodies - self._held)} of {len(self._bodies)} parameters of bodies are in "
-            f"no optimiser ({kinds}): it was made before grow(), or from a part of the model. Make "
+            f"{len(missing)} of {len(self._bodies)} parameters of bodies are in no optimiser that "
+            f"steps ({kinds}): it was made before grow(), or from a part of the model. Make "
             "it afterwards from model.parameters(), or add them: "
             "optimizer.add_param_group({'params': bridge.body_parameters()})"
         )
 
+    def check_gradients(self, *, with_resting: bool) -> None:
+        """Holds the bodies that learn, or all of them, to requiring a gradient.
+
+        Raises:
+          BridgeError: some do not, as after freezing the whole model.
+        """
+        learning = [p for of in self.learning.groups for p in of.params]
+        frozen = [p for p in (self.bodies if with_resting else learning) if not p.requires_grad]
+        if frozen:
+            raise BridgeError(
+                f"{len(frozen)} parameters of bodies have requires_grad=False and would never "
+                "learn: the model was frozen after grow(), by hand or by PEFT. Say "
+                "grow(freeze_host=True) in place of freezing it, or give them back: for p in "
+                "bridge.body_parameters(): p.requires_grad_(True), and let the optimiser hold them"
+            )
+
+    def end_step(self) -> None:
+        """A call of `bridge.step` ends."""
+        self._num_steps += 1
+
     def before_step(self, optimizer: Any) -> None:
         """Takes resting bodies out of the step and remembers the others."""
-        self.check(optimizer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not held & self._bodies:
+        if not self.check(optimizer):
             return
-        if self.scaler is not None:
-            self.scale = float(self.scaler.get_scale())
+        self.scale = self.scale_now()
         self.rest()
         if self.before is None and self.learning.groups:
             self.before = self.learning.snapshot()
@@ -105,6 +162,10 @@ class Watcher:
             of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
             for of in (*bank.params, *of_state):
                 self._saved.append((of, of.detach().clone(), bank.learns))
+
+    def scale_now(self) -> float:
+        """By what the next loss is multiplied."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def rest(self) -> None:
         """Takes the gradients of resting bodies away."""

@@ -57,6 +57,12 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
             for target, value in zip(targets, found, strict=True):
                 target.copy_(value)
             return None if isinstance(args[0], (list, tuple)) else args[0]
+        if func.__name__ == "copy_" and args[0].shape != args[1].shape:
+            raise BridgeError(
+                "the lifecycle of a grown model was copied into one that is not grown alike: its "
+                "targets, chunks, blueprints or capacity differ; copy the model (copy.deepcopy, "
+                "AveragedModel) after it has loaded what it starts from"
+            )
         result = super().__torch_function__(func, types, args, kwargs or {})
         if is_in_place or func.__name__ == "__set__":
             for target in args[0] if isinstance(args[0], (list, tuple)) else args[:1]:
@@ -115,12 +121,17 @@ def seal(packed: Tensor, age: int) -> Record:
     return found
 
 
-def unseal(record: Tensor) -> tuple[Tensor, int]:
+def unseal(record: Any) -> tuple[Tensor, int]:
     """A packed lifecycle and its age; -1 for one from before there were records.
 
     Raises:
-      BridgeError: the bytes are no longer those of one lifecycle.
+      BridgeError: it is none, or its bytes are no longer those of one lifecycle.
     """
+    if not (isinstance(record, Tensor) and record.dtype == torch.uint8 and record.ndim == 1):
+        raise BridgeError(
+            "the state dict's lifecycle cannot be read: it is not a tensor of bytes; nothing was "
+            "loaded"
+        )
     data = _bytes(record)
     tail = data[-_SIZE:]
     if tail[:4] != _MARK:
@@ -129,7 +140,8 @@ def unseal(record: Tensor) -> tuple[Tensor, int]:
         raise BridgeError(
             "the buffer `lifecycle` of a grown model was changed by something other than a copy: "
             "it holds bytes, of which there is no mean; average parameters, and copy buffers from "
-            "the model (AveragedModel(model, use_buffers=False) does)"
+            "the model (AveragedModel(model, use_buffers=False) does). If it is from a file, that "
+            "is damaged. Nothing was loaded"
         )
     packed = torch.frombuffer(bytearray(data[:-_SIZE]), dtype=torch.uint8)
     return packed, int.from_bytes(tail[4:12], "little")

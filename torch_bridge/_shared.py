@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+import esper_fn as ef
 from torch_bridge._errors import BridgeError
 
 if TYPE_CHECKING:
@@ -40,8 +44,8 @@ class Shared:
         self.is_busy = True
         """Whether any site lives or watches in this step. Compiled programs depend on it: one is
         the bare model's, the other one serves every step in which there is anything to do."""
-        self.is_running = False
-        self.called: set[str] = set()
+        self.called: dict[int, set[str]] = {}
+        """The sites called in the forward pass that a thread is in, by the thread's number."""
         self.moments: dict[str, list[Tensor]] | None = None
         """Where a survey gathers second moments; None outside of one."""
         self.anchors: list[Tensor] = []
@@ -50,18 +54,42 @@ class Shared:
     def begin(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the whole model."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self.is_running = True
-            self.called.clear()
+            self.called[threading.get_ident()] = set()
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the whole model."""
         if not torch.compiler.is_compiling():
-            self.is_running = False
+            self.called.pop(threading.get_ident(), None)
 
     def living_sites(self) -> list[Seeds]:
         """In the order of their seeds."""
         found = [site for of in self.sites if (site := of()) is not None]
         return sorted(found, key=lambda site: site.first_seed)
+
+    def make_room(self, capacity: int) -> None:
+        """Gives every bank more slots; all seeds and bodies stay as they are.
+
+        Copies that no bridge drives get the slots too: averages go through both models' parameters
+        in pairs.
+        """
+        lattice, age = self.lifecycle.growth.lattice, self.lifecycle.age
+        if capacity <= lattice.capacity:
+            return
+        larger = ef.lattice(
+            sites=lattice.sites,
+            blueprints=dict(zip(lattice.names, lattice.blueprints, strict=True)),
+            capacity=capacity,
+            dtype=lattice.dtype,
+        )
+        before = self.lifecycle.pack()
+        self.lifecycle.begin(replace(self.lifecycle.growth, lattice=larger))
+        self.lifecycle.restore(before)
+        self.lifecycle.age = age
+        for site in self.living_sites():
+            site.make_room(larger)
+        for copied in list(self.copies):
+            if not copied.lifecycle.is_driven:
+                copied.lifecycle.make_room(capacity)
 
     def begin_averages(
         self, site: Seeds, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
@@ -70,8 +98,10 @@ class Shared:
 
         Only where the average has no body in the slot, so that none of its outputs changes.
         """
+        capacity = self.lifecycle.growth.lattice.capacity
         for copied in self.copies:
-            if copied.is_average and copied.lifecycle.owner()[slot] < 0:
+            is_alike = copied.lifecycle.growth.lattice.capacity == capacity
+            if copied.is_average and is_alike and copied.lifecycle.owner()[slot] < 0:
                 for own in copied.living_sites():
                     if own.first_seed == site.first_seed:
                         own.write_(bank, local, leaves)
@@ -88,4 +118,12 @@ class Shared:
         if not lifecycle.is_driven:  # else its bridge was copied with it
             me = weakref.ref(twin)
             lifecycle.on_load = lambda: (shared := me()) and shared.tell(shared)
+            lifecycle.make_room = partial(_make_room_in_copy, me)
         return twin
+
+
+def _make_room_in_copy(of: weakref.ref[Shared], capacity: int) -> None:
+    shared = of()
+    if shared is not None:
+        shared.make_room(capacity)
+        shared.tell(shared)  # no bridge does

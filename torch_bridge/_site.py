@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _kernels, _layer, _ops, _record
+from esper_fn import Lattice
+from torch_bridge import _kernels, _layer, _nested, _ops, _pure, _record
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
 from torch_bridge._plan import NUM_CHANNELS, BankPlan, BankSlots, SitePlan
@@ -101,7 +103,11 @@ class Seeds(nn.Module):  # type: ignore[misc]
         if record is None or record.is_meta or self.packed_age == self.shared.lifecycle.age:
             return
         lifecycle = self.shared.lifecycle
-        _record.write_(record, _record.seal(lifecycle.pack(), lifecycle.age))
+        now = _record.seal(lifecycle.pack(), lifecycle.age)
+        if len(now) == len(record):
+            _record.write_(record, now)
+        else:  # the model has got more room
+            self.__dict__["_buffers"]["lifecycle"] = now.to(record.device)
         self.packed_age = lifecycle.age
 
     @property
@@ -165,6 +171,36 @@ class Seeds(nn.Module):  # type: ignore[misc]
             of = getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
             of.data.copy_(leaves[name])
 
+    def make_room(self, lattice: Lattice) -> None:
+        """Gives the banks the slots that a larger lattice has for them."""
+        slots = {
+            (lattice.sites[b.site].name, lattice.names[b.blueprint]): b
+            for b in lattice.tables.banks
+        }
+        found = [(of, slots[self.site, of.name]) for of in self.slots_of_banks]
+        self.slots_of_banks = tuple(
+            of._replace(start=to.start, num_slots=to.num_slots) for of, to in found
+        )
+        for bank in self.slots_of_banks:
+            self._add_slots(bank.name, bank.num_slots)
+        self.plan = replace(self.plan, bound={})
+        self.packed_age = None
+
+    def _add_slots(self, bank: str, num_slots: int) -> None:
+        module: Any = self.get_submodule(bank)
+        if self.is_stacked:
+            for name, of in list(module.named_parameters()):
+                more = of.new_zeros((num_slots - len(of), *of.shape[1:]))
+                wide = torch.cat([of.detach(), more])
+                setattr(module, name, nn.Parameter(wide, requires_grad=of.requires_grad))
+            return
+        like = dict(module[0].named_parameters())
+        for _ in range(num_slots - len(module)):
+            body = Body({n: torch.zeros_like(of.detach()) for n, of in like.items()})
+            for name, of in body.named_parameters():
+                of.requires_grad_(like[name].requires_grad)
+            module.append(body)
+
     def _all_rows(self) -> list[Tensor]:
         """Every leaf of every bank, `[P, ...]`, in the order of `leaf_names`."""
         every: list[Tensor] = []
@@ -186,10 +222,28 @@ class Seeds(nn.Module):  # type: ignore[misc]
             if not self.shared.is_busy and (x.requires_grad or not torch.is_grad_enabled()):
                 return None
             return rebuild(self._compiled(x))
+        if x.is_nested:
+            self._count()
+            return rebuild(self._nested(module, x))
         self._check(module, x)
         self._count()
-        y = self._surveyed(x) if self.shared.moments is not None else self._grown(x)
+        if _pure.is_transformed():
+            return rebuild(self._pure(x)) if self.plan.banks else None
+        y = self._measured(x)
         return None if y is None else rebuild(y)
+
+    def _measured(self, x: Tensor) -> Tensor | None:
+        return self._surveyed(x) if self.shared.moments is not None else self._grown(x)
+
+    def _nested(self, module: nn.Module, x: Tensor) -> Tensor:
+        is_pointwise = self.plan.topology == "vector"
+        parts, together = _nested.apart(x, is_pointwise=is_pointwise)
+        for part in parts:
+            self._check(module, part)
+        grown = [self._measured(part) for part in parts]
+        if all(of is None for of in grown):
+            return x
+        return together([p if of is None else of for p, of in zip(parts, grown, strict=True)])
 
     def _compiled(self, x: Tensor) -> Tensor:
         rows = self._all_rows()
@@ -210,11 +264,16 @@ class Seeds(nn.Module):  # type: ignore[misc]
             return _ops.grafted(self, plan, self.axis, x, self.tap, *leaves)
         if not torch.is_grad_enabled():
             return None
-        is_new = not x.requires_grad
+        # A view that is written to in place loses the hook by which it would be measured.
+        is_new = not x.requires_grad or (plan.is_watching and x._is_view())
         y = _ops.Anchored.apply(x, self.tap) if is_new else x
         if plan.is_watching:
             self._watch(y)
         return y if is_new else None
+
+    def _pure(self, x: Tensor) -> Tensor:
+        rows = [dict(zip(of.leaves, self.rows_of(of), strict=True)) for of in self.plan.banks]
+        return _pure.grown(self.plan, self.axis, x, rows)
 
     def _watch(self, x: Tensor) -> None:
         """Measures dormant chunks by a hook of the tensor, which leaves the graph as it was."""
@@ -222,7 +281,14 @@ class Seeds(nn.Module):  # type: ignore[misc]
         with torch.no_grad():
             stats = _ops.watch(cut, x.movedim(axis, -1))
 
-        def measure(dy: Tensor) -> None:
+        def measure(dy: Tensor | None) -> None:
+            if dy is None:
+                raise BridgeError(
+                    f"target {self.site!r}: no gradient comes back to it, as a layer behind it has "
+                    "no derivative (a quantised one of torch.ao, say). Nothing can learn there: "
+                    "leave it out by exclude=, or grow the model in floating point and quantise "
+                    "it after bridge.unwrap()"
+                )
             with torch.no_grad():
                 self.hear(_ops.tell(cut, stats, dy.movedim(axis, -1)))
 
@@ -264,7 +330,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             raise BridgeError(
                 f"target {self.site!r} ({type(module).__name__}): its output {tuple(x.shape)} has "
                 f"no feature axis of {width} at axis {self.axis}; say features={{{self.site!r}: "
-                "WIDTH}} or choose another target"
+                "WIDTH} or choose another target"
             )
         if x.dtype not in DTYPES:
             raise BridgeError(
@@ -278,17 +344,16 @@ class Seeds(nn.Module):  # type: ignore[misc]
             )
 
     def _count(self) -> None:
-        shared = self.shared
-        if not shared.is_running or torch._C._current_graph_task_id() != -1:
+        called = self.shared.called.get(threading.get_ident())
+        if called is None or torch._C._current_graph_task_id() != -1:
             return  # a part of the model alone, or a checkpoint's second run
-        if self.site in shared.called:
-            shared.is_running = False
+        if self.site in called:
             raise BridgeError(
                 f"target {self.site!r} is called more than once in one forward pass of the model: "
                 "its seeds would serve two places at once; leave it out of targets, or call a "
                 "module of its own at each place"
             )
-        shared.called.add(self.site)
+        called.add(self.site)
 
     # --- module protocol ---------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def _eagerly(bridge: Bridge) -> Iterator[None]:
     finally:
         shared.moments = None
         shared.anchors = []
-        shared.is_running = False
+        shared.called.clear()
 
 
 def _measure(

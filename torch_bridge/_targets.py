@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from torch_bridge import _linear
 from torch_bridge._errors import BridgeError
 
 Target: TypeAlias = str | type | Callable[[str, nn.Module], bool]
@@ -17,6 +20,10 @@ Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
@@ -40,24 +47,43 @@ def blocks(name: str) -> str:
 
 
 def find(
-    model: nn.Module, targets: Targets, features: Mapping[str, int] | None = None
-) -> list[Place]:
-    """The modules that `targets` name, in the model's own order.
+    model: nn.Module,
+    targets: Targets,
+    features: Mapping[str, int] | None = None,
+    exclude: Targets = (),
+) -> tuple[list[Place], dict[str, str]]:
+    """The modules that `targets` name and `exclude` does not, in the model's own order.
+
+    Returns:
+      The places, and what `all-linear` left out, with the reason.
 
     Raises:
       BridgeError: a target matches nothing, or something that cannot carry seeds.
     """
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: dict[str, nn.Module] = {}
-    several = isinstance(targets, Sequence) and not isinstance(targets, str)
-    wanted: list[Any] = list(targets) if several else [targets]  # type: ignore[arg-type]
+    skipped: dict[str, str] = {}
+    wanted = _several(targets)
     if not wanted:
         raise BridgeError("targets is empty; name modules, or take 'all-linear'")
     for target in wanted:
         found = {name: of for name, of in named.items() if _matches(target, name, of)}
         if not found:
-            raise BridgeError(_nothing(target, named))
+            raise BridgeError(_nothing("targets", target, named))
+        if target == ALL_LINEAR:
+            skipped = _linear.left_out(named, model)
+            found = {name: of for name, of in found.items() if name not in skipped}
         chosen |= found
+    for target in _several(exclude):
+        if not any(_matches(target, name, of) for name, of in named.items()):
+            raise BridgeError(_nothing("exclude", target, named))
+        chosen = {name: of for name, of in chosen.items() if not _is_under(target, name, named)}
+    if not chosen:
+        raise BridgeError(
+            f"targets={targets!r} leaves nothing to grow: exclude={exclude!r}, and 'all-linear' "
+            f"leaves out {skipped}; name at least one module in targets"
+        )
+    skipped = {name: reason for name, reason in skipped.items() if name not in chosen}
     widths = dict(features or {})
     places = [
         _place(name, module, _of_pattern(widths, name, module, None))
@@ -71,7 +97,19 @@ def find(
             f"features names {unused}, which match no target; targets are "
             f"{_some(of.name for of in places)}"
         )
-    return places
+    return places, skipped
+
+
+def _several(targets: Targets) -> list[Any]:
+    several = isinstance(targets, Sequence) and not isinstance(targets, str)
+    return list(targets) if several else [targets]  # type: ignore[arg-type]
+
+
+def _is_under(target: Any, name: str, named: Mapping[str, nn.Module]) -> bool:
+    """Whether a pattern matches a module or one that it is inside of."""
+    parts = name.split(".")
+    above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return any(_matches(target, of, named[of]) for of in above)
 
 
 def by_pattern(
@@ -108,25 +146,20 @@ def _matches(target: Any, name: str, module: nn.Module) -> bool:
             f"(name, module), got {target!r}"
         )
     if target == ALL_LINEAR:
-        return isinstance(module, nn.Linear) or _is_transposed_linear(module)
+        return _linear.is_linear(module)
     if name == target or name.endswith("." + target):
         return True
     return bool(_REGEX.search(target)) and re.fullmatch(target, name) is not None
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
-    """The linear layer of GPT-2 in transformers, whose weight is `[inputs, outputs]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _nothing(target: Any, named: Mapping[str, nn.Module]) -> str:
+def _nothing(argument: str, target: Any, named: Mapping[str, nn.Module]) -> str:
     near: list[str] = []
     if isinstance(target, str):
         tails = {name.rsplit(".", 1)[-1] for name in named}
         near = difflib.get_close_matches(target, [*named, *tails], n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
-        f"targets={target!r} matches none of the model's {len(named)} modules{hint} "
+        f"{argument}={target!r} matches none of the model's {len(named)} modules{hint} "
         f"(a name, the end of one, a regular expression for a whole name, 'all-linear', a module "
         f"class or a function; the modules are {_some(named)})"
     )
@@ -169,21 +202,32 @@ def _place(name: str, module: nn.Module, told: int | None) -> Place:
 
 def _known(module: nn.Module) -> tuple[int, int] | None:
     """Features and feature axis of a layer's output."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, -1
-    if _is_transposed_linear(module):
-        return int(module.nf), -1
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(module, _CONVOLUTIONS):
         return module.out_channels, 1
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return module.embedding_dim, -1
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return int(module.normalized_shape[-1]), -1
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d)):
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return module.num_features, 1
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
-    return None
+    width = _last_width(module)
+    return None if width is None else (width, -1)
+
+
+def _last_width(module: nn.Module) -> int | None:
+    """The width of the last axis of a layer's output."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return module.embedding_dim
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.MultiheadAttention):
+        return int(module.embed_dim)
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return int(module.linear2.out_features)
+    if isinstance(module, nn.RNNBase):
+        return int((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
+    if _linear.is_transposed_linear(module):
+        return int(module.nf)
+    width = getattr(module, "out_features", None)
+    return width if isinstance(width, int) and _linear.is_linear(module) else None
 
 
 def _check_shared(named: Mapping[str, nn.Module], places: Sequence[Place]) -> None:

@@ -43,6 +43,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
             ),
             utility_variation=100.0,
             loss_variation=1.0,
+            train_first=True,
         ),
         directed_births=1,
     )

@@ -7,7 +7,7 @@ import torch
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
 
-GROWN = {Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUNING}
+GROWN = {*range(Stage.GRAFTING, Stage.FOSSILIZED + 1)}
 
 
 def options():

@@ -36,7 +36,14 @@ def counting() -> tuple[Any, list[int]]:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_no_stage_compiles_anew_and_all_agree_with_eager(stacked: bool) -> None:
     model = Mlp()
-    bridge = grow(model, ["fc1", "fc2"], stacked=stacked, watch_every=2)
+    bridge = grow(
+        model,
+        ["fc1", "fc2"],
+        stacked=stacked,
+        watch_every=2,
+        graft=ef.grafting.linear(num_steps=20),
+        settings=ef.lifecycle.settings(train_first=True),
+    )
     backend, count = counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

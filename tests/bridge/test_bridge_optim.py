@@ -20,6 +20,8 @@ OPTIMIZERS: dict[str, Any] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, weight_decay=0.1),
 }
 
+TRAIN_FIRST = ef.lifecycle.settings(train_first=True)
+
 
 def train(model: Any, bridge: Any, optimizer: Any, steps: int = 1, **told: Any) -> Any:
     for _ in range(steps):
@@ -35,7 +37,8 @@ def train(model: Any, bridge: Any, optimizer: Any, steps: int = 1, **told: Any) 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_resting_bodies_do_not_move_and_learning_ones_do(kind: str, stacked: bool) -> None:
     model = Mlp()
-    bridge = grow(model, "fc1", stacked=stacked)
+    settings = ef.lifecycle.settings(train_first=True, freeze=[Stage.EVALUATING])
+    bridge = grow(model, "fc1", stacked=stacked, settings=settings)
     place(
         bridge,
         {0: ("low_rank", Stage.TRAINING, 0.0), 1: ("low_rank", Stage.TRAINING, 0.0)},
@@ -71,7 +74,7 @@ def place_stage(bridge: Any, seed: int, stage: Stage) -> None:
 
 def test_a_newborn_starts_with_fresh_state() -> None:
     model = Mlp()
-    bridge = grow(model, "fc1", capacity=1)
+    bridge = grow(model, "fc1", capacity=1, settings=TRAIN_FIRST)
     place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     train(model, bridge, optimizer, 3)
@@ -112,7 +115,7 @@ def test_a_lag_of_one_decides_one_step_later() -> None:
     for lag in (0, 1):
         torch.manual_seed(0)
         model = Mlp()
-        bridge = grow(model, "fc1", lag=lag)
+        bridge = grow(model, "fc1", lag=lag, settings=TRAIN_FIRST)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         told = [ef.commands.germinate(0, "low_rank")]
         first = train(model, bridge, optimizer, commands=told)

@@ -84,7 +84,7 @@ def test_another_growth_is_refused() -> None:
     grow(saved, "fc1")
     state = saved.state_dict()
     model = Mlp()
-    grow(model, "fc1", policy=ef.policies.plateau())
+    grow(model, "fc1", chunks=4)
     with pytest.raises(torch_bridge.BridgeError, match="belongs to another growth"):
         model.load_state_dict(state)
 

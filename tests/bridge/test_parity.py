@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 from torch import nn
 
@@ -33,7 +34,8 @@ class Mlp(nn.Module):
         return self.out(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
 
 
-SETTINGS = ef.lifecycle.settings(
+SETTINGS = partial(
+    ef.lifecycle.settings,
     min_steps=dict.fromkeys(
         (
             Stage.TRAINING,
@@ -55,7 +57,6 @@ BLUEPRINTS = {
 }
 OPTIONS: dict[str, Any] = {
     "graft": ef.grafting.linear(num_steps=20),
-    "settings": SETTINGS,
     "directed_births": 2,
 }
 
@@ -83,13 +84,13 @@ def commands_at(step: int, lattice: ef.Lattice) -> list[Any]:
 class InJax:
     """The README's step."""
 
-    def __init__(self, model: Mlp, seed: int, x: np.ndarray, y: np.ndarray) -> None:
+    def __init__(self, model: Mlp, seed: int, settings: Any, x: np.ndarray, y: np.ndarray) -> None:
         sites = [
             ef.site("fc1", features=30, chunks=4),
             ef.site("fc2", features=16, chunks=4),
         ]
         lattice = ef.lattice(sites=sites, blueprints=BLUEPRINTS, capacity=3)
-        self.growth = growth = ef.growth(lattice, policy=policy(), **OPTIONS)
+        self.growth = growth = ef.growth(lattice, policy=policy(), settings=settings, **OPTIONS)
         self.state = growth.init(jax.random.key(seed))
         self.params = {
             name: jnp.asarray(p.detach().numpy().copy()) for name, p in model.named_parameters()
@@ -174,11 +175,13 @@ def close(mine: Any, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5 * scale + 1e-9)
 
 
-def test_two_hundred_steps_through_a_full_lifecycle() -> None:
+@pytest.mark.parametrize("train_first", [False, True])
+def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
+    settings = SETTINGS(train_first=train_first)
     torch.manual_seed(0)
     model = Mlp()
     x, y = data()
-    ours = InJax(model, 5, x, y)
+    ours = InJax(model, 5, settings, x, y)
     bridge = torch_bridge.grow(
         model,
         targets=["fc1", "fc2"],
@@ -189,6 +192,7 @@ def test_two_hundred_steps_through_a_full_lifecycle() -> None:
         seed=5,
         watch_every=1,
         verbose=False,
+        settings=settings,
         **OPTIONS,
     )
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
@@ -227,6 +231,7 @@ def test_two_hundred_steps_through_a_full_lifecycle() -> None:
             np.testing.assert_array_equal(found.ablated, wanted.ablated)
             np.testing.assert_allclose(found.contribution, wanted.contribution, atol=1e-4)
     life = {*range(Stage.DORMANT, Stage.FOSSILIZED + 1), Stage.CULLED}
+    life -= set() if train_first else {Stage.TRAINING}
     assert seen >= {int(stage) for stage in life}, seen
     np.testing.assert_allclose(
         bridge.state.seeds.telemetry.utility,

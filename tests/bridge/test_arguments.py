@@ -1,0 +1,45 @@
+"""Wrong arguments of `step` and `survey` are named, with what to pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bridges import Mlp, grow
+
+import esper_fn as ef
+from torch_bridge import BridgeError
+
+CULL = ef.commands.cull(0)
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Any:
+    return grow(Mlp(), "fc1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(4),), r"one number, got a tensor of shape \(4,\); pass the mean"),
+        (([CULL], torch.tensor(1.0)), r"loss must be .*got a list; call bridge.step\(loss, \["),
+        ((None,), "loss must be .*got a NoneType"),
+        ((True,), "loss must be .*got a bool"),
+        (("1.0",), "loss must be .*got '1.0'"),
+        ((1.0, CULL), r"got one; pass \[command\]"),
+        ((1.0, "cull"), "commands must be a list of commands, got 'cull'"),
+        ((1.0, ["cull"]), "commands must hold .*got 'cull'"),
+        ((1.0, None), "commands must be a list of commands, got a NoneType"),
+    ],
+)
+def test_step(bridge: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(BridgeError, match=message):
+        bridge.step(*arguments)
+    assert int(bridge.state.step) == 0
+
+
+@pytest.mark.parametrize("closure", [torch.tensor(1.0), 1.0, None])
+def test_survey(bridge: Any, closure: Any) -> None:
+    with pytest.raises(BridgeError, match="closure must be a function without arguments"):
+        bridge.survey(closure)

@@ -1,0 +1,171 @@
+"""Loading a state dict: all is checked, and fitted to the model, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esper_fn.lifecycle import NONE
+from torch_bridge import _saved
+from torch_bridge._errors import BridgeError
+from torch_bridge._lifecycle import Lifecycle, from_tensor, to_tensor
+from torch_bridge._record import seal, unseal
+from torch_bridge._saved import Saved
+from torch_bridge._site import Seeds
+
+StateDict = MutableMapping[str, Any]
+
+
+def prepare(model: nn.Module, state: StateDict, prefix: str, *rest: Any) -> None:
+    """Before a grown model loads a state dict: brings what it says of bodies into the model's form.
+
+    There bodies may lie in other slots, in parameters of their own or stacked, and be more than the
+    model has room for.
+
+    Args:
+      model: the model given to `grow`, or a copy of it.
+      state: what it is about to load, changed in place.
+      prefix: of the model's own names in it.
+      rest: unused.
+
+    Raises:
+      BridgeError: it does not fit; nothing has been written.
+    """
+    del rest
+    every = {f"{prefix}{n}.": of for n, of in model.named_modules() if isinstance(of, Seeds)}
+    for name, site in every.items():
+        if site.record is not None and name + "lifecycle" in state:
+            # A part of the model may have been grown by itself, with a lifecycle of its own.
+            sites = {n: of for n, of in every.items() if of.shared is site.shared}
+            _prepare(model, state, prefix, name, sites)
+
+
+def _prepare(
+    model: nn.Module, state: StateDict, prefix: str, first: str, sites: Mapping[str, Seeds]
+) -> None:
+    """For the sites that share a lifecycle, `first` among them the one that has its record."""
+    lifecycle: Lifecycle = sites[first].shared.lifecycle
+    packed, age = unseal(state[first + "lifecycle"])
+    saved = from_tensor(packed)
+    fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
+    places = {of.site: name for name, of in sites.items()}
+    bodies = _bodies(saved, lifecycle, state, places)
+    _check_bodies(bodies, sites)
+    _check_host(model, state, prefix)
+    if fitted.capacity:
+        lifecycle.make_room(fitted.capacity)
+        fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
+    wanted = [name + key for name, of in sites.items() for key, _ in of.named_parameters()]
+    if not fitted.is_other and all(key in state for key in wanted):
+        return
+    leaves = dict(zip(lifecycle.leaves(), fitted.leaves, strict=True))
+    packed = to_tensor(_saved.describe(lifecycle.growth, leaves, fitted.changes))
+    state[first + "lifecycle"] = seal(packed, max(age, 0))
+    for name in sites:
+        for key in [key for key in state if key.startswith(name) and key != first + "lifecycle"]:
+            del state[key]
+    _lay_out(lifecycle, fitted.slots, bodies, sites, places, state)
+
+
+Bodies = dict[int, tuple[str, str, dict[str, Tensor]]]
+"""By the saved slot: the site's prefix, the blueprint, and the parameters."""
+
+
+def _bodies(
+    saved: Saved, lifecycle: Lifecycle, state: StateDict, places: Mapping[str, str]
+) -> Bodies:
+    """The bodies that a state dict holds for seeds."""
+    before = _saved.lattice_of(saved, lifecycle.growth)
+    owner, found = saved.leaves[".owner"], {}
+    for bank in before.tables.banks:
+        site, blueprint = _saved.twin_name(before, bank)
+        if site not in places:
+            continue  # its target has been taken out of the model
+        above = f"{places[site]}{blueprint}."
+        keys = [key for key in state if key.startswith(above)]
+        names = sorted({key.rpartition(".")[2] for key in keys})
+        for slot in range(bank.num_slots):
+            if owner[bank.start + slot] != NONE:
+                rows = {leaf: _row(state, above, leaf, slot) for leaf in names}
+                found[bank.start + slot] = (places[site], blueprint, rows)
+    return found
+
+
+def _row(state: StateDict, above: str, leaf: str, slot: int) -> Any:
+    stacked = state.get(above + leaf)
+    if isinstance(stacked, Tensor):
+        return stacked[slot] if stacked.ndim and slot < len(stacked) else None
+    return state.get(f"{above}{slot}.{leaf}")
+
+
+def _check_bodies(bodies: Bodies, sites: Mapping[str, Seeds]) -> None:
+    for name, blueprint, rows in bodies.values():
+        own = _now(sites[name], blueprint, 0)
+        for leaf in {**own, **rows}:
+            there = getattr(rows.get(leaf), "shape", None)
+            if leaf not in own or there != own[leaf].shape:
+                raise BridgeError(
+                    f"the state dict's bodies of blueprint {blueprint!r} at {sites[name].site!r} "
+                    f"have {leaf} {None if there is None else tuple(there)}, the model's "
+                    f"{tuple(own[leaf].shape) if leaf in own else None}: grow it with the "
+                    "blueprint's options as when it was saved. Nothing was loaded"
+                )
+
+
+def _check_host(model: nn.Module, state: StateDict, prefix: str) -> None:
+    """That nothing of the host will be refused after a part of it is written."""
+    own = [*model.named_parameters(), *model.named_buffers()]
+    wrong = [
+        f"{name} {tuple(state[prefix + name].shape)}, not {tuple(of.shape)}"
+        for name, of in own
+        if isinstance(there := state.get(prefix + name), Tensor)
+        and there.shape != of.shape
+        and ".seeds." not in name
+        and not (there.shape == (1,) and not of.shape)  # as torch allows
+    ]
+    if wrong:
+        raise BridgeError(
+            f"the state dict does not fit the model: {'; '.join(wrong[:8])}. Nothing was loaded"
+        )
+
+
+def _now(site: Seeds, blueprint: str, slot: int) -> dict[str, Tensor]:
+    """The parameters in a slot of the model."""
+    module: Any = site.get_submodule(blueprint)
+    if site.is_stacked:
+        return {leaf: getattr(module, leaf).detach()[slot] for leaf in site.names_of(blueprint)}
+    return {leaf: getattr(module[slot], leaf).detach() for leaf in site.names_of(blueprint)}
+
+
+def _lay_out(
+    lifecycle: Lifecycle,
+    slots: np.ndarray,
+    bodies: Bodies,
+    sites: Mapping[str, Seeds],
+    places: Mapping[str, str],
+    state: StateDict,
+) -> None:
+    """Writes every slot of the model into the state dict: a saved body, or what is there now."""
+    lattice = lifecycle.growth.lattice
+    for bank in lattice.tables.banks:
+        of_site, blueprint = _saved.twin_name(lattice, bank)
+        if of_site not in places:
+            continue
+        name = places[of_site]
+        site, above = sites[name], f"{name}{blueprint}."
+        rows = [
+            bodies[old][2] if (old := int(slots[bank.start + slot])) in bodies
+            else _now(site, blueprint, slot)
+            for slot in range(bank.num_slots)
+        ]  # fmt: skip
+        for leaf in site.names_of(blueprint):
+            if site.is_stacked:
+                like = rows[0][leaf]
+                state[above + leaf] = torch.stack([of[leaf].to(like) for of in rows])
+                continue
+            for slot, of in enumerate(rows):
+                state[f"{above}{slot}.{leaf}"] = of[leaf]
