@@ -392,6 +392,8 @@ class TestDamping:
             undamped, found, right = pull(gains)
             still = pull(gains.at[:, 3].set(0.0))[1]
         for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
-            np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+            # Of bfloat16, a GPU rounds what it fuses in one of the two at other points.
+            share = 1e-5 if dtype == "float32" else 2e-2
+            assert np.abs(ours - wanted).max() <= share * np.abs(wanted).max()
         for ours, wanted in zip(jax.tree.leaves(still), jax.tree.leaves(undamped), strict=True):
             np.testing.assert_array_equal(ours, wanted)
