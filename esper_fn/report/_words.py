@@ -66,7 +66,7 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Grafting",
         "#e7672c",
         "#de720b",
-        "The body is let into the host while it learns: its share, alpha, is 1 at once or rises to 1.",
+        "The body is let into the host and learns: its share, alpha, is 1 at once or rises to 1.",
     ),
     "STABILIZATION": StageInfo(
         "Stabilization",
