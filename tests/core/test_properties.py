@@ -148,6 +148,7 @@ def tuned(knobs: dict[str, int]) -> Any:
         embargo_steps=knobs["embargo"],
         max_errors=1 + knobs["embargo"],
         min_surveys=1,
+        train_first=knobs["train_first"],
     )
     asks, (narrow, cool), spend, quota = state.policy
     return state._replace(
@@ -191,6 +192,7 @@ KNOBS = st.fixed_dictionaries(
         "budget": st.integers(0, 60),
         "quota": st.integers(0, 40),
         "is_calm": st.booleans(),
+        "train_first": st.booleans(),
     }
 )
 
@@ -241,6 +243,7 @@ def test_the_same_again_is_the_same_bit_for_bit() -> None:
         "budget": 60,
         "quota": 40,
         "is_calm": True,
+        "train_first": True,
     }
     runs = [
         on_host(play(tuned(knobs), draw_inputs(np.random.default_rng(5), 0.1, M))) for _ in range(2)
@@ -287,7 +290,7 @@ def owner_with(state: Any, slot: int, seed: int) -> Any:
 
 def poison(state: Any, value: float) -> Any:
     bodies = jax.tree.map(np.array, state.bodies)
-    bodies["sequence"]["scale"]["scale"][0] = value  # seed 3's, a fossil
+    bodies["sequence"]["scale"]["scale"][2] = value  # seed 5's, which waits to learn
     return state._replace(bodies=bodies)
 
 
@@ -365,6 +368,7 @@ def test_a_faulty_update_is_caught_by_the_property() -> None:
         "budget": 60,
         "quota": 40,
         "is_calm": True,
+        "train_first": True,
     }
     steps = on_host(play(tuned(knobs), draw_inputs(np.random.default_rng(5), 0.0, 0)))
     assert check(steps) == []
