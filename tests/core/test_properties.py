@@ -202,7 +202,7 @@ def test_whatever_comes_the_invariants_hold() -> None:
     causes: set[int] = set()
     codes: set[int] = set()
 
-    @settings(deadline=None, max_examples=40, derandomize=True)
+    @settings(deadline=None, max_examples=60, derandomize=True)
     @given(KNOBS, st.sampled_from([0.0, 0.02, 0.2]), st.integers(0, M))
     def run(knobs: dict[str, int], trouble: float, num_commands: int) -> None:
         told = draw_inputs(np.random.default_rng(knobs["key"]), trouble, num_commands)
