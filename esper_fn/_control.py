@@ -23,10 +23,7 @@ def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Ca
     stays in its buffer. Differentiable in both modes, any number of times: derivatives do go
     through a `cond`.
     """
-    if _is_sharded():
-        carry = jax.tree.map(
-            lambda leaf, of: vary_alike(leaf, of, is_wanted), carry, jax.eval_shape(run, carry)
-        )
+    carry = vary_as_after(run, carry, is_wanted)
     leaves, structure = jax.tree.flatten(carry)
     # What `run` closes over becomes an argument: a derivative rule may hold no tracer. Traced
     # twice, as newer JAX keeps what was closed over in the first trace.
@@ -92,6 +89,16 @@ def cond(
 
 def _like(branch: Callable[..., Carry], other: Carry) -> Callable[..., Carry]:
     return lambda *operands: jax.tree.map(vary_alike, branch(*operands), other)
+
+
+def vary_as_after(run: Callable[[Carry], Carry], carry: Carry, *like: Any) -> Carry:
+    """Inside a `shard_map`, marks a loop's carry as varying where a round of it makes it so."""
+    if not _is_sharded():
+        return carry
+    marked: Carry = jax.tree.map(
+        lambda leaf, of: vary_alike(leaf, of, *like), carry, jax.eval_shape(run, carry)
+    )
+    return marked
 
 
 def _is_sharded() -> bool:

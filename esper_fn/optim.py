@@ -362,10 +362,9 @@ def _update_bank(
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
     state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
-    if clock is not None:
-        state = _set_clock(state, clock)
+    timed = state if clock is None else _set_clock(state, clock)
     updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **_of_one_body(extra, g)))(
-        gradients, state, bank
+        gradients, timed, bank
     )
     # In the dtypes that `init` chose, whatever the gradients' are: a step must not change them.
     moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import lifecycle, telemetry
-from esper_fn._control import vary_alike
+from esper_fn._control import vary_alike, vary_as_after
 from esper_fn._growth._births import remember
 from esper_fn._growth._checks import check_state, loss_of
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
@@ -79,9 +79,9 @@ def _for_the_first(
         values = jax.vmap(measure)(jax.lax.dynamic_slice(padded, (start,), (size,)))
         return start + size, jax.lax.dynamic_update_slice(measured, values, (start,))
 
-    zeros = jnp.zeros(padded.shape, jnp.float32)
-    first = jnp.zeros_like(count)
-    _, measured = jax.lax.while_loop(lambda carry: carry[0] < count, block, (first, zeros))
+    begun = (jnp.zeros_like(count), jnp.zeros(padded.shape, jnp.float32))
+    begun = vary_as_after(block, begun)
+    _, measured = jax.lax.while_loop(lambda carry: carry[0] < count, block, begun)
     return measured[: chosen.size]
 
 

@@ -178,7 +178,7 @@ def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | t
         rows,
         Body(**{name: leaf[None] for name, leaf in params.items()}),
         jnp.zeros((1,), jnp.int32),
-        jnp.ones((1, 3), jnp.float32),
+        jnp.asarray([[1.0, 1.0, 1.0, 0.0]], jnp.float32),  # acts, and is not damped
         activation=blueprint.activation,
         implementation="reference",
     )

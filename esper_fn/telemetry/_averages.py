@@ -52,6 +52,7 @@ def take_in(
     mean = _ratio(reading.total, reading.num_values)
     spread = _ratio(reading.square, reading.num_values)
     gradient = jnp.sqrt(reading.gradient_square)
+    size = jnp.sqrt(jnp.maximum(reading.square, 0.0))
     share = jnp.sqrt(reading.output_square / jnp.maximum(reading.square, 1e-30))
     worth = reading.utility
     usual = told.gradient_norm
@@ -73,7 +74,7 @@ def take_in(
         gradient_norm=watched(usual, counted),
         gradient_scale=watched(
             told.gradient_scale,
-            gradient / jnp.maximum(jnp.sqrt(reading.square), gradient / MAX_GRADIENT_SCALE + 1e-30),
+            gradient / jnp.maximum(size, gradient / MAX_GRADIENT_SCALE + 1e-30),
         ),
         output_share=judged(told.output_share, share),
         utility=judged(told.utility, worth),

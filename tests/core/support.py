@@ -14,18 +14,21 @@ import esper_fn as ef
 from esper_fn.lifecycle import OWNS_BODY
 
 
-def standard(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def standard(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """An Optax transformation run under NumPy's usual promotion, which Optax relies on."""
+    transformation = optax.with_extra_args_support(transformation)
 
     def init(params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return transformation.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return transformation.update(updates, state, params)
+            return transformation.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def make_step(growth: ef.Growth, loss_fn: Any, optimizer: Any) -> Any:

@@ -49,7 +49,7 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
     """All blueprints of a topology, one chunk each, taught to reach a target of their own.
 
     The chunks do not mix, so each has a loss of its own. Runs by stage: the state before and after,
-    the losses `[steps, chunks]`, the readings.
+    the losses `[steps, chunks]`, the readings. `frozen` is FOSSILIZED where fossils stand still.
     """
     names, growth, state = _newborn(topology)
     site = growth.lattice.sites[0]
@@ -93,17 +93,21 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
         "bare": by_chunk(params, ef.BareSeeds(), batch),
         "newborn": state.bodies["here"],
     }
-    for stage, alpha in (
-        (Stage.TRAINING, 0.0),
-        (Stage.GRAFTING, 1.0),
-        (Stage.FINE_TUNING, 1.0),
-        (Stage.FOSSILIZED, 1.0),
+    frozen = state.settings.is_frozen.at[Stage.FOSSILIZED].set(True)
+    for label, stage, alpha in (
+        ("TRAINING", Stage.TRAINING, 0.0),
+        ("GRAFTING", Stage.GRAFTING, 1.0),
+        ("FINE_TUNING", Stage.FINE_TUNING, 1.0),
+        ("FOSSILIZED", Stage.FOSSILIZED, 1.0),
+        ("frozen", Stage.FOSSILIZED, 1.0),
     ):
+        if label == "frozen":
+            state = state._replace(settings=state.settings._replace(is_frozen=frozen))
         rows = {chunk: (name, stage, alpha) for chunk, name in enumerate(names)}
         free = state._replace(owner=jnp.full_like(state.owner, -1))
         begun = place(growth, free, rows, noise=0.0)
         state, losses, readings = run(params, begun, batch)
-        runs[stage.name] = (begun, state, np.asarray(losses), readings)
+        runs[label] = (begun, state, np.asarray(losses), readings)
     return runs
 
 
@@ -138,8 +142,11 @@ def test_born_as_the_identity_then_learning(name: str, topology: str, dtype: str
     assert grafted[0] < losses[0, chunk]
     assert grafted[-1] < grafted[0]
     assert runs["FINE_TUNING"][2][-1, chunk] < grafted[-1] * 1.01
-    # Kept for good: nothing moves any more.
+    # Kept for good: it learns on, or, frozen, nothing moves any more.
     begun, ended, losses, _ = runs["FOSSILIZED"]
+    assert not same_bits(begun.bodies["here"][name], ended.bodies["here"][name])
+    assert losses[-1, chunk] < runs["FINE_TUNING"][2][-1, chunk] * 1.01
+    begun, ended, losses, _ = runs["frozen"]
     assert same_bits(begun.bodies, ended.bodies)
     assert same_bits(losses, np.broadcast_to(losses[:1], losses.shape))
 

@@ -61,6 +61,7 @@ def setting(at_once: int | None = None) -> Any:
         LATTICE,
         bodies_at_once=at_once,
         policy=ef.policies.never(),
+        graft=ef.grafting.linear(100),
         governor=ef.governors.lenient(),
     )
     run = jax.jit(growth.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICK)
@@ -190,7 +191,7 @@ def test_only_learning_bodies_take_an_update() -> None:
     state = place(growth, state, rows)
     ((loss, _), _, readings) = run(params, state, x)
     after, _ = update(state, moved(state, 0.01), readings, loss)
-    learning = {Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING}
+    learning = {Stage(stage) for stage in range(Stage.TRAINING, Stage.FOSSILIZED + 1)}
     owner = np.asarray(state.owner)
     seen = set()
     for bank in LATTICE.tables.banks:
@@ -204,7 +205,18 @@ def test_only_learning_bodies_take_an_update() -> None:
             stage = Stage(rows[seed][1]) if seed >= 0 else None
             seen.add(stage)
             assert same_bits(old, new) == (stage not in learning), (site, slot, stage)
-    assert seen >= {None, Stage.GERMINATED, *learning, Stage.FOSSILIZED}
+    assert seen >= {None, Stage.GERMINATED, *learning}
+
+    # Those that stand still by the settings keep theirs, and everything else goes as before.
+    is_frozen = np.isin(np.arange(11), [Stage.STABILIZATION, Stage.FOSSILIZED])
+    limits = state.settings._replace(is_frozen=jnp.asarray(is_frozen))
+    still = state._replace(settings=limits)
+    frozen, _ = update(still, moved(state, 0.01), readings, loss)
+    for seed in np.unique(owner[owner >= 0]).tolist():
+        source = state if is_frozen[rows[seed][1]] else after
+        assert same_bits(
+            body_of(growth, state, seed, frozen.bodies), body_of(growth, state, seed, source.bodies)
+        )
 
 
 def test_an_update_that_is_not_finite_is_refused_body_by_body() -> None:

@@ -41,6 +41,7 @@ def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step(
             min_steps={Stage.TRAINING: 2, Stage.STABILIZATION: 0, Stage.FINE_TUNING: 2},
             max_steps={Stage.TRAINING: 4, Stage.STABILIZATION: 2, Stage.FINE_TUNING: 9},
             embargo_steps=2,
+            train_first=True,
         ),
     )
     optimizer = ef.optim.per_body(standard(optax.adamw(1e-2)))

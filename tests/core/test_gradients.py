@@ -1,4 +1,4 @@
-"""The three gains in the backward pass, and what the backward pass measures."""
+"""The gains in the backward pass, and what the backward pass measures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from support import QUICK, blank, body_of, place
+from support import QUICK, blank, body_of, place, same_bits
 
 import esper_fn as ef
 from esper_fn._lattice import Reading
@@ -112,11 +112,11 @@ GAINS = {
     Stage.DORMANT: (0, 0, 0),
     Stage.GERMINATED: (0, 0, 0),
     Stage.TRAINING: (0, 1, 0),
-    Stage.GRAFTING: (ALPHA, 1, 0),
-    Stage.STABILIZATION: (ALPHA, 0, 0),
-    Stage.EVALUATING: (ALPHA, 0, 0),
+    Stage.GRAFTING: (ALPHA, 1, ALPHA),
+    Stage.STABILIZATION: (ALPHA, 1, ALPHA),
+    Stage.EVALUATING: (ALPHA, 1, ALPHA),
     Stage.FINE_TUNING: (ALPHA, 1, ALPHA),
-    Stage.FOSSILIZED: (ALPHA, 0, ALPHA),
+    Stage.FOSSILIZED: (ALPHA, 1, ALPHA),
     Stage.CULLED: (0, 0, 0),
     Stage.CANCELLED: (0, 0, 0),
     Stage.ROLLED_BACK: (0, 0, 0),
@@ -269,12 +269,9 @@ def test_against_finite_differences_in_float64() -> None:
 
 # --- who gets a gradient in which stage ------------------------------------------------------
 
+CHAIN_SITES = ("below", "middle", "above")
 CHAIN = ef.lattice(
-    sites=[
-        ef.site("below", features=8),
-        ef.site("middle", features=8),
-        ef.site("above", features=8),
-    ],
+    sites=[ef.site(name, features=8) for name in CHAIN_SITES],
     blueprints={"silu": ef.blueprints.bottleneck(4, activation="silu")},
     capacity=1,
 )
@@ -302,13 +299,14 @@ def chain() -> Any:
             body = bodies[name]["silu"]
             whole = {k: v[0] for k, v in body.items()}
             frozen = jax.lax.stop_gradient(whole)
-            if name != "middle":
-                return h + ALPHA * plain_body(frozen, h)
             still = jax.lax.stop_gradient(h)
-            acting = act * plain_body(frozen, jnp.where(feel != 0, h, still))
             # Learning adds `d theta = learn * J^T dy` and nothing to the value.
             taught = plain_body(whole, still)
-            return h + acting + learn * (taught - jax.lax.stop_gradient(taught))
+            taught = taught - jax.lax.stop_gradient(taught)
+            if name != "middle":
+                return h + ALPHA * plain_body(frozen, h) + taught
+            acting = act * plain_body(frozen, jnp.where(feel != 0, h, still))
+            return h + acting + learn * taught
 
         return chain_host(params, grow, x)
 
@@ -341,12 +339,25 @@ def test_who_gets_a_gradient_in_which_stage(stage: Stage) -> None:
     for name in params:  # the host, upstream and downstream, always learns, and exactly this
         np.testing.assert_allclose(d_host[name], want_host[name], rtol=1e-4, atol=1e-5)
         assert np.any(np.asarray(d_host[name]) != 0)
-    for name in ("below", "above"):  # fossils pass gradients on and take none
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies[name]))
-    got = jax.tree.leaves(d_bodies["middle"])
-    for leaf, other in zip(got, jax.tree.leaves(want_bodies["middle"]), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
-        assert np.any(leaf) == (stage in {Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING})
+    learning = range(Stage.TRAINING, Stage.FOSSILIZED + 1)
+    for name in CHAIN_SITES:  # fossils pass gradients on and learn themselves
+        got = jax.tree.leaves(d_bodies[name])
+        for leaf, other in zip(got, jax.tree.leaves(want_bodies[name]), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
+            assert np.any(leaf) == (name != "middle" or stage in learning)
+
+
+def test_frozen_fossils_pass_gradients_on_and_take_none() -> None:
+    _, _, run, _, params, x = chain()
+    state, _, (d_host, d_bodies) = at_stage(Stage.FINE_TUNING)
+    is_frozen = state.settings.is_frozen.at[Stage.FOSSILIZED].set(True)
+    still = state._replace(settings=state.settings._replace(is_frozen=is_frozen))
+    _, (frozen_host, frozen_bodies), _ = run(params, still, x)
+    assert same_bits(frozen_host, d_host)
+    assert same_bits(frozen_bodies["middle"], d_bodies["middle"])
+    for name in ("below", "above"):
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(d_bodies[name]))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen_bodies[name]))
 
 
 def test_the_matrix_of_design_section_4() -> None:
@@ -363,17 +374,24 @@ def test_the_matrix_of_design_section_4() -> None:
     assert changed == {stage: (stage in acting,) * 4 for stage in Stage}
 
 
-def test_at_alpha_1_a_graft_leaves_the_upstream_host_its_gradient() -> None:
-    """The trap: isolation must cut the body's Jacobian, never the host's own path."""
-    _, run = compiled(1)
+def test_at_alpha_1_a_graft_gives_every_part_its_true_gradient() -> None:
+    """At full strength nothing is cut: plain JAX's derivative of what is computed."""
+    _, _, _, graded, params, x = chain()
+    state, value, (d_host, d_bodies) = at_stage(Stage.GRAFTING, alpha=1.0)
+    one = jnp.float32(1)
+    want, (want_host, want_bodies) = graded(params, state.bodies, x, one, one, one)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for got, other in (
+        *((d_host[name], want_host[name]) for name in params),
+        *zip(
+            jax.tree.leaves(d_bodies["middle"]),
+            jax.tree.leaves(want_bodies["middle"]),
+            strict=True,
+        ),
+    ):
+        np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
+        assert np.any(np.asarray(got) != 0)
+    # TRAINING, which must not be felt, cuts the body's Jacobian and never the host's own path.
     given = ran()
-    seeds = given.state.seeds
-    alpha = jnp.where(seeds.stage == Stage.GRAFTING, 1.0, seeds.alpha)
-    x, v, wx, wv = batch()
-    _, (d_inputs, _), _ = run(
-        (x, v), given.state._replace(seeds=seeds._replace(alpha=alpha)), (wx, wv)
-    )
-    here = chunk_of(SITES[0].target, Stage.GRAFTING)
-    assert np.array_equal(d_inputs[0][:, here], wx[:, here])
-    _, _, (d_host, _) = at_stage(Stage.GRAFTING, alpha=1.0)
-    assert np.any(np.asarray(d_host["first"]) != 0)
+    here = chunk_of(SITES[0].target, Stage.TRAINING)
+    assert np.array_equal(given.d_inputs[0][:, here], given.dy["here"][:, here])

@@ -63,8 +63,8 @@ def _flags(*is_set: bool) -> jax.Array:
 
 
 @cache
-def _made(kind: str) -> Any:
-    optimizer = ef.optim.per_body(standard(KINDS[kind]()))
+def _made(kind: str, schedule: Any = "run") -> Any:
+    optimizer = ef.optim.per_body(standard(KINDS[kind]()), schedule=schedule)
 
     @partial(jax.jit, compiler_options=QUICK)
     def update(grads: Any, state: Any, params: Any, born: jax.Array, learns: jax.Array) -> Any:
@@ -79,9 +79,13 @@ def _made(kind: str) -> Any:
 NOBODY, ALL = _flags(False, False, False), _flags(True, True, True)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str) -> None:
-    optimizer, update = _made(kind)
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [*((kind, "run") for kind in KINDS), *((kind, "age") for kind in ("adamw", "injected"))],
+)
+def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str, schedule: str) -> None:
+    """But for its schedules, which are the run's unless they follow its age."""
+    optimizer, update = _made(kind, schedule)
     host, bank = _host(0), _random(0)
     state = optimizer.init((host, _banks(bank)))
     # A long past: every count at 10,000, every moment full of somebody else's gradients.
@@ -97,7 +101,7 @@ def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str) -> None
     )
     _, aged = update((_host(1), _banks(_random(9))), aged, (host, _banks(bank)), NOBODY, ALL)
     assert not same_bits(aged.bodies, state.bodies)
-    young = state
+    young = aged._replace(bodies=state.bodies) if schedule == "run" else state
     for turn in range(4):
         grads, params = (_host(turn), _banks(_random(turn))), (host, _banks(bank))
         born = _flags(False, turn == 0, False)
@@ -120,7 +124,10 @@ def test_a_frozen_body_stands_still_and_keeps_its_optimiser_state(kind: str) -> 
     for turn in range(2):
         _, state = update((_host(turn), _banks(_random(turn))), state, params, NOBODY, ALL)
     learns = _flags(True, False, True)
-    (_, updates), after = update((_host(5), _banks(_random(5))), state, params, NOBODY, learns)
+    after = state
+    for turn in (5, 6):  # the run's clock goes on
+        grads = (_host(turn), _banks(_random(turn)))
+        (_, updates), after = update(grads, after, params, NOBODY, learns)
     for leaf in jax.tree.leaves(updates):
         assert not np.any(leaf[1])  # weight decay included
         if kind != "accumulating":
@@ -153,8 +160,11 @@ def test_the_host_and_each_body_get_what_optax_gives_them_alone(kind: str) -> No
             np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-7)
 
 
-def test_a_schedule_counts_the_steps_that_a_body_learned() -> None:
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.sgd(WARM_UP)))
+@pytest.mark.parametrize("schedule", ["run", "age"])
+def test_a_schedule_counts_the_steps_of_the_run_or_those_that_a_body_learned(schedule: Any) -> None:
+    optimizer = ef.optim.per_body(
+        standard(optax.sgd(0.0)), standard(optax.sgd(WARM_UP)), schedule=schedule
+    )
     bank = _random(0)
     params = (_host(0), _banks(bank))
     state = optimizer.init(params)
@@ -169,6 +179,8 @@ def test_a_schedule_counts_the_steps_that_a_body_learned() -> None:
         )
         rates.append([-float(row[0]) for row in updates["site"]["body"]["vector"]])
     ages = np.asarray([[0, 0, 0], [1, 1, 0], [2, 2, 1], [3, 0, 0], [4, 1, 2]])
+    if schedule == "run":
+        ages = np.broadcast_to(np.arange(5).reshape(5, 1), (5, 3))
     learned = np.asarray([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
     np.testing.assert_allclose(rates, 0.01 * ages * learned, rtol=1e-5)
 
@@ -229,7 +241,10 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
         bodies_at_once=None,
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(
-            min_steps={Stage.GERMINATED: 2}, max_steps={Stage.TRAINING: 30}, embargo_steps=1
+            min_steps={Stage.GERMINATED: 2},
+            max_steps={Stage.TRAINING: 30},
+            embargo_steps=1,
+            train_first=True,
         ),
     )
     optimizer = ef.optim.per_body(standard(optax.adamw(0.01)))

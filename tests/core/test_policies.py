@@ -23,6 +23,7 @@ from esper_fn.policies import (
     chain,
     concurrency,
     cooldown,
+    grow,
     never,
     no_proposal,
     periodic,
@@ -66,6 +67,7 @@ def observe(
     owner: Sequence[int] = (NONE,) * 11,
     potential: Sequence[float | None] = (None,) * 6,
     gradient: Sequence[float | None] = (None,) * 6,
+    contribution: Sequence[float | None] = (None,) * 6,
     steps_in_stage: Sequence[int] = (9,) * 6,
     is_paused: Sequence[bool] = (False,) * 6,
 ) -> Observation:
@@ -78,6 +80,7 @@ def observe(
     seeds = DORMANT
     surveyed, num_potentials = known(potential)
     norm, num_steps = known(gradient)
+    worth, num_contributions = known(contribution)
     track = loss_track()
     if loss is not None:
         track = track._replace(slow=jnp.float32(loss), num_steps=jnp.int32(100))
@@ -89,6 +92,8 @@ def observe(
             is_paused=jnp.asarray(is_paused),
             potential=surveyed,
             num_potentials=num_potentials,
+            contribution=worth,
+            num_contributions=num_contributions,
             telemetry=seeds.telemetry._replace(gradient_norm=norm, num_steps=num_steps),
         ),
         owner=jnp.asarray(owner, jnp.int32),
@@ -557,10 +562,96 @@ def test_a_decision_in_a_run_can_be_explained() -> None:
     ]
 
 
+# --- the default rule ----------------------------------------------------------------------------
+
+PROMISE = (0.1, 0.6, 0.3, 0.5, 0.15, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "expected"),
+    [
+        ({}, {"potential": PROMISE}, [1, 2, 3, 5]),  # at least a third of 0.6
+        ({"min_share": 0.6}, {"potential": PROMISE}, [1, 3, 5]),
+        ({"min_share": 1.0}, {"potential": PROMISE}, [1]),
+        # As many as a pool has room for, and those the best ones.
+        ({"min_share": 0.0}, {"potential": PROMISE}, [1, 2, 3, 4, 5]),
+        ({"count": 2}, {"potential": PROMISE}, [1, 3]),
+        ({}, {"potential": (None, None, 0.3, 0.0, 0.11, 0.09)}, [2, 4]),
+        ({"blueprint": "conv"}, {"potential": PROMISE}, [5]),
+        # No survey yet: all that there is room for, one of each layer in turn.
+        ({}, {}, [0, 1, 3, 4, 5]),
+        ({"count": 4}, {}, [0, 1, 3, 5]),
+        ({"count": 3}, {"stage": (0, 0, 0, 0, 0, 7)}, [0, 1, 3]),
+        ({"score": "even", "count": 3}, {"potential": PROMISE}, [0, 3, 5]),
+        ({"score": "gradient"}, {"gradient": (None, 0.1, None, 0.9, None, None)}, [1, 3]),
+    ],
+)
+def test_grow_asks_at_once(
+    options: dict[str, Any], seen: dict[str, Any], expected: list[int]
+) -> None:
+    player = Player(grow(every=4, **options))
+    assert asked(player.ask(observe(0, **seen))) == expected
+    assert [asked(player.ask(observe(step, **seen))) for step in (1, 2, 3)] == [[]] * 3
+    assert asked(player.ask(observe(4, **seen))) == expected
+
+
+def test_grow_asks_at_once_whenever_the_run_begins() -> None:
+    player = Player(grow(every=10))
+    assert asked(player.ask(observe(123, potential=PROMISE))) == [1, 2, 3, 5]
+    assert asked(player.ask(observe(132, potential=PROMISE))) == []
+    assert asked(player.ask(observe(133, potential=PROMISE))) == [1, 2, 3, 5]
+
+
+def test_grow_measures_later_potentials_by_the_first_largest() -> None:
+    player = Player(grow(every=1))
+    player.ask(observe(0, potential=PROMISE))
+    now = (0.19, 0.21, 0.05, 0.3, 0.1, 0.0)  # a third of the first largest one is 0.2
+    assert asked(player.ask(observe(1, potential=now))) == [1, 3]
+    assert asked(player.ask(observe(2, potential=(0.1,) * 6))) == []
+
+
+def test_grow_goes_on_while_living_bodies_are_worth_something() -> None:
+    ft = Stage.FINE_TUNING
+
+    def asks(stage: Sequence[int], contribution: Sequence[float | None]) -> bool:
+        player = Player(grow(every=1))
+        begun = observe(0, potential=PROMISE, stage=stage, contribution=contribution)
+        assert asked(player.ask(begun)) == [5]  # the first request waits for nothing
+        after = observe(1, potential=PROMISE, stage=stage, contribution=contribution)
+        return asked(player.ask(after)) == [5]
+
+    two = (ft, ft, 8, 8, 8, 0)
+    assert asks(two, (None,) * 6)  # nothing measured yet
+    assert asks(two, (0.3, -0.1, *[None] * 4))
+    assert not asks(two, (0.1, -0.3, *[None] * 4))
+    assert not asks(two, (-0.1, *[None] * 5))
+    assert asks(two, (0.1, None, -5.0, -5.0, None, -5.0))  # the dead no longer count
+    assert asks((7, 7, 8, 8, 8, 0), (0.1, 0.2, *[None] * 4))
+    assert not asks((7, 7, 8, 8, 8, 0), (-0.1, 0.05, *[None] * 4))
+
+
+def test_grow_asks_again_once_it_pays() -> None:
+    player = Player(grow(every=3))
+    stage = (Stage.FINE_TUNING, 8, 8, 8, 8, 0)
+    told = [
+        asked(player.ask(observe(step, potential=PROMISE, stage=stage, contribution=worth)))
+        for step, worth in enumerate([(w, *[None] * 5) for w in (-1, -1, -1, -1, -1, 1, 1, 1, 1)])
+    ]
+    assert told == [[5], [], [], [], [], [5], [], [], [5]]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_grow_wants_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match=r"min_share must be between 0 and 1, got"):
+        grow(min_share=share)
+
+
 # --- conformance ---------------------------------------------------------------------------------
 
 POLICIES = {
     "never": never,
+    "grow": lambda: grow(every=2, count=2),
+    "grow_even": lambda: grow(score="even"),
     "periodic": lambda: periodic(every=2, count=2),
     "periodic_gradient": lambda: periodic(every=2, score="gradient"),
     "random": lambda: random(every=1),
