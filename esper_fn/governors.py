@@ -89,13 +89,14 @@ def standard(
 ) -> Governor:
     """Watches for a non-finite loss, divergence and drift.
 
-    A non-finite loss, or a fast loss average above `best + (max_ratio - 1) |best| +
-    NOISE_DEVIATIONS noise` for `patience` steps in a row, orders a roll-back and quarantines every
-    seed that acts but is not a fossil. `best` is the best slow average (losses may be negative) and
-    `noise` the loss's standard deviation then, without which a loss near zero would raise alarms by
-    its noise alone. A body that changes by more than `max_drift` times its own size in one step,
-    after its first `lifecycle.FAST_STEPS` steps, is quarantined alone. After an alarm nothing
-    germinates for `veto_steps`; after a divergence the best loss is learned anew from then on.
+    A non-finite loss, or a fast loss average above
+    `best + (max_ratio - 1) |best| + NOISE_DEVIATIONS noise` for `patience` steps in a row, orders a
+    roll-back and quarantines every seed that acts but is not a fossil. `best` is the best slow
+    average (losses may be negative) and `noise` the loss's standard deviation then, without which
+    a loss near zero would raise alarms by its noise alone. A body that changes by more than
+    `max_drift` times its own size in one step is quarantined alone, but not for its first
+    `lifecycle.FAST_STEPS` steps. After an alarm nothing germinates for `veto_steps`; after a
+    divergence the best loss is learned anew from then on.
 
     Args:
       max_ratio: of the loss, above 1.

@@ -73,7 +73,7 @@ class Learning:
         return [of.gather() for of in self.groups]
 
     def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
-        """float32[n]: `|new - old| / |old|` of each body, 0 for one of zero, not finite if broken."""
+        """float32[n]: `|new - old| / |old|` of each body: 0 if that was 0, not finite if broken."""
         shape = (len(self.slots),)
         moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
         for of, old in zip(self.groups, before, strict=True):
