@@ -10,7 +10,7 @@ import numpy as np
 
 from esper_fn._leaves import LARGEST
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
-from esper_fn.lifecycle import ACTS, ON_ITS_WAY, LossTrack, SeedState, is_in
+from esper_fn.lifecycle import ACTS, FAST_STEPS, ON_ITS_WAY, LossTrack, SeedState, is_in
 
 
 class Alarm(IntEnum):
@@ -29,7 +29,7 @@ class Evidence(NamedTuple):
     loss: Float32[Array, ""]
     track: LossTrack
     drift: Float32[Array, "S"]
-    """`|change of the body| / |body|`."""
+    """`|change of the body| / |body|`, 0 of a body that is zero."""
 
 
 class Verdict(NamedTuple):
@@ -94,8 +94,9 @@ def standard(
     roll-back and quarantines every seed that acts but is not a fossil. `best` is the best slow
     average (losses may be negative) and `noise` the loss's standard deviation then, without which
     a loss near zero would raise alarms by its noise alone. A body that changes by more than
-    `max_drift` times its own size in one step is quarantined alone. After an alarm nothing
-    germinates for `veto_steps`; after a divergence the best loss is learned anew from then on.
+    `max_drift` times its own size in one step is quarantined alone, but not for its first
+    `lifecycle.FAST_STEPS` steps. After an alarm nothing germinates for `veto_steps`; after a
+    divergence the best loss is learned anew from then on.
 
     Args:
       max_ratio: of the loss, above 1.
@@ -138,8 +139,10 @@ def _judge(state: _State, evidence: Evidence) -> tuple[_State, Verdict]:
     should_roll_back = is_non_finite | has_diverged
 
     acts_on_trial = is_in(evidence.seeds.stage, ACTS & ON_ITS_WAY) & (evidence.seeds.alpha > 0)
-    # A newborn body is zero where it matters, so its first steps are always large: it must act.
-    drifts = acts_on_trial & (evidence.drift > state.max_drift)
+    # A newborn is zero where it matters, and learning rates warm up: its first steps are always
+    # large beside what it is.
+    is_newborn = evidence.seeds.telemetry.num_live_steps <= FAST_STEPS
+    drifts = acts_on_trial & ~is_newborn & (evidence.drift > state.max_drift)
     is_quarantined = (acts_on_trial & should_roll_back) | drifts
 
     is_alarm = should_roll_back | jnp.any(drifts)

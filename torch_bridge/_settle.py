@@ -73,7 +73,7 @@ class Learning:
         return [of.gather() for of in self.groups]
 
     def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
-        """float32[n]: `|new - old| / |old|` of each body, not finite where one broke."""
+        """float32[n]: `|new - old| / |old|` of each body: 0 if that was 0, not finite if broken."""
         shape = (len(self.slots),)
         moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
         for of, old in zip(self.groups, before, strict=True):
@@ -82,7 +82,7 @@ class Learning:
             entry = of.entry.to(place)
             moved.index_add_(0, entry, change.to(place))
             size.index_add_(0, entry, wide.square().sum(1).to(place))
-        return moved.sqrt() / (size.sqrt() + 1e-12)
+        return moved.sqrt() / size.sqrt().masked_fill(size == 0, torch.inf)
 
     def put_back(self, entry: int, before: Sequence[Tensor]) -> None:
         """Gives one body the numbers it had."""

@@ -286,5 +286,6 @@ def _take_in(
     size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)
     stands = learns & jnp.isfinite(moved)
     kept = jax.tree.map(lambda a, b: select_slots(stands, b, a), old, new)
-    drift = jnp.sqrt(moved) / (jnp.sqrt(size) + 1e-12)
+    # A body of zero has no size to compare with.
+    drift = jnp.sqrt(moved) / jnp.where(size > 0, jnp.sqrt(size), jnp.inf)
     return kept, jnp.where(stands, drift, 0.0), learns & ~stands

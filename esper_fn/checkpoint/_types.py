@@ -21,7 +21,7 @@ from esper_fn.errors import CheckpointError
 from esper_fn.grafting import _strategies
 from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import Telemetry
-from esper_fn.policies import _limit, _propose
+from esper_fn.policies import _grow, _limit, _propose
 
 _BY_NAME: dict[str, type[Any]] = {}
 _BY_TYPE: dict[type[Any], str] = {}
@@ -100,6 +100,7 @@ for _module, _prefix in (
     (_directions, "esper_fn.telemetry"),
     (_strategies, "esper_fn.grafting"),
     (_propose, "esper_fn.policies"),
+    (_grow, "esper_fn.policies"),
     (_limit, "esper_fn.policies"),
     (governors, "esper_fn.governors"),
     (optax, "optax"),

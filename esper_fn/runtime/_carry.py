@@ -289,6 +289,7 @@ def _optimizer_state(
     return opt_state._replace(
         host=jax.tree.map(jnp.asarray, old.opt_state.host),
         bodies=_rows.banks(before, after, old.opt_state.bodies, opt_state.bodies),
+        num_updates=jnp.asarray(old.opt_state.num_updates),
     )
 
 

@@ -28,20 +28,8 @@ class SavedRing(NamedTuple):
     every: Any
 
 
-class TwoSnapshots(NamedTuple):
-    """The anchor of runs before there were rings of any size."""
-
-    older: rollback.Snapshot
-    newer: rollback.Snapshot
-    is_born_since: Any
-    is_born_newer: Any
-    age: Any
-    every: Any
-
-
 checkpoint.register(TrainState, "esper_fn.TrainState")
 checkpoint.register(SavedRing, "esper_fn.rollback.SavedRing")
-checkpoint.register(TwoSnapshots, "esper_fn.rollback.Anchor")
 
 
 def saved_form(state: TrainState) -> TrainState:
@@ -74,62 +62,34 @@ def saved_parts(state: TrainState, under: str = "state") -> tuple[str, ...]:
     return tuple(f"{under}/{name}" for name in ("params", "opt_state", "growth", *of_anchor))
 
 
-def live_form(state: TrainState, *, num_snapshots: int | None = None) -> TrainState:
-    """The reverse of `saved_form`; leaves a state of any other form as it is.
-
-    Args:
-      state: what `checkpoint.restore` gave back.
-      num_snapshots: of the ring, where the state is from before there was a choice.
-    """
+def live_form(state: TrainState) -> TrainState:
+    """The reverse of `saved_form`; leaves a state of any other form as it is."""
     held: Any = state.anchor
-    if isinstance(held, TwoSnapshots):
-        num = rollback.NUM_SNAPSHOTS if num_snapshots is None else num_snapshots
-        held = _ring_of_two(held, num)
     if not isinstance(held, SavedRing):
         return state
     stacked = jax.tree.map(lambda *rows: _stacked(rows), *held.snapshots)
     return state._replace(anchor=rollback.Anchor(**{**held._asdict(), "snapshots": stacked}))
 
 
-def num_saved(held: Any) -> int:
-    """How many snapshots an anchor has, in memory or from a file of any age."""
-    if isinstance(held, SavedRing):
-        return len(held.snapshots)
-    return held.num_snapshots if isinstance(held, rollback.Anchor) else rollback.NUM_SNAPSHOTS
+def num_saved(held: SavedRing | rollback.Anchor) -> int:
+    """How many snapshots an anchor has, in memory or from a file."""
+    return len(held.snapshots) if isinstance(held, SavedRing) else held.num_snapshots
 
 
 class _Example(NamedTuple):
     """Whatever of an anchor may hold pytree nodes that are rebuilt only beside an example."""
 
     snapshots: tuple[rollback.Snapshot, ...]
-    older: rollback.Snapshot
-    newer: rollback.Snapshot
 
 
 def example(state: TrainState) -> TrainState:
-    """The `like` for restoring what `saved_form` made of such a state, now or in older versions."""
+    """The `like` for restoring what `saved_form` made of such a state."""
     if state.anchor is None:
         return state
     of = state.growth
     one = rollback.Snapshot(state.params, state.opt_state, of.bodies, of.loss)
-    held: Any = _Example((one,) * state.anchor.num_snapshots, one, one)
+    held: Any = _Example((one,) * state.anchor.num_snapshots)
     return state._replace(anchor=held)
-
-
-def _ring_of_two(held: TwoSnapshots, num: int) -> SavedRing:
-    """Both in a ring of `num`, the rest of it unused; of one, the newer."""
-    rows = [(held.older, held.is_born_since), *[(held.newer, held.is_born_newer)] * (num - 1)]
-    rows = rows if num > 1 else [(held.newer, held.is_born_newer)]
-    zero = np.zeros_like(held.age)
-    return SavedRing(
-        snapshots=tuple(snapshot for snapshot, _ in rows),
-        is_born_since=np.stack([np.asarray(born) for _, born in rows]),
-        newest=zero + min(1, num - 1),
-        num_held=zero + min(2, num),
-        age=held.age,
-        due=held.every,
-        every=held.every,
-    )
 
 
 def _row(leaf: Any, place: int) -> Any:

@@ -32,9 +32,6 @@ class SnapshotClock:
         """
         self._every, self._places = every or 0, num_snapshots if every else 0
         record = record or {"steps": [0], "age": 0, "due": self._every}
-        if "steps" not in record:  # of a run from before there were more than two snapshots
-            steps = [record["older"], record["newer"]][-num_snapshots:]
-            record = {"steps": steps, "age": record["age"], "due": self._every}
         self._steps: list[int] = list(record["steps"])
         self._age, self._due = int(record["age"]), int(record["due"])
 

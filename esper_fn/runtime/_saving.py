@@ -147,9 +147,6 @@ def load(
         raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
     saved = decoded(record["settings"])
     present = decoded(encoded({**to.settings, **settings}, "settings"))
-    if "num_snapshots" in present and "num_snapshots" not in saved:
-        # From before there was a choice: the two there were come into a ring of this run's.
-        saved = {**saved, "num_snapshots": present["num_snapshots"]}
     _check_settings(path, saved, present)
     if step > num_steps:
         raise ResumeError(
@@ -159,7 +156,7 @@ def load(
     if len(losses) != step:
         raise ResumeError(f"{path}: step {step} holds {len(losses)} losses")
     if is_grown and isinstance(state, TrainState):
-        state = live_form(state, num_snapshots=settings["num_snapshots"])
+        state = live_form(state)
     check_alike(fresh, state, str(path))
     if to.recall is not None:
         to.recall(decoded(record["note"]))

@@ -19,7 +19,9 @@ from esper_fn import experiments as ex
 from esper_fn import policies as P  # noqa: N812 -- short in tables
 from esper_fn.lifecycle import Stage
 
+# Through every stage, the optional one too.
 QUICK = ef.lifecycle.settings(
+    train_first=True,
     min_steps={Stage.TRAINING: 5, Stage.STABILIZATION: 3, Stage.FINE_TUNING: 10},
     max_steps={Stage.TRAINING: 12, Stage.STABILIZATION: 8, Stage.FINE_TUNING: 40},
 )

@@ -28,7 +28,7 @@ KEY = jax.random.key(7)
 def restored(job: Job, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Restored:
     folder = tmp_path_factory.mktemp("carry") / "run"
     with checkpoint.Writer(folder, on_failure=fail) as writer:
-        job.fit(num_steps=60, checkpoints=runtime.Checkpoints(writer=writer))
+        job.fit(num_steps=50, checkpoints=runtime.Checkpoints(writer=writer))
     found = checkpoint.restore(folder)
     assert (found.value["state"].growth.owner >= 0).sum() >= 2
     return found

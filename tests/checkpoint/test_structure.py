@@ -15,6 +15,7 @@ from checkpoint_support import Pair, assert_same, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import esper_fn as ef
 from esper_fn import checkpoint
 from esper_fn.checkpoint import _json, _structure, _types
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
@@ -67,6 +68,37 @@ def test_registering_the_same_name_twice_is_refused() -> None:
         checkpoint.register(Pair2, "tests.Pair")
     with pytest.raises(CheckpointError, match="NamedTuple type"):
         checkpoint.register(dict)
+
+
+def test_a_state_of_every_policy_and_strategy_comes_back_without_an_example(tmp_path: Any) -> None:
+    rules = [
+        ef.policies.grow(),
+        ef.policies.plateau(),
+        ef.policies.periodic(every=10),
+        ef.policies.random(every=10),
+        ef.policies.never(),
+        ef.policies.scripted([]),
+        ef.policies.budget(100),
+        ef.policies.cooldown(5),
+        ef.policies.concurrency(2),
+        ef.policies.quota(3),
+        ef.policies.until(100),
+    ]
+    others = {"Observation", "Policy", "Proposal", "Score"}
+    others |= {"chain", "no_proposal", "rule", "strike"}
+    assert len(rules) == len(set(ef.policies.__all__) - others)
+    growth = ef.growth(
+        ef.lattice(
+            sites=[ef.site("h", features=4)],
+            blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
+            capacity=1,
+        ),
+        policy=ef.policies.chain(*rules),
+        graft=[ef.grafting.get(name) for name in ef.grafting.names()],
+    )
+    state = growth.init(jax.random.key(0))
+    checkpoint.save(tmp_path, 1, state)
+    assert_same(state, checkpoint.restore(tmp_path).value)
 
 
 def test_every_state_optax_offers_by_name_is_known() -> None:

@@ -30,7 +30,7 @@ USAGE = [
     (["grow", "--steps", str(10**30)], "too large"),
     (["grow", "--repeat", str(10**30)], "too large"),
     (["grow", "--save-every", "0"], "too small"),
-    (["grow", "--policy", "None"], "'None'; allowed: plateau, periodic, random, never"),
+    (["grow", "--policy", "None"], "'None'; allowed: grow, periodic, plateau, random, never"),
     (["grow", "runs/x"], "usage: esper grow"),
     (["watch", "runs/x"], "usage: esper watch"),
     (["watch", "runs/x"], "esper report DIR"),

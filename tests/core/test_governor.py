@@ -13,7 +13,7 @@ from drive import NONE, calm_track, place, rig, silent, small_lattice, state_fau
 import esper_fn as ef
 from esper_fn.commands import Code, germinate, release
 from esper_fn.governors import Alarm, Evidence, lenient, standard
-from esper_fn.lifecycle import Cause, Stage, loss_track, track_loss
+from esper_fn.lifecycle import FAST_STEPS, Cause, Stage, loss_track, track_loss
 
 S = Stage
 PATIENCE = 5
@@ -133,13 +133,16 @@ def test_it_is_uneasy_before_the_alarm_and_calm_before_that(guarded: Any) -> Non
     assert uneasy == [False] * (len(uneasy) - PATIENCE) + [True] * PATIENCE
 
 
+def jumped(state: Any, seed: int) -> Any:
+    """Bodies of which that seed's, in the bank of "sequence", is ten times as large."""
+    row = int(state.seeds.slot[seed]) - 2
+    bank = jax.tree.map(lambda leaf: leaf.at[row].multiply(10.0), state.bodies["sequence"]["scale"])
+    return {**state.bodies, "sequence": {**state.bodies["sequence"], "scale": bank}}
+
+
 def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
-    state = start(guarded)
-    slot = int(state.seeds.slot[3])
-    bank = state.bodies["sequence"]["scale"]
-    jumped = jax.tree.map(lambda leaf: leaf.at[slot - 2].multiply(10.0), bank)
-    bodies = {**state.bodies, "sequence": {**state.bodies["sequence"], "scale": jumped}}
-    after, info = guarded.step(state, bodies=bodies)
+    state = start(guarded, num_live_steps=FAST_STEPS + 1)
+    after, info = guarded.step(state, bodies=jumped(state, 3))
     assert int(info.verdict.alarm) == Alarm.DRIFT
     assert not bool(info.verdict.should_roll_back)
     assert np.flatnonzero(np.asarray(info.verdict.is_quarantined)).tolist() == [3]
@@ -148,9 +151,23 @@ def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
     assert bool(info.verdict.is_vetoing)
 
 
+def test_the_first_steps_of_a_body_that_acts_are_no_jump(guarded: Any) -> None:
+    state = start(guarded, num_live_steps=FAST_STEPS)
+    _, info = guarded.step(state, bodies=jumped(state, 3))
+    assert int(info.verdict.alarm) == Alarm.CALM
+
+
+def test_a_body_of_zero_does_not_jump(guarded: Any) -> None:
+    state = start(guarded, num_live_steps=100)
+    zero = state._replace(bodies=jax.tree.map(jnp.zeros_like, state.bodies))
+    after, info = guarded.step(zero, bodies=state.bodies)
+    assert int(info.verdict.alarm) == Alarm.CALM
+    assert not (np.asarray(after.seeds.stage) == S.ROLLED_BACK).any()
+
+
 def test_a_newborn_may_change_as_much_as_it_likes(guarded: Any) -> None:
     state = start(guarded)
-    # Seeds 5 and 6 learn but do not act yet; 4 does not learn: what stands there is not taken.
+    # Seeds 5 and 6 learn but do not act yet; 4 is a fossil.
     bodies = jax.tree.map(jnp.copy, state.bodies)
     for seed in (4, 5, 6):
         slot = int(state.seeds.slot[seed])

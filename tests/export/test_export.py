@@ -210,7 +210,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
         params, alive(growth, live)
     )
     folder = tmp_path / "run" / "checkpoints" / "seed-3" / "grown"
-    settings = {"data": "digits", "policy": "periodic", "steps": 400, "seed": 3}
+    settings = {"data": "digits", "policy": "grow", "steps": 400, "seed": 3}
     measured = {"contribution": {"$float": "nan"}}
     events = [event(1, 0, "DORMANT", "GERMINATED") | {"measured": measured}]
     record = {

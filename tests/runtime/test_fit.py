@@ -20,8 +20,8 @@ from esper_fn.lifecycle import Stage
 STEPS = 120
 HOST = hosts.mlp((6, 8, 2, 4), spans=1, chunks=2)
 QUICK = ef.lifecycle.settings(
-    min_steps={Stage.TRAINING: 5, Stage.STABILIZATION: 3, Stage.FINE_TUNING: 10},
-    max_steps={Stage.TRAINING: 12, Stage.STABILIZATION: 8, Stage.FINE_TUNING: 40},
+    min_steps={Stage.STABILIZATION: 3, Stage.FINE_TUNING: 10},
+    max_steps={Stage.STABILIZATION: 8, Stage.FINE_TUNING: 40},
 )
 
 
@@ -89,9 +89,8 @@ def test_a_seed_travels_from_dormant_to_fossil_through_its_gates(finished: runti
     kept = [event["seed"] for event in finished.events if event["to"] == "FOSSILIZED"]
     assert kept
     life = [event for event in finished.events if event["seed"] == kept[0]]
-    assert [event["to"] for event in life[:7]] == [
+    assert [event["to"] for event in life[:6]] == [
         "GERMINATED",
-        "TRAINING",
         "GRAFTING",
         "STABILIZATION",
         "EVALUATING",
@@ -143,7 +142,7 @@ def test_commands_are_taken_between_segments() -> None:
     seed = GROWTH.lattice.seed_index("layer2.0", 0)
 
     def ask(step: int) -> list[cmd.Command]:
-        return {0: [cmd.germinate(seed, "bottleneck")], 40: [cmd.pause(seed)]}.get(step, [])
+        return {0: [cmd.germinate(seed, "bottleneck")], 20: [cmd.pause(seed)]}.get(step, [])
 
     done = fit(commands=ask, num_steps=60)
     births = [e for e in done.events if e["seed"] == seed and e["to"] == "GERMINATED"]

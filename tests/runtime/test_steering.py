@@ -215,7 +215,7 @@ def test_a_segment_of_one_step_decides_as_a_longer_one_does():
         fit(None, num_steps=60, segment_steps=length, max_commands=4, **start) for length in (1, 20)
     )
     assert one.events == many.events
-    assert [e["to"] for e in one.events][:2] == ["GERMINATED", "TRAINING"]
+    assert [e["to"] for e in one.events][:2] == ["GERMINATED", "GRAFTING"]
     np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)
     assert one.num_compiled == many.num_compiled == 0
 
