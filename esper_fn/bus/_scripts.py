@@ -284,7 +284,7 @@ PORTION = """
 --   after, entry before the first | last | named, entries
 --   new, group, consumer, last entry that surely came | idle, group, consumer, ms, first
 local count, room, largest, kind = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local stream, rows, is_all, at = KEYS[1], {}, 0, ''
+local stream, rows, is_all, at, is_large = KEYS[1], {}, 0, '', false
 local function has_room() return #rows < count and room > 0 end
 local function add(row, deliveries)
   local fields, size = row[2], 0
@@ -295,6 +295,7 @@ local function add(row, deliveries)
     if fields[3] == 's' then signature = fields[4] end
   end
   room = room - #payload - withheld
+  is_large = is_large or size > largest
   rows[#rows + 1] = {row[1], withheld, payload, signature, deliveries}
 end
 -- One by one: what the server holds of them here is never more than the largest.
@@ -344,6 +345,7 @@ else
     if at == '0-0' then is_all = 1 end
   end
 end
+if is_large then collectgarbage() end
 return {rows, is_all, at}
 """
 
