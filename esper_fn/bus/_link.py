@@ -57,13 +57,14 @@ class _Parser(_AsyncHiredisParser):
         return await super().read_response(*arguments, **options)
 
     async def read_from_socket(self) -> bool:
-        data = await self._stream.read(self._read_size)
-        if not data:
+        stream, reader = self._stream, self._reader
+        data = await stream.read(self._read_size) if stream else b""
+        if not data or reader is None:
             raise RedisConnectionError("Connection closed by server.")
         self._num_bytes += len(data)
         if self._num_bytes > MOST_REPLY_BYTES:
             raise _TooLongError
-        self._reader.feed(data)
+        reader.feed(data)
         return True
 
 
