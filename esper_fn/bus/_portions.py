@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from esper_fn.bus._link import OverlongReplyError
 from esper_fn.bus._replies import largest_bytes
 from esper_fn.bus._topics import Topic
 from esper_fn.bus._transport import BEGINNING, READ_BYTES, Delivery, milliseconds
 
+_LOGGER = logging.getLogger(__name__)
 _MOST_ENTRIES = 500
 
 
@@ -39,6 +42,34 @@ class Portions:
     ) -> None:
         self._run = run
         self._stream = stream
+        self._overloaded: set[str] = set()
+        """Readers that had too large an answer."""
+
+    async def read(
+        self,
+        role: str,
+        topics: Sequence[Topic],
+        whole: Callable[[], Awaitable[list[Delivery]]],
+        portion: Callable[[Topic], Awaitable[Portion]],
+    ) -> list[Delivery]:
+        """All at once while that is little; else in portions until there is nothing more.
+
+        Args:
+          role: of the reader.
+          topics: that it reads.
+          whole: reads them at once, and may wait.
+          portion: reads some of one.
+        """
+        if role not in self._overloaded:
+            try:
+                return await whole()
+            except OverlongReplyError as error:
+                _LOGGER.info("%s; it is read in portions", error)
+                self._overloaded.add(role)
+        parts = [await portion(topic) for topic in topics]
+        if all(part.is_all for part in parts):
+            self._overloaded.discard(role)
+        return [one for part in parts for one in part.deliveries]
 
     async def _portion(self, topic: Topic, limit: int, *what: Any) -> Portion:
         rows, is_all, at = await self._run(

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -93,8 +94,6 @@ class RedisTransport:
         self._breaker = CircuitBreaker(clock=clock)
         self._links: dict[str, Link] = {}
         self._portions = Portions(self._portion, self.stream)
-        self._in_portions: set[str] = set()
-        """Roles of readers that had too large an answer."""
         self._handed: dict[tuple[str, Topic], str] = {}
         """The last entry that surely came, for each role of a group's readers."""
         self._is_closed = False
@@ -184,18 +183,22 @@ class RedisTransport:
             last = self._handed.get((role, topic), BEGINNING)
             return await self._portions.new(topic, group, consumer, last, limit)
 
-        async def whole(timeout: float, *block: Any) -> list[Delivery]:
+        async def whole(block: list[Any], timeout: float) -> list[Delivery]:
             answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
             return deliveries(topics, streams, answer)
 
         async def once(block: list[Any], timeout: float) -> list[Delivery]:
             try:
-                found = await self._read(role, topics, portion, whole, block, timeout)
+                found = await self._portions.read(
+                    role, topics, partial(whole, block, timeout), portion
+                )
             except ResponseError as error:
                 if not str(error).startswith(_GONE):
                     raise
                 await self._make_groups(streams, group)
-                found = await self._read(role, topics, portion, whole, block, timeout)
+                found = await self._portions.read(
+                    role, topics, partial(whole, block, timeout), portion
+                )
             for one in found:
                 self._handed[role, one.topic] = one.entry_id
             return found
@@ -213,7 +216,7 @@ class RedisTransport:
         async def portion(topic: Topic) -> Portion:
             return await self._portions.after(topic, after[topic], limit)
 
-        async def whole(timeout: float, *block: Any) -> list[Delivery]:
+        async def whole(block: list[Any], timeout: float) -> list[Delivery]:
             # Several may follow the same topics: none waits behind another's blocking read.
             roles = (f"tail {'+'.join(topics)} {number}" for number in itertools.count())
             link = next(link for link in map(self._link, roles) if not link.is_busy)
@@ -224,7 +227,7 @@ class RedisTransport:
 
         async def once(block: list[Any], timeout: float) -> list[Delivery]:
             role = f"tail {'+'.join(topics)}"
-            return await self._read(role, topics, portion, whole, block, timeout)
+            return await self._portions.read(role, topics, partial(whole, block, timeout), portion)
 
         return await self._wait_for(once, wait_seconds)
 
@@ -393,27 +396,6 @@ class RedisTransport:
             await link.close()
 
     # --- parts ---------------------------------------------------------------------------------
-
-    async def _read(
-        self,
-        role: str,
-        topics: Sequence[Topic],
-        portion: Callable[[Topic], Awaitable[Portion]],
-        whole: Callable[..., Awaitable[list[Delivery]]],
-        block: list[Any],
-        timeout: float,
-    ) -> list[Delivery]:
-        """All at once while that is little; else in portions until there is nothing more."""
-        if role not in self._in_portions:
-            try:
-                return await whole(timeout, *block)
-            except OverlongReplyError as error:
-                _LOGGER.info("%s; reading less at once", error)
-                self._in_portions.add(role)
-        parts = [await portion(topic) for topic in topics]
-        if all(part.is_all for part in parts):
-            self._in_portions.discard(role)
-        return [one for part in parts for one in part.deliveries]
 
     async def _portion(self, keys: list[str], arguments: list[Any]) -> Any:
         # On a connection of its own: no settlement waits while the server looks at large entries.
