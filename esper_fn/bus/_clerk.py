@@ -24,6 +24,7 @@ from esper_fn.bus._resilience import Clock, RateLimiter, Retry
 from esper_fn.bus._signing import Keyring
 from esper_fn.bus._topics import COMMAND_TOPICS, Topic
 from esper_fn.bus._transport import (
+    READ_BYTES,
     Attached,
     Delivery,
     Lease,
@@ -368,7 +369,9 @@ class Clerk:
         found = await self._transport.read(
             [topic], lease.group, self._holder, limit=_READ_LIMIT, wait_seconds=None
         )
-        await self._accept(topic, found, is_all=len(found) < _READ_LIMIT)
+        size_bytes = sum(delivery.size_bytes for delivery in found)
+        is_all = len(found) < _READ_LIMIT and size_bytes < READ_BYTES
+        await self._accept(topic, found, is_all=is_all)
 
     async def _accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> None:
         for at in range(0, max(1, len(found)), _ACCEPTED_AT_ONCE):

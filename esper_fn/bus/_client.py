@@ -183,13 +183,20 @@ class AsyncClient:
     async def dead_letters(
         self, *, after: str = BEGINNING, limit: int = 100
     ) -> list[tuple[str, DeadLetter]]:
-        """What was set aside, oldest first, with the name of each letter."""
-        return [
-            (delivery.entry_id, message)
-            for delivery in await self.transport.page(Topic.DEAD, after=after, limit=limit)
-            for message in self._open(delivery)
-            if isinstance(message, DeadLetter)
-        ]
+        """What was set aside, oldest first, with the name of each letter; nothing at the end."""
+        found: list[tuple[str, DeadLetter]] = []
+        while len(found) < limit:
+            page = await self.transport.page(Topic.DEAD, after=after, limit=limit - len(found))
+            if not page:
+                break
+            after = page[-1].entry_id
+            found += [
+                (delivery.entry_id, message)
+                for delivery in page
+                for message in self._open(delivery)
+                if isinstance(message, DeadLetter)
+            ]
+        return found
 
     async def replay(self, letter_id: str) -> list[str]:
         """Sends the commands of a dead letter again, as this client's own and under new ids.
@@ -225,7 +232,7 @@ class AsyncClient:
 
     async def _letter(self, letter_id: str) -> DeadLetter:
         after = BEGINNING
-        while page := await self.dead_letters(after=after, limit=200):
+        while page := await self.dead_letters(after=after, limit=20):
             for entry_id, letter in page:
                 if entry_id == letter_id:
                     return letter
@@ -254,7 +261,7 @@ class AsyncClient:
 
     def _open(self, delivery: Delivery) -> tuple[Message, ...]:
         try:
-            check_size(delivery.topic, len(delivery.payload))
+            check_size(delivery.topic, delivery.size_bytes)
             stream = self.transport.stream(delivery.topic)
             self._keys.verify(stream, delivery.payload, delivery.signature)
             messages: tuple[Message, ...] = self._schema.decode(delivery.payload).messages

@@ -15,6 +15,8 @@ from esper_fn.errors import MessageError, OversizedError, UndecodableError, Unsu
 
 FORMAT = 1
 """Of the parcel around the messages; part of what is signed."""
+MAX_MESSAGES = 256
+"""In a parcel: a message may take one byte in it, and much more in memory."""
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
@@ -48,7 +50,11 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
 
 class _Unread(msgspec.Struct, frozen=True, array_like=True):
     header: Header
-    messages: tuple[msgspec.Raw, ...]
+    messages: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=MAX_MESSAGES)]
+
+
+class _Unopened(msgspec.Struct, frozen=True, array_like=True):
+    header: Header
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -82,12 +88,16 @@ class Schema:
             )
         whole = msgspec.defstruct(
             "Whole",
-            [("header", Header), ("messages", tuple[types, ...])],
+            [
+                ("header", Header),
+                ("messages", Annotated[tuple[types, ...], Meta(max_length=MAX_MESSAGES)]),
+            ],
             frozen=True,
             array_like=True,
         )
         self._whole: Any = msgspec.msgpack.Decoder(whole)
         self._unread = msgspec.msgpack.Decoder(_Unread)
+        self._unopened = msgspec.msgpack.Decoder(_Unopened)
         self._one: Any = msgspec.msgpack.Decoder(types)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -120,18 +130,16 @@ class Schema:
         Raises:
           UndecodableError: not even that.
         """
-        return self._open(payload).header
-
-    def _open(self, payload: bytes) -> _Unread:
         try:
-            return self._unread.decode(payload)
+            return self._unopened.decode(payload).header
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            raise UndecodableError(
-                f"{len(payload)} bytes are no parcel of messages: {plain(error, limit=500)}"
-            ) from None
+            raise _no_parcel(payload, error) from None
 
     def _decode_singly(self, payload: bytes) -> Parcel:
-        unread = self._open(payload)
+        try:
+            unread = self._unread.decode(payload)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+            raise _no_parcel(payload, error) from None
         _check_format(unread.header)
         return Parcel(unread.header, tuple(self._upgrade(bytes(raw)) for raw in unread.messages))
 
@@ -156,6 +164,11 @@ class Schema:
         here = sorted(name for name in known if name.partition("/")[0] == kind)
         remedy = f"this side knows {', '.join(here)}" if here else "this side knows no such kind"
         raise UnsupportedVersionError(f"message {tag[:80]!r}: {remedy}; upgrade it")
+
+
+def _no_parcel(payload: bytes, error: Exception) -> UndecodableError:
+    words = plain(error, limit=500)
+    return UndecodableError(f"{len(payload)} bytes are no parcel of messages: {words}")
 
 
 def _check_format(header: Header) -> None:

@@ -249,7 +249,7 @@ class Intake:
     # --- parts ---------------------------------------------------------------------------------
 
     def _check(self, delivery: Delivery) -> None:
-        check_size(delivery.topic, len(delivery.payload))
+        check_size(delivery.topic, delivery.size_bytes)
         self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
         parcel = self._schema.decode(delivery.payload)
         header, messages = parcel.header, parcel.messages
@@ -364,7 +364,7 @@ class Intake:
         A server that took over from another one may name entries by a clock that lags behind.
         """
         try:
-            check_size(delivery.topic, len(delivery.payload))
+            check_size(delivery.topic, delivery.size_bytes)
             self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
             header = self._schema.decode_header(delivery.payload)
         except MessageError:
@@ -379,7 +379,7 @@ class Intake:
         self._count("duplicate")
         outcome = None
         try:
-            check_size(delivery.topic, len(delivery.payload))
+            check_size(delivery.topic, delivery.size_bytes)
             self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
             for message in self._schema.decode(delivery.payload).messages:
                 outcome = self.position.outcome(message.id)
@@ -410,7 +410,7 @@ def _letter(delivery: Delivery, reason: str, words: str) -> DeadLetter:
         words=words[:2_000],
         from_topic=delivery.topic,
         entry_id=delivery.entry_id,
-        size_bytes=len(delivery.payload),
+        size_bytes=delivery.size_bytes,
         deliveries=delivery.deliveries,
         payload=delivery.payload if is_small else b"",
         signature=delivery.signature[:200] if is_small else b"",

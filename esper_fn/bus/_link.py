@@ -9,6 +9,7 @@ from typing import Any
 
 import hiredis
 import redis.asyncio as redis_asyncio
+from redis._parsers import _AsyncHiredisParser
 from redis.asyncio.retry import Retry as RedisRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -34,6 +35,37 @@ from esper_fn.bus._resilience import CircuitBreaker
 from esper_fn.errors import BusAddressError, BusSecurityError, BusUnavailableError
 
 _CONNECT_SECONDS = 2.0
+MOST_REPLY_BYTES = 4 << 20
+"""Of one answer; a connection that brings more is dropped, since anybody may write entries."""
+
+
+class OverlongReplyError(BusUnavailableError):
+    """An answer of more than `MOST_REPLY_BYTES`, most of it unread."""
+
+
+class _TooLongError(Exception):
+    pass
+
+
+class _Parser(_AsyncHiredisParser):
+    """Reads no more of an answer than `MOST_REPLY_BYTES`."""
+
+    _num_bytes = 0
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        self._num_bytes = 0
+        return await super().read_response(*arguments, **options)
+
+    async def read_from_socket(self) -> bool:
+        stream, reader = self._stream, self._reader
+        data = await stream.read(self._read_size) if stream else b""
+        if not data or reader is None:
+            raise RedisConnectionError("Connection closed by server.")
+        self._num_bytes += len(data)
+        if self._num_bytes > MOST_REPLY_BYTES:
+            raise _TooLongError
+        reader.feed(data)
+        return True
 
 
 class Script:
@@ -72,6 +104,7 @@ class Link:
         pool = redis_asyncio.ConnectionPool(
             connection_class=connection,
             protocol=2,
+            parser_class=_Parser,
             retry=RedisRetry(NoBackoff(), 0),
             socket_timeout=None,
             socket_connect_timeout=_CONNECT_SECONDS,
@@ -90,6 +123,7 @@ class Link:
 
         Raises:
           BusUnavailableError: no answer, or a server that cannot answer now.
+          OverlongReplyError: too large an answer; the command was carried out.
           ResponseError: the server refuses.
         """
         async with self._lock:
@@ -121,6 +155,11 @@ class Link:
             except ResponseError:
                 is_answered = True
                 raise
+            except _TooLongError:
+                raise OverlongReplyError(
+                    f"the bus at {self._address.shown} answers {plain(arguments[0])} with more "
+                    f"than {MOST_REPLY_BYTES:,} bytes"
+                ) from None
             except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
                 # TimeoutError is an OSError. A connection wraps what its opening was refused with.
                 if isinstance(error, AuthenticationError) or isinstance(

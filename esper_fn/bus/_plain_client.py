@@ -13,6 +13,7 @@ from esper_fn.bus._connect import LoopThread, make_transport
 from esper_fn.bus._messages import Command, DeadLetter, Message, Outcome
 from esper_fn.bus._signing import Keyring, read_keys
 from esper_fn.bus._topics import Topic
+from esper_fn.bus._transport import BEGINNING
 
 
 class Client:
@@ -55,9 +56,11 @@ class Client:
             if pending is not None:
                 pending.cancel()
 
-    def dead_letters(self, *, limit: int = 100) -> list[tuple[str, DeadLetter]]:
+    def dead_letters(
+        self, *, after: str = BEGINNING, limit: int = 100
+    ) -> list[tuple[str, DeadLetter]]:
         """See `AsyncClient.dead_letters`."""
-        return self._thread.call(self.asynchronous.dead_letters(limit=limit))
+        return self._thread.call(self.asynchronous.dead_letters(after=after, limit=limit))
 
     def replay(self, letter_id: str) -> list[str]:
         """See `AsyncClient.replay`."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Schema, check_size
+from esper_fn.bus._codec import FORMAT, MAX_MESSAGES, SCHEMA, Header, Schema, check_size
 from esper_fn.bus._messages import Message
 from esper_fn.bus._resilience import Clock, Retry
 from esper_fn.bus._signing import NO_KEYS, Keyring
@@ -19,7 +19,6 @@ from esper_fn.bus._transport import Entry, OtherRunError, Transport
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
 _LOGGER = logging.getLogger(__name__)
-_MESSAGES_IN_PARCEL = 256
 _ENTRIES_AT_ONCE = 128
 _UNKNOWN = "?"
 """Stands for the identity of a run that was not met yet; no run has it."""
@@ -260,7 +259,7 @@ class Publisher:
             return [[self._waiting.popleft()] for _ in range(count)]
         groups: list[list[_Waiting]] = []
         while self._waiting and len(groups) < 8:
-            count = min(len(self._waiting), _MESSAGES_IN_PARCEL)
+            count = min(len(self._waiting), MAX_MESSAGES)
             groups.append([self._waiting.popleft() for _ in range(count)])
         return groups
 

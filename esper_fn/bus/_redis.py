@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -14,8 +15,9 @@ from redis.exceptions import ResponseError
 
 from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address, check_reach
-from esper_fn.bus._link import Link, Script
-from esper_fn.bus._replies import attached, deliveries, delivery, server_ms
+from esper_fn.bus._link import Link, OverlongReplyError, Script
+from esper_fn.bus._portions import Portion, Portions
+from esper_fn.bus._replies import attached, deliveries, server_ms
 from esper_fn.bus._requests import settlement_arguments
 from esper_fn.bus._resilience import CircuitBreaker
 from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
@@ -54,6 +56,8 @@ _RELEASE = Script(_scripts.RELEASE)
 _SETTLE = Script(_scripts.SETTLE)
 _BURY = Script(_scripts.BURY)
 _REPAIR = Script(_scripts.REPAIR)
+_PORTION = Script(_scripts.PORTION)
+_RUNS = Script(_scripts.RUNS)
 _GONE = ("NOGROUP", "UNBLOCKED", "WRONGTYPE")
 """How a server says that a group, or the stream it belongs to, is not there (any more)."""
 _HASHES = {"run", "sequences", "attempts"}
@@ -63,7 +67,8 @@ class RedisTransport:
     """A `Transport` on a Redis server.
 
     Every write is one script, so it happens wholly or not at all and may be repeated. Readers have
-    connections of their own, without a socket timeout.
+    connections of their own, without a socket timeout. One whose answer is too large goes on in
+    portions until it has read all that is there.
 
     Args:
       address: of the server.
@@ -88,6 +93,9 @@ class RedisTransport:
         self._timeout = timeout_seconds
         self._breaker = CircuitBreaker(clock=clock)
         self._links: dict[str, Link] = {}
+        self._portions = Portions(self._portion, self.stream)
+        self._handed: dict[tuple[str, Topic], str] = {}
+        """The last entry that surely came, for each role of a group's readers."""
         self._is_closed = False
 
     @property
@@ -171,15 +179,29 @@ class RedisTransport:
         head = ["XREADGROUP", "GROUP", group, consumer, "COUNT", limit]
         tail = ["STREAMS", *streams, *(">" for _ in topics)]
 
+        async def portion(topic: Topic) -> Portion:
+            last = self._handed.get((role, topic), BEGINNING)
+            return await self._portions.new(topic, group, consumer, last, limit)
+
+        async def whole(block: list[Any], timeout: float) -> list[Delivery]:
+            answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
+            return deliveries(topics, streams, answer)
+
         async def once(block: list[Any], timeout: float) -> list[Delivery]:
             try:
-                answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
+                found = await self._portions.read(
+                    role, topics, partial(whole, block, timeout), portion
+                )
             except ResponseError as error:
                 if not str(error).startswith(_GONE):
                     raise
                 await self._make_groups(streams, group)
-                answer = await self._link(role).call(*head, *block, *tail, timeout_seconds=timeout)
-            return deliveries(topics, streams, answer)
+                found = await self._portions.read(
+                    role, topics, partial(whole, block, timeout), portion
+                )
+            for one in found:
+                self._handed[role, one.topic] = one.entry_id
+            return found
 
         return await self._wait_for(once, wait_seconds)
 
@@ -191,7 +213,10 @@ class RedisTransport:
         streams = [self.stream(topic) for topic in topics]
         last = list(after.values())
 
-        async def once(block: list[Any], timeout: float) -> list[Delivery]:
+        async def portion(topic: Topic) -> Portion:
+            return await self._portions.after(topic, after[topic], limit)
+
+        async def whole(block: list[Any], timeout: float) -> list[Delivery]:
             # Several may follow the same topics: none waits behind another's blocking read.
             roles = (f"tail {'+'.join(topics)} {number}" for number in itertools.count())
             link = next(link for link in map(self._link, roles) if not link.is_busy)
@@ -200,14 +225,22 @@ class RedisTransport:
             )
             return deliveries(topics, streams, answer)
 
+        async def once(block: list[Any], timeout: float) -> list[Delivery]:
+            role = f"tail {'+'.join(topics)}"
+            return await self._portions.read(role, topics, partial(whole, block, timeout), portion)
+
         return await self._wait_for(once, wait_seconds)
 
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
         """See `Transport`."""
         out = {}
         for topic in topics:
-            rows = await self._call("XREVRANGE", self.stream(topic), "+", "-", "COUNT", 1)
-            out[topic] = rows[0][0].decode() if rows else BEGINNING
+            try:
+                rows = await self._call("XREVRANGE", self.stream(topic), "+", "-", "COUNT", 1)
+            except OverlongReplyError:
+                out[topic] = await self._portions.last_id(topic)
+            else:
+                out[topic] = rows[0][0].decode() if rows else BEGINNING
         return out
 
     async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
@@ -222,34 +255,14 @@ class RedisTransport:
         """See `Transport`."""
         stream = self.stream(topic)
         try:
-            _, rows, *_ = await self._call(
-                "XAUTOCLAIM",
-                stream,
-                group,
-                consumer,
-                milliseconds(idle_seconds) if idle_seconds else 0,
-                "0-0",
-                "COUNT",
-                limit,
+            return await self._portions.idle(
+                topic, group, consumer, seconds=idle_seconds, limit=limit
             )
         except ResponseError as error:
             if not str(error).startswith(_GONE):
                 raise
             await self._make_groups([stream], group)
             return []
-        if not rows:
-            return []
-        first, last = rows[0][0], rows[-1][0]
-        counts = {
-            row[0]: row[3]
-            for row in await self._call(
-                "XPENDING", stream, group, first, last, 10 * limit, consumer
-            )
-        }
-        return [
-            delivery(topic, entry_id, fields)._replace(deliveries=counts.get(entry_id, 1))
-            for entry_id, fields in rows
-        ]
 
     async def bury(self, topic: Topic, group: str, entry_ids: Sequence[str], dead: Entry) -> None:
         """See `Transport`."""
@@ -297,7 +310,10 @@ class RedisTransport:
                 answer[1].decode(errors="replace"), answer[2] / 1000, int(answer[3])
             )
         streams = list(map(self.stream, COMMAND_TOPICS))
-        return attached(holder, COMMAND_TOPICS, streams, answer)
+        found, leftovers = attached(holder, COMMAND_TOPICS, streams, answer)
+        for topic, counts in leftovers.items():
+            found.leftovers.extend(await self._portions.named(topic, counts))
+        return found
 
     async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
         """See `Transport`."""
@@ -334,8 +350,7 @@ class RedisTransport:
 
     async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
         """See `Transport`."""
-        rows = await self._call("XRANGE", self.stream(topic), f"({after}", "+", "COUNT", limit)
-        return [delivery(topic, entry_id, fields) for entry_id, fields in rows]
+        return await self._portions.page(topic, after, limit)
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
@@ -348,21 +363,24 @@ class RedisTransport:
     async def holder(self) -> str | None:
         """See `Transport`."""
         try:
-            held = await self._call("GET", self._lease_key(self._name))
+            # Whoever wrote it, and however much.
+            held = await self._call("GETRANGE", self._lease_key(self._name), 0, 999)
         except ResponseError as error:
             if not str(error).startswith(_GONE):
                 raise
             return None
-        return None if held is None else held.decode(errors="replace").partition(" ")[2]
+        return held.decode(errors="replace").partition(" ")[2] if held else None
 
     async def living(self) -> list[str]:
         """See `Transport`."""
         names: set[str] = set()
         cursor, (head, foot) = b"0", self._lease_key("*").split("*")
         while True:
-            cursor, keys = await self._call(
-                "SCAN", cursor, "MATCH", self._lease_key("*"), "COUNT", 500
-            )
+            pattern = self._lease_key("*")
+            try:
+                cursor, keys = await self._call("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+            except OverlongReplyError:
+                cursor, keys = await self._script(_RUNS, [], [cursor, pattern, 200])
             for key in keys:
                 # Anybody may write keys; what no run can be called is none.
                 name = key.decode("utf-8", "replace").removeprefix(head).removesuffix(foot)
@@ -378,6 +396,11 @@ class RedisTransport:
             await link.close()
 
     # --- parts ---------------------------------------------------------------------------------
+
+    async def _portion(self, keys: list[str], arguments: list[Any]) -> Any:
+        # On a connection of its own: no settlement waits while the server looks at large entries.
+        link = self._link("portions")
+        return await link.run(_PORTION, keys, arguments, timeout_seconds=self._timeout)
 
     def _key(self, name: str) -> str:
         return f"esper:{{{self._name}}}:{name}"

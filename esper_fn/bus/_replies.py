@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from esper_fn.bus._topics import Topic
+from esper_fn.bus._topics import POLICIES, Topic
 from esper_fn.bus._transport import Attached, Delivery, Lease
 
 _NUMBER = re.compile(rb"-?[0-9]{1,16}")
+_ROOM_BYTES = 2_048
+"""In an entry beside the payload: names of fields, the signature."""
 
 
 def server_ms(seconds: bytes, micros: bytes) -> int:
@@ -40,17 +42,27 @@ def deliveries(topics: Sequence[Topic], streams: Sequence[str], answer: Any) -> 
 
 def delivery(topic: Topic, entry_id: bytes, fields: list[bytes]) -> Delivery:
     """One entry of a stream."""
-    if fields and fields[0] == b"m":
+    size_bytes = sum(map(len, fields or ()))
+    if fields and fields[0] == b"m" and size_bytes <= largest_bytes(topic):
         signature = fields[3] if len(fields) > 3 and fields[2] == b"s" else b""
         return Delivery(topic, entry_id.decode(), fields[1], signature)
     # Somebody else's entry, or one whose fields are gone: nothing of it can be read.
-    return Delivery(topic, entry_id.decode(), b"")
+    return Delivery(topic, entry_id.decode(), b"", withheld_bytes=size_bytes)
+
+
+def largest_bytes(topic: Topic) -> int:
+    """Of an entry with all its fields that is handed out at all."""
+    return POLICIES[topic].max_entry_bytes + _ROOM_BYTES
 
 
 def attached(
     holder: str, topics: Sequence[Topic], streams: Sequence[str], answer: list[Any]
-) -> Attached:
-    """An answer to the script `ATTACH`, for command streams in this order."""
+) -> tuple[Attached, dict[Topic, dict[str, int]]]:
+    """An answer to the script `ATTACH`, for command streams in this order.
+
+    Returns:
+      What it says, without leftovers; and these, as names and deliveries of each stream's.
+    """
     _, epoch, generation, at, sequences, leftovers, attempts, seconds, micros, emptied = answer
     topic_of = dict(zip(streams, topics, strict=True))
     tried = {}
@@ -58,16 +70,17 @@ def attached(
         stream, _, entry_id = name.rpartition(" ")
         if stream in topic_of:
             tried[topic_of[stream], entry_id] = count
-    return Attached(
+    names: dict[Topic, dict[str, int]] = {topic: {} for topic in topics}
+    for index, entry_id, count in leftovers:
+        names[topics[index]][entry_id.decode()] = count
+    found = Attached(
         lease=Lease(holder, epoch),
         generation=generation.decode(errors="replace"),
         cursor={topic: last.decode() for topic, last in zip(topics, at, strict=True)},
         sequences=counts(sequences),
-        leftovers=[
-            delivery(topics[index], entry_id, fields)._replace(deliveries=count)
-            for index, entry_id, fields, count in leftovers
-        ],
+        leftovers=[],
         attempts=tried,
         server_ms=server_ms(seconds, micros),
         emptied=frozenset(topics[index] for index in emptied),
     )
+    return found, names

@@ -10,7 +10,7 @@ PUBLISH = """
 -- ARGV: first number, limit, refuses?, seconds to remember the producer, group, a name for a
 --       new generation, identity of the run ('' for any), then payload and signature of each entry
 local generation = redis.call('GET', KEYS[3])
-if not generation then
+if not generation or #generation > 100 then
   generation = ARGV[6]
   redis.call('SET', KEYS[3], generation)
 end
@@ -21,7 +21,7 @@ local skip = math.max(0, last - first + 1)
 if skip >= count then return {0, generation} end
 if ARGV[7] ~= '' then
   local identity = redis.call('HGET', KEYS[4], 'identity') or ''
-  if identity ~= ARGV[7] then return {-2, identity} end
+  if identity ~= ARGV[7] then return {-2, string.sub(identity, 1, 100)} end
 end
 local refuses = ARGV[3] == '1'
 if refuses then
@@ -62,6 +62,7 @@ _NEWEST = """
 local function newest(run) -- epoch and holder of the newest lease; '0' and '' where none is sound
   local epoch = redis.call('HGET', run, 'epoch')
   local owner = redis.call('HGET', run, 'owner') or ''
+  if #owner > 1000 then return '0', '' end
   local number, holder = string.match(owner, '^(%d+) (.+)$')
   if number and number == epoch and #number < 16 then return number, holder end
   return '0', ''
@@ -83,13 +84,14 @@ ATTACH = (
 --       settled entry)
 -- Anybody may have written to these keys: what cannot be ours counts as missing.
 local held = redis.call('GET', KEYS[1]) or ''
+if #held > 1000 then held = '' end
 local held_epoch, holder = string.match(held, '^(%d+) (.+)$')
 local left = redis.call('PTTL', KEYS[1])
 if holder and left >= 0 and ARGV[4] ~= '1' and holder ~= ARGV[1] then
   return {0, holder, left, held_epoch}
 end
 local generation = redis.call('GET', KEYS[3])
-if not generation then
+if not generation or #generation > 100 then
   generation = ARGV[6]
   redis.call('SET', KEYS[3], generation)
 end
@@ -102,6 +104,16 @@ local owner = epoch .. ' ' .. ARGV[1]
 redis.call('HSET', KEYS[2], 'epoch', epoch, 'owner', owner, 'number', 0)
 tell(KEYS[2], ARGV[7])
 redis.call('SET', KEYS[1], owner, 'PX', ARGV[2])
+local function numbers(hash) -- names and whole numbers, as far as they can be ours
+  local out, room, all = {}, 1048576, redis.call('HGETALL', hash)
+  for i = 1, #all, 2 do
+    if #all[i] <= 256 and #all[i + 1] <= 17 and room > 0 then
+      out[#out + 1], out[#out + 2] = all[i], all[i + 1]
+      room = room - #all[i]
+    end
+  end
+  return out
+end
 local function before(a, b) -- a <= b
   local a1, a2 = string.match(a, '(%d+)-(%d+)')
   local b1, b2 = string.match(b, '(%d+)-(%d+)')
@@ -137,7 +149,8 @@ for i = 6, #KEYS do
           if #found == 0 then
             redis.call('HDEL', KEYS[5], stream .. ' ' .. row[1])
           elseif before(row[1], cursor) then
-            leftovers[#leftovers + 1] = {i - 6, row[1], found[1][2], row[4] + 1}
+            -- No run takes in more at once.
+            if #leftovers < 4096 then leftovers[#leftovers + 1] = {i - 6, row[1], row[4] + 1} end
           elseif not counted then
             -- The first in line was being carried out; those behind it are not suspected.
             counted = true
@@ -156,8 +169,8 @@ for i = 6, #KEYS do
   end
 end
 local time = redis.call('TIME')
-return {1, tonumber(epoch), generation, cursors, redis.call('HGETALL', KEYS[4]), leftovers,
-        redis.call('HGETALL', KEYS[5]), time[1], time[2], emptied}
+return {1, tonumber(epoch), generation, cursors, numbers(KEYS[4]), leftovers, numbers(KEYS[5]),
+        time[1], time[2], emptied}
 """
 )
 
@@ -262,4 +275,86 @@ if count > 0 then
   redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'm', ARGV[3], 's', ARGV[4])
 end
 return count
+"""
+
+PORTION = """
+-- Entries of a stream: at most so many, until they have so many bytes; only the size of those that
+-- are too large or not ours. Returns them, whether these were all, and where the next ones begin.
+-- KEYS: stream. ARGV: entries at most, bytes, bytes of a whole entry at most, then one of
+--   after, entry before the first | last | named, entries
+--   new, group, consumer, last entry that surely came | idle, group, consumer, ms, first
+local count, room, largest, kind = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local stream, rows, is_all, at, is_large = KEYS[1], {}, 0, '', false
+local function has_room() return #rows < count and room > 0 end
+local function add(row, deliveries)
+  local fields, size = row[2], 0
+  for _, part in ipairs(fields) do size = size + #part end
+  local payload, signature, withheld = '', '', size
+  if fields[1] == 'm' and size <= largest then
+    payload, withheld = fields[2], 0
+    if fields[3] == 's' then signature = fields[4] end
+  end
+  room = room - #payload - withheld
+  is_large = is_large or size > largest
+  rows[#rows + 1] = {row[1], withheld, payload, signature, deliveries}
+end
+-- One by one: what the server holds of them here is never more than the largest.
+if kind == 'after' then
+  at = ARGV[5]
+  while has_room() and is_all == 0 do
+    local row = redis.call('XRANGE', stream, '(' .. at, '+', 'COUNT', 1)[1]
+    if row then
+      add(row, 1)
+      at = row[1]
+    else is_all = 1 end
+  end
+elseif kind == 'last' then
+  local row = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)[1]
+  if row then add(row, 1) end
+elseif kind == 'named' then
+  local next = 5
+  while has_room() and next <= #ARGV do
+    local row = redis.call('XRANGE', stream, ARGV[next], ARGV[next])[1]
+    if row then add(row, 1) end
+    next = next + 1
+  end
+  at = tostring(next - 5)
+  if next > #ARGV then is_all = 1 end
+elseif kind == 'new' then
+  local from = ARGV[7]
+  while has_room() and is_all == 0 do
+    local answer = redis.call(
+      'XREADGROUP', 'GROUP', ARGV[5], ARGV[6], 'COUNT', 1, 'STREAMS', stream, from)
+    local row = answer and answer[1][2][1]
+    if row then
+      if from ~= '>' then from = row[1] end
+      if row[2] then add(row, 1) else redis.call('XACK', stream, ARGV[5], row[1]) end
+    elseif from == '>' then is_all = 1
+    else from = '>' end
+  end
+else
+  at = ARGV[8]
+  while has_room() and is_all == 0 do
+    local answer = redis.call(
+      'XAUTOCLAIM', stream, ARGV[5], ARGV[6], ARGV[7], at, 'COUNT', 1)
+    at = answer[1]
+    for _, row in ipairs(answer[2]) do
+      local pending = redis.call('XPENDING', stream, ARGV[5], row[1], row[1], 1)
+      if row[2] then add(row, pending[1] and pending[1][4] or 1) end
+    end
+    if at == '0-0' then is_all = 1 end
+  end
+end
+if is_large then collectgarbage() end
+return {rows, is_all, at}
+"""
+
+RUNS = """
+-- ARGV: cursor, pattern, bytes of a name at most. Keys as SCAN gives them, but short.
+local answer = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 500)
+local names = {}
+for _, name in ipairs(answer[2]) do
+  if #name <= tonumber(ARGV[3]) then names[#names + 1] = name end
+end
+return {answer[1], names}
 """

@@ -12,6 +12,8 @@ from esper_fn.bus._topics import Topic
 RUN_GROUP = "run:"
 """How the consumer groups begin through which runs take commands: one for each lease."""
 BEGINNING = "0-0"
+READ_BYTES = 1 << 20
+"""A reader who is handed so many bytes of entries at once may have got fewer than there are."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a run may be called."""
 
@@ -32,6 +34,13 @@ class Delivery(NamedTuple):
     signature: bytes = b""
     deliveries: int = 1
     """How often it was handed out, this time included."""
+    withheld_bytes: int = 0
+    """Size of an entry that was not handed out: too large for its topic, or none of ours."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the payload, or of the whole entry where it was withheld."""
+        return self.withheld_bytes or len(self.payload)
 
 
 class Published(NamedTuple):
@@ -183,6 +192,8 @@ class Transport(Protocol):
         wait_seconds: float | None,
     ) -> list[Delivery]:
         """Hands out new entries to one consumer of a group, at most `limit` a topic.
+
+        Fewer, even if more are there, only where they have `READ_BYTES` or more together.
 
         Waits for the first one, for ever with None. A group that does not exist starts at the
         beginning, except a lease's. Only one read of a transport may be under way for the same

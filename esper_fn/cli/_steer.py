@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from esper_fn.cli._arguments import ADDRESS_VARIABLE
 from esper_fn.cli._say import say
 from esper_fn.errors import BusError, NobodyListensError
 
+_MOST_LETTERS = 2_000
+_LETTERS_AT_ONCE = 20
 _CLASSES: dict[str, type[bus.Command]] = {
     "germinate": bus.Germinate,
     "transition": bus.Transition,
@@ -94,13 +97,15 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.what != "list" and not options.letters:
         parser.error(f"dlq {options.what}: name the letters; `esper dlq list` shows them")
     with connect(options) as client:
-        letters = client.dead_letters(limit=2_000)
         if options.what == "list":
-            for name, letter in letters:
+            count = 0
+            for name, letter in _letters(client):
+                count += 1
                 say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
-            say(f"{len(letters)} dead letters")
+            say(f"{count} dead letters")
             return DONE
-        known = dict(letters)
+        wanted = set(options.letters)
+        known = {name: letter for name, letter in _letters(client) if name in wanted}
         if unknown := [name for name in options.letters if name not in known]:
             raise BusError(f"no dead letter {unknown[0]!r}; `esper dlq list` shows them")
         for name in options.letters:
@@ -113,6 +118,17 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.what == "drop":
             say(f"{client.drop(options.letters)} dropped")
     return DONE
+
+
+def _letters(client: bus.Client) -> Iterator[tuple[str, bus.DeadLetter]]:
+    """Dead letters, oldest first, a few at a time, since each may be large."""
+    after: dict[str, str] = {}
+    for _ in range(_MOST_LETTERS // _LETTERS_AT_ONCE):
+        page = client.dead_letters(**after, limit=_LETTERS_AT_ONCE)
+        yield from page
+        if not page:
+            return
+        after["after"] = page[-1][0]
 
 
 def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
