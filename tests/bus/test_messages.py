@@ -246,7 +246,7 @@ def test_keys_are_read_from_the_environment_and_files_only_when_private(tmp_path
     for text, words in (
         ("a:xyz", "id:hex"),
         ("a:00", "at least 16"),
-        ("a-b:" + "00" * 16, "key id"),
+        ("a-b:" + "00" * 16, "letters, digits and _"),
     ):
         with pytest.raises(BusSecurityError, match=words):
             bus.read_keys({"ESPER_BUS_KEYS": text})
