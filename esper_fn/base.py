@@ -99,6 +99,9 @@ class Blueprint(NamedTuple):
     init_along: InitAlong | None = None
     """For births along a survey's directions (`growth(directed_births=...)`); None where a body has
     no first matrix that would profit."""
+    neurons: Activation | None = None
+    """Names `phi` where what `apply` computes is `phi(x down + bias) up` up to rounding, however it
+    is computed: a host may then take a finished body in as neurons of a layer of its own."""
 
 
 __all__ = [

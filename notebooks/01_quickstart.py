@@ -16,8 +16,8 @@
 #
 # You have a network that is too small in one place. You do not know which place, nor how much is
 # missing, and you would rather not start again. *Growth* means: while the network trains, small
-# new networks are trained behind it, let in gradually where they help, and removed where they do
-# not.
+# new networks are born in it where a measurement promises most, learn together with it, are
+# measured, and are removed where they do not help.
 #
 # This notebook takes a plain training loop, adds growth to it line by line, looks at what happens,
 # steers it by hand, and ends with an honest comparison. It runs on a laptop CPU in two or three
@@ -131,8 +131,9 @@ structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
 # together sites, **blueprints** (the kinds of small network that may grow; here 8 hidden units),
 # and the room for live **bodies** (networks made from a blueprint). Memory follows this capacity.
 #
-# **When.** The policy asks for growth; here, when the loss has not fallen by 5 % for 50 steps, at
-# most four times. The graft is the schedule by which a body is let in.
+# **When.** A policy asks for growth. The default one asks in the first step, wherever a survey (see
+# below) promises at least a third of the best, and again every hundred steps as long as it pays.
+# When and for how long a body is tried and measured is for the settings to say; all have defaults.
 
 # %%
 sites = ef.discover(growing, train_x[:1])
@@ -143,11 +144,6 @@ lattice = ef.lattice(
 )
 growth = ef.growth(
     lattice,
-    policy=ef.policies.chain(
-        ef.policies.plateau(patience=50, min_gain=0.05),
-        ef.policies.quota(4),
-    ),
-    graft=ef.grafting.linear(num_steps=50),
     bodies_at_once=None,  # one compiled variant: quick to compile, and small bodies cost little anyway
 )
 optimizer = ef.optim.per_body(adam)  # the host's Adam, and one of its own for every body
@@ -241,7 +237,7 @@ print(f"test accuracy: {before:.1%} before, {after:.1%} after")
 print(f"programs compiled while it grew: {count.num_compiled}")
 
 # %% [markdown]
-# Bodies were born, trained, let in and kept, and no program was compiled anew: whether a seed
+# Bodies were born, let in, measured and kept, and no program was compiled anew: whether a seed
 # sleeps or acts is data, not structure.
 #
 # **What happened?** Every change of a seed is an event, with its cause and what was measured.
@@ -261,13 +257,16 @@ for event in events:
 # | stage | what the body does |
 # |---|---|
 # | dormant | there is none; the seed only watches |
-# | germinated | newborn, waits for a place to train |
-# | training | learns from the task's gradient; the host does not change by a single bit |
-# | grafting | let in: its share *alpha* goes from 0 to 1 |
-# | stabilization | stands still until the loss has settled |
-# | evaluating | measured: is the held-out loss higher without it? |
-# | fine-tuning | trains together with the host |
-# | fossilized | kept for good; or **culled**, that is removed, where it did not help |
+# | germinated | newborn; its output is zero, so the host computes what it computed before |
+# | grafting | acts and learns; its share *alpha* goes from 0 to 1, by default at once |
+# | stabilization | acts and learns until the loss has settled, but not for ever |
+# | evaluating | is measured: is the held-out loss higher without it? |
+# | fine-tuning | measured again, before the decision |
+# | fossilized | kept for good, and learns on with the host; or **culled**, that is removed, where it did not help |
+#
+# A body that acts gets its exact gradient, as if it had been part of the network from the start.
+# With `ef.lifecycle.settings(train_first=True)` it passes one stage more, *training*: it learns
+# behind the host, which does not change by a single bit until the body is grafted.
 #
 # A cause says who moved the seed: a rule of the policy, a command, the gate that opened last, or
 # the dwell limit, because no stage may last for ever. A single seed can be read at any time:
@@ -340,21 +339,16 @@ run = ef.report.read(folder.path)
 print(f"programs compiled after the first segment: {grown.num_compiled}")
 
 # %% [markdown]
-# The life of every seed that woke up. Each row is a seed, each colour a stage.
+# The life of every seed that woke up. Each row is a seed, each colour a stage. Up to the day it is
+# fossilized, a body can be taken out again.
 
 # %%
 ef.report.figures.stage_map(run)
 
 # %% [markdown]
-# How each body was let in: from 0, where the host computes exactly what it computed before, to 1.
-# Up to the day it is fossilized, a body can be taken out again.
-
-# %%
-ef.report.figures.alpha_curves(run)
-
-# %% [markdown]
 # The training loss, and the accuracy on the test digits. "Host alone" is the same host, simply
-# trained on. The marks below say when seeds germinated, were grafted, and were kept.
+# trained on. The marks below say when seeds germinated,
+# were grafted, and were kept.
 
 # %%
 ef.report.figures.loss_curves(run)
@@ -380,61 +374,64 @@ print(ef.commands.Code(int(infos.outcomes.code[0, 0])).name)
 growth.seed(state, seed)
 
 # %% [markdown]
-# It trains behind the host, and we may think better of it: cull it. Then we ask for another one at
-# once. This is refused, because a culled seed rests for a while before it may germinate again. A
-# refusal is an answer with a code: no exception inside the step, and no silence either.
+# It acts already, and until the loss has settled it is not judged. We think better of it and ask to
+# cull it at once. This is refused, and a refusal is an answer with a code: no exception inside the
+# step, and no silence either.
 
 # %%
 cull = growth.commands([ef.commands.cull(seed)])
 
-for command in (cull, germinate):
+
+def ask(command):
+    global params, state, opt_state
     params, state, opt_state, infos = train(params, state, opt_state, order[:1], command)
     outcome = jax.tree.map(lambda rows: int(rows[0, 0]), infos.outcomes)
     print(
-        f"{ef.commands.Code(outcome.code).name:10}",
+        f"{ef.commands.Code(outcome.code).name:18}",
         f"{ef.Stage(outcome.before).name} -> {ef.Stage(outcome.after).name}",
     )
 
+
+ask(cull)
+
 # %% [markdown]
 # **Tuning a gate.** The thresholds between the stages are arrays in the state as well, so they can
-# be replaced while everything runs. By default a body trains for 30 to 150 steps; from here on it
-# is judged after 5 to 10.
+# be replaced while everything runs. By default a body waits 20 to 150 steps for the loss to settle;
+# from here on, 5 to 10. Then it is on trial, and may be culled. Asking for another one in its place
+# is refused again: a culled seed rests for a while before it may germinate.
 
 # %%
-another = lattice.seed_index("hidden", chunk=1)
-germinate = growth.commands([ef.commands.germinate(another, "units")])
-hasty = ef.lifecycle.settings(min_steps={ef.Stage.TRAINING: 5}, max_steps={ef.Stage.TRAINING: 10})
+stay = ef.Stage.STABILIZATION
+hasty = ef.lifecycle.settings(min_steps={stay: 5}, max_steps={stay: 10})
 
 with ef.runtime.count_compilations() as count:
     state = state._replace(settings=hasty)
-    params, state, opt_state, infos = train(params, state, opt_state, order[:40], germinate)
-
-for event in ef.runtime.lifecycle_events(growth, infos, first_step=0):
-    if event["seed"] == another:
-        print(f"{event['step']:3}  {event['from']} -> {event['to']} ({event['cause']})")
+    params, state, opt_state, infos = train(params, state, opt_state, order[:5])
+    for command in (cull, germinate):
+        ask(command)
 print(f"programs compiled: {count.num_compiled}")
 
 # %% [markdown]
 # ## 5. What is it worth? An honest comparison
 #
-# `ef.experiments` runs four ways to spend the same steps on the same data: the host alone, the host
-# that grows where the survey says, the host that grows at random places, and a static network
+# `ef.experiments` runs five ways to spend the same steps on the same data: the host alone, the host
+# that grows where the survey says, evenly in every layer, or at random places, and a static network
 # without a narrow place and with as many parameters as the grown one. This job's host has two units
-# in the middle; everything starts from scratch, and the policy asks for growth at fixed steps.
+# in the middle; everything starts from scratch, and growth is that of the defaults.
 
 # %%
 job = ef.experiments.job("digits")
-comparison = ef.experiments.prepare(job, data, steps=600, policy="periodic")
+comparison = ef.experiments.prepare(job, data, steps=600)
 rows = [ef.experiments.run(comparison, seed) for seed in range(4)]
 summary = ef.experiments.summary(comparison, rows)
 ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
 
 # %% [markdown]
-# Read all the bars. Growth repairs the host. Choosing places by measurement does better on average
-# than choosing them by chance, which now and then hits the right place too; four repeats are too
-# few to be sure of that. The network that was well shaped from the start is better still. So
-# **growth is for a network you are given (pretrained, frozen, too long to train again, or of a
-# size nobody knows in advance), and not a way to beat a network whose size you can simply
-# choose.**
+# Read all the bars. Growth repairs the host, nearly to the accuracy of the network that was well
+# shaped from the start. Chance now and then hits the right place too, and often does not. Growing
+# evenly in every layer comes close here, as a job of four bodies has room for one in the narrow
+# layer; four repeats are too few to tell the two apart. So **growth is for a network you are given
+# (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not a way
+# to beat a network whose size you can simply choose.**
 #
 # Next: `esper grow --data digits` runs the full-length job and writes its report.

@@ -239,6 +239,7 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
         can_span=True,
         init_along=init_along,
         activation=None if is_paired else activation,
+        neurons=activation,
     )
 
 

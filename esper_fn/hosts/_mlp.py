@@ -62,7 +62,7 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
     ) -> Params | None:
         # A body over a span is neurons of the layer it leads around, if they bend alike.
         layer, dot, _ = name.removeprefix("layer").partition(".")
-        is_alike = blueprint.activation == "gelu" and set(body) == {"down", "bias", "up"}
+        is_alike = blueprint.neurons == "gelu" and set(body) == {"down", "bias", "up"}
         if not (name.startswith("layer") and dot and is_alike):
             return None
         k = int(layer)

@@ -103,11 +103,12 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
     np.testing.assert_allclose(program(inputs[:2]), wanted[:2], rtol=2e-4, atol=2e-5)
 
 
-def test_folded_spans_are_neurons_that_numpy_can_compute() -> None:
+@pytest.mark.parametrize("birth", ["zero", "paired"])
+def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
     growth = ef.growth(
         ef.lattice(
             sites=MLP.sites,
-            blueprints={"bottleneck": ef.blueprints.bottleneck(4, "gelu")},
+            blueprints={"bottleneck": ef.blueprints.bottleneck(4, "gelu", birth)},
             capacity=3,
         ),
         bodies_at_once=None,
