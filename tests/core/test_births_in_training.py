@@ -72,6 +72,7 @@ def planted() -> Any:
             bodies, opt_state = carry
             measured = growth.value_and_grad(loss_fn)
             loss, (_, slopes), _ = measured(host, state._replace(bodies=bodies), batch)
+            slopes = dict(slopes)  # one body from birth to end, so plain SGD may have it
             updates, opt_state = optimizer.update(slopes, opt_state)
             return (optax.apply_updates(bodies, updates), opt_state), (loss, slopes)
 
