@@ -43,7 +43,7 @@ class Gate(IntEnum):
     TRAINS_FIRST = 20
     """The settings send bodies through TRAINING."""
     CONTRIBUTION_UNKNOWN = 21
-    """No survey has measured the seed in this stage."""
+    """Too few surveys in this stage for a verdict, and none that speaks against the seed."""
 
 
 class Cause(IntEnum):
@@ -277,7 +277,10 @@ TESTS: Mapping[Gate, Test] = MappingProxyType(
         Gate.QUARANTINED: lambda s, m, t: m.is_quarantined,
         Gate.ACTS_AT_ONCE: lambda s, m, t: jnp.broadcast_to(~t.train_first, s.stage.shape),
         Gate.TRAINS_FIRST: lambda s, m, t: jnp.broadcast_to(t.train_first, s.stage.shape),
-        Gate.CONTRIBUTION_UNKNOWN: lambda s, m, t: s.num_contributions == 0,
+        Gate.CONTRIBUTION_UNKNOWN: lambda s, m, t: (
+            (s.num_contributions < t.min_surveys)
+            & ((s.num_contributions == 0) | (s.contribution > 0))
+        ),
     }
 )
 
@@ -350,7 +353,7 @@ EDGES: tuple[Edge, ...] = (
         Cause.MEASURED_HARMFUL,
     ),
     Edge(Stage.EVALUATING, Stage.CULLED, (Gate.ERRORS_MANY,), Cause.ERRORS),
-    # What nobody measured is not removed: without surveys a body goes on to the end.
+    # What nothing speaks against is not removed: without surveys a body goes on to the end.
     Edge(
         Stage.EVALUATING,
         Stage.FINE_TUNING,

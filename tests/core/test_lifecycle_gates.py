@@ -98,13 +98,13 @@ COLUMNS: dict[Gate, tuple[dict[str, Any], dict[str, Any]]] = {
     G.LOSS_SETTLED: ({"is_settled": 1}, {"is_settled": 0}),
     G.ACTS_AT_ONCE: ({"trains_first": 0}, {"trains_first": 1}),
     G.TRAINS_FIRST: ({"trains_first": 1}, {"trains_first": 0}),
-    G.CONTRIBUTION_UNKNOWN: ({"num_contributions": 0}, {"num_contributions": 1}),
+    G.CONTRIBUTION_UNKNOWN: (
+        {"num_contributions": 0},
+        {"num_contributions": 1, "contribution": -1.0},
+    ),
 }
-# As closed as a row can be; contribution is between its two verdicts.
-CLOSED: dict[str, Any] = {
-    **{k: v for gate in reversed(COLUMNS) for k, v in COLUMNS[gate][1].items()},
-    "contribution": 0.25,
-}
+# As closed as a row can be; its one survey speaks against the seed, and is too few for a verdict.
+CLOSED: dict[str, Any] = {k: v for gate in reversed(COLUMNS) for k, v in COLUMNS[gate][1].items()}
 MIN, MAX = 20, 50
 
 # A closed gate that opens another edge: (edge, gate) -> (stage, cause) it ends in instead.
@@ -286,6 +286,25 @@ def test_with_training_places_too() -> None:
     stages = np.stack([np.asarray(state.seeds.stage) for state, _ in told])
     assert (stages == S.TRAINING).any()
     assert (stages[-1] == S.DORMANT).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept"), [(S.EVALUATING, S.FINE_TUNING), (S.FINE_TUNING, S.FOSSILIZED)]
+)
+def test_too_few_surveys_remove_nothing_that_they_speak_for(stage: Stage, kept: Stage) -> None:
+    rig = small()
+    state = place(
+        rig.growth,
+        rig.fresh(),
+        [stage, stage, 0, stage, stage, 0, 0],
+        steps_in_stage=1000,
+        num_contributions=[1, 1, 0, 0, 2, 0, 0],
+        contribution=[0.9, -0.9, 0, 0, 1e-9, 0, 0],
+        stability=0.0,
+    )
+    after, _ = rig.step(limits(state, min_contribution=0.5))
+    ends = np.asarray(after.seeds.stage)[[0, 1, 3, 4]].tolist()
+    assert ends == [kept, S.CULLED, kept, S.CULLED]
 
 
 @pytest.mark.parametrize("stage", [S.DORMANT, S.FOSSILIZED])
