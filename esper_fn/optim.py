@@ -33,7 +33,8 @@ class _Remedy(type):
     def __repr__(cls) -> str:
         return (
             "gradients of bodies, which only an optimiser from ef.optim.per_body takes: a plain "
-            "Optax transformation hands the moments of a dead body to a newborn one"
+            "Optax transformation hands the moments of a dead body to a newborn one (sum them up "
+            "from `jax.tree.map(jnp.zeros_like, gradients)`; `dict(gradients[1])` is a plain tree)"
         )
 
 
@@ -95,7 +96,8 @@ def per_body(
         state draws the same ones for every body.
       schedule: `run`: schedules count the updates of the run. Where `bodies` is left out, bodies
         also take over the host's hyperparameters (`optax.inject_hyperparams`) and its
-        `reduce_on_plateau`. `age`: they count the updates of the body.
+        `reduce_on_plateau`; a transformation of their own counts every call, also inside an
+        `optax.MultiSteps`. `age`: they count the updates of the body.
 
     Returns:
       `init((params, bodies))` and
@@ -225,7 +227,7 @@ _FOLLOWING = (*_COUNTING, optax.contrib.ReduceLROnPlateauState)
 
 
 def _is_schedule(node: Any) -> bool:
-    return isinstance(node, _FOLLOWING)
+    return isinstance(node, _FOLLOWING) or _counts_only(node)
 
 
 def _counts_only(node: Any) -> bool:
@@ -252,15 +254,21 @@ def _set_clock(state: optax.OptState, clock: _Clock) -> optax.OptState:
         return node._replace(count=wide(clock.num_updates, node.count))
 
     def follow(node: Any) -> Any:
-        if isinstance(node, _COUNTING):
+        if isinstance(node, _COUNTING) or _counts_only(node):
             node = node._replace(count=wide(clock.num_updates, node.count))
         if isinstance(node, optax.InjectStatefulHyperparamsState):
             inner = jax.tree.map(counted, node.hyperparams_states, is_leaf=_counts_only)
             node = node._replace(hyperparams_states=inner)
-        if clock.host is None or not _is_schedule(node):
+        if not _is_schedule(node):
             return node
-        of_host = next(host)
+        of_host = None if clock.host is None else next(host)
         own = ("inner_state",) if hasattr(node, "inner_state") else ()
+        if own:
+            within = None if of_host is None else _schedules(of_host.inner_state)
+            inner = _set_clock(node.inner_state, clock._replace(host=within))
+            node = node._replace(inner_state=inner)
+        if of_host is None:
+            return node
         taken = {
             name: jax.tree.map(wide, getattr(of_host, name), getattr(node, name))
             for name in node._fields

@@ -44,8 +44,9 @@ def grow(
     begin with one), it names the seeds by their surveyed potential, as far as that is at least
     `min_share` of the largest one; else every seed, one of each layer in turn.
     After that it asks every `every` steps, where potentials still reach that bound, unless the mean
-    contribution of all living bodies that surveys have measured is zero or less. How much it gets
-    is for the banks, and for `budget` or `quota` behind it, to say.
+    contribution of all living bodies that surveys have measured is zero or less. A seed whose last
+    body was worth less than nothing is asked again only if it promises more than any did at first.
+    How much it gets is for the banks, and for `budget` or `quota` behind it, to say.
 
     Args:
       every: steps between two requests.
@@ -78,7 +79,7 @@ def grow(
         )
         reads_potential = (state.score == score_index("potential")) & ~is_blind
         best = jnp.max(jnp.where(seen.seeds.num_potentials > 0, seen.seeds.potential, 0.0))
-        reference = jnp.where(is_first, best, state.reference)
+        reference = jnp.where(is_first | (state.reference <= 0), best, state.reference)
         asked = cond(
             is_due,
             lambda same: propose(
@@ -90,6 +91,8 @@ def grow(
                 count=lattice.num_seeds if count is None else count,
                 key=key,
                 floor=jnp.where(reads_potential, state.min_share * reference, -jnp.inf),
+                # The last body there was measured and worth less than nothing.
+                is_barred=(seen.seeds.contribution < 0) & (seen.seeds.potential <= reference),
             ),
             lambda same: same,
             proposal,

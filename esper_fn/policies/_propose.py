@@ -102,12 +102,13 @@ def propose(
     count: int,
     key: Key,
     floor: Array | float = -jnp.inf,
+    is_barred: Bool[Array, "S"] | None = None,
 ) -> Proposal:
     """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
 
     Only for bodies that the limits behind the rule admit, if there are any: else the limit's
-    refusal of the best one is what the log should say. Seeds worth less than `floor` are not asked
-    for.
+    refusal of the best one is what the log should say. Seeds worth less than `floor`, and those
+    barred, are not asked for.
     """
     of_group, is_admitted = _choose(lattice, seen, blueprint)
     room = _room(lattice, seen.owner, of_group)
@@ -145,6 +146,7 @@ def propose(
         & lattice.per_seed(room > 0)
         & (wanted != NONE)
         & (proposal.kind == Kind.NONE)
+        & (True if is_barred is None else ~is_barred)
     )
     fitting = can & lattice.per_seed(is_admitted)
     can = jnp.where(jnp.any(fitting), fitting, can)

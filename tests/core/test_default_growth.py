@@ -377,9 +377,11 @@ ONES = jax.tree.map(jnp.ones_like, (HOST, BANKS))
 BIRTH = 6
 
 
-def rates(optimizer: Any, *, change: Any = None, values: Any = None) -> np.ndarray:
+def rates(
+    optimizer: Any, *, change: Any = None, values: Any = None, params: Any = (HOST, BANKS)
+) -> np.ndarray:
     """`[steps, 3]`: what host, old body and one born in step `BIRTH` subtract of a gradient 1."""
-    state = optimizer.init((HOST, BANKS))
+    state = optimizer.init(params)
     told = []
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     for turn in range(10):
@@ -391,7 +393,7 @@ def rates(optimizer: Any, *, change: Any = None, values: Any = None) -> np.ndarr
             state = change(turn, state)
         extra = {} if values is None else {"value": jnp.float32(values[turn])}
         (host, banks), state = update(
-            ONES, state, (HOST, BANKS), slots={"site": {"body": slots}}, **extra
+            ONES, state, params, slots={"site": {"body": slots}}, **extra
         )
         row = banks["site"]["body"]["w"][:, 0]
         told.append([-float(host["w"][0]), *(-float(one) for one in row)])
@@ -416,6 +418,19 @@ def test_or_at_the_rate_of_its_age() -> None:
 def test_bodies_with_their_own_transformation_follow_the_run_too() -> None:
     told = rates(ef.optim.per_body(standard(optax.sgd(0.01)), standard(optax.sgd(COSINE))))
     np.testing.assert_allclose(told.T, [[0.01] * 10, RUN_CLOCK, RUN_CLOCK * LATE], rtol=1e-5)
+
+
+def test_schedules_inside_injected_transformations_and_of_weight_decay_follow_the_run() -> None:
+    def made(scale: float) -> Any:
+        return optax.chain(
+            optax.add_decayed_weights(COSINE), optax.sgd(lambda count: scale * COSINE(count))
+        )
+
+    plain = rates(ef.optim.per_body(standard(optax.sgd(COSINE))))
+    optimizer = ef.optim.per_body(standard(optax.inject_hyperparams(made)(scale=1.0)))
+    inside = rates(optimizer, params=ONES)
+    np.testing.assert_allclose(inside[BIRTH:, 2], inside[BIRTH:, 1], rtol=1e-5)
+    assert (inside[BIRTH:, 2] != plain[BIRTH:, 2]).any()  # the weights do decay
 
 
 def test_bodies_take_over_what_is_injected_into_the_host() -> None:

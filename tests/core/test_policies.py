@@ -610,6 +610,22 @@ def test_grow_measures_later_potentials_by_the_first_largest() -> None:
     assert asked(player.ask(observe(2, potential=(0.1,) * 6))) == []
 
 
+def test_grow_measures_by_the_first_survey_also_where_it_comes_late() -> None:
+    player = Player(grow(every=1))
+    assert asked(player.ask(observe(0))) == [0, 1, 3, 4, 5]  # the first pool has two slots
+    assert asked(player.ask(observe(1, potential=PROMISE))) == [1, 2, 3, 5]
+    assert asked(player.ask(observe(2, potential=(0.1,) * 6))) == []
+
+
+def test_grow_leaves_places_alone_whose_bodies_did_harm_unless_they_promise_more() -> None:
+    player = Player(grow(every=1))
+    player.ask(observe(0, potential=PROMISE))
+    harm = (None, -0.1, None, None, None, None)
+    assert asked(player.ask(observe(1, potential=PROMISE, contribution=harm))) == [2, 3, 5]
+    now = (0.1, 0.7, 0.3, 0.5, 0.15, 0.4)
+    assert asked(player.ask(observe(2, potential=now, contribution=harm))) == [1, 2, 3, 5]
+
+
 def test_grow_goes_on_while_living_bodies_are_worth_something() -> None:
     ft = Stage.FINE_TUNING
 
@@ -625,7 +641,7 @@ def test_grow_goes_on_while_living_bodies_are_worth_something() -> None:
     assert asks(two, (0.3, -0.1, *[None] * 4))
     assert not asks(two, (0.1, -0.3, *[None] * 4))
     assert not asks(two, (-0.1, *[None] * 5))
-    assert asks(two, (0.1, None, -5.0, -5.0, None, -5.0))  # the dead no longer count
+    assert asks(two, (0.1, None, -5.0, -5.0, None, None))  # the dead no longer count
     assert asks((7, 7, 8, 8, 8, 0), (0.1, 0.2, *[None] * 4))
     assert not asks((7, 7, 8, 8, 8, 0), (-0.1, 0.05, *[None] * 4))
 
