@@ -392,9 +392,7 @@ def rates(
         if change is not None:
             state = change(turn, state)
         extra = {} if values is None else {"value": jnp.float32(values[turn])}
-        (host, banks), state = update(
-            ONES, state, params, slots={"site": {"body": slots}}, **extra
-        )
+        (host, banks), state = update(ONES, state, params, slots={"site": {"body": slots}}, **extra)
         row = banks["site"]["body"]["w"][:, 0]
         told.append([-float(host["w"][0]), *(-float(one) for one in row)])
     return np.asarray(told)
