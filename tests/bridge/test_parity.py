@@ -214,7 +214,7 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
         # At the same numbers, to float32 tolerance: what 200 steps round differently is not in it.
         np.testing.assert_allclose(outputs.detach(), wanted, rtol=1e-5, atol=1e-5)
         jax.tree.map(close, grads, host_grads)
-        jax.tree.map(close, bodies_of(bridge, slopes), body_grads)
+        jax.tree.map(close, bodies_of(bridge, slopes), dict(body_grads))
         optimizer.step()
         optimizer.zero_grad()
         info = bridge.step(loss, commands_at(step, bridge.lattice))

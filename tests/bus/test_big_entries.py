@@ -169,7 +169,7 @@ def test_an_urgent_command_does_not_wait_for_large_entries(place):
         loop, stop = place.loop(), bus.EmergencyStop()
         began = time.monotonic()
         assert client.send(stop, wait_seconds=10).is_done
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5  # two seconds on a quiet machine
         until(lambda: len(client.dead_letters()) == 8, 20)
     assert loop.effects == [stop.id]
 
