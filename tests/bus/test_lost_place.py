@@ -289,8 +289,11 @@ def test_a_place_removed_again_and_again_costs_the_server_little(own_server, raw
 
 
 def spoil(place, name, *command):
-    place.raw.delete(place.key(name))
-    place.raw.execute_command(command[0], place.key(name), *command[1:])
+    # At once: the run makes what was deleted anew.
+    with place.raw.pipeline(transaction=True) as both:
+        both.delete(place.key(name))
+        both.execute_command(command[0], place.key(name), *command[1:])
+        both.execute()
 
 
 def write(place, name, *command):
