@@ -74,7 +74,7 @@ def test_of_two_runs_that_race_for_a_place_one_acts_at_a_time(server, run_name, 
             script = [sys.executable, str(HERE / "run_process.py"), server.url, run_name]
             runs.append(subprocess.Popen([*script, str(folder), "0"]))
         try:
-            until(lambda: any(map(effects, folders)), 20)
+            until(lambda: any(map(effects, folders)), 60)
             assert client.send(commands[-1], wait_seconds=10).is_done
             winner = 0 if effects(folders[0]) else 1
             # An outcome may be told a moment before the file is in its place.
