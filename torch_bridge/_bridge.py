@@ -180,14 +180,15 @@ class Bridge:
         Optimisers need not be attached: the bridge notices every step of a `torch.optim.Optimizer`.
 
         Args:
-          optimizer: one that holds bodies.
+          optimizer: one that holds bodies, or a list of those that share them.
           scaler: a `torch.amp.GradScaler` whose factor is taken out of what the steps measure.
 
         Raises:
           BridgeError: no optimiser seen so far holds all bodies.
         """
-        self.optimizers.check(optimizer)
-        self.optimizers.seen.add(optimizer)
+        for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+            self.optimizers.check(one)
+            self.optimizers.seen.add(one)
         self.optimizers.check_complete()
         if scaler is not None:
             self.optimizers.scaler = scaler

@@ -127,7 +127,8 @@ class Watcher:
             f"{len(missing)} of {len(self._bodies)} parameters of bodies are in no optimiser that "
             f"steps ({kinds}): it was made before grow(), or from a part of the model. Make "
             "it afterwards from model.parameters(), or add them: "
-            "optimizer.add_param_group({'params': bridge.body_parameters()})"
+            "optimizer.add_param_group({'params': bridge.body_parameters()}). Where several "
+            "optimisers share the bodies, attach them together: bridge.attach([first, second])"
         )
 
     def check_gradients(self, *, with_resting: bool) -> None:

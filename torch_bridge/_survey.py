@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,13 @@ def survey(bridge: Bridge, closure: Callable[[], Tensor]) -> ef.SurveyInfo:
                 with _without(bridge, seed):
                     losses.append(closure().detach().float())
     told = group.sum(torch.stack(losses)).cpu().numpy() / size
+    if not np.isfinite(told[0]):
+        warnings.warn(
+            f"survey: the held-out loss is {told[0]}, so nothing is learned of any place from it; "
+            "look for NaN or infinity in the held-out batch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     rest = iter(told[1:].tolist())
     missing = [next(rest) if seed >= 0 else 0.0 for seed in chosen]
     return bridge._lifecycle.conclude(moments, float(told[0]), chosen, missing)

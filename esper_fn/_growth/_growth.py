@@ -239,9 +239,9 @@ class Growth:
 
         Growth potential of every chunk from the gradient's second moments, and, for up to
         `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
-        loss with it; one that is not finite counts as an error of the seed. With
-        `directed_births`, the state remembers where bodies of the most promising dormant seeds
-        should look. Give it held-out batches.
+        loss with it. A loss that is not finite measures nothing; if it is so only with a seed, that
+        counts as an error of the seed. With `directed_births`, the state remembers where bodies of
+        the most promising dormant seeds should look. Give it held-out batches.
 
         Args:
           loss_fn: as in `value_and_grad`; deterministic.

@@ -110,11 +110,13 @@ def conclude(
     raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
     white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
     reached = jnp.concatenate([moment.num_rows.reshape(-1) for moment in moments]) > 0
-    is_measured = reached & jnp.isfinite(white)
+    is_measured = reached & jnp.isfinite(white) & jnp.isfinite(loss)
     worth = missing - loss
     is_known = is_chosen & jnp.isfinite(worth)
     rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
-    failed = jnp.where(is_chosen & ~is_known, chosen, growth.lattice.num_seeds)
+    # Only where the loss is finite without it has the body broken it, not the batch or the host.
+    is_broken = is_chosen & jnp.isfinite(missing) & ~jnp.isfinite(loss)
+    failed = jnp.where(is_broken, chosen, growth.lattice.num_seeds)
     seen = seeds.num_contributions[chosen]
     averaged = jnp.where(
         seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth

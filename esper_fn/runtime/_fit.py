@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +36,7 @@ from esper_fn.runtime._step import (
     make_survey,
     scan_steps,
 )
+from esper_fn.runtime._warnings import warn_of_barren, warn_of_blind
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
@@ -277,7 +277,9 @@ def fit(
         told = rollback_reports(growth, infos, first, clock)
         record["clock"] = clock.state()
         events = lifecycle_events(growth, infos, first)
-        _warn_of_barren(growth, infos, first, record)
+        warn_of_barren(growth, infos, first, record)
+        if survey_every is not None:
+            warn_of_blind(state.growth, first, record)
         return _Advanced(state, infos.loss, infos, events, told)
 
     return _drive(
@@ -364,27 +366,6 @@ def fit_host(
         should_stop=should_stop,
     )
     return fitted._replace(state=fitted.state[0])
-
-
-def _warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, Any]) -> None:
-    """Says once a run where growth cannot help."""
-    steps = np.flatnonzero(np.asarray(infos.num_barren))
-    if record.get("has_warned") or not steps.size:
-        return
-    record["has_warned"] = True
-    row = int(steps[-1])
-    is_dormant = infos.stage[row] == Stage.DORMANT
-    seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
-    places = [growth.lattice.locate(int(seed)) for seed in seeds[:5]]
-    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
-    warnings.warn(
-        f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
-        f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
-        "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
-        "look for dead units or an unused output, or leave the site out of the lattice",
-        RuntimeWarning,
-        stacklevel=3,
-    )
 
 
 def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bridges import Mlp, grow
+from bridges import Mlp, grow, place
 
 import esper_fn as ef
+from esper_fn.lifecycle import Stage
 from torch_bridge import BridgeError
 
 CULL = ef.commands.cull(0)
@@ -43,3 +45,19 @@ def test_step(bridge: Any, arguments: tuple[Any, ...], message: str) -> None:
 def test_survey(bridge: Any, closure: Any) -> None:
     with pytest.raises(BridgeError, match="closure must be a function without arguments"):
         bridge.survey(closure)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_held_out_batch_that_is_not_finite_is_named_and_measures_nothing(bad: float) -> None:
+    model = Mlp()
+    bridge = grow(model, "fc1")
+    place(bridge, {0: ("low_rank", Stage.EVALUATING, 1.0)})
+    x = torch.randn(5, 6)
+    x[2, 1] = bad
+    with pytest.warns(RuntimeWarning, match="held-out loss is nan"):
+        info = bridge.survey(lambda: model(x).square().mean())
+    assert not np.isfinite(info.loss)
+    seeds = bridge.state.seeds
+    assert not np.asarray(seeds.error_count).any()
+    assert not np.asarray(seeds.num_potentials).any()
+    assert not np.asarray(seeds.num_contributions).any()

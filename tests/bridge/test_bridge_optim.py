@@ -155,6 +155,18 @@ def test_two_optimisers_may_share_the_model() -> None:
         bridge.step(loss)
 
 
+def test_optimisers_that_share_the_bodies_are_attached_together() -> None:
+    model = Mlp()
+    bridge = grow(model, "fc1")
+    first, *others = bridge.body_parameters()
+    host, _ = bridge.parameter_groups()
+    one = torch.optim.SGD([*host["params"], first], 0.1)
+    other = torch.optim.SGD(others, 0.1)
+    with pytest.raises(torch_bridge.BridgeError, match="attach them together"):
+        bridge.attach(one)
+    bridge.attach([one, other])
+
+
 def test_a_scaled_loss_measures_the_same() -> None:
     found = []
     for scale in (1.0, 1024.0):

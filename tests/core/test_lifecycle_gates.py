@@ -606,12 +606,16 @@ def test_surveys_count_no_steps(surveyed: Surveyed) -> None:
     )
 
 
-def test_ablations_that_fail_are_errors_and_many_of_them_end_the_trial(surveyed: Surveyed) -> None:
+def test_bodies_that_break_the_held_out_loss_are_errors_and_many_of_them_end_the_trial(
+    surveyed: Surveyed,
+) -> None:
     growth, survey, params, batch = surveyed
     state = place(growth, growth.init(jax.random.key(0)), [S.EVALUATING, 0], steps_in_stage=3)
-    state = state._replace(loss=calm_track())
+    huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e30), state.bodies)
+    state = state._replace(loss=calm_track(), bodies=huge)
     for count in range(1, 4):
-        state, info = survey(params, state, batch * jnp.float32(np.nan))
+        state, info = survey(params, state, batch)
+        assert not np.isfinite(np.asarray(info.loss))
         assert np.asarray(state.seeds.error_count).tolist() == [count, 0]
         assert np.asarray(state.seeds.num_contributions).tolist() == [0, 0]
         assert np.asarray(info.ablated).tolist() == [NONE, NONE]
@@ -619,6 +623,20 @@ def test_ablations_that_fail_are_errors_and_many_of_them_end_the_trial(surveyed:
     state, info = update(state, state.bodies, silent(2), jnp.float32(1.0))
     assert int(state.seeds.stage[0]) == S.CULLED
     assert int(info.cause[0]) == C.ERRORS
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_held_out_batch_that_is_not_finite_is_no_fault_of_any_body(
+    surveyed: Surveyed, bad: float
+) -> None:
+    growth, survey, params, batch = surveyed
+    state = place(growth, growth.init(jax.random.key(0)), [S.EVALUATING, 0], steps_in_stage=3)
+    before, _ = survey(params, state, batch)
+    after, info = survey(params, before, batch * jnp.float32(bad))
+    assert np.asarray(after.seeds.error_count).tolist() == [0, 0]
+    assert np.asarray(info.ablated).tolist() == [NONE, NONE]
+    for old, new in zip(jax.tree.leaves(before.seeds), jax.tree.leaves(after.seeds), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 # --- the loss track ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A chunk where growth cannot help is never asked for, and the run says so once."""
+"""Where growth cannot help nothing is asked for, and the run says so once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from esper_fn import runtime
 ALIVE = 2
 
 
+def batches(first: int, count: int) -> Any:
+    rng = np.random.default_rng(first)
+    return rng.standard_normal((count, 8, 6)).astype(np.float32)
+
+
 def test_dead_chunks_are_left_alone_and_named_once() -> None:
     lattice = ef.lattice(
         sites=[ef.site("h", features=6, chunks=3)],
@@ -30,10 +35,6 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
     def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
         h = seeds.grow("h", x * params * jnp.asarray(reads, jnp.float32))
         return jnp.mean(jnp.square((h - 1) * jnp.asarray(counts, jnp.float32)))
-
-    def batches(first: int, count: int) -> Any:
-        rng = np.random.default_rng(first)
-        return rng.standard_normal((count, 8, 6)).astype(np.float32)
 
     with pytest.warns(RuntimeWarning, match="potential of exactly zero") as told:
         done = runtime.fit(
@@ -54,3 +55,38 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
     assert "2 dormant seed(s)" in words[0]
     assert "'h' chunk 0, 'h' chunk 1" in words[0]
     assert {event["seed"] for event in done.events} == {ALIVE}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
+    lattice = ef.lattice(
+        sites=[ef.site("h", features=6, chunks=3)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=3,
+    )
+
+    def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(seeds.grow("h", x * params) - 1))
+
+    def run(survey_batch: Any) -> runtime.Fit:
+        return runtime.fit(
+            ef.growth(lattice),
+            loss_fn,
+            ef.optim.per_body(optax.sgd(0.1)),
+            jnp.ones((6,)),
+            batches,
+            num_steps=10,
+            key=jax.random.key(0),
+            survey_batch=survey_batch,
+            survey_every=5,
+            segment_steps=5,
+        )
+
+    survey_batch = batches(99, 1)[0]
+    run(survey_batch)  # warnings are errors here
+    survey_batch[3, 2] = bad
+    with pytest.warns(RuntimeWarning) as told:
+        done = run(survey_batch)
+    assert ["survey_batch is not finite" in str(one.message) for one in told] == [True]
+    assert np.isfinite(done.losses).all()
+    assert not np.asarray(done.state.growth.seeds.error_count).any()

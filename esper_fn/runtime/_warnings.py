@@ -1,0 +1,48 @@
+"""What `fit` says once a run when growth cannot help."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from esper_fn._growth import Growth, GrowthState, Info
+from esper_fn.lifecycle import Stage
+
+
+def warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, Any]) -> None:
+    """Where nothing will be asked to grow, since all is zero there."""
+    steps = np.flatnonzero(np.asarray(infos.num_barren))
+    if record.get("has_warned") or not steps.size:
+        return
+    record["has_warned"] = True
+    row = int(steps[-1])
+    is_dormant = infos.stage[row] == Stage.DORMANT
+    seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
+    places = [growth.lattice.locate(int(seed)) for seed in seeds[:5]]
+    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
+    warnings.warn(
+        f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
+        f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
+        "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
+        "look for dead units or an unused output, or leave the site out of the lattice",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def warn_of_blind(growth: GrowthState, first: int, record: dict[str, Any]) -> None:
+    """Surveys that measure nothing at all, so that nothing is ever judged by them."""
+    if record.get("has_looked"):
+        return
+    record["has_looked"] = True
+    if np.asarray(growth.seeds.num_potentials).any():
+        return
+    warnings.warn(
+        f"step {first}: the survey measured no growth potential at any site, so it will judge "
+        "nothing; the loss on survey_batch is not finite, or no site takes part in it: look for "
+        "NaN or infinity in survey_batch",
+        RuntimeWarning,
+        stacklevel=5,
+    )
