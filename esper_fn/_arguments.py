@@ -22,6 +22,12 @@ def described(value: object) -> str:
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
+def check_key(key: object) -> None:
+    """Raises `TypeError` unless `key` may be a random key."""
+    if not (hasattr(key, "dtype") and hasattr(key, "shape")):
+        raise TypeError(f"key must be a random key, `jax.random.key(0)` say, got {described(key)}")
+
+
 def check_kind(argument: str, value: object, kind: Any, remedy: str) -> None:
     """Raises `TypeError` unless `value` is a `kind`, naming what came and the remedy."""
     if not isinstance(value, kind):

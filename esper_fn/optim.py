@@ -162,9 +162,15 @@ def per_body(
         state: PerBodyState,
         params: tuple[Params, Bodies],
         *,
-        slots: Mapping[str, Mapping[str, Slots]],
+        slots: Mapping[str, Mapping[str, Slots]] | None = None,
         **extra: Any,
     ) -> tuple[tuple[Params, Bodies], PerBodyState]:
+        if slots is None:
+            raise TypeError(
+                "update needs to know which bodies are new and which learn: "
+                "`optimizer.update(gradients, opt_state, (params, state.bodies), "
+                "slots=growth.slots(state))`, of the state before `growth.update`"
+            )
         d_host, d_banks = gradients[0], dict(gradients[1])
         banks = params[1]
         if schedule == "age":

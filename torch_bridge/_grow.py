@@ -136,6 +136,7 @@ def grow(
     ]
     if freeze_host:
         model.requires_grad_(False)
+        model.zero_grad()  # an optimiser moves whatever has a gradient, frozen or not
     lifecycle = Lifecycle(growth, seed)
     empty = lifecycle.empty_bodies()
     shared = Shared(lifecycle, tell_copy)

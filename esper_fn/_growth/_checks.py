@@ -193,13 +193,15 @@ def check_parts(lattice: Any, policy: Any, graft: Any, governor: Any, settings: 
     if isinstance(graft, Sequence) and not isinstance(graft, grafting.Graft):
         grafts = tuple(graft)
     for name, value, kind, factory in (
-        ("policy", policy, policies.Policy, "policies.plateau"),
+        ("policy", policy, policies.Policy, "policies.grow"),
         *(("graft", one, grafting.Graft, "grafting.linear") for one in grafts),
         ("governor", governor, governors.Governor, "governors.standard"),
         ("settings", settings, lifecycle.Settings, "lifecycle.settings"),
     ):
         if value is not None or name == "graft":
-            check_kind(name, value, kind, f"make one with `ef.{factory}(...)`")
+            room, _, usual = factory.partition(".")
+            called = getattr(value, "__name__", usual) if callable(value) else usual
+            check_kind(name, value, kind, f"make one with `ef.{room}.{called}(...)`")
 
 
 def check_count(name: str, value: object, least: int, also: str = "") -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies, telemetry
+from esper_fn._arguments import check_key
 from esper_fn._control import vary_alike
 from esper_fn._growth._births import newborn
 from esper_fn._growth._checks import (
@@ -69,7 +70,12 @@ class Growth:
     """Seeds of each layer whose directions a survey remembers for their next body."""
 
     def init(self, key: Key) -> GrowthState:
-        """All seeds dormant, all slots free."""
+        """All seeds dormant, all slots free.
+
+        Raises:
+          TypeError: `key` is no random key.
+        """
+        check_key(key)
         body_key, key = jax.random.split(key)
         num_slots = self.lattice.num_slots
         state = GrowthState(

@@ -113,6 +113,9 @@ def conclude(
     is_measured = reached & jnp.isfinite(white) & jnp.isfinite(loss)
     worth = missing - loss
     is_known = is_chosen & jnp.isfinite(worth)
+    # What may be rounding says nothing for or against a body.
+    rounding = 4 * jnp.finfo(jnp.float32).eps * jnp.abs(loss)
+    worth = jnp.where(jnp.abs(worth) <= rounding, 0.0, worth)
     rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
     # Only where the loss is finite without it has the body broken it, not the batch or the host.
     is_broken = is_chosen & jnp.isfinite(missing) & ~jnp.isfinite(loss)

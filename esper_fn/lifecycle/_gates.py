@@ -29,7 +29,7 @@ class Gate(IntEnum):
     LOSS_SETTLED = 8
     CONTRIBUTION_MEASURED = 9
     CONTRIBUTION_POSITIVE = 10
-    CONTRIBUTION_NEGATIVE = 11
+    CONTRIBUTION_NOT_POSITIVE = 11
     CONTRIBUTION_HIGH = 12
     STABILITY_HIGH = 13
     ERRORS_MANY = 14
@@ -58,7 +58,7 @@ class Cause(IntEnum):
     """Every gate of a regular edge was open."""
     DWELL_LIMIT = 6
     """The longest stay in the stage was over."""
-    MEASURED_HARMFUL = 7
+    MEASURED_WORTHLESS = 7
     ERRORS = 8
 
 
@@ -203,6 +203,11 @@ def settings(
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
     if not trust > 0:
         raise ValueError(f"trust must be positive, got {trust!r}")
+    if isinstance(freeze, str) or not isinstance(freeze, Collection):
+        raise TypeError(
+            f"freeze must be a list of stages, `freeze=[Stage.FOSSILIZED]` for instance, got "
+            f"{freeze!r}"
+        )
     acting = [stage for stage in Stage if ACTS[stage]]
     frozen = [as_stage(stage, "freeze") for stage in freeze]
     for stage in frozen:
@@ -268,7 +273,7 @@ TESTS: Mapping[Gate, Test] = MappingProxyType(
         ),
         Gate.CONTRIBUTION_MEASURED: lambda s, m, t: s.num_contributions >= t.min_surveys,
         Gate.CONTRIBUTION_POSITIVE: lambda s, m, t: s.contribution > 0,
-        Gate.CONTRIBUTION_NEGATIVE: lambda s, m, t: s.contribution <= 0,
+        Gate.CONTRIBUTION_NOT_POSITIVE: lambda s, m, t: s.contribution <= 0,
         Gate.CONTRIBUTION_HIGH: lambda s, m, t: s.contribution > t.min_contribution,
         Gate.STABILITY_HIGH: lambda s, m, t: s.stability >= t.min_stability,
         Gate.ERRORS_MANY: lambda s, m, t: s.error_count >= t.max_errors,
@@ -349,8 +354,8 @@ EDGES: tuple[Edge, ...] = (
     Edge(
         Stage.EVALUATING,
         Stage.CULLED,
-        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NEGATIVE),
-        Cause.MEASURED_HARMFUL,
+        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NOT_POSITIVE),
+        Cause.MEASURED_WORTHLESS,
     ),
     Edge(Stage.EVALUATING, Stage.CULLED, (Gate.ERRORS_MANY,), Cause.ERRORS),
     # What nothing speaks against is not removed: without surveys a body goes on to the end.
@@ -370,8 +375,8 @@ EDGES: tuple[Edge, ...] = (
     Edge(
         Stage.FINE_TUNING,
         Stage.CULLED,
-        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NEGATIVE),
-        Cause.MEASURED_HARMFUL,
+        (Gate.MIN_STEPS, Gate.CONTRIBUTION_MEASURED, Gate.CONTRIBUTION_NOT_POSITIVE),
+        Cause.MEASURED_WORTHLESS,
     ),
     Edge(
         Stage.FINE_TUNING,

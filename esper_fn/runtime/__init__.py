@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from esper_fn.runtime._batches import Batches, in_memory
 from esper_fn.runtime._carry import Carried, carry_over, enlarge
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import (
-    Batches,
     Fit,
     Segment,
     compile_fit,
     compile_fit_host,
     fit,
     fit_host,
-    in_memory,
     segment_length,
 )
 from esper_fn.runtime._ring import live_form, saved_form, saved_parts

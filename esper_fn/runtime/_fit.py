@@ -17,11 +17,11 @@ from esper_fn._lattice import BareSeeds
 from esper_fn._leaves import check_leaves, join, part, strong
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command, Commands
-from esper_fn.data import batch_indices
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
 from esper_fn.optim import PerBody
 from esper_fn.runtime import _saving
+from esper_fn.runtime._batches import Batches, checked_batches
 from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._ring import live_form
@@ -30,6 +30,7 @@ from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._step import (
     CompiledFit,
     TrainState,
+    check_survey_batch,
     init,
     make_step,
     make_step_parts,
@@ -40,9 +41,6 @@ from esper_fn.runtime._warnings import warn_of_barren, warn_of_blind
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
-
-Batches = Callable[[int, int], Any]
-"""`batches(first_step, count)`: a pytree of arrays with a leading axis of `count` steps."""
 
 
 class Segment(NamedTuple):
@@ -89,25 +87,6 @@ class Fit(NamedTuple):
 Listener = Callable[[Segment], None]
 
 
-def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, seed: int) -> Batches:
-    """Batches `(inputs, targets)` drawn from arrays in memory, epoch by epoch without replacement.
-
-    Args:
-      inputs: `[N, ...]`.
-      targets: `[N, ...]`.
-      batch_size: examples a step.
-      num_steps: of the whole run.
-      seed: of the order.
-    """
-    order = batch_indices(inputs, targets, batch_size=batch_size, num_steps=num_steps, seed=seed)
-
-    def take(first: int, count: int) -> Any:
-        rows = order[first : first + count]
-        return inputs[rows], targets[rows]
-
-    return take
-
-
 def segment_length(num_steps: int, wanted: int) -> int:
     """The largest divisor of `num_steps` that is at most `wanted`, so all segments are alike.
 
@@ -145,7 +124,7 @@ def fit(
     *,
     num_steps: int,
     key: Key,
-    survey_batch: Any,
+    survey_batch: Any = None,
     start: GrowthState | TrainState | None = None,
     survey_every: int | None = 25,
     anchor_every: int | None = 50,
@@ -173,7 +152,7 @@ def fit(
       batches: see `Batches` and `in_memory`.
       num_steps: in all.
       key: for bodies and policies.
-      survey_batch: a held-out batch for surveys.
+      survey_batch: a held-out batch for surveys, needless without them.
       start: the growth to start from, or a whole state, whose parameters and snapshots are taken
         then; `growth.init(key)` when left out.
       survey_every: steps between surveys; None for none. Where segments begin and end with one
@@ -216,7 +195,10 @@ def fit(
         should_stop, should_save = steering.heed(should_stop), steering.should_save
         should_start = steering.should_start
         checkpoints = steering.join(checkpoints)
+    if survey_every is not None:
+        check_survey_batch(survey_batch)
     length = segment_length(num_steps, segment_steps)
+    batches = checked_batches(batches)
     run = segment or compile_fit(growth, loss_fn, optimizer, survey_every=survey_every)
     # The segment donates its state; the caller keeps the parameters.
     start = growth.init(key) if start is None else start
@@ -336,6 +318,7 @@ def fit_host(
     Arguments and result as in `fit`; `Fit.state` is the parameters.
     """
     length = segment_length(num_steps, segment_steps)
+    batches = checked_batches(batches)
     run = segment or compile_fit_host(loss_fn, optimizer)
     check_leaves("params", params)
     params = jax.tree.map(jnp.copy, strong(params))
@@ -466,8 +449,10 @@ def _check_finite(
         return
     bad = np.flatnonzero(~np.isfinite(losses))
     where = f"at step {first + int(bad[0])}" if bad.size else f"before step {first + len(losses)}"
+    told = f", {num_rollbacks} roll-backs so far, max_rollbacks={max_rollbacks}"
     raise NonFiniteLossError(
         f"the loss became non-finite or diverged {where}"
-        + (f", after {num_rollbacks} roll-backs" if anchor_every is not None else "")
-        + "; lower the learning rate, clip gradients, or look for a division by zero in the loss"
+        + (told if anchor_every is not None else "")
+        + "; look for NaN or infinity in the batches and for a division by zero in the loss, lower "
+        "the learning rate, or clip gradients"
     )

@@ -118,6 +118,7 @@ def make_step_parts(
         params, opt_state, grown, held = state
         check_optimizer(optimizer, opt_state)
         if survey_every is not None:
+            check_survey_batch(survey_batch)
             grown = cond(
                 grown.step % survey_every == 0,
                 lambda: measure(params, grown, survey_batch)[0],
@@ -182,7 +183,18 @@ def make_step(
     Returns:
       `step(state, batch, survey_batch, commands) -> (state, info)`.
     """
-    return _joined(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
+    step = _joined(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
+    step.survey_every = survey_every  # type: ignore[attr-defined]
+    return step
+
+
+def check_survey_batch(survey_batch: Any) -> None:
+    """Raises `ValueError` where there is none."""
+    if survey_batch is None:
+        raise ValueError(
+            "survey_batch must be a held-out batch, of the form of the others, for the surveys; "
+            "survey_every=None is without any"
+        )
 
 
 def _joined(parts: StepParts) -> Step:
@@ -241,10 +253,18 @@ def scan_steps(
     if survey_every is not None and (type(survey_every) is not int or survey_every < 1):
         raise ValueError(f"survey_every must be an int, at least 1, got {survey_every!r}")
 
+    if survey is not None and getattr(step, "survey_every", None) is not None:
+        raise ValueError(
+            "scan_steps has survey=, and step surveys by itself; make it with "
+            "make_step(..., survey_every=None)"
+        )
+
     def run(
-        state: TrainState, batches: Any, survey_batch: Any, commands: Commands | None = None
+        state: TrainState, batches: Any, survey_batch: Any = None, commands: Commands | None = None
     ) -> tuple[TrainState, Info]:
         commands = check_commands(commands)
+        if survey is not None:
+            check_survey_batch(survey_batch)
         first = no_commands(1) if commands is None else commands
         silent = no_commands(first.columns.shape[-1])
 

@@ -87,6 +87,21 @@ def test_freeze_host() -> None:
     assert not torch.equal(body, was)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_frozen_host_stands_still_whatever_gradients_it_had(kind: Any) -> None:
+    model = Mlp()
+    model(torch.randn(4, 6)).square().mean().backward()  # as pretraining leaves it
+    bridge = grow(model, "fc1", freeze_host=True)
+    before = [p.detach().clone() for p in host_of(model)]
+    optimizer = kind(model.parameters(), 0.1)
+    loss = model(torch.randn(4, 6)).square().mean()
+    loss.backward()
+    optimizer.step()
+    bridge.step(loss)
+    for old, new in zip(before, host_of(model), strict=True):
+        torch.testing.assert_close(new.detach(), old, rtol=0, atol=0)
+
+
 def test_a_failed_grow_freezes_nothing() -> None:
     model = Mlp()
     with pytest.raises(BridgeError):

@@ -276,6 +276,18 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
         lambda: ef.lifecycle.settings(min_steps={"TRAINING": 3}),  # type: ignore[dict-item]
         r"unknown stage in min_steps: 'TRAINING'; .*write `ef\.Stage\.TRAINING`, not its name",
     ),
+    "freeze, no list": (
+        lambda: ef.lifecycle.settings(freeze=ef.Stage.FOSSILIZED),  # type: ignore[arg-type]
+        r"freeze must be a list of stages, `freeze=\[Stage\.FOSSILIZED\]` .* got <Stage",
+    ),
+    "freeze, a name": (
+        lambda: ef.lifecycle.settings(freeze="FOSSILIZED"),  # type: ignore[arg-type]
+        "freeze must be a list of stages, .* got 'FOSSILIZED'",
+    ),
+    "key, a number": (
+        lambda: GROWTH.init(0),  # type: ignore[arg-type]
+        r"key must be a random key, `jax\.random\.key\(0\)` say, got 0",
+    ),
     "max_steps by name": (
         lambda: ef.lifecycle.settings(max_steps={"Training": 3}),  # type: ignore[dict-item]
         "unknown stage in max_steps: 'Training'",
@@ -291,6 +303,10 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
     "policy": (
         lambda: grow(policy=ef.policies.plateau),
         r"policy must be a Policy, got the function plateau, not called; .*policies\.plateau\(",
+    ),
+    "policy, the default": (
+        lambda: grow(policy=ef.policies.grow),
+        r"policy must be a Policy, got the function grow, not called; .*policies\.grow\(",
     ),
     "policy by name": (lambda: grow(policy="plateau"), "policy must be a Policy, got 'plateau'"),
     "policies": (lambda: grow(policy=[ef.policies.never()]), "policy must be a Policy, got a list"),

@@ -66,12 +66,12 @@ WAYS = [
         (*JUDGED, G.CONTRIBUTION_POSITIVE, G.STABILITY_HIGH),
         C.GATE,
     ),
-    (S.EVALUATING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NEGATIVE), C.MEASURED_HARMFUL),
+    (S.EVALUATING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NOT_POSITIVE), C.MEASURED_WORTHLESS),
     (S.EVALUATING, S.CULLED, (G.ERRORS_MANY,), C.ERRORS),
     (S.EVALUATING, S.FINE_TUNING, (G.MAX_STEPS, G.CONTRIBUTION_UNKNOWN), C.DWELL_LIMIT),
     (S.EVALUATING, S.CULLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.FINE_TUNING, S.FOSSILIZED, (*JUDGED, G.CONTRIBUTION_HIGH), C.GATE),
-    (S.FINE_TUNING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NEGATIVE), C.MEASURED_HARMFUL),
+    (S.FINE_TUNING, S.CULLED, (*JUDGED, G.CONTRIBUTION_NOT_POSITIVE), C.MEASURED_WORTHLESS),
     (S.FINE_TUNING, S.FOSSILIZED, (G.MAX_STEPS, G.CONTRIBUTION_UNKNOWN), C.DWELL_LIMIT),
     (S.FINE_TUNING, S.CULLED, (G.MAX_STEPS,), C.DWELL_LIMIT),
     (S.CULLED, S.DORMANT, (G.EMBARGO_OVER,), C.GATE),
@@ -87,7 +87,7 @@ COLUMNS: dict[Gate, tuple[dict[str, Any], dict[str, Any]]] = {
     G.ALPHA_FULL: ({"alpha": 1.0}, {"alpha": 0.5}),
     G.CONTRIBUTION_MEASURED: ({"num_contributions": 2}, {"num_contributions": 1}),
     G.CONTRIBUTION_POSITIVE: ({"contribution": 0.25}, {"contribution": -1.0}),
-    G.CONTRIBUTION_NEGATIVE: ({"contribution": -1.0}, {"contribution": 0.25}),
+    G.CONTRIBUTION_NOT_POSITIVE: ({"contribution": -1.0}, {"contribution": 0.25}),
     G.CONTRIBUTION_HIGH: ({"contribution": 1.0}, {"contribution": 0.25}),
     G.STABILITY_HIGH: ({"stability": 1.0}, {"stability": 0.5}),
     G.ERRORS_MANY: ({"error_count": 3}, {"error_count": 2}),
@@ -112,7 +112,7 @@ ELSEWHERE = {
     (1, G.TRAINS_FIRST): (S.GRAFTING, C.GATE),
     (4, G.UTILITY_MEASURED): (S.CULLED, C.DWELL_LIMIT),
     (4, G.UTILITY_POSITIVE): (S.CULLED, C.DWELL_LIMIT),
-    (10, G.CONTRIBUTION_POSITIVE): (S.CULLED, C.MEASURED_HARMFUL),
+    (10, G.CONTRIBUTION_POSITIVE): (S.CULLED, C.MEASURED_WORTHLESS),
     (13, G.CONTRIBUTION_UNKNOWN): (S.CULLED, C.DWELL_LIMIT),
     (17, G.CONTRIBUTION_UNKNOWN): (S.CULLED, C.DWELL_LIMIT),
 }
@@ -623,6 +623,17 @@ def test_bodies_that_break_the_held_out_loss_are_errors_and_many_of_them_end_the
     state, info = update(state, state.bodies, silent(2), jnp.float32(1.0))
     assert int(state.seeds.stage[0]) == S.CULLED
     assert int(info.cause[0]) == C.ERRORS
+
+
+def test_what_may_be_rounding_is_worth_nothing(surveyed: Surveyed) -> None:
+    growth, survey, params, batch = surveyed
+    state = place(growth, growth.init(jax.random.key(0)), [S.EVALUATING, 0], steps_in_stage=3)
+    for scale, is_worth in ((1e-8, False), (1e-2, True)):
+        bodies = jax.tree.map(lambda leaf, s=scale: jnp.full_like(leaf, s), state.bodies)
+        after, info = survey(params, state._replace(bodies=bodies), batch)
+        assert np.asarray(info.ablated).tolist() == [0, NONE]
+        assert bool(after.seeds.contribution[0] != 0) == is_worth
+        assert np.asarray(after.seeds.num_contributions).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

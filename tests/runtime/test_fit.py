@@ -199,7 +199,7 @@ def test_a_non_finite_loss_is_rolled_back_and_training_goes_on(
 def test_a_loss_that_stays_non_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(70, 120):
         monkeypatch.setitem(SPIKES, step, float("nan"))
-    with pytest.raises(NonFiniteLossError, match=r"at step \d+, after \d+ roll-backs; lower"):
+    with pytest.raises(NonFiniteLossError, match=r"at step \d+, \d+ roll-backs so far.*NaN"):
         fit()
 
 
