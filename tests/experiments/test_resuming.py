@@ -86,7 +86,7 @@ def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None
     (row, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
     assert num_stops >= 6
     assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {
-        "host", "grown", "random", "static",
+        "host", "grown", "uniform", "random", "static",
     }  # fmt: skip
     assert timeless(row) == timeless(wanted)
     assert again == told
@@ -106,6 +106,7 @@ def lines(folder: Path, name: str) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_command_stopped_by_sigterm_and_killed(tmp_path: Path) -> None:
     """The main job as a program: SIGTERM in the grown arm, SIGKILL in the random one."""
 
