@@ -1,8 +1,7 @@
 """A site on a CPU in few passes and few calls, where all that lives there is alike.
 
 It serves float32 activations in equal chunks, each with a dense body of the same bank that acts,
-learns, is felt and is not damped. Linear bodies of narrow chunks are computed by `_narrow` where it
-can.
+learns, is felt and is not damped.
 
 A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
 and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_bridge import _narrow
 from torch_bridge._bodies import PHI, Leaves, inner, through
 from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares, totals
 from torch_bridge._plan import Cut, SitePlan
@@ -60,10 +58,6 @@ def forward(
       means nothing then.
     """
     name, leaves = _only(plan, bodies)
-    if _narrow.serves(plan, leaves, x, y):
-        grown = _narrow.grow(plan, leaves, x, y)
-        are_small = all(of <= _FAR**2 for of in grown.norms)
-        return (grown[:3] if watches else (), None) if are_small else None
     x_square = squares(x) if watches else None
     square = _square_norm(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
@@ -99,10 +93,6 @@ def backward(
     """
     name, leaves = _only(plan, bodies)
     bank = plan.banks[0].bank
-    if _narrow.serves(plan, leaves, x, dy, *stats):
-        found = _narrow.pull(plan, leaves, x, stats, dy)
-        is_steep = not found.norm <= _STEEP**2
-        return None if is_steep else Pulled(found.d_x, found.told, {bank: found.d_leaves})
     slope_square = squares(dy)
     if not _sum(slope_square) <= _STEEP**2:
         return None

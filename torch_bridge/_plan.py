@@ -168,7 +168,7 @@ class SitePlan:
     is_watching: bool
     """Whether dormant chunks are measured too."""
     bound: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """What serves the live bank, as it is found out: kernels by rows and dtypes, compiled C."""
+    """What serves the live bank, as it is found out: kernels by rows and dtypes."""
 
     @cached_property
     def act(self) -> Tensor:

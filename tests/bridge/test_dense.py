@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import nn
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
-from torch_bridge import _dense, _narrow
+from torch_bridge import _dense
 
 BODIES = {
     "low_rank": ef.blueprints.low_rank(4),
@@ -29,9 +27,9 @@ HOSTS = {
     "one row": (nn.Linear(6, 8), (6,)),
     "rows": (nn.Linear(6, 8), (40, 6)),
     "few rows": (nn.Linear(6, 8), (3, 6)),
-    "tokens": (nn.Linear(6, 32), (4, 20, 6)),  # 16 in a chunk: linear bodies are compiled C
+    "tokens": (nn.Linear(6, 32), (4, 20, 6)),
     "images": (nn.Conv2d(2, 8, 3), (5, 2, 6, 6)),
-    **{f"rows of {2 * w}": (nn.Linear(6, 2 * w), (70, 6)) for w in sorted(_narrow.WIDTHS)},
+    "wide": (nn.Linear(6, 128), (70, 6)),
 }
 
 
@@ -54,17 +52,6 @@ def results(model: nn.Module, site: Any, x: torch.Tensor, steepness: float = 1.0
     return [y.detach(), *grads, reading(site)]
 
 
-@pytest.fixture(params=["compiled C", "torch"], autouse=True)
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Whether narrow chunks are computed by `_narrow`, whose threads are as many as chunks here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))
-    if request.param == "torch":
-        monkeypatch.setattr(_narrow, "_library", lambda: None)
-    yield request.param == "compiled C"
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often the short way was gone to its end."""
@@ -83,20 +70,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in count:
         monkeypatch.setattr(_dense, name, counting(name))
     return count
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The compiled functions that were called."""
-    names: list[str] = []
-    call = _narrow._call
-
-    def noting(name: str, *rest: Any) -> None:
-        names.append(name)
-        call(name, *rest)
-
-    monkeypatch.setattr(_narrow, "_call", noting)
-    return names
 
 
 def by_the_general_way(*given: Any, **told: Any) -> Any:
@@ -227,18 +200,8 @@ def test_all_is_finite_up_to_the_norms_that_are_let_through(
     assert all(of.isfinite().all() for of in found)
 
 
-@pytest.mark.parametrize("width", sorted(_narrow.WIDTHS))
-def test_narrow_chunks_are_computed_in_c_and_measured_on_the_way(
-    width: int, native: bool, calls: list[str]
-) -> None:
-    model, site = grown(f"rows of {2 * width}", "low_rank")
-    results(model, site, torch.randn(70, 6))
-    assert calls == (["esper_grow", "esper_pull"] if native else [])
-
-
-@pytest.mark.parametrize("width", [8, 56, 64])
-@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 65])
-def test_any_rank_and_number_of_rows(rank: int, width: int, native: bool, calls: list[str]) -> None:
+@pytest.mark.parametrize(("rank", "width"), [(1, 64), (16, 8), (33, 56)])
+def test_any_rank_and_number_of_rows(rank: int, width: int) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 2 * width))
     blueprint = ef.blueprints.low_rank(rank)
@@ -249,23 +212,9 @@ def test_any_rank_and_number_of_rows(rank: int, width: int, native: bool, calls:
         found = results(model, bridge.sites[0], x)
         wanted = by_the_general_way(model, bridge.sites[0], x)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert calls == (["esper_grow", "esper_pull"] * 4 if native and rank <= 64 else [])
 
 
-def test_the_number_of_threads_may_change(native: bool) -> None:
-    _, site = grown("tokens", "low_rank")
-    leaves = dict(site.get_submodule("body").named_parameters())
-    x = torch.zeros(3, 32)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 3, 2):
-            torch.set_num_threads(number)
-            assert _narrow.serves(site.plan, leaves, x) == (native and number <= 2)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_statistics_in_another_dtype_are_not_read(native: bool) -> None:
+def test_statistics_in_another_dtype_are_not_read() -> None:
     """Hooks on what autograd saves may give anything back."""
     model, site = grown("tokens", "low_rank")
     x = torch.randn(HOSTS["tokens"][1])
@@ -280,7 +229,7 @@ def test_statistics_in_another_dtype_are_not_read(native: bool) -> None:
 
 
 def test_no_default_of_the_process_reaches_what_is_measured() -> None:
-    _, site = grown("rows of 32", "low_rank")
+    _, site = grown("tokens", "low_rank")
     x = torch.randn(70, 32)
     leaves = dict(site.get_submodule("body").named_parameters())
     bodies = {site.plan.banks[0].bank: {name: leaf.detach() for name, leaf in leaves.items()}}
@@ -292,42 +241,3 @@ def test_no_default_of_the_process_reaches_what_is_measured() -> None:
     assert found is not None
     torch.testing.assert_close(found[0][0], x.sum(0))
     torch.testing.assert_close(found[0][1], x.square().sum(0))
-
-
-def test_other_bodies_and_widths_are_not_compiled_in(native: bool) -> None:
-    for host, body in (("rows", "low_rank"), ("rows of 32", "gelu")):
-        _, site = grown(host, body)
-        leaves = dict(site.get_submodule("body").named_parameters())
-        assert not _narrow.serves(site.plan, leaves, torch.zeros(3, site.plan.cut.features))
-    assert (_narrow._library() is not None) == native
-
-
-@pytest.mark.parametrize("reason", ["switched off", "no compiler", "a compiler that fails"])
-def test_without_a_library_all_goes_on(
-    reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: bool
-) -> None:
-    if not native:
-        monkeypatch.undo()
-    _narrow._library.cache_clear()
-    caplog.set_level("INFO", _narrow.__name__)
-    try:
-        if reason == "switched off":
-            monkeypatch.setenv(_narrow.SWITCH, "0")
-        elif reason == "no compiler":
-            monkeypatch.setattr(_narrow.shutil, "which", lambda _: None)
-        else:
-            failed = subprocess.CalledProcessError(1, "gcc")
-            monkeypatch.setattr(_narrow.subprocess, "run", _raising(failed))
-        model, site = grown("rows of 32", "low_rank")
-        results(model, site, torch.randn(70, 6))
-        assert _narrow._library() is None
-        assert bool(caplog.records) == (reason == "a compiler that fails")
-    finally:
-        _narrow._library.cache_clear()
-
-
-def _raising(error: Exception) -> Any:
-    def run(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return run
