@@ -21,8 +21,8 @@ from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 class Slots(NamedTuple):
     """What an optimiser must know of a bank's slots."""
 
-    is_born: Bool[Array, "P"]
-    """Got a new body since the last update: its optimiser state starts afresh."""
+    num_births: Int32[Array, "P"]
+    """Bodies born there so far: where it rose, the optimiser state starts afresh."""
     learns: Bool[Array, "P"]
     """Receives updates; the others stand still, optimiser state included."""
 
@@ -63,6 +63,8 @@ class PerBodyState(NamedTuple):
     bodies: Mapping[str, Mapping[str, optax.OptState]]
     num_updates: Int32[Array, ""]
     """Of the run so far: the clock of the bodies' schedules."""
+    num_births: Mapping[str, Mapping[str, Int32[Array, "P"]]]
+    """`Slots.num_births` at the last update: which body each state belongs to."""
 
 
 class PerBody(NamedTuple):
@@ -152,6 +154,10 @@ def per_body(
                 for site, at_site in _with_parameters(banks).items()
             },
             num_updates=jnp.int32(0),
+            num_births={
+                site: {name: _no_births(bank) for name, bank in at_site.items()}
+                for site, at_site in _with_parameters(banks).items()
+            },
         )
         # Some transformations keep the parameters themselves; a step may donate both.
         own: PerBodyState = jax.tree.map(jnp.copy, state)
@@ -181,8 +187,15 @@ def per_body(
             of_host, (d_host, d_banks), state.host, params, extra
         )
         of_banks = _with_parameters(banks)
+        is_new = {
+            site: {
+                name: slots[site][name].num_births != state.num_births[site][name]
+                for name in at_site
+            }
+            for site, at_site in of_banks.items()
+        }
         is_any = [
-            jnp.any(slots[site][name].is_born | slots[site][name].learns)
+            jnp.any(is_new[site][name] | slots[site][name].learns)
             for site, at_site in of_banks.items()
             for name in at_site
         ]
@@ -197,7 +210,8 @@ def per_body(
                         d_banks[site][name],
                         carry[1][site][name],
                         bank,
-                        slots[site][name],
+                        is_new[site][name],
+                        slots[site][name].learns,
                         extra,
                         clock,
                     )
@@ -209,7 +223,13 @@ def per_body(
             still = jax.tree.map(lambda g, s: jnp.zeros_like(g, dtype=s.dtype), d_banks, shapes)
             updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.bodies))
         after = PerBodyState(
-            host=host_state, bodies=states, num_updates=state.num_updates + jnp.int32(1)
+            host=host_state,
+            bodies=states,
+            num_updates=state.num_updates + jnp.int32(1),
+            num_births={
+                site: {name: slots[site][name].num_births for name in at_site}
+                for site, at_site in of_banks.items()
+            },
         )
         return (host_updates, updates), after
 
@@ -355,6 +375,10 @@ def _no_search(params: Params) -> Array:
     )
 
 
+def _no_births(bank: Params) -> Int32[Array, "P"]:
+    return jnp.zeros(jax.tree.leaves(bank)[0].shape[:1], jnp.int32)
+
+
 def _with_parameters(banks: Bodies) -> dict[str, dict[str, Params]]:
     """The banks whose blueprint has parameters at all."""
     return {
@@ -368,14 +392,15 @@ def _update_bank(
     gradients: Params,
     state: optax.OptState,
     bank: Params,
-    slots: Slots,
+    is_new: Bool[Array, "P"],
+    learns: Bool[Array, "P"],
     extra: Mapping[str, Any],
     clock: _Clock | None,
 ) -> tuple[Params, optax.OptState]:
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
-    state = choose(slots.is_born, jax.vmap(of_body.init)(bank), state)
+    state = choose(is_new, jax.vmap(of_body.init)(bank), state)
     timed = state if clock is None else _set_clock(state, clock)
     updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **_of_one_body(extra, g)))(
         gradients, timed, bank
@@ -383,4 +408,4 @@ def _update_bank(
     # In the dtypes that `init` chose, whatever the gradients' are: a step must not change them.
     moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
     still = jax.tree.map(jnp.zeros_like, updates)
-    return choose(slots.learns, updates, still), choose(slots.learns, moved, state)
+    return choose(learns, updates, still), choose(learns, moved, state)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from esper_fn._control import once_if
 from esper_fn._growth import Growth, GrowthState, forget
 from esper_fn._lattice import per_slot_tree, select_slots
-from esper_fn._typing import Array, Bodies, Bool, Int32, Params
+from esper_fn._typing import Array, Bodies, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import LossTrack
 
@@ -25,6 +25,8 @@ class Snapshot(NamedTuple):
     opt_state: Any
     bodies: Bodies
     loss: LossTrack
+    num_births: Int32[Array, "Q"]
+    """Bodies that were born in each slot by then; never restored."""
 
 
 class Anchor(NamedTuple):
@@ -36,8 +38,6 @@ class Anchor(NamedTuple):
 
     snapshots: Snapshot
     """Every leaf has a leading axis H."""
-    is_born_since: Bool[Array, "H Q"]
-    """Slots that got a newborn body after a snapshot was taken."""
     newest: Int32[Array, ""]
     """Place of the newest snapshot in the ring."""
     num_held: Int32[Array, ""]
@@ -51,7 +51,7 @@ class Anchor(NamedTuple):
     @property
     def num_snapshots(self) -> int:
         """H, static."""
-        return int(self.is_born_since.shape[-2])
+        return int(self.snapshots.num_births.shape[-2])
 
 
 def anchor(
@@ -91,11 +91,10 @@ def anchor(
                 f"{name} must be an int, at least 1, got {given!r}; to do without roll-backs, keep "
                 "no anchor (`anchor_every=None` or `num_snapshots=0` in `runtime`)"
             )
-    now = Snapshot(params=params, opt_state=opt_state, bodies=state.bodies, loss=state.loss)
+    now = snapshot(params, opt_state, state)
     return Anchor(
         # A stack is divided among devices as what it is made of.
         snapshots=jax.tree.map(lambda leaf: jnp.stack([leaf] * num_snapshots), now),
-        is_born_since=jnp.zeros((num_snapshots, *state.is_born.shape), bool),
         newest=jnp.int32(0),
         num_held=jnp.int32(1),
         age=jnp.int32(0),
@@ -104,11 +103,15 @@ def anchor(
     )
 
 
-class _Guarded(NamedTuple):
-    """What a roll-back changes in place."""
-
-    now: Snapshot
-    is_born: Bool[Array, "Q"]
+def snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapshot:
+    """The present."""
+    return Snapshot(
+        params=params,
+        opt_state=opt_state,
+        bodies=state.bodies,
+        loss=state.loss,
+        num_births=state.num_births,
+    )
 
 
 def guard(
@@ -138,16 +141,12 @@ def guard(
     """
     places = held.num_snapshots
     goes_back = verdict.should_roll_back
-    now = Snapshot(params=params, opt_state=opt_state, bodies=state.bodies, loss=state.loss)
+    now = snapshot(params, opt_state, state)
 
     is_calm = (verdict.alarm == Alarm.CALM) & ~jnp.asarray(verdict.is_uneasy) & ~goes_back
     is_due = (held.age + 1 >= held.due) & is_calm
     into = (held.newest + 1) % places
     restored = jnp.where(held.num_held > 1, (held.newest - 1) % places, held.newest)
-
-    born_since = held.is_born_since | state.is_born[None, :]
-    is_written = (jnp.arange(places) == into) & is_due
-    born_since &= ~is_written[:, None]
 
     def renew(ring: Snapshot) -> Snapshot:
         return jax.tree.map(
@@ -160,12 +159,11 @@ def guard(
 
     ring = once_if(is_due, renew, held.snapshots)
 
-    def go_back(carry: _Guarded) -> _Guarded:
+    def go_back(now: Snapshot) -> Snapshot:
         old = jax.tree.map(
             lambda kept: jax.lax.dynamic_index_in_dim(kept, restored, 0, keepdims=False), ring
         )
-        is_young = born_since[restored]
-        young = per_slot_tree(growth.lattice, is_young)
+        young = per_slot_tree(growth.lattice, now.num_births != old.num_births)
         bodies = {
             site: {
                 name: jax.tree.map(
@@ -175,18 +173,17 @@ def guard(
                 )
                 for name, bank in at_site.items()
             }
-            for site, at_site in carry.now.bodies.items()
+            for site, at_site in now.bodies.items()
         }
-        return _Guarded(now=old._replace(bodies=bodies), is_born=is_young)
+        return old._replace(bodies=bodies, num_births=now.num_births)
 
-    chosen, is_born = once_if(goes_back, go_back, _Guarded(now=now, is_born=state.is_born))
+    chosen = once_if(goes_back, go_back, now)
     memory = state.memory
     if memory is not None:
         memory = forget(memory, goes_back)
-    state = state._replace(bodies=chosen.bodies, loss=chosen.loss, is_born=is_born, memory=memory)
+    state = state._replace(bodies=chosen.bodies, loss=chosen.loss, memory=memory)
     held = Anchor(
         snapshots=ring,
-        is_born_since=born_since,
         newest=jnp.where(goes_back, restored, jnp.where(is_due, into, held.newest)),
         num_held=jnp.where(
             goes_back,

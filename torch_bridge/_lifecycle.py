@@ -286,7 +286,8 @@ def from_tensor(packed: Tensor) -> _saved.Saved:
 
 def _look(state: ef.GrowthState) -> _Told:
     gains = slot_gains(state.seeds, state.owner, state.settings)
-    return _Told(gains, state.owner, state.seeds.stage, state.is_born)
+    nobody = jnp.zeros(state.owner.shape, bool)
+    return _Told(gains, state.owner, state.seeds.stage, nobody)
 
 
 _tell = jax.jit(_look)
@@ -308,4 +309,5 @@ def _advance(
         has_broken=jnp.zeros((num_seeds,), bool).at[where].set(broken != 0, mode="drop"),
         commands=commands,
     )
-    return after, _look(after)._replace(info=info, key=key)
+    is_born = after.num_births != state.num_births
+    return after, _look(after)._replace(is_born=is_born, info=info, key=key)

@@ -143,7 +143,7 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
     for path, leaf in saved.leaves.items():
         if path.startswith(".seeds."):
             found[path] = _renumber(leaf, renumbered[path]) if path in renumbered else leaf
-    for path in (".owner", ".is_born"):
+    for path in (".owner", ".num_births"):
         rows = own[path].copy()
         rows[:] = NONE if path == ".owner" else 0
         rows[slots != NONE] = saved.leaves[path][slots[slots != NONE]]
@@ -200,7 +200,7 @@ def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Lattice) -> N
     """That every number is one which a growth can have."""
     limits = {
         ".owner": (before.num_slots, before.num_seeds),
-        ".is_born": (before.num_slots, 2),
+        ".num_births": (before.num_slots, np.iinfo(np.int32).max),
         ".seeds.slot": (before.num_seeds, before.num_slots),
         ".seeds.blueprint": (before.num_seeds, len(saved.blueprints)),
         ".seeds.graft": (before.num_seeds, len(saved.grafts)),

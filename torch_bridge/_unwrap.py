@@ -174,7 +174,7 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
     folded: dict[str, Tensor] = {}
     rest = []
     acting = [bank for bank in own.plan.banks if bank.acts]
-    layout = _layout(module) if acting and weights.is_plain(name, module) else None
+    layout = _layout(module) if acting and weights.is_plain(module) else None
     for bank in acting:
         values = None if layout is None else _folded(module, layout, _affine(own, bank), folded)
         if values is None:

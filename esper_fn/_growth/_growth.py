@@ -82,7 +82,7 @@ class Growth:
             seeds=lifecycle.seed_state(self.lattice.num_seeds),
             bodies=init_bodies(self.lattice, body_key),
             owner=jnp.full((num_slots,), NONE, jnp.int32),
-            is_born=jnp.zeros((num_slots,), bool),
+            num_births=jnp.zeros((num_slots,), jnp.int32),
             loss=lifecycle.loss_track(),
             settings=self.settings,
             grafts=tuple(graft.hyper for graft in self.grafts),
@@ -114,15 +114,15 @@ class Growth:
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
         """What `optim.per_body` must know of every slot."""
         check_state(self, state, "growth.slots(state)", with_bodies=False)
-        born = per_slot_tree(self.lattice, state.is_born)
+        births = per_slot_tree(self.lattice, state.num_births)
         learns = per_slot_tree(
             self.lattice, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
         )
         return {
             site: {
-                name: Slots(is_born=at_site[name], learns=learns[site][name]) for name in at_site
+                name: Slots(num_births=at_site[name], learns=learns[site][name]) for name in at_site
             }
-            for site, at_site in born.items()
+            for site, at_site in births.items()
         }
 
     def commands(self, commands: Sequence[Command] = (), size: int = 4) -> Commands:
@@ -282,7 +282,7 @@ class Growth:
           commands: as in `update`.
 
         Returns:
-          The state, what happened, and the key for `newborn` of the slots that `is_born`.
+          The state, what happened, and the key for `newborn` of the slots whose `num_births` rose.
         """
         return advance(
             self, state, readings, loss, drift=drift, has_broken=has_broken, commands=commands

@@ -21,8 +21,8 @@ class GrowthState(NamedTuple):
     bodies: Bodies
     owner: Int32[Array, "Q"]
     """The seed that holds each slot, or `NONE`."""
-    is_born: Bool[Array, "Q"]
-    """Slots that got a newborn body in the last update."""
+    num_births: Int32[Array, "Q"]
+    """Bodies born in each slot so far: by this number an optimiser knows a new one."""
     loss: lifecycle.LossTrack
     settings: lifecycle.Settings
     grafts: tuple[Any, ...]

@@ -44,7 +44,12 @@ def update(
         growth, state, readings, loss, drift=drift, has_broken=body_error, commands=commands
     )
     born = give_birth(
-        growth.lattice, kept, after.is_born, birth_key, owner=after.owner, memory=state.memory
+        growth.lattice,
+        kept,
+        after.num_births != state.num_births,
+        birth_key,
+        owner=after.owner,
+        memory=state.memory,
     )
     return after._replace(bodies=born), info
 
@@ -151,7 +156,7 @@ def advance(
     after = state._replace(
         seeds=seeds,
         owner=owner,
-        is_born=is_born,
+        num_births=state.num_births + is_born.astype(jnp.int32),
         loss=track,
         policy=policy,
         governor=judged,

@@ -84,7 +84,7 @@ def enlarge(
     |---|---|
     | `params`, `opt_state.host`, `growth.loss`, `.settings`, `.key`, `.step` | as before |
     | `growth.seeds` | row of the same site, layer and chunk; a new seed is dormant |
-    | `growth.bodies`, `opt_state.bodies`, `growth.is_born` | slot of the same site, blueprint, \
+    | `growth.bodies`, `opt_state.bodies`, `growth.num_births` | slot of the same site, blueprint, \
 layer and position; a new slot is fresh |
     | `growth.owner`, `seeds.slot`, `.blueprint`, `.graft` | renumbered to name the same things |
     | `growth.grafts` | numbers of a strategy of the same name as before, others the growth's own |
@@ -256,7 +256,7 @@ def _growth_state(
         seeds=seeds,
         bodies=bodies,
         owner=_rows.renumbered(owner, new_seed),
-        is_born=rows(maps.slot, saved.is_born, fresh.is_born),
+        num_births=rows(maps.slot, saved.num_births, fresh.num_births),
         loss=jax.tree.map(jnp.asarray, saved.loss),
         settings=jax.tree.map(jnp.asarray, saved.settings),
         grafts=tuple(
@@ -290,6 +290,7 @@ def _optimizer_state(
         host=jax.tree.map(jnp.asarray, old.opt_state.host),
         bodies=_rows.banks(before, after, old.opt_state.bodies, opt_state.bodies),
         num_updates=jnp.asarray(old.opt_state.num_updates),
+        num_births=_rows.banks(before, after, old.opt_state.num_births, opt_state.num_births),
     )
 
 

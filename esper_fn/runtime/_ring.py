@@ -20,7 +20,6 @@ class SavedRing(NamedTuple):
     """A `rollback.Anchor` in which `snapshots` is a tuple, place by place."""
 
     snapshots: tuple[rollback.Snapshot, ...]
-    is_born_since: Any
     newest: Any
     num_held: Any
     age: Any
@@ -86,8 +85,7 @@ def example(state: TrainState) -> TrainState:
     """The `like` for restoring what `saved_form` made of such a state."""
     if state.anchor is None:
         return state
-    of = state.growth
-    one = rollback.Snapshot(state.params, state.opt_state, of.bodies, of.loss)
+    one = rollback.snapshot(state.params, state.opt_state, state.growth)
     held: Any = _Example((one,) * state.anchor.num_snapshots)
     return state._replace(anchor=held)
 

@@ -319,7 +319,7 @@ def step_faults(growth: Any, before: Any, after: Any, info: Any) -> list[str]:
     gone, come = np.asarray(before.owner), np.asarray(after.owner)
     if ((gone != come) & (gone != NONE) & (come != NONE)).any():
         faults.append("a slot changes hands within one step")
-    born = np.asarray(after.is_born)
+    born = np.asarray(after.num_births) - np.asarray(before.num_births)
     if (born != ((gone == NONE) & (come != NONE))).any():
         faults.append("births miscounted")
     learns = (gone != NONE) & np.isin(was[np.maximum(gone, 0)], LEARNING)
@@ -327,7 +327,7 @@ def step_faults(growth: Any, before: Any, after: Any, info: Any) -> list[str]:
         site = growth.lattice.sites[bank.site].name
         name = growth.lattice.names[bank.blueprint]
         here = slice(bank.start, bank.start + bank.num_slots)
-        kept = ~learns[here] & ~born[here]
+        kept = ~learns[here] & (born[here] == 0)
         pairs = (jax.tree.leaves(state.bodies[site][name]) for state in (before, after))
         for a, b in zip(*pairs, strict=True):
             if np.asarray(a)[kept].tobytes() != np.asarray(b)[kept].tobytes():

@@ -386,7 +386,7 @@ def rates(
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     for turn in range(10):
         slots = ef.optim.Slots(
-            is_born=jnp.asarray([turn == 0, turn == BIRTH]),
+            num_births=jnp.asarray([1, int(turn >= BIRTH)], jnp.int32),
             learns=jnp.asarray([True, turn >= BIRTH]),
         )
         if change is not None:

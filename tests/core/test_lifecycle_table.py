@@ -124,7 +124,8 @@ def test_only_a_dormant_seed_germinates(source: int) -> None:
         assert int(after.seeds.blueprint[5]) == 0
         assert int(after.seeds.graft[5]) == 1
         assert int(after.owner[int(after.seeds.slot[5])]) == 5
-        assert bool(after.is_born[int(after.seeds.slot[5])])
+        slot = int(after.seeds.slot[5])
+        assert int(after.num_births[slot]) == int(before.num_births[slot]) + 1
     else:
         assert int(info.outcomes.code[0]) == Code.ILLEGAL_TRANSITION
         control, _ = rig.step(before)

@@ -67,8 +67,8 @@ def _made(kind: str, schedule: Any = "run") -> Any:
     optimizer = ef.optim.per_body(standard(KINDS[kind]()), schedule=schedule)
 
     @partial(jax.jit, compiler_options=QUICK)
-    def update(grads: Any, state: Any, params: Any, born: jax.Array, learns: jax.Array) -> Any:
-        slots = Slots(is_born=born, learns=learns)
+    def update(grads: Any, state: Any, params: Any, births: jax.Array, learns: jax.Array) -> Any:
+        slots = Slots(num_births=births, learns=learns)
         return optimizer.update(
             grads, state, params, slots={"site": {"body": slots, "empty": slots}}
         )
@@ -76,7 +76,8 @@ def _made(kind: str, schedule: Any = "run") -> Any:
     return optimizer, update
 
 
-NOBODY, ALL = _flags(False, False, False), _flags(True, True, True)
+NOBODY, ALL = jnp.zeros((3,), jnp.int32), _flags(True, True, True)
+ONE_MORE = jnp.asarray([0, 1, 0], jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,7 @@ def test_a_body_born_late_is_updated_as_one_born_at_the_start(kind: str, schedul
     young = aged._replace(bodies=state.bodies) if schedule == "run" else state
     for turn in range(4):
         grads, params = (_host(turn), _banks(_random(turn))), (host, _banks(bank))
-        born = _flags(False, turn == 0, False)
-        (_, late), aged = update(grads, aged, params, born, ALL)
+        (_, late), aged = update(grads, aged, params, ONE_MORE, ALL)
         (_, early), young = update(grads, young, params, NOBODY, ALL)
         of_late, of_early = (
             jax.tree.map(lambda leaf: leaf[1], updates["site"]["body"]) for updates in (late, early)
@@ -172,7 +172,8 @@ def test_a_schedule_counts_the_steps_of_the_run_or_those_that_a_body_learned(sch
     rates = []
     for turn in range(5):
         slots = Slots(
-            is_born=_flags(False, turn == 3, False), learns=_flags(True, True, turn % 2 == 0)
+            num_births=ONE_MORE if turn >= 3 else NOBODY,
+            learns=_flags(True, True, turn % 2 == 0),
         )
         (_, updates), state = optimizer.update(
             ones, state, params, slots={"site": {"body": slots, "empty": slots}}
@@ -194,7 +195,7 @@ def test_a_norm_is_clipped_body_by_body() -> None:
         "matrix": jnp.ones((SLOTS, 4, 3)) * size[..., None],
         "vector": jnp.ones((SLOTS, 3)) * size,
     }
-    slots = Slots(is_born=NOBODY, learns=ALL)
+    slots = Slots(num_births=NOBODY, learns=ALL)
     (_, updates), _ = optimizer.update(
         (_host(1), _banks(grads)),
         optimizer.init(params),
@@ -219,7 +220,7 @@ def test_extra_arguments_reach_host_and_bodies() -> None:
 
     optimizer = ef.optim.per_body(optax.GradientTransformationExtraArgs(init, update))
     params = (_host(0), _banks(_random(0)))
-    slots = Slots(is_born=NOBODY, learns=ALL)
+    slots = Slots(num_births=NOBODY, learns=ALL)
     updates, _ = optimizer.update(
         params,
         optimizer.init(params),
@@ -280,18 +281,68 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
     assert counts[second + 1 :] == list(range(1, 14 - second))
 
 
+def test_a_birth_is_noticed_however_many_updates_were_left_out() -> None:
+    """As with gradients summed up by hand, or steps that are skipped where a loss overflows."""
+    lattice = ef.lattice(
+        sites=[ef.site("h", features=6, chunks=2)],
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=1,
+    )
+    growth = ef.growth(
+        lattice,
+        bodies_at_once=None,
+        policy=ef.policies.never(),
+        settings=ef.lifecycle.settings(
+            train_first=True,
+            min_steps={Stage.TRAINING: 50},
+            max_steps={Stage.TRAINING: 50},
+        ),
+    )
+    optimizer = ef.optim.per_body(standard(optax.adam(0.01)))
+
+    def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(seeds.grow("h", x @ params) - 1))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(params: Any, state: Any, opt_state: Any, x: Any, asked: Any, learns: Any) -> Any:
+        loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, x)
+        pair = (params, state.bodies)
+
+        def update(_: Any) -> Any:
+            updates, after = optimizer.update(grads, opt_state, pair, slots=growth.slots(state))
+            return optax.apply_updates(pair, updates), after
+
+        (params, bodies), opt_state = jax.lax.cond(
+            learns, update, lambda _: (pair, opt_state), None
+        )
+        state, _ = growth.update(state, bodies, readings, loss, asked)
+        return params, state, opt_state
+
+    params, x = jnp.eye(6), jnp.ones((3, 6)) * jnp.arange(6.0).reshape(1, 6)
+    state = growth.init(jax.random.key(0))
+    opt_state = optimizer.init((params, state.bodies))
+    orders = {
+        0: ef.commands.germinate(0, "low_rank"),
+        20: ef.commands.cull(0),
+        21: ef.commands.germinate(1, "low_rank"),
+    }
+    counts = []
+    for turn in range(35):
+        asked = growth.commands([orders[turn]] if turn in orders else [], size=1)
+        learns = jnp.bool_(turn < 20 or turn >= 30)
+        params, state, opt_state = step(params, state, opt_state, x, asked, learns)
+        counts.append(int(opt_state.bodies["h"]["low_rank"][0].count[0]))
+    assert counts[19] > 10
+    assert counts[30:] == [1, 2, 3, 4, 5]
+
+
 def test_the_optimiser_state_keeps_its_dtypes() -> None:
     """Moments in bfloat16 and gradients in float32: Optax alone would promote in the first step."""
     optimizer = ef.optim.per_body(standard(optax.adam(0.1)))
     banks = _banks(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _random(1)))
     params = (_host(1), banks)
     state = optimizer.init(params)
-    slots = {
-        "site": {
-            name: Slots(is_born=jnp.zeros((SLOTS,), bool), learns=jnp.ones((SLOTS,), bool))
-            for name in ("body", "empty")
-        }
-    }
+    slots = {"site": {name: Slots(num_births=NOBODY, learns=ALL) for name in ("body", "empty")}}
     _, after = optimizer.update((_host(2), _banks(_random(2))), state, params, slots=slots)
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(
         lambda leaf: leaf.dtype, state

@@ -345,7 +345,7 @@ PLANTED_IN_STEP: dict[str, Callable[[Step], Step]] = {
         after=owner_with(t.after, int(t.after.seeds.slot[0]), 1)
     ),
     "births miscounted": lambda t: t._replace(
-        after=t.after._replace(is_born=np.ones_like(t.after.is_born))
+        after=t.after._replace(num_births=np.asarray(t.after.num_births) + 1)
     ),
     "a body that does not learn has changed": lambda t: t._replace(after=poison(t.after, -0.0)),
     "step miscounted": lambda t: t._replace(after=t.after._replace(step=t.after.step + 1)),

@@ -58,6 +58,7 @@ def numbers(step: Any) -> tuple[Any, Any, Any]:
 def start(every: int, places: int) -> rollback.Anchor:
     params, opt_state, bodies = numbers(0)
     state = STATE._replace(bodies=bodies)
+    opt_state = (*opt_state, state.num_births)
     return rollback.anchor(params, opt_state, state, every=every, num_snapshots=places)
 
 
@@ -66,10 +67,11 @@ def play(held: rollback.Anchor, events: Event) -> Any:
     """For each step what stands after it, and the ring."""
 
     def one(carry: Any, event: Event) -> Any:
-        held, step = carry
+        held, step, births = carry
         params, opt_state, bodies = numbers(step + 1)
-        is_born = jnp.arange(STATE.is_born.shape[0]) == event.born
-        state = STATE._replace(bodies=bodies, is_born=is_born)
+        opt_state = (*opt_state, births)  # as the optimiser knew them, before the step's own
+        births += (jnp.arange(births.shape[0]) == event.born).astype(jnp.int32)
+        state = STATE._replace(bodies=bodies, num_births=births)
         verdict = Verdict(
             alarm=event.alarm.astype(jnp.int8),
             is_vetoing=jnp.zeros((), bool),
@@ -80,10 +82,11 @@ def play(held: rollback.Anchor, events: Event) -> Any:
         params, opt_state, state, held = rollback.guard(
             GROWTH, held, params, opt_state, state, verdict
         )
-        told = (params["w"], params["b"][2], opt_state[0], _of_slots(state.bodies), state.is_born)
-        return (held, step + 1), told
+        is_new = state.num_births != opt_state[1]
+        told = (params["w"], params["b"][2], opt_state[0], _of_slots(state.bodies), is_new)
+        return (held, step + 1, births), told
 
-    (held, _), told = jax.lax.scan(one, (held, jnp.int32(0)), events)
+    (held, _, _), told = jax.lax.scan(one, (held, jnp.int32(0), STATE.num_births), events)
     return held, told
 
 
@@ -99,17 +102,18 @@ def run(every: int, places: int, events: list[Event], length: int = 64) -> Any:
 
 
 class Model:
-    """The same ring as a list of (step, slots born since), oldest first."""
+    """The same ring as a list of (step, slots born since, slots born just then), oldest first."""
 
     def __init__(self, every: int, places: int) -> None:
         self.every, self.places = every, places
-        self.ring: list[tuple[int, set[int]]] = [(0, set())]
+        self.ring: list[tuple[int, set[int], set[int]]] = [(0, set(), set())]
         self.age, self.due = 0, every
 
-    def step(self, step: int, event: Event) -> tuple[int, set[int]] | None:
+    def step(self, step: int, event: Event) -> tuple[int, set[int], set[int]] | None:
         """The snapshot restored after it, if any."""
         self.age += 1
-        self.ring = [(at, born | ({event.born} - {-1})) for at, born in self.ring]
+        now = {event.born} - {-1}
+        self.ring = [(at, since | now, then) for at, since, then in self.ring]
         if event.goes_back:
             if len(self.ring) > 1:
                 self.ring.pop()
@@ -117,22 +121,22 @@ class Model:
             return self.ring[-1]
         is_calm = event.alarm == Alarm.CALM and not event.is_uneasy
         if self.age >= self.due and is_calm:
-            self.ring = [*self.ring, (step + 1, set())][-self.places :]
+            self.ring = [*self.ring, (step + 1, set(), now)][-self.places :]
             self.age, self.due = 0, self.every
         return None
 
 
 def check(every: int, places: int, events: list[Event]) -> None:
     model, clock = Model(every, places), SnapshotClock(every, places)
-    _, (w, b, count, bodies, is_born) = run(every, places, events)
+    _, (w, b, count, bodies, is_new) = run(every, places, events)
     for step, event in enumerate(events):
         restored = model.step(step, event)
         is_calm = event.alarm == Alarm.CALM and not event.is_uneasy
         told = clock.tick(step, is_calm=is_calm, should_roll_back=event.goes_back)
         assert told == (None if restored is None else restored[0])
-        stands, born = (step + 1, {event.born} - {-1}) if restored is None else restored
+        stands, born, then = restored or (step + 1, {event.born} - {-1}, set())
         assert w[step] == b[step] == count[step] == stands, step
-        assert set(np.flatnonzero(is_born[step]).tolist()) == born, step
+        assert set(np.flatnonzero(is_new[step]).tolist()) == born | then, step
         for slot in range(2):
             # A body born since keeps its numbers, all others go back in lockstep.
             assert bodies[step, slot] == (step + 1 if slot in born else stands), step
@@ -339,7 +343,7 @@ def test_in_the_runtime_0_means_none() -> None:
 def test_memory_is_that_many_copies() -> None:
     params, opt_state, bodies = numbers(0)
     state = STATE._replace(bodies=bodies)
-    now = rollback.Snapshot(params, opt_state, bodies, state.loss)
+    now = rollback.snapshot(params, opt_state, state)
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
     for places in (1, 2, 7):
         held = rollback.anchor(params, opt_state, state, num_snapshots=places)
