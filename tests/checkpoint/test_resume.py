@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -348,8 +347,7 @@ def test_a_restored_state_may_start_a_run(job: Job, tmp_path: Path) -> None:
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The run as a program; its compilations are shared with other tests' programs."""
-    cache = folder.parent / "compilations"
+    """The run as a program."""
     return subprocess.Popen(
         [
             sys.executable,
@@ -359,11 +357,6 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
         ],
         stdout=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
     )
 
 
