@@ -87,7 +87,8 @@ def per_body(
     body starts from `init`; a slot that does not learn receives an update of zero, weight decay
     included, and keeps its state.
 
-    Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are.
+    Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are;
+    where there are random keys, add updates by `optim.apply_updates` instead of Optax's.
 
     Args:
       host: for the host's parameters.
@@ -103,10 +104,11 @@ def per_body(
       `init((params, bodies))` and
       `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
       `Growth.slots`, which returns `((host updates, body updates), state)` for
-      `optax.apply_updates`. Further keywords (`value=loss`, say) go to both transformations; of
-      the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the pair of parameters,
-      each gets its own part, and a body no `value_fn`. `init` raises `TypeError` for anything but
-      the pair, and `ValueError` for a host's transformation that does not fit a body.
+      `optim.apply_updates` or Optax's. Further keywords (`value=loss`, say) go to both
+      transformations; of the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the
+      pair of parameters, each gets its own part, and a body no `value_fn`. `init` raises
+      `TypeError` for anything but the pair, and `ValueError` for a host's transformation that does
+      not fit a body.
 
     Raises:
       TypeError: one of them is no transformation, a factory that was not called for instance.
@@ -214,6 +216,28 @@ def per_body(
         return (host_updates, updates), after
 
     return PerBody(init=init, update=update)
+
+
+def apply_updates(params: Params, updates: Params) -> Params:
+    """`params + updates`, as `optax.apply_updates`, and what is not learned stays as it is.
+
+    Whole numbers, flags and random keys among the parameters have no gradient, and nothing can be
+    added to a key.
+
+    Args:
+      params: any tree of arrays and numbers, `(params, state.bodies)` for instance.
+      updates: of an optimiser, the same tree; what it holds for leaves that are not learned is not
+        read.
+
+    Returns:
+      The new parameters, in the dtypes of the old ones.
+
+    >>> after = apply_updates({"w": jnp.ones(2), "n": 3}, {"w": jnp.ones(2), "n": 0})
+    >>> after["w"].tolist(), after["n"]
+    ([2.0, 2.0], 3)
+    """
+    learning, still = part(params)
+    return join(optax.apply_updates(learning, like(updates, params)), still)
 
 
 class _Clock(NamedTuple):
@@ -333,7 +357,7 @@ def _update_host(
 
 
 def _no_update(leaf: Any) -> Any:
-    """What `optax.apply_updates` leaves alone; nothing can be added to a random key."""
+    """Zeros that change nothing; for a random key, to which nothing can be added, of no type."""
     is_key = jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0) if is_key else jnp.zeros_like(leaf)
 
