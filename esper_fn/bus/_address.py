@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, quote, unquote
 
+from esper_fn._arguments import described
 from esper_fn.errors import BusAddressError, BusSecurityError
 
 MEMORY = "memory"
@@ -81,9 +82,15 @@ def parse_address(url: str) -> Address:
     `username`, `password`, `client_name`, and with `rediss` the `ssl_...` options of redis-py.
 
     Raises:
+      TypeError: it is no text.
       BusAddressError: it is none. The message names the part that is wrong and no text of it, since
         a wrong part is often a password in the wrong place.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"the address of a bus must be a string, got {described(url)}; write one like "
+            f"{_EXAMPLES}"
+        )
     url = url.strip()
     if url in {MEMORY, f"{MEMORY}://"}:
         return Address(url=url, is_memory=True, is_local=True, shown=MEMORY)
