@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 
@@ -35,3 +37,39 @@ def check_kind(argument: str, value: object, kind: Any, remedy: str) -> None:
         raise TypeError(
             f"{argument} must be {article} {kind.__name__}, got {described(value)}; {remedy}"
         )
+
+
+def check_numbers(**values: object) -> None:
+    """Raises `TypeError` for an argument that is no number; arrays without axes are numbers."""
+    for argument, value in values.items():
+        if not _is_number(value):
+            raise TypeError(f"{argument} must be a number, got {described(value)}{_bare(value)}")
+
+
+def check_counts(**values: object) -> None:
+    """Raises `TypeError` for an argument that is no number, `ValueError` for NaN or infinity."""
+    for argument, value in values.items():
+        if not _is_number(value):
+            raise TypeError(
+                f"{argument} must be a whole number, got {described(value)}{_bare(value)}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{argument} must be a whole number, got {value!r}")
+
+
+def check_function(argument: str, value: object, call: str) -> None:
+    """Raises `TypeError` unless a value can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"{argument} must be a function, called as `{call}`, got {described(value)}; pass the "
+            "function itself, not what it returns"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (hasattr(value, "dtype") and getattr(value, "shape", 0) == ())
+
+
+def _bare(value: object) -> str:
+    """The remedy for a number in quotes."""
+    return "; write it without quotes" if isinstance(value, str | bytes) else ""

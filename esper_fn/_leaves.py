@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from esper_fn._arguments import described
 
@@ -53,12 +52,6 @@ def join(learning: Any, still: Any) -> Any:
     return jax.tree.map(
         lambda a, b: b if a is None else a, learning, still, is_leaf=lambda leaf: leaf is None
     )
-
-
-def apply_updates(params: Any, updates: Any) -> Any:
-    """`optax.apply_updates`, which leaves what does not learn alone."""
-    learning, still = part(params)
-    return join(optax.apply_updates(learning, like(updates, params)), still)
 
 
 def strong(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._arguments import check_counts, check_numbers
 from esper_fn._leaves import LARGEST
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
 from esper_fn.lifecycle import ACTS, FAST_STEPS, ON_ITS_WAY, LossTrack, SeedState, is_in
@@ -104,6 +105,8 @@ def standard(
       max_drift: relative change of one body in one step.
       veto_steps: steps.
     """
+    check_numbers(max_ratio=max_ratio, max_drift=max_drift)
+    check_counts(patience=patience, veto_steps=veto_steps)
     if max_ratio <= 1 or patience < 1 or max_drift <= 0 or veto_steps < 0:
         raise ValueError(
             "need max_ratio > 1, patience >= 1, max_drift > 0, veto_steps >= 0; got "

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from esper_fn._arguments import described
 from esper_fn._control import once_if
 from esper_fn._lattice import select_slots
-from esper_fn._leaves import join, learns, like, part
+from esper_fn._leaves import check_leaves, join, learns, like, part
+from esper_fn._schedules import Clock, schedules, set_clock
 from esper_fn._typing import Array, Bodies, Bool, Int32, Params
 
 
@@ -89,7 +89,8 @@ def per_body(
     body starts from `init`; a slot that does not learn receives an update of zero, weight decay
     included, and keeps its state.
 
-    Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are.
+    Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are;
+    where there are random keys, add updates by `optim.apply_updates` instead of Optax's.
 
     Args:
       host: for the host's parameters.
@@ -105,10 +106,11 @@ def per_body(
       `init((params, bodies))` and
       `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
       `Growth.slots`, which returns `((host updates, body updates), state)` for
-      `optax.apply_updates`. Further keywords (`value=loss`, say) go to both transformations; of
-      the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the pair of parameters,
-      each gets its own part, and a body no `value_fn`. `init` raises `TypeError` for anything but
-      the pair, and `ValueError` for a host's transformation that does not fit a body.
+      `optim.apply_updates` or Optax's. Further keywords (`value=loss`, say) go to both
+      transformations; of the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the
+      pair of parameters, each gets its own part, and a body no `value_fn`. Both raise `TypeError`
+      for anything but these, and `init` `ValueError` for a host's transformation that does not fit
+      a body.
 
     Raises:
       TypeError: one of them is no transformation, a factory that was not called for instance.
@@ -141,12 +143,9 @@ def per_body(
             ) from error
 
     def init(params: tuple[Params, Bodies]) -> PerBodyState:
-        if not isinstance(params, tuple) or len(params) != 2:
-            raise TypeError(
-                "init takes the pair (host parameters, bodies): "
-                f"`optimizer.init((params, state.bodies))`, got {type(params).__name__}"
-            )
+        _check_pair("init", params, f"{_PARAMS}: `optimizer.init((params, state.bodies))`")
         host_params, banks = params
+        check_leaves("params", host_params)
         state = PerBodyState(
             host=of_host.init(_learning(host_params)),
             bodies={
@@ -166,36 +165,29 @@ def per_body(
     def update(
         gradients: tuple[Params, Bodies],
         state: PerBodyState,
-        params: tuple[Params, Bodies],
+        params: tuple[Params, Bodies] | None = None,
         *,
         slots: Mapping[str, Mapping[str, Slots]] | None = None,
         **extra: Any,
     ) -> tuple[tuple[Params, Bodies], PerBodyState]:
-        if slots is None:
-            raise TypeError(
-                "update needs to know which bodies are new and which learn: "
-                "`optimizer.update(gradients, opt_state, (params, state.bodies), "
-                "slots=growth.slots(state))`, of the state before `growth.update`"
-            )
+        both, known = _checked_update(gradients, state, params, slots)
         d_host, d_banks = gradients[0], dict(gradients[1])
-        banks = params[1]
+        banks = both[1]
         if schedule == "age":
             clock = None
         else:
-            clock = _Clock(state.num_updates, _schedules(state.host) if bodies is None else None)
-        host_updates, host_state = _update_host(
-            of_host, (d_host, d_banks), state.host, params, extra
-        )
+            clock = Clock(state.num_updates, schedules(state.host) if bodies is None else None)
+        host_updates, host_state = _update_host(of_host, (d_host, d_banks), state.host, both, extra)
         of_banks = _with_parameters(banks)
         is_new = {
             site: {
-                name: slots[site][name].num_births != state.num_births[site][name]
+                name: known[site][name].num_births != state.num_births[site][name]
                 for name in at_site
             }
             for site, at_site in of_banks.items()
         }
         is_any = [
-            jnp.any(is_new[site][name] | slots[site][name].learns)
+            jnp.any(is_new[site][name] | known[site][name].learns)
             for site, at_site in of_banks.items()
             for name in at_site
         ]
@@ -211,7 +203,7 @@ def per_body(
                         carry[1][site][name],
                         bank,
                         is_new[site][name],
-                        slots[site][name].learns,
+                        known[site][name].learns,
                         extra,
                         clock,
                     )
@@ -227,7 +219,7 @@ def per_body(
             bodies=states,
             num_updates=state.num_updates + jnp.int32(1),
             num_births={
-                site: {name: slots[site][name].num_births for name in at_site}
+                site: {name: known[site][name].num_births for name in at_site}
                 for site, at_site in of_banks.items()
             },
         )
@@ -236,73 +228,80 @@ def per_body(
     return PerBody(init=init, update=update)
 
 
-class _Clock(NamedTuple):
-    """What the schedules of a body's transformation read."""
-
-    num_updates: Int32[Array, ""]
-    host: list[Any] | None
-    """The host's schedules, where bodies have the same transformation."""
-
-
-_COUNTING = (
-    optax.ScaleByScheduleState,
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
+_PARAMS = "the pair (host parameters, bodies)"
+_UPDATE = (
+    "`optimizer.update(gradients, opt_state, (params, state.bodies), slots=growth.slots(state))`, "
+    "of the state before `growth.update`"
 )
-_FOLLOWING = (*_COUNTING, optax.contrib.ReduceLROnPlateauState)
 
 
-def _is_schedule(node: Any) -> bool:
-    return isinstance(node, _FOLLOWING) or _counts_only(node)
+def _check_pair(call: str, pair: Any, wanted: str) -> None:
+    """Raises `TypeError` unless something is a pair of a host's part and the bodies'."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{call} takes {wanted}, got {type(pair).__name__}")
+    for name, at_site in pair[1].items() if isinstance(pair[1], Mapping) else [("", pair[1])]:
+        if not isinstance(at_site, Mapping):
+            there = f"[{name!r}]" if name else ""
+            raise TypeError(
+                f"{call} takes {wanted}, in this order; the second one, a dict of sites and "
+                f"blueprints, has {described(at_site)} at {there or 'its root'}"
+            )
 
 
-def _counts_only(node: Any) -> bool:
-    """Whether it is the state of a plain schedule among injected hyperparameters."""
-    return getattr(node, "_fields", ()) == ("count",)
+def _checked_update(gradients: Any, state: Any, params: Any, slots: Any) -> tuple[Any, Any]:
+    """Parameters and slots; raises `TypeError` for what `update` cannot be called with."""
+    if slots is None:
+        raise TypeError(
+            f"update needs to know which bodies are new and which learn: {_UPDATE}; a wrapper "
+            "around per_body (`optax.chain`, `optax.apply_if_finite`, ...) hands no slots on: put "
+            "it inside, as `per_body(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`"
+        )
+    _check_pair(
+        "update",
+        gradients,
+        "the pair of gradients (d params, d bodies) that `growth.value_and_grad(loss_fn)` returns",
+    )
+    _check_pair("update", params, f"{_PARAMS} third: {_UPDATE}")
+    if not isinstance(state, PerBodyState):
+        raise TypeError(
+            "update takes the state of this optimiser second, from `optimizer.init((params, "
+            f"state.bodies))`, got {described(state)}"
+        )
+    for site, at_site in _with_parameters(params[1]).items():
+        for name in at_site:
+            try:
+                found = slots[site][name]
+            except (KeyError, TypeError):
+                found = None
+            if not isinstance(found, Slots):
+                raise TypeError(
+                    f"slots must be what `growth.slots(state)` returns, got {described(slots)} "
+                    f"without the slots of {name!r} at site {site!r}; the call is {_UPDATE}"
+                )
+    return params, slots
 
 
-def _schedules(state: optax.OptState) -> list[Any]:
-    """The parts of an optimiser's state that schedules read."""
-    return [node for node in jax.tree.leaves(state, is_leaf=_is_schedule) if _is_schedule(node)]
+def apply_updates(params: Params, updates: Params) -> Params:
+    """`params + updates`, as `optax.apply_updates`, and what is not learned stays as it is.
 
+    Whole numbers, flags and random keys among the parameters have no gradient, and nothing can be
+    added to a key.
 
-def _set_clock(state: optax.OptState, clock: _Clock) -> optax.OptState:
-    """A bank's state with its schedules where the run's are."""
-    nodes, structure = jax.tree.flatten(state, is_leaf=_is_schedule)
-    host = iter(clock.host or ())
+    Args:
+      params: any tree of arrays and numbers, `(params, state.bodies)` for instance.
+      updates: of an optimiser, the same tree; what it holds for leaves that are not learned is not
+        read.
 
-    def wide(leaf: Any, like: Array) -> Array:
-        return jnp.broadcast_to(jnp.asarray(leaf, like.dtype), like.shape)
+    Returns:
+      The new parameters, in the dtypes of the old ones.
 
-    def counted(node: Any) -> Any:
-        if not _counts_only(node):
-            return node
-        return node._replace(count=wide(clock.num_updates, node.count))
-
-    def follow(node: Any) -> Any:
-        if isinstance(node, _COUNTING) or _counts_only(node):
-            node = node._replace(count=wide(clock.num_updates, node.count))
-        if isinstance(node, optax.InjectStatefulHyperparamsState):
-            inner = jax.tree.map(counted, node.hyperparams_states, is_leaf=_counts_only)
-            node = node._replace(hyperparams_states=inner)
-        if not _is_schedule(node):
-            return node
-        of_host = None if clock.host is None else next(host)
-        own = ("inner_state",) if hasattr(node, "inner_state") else ()
-        if own:
-            within = None if of_host is None else _schedules(of_host.inner_state)
-            inner = _set_clock(node.inner_state, clock._replace(host=within))
-            node = node._replace(inner_state=inner)
-        if of_host is None:
-            return node
-        taken = {
-            name: jax.tree.map(wide, getattr(of_host, name), getattr(node, name))
-            for name in node._fields
-            if name not in own
-        }
-        return node._replace(**taken)
-
-    return jax.tree.unflatten(structure, [follow(node) for node in nodes])
+    >>> after = apply_updates({"w": jnp.ones(2), "n": 3}, {"w": jnp.ones(2), "n": 0})
+    >>> after["w"].tolist(), after["n"]
+    ([2.0, 2.0], 3)
+    """
+    check_leaves("params", params)
+    learning, still = part(params)
+    return join(optax.apply_updates(learning, like(updates, params)), still)
 
 
 def check_optimizer(optimizer: Any, opt_state: Any = None) -> None:
@@ -353,7 +352,7 @@ def _update_host(
 
 
 def _no_update(leaf: Any) -> Any:
-    """What `optax.apply_updates` leaves alone; nothing can be added to a random key."""
+    """Zeros that change nothing; for a random key, to which nothing can be added, of no type."""
     is_key = jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0) if is_key else jnp.zeros_like(leaf)
 
@@ -395,13 +394,13 @@ def _update_bank(
     is_new: Bool[Array, "P"],
     learns: Bool[Array, "P"],
     extra: Mapping[str, Any],
-    clock: _Clock | None,
+    clock: Clock | None,
 ) -> tuple[Params, optax.OptState]:
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
     state = choose(is_new, jax.vmap(of_body.init)(bank), state)
-    timed = state if clock is None else _set_clock(state, clock)
+    timed = state if clock is None else set_clock(state, clock)
     updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **_of_one_body(extra, g)))(
         gradients, timed, bank
     )

@@ -62,8 +62,8 @@ def grow(
         regular expression for a whole name (`blocks("h")` for every block of the list `h`), a
         module class, a function of `(name, module)`, or a sequence of these. A target returns a
         tensor, or a tuple that begins with one. `"all-linear"` leaves out the output head, routers
-        of experts, and layers that their parents read instead of calling them; to grow such a layer
-        all the same, name it.
+        of experts, and layers that their parents read instead of calling them (to grow such a layer
+        all the same, name it), and modules under several names, which nothing can grow.
       exclude: what `targets` shall not take, said in the same words; a module's name stands for all
         that is inside of it, too.
       chunks: seeds along the feature axis, 16 if left out. A number counts for all targets, and

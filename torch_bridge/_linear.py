@@ -1,8 +1,9 @@
-"""Which linear layers `all-linear` means: all but heads, routers and layers that nobody calls."""
+"""Which linear layers `all-linear` means: not heads, routers, shared ones or ones nobody calls."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import nn
@@ -17,6 +18,7 @@ HEAD = "output head"
 ROUTER = "router"
 NOT_CALLED = "read by its parent, not called"
 ADAPTER = "adapter"
+SHARED = "one module under several names"
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -52,7 +54,9 @@ def left_out(named: Mapping[str, nn.Module], model: nn.Module) -> dict[str, str]
     Where a model has no other linear layer than heads, they are not left out.
     """
     linear = {name: module for name, module in named.items() if is_linear(module)}
-    skipped = {name: reason for name in linear if (reason := _reason(name, named, model))}
+    times = Counter(map(id, named.values()))
+    skipped = {name: SHARED for name, module in linear.items() if times[id(module)] > 1}
+    skipped |= {name: reason for name in linear if (reason := _reason(name, named, model))}
     heads = _heads(linear, named, model)
     if all(name in skipped or name in heads for name in linear):
         return skipped
@@ -94,10 +98,14 @@ def _heads(
             heads |= {last for root in roots if (last := _last_inside(root, linear))}
     if heads:
         return heads
+    firsts: dict[int, str] = {}
+    for name, of in named.items():
+        firsts.setdefault(id(of), name)
     leaves = [
         name
         for name, of in named.items()
-        if name in linear or next(of.parameters(recurse=False), None) is not None
+        if firsts[id(of)] == name
+        and (name in linear or next(of.parameters(recurse=False), None) is not None)
     ]
     return {of for of in leaves[-1:] if of in linear and not _is_repeated(of, named)}
 

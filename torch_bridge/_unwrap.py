@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_bridge import _nested
 from torch_bridge._bodies import is_built_in
 from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights, is_transposed_linear
@@ -129,6 +130,9 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     def forward(self, x: Tensor) -> Tensor:
         """`x + act * body(x)`, in the dtype of `x`; a body that is not finite reaches nothing."""
+        if x.is_nested:
+            parts, together = _nested.apart(x, is_pointwise=self.topology == "vector")
+            return together([self.forward(part) for part in parts])
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self._grown(x)

@@ -190,7 +190,7 @@ def check_parts(lattice: Any, policy: Any, graft: Any, governor: Any, settings: 
     """
     check_kind("lattice", lattice, Lattice, "make one with `ef.lattice(sites=..., ...)`")
     grafts = () if graft is None else (graft,)
-    if isinstance(graft, Sequence) and not isinstance(graft, grafting.Graft):
+    if isinstance(graft, Sequence) and not isinstance(graft, str | grafting.Graft):
         grafts = tuple(graft)
     for name, value, kind, factory in (
         ("policy", policy, policies.Policy, "policies.grow"),

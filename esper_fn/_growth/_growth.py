@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies, telemetry
-from esper_fn._arguments import check_key
+from esper_fn._arguments import check_function, check_key
 from esper_fn._control import vary_alike
 from esper_fn._growth._births import newborn
 from esper_fn._growth._checks import (
@@ -182,8 +182,9 @@ class Growth:
           LatticeError: while tracing, where the loss function does not reach a site, and for the
             state of another growth.
           TypeError, ValueError: while tracing, for a loss that is not one floating number, and for
-            arguments of the wrong kind.
+            arguments of the wrong kind; at once for a `loss_fn` that is no function.
         """
+        check_function("loss_fn", loss_fn, "loss_fn(params, seeds, *args)")
 
         def run(params: Params, state: GrowthState, *args: Any, **kwargs: Any) -> Any:
             check_state(self, state, "(params, state, *args)")

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import lifecycle, telemetry
+from esper_fn._arguments import check_function
 from esper_fn._control import vary_alike, vary_as_after
 from esper_fn._growth._births import remember
 from esper_fn._growth._checks import check_state, loss_of
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
 from esper_fn._lattice import Moments, slot_gains, view, zero_probes, zero_taps
+from esper_fn._leaves import check_leaves
 from esper_fn._typing import Array, Bool, Float32, Int32, Params, Scalar
 from esper_fn.lifecycle import NONE, Stage, is_in
 
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
 
 def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., Any]:
     """`Growth.survey`."""
+    check_function("loss_fn", loss_fn, "loss_fn(params, seeds, *args)")
 
     def run(
         params: Params, state: GrowthState, *args: Any, **kwargs: Any
     ) -> tuple[GrowthState, SurveyInfo]:
         check_state(growth, state, "(params, state, *args)")
+        check_leaves("params", params)
         taps = zero_taps(growth.lattice)
         # What a survey measures counts as constant.
         fixed, bodies = jax.lax.stop_gradient((params, state.bodies))

@@ -59,6 +59,7 @@ from esper_fn.bus._transport import (
     LeaseHeldError,
     OtherRunError,
     Published,
+    Renewed,
     Settlement,
     Transport,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "RateLimiter",
     "RedisTransport",
     "Release",
+    "Renewed",
     "Resume",
     "Retry",
     "RollBack",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, quote, unquote
 
+from esper_fn._arguments import described
 from esper_fn.errors import BusAddressError, BusSecurityError
 
 MEMORY = "memory"
@@ -28,6 +30,9 @@ _OWN_OPTIONS = (
 """Of Redis clients in general; here the bus chooses them itself."""
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _ADDRESS = re.compile(r"\b(rediss?|unix)(:/\S*)", re.IGNORECASE)
+_STOPS = ",;.'\"`)"
+"""What may stand behind an address in a sentence."""
+_HAS_PORT = re.compile(r"\w+://[^/?]*:\d+([/?].*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +65,29 @@ class Address:
 def hide_addresses(text: str) -> str:
     """`text` with every address of a server in it as `Address.shown`, or without its parts.
 
+    What stands behind an address in a sentence may belong to it, and be a piece of a password. It
+    counts as none only where the scheme stands alone, or an address with a port before it is whole
+    and no @ comes later.
+
     >>> hide_addresses("no option --bsu redis://:hunter2@host:6379/0")
     'no option --bsu redis://***@host:6379/0'
+    >>> hide_addresses("write one like redis://localhost:6379/0, or unix://, not redis://hunter2,")
+    'write one like redis://localhost:6379/0, or unix://, not redis://***'
     """
 
     def shown(match: re.Match[str]) -> str:
+        whole = match[0]
         try:
-            return parse_address(match[0]).shown
+            return parse_address(whole).shown
         except BusAddressError:
-            return f"{match[1]}://{_HIDDEN}"
+            pass
+        bare = whole.rstrip(_STOPS)
+        if bare == f"{match[1]}://":
+            return whole
+        if _HAS_PORT.fullmatch(bare) and "@" not in text[match.end() :]:
+            with suppress(BusAddressError):
+                return parse_address(bare).shown + whole[len(bare) :]
+        return f"{match[1]}://{_HIDDEN}"
 
     return _ADDRESS.sub(shown, text)
 
@@ -81,9 +100,15 @@ def parse_address(url: str) -> Address:
     `username`, `password`, `client_name`, and with `rediss` the `ssl_...` options of redis-py.
 
     Raises:
+      TypeError: it is no text.
       BusAddressError: it is none. The message names the part that is wrong and no text of it, since
         a wrong part is often a password in the wrong place.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"the address of a bus must be a string, got {described(url)}; write one like "
+            f"{_EXAMPLES}"
+        )
     url = url.strip()
     if url in {MEMORY, f"{MEMORY}://"}:
         return Address(url=url, is_memory=True, is_local=True, shown=MEMORY)

@@ -31,6 +31,8 @@ from esper_fn.bus._transport import (
     LeaseHeldError,
     Settlement,
     Transport,
+    exhausted_words,
+    order,
 )
 from esper_fn.errors import (
     BusError,
@@ -98,6 +100,9 @@ class Clerk:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
         self._publishers: dict[Topic, Publisher] = {}
         self._settled_since_trim = 0
+        self._taken: dict[Topic, str] = {}
+        """Last entry of each command stream that was taken in under this lease."""
+        self._exhausted: frozenset[Topic] = frozenset()
         self._identity = ""
         self._is_told = False
         self._complaints: set[str] = set()
@@ -227,6 +232,7 @@ class Clerk:
         self._time.learn(found.server_ms)
         self._lease: Lease = found.lease
         self._generation = found.generation
+        self._taken = dict(found.cursor)
         self._ledger.restart()
         self._desk.arrive(found, is_given=is_given, is_again=not first)
         self.settle_now.set()
@@ -247,18 +253,28 @@ class Clerk:
                 return
             identity = self._identity
             try:
-                server_ms = await self._transport.renew(
-                    lease, lease_seconds=self._terms.lease_seconds, identity=identity
+                found = await self._transport.renew(
+                    lease,
+                    lease_seconds=self._terms.lease_seconds,
+                    identity=identity,
+                    taken=self._taken,
                 )
             except FencedError as error:
                 if error.epoch > lease.epoch:
                     raise
                 await self._retake()
             else:
-                self._time.learn(server_ms)
+                self._time.learn(found.server_ms)
+                self._note_exhausted(found.exhausted)
                 if lost is not None:
                     await self._retake()
             self._is_told = bool(identity)
+
+    def _note_exhausted(self, topics: frozenset[Topic]) -> None:
+        if new := topics - self._exhausted:
+            words = exhausted_words(self._transport.stream(topic) for topic in sorted(new))
+            self._alert("bus_stream_exhausted", f"commands do not reach the run any more: {words}")
+        self._exhausted = topics
 
     async def _retake(self) -> None:
         generation = self._generation
@@ -275,9 +291,10 @@ class Clerk:
             self._alert(
                 "bus_place_lost",
                 "streams, groups or other keys of the run were removed from the bus's server, as "
-                "by a clean-up, an eviction or a failover; the run has made them anew and goes on "
-                "from where it stood; commands removed before it had read them are lost; keep its "
-                "keys (esper:{run}:*) out of clean-ups and set maxmemory-policy to noeviction",
+                "by a clean-up, an eviction or a failover, or a group was moved (XGROUP SETID); "
+                "the run has made them anew and goes on from where it stood; commands removed "
+                "before it had read them are lost; keep its keys (esper:{run}:*) out of clean-ups "
+                "and scripts, and set maxmemory-policy to noeviction",
             )
 
     async def _repeat(self, work: _Work) -> None:
@@ -376,6 +393,10 @@ class Clerk:
     async def _accept(self, topic: Topic, found: list[Delivery], *, is_all: bool) -> None:
         for at in range(0, max(1, len(found)), _ACCEPTED_AT_ONCE):
             end = at + _ACCEPTED_AT_ONCE
+            # First: what is settled from now on is not past it.
+            if found:
+                last = found[min(end, len(found)) - 1].entry_id
+                self._taken[topic] = max(self._taken.get(topic, last), last, key=order)
             if not self._desk.accept(topic, found[at:end], is_all=is_all and end >= len(found)):
                 self._room.clear()
             # What is set aside at once must be made known at once.

@@ -183,34 +183,26 @@ class Intake:
     # --- from the loop --------------------------------------------------------------------------
 
     def take(self, limit: int) -> list[Taken]:
-        """The next commands: urgent ones first, then in order; expired ones are refused here."""
+        """The next commands: urgent ones first, then in order; expired ones are refused here.
+
+        One that is out already waits until that is in force, and is answered with its outcome.
+        """
         out: list[Taken] = []
         for topic in COMMAND_TOPICS:
-            ready = self._ready[topic]
-            while ready and len(out) < limit:
+            ready, copies = self._ready[topic], []
+            is_alone = False
+            while ready and len(out) < limit and not is_alone:
                 taken = ready.popleft()
-                if taken.command.id in self.position.outcomes:
-                    self._finish_again(taken)
-                    continue
-                is_undone = taken.sequence <= self._undone.get(taken.key, -1)
-                if is_undone and not isinstance(taken.command, SeedCommand | Batch):
-                    self.position.note(taken.key, taken.sequence)
-                    self._settle(taken.delivery, None, None)
-                    continue
-                name = (topic, taken.delivery.entry_id)
-                if self._attempts.get(name, 0) >= MAX_ATTEMPTS:
-                    words = f"the run ended {MAX_ATTEMPTS} times while it had this command"
-                    self._refuse(taken, "failing", words)
-                    continue
-                if self._is_expired(taken):
-                    words = f"older than {taken.command.expires_after_seconds} s"
-                    self._refuse(taken, "expired", words)
-                    continue
-                out.append(taken)
-                self._out.add(taken.command.id)
-                if name in self._attempts:
+                if taken.command.id in self._out:
+                    copies.append(taken)
+                elif not self._is_over(taken):
+                    out.append(taken)
+                    self._out.add(taken.command.id)
                     # The run ended with this one: alone, it shows whether it was the cause.
-                    return out
+                    is_alone = (topic, taken.delivery.entry_id) in self._attempts
+            ready.extendleft(reversed(copies))
+            if is_alone:
+                break
         return out
 
     def put_back(self, taken: Iterable[Taken]) -> None:
@@ -244,7 +236,9 @@ class Intake:
     @property
     def has_ready(self) -> bool:
         """Whether `take` would have something to look at."""
-        return any(self._ready.values())
+        return any(
+            taken.command.id not in self._out for ready in self._ready.values() for taken in ready
+        )
 
     # --- parts ---------------------------------------------------------------------------------
 
@@ -337,6 +331,26 @@ class Intake:
         return command_id in self._out or any(
             taken.command.id == command_id for ready in self._ready.values() for taken in ready
         )
+
+    def _is_over(self, taken: Taken) -> bool:
+        """Whether a command's turn need not come: it is answered here."""
+        if taken.command.id in self.position.outcomes:
+            self._finish_again(taken)
+            return True
+        is_undone = taken.sequence <= self._undone.get(taken.key, -1)
+        if is_undone and not isinstance(taken.command, SeedCommand | Batch):
+            self.position.note(taken.key, taken.sequence)
+            self._settle(taken.delivery, None, None)
+            return True
+        if self._attempts.get((taken.delivery.topic, taken.delivery.entry_id), 0) >= MAX_ATTEMPTS:
+            words = f"the run ended {MAX_ATTEMPTS} times while it had this command"
+            self._refuse(taken, "failing", words)
+            return True
+        if self._is_expired(taken):
+            words = f"older than {taken.command.expires_after_seconds} s"
+            self._refuse(taken, "expired", words)
+            return True
+        return False
 
     def _is_expired(self, taken: Taken) -> bool:
         limit = taken.command.expires_after_seconds

@@ -127,75 +127,71 @@ class Link:
           ResponseError: the server refuses.
         """
         async with self._lock:
-            if self._breaker.is_open:
-                raise BusUnavailableError(
-                    f"the bus at {self._address.shown} does not answer; next attempt in "
-                    f"{self._breaker.seconds_left():.1f} s"
-                )
-            is_answered = False
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    if not self._connection.is_connected:
-                        await self._connect()
-                    await self._connection.send_packed_command(hiredis.pack_command(arguments))
-                    answer = await self._connection.read_response(disconnect_on_error=False)
-                is_answered = True
-            except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
-                # Behind the address of a read-only server another one may answer by now.
-                is_answered = not isinstance(error, ReadOnlyError)
-                raise BusUnavailableError(
-                    f"the bus at {self._address.shown} cannot take this now: {self._said(error)}"
-                ) from None
-            except NoPermissionError as error:
-                is_answered = True
+            return await self._call(arguments, timeout_seconds)
+
+    async def _call(self, arguments: tuple[Any, ...], timeout_seconds: float | None) -> Any:
+        if self._breaker.is_open:
+            raise BusUnavailableError(
+                f"the bus at {self._address.shown} does not answer; next attempt in "
+                f"{self._breaker.seconds_left():.1f} s"
+            )
+        is_answered = False
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                if not self._connection.is_connected:
+                    await self._connect()
+                await self._connection.send_packed_command(hiredis.pack_command(arguments))
+                answer = await self._connection.read_response(disconnect_on_error=False)
+            is_answered = True
+        except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
+            # Behind the address of a read-only server another one may answer by now.
+            is_answered = not isinstance(error, ReadOnlyError)
+            raise BusUnavailableError(
+                f"the bus at {self._address.shown} cannot take this now: {self._said(error)}"
+            ) from None
+        except NoPermissionError as error:
+            is_answered = True
+            raise BusSecurityError(
+                f"the bus at {self._address.shown} does not let this user do that: "
+                f"{self._said(error)}"
+            ) from None
+        except ResponseError:
+            is_answered = True
+            raise
+        except _TooLongError:
+            raise OverlongReplyError(
+                f"the bus at {self._address.shown} answers {plain(arguments[0])} with more "
+                f"than {MOST_REPLY_BYTES:,} bytes"
+            ) from None
+        except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
+            # TimeoutError is an OSError. A connection wraps what its opening was refused with.
+            if isinstance(error, AuthenticationError) or isinstance(
+                error.__cause__, AuthenticationError
+            ):
                 raise BusSecurityError(
-                    f"the bus at {self._address.shown} does not let this user do that: "
+                    f"the bus at {self._address.shown} refuses the user or password: "
                     f"{self._said(error)}"
                 ) from None
-            except ResponseError:
-                is_answered = True
-                raise
-            except _TooLongError:
-                raise OverlongReplyError(
-                    f"the bus at {self._address.shown} answers {plain(arguments[0])} with more "
-                    f"than {MOST_REPLY_BYTES:,} bytes"
-                ) from None
-            except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
-                # TimeoutError is an OSError. A connection wraps what its opening was refused with.
-                if isinstance(error, AuthenticationError) or isinstance(
-                    error.__cause__, AuthenticationError
-                ):
-                    raise BusSecurityError(
-                        f"the bus at {self._address.shown} refuses the user or password: "
-                        f"{self._said(error)}"
-                    ) from None
-                self._breaker.failed()
-                raise BusUnavailableError(
-                    f"the bus at {self._address.shown} does not answer: {self._said(error)}"
-                ) from None
-            finally:
-                if not is_answered:
-                    await self._drop()
-            self._breaker.succeeded()
-            return answer
+            self._breaker.failed()
+            raise BusUnavailableError(
+                f"the bus at {self._address.shown} does not answer: {self._said(error)}"
+            ) from None
+        finally:
+            if not is_answered:
+                await self._drop()
+        self._breaker.succeeded()
+        return answer
 
     async def run(
         self, script: Script, keys: list[str], arguments: list[Any], *, timeout_seconds: float
     ) -> Any:
-        """Runs a script, which the server may have to be told first."""
-        try:
-            return await self.call(
-                "EVALSHA",
-                script.digest,
-                len(keys),
-                *keys,
-                *arguments,
-                timeout_seconds=timeout_seconds,
-            )
-        except NoScriptError:
-            return await self.call(
-                "EVAL", script.text, len(keys), *keys, *arguments, timeout_seconds=timeout_seconds
-            )
+        """Runs a script, which the server may have to be told first; nothing comes in between."""
+        rest = (len(keys), *keys, *arguments)
+        async with self._lock:
+            try:
+                return await self._call(("EVALSHA", script.digest, *rest), timeout_seconds)
+            except NoScriptError:
+                return await self._call(("EVAL", script.text, *rest), timeout_seconds)
 
     async def _connect(self) -> None:
         """Connects, says who we are, and chooses the database."""

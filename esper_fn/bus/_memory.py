@@ -32,6 +32,7 @@ from esper_fn.bus._transport import (
     LeaseHeldError,
     OtherRunError,
     Published,
+    Renewed,
     Settlement,
     order,
 )
@@ -238,15 +239,23 @@ class MemoryTransport:
                 emptied=frozenset(emptied),
             )
 
-    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
+    async def renew(
+        self,
+        lease: Lease,
+        *,
+        lease_seconds: float,
+        identity: str = "",
+        taken: Mapping[Topic, str] | None = None,
+    ) -> Renewed:
         """See `Transport`."""
+        del taken  # nobody can move a group here
         with self._broker.lock:
             run = self._check(lease)
             run.holder, run.expires_at = lease.holder, self._broker.clock() + lease_seconds
             run.identity = identity
             for topic in COMMAND_TOPICS:
                 self._group(run.streams[topic], lease.group)
-            return self._broker.now_ms()
+            return Renewed(self._broker.now_ms())
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""

@@ -242,7 +242,7 @@ class Publisher:
                 return False
         except Exception as error:
             self.num_failures += 1
-            self.problem = str(error)
+            self.problem = str(error) or type(error).__name__
             if failures == 0:
                 _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
         else:

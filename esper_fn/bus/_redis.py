@@ -32,10 +32,13 @@ from esper_fn.bus._transport import (
     LeaseHeldError,
     OtherRunError,
     Published,
+    Renewed,
     Settlement,
+    exhausted_words,
     milliseconds,
 )
 from esper_fn.errors import (
+    BusError,
     BusSecurityError,
     BusUnavailableError,
     BusyError,
@@ -56,6 +59,7 @@ _RELEASE = Script(_scripts.RELEASE)
 _SETTLE = Script(_scripts.SETTLE)
 _BURY = Script(_scripts.BURY)
 _REPAIR = Script(_scripts.REPAIR)
+_EXHAUSTED = Script(_scripts.EXHAUSTED)
 _PORTION = Script(_scripts.PORTION)
 _RUNS = Script(_scripts.RUNS)
 _GONE = ("NOGROUP", "UNBLOCKED", "WRONGTYPE")
@@ -315,7 +319,14 @@ class RedisTransport:
             found.leftovers.extend(await self._portions.named(topic, counts))
         return found
 
-    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
+    async def renew(
+        self,
+        lease: Lease,
+        *,
+        lease_seconds: float,
+        identity: str = "",
+        taken: Mapping[Topic, str] | None = None,
+    ) -> Renewed:
         """See `Transport`."""
         keys = [
             self._lease_key(self._name),
@@ -325,10 +336,20 @@ class RedisTransport:
         answer = await self._script(
             _RENEW,
             keys,
-            [lease.holder, lease.epoch, milliseconds(lease_seconds), RUN_GROUP, identity],
+            [
+                lease.holder,
+                lease.epoch,
+                milliseconds(lease_seconds),
+                RUN_GROUP,
+                identity,
+                *((taken or {}).get(topic, "") for topic in COMMAND_TOPICS),
+            ],
         )
         self._check(answer, lease)
-        return server_ms(*answer[1:])
+        _, seconds, micros, exhausted = answer
+        return Renewed(
+            server_ms(seconds, micros), frozenset(COMMAND_TOPICS[index] for index in exhausted)
+        )
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
@@ -424,6 +445,9 @@ class RedisTransport:
         try:
             return await link.run(script, keys, arguments, timeout_seconds=self._timeout)
         except ResponseError as error:
+            if "stream has exhausted" in str(error):
+                found = await link.run(_EXHAUSTED, keys, [RUN_GROUP], timeout_seconds=self._timeout)
+                raise BusError(exhausted_words(key.decode() for key in found)) from None
             if not str(error).startswith("WRONGTYPE"):
                 raise
         removed = await link.run(

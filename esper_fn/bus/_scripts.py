@@ -75,8 +75,36 @@ local function tell(run, identity)
 end
 """
 
+_BEFORE = """
+local function before(a, b) -- a <= b
+  local a1, a2 = string.match(a, '(%d+)-(%d+)')
+  local b1, b2 = string.match(b, '(%d+)-(%d+)')
+  a1, a2, b1, b2 = tonumber(a1), tonumber(a2), tonumber(b1), tonumber(b2)
+  return a1 < b1 or (a1 == b1 and a2 <= b2)
+end
+"""
+
+_GROUPS = """
+local function groups(stream, other) -- the last id of each; that of `other` is the stream's
+  -- By a group made for it: XINFO STREAM would bring entries along, which may be of any size.
+  redis.pcall('XGROUP', 'CREATE', stream, other, '$')
+  local found = {}
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local of = {}
+    for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
+    found[of['name']] = of['last-delivered-id']
+  end
+  redis.call('XGROUP', 'DESTROY', stream, other)
+  return found
+end
+local function is_exhausted(last)
+  return last == '18446744073709551615-18446744073709551615'
+end
+"""
+
 ATTACH = (
     _NEWEST
+    + _BEFORE
     + """
 -- KEYS: lease, run, generation, sequences, attempts, then the command streams
 -- ARGV: holder, lease in ms, least epoch, takes over?, group, a name for a new generation,
@@ -113,12 +141,6 @@ local function numbers(hash) -- names and whole numbers, as far as they can be o
     end
   end
   return out
-end
-local function before(a, b) -- a <= b
-  local a1, a2 = string.match(a, '(%d+)-(%d+)')
-  local b1, b2 = string.match(b, '(%d+)-(%d+)')
-  a1, a2, b1, b2 = tonumber(a1), tonumber(a2), tonumber(b1), tonumber(b2)
-  return a1 < b1 or (a1 == b1 and a2 <= b2)
 end
 local cursors, leftovers, emptied = {}, {}, {}
 for i = 6, #KEYS do
@@ -176,23 +198,35 @@ return {1, tonumber(epoch), generation, cursors, numbers(KEYS[4]), leftovers, nu
 
 RENEW = (
     _NEWEST
+    + _BEFORE
+    + _GROUPS
     + """
--- KEYS: lease, run, then the command streams. ARGV: holder, epoch, lease in ms, group, identity
+-- KEYS: lease, run, then the command streams. ARGV: holder, epoch, lease in ms, group, identity,
+--       then for each stream the last entry that the run has taken in ('' where it does not say)
+local function is_skipped(stream, group, taken, last) -- an entry that will not be handed out?
+  if taken == '' or before(last, taken) then return false end
+  -- Nothing that the run has not taken in is settled: what it was handed is pending, for it.
+  local pending = redis.call('XPENDING', stream, group, '(' .. taken, '+', 1)[1]
+  if not pending or pending[2] ~= ARGV[1] then return true end
+  local first = redis.call('XRANGE', stream, '(' .. taken, '+', 'COUNT', 1)[1]
+  return first ~= nil and not before(pending[1], first[1])
+end
 local epoch, holder = newest(KEYS[2])
 if epoch ~= ARGV[2] or holder ~= ARGV[1] then return {0, epoch, holder} end
 redis.call('SET', KEYS[1], ARGV[2] .. ' ' .. ARGV[1], 'PX', ARGV[3])
 tell(KEYS[2], ARGV[5])
+local exhausted = {}
 for i = 3, #KEYS do
-  local is_there = false
-  if redis.call('EXISTS', KEYS[i]) == 1 then
-    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[i])) do
-      is_there = is_there or group[2] == ARGV[4] .. ARGV[2]
-    end
+  if redis.call('EXISTS', KEYS[i]) == 0 then return {0, '0', ''} end
+  local group, other = ARGV[4] .. ARGV[2], ARGV[4] .. 'last'
+  local last = groups(KEYS[i], other)
+  if not last[group] or is_skipped(KEYS[i], group, ARGV[i + 3], last[group]) then
+    return {0, '0', ''}
   end
-  if not is_there then return {0, '0', ''} end
+  if is_exhausted(last[other]) then exhausted[#exhausted + 1] = i - 3 end
 end
 local time = redis.call('TIME')
-return {1, time[1], time[2]}
+return {1, time[1], time[2], exhausted}
 """
 )
 
@@ -266,6 +300,21 @@ for i, key in ipairs(KEYS) do
 end
 return removed
 """
+
+EXHAUSTED = (
+    _GROUPS
+    + """
+-- KEYS: of a run. ARGV: group. Returns the streams that can take no more entries.
+local found = {}
+for _, key in ipairs(KEYS) do
+  local other = ARGV[1] .. 'last'
+  if redis.call('TYPE', key)['ok'] == 'stream' and is_exhausted(groups(key, other)[other]) then
+    found[#found + 1] = key
+  end
+end
+return found
+"""
+)
 
 BURY = """
 -- KEYS: stream, dead. ARGV: group, limit, payload, signature, then the entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from esper_fn.bus._topics import Topic
@@ -81,6 +81,14 @@ class Attached(NamedTuple):
     server_ms: int
     emptied: frozenset[Topic] = frozenset()
     """Streams that end before the cursor: they were lost, and begin anew at `BEGINNING`."""
+
+
+class Renewed(NamedTuple):
+    """A place that is kept."""
+
+    server_ms: int
+    exhausted: frozenset[Topic] = frozenset()
+    """Command streams that can take no more entries."""
 
 
 class Settlement(NamedTuple):
@@ -259,12 +267,27 @@ class Transport(Protocol):
         """
         ...
 
-    async def renew(self, lease: Lease, *, lease_seconds: float, identity: str = "") -> int:
-        """Keeps the place and tells the run's identity; returns the server's milliseconds.
+    async def renew(
+        self,
+        lease: Lease,
+        *,
+        lease_seconds: float,
+        identity: str = "",
+        taken: Mapping[Topic, str] | None = None,
+    ) -> Renewed:
+        """Keeps the place and tells the run's identity.
+
+        Args:
+          lease: to keep.
+          lease_seconds: how long without another renewal.
+          identity: as `attach`.
+          taken: of each command stream the last entry that the run has taken in; nothing later is
+            settled yet. Where left out, it is not checked that later ones will be handed out.
 
         Raises:
           FencedError: it is lost. `epoch` is above the lease's where another process has proved
-            to have taken it, and 0 where the server has lost it, or some of it.
+            to have taken it, and 0 where the server has lost it, or some of it, or where the
+            group was moved past entries that the holder was not handed.
         """
         ...
 
@@ -307,6 +330,18 @@ class Transport(Protocol):
     async def close(self) -> None:
         """Disconnects; later calls raise."""
         ...
+
+
+def exhausted_words(streams: Iterable[str]) -> str:
+    """What is wrong with streams whose last id is the largest there is, and the remedy."""
+    names = list(streams)
+    several = len(names) > 1
+    return (
+        f"the stream{'s' * several} {' and '.join(names) or 'of the run'} can take no more "
+        f"entries, as the last id there is the largest possible (someone used XSETID or XADD with "
+        f"it); remove or rename {'them' if several else 'it'} on the server (DEL, RENAME): the run "
+        f"makes {'them' if several else 'it'} anew"
+    )
 
 
 def order(entry_id: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
+from esper_fn._arguments import check_numbers
 from esper_fn._typing import Array, Bool, Float32
 from esper_fn.lifecycle import GRAFT_MEMORY
 
@@ -66,6 +67,7 @@ def _step(num_steps: int) -> Float32[Array, ""]:
 
 
 def _positive(**values: float) -> None:
+    check_numbers(**values)
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}")
@@ -134,6 +136,7 @@ def momentum(num_steps: int = 100, gain: float = 0.1, max_speed: float = 3.0) ->
     """
     step = _step(num_steps)
     _positive(gain=gain)
+    check_numbers(max_speed=max_speed)
     if max_speed < 1:
         raise ValueError(f"max_speed must be at least 1, got {max_speed!r}")
 
@@ -161,6 +164,7 @@ def stability(num_steps: int = 100, hold_steps: int = 10, back_steps: int = 5) -
     Memory 0 counts down what is left of both.
     """
     step = _step(num_steps)
+    check_numbers(hold_steps=hold_steps, back_steps=back_steps)
     if hold_steps < 0 or back_steps < 0:
         raise ValueError(
             f"hold_steps and back_steps must not be negative: {hold_steps, back_steps}"
@@ -195,7 +199,7 @@ class _Gated(NamedTuple):
 def grad_norm_gated(num_steps: int = 100, low: float = 0.25, high: float = 4.0) -> Graft:
     """Linear, but stands still while the gradient norm is not within [low, high] of its average."""
     step = _step(num_steps)
-    _positive(low=low)
+    _positive(low=low, high=high)
     if not low < high:
         raise ValueError(f"low must be below high, got {low!r} and {high!r}")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._arguments import check_counts, check_numbers, described
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
 from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage, as_stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
@@ -162,6 +163,7 @@ def settings(
       The settings, arrays that are part of the state: changing one never recompiles.
 
     Raises:
+      TypeError: an argument that is no number, or no dictionary or list of stages.
       UnknownNameError: a stage that is none, its name as a string for instance.
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
         stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
@@ -173,12 +175,19 @@ def settings(
     """
     shortest = np.zeros(NUM_STAGES, np.int32)
     longest = np.zeros(NUM_STAGES, np.int32)
-    for argument, target, values in (
-        ("min_steps", shortest, {**_MIN_STEPS, **(min_steps or {})}),
-        ("max_steps", longest, {**_MAX_STEPS, **(max_steps or {})}),
+    for argument, target, usual, values in (
+        ("min_steps", shortest, _MIN_STEPS, min_steps),
+        ("max_steps", longest, _MAX_STEPS, max_steps),
     ):
-        for stage, value in values.items():
-            target[as_stage(stage, argument)] = value
+        if values is not None and not isinstance(values, Mapping):
+            raise TypeError(
+                f"{argument} must be a dict of stages and steps, `{{Stage.TRAINING: 50}}` for "
+                f"instance, got {described(values)}"
+            )
+        for stage, value in {**usual, **(values or {})}.items():
+            known = as_stage(stage, argument)
+            check_counts(**{f"{argument}[{known.name}]": value})
+            target[known] = value
     for stage in Stage:
         if shortest[stage] < 0 or longest[stage] < 0:
             raise ValueError(f"the stay in {stage.name} must not be negative")
@@ -199,8 +208,18 @@ def settings(
         ("max_errors", max_errors, 1),
         ("min_surveys", min_surveys, 1),
     ):
+        check_counts(**{name: value})
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    check_numbers(
+        utility_variation=utility_variation,
+        loss_variation=loss_variation,
+        min_stability=min_stability,
+        min_contribution=min_contribution,
+        trust=trust,
+    )
+    if not isinstance(train_first, int | np.bool_ | np.ndarray | jnp.ndarray):
+        raise TypeError(f"train_first must be True or False, got {described(train_first)}")
     if not trust > 0:
         raise ValueError(f"trust must be positive, got {trust!r}")
     if isinstance(freeze, str) or not isinstance(freeze, Collection):

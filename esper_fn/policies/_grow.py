@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from esper_fn._arguments import check_numbers
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
@@ -56,6 +57,7 @@ def grow(
       blueprint: see `periodic`.
     """
     check(score, 1 if count is None else count, every=every)
+    check_numbers(min_share=min_share)
     if not 0 <= min_share <= 1:
         raise ValueError(f"min_share must be between 0 and 1, got {min_share!r}")
 

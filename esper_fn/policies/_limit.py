@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from esper_fn._arguments import check_counts, check_numbers
 from esper_fn._control import cond, vary_alike
 from esper_fn._lattice import Lattice
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
@@ -48,6 +49,7 @@ def _keep_first(proposal: Proposal, seen: Observation, num_kept: Array) -> Propo
 
 def concurrency(limit: int) -> Policy:
     """At most `limit` seeds on their way (GERMINATED to FINE_TUNING) at once."""
+    check_counts(limit=limit)
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
 
@@ -75,6 +77,7 @@ def budget(parameters: int) -> Policy:
     Requests are served in their order; one that does not fit is passed over, and the next that
     fits is taken. Rules before this one ask for bodies that fit, as long as there are any.
     """
+    check_numbers(parameters=parameters)
     if parameters < 0:
         raise ValueError(f"parameters must not be negative, got {parameters!r}")
 
@@ -164,6 +167,7 @@ class _Cooldown(NamedTuple):
 
 def cooldown(steps: int) -> Policy:
     """No germination within `steps` steps after the last that passed this rule and took place."""
+    check_counts(steps=steps)
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps!r}")
 
@@ -190,8 +194,9 @@ class _Quota(NamedTuple):
 
 def quota(germinations_allowed: int) -> Policy:
     """At most so many germinations that passed this rule and took place, over the whole run."""
+    check_counts(germinations_allowed=germinations_allowed)
     if germinations_allowed < 0:
-        raise ValueError(f"must not be negative, got {germinations_allowed!r}")
+        raise ValueError(f"germinations_allowed must not be negative, got {germinations_allowed!r}")
 
     def decide(
         lattice: Lattice, state: _Quota, seen: Observation, proposal: Proposal, key: Key
@@ -210,6 +215,7 @@ def quota(germinations_allowed: int) -> Policy:
 
 def until(step: int) -> Policy:
     """No germination from step `step` on, so that what grows can still finish."""
+    check_counts(step=step)
 
     def decide(
         lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key

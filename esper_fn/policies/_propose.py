@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._arguments import check_counts, check_numbers, described
 from esper_fn._control import cond
 from esper_fn._lattice import Lattice
 from esper_fn._leaves import LARGEST
@@ -172,6 +173,7 @@ def score_index(score: Score) -> Int32[Array, ""]:
 def check(score: str, count: int, **steps: int) -> None:
     if score not in _SCORES:
         raise ValueError(f"score must be one of {_SCORES}, got {score!r}")
+    check_counts(count=count, **steps)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count!r}")
     for name, value in steps.items():
@@ -220,6 +222,7 @@ def periodic(
       name: the rule's name in the decision log.
     """
     check(score, count, every=every)
+    check_counts(start=start)
 
     def decide(
         lattice: Lattice, state: _Periodic, seen: Observation, proposal: Proposal, key: Key
@@ -283,6 +286,7 @@ def plateau(
       count: seeds a request.
     """
     check(score, count, patience=patience)
+    check_numbers(min_gain=min_gain)
 
     def init(lattice: Lattice) -> _Plateau:
         blueprint_of_group(lattice, blueprint)
@@ -337,9 +341,20 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
       grafts: names of the growth's strategies, in order, where a command names one.
 
     Raises:
+      TypeError: an event that is no such pair.
       ValueError: two commands for one seed at one step. When the growth is initialised, what
         `esper_fn.commands.pack` raises.
     """
+    if not isinstance(events, Sequence) or isinstance(events, str):
+        raise TypeError(f"events must be a list of (step, command), got {described(events)}")
+    for event in events:
+        is_pair = isinstance(event, tuple | list) and len(event) == 2
+        if not is_pair or not isinstance(event[1], Command):
+            raise TypeError(
+                "events must hold pairs (step, command), as `(100, commands.germinate(0, "
+                f"'low_rank'))`, got {described(event)}"
+            )
+        check_counts(**{"the step of an event": event[0]})
     places = [(step, command.seed) for step, command in events]
     doubled = sorted({place for place in places if places.count(place) > 1})
     if doubled:

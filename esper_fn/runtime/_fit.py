@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from esper_fn import rollback
+from esper_fn._arguments import check_function
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._lattice import BareSeeds
 from esper_fn._leaves import check_leaves, join, part, strong
@@ -281,6 +282,7 @@ def fit(
 
 def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Any:
     """The compiled segment that several `fit_host` calls may share (`segment=`)."""
+    check_function("loss_fn", loss_fn, "loss_fn(params, seeds, batch)")
 
     def one(carry: tuple[Params, Any], batch: Any) -> tuple[Any, Any]:
         params, opt_state = carry

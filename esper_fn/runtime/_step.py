@@ -13,10 +13,10 @@ from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, Info, LossFn
 from esper_fn._growth._checks import check_commands
-from esper_fn._leaves import apply_updates, check_leaves, strong
+from esper_fn._leaves import check_leaves, strong
 from esper_fn._typing import Array, Int32, Params, Scalar
 from esper_fn.commands import Commands, no_commands
-from esper_fn.optim import PerBody, check_optimizer
+from esper_fn.optim import PerBody, apply_updates, check_optimizer
 
 
 class TrainState(NamedTuple):

@@ -164,6 +164,39 @@ def test_all_linear_in_transformers(kind: str) -> None:
     assert every - {site.name for site in bridge.lattice.sites} == set(left_out)
 
 
+class Aliased(nn.Module):
+    """A layer that has two names, as has its head on request."""
+
+    def __init__(self, alias: str) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 3)
+        self.alias = getattr(self, alias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.fc(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize(
+    ("alias", "taken", "head"), [("a", ["fc"], ["out"]), ("out", ["a", "fc"], [])]
+)
+def test_a_layer_under_two_names_is_left_out(
+    alias: str, taken: list[str], head: list[str], capsys: Any
+) -> None:
+    model = Aliased(alias)
+    bridge = torch_bridge.grow(model)
+    assert [site.name for site in bridge.lattice.sites] == taken
+    said = capsys.readouterr().out.splitlines()
+    told = {line.partition("'all-linear': ")[2] for line in said if "left out by" in line}
+    shared = {f"{name} (one module under several names)" for name in (alias, "alias")}
+    assert told == shared | {f"{name} (output head)" for name in head}
+    model(ROWS).square().mean().backward()
+    for targets in (alias, ["all-linear", "alias"], nn.Linear):
+        with pytest.raises(torch_bridge.BridgeError, match=r"under 2 names .*; give each its own"):
+            default(Aliased(alias), targets=targets)
+
+
 def test_what_is_left_out_is_told_and_can_be_named(capsys: Any) -> None:
     torch_bridge.grow(Experts())
     told = capsys.readouterr().out

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from bridges import Cnn, Mlp, Transformer, grow, place
+from living import enliven, quiet
+from torch import nn
 
 import esper_fn as ef
 import torch_bridge
@@ -80,3 +82,42 @@ def test_a_dormant_model_unwraps_to_its_own_bits() -> None:
     bridge.unwrap()
     assert torch.equal(model(x), wanted)
     assert list(dict(model.named_modules())) == ["", "fc1", "fc2", "out"]
+
+
+KINDS = {
+    "vector": {"tanh": ef.blueprints.bottleneck(4)},
+    "sequence": {"tanh": ef.blueprints.self_attention(4, is_causal=False)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("target", ["linear1", "linear2", "norm2"])
+@pytest.mark.parametrize("topology", KINDS)
+def test_an_unwrapped_encoder_evaluates_padded_batches(target: str, topology: Any) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    bridge = quiet(model, target, topology=topology, blueprints=KINDS[topology])
+    enliven(bridge, name="tanh")
+    model.eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=padding)
+        bridge.unwrap()
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("topology", KINDS)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_an_unwrapped_model_takes_ragged_batches(topology: Any, layout: torch.layout) -> None:
+    model = nn.Sequential(nn.Linear(4, 8))
+    bridge = quiet(model, "0", topology=topology, blueprints=KINDS[topology])
+    enliven(bridge, name="tanh")
+    rows = [torch.randn(3, 4), torch.randn(5, 4)]
+    model.eval()
+    with torch.no_grad():
+        wanted = [model(row[None])[0] for row in rows]
+        bridge.unwrap()
+        found = model(torch.nested.nested_tensor(rows, layout=layout))
+        torch.testing.assert_close(list(found.unbind()), wanted)

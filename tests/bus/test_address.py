@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 
 import pytest
@@ -131,6 +132,46 @@ def test_a_misspelt_option_of_the_command_line_shows_no_secret(capsys):
     said = capsys.readouterr().err
     assert "--bsu" in said
     assert SECRET not in said
+
+
+@pytest.mark.parametrize("address", ["http://x", "redis://localhost:port", "rediss://:x#y@host"])
+def test_the_command_line_shows_the_remedy_of_a_wrong_address(address, capsys):
+    with pytest.raises(BusAddressError) as caught:
+        bus.parse_address(address)
+    assert main(["send", "pause", "--bus", address]) == 1
+    said = capsys.readouterr().err
+    assert str(caught.value) in said
+    assert "redis://127.0.0.1:6379/0, rediss://host:6379/0, unix:///path/to/redis.sock" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "it does not begin with redis://, rediss:// or unix://; write one",
+        "write one like redis://localhost:6379/0, rediss://host:6379/0; unix:///a/b.sock.",
+        "invalid choice: 'redis://localhost:6379/0' (choose redis://[::1]:6379)",
+        "redis://host:6379?db=2, not",
+    ],
+)
+def test_what_holds_no_secret_stays_readable(text):
+    assert bus.hide_addresses(text) == text.replace("?db=2", "/2")
+
+
+SECRETIVE = [
+    url.strip()
+    for url in (*GOOD, *BAD)
+    if re.match(r"\s*(rediss?|unix):/", url, re.IGNORECASE) and not re.search(r"\S\s", url.strip())
+]
+"""Addresses without a blank: nobody can tell where one with a blank ends."""
+
+
+@pytest.mark.parametrize("end", [",", ";", ".", "'", '"', "`", ")", "),", "', @", ", x@host", " y"])
+@pytest.mark.parametrize("url", SECRETIVE, ids=range(len(SECRETIVE)))
+def test_no_sentence_around_an_address_shows_a_secret(url, end):
+    assert SECRET not in bus.hide_addresses(f"unknown '{url}{end}")
+    assert SECRET not in bus.hide_addresses(f"{url}{end} then redis://:x@host:1{end}")
+    if end not in {".", " y"}:  # else it is the name of a host
+        assert SECRET not in bus.hide_addresses(f"redis://{SECRET}{end}")
 
 
 def test_a_server_that_refuses_shows_no_secret():

@@ -14,6 +14,7 @@ from esper_fn import bus
 from esper_fn.bus import Topic
 
 COMMAND_STREAMS = (Topic.URGENT, Topic.COMMANDS)
+HIGHEST = 2**64 - 1
 
 
 @pytest.fixture
@@ -165,6 +166,7 @@ def renamed(raw, run):
 def expired(raw, run):
     for key in raw.keys("*"):
         raw.pexpire(key, 1)
+    time.sleep(0.01)  # an outcome in a stream that is about to go is nobody's fault
 
 
 def scripts_forgotten(raw, run):
@@ -175,11 +177,24 @@ def owner_forgotten(raw, run):
     raw.hdel(f"esper:{{{run}}}:run", "owner", "number", "identity")
 
 
-def positions_moved(raw, run):
+def positions_moved(raw, run, to="0-0"):
     for topic in COMMAND_STREAMS:
         key = f"esper:{{{run}}}:{topic}"
         for group in raw.xinfo_groups(key):
-            raw.xgroup_setid(key, group["name"], "0-0")
+            raw.xgroup_setid(key, group["name"], to)
+
+
+def positions_moved_ahead(raw, run):
+    positions_moved(raw, run, to=f"{int(time.time() + 3_600) * 1_000}-0")
+
+
+def positions_moved_to_the_end(raw, run):
+    positions_moved(raw, run, to=f"{HIGHEST}-1")
+
+
+def last_ids_moved_nearly_to_the_end(raw, run):
+    for topic in COMMAND_STREAMS:
+        raw.execute_command("XSETID", f"esper:{{{run}}}:{topic}", f"{HIGHEST}-1")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,9 @@ def positions_moved(raw, run):
         scripts_forgotten,
         owner_forgotten,
         positions_moved,
+        positions_moved_ahead,
+        positions_moved_to_the_end,
+        last_ids_moved_nearly_to_the_end,
     ],
 )
 def test_a_stop_is_in_force_at_once_whatever_the_server_did(own_server, raw, run_name, fault):

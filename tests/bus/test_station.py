@@ -112,6 +112,26 @@ def test_the_same_command_again_gets_the_first_outcome(loop, connect):
     assert running.effects == [command.id]
 
 
+def test_a_command_sent_again_before_it_is_in_force_is_carried_out_once(loop, connect):
+    running, client = loop(start=False), connect()
+    command, other = bus.Cull(seed=3), bus.Cull(seed=4)
+    for sent in (command, command, other):
+        client.send(sent, wait_seconds=None)
+    station = running.station
+    until(lambda: station.num_waiting == 3)
+    first, second = station.take(0, 4)
+    assert [first.command.id, second.command.id] == [command.id, other.id]
+    assert not station.has_news
+    for taken in (second, first):
+        outcome = Outcome(command_id=taken.command.id, code="DONE", step=0)
+        station.finish(taken, outcome)
+    station.flush()
+    until(lambda: not station.take(1, 4) and station.num_waiting == 0)
+    running._thread.start()
+    assert client.send(command, wait_seconds=10).is_done
+    assert running.effects == []
+
+
 def test_a_loop_hands_its_outcomes_over_and_waits_no_longer_than_it_says(loop, connect):
     running, client = loop(start=False), connect()
     client.send(bus.Cull(seed=3), wait_seconds=None)

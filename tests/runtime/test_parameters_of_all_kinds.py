@@ -86,6 +86,36 @@ def test_parameters_of_every_kind_train_and_compile_nothing_later(kind: str) -> 
     assert not np.array_equal(after["w"], params["w"])
 
 
+def test_a_step_of_ones_own_takes_them_too() -> None:
+    params = {**PARAMS["whole numbers and keys"], "k": jax.random.key(1)}
+    optimizer = ef.optim.per_body(OPTIMISERS["adamw"])
+
+    @jax.jit
+    def step(params: Any, state: Any, opt_state: Any, commands: Any) -> Any:
+        loss, grads, readings = GROWTH.value_and_grad(loss_fn)(params, state, X)
+        updates, opt_state = optimizer.update(
+            grads, opt_state, (params, state.bodies), slots=GROWTH.slots(state)
+        )
+        params, bodies = ef.optim.apply_updates((params, state.bodies), updates)
+        state, _ = GROWTH.update(state, bodies, readings, loss, commands)
+        return params, state, opt_state, loss
+
+    state = GROWTH.init(jax.random.key(1))
+    opt_state = optimizer.init((params, state.bodies))
+    losses, after = [], params
+    for turn in range(4):
+        asked = GROWTH.commands([cmd.germinate(0, "scale")] if turn == 0 else [], size=1)
+        after, state, opt_state, loss = step(after, state, opt_state, asked)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    for name in after.keys() - {"w", "b"}:
+        assert bool(jnp.all(after[name] == params[name]))
+    plain = {"w": W, "b": np.float32(0.5)}
+    change = jax.tree.map(jnp.ones_like, plain)
+    both = ef.optim.apply_updates(plain, change), optax.apply_updates(plain, change)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, both)))
+
+
 def test_one_step_after_another_is_compiled_once() -> None:
     optimizer = ef.optim.per_body(OPTIMISERS["injected"])
     step = jax.jit(runtime.make_step(GROWTH, loss_fn, optimizer, survey_every=None))
