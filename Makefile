@@ -34,11 +34,11 @@ demo: install ## grow a network on scikit-learn's digits and write the report to
 
 test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25 --durations-min 2 $(PYTEST_ARGS)
 
-test-all: lint ## the same with the long tests
+test-all: lint ## the same with the long tests, as XLA compiles for users
 	@echo "==> pytest, long tests included"
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
+	TEST_OPTIMISED=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: install-dev ## check format, lint, types and layers
 	@echo "==> ruff, mypy, import-linter"

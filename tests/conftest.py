@@ -1,7 +1,8 @@
-"""What all tests share: one cache of compiled programs, and Triton loaded first.
+"""What all tests share: one cache of compiled programs, quickly compiled, and Triton loaded first.
 
 XLA compiles most of a run's time, and the same small programs in every process: so they are kept in
-`.cache/jax`, for all workers, all processes that tests start, and the next run.
+`.cache/jax`, for all workers, all processes that tests start, and the next run. It compiles them
+four times faster without its optimisations, with which `make test-all` tests (`TEST_OPTIMISED=1`).
 
 Triton decides where it and the kernels are imported whether it interprets, and some tests import
 what imports it (torch's compiler, trainers): so it comes before all of them.
@@ -29,6 +30,34 @@ def _cache_folder():
     return ROOT / ".cache" / "jax" / f"{version('jaxlib')}-{processor}"
 
 
+_LIMIT_SECONDS = float(os.environ.get("TEST_LIMIT_SECONDS", "inf"))
+"""Processor time that a test without the marker `slow` may take, its fixtures and processes too."""
+
+
+def _processor_seconds():
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.began_at = _processor_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "teardown":
+        seconds = _processor_seconds() - item.began_at
+        if seconds > _LIMIT_SECONDS and item.get_closest_marker("slow") is None:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} took {seconds:.0f} s of processor time, more than "
+                f"{_LIMIT_SECONDS:g}: make it smaller, share its programs, or mark it slow"
+            )
+    return report
+
+
 def pytest_configure(config):
     if hasattr(config, "workerinput"):
         return
@@ -36,6 +65,10 @@ def pytest_configure(config):
     if sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > _MOST_BYTES:
         shutil.rmtree(folder, ignore_errors=True)
 
+
+if not os.environ.get("TEST_OPTIMISED"):
+    _quickly = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{_quickly} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 for _name, _value in {
     "JAX_COMPILATION_CACHE_DIR": str(_cache_folder()),

@@ -70,10 +70,7 @@ def _first_open(
     One small number a seed, so that the table is walked once: as two arrays the compiler would walk
     it for each of them, and again wherever they are used.
     """
-    opened = {
-        gate: TESTS[gate](seeds, signals, limits)
-        for gate in dict.fromkeys(gate for edge in edges for gate in edge.gates)
-    }
+    opened = _opened(seeds, signals, limits, edges)
     found = jnp.full(seeds.stage.shape, _NO_EDGE, jnp.uint8)
     for edge in reversed(edges):
         is_open = seeds.stage == edge.source
@@ -83,19 +80,28 @@ def _first_open(
     return found
 
 
+def _opened(
+    seeds: SeedState, signals: Signals, limits: Settings, edges: Sequence[Edge]
+) -> dict[Gate, Bool[Array, "S"]]:
+    """Which seeds each of the edges' gates is open for."""
+    gates = dict.fromkeys(gate for edge in edges for gate in edge.gates)
+    return {gate: TESTS[gate](seeds, signals, limits) for gate in gates}
+
+
 def waiting_for(seeds: SeedState, signals: Signals, limits: Settings) -> Int8[Array, "S"]:
     """What keeps each seed: a pause, or the first closed gate on its way forward, or nothing."""
     first = {edge.source: edge for edge in reversed(EDGES)}
     forward = [edge for edge in EDGES if edge == first[edge.source] or OPTIONS & set(edge.gates)]
 
     def first_closed() -> Int8[Array, "S"]:
+        opened = _opened(seeds, signals, limits, forward)
         gate_code = jnp.full(seeds.stage.shape, Gate.OPEN, jnp.int8)
         for edge in forward:
             is_here = seeds.stage == edge.source
             for gate in OPTIONS & set(edge.gates):
-                is_here = is_here & TESTS[gate](seeds, signals, limits)
+                is_here = is_here & opened[gate]
             for gate in reversed(edge.gates):
-                is_closed = is_here & ~TESTS[gate](seeds, signals, limits)
+                is_closed = is_here & ~opened[gate]
                 gate_code = jnp.where(is_closed, jnp.int8(gate), gate_code)
         return jnp.where(seeds.is_paused, jnp.int8(Gate.PAUSED), gate_code)
 

@@ -142,25 +142,23 @@ def is_in(stage: Int8[Array, "..."], stages: Sequence[Stage] | np.ndarray) -> Bo
         members = np.flatnonzero(stages).tolist()
     else:
         members = [int(member) for member in stages]
-    found = jnp.zeros(stage.shape, bool)
-    for member in members:
-        found = found | (stage == member)
-    return found
+    # One shift whatever the number of stages: a comparison for each is much more to compile.
+    mask = sum(1 << member for member in set(members))
+    is_set = (jnp.uint32(mask) >> stage.astype(jnp.uint32)) & jnp.uint32(1)
+    return is_set == 1
 
 
 def per_stage(table: Array, stage: Int8[Array, "..."]) -> Array:
     """`table[stage]` for a table of one number a stage.
 
-    Compares and selects: a gather would read one element at a time and could not be fused into
-    what follows.
+    Compares, selects and sums: a gather would read one element at a time.
 
     >>> per_stage(jnp.arange(11) * 10, jnp.int8([0, 3])).tolist()
     [0, 30]
     """
-    found = jnp.broadcast_to(table[0], stage.shape)
-    for of in range(1, table.shape[0]):
-        found = jnp.where(stage == of, table[of], found)
-    return found
+    numbers = jnp.arange(table.shape[0], dtype=stage.dtype)
+    is_here = stage[..., None] == numbers.reshape((1,) * stage.ndim + (-1,))
+    return jnp.sum(jnp.where(is_here, table, jnp.zeros_like(table)), -1, dtype=table.dtype)
 
 
 def state_bytes_per_seed(num_seeds: int = 1024) -> float:

@@ -228,7 +228,8 @@ def test_onto_another_number_of_devices(tmp_path: Path) -> None:
     """
 
     def run(count: int, what: str) -> str:
-        flags = f"--xla_force_host_platform_device_count={count}"
+        had = os.environ.get("XLA_FLAGS", "")
+        flags = f"{had} --xla_force_host_platform_device_count={count}"
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run"), what],
             check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags},

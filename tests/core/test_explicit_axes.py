@@ -11,6 +11,8 @@ import pytest
 
 import esper_fn as ef
 
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["data", "features"])
@@ -22,7 +24,7 @@ def test_divided_arrays_measure_and_decide_as_whole_ones(way: str) -> None:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}",
             "PYTHONPATH": path,
         },
         capture_output=True,

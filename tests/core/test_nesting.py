@@ -38,6 +38,8 @@ ROWS = {
     6: ("silu", Stage.FOSSILIZED, 1.0),
 }
 
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+
 
 def _layer(h: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.tanh(h @ weights)
@@ -241,7 +243,7 @@ def test_two_devices_take_the_same_decisions() -> None:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}",
             "PYTHONPATH": path,
         },
         capture_output=True,

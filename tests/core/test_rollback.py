@@ -31,6 +31,8 @@ GROWTH = ef.growth(
 )
 STATE = GROWTH.init(jax.random.key(0))
 
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+
 
 class Event(NamedTuple):
     """What happens in one step."""
@@ -306,7 +308,10 @@ def test_snapshots_are_divided_among_devices_as_the_parameters_are() -> None:
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}",
+        },
     )
     assert done.stdout == "0 2\n"
 
