@@ -36,9 +36,9 @@ test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25 --durations-min 2 $(PYTEST_ARGS)
 
-test-all: lint ## the same with the long tests, as XLA compiles for users
+test-all: lint ## the same with the long tests
 	@echo "==> pytest, long tests included"
-	TEST_OPTIMISED=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: install-dev ## check format, lint, types and layers
 	@echo "==> ruff, mypy, import-linter"
