@@ -1,8 +1,8 @@
-"""What all tests share: one cache of compiled programs, quickly compiled, and Triton loaded first.
+"""What all tests share: one cache of compiled programs, and Triton loaded first.
 
 XLA compiles most of a run's time, and the same small programs in every process: so they are kept in
 `.cache/jax`, for all workers, all processes that tests start, and the next run. It compiles them
-four times faster without its optimisations (`TEST_QUICKLY=1`); some tests of bits differ then.
+faster without its optimisations (`TEST_QUICKLY=1`); some tests of bits fail then.
 
 Triton decides where it and the kernels are imported whether it interprets, and some tests import
 what imports it (torch's compiler, trainers): so it comes before all of them.
