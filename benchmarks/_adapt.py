@@ -125,7 +125,7 @@ def _grown(host: nn.Module, rate: float, steps: int, seed: int, texts: Any) -> t
         seed=seed,
         verbose=False,
     )
-    params = bridge.body_parameters()
+    params = bridge.adapter_parameters()
     for loss in _train(model, params, texts[1], rate, steps, seed):
         bridge.step(loss)
     return model, sum(p.numel() for p in params)

@@ -79,14 +79,14 @@ class Gpt(nn.Module):  # type: ignore[misc]
 
 
 def light_up(bridge: torch_bridge.Bridge) -> None:
-    """Puts every seed into FINE_TUNING for good, with a random body of the first blueprint."""
-    lattice, state = bridge.lattice, bridge.state
-    tables, seeds = lattice.tables, state.seeds
+    """Puts every seed into FINE_TUNING for good, with a random adapter of the first blueprint."""
+    layout, state = bridge.layout, bridge.state
+    tables, seeds = layout.tables, state.seeds
     groups = np.repeat(np.arange(len(tables.group_size)), tables.group_size)
-    within = np.arange(lattice.num_seeds) - tables.group_start[groups]
+    within = np.arange(layout.num_seeds) - tables.group_start[groups]
     slot = (tables.pool_start[groups, 0] + within).astype(np.int32)
-    owner = np.full((lattice.num_slots,), -1, np.int32)
-    owner[slot] = np.arange(lattice.num_seeds)
+    owner = np.full((layout.num_slots,), -1, np.int32)
+    owner[slot] = np.arange(layout.num_seeds)
     every = seeds.stage.shape
     bridge._lifecycle.state = state._replace(
         owner=jnp.asarray(owner),
@@ -99,7 +99,7 @@ def light_up(bridge: torch_bridge.Bridge) -> None:
         ),
     )
     with torch.no_grad():
-        for p in bridge.body_parameters():
+        for p in bridge.adapter_parameters():
             p.normal_(std=0.02)
     bridge._loaded()
 
@@ -107,7 +107,7 @@ def light_up(bridge: torch_bridge.Bridge) -> None:
 def grown(
     model: nn.Module, chunks: int, rank: int, targets: Any = TARGETS, *, is_live: bool, lag: int
 ) -> torch_bridge.Bridge:
-    """A model with low-rank bodies at `targets`, all dormant or all live."""
+    """A model with low-rank adapters at `targets`, all dormant or all live."""
     bridge = torch_bridge.grow(
         model,
         targets=list(targets),

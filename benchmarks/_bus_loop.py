@@ -44,7 +44,7 @@ class Training:
 
     def __init__(self) -> None:
         self.growth = ef.growth(
-            ef.lattice(
+            ef.layout(
                 sites=[ef.site("hidden", features=_WIDTH, chunks=_SEEDS)],
                 blueprints={"scale": ef.blueprints.scale_shift()},
                 capacity=4,
@@ -58,7 +58,7 @@ class Training:
         }
         self.inputs = jnp.asarray(source.normal(size=(1, _ROWS, _WIDTH)), jnp.float32)
         self.targets = jnp.asarray(source.integers(10, size=(1, _ROWS)), jnp.int32)
-        self.optimizer = ef.optim.per_body(optax.sgd(1e-3))
+        self.optimizer = ef.optim.per_adapter(optax.sgd(1e-3))
         self.segment = runtime.compile_fit(self.growth, _loss, self.optimizer, survey_every=None)
 
     def fit(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks._records import BenchmarkError
-from esper_kernels.graft import Body, Case, reference_torch, triton_cuda
+from esper_kernels.graft import Adapter, Case, reference_torch, triton_cuda
 
 
 class Arguments(NamedTuple):
@@ -19,7 +19,7 @@ class Arguments(NamedTuple):
 
     x: torch.Tensor
     dy: torch.Tensor
-    body: Body
+    adapter: Adapter
     slot: torch.Tensor
     gains: torch.Tensor
 
@@ -29,13 +29,13 @@ def to_jax(of: Arguments) -> Arguments:
 
 
 def step(backend: Any, case: Case, of: Arguments) -> Any:
-    x, dy, body, slot, gains = of
-    y, watched = backend.forward(case, x, body, slot, gains)
-    return y, watched, backend.backward(case, x, dy, body, slot, gains, watched)
+    x, dy, adapter, slot, gains = of
+    y, watched = backend.forward(case, x, adapter, slot, gains)
+    return y, watched, backend.backward(case, x, dy, adapter, slot, gains, watched)
 
 
 def forward(backend: Any, case: Case, of: Arguments) -> Any:
-    return backend.forward(case, of.x, of.body, of.slot, of.gains)
+    return backend.forward(case, of.x, of.adapter, of.slot, of.gains)
 
 
 def flat(results: Any) -> list[torch.Tensor]:
@@ -57,7 +57,7 @@ def hold(
 ) -> None:
     """Refuses to time what is further from float64 than twice the reference, or differs twice.
 
-    Each of `found` gives `y`, `watched` and, where it has them, `dx`, the body's gradients and
+    Each of `found` gives `y`, `watched` and, where it has them, `dx`, the adapter's gradients and
     `channels`. With `live` [C] what is measured is compared as zero elsewhere.
     """
 
@@ -65,13 +65,13 @@ def hold(
         return None if leaf is None else leaf.bfloat16().double()
 
     def masked(results: Any) -> list[torch.Tensor]:
-        y, watched, (dx, d_body, channels) = results
+        y, watched, (dx, d_adapter, channels) = results
         if live is not None:
             watched, channels = (torch.where(live[:, None], of, 0) for of in (watched, channels))
-        return flat((y, watched, (dx, d_body, channels)))
+        return flat((y, watched, (dx, d_adapter, channels)))
 
-    body = Body(*(wide(leaf) for leaf in of.body))
-    exactly = Arguments(of.x.double(), of.dy.double(), body, of.slot, of.gains.double())
+    adapter = Adapter(*(wide(leaf) for leaf in of.adapter))
+    exactly = Arguments(of.x.double(), of.dy.double(), adapter, of.slot, of.gains.double())
     true = masked(step(reference_torch, case, exactly))
     usual = masked(step(reference_torch, case, of))
     for name, run in found.items():
@@ -88,18 +88,20 @@ def hold(
 def hold_in_place(case: Case, of: Arguments, pallas: Any) -> None:
     """The forms in place; what they leave alone must also keep its bits."""
     live = (of.slot >= 0) & (of.gains != 0).any(dim=1)
-    x, dy, body, slot, gains = of
+    x, dy, adapter, slot, gains = of
 
     def on_torch() -> Any:
-        return triton_cuda.forward_in_place(case, x.clone(), body, slot, gains)
+        return triton_cuda.forward_in_place(case, x.clone(), adapter, slot, gains)
 
     found: dict[str, Callable[[], Any]] = {"triton in place": on_torch}
     if pallas is not None:
 
         @jax.jit
         def on_jax(of: Arguments) -> Any:
-            y, watched = pallas.forward_in_place(case, of.x, of.body, of.slot, of.gains)
-            rest = pallas.backward_in_place(case, of.x, of.dy, of.body, of.slot, of.gains, watched)
+            y, watched = pallas.forward_in_place(case, of.x, of.adapter, of.slot, of.gains)
+            rest = pallas.backward_in_place(
+                case, of.x, of.dy, of.adapter, of.slot, of.gains, watched
+            )
             return y, watched, rest
 
         found["pallas in place"] = partial(on_jax, to_jax(of))

@@ -26,13 +26,13 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
     host = hosts.transformer(
         vocabulary=VOCABULARY, length=LENGTH, width=64, blocks=24, hidden=4200, chunks=4200
     )
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=host.sites, blueprints={"scale_shift": ef.blueprints.scale_shift()}, capacity=8
     )
     growth = ef.growth(
-        lattice,
+        layout,
         policy=policies.chain(policies.periodic(every=2, count=8), policies.concurrency(32)),
-        bodies_at_once=1,
+        adapters_at_once=1,
         max_ablations=2,
     )
 
@@ -51,7 +51,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
     fitted = runtime.fit(
         growth,
         loss_fn,
-        ef.optim.per_body(optax.sgd(1e-2)),
+        ef.optim.per_adapter(optax.sgd(1e-2)),
         host.init(jax.random.key(0)),
         batches,
         num_steps=steps,
@@ -62,7 +62,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
         segment_steps=1,
         listener=lambda _: stamps.append(time.perf_counter()),
     )
-    return lattice.num_seeds, np.diff(stamps).tolist(), fitted
+    return layout.num_seeds, np.diff(stamps).tolist(), fitted
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _cnn_rows(*, rounds: int, repeats: int) -> dict[str, Row]:
             model, bridge = copy.deepcopy(bare), None
             if name == "dormant":
                 bridge = grown(model, 16, 4, ("conv1", "conv2", "hidden"), is_live=False, lag=0)
-                seeds = bridge.lattice.num_seeds
+                seeds = bridge.layout.num_seeds
             adamw = torch.optim.AdamW(model.parameters(), 1e-4)
             runners[name] = stepper(model, adamw, batches, loss_of, bridge)
         # Steps take turns one by one, as this machine's speed changes within a second.
@@ -149,7 +149,7 @@ def _gpt_rows(
         for of in ("dormant", "live"):
             model = copy.deepcopy(bare)
             bridge = grown(model, chunks, rank, is_live=of == "live", lag=lag)
-            added = sum(p.numel() for p in bridge.body_parameters())
+            added = sum(p.numel() for p in bridge.adapter_parameters())
             runners[of] = way(model, bridge, compiles)
         lora = 0
         if has_peft:
@@ -159,7 +159,7 @@ def _gpt_rows(
         told = {
             "device": torch.cuda.get_device_name() if is_cuda else "cpu",
             "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
-            "seeds": bridge.lattice.num_seeds,
+            "seeds": bridge.layout.num_seeds,
             "added": added,
             "added_by_lora": lora,
             "rank": rank,

@@ -43,15 +43,15 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 def _job(num_snapshots: int = 2) -> tuple[Any, Any, runtime.TrainState]:
     """10,000 seeds over a host of 2.7 million parameters: with Adam and two snapshots, 100 MB."""
     host = ef.hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("many", features=NUM_SEEDS, chunks=NUM_SEEDS), *host.sites[:1]],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=64,
     )
     growth = ef.growth(
-        lattice,
+        layout,
         policy=policies.chain(policies.plateau(patience=10**6), policies.budget(10**6)),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
@@ -60,7 +60,7 @@ def _job(num_snapshots: int = 2) -> tuple[Any, Any, runtime.TrainState]:
         mean = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
         return mean + 1e-3 * jnp.mean(jnp.square(wide))
 
-    optimizer = ef.optim.per_body(optax.adam(1e-3))
+    optimizer = ef.optim.per_adapter(optax.adam(1e-3))
     params = {
         "host": host.init(jax.random.key(0)),
         "wide": jax.random.normal(jax.random.key(1), (1, NUM_SEEDS)),
@@ -272,9 +272,9 @@ def _unchanged(folder: Path, *, saves: int) -> dict[str, Row]:
     with checkpoint.Writer(folder, keep=checkpoint.everything()) as writer:
         for index in range(min(saves, 8) + 1):
             changing = source.normal(size=(1 << 20,)).astype(np.float32)
-            value = {"host": host, "bodies": {"changing": changing}}
+            value = {"host": host, "adapters": {"changing": changing}}
             begun = time.perf_counter()
-            writer.save(index, value, parts=("host", "bodies"))
+            writer.save(index, value, parts=("host", "adapters"))
             writer.wait()
             if index:
                 taken.append(time.perf_counter() - begun)

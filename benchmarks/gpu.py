@@ -54,7 +54,7 @@ _WAYS: tuple[tuple[str, Implementation, int], ...] = (
 
 def _site_rows(*, repeats: int) -> dict[str, Row]:
     """Forward and backward of one site, 16,384 x 4,096 bfloat16, 64 chunks of 64, R = 16."""
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("here", features=WIDTH, chunks=64)],
         blueprints={"bottleneck": ef.blueprints.bottleneck(16)},
         capacity=64,
@@ -65,7 +65,7 @@ def _site_rows(*, repeats: int) -> dict[str, Row]:
     for name, seeds in {"all": range(64), "4": range(0, 64, 16), "none": range(0)}.items():
         runners = {}
         for kind, implementation, at_once in _WAYS:
-            growth = ef.growth(lattice, implementation=implementation, bodies_at_once=at_once)
+            growth = ef.growth(layout, implementation=implementation, adapters_at_once=at_once)
             state = with_live(growth, growth.init(jax.random.key(0)), list(seeds))
 
             def loss(x: Any, seeds: Any, dy: Any) -> jax.Array:
@@ -73,8 +73,8 @@ def _site_rows(*, repeats: int) -> dict[str, Row]:
 
             def chain(x: Any, dy: Any, state: Any, growth: ef.Growth = growth) -> Any:
                 def once(x: Any, _: None) -> Any:
-                    _, (d_x, d_bodies), readings = growth.value_and_grad(loss)(x, state, dy)
-                    return x + 1e-3 * d_x, (d_bodies, readings)
+                    _, (d_x, d_adapters), statistics = growth.value_and_grad(loss)(x, state, dy)
+                    return x + 1e-3 * d_x, (d_adapters, statistics)
 
                 return jax.lax.scan(once, x, None, length=CALLS)
 
@@ -112,7 +112,7 @@ def _deep_loss(weights: Any, seeds: Any, x: Any) -> jax.Array:
 
 
 def _plain(weights: Any, x: Any) -> Any:
-    grads = jax.grad(_deep_loss)(weights, ef.BareSeeds(), x)
+    grads = jax.grad(_deep_loss)(weights, ef.NoSeeds(), x)
     return optax.apply_updates(weights, jax.tree.map(lambda g: -1e-3 * g, grads))
 
 
@@ -123,35 +123,35 @@ def _deep_rows(chunks: int, *, repeats: int) -> dict[str, Row]:
         source.standard_normal((DEPTH, WIDTH, WIDTH), np.float32) * WIDTH**-0.5, jnp.bfloat16
     )
     x = jnp.asarray(source.standard_normal((ROWS, WIDTH)), jnp.bfloat16)
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("deep", features=WIDTH, chunks=chunks, layers=DEPTH)],
         blueprints={"bottleneck": ef.blueprints.bottleneck(16)},
         capacity=4,
     )
-    growth = ef.growth(lattice, policy=policies.never())
-    optimizer = ef.optim.per_body(optax.sgd(1e-3))
+    growth = ef.growth(layout, policy=policies.never())
+    optimizer = ef.optim.per_adapter(optax.sgd(1e-3))
     live = [layer * chunks + at for layer in range(DEPTH) for at in range(4)]
     blank = growth.init(jax.random.key(0))
     states = {"dormant": blank, "live": with_live(growth, blank, live)}
 
     def step(weights: Any, state: Any, opt_state: Any, x: Any) -> Any:
-        value, grads, readings = growth.value_and_grad(_deep_loss)(weights, state, x)
+        value, grads, statistics = growth.value_and_grad(_deep_loss)(weights, state, x)
         updates, opt_state = optimizer.update(
-            grads, opt_state, (weights, state.bodies), slots=growth.slots(state)
+            grads, opt_state, (weights, state.adapters), slots=growth.slots(state)
         )
-        weights, bodies = optax.apply_updates((weights, state.bodies), updates)
-        state, _ = growth.update(state, bodies, readings, value)
+        weights, adapters = optax.apply_updates((weights, state.adapters), updates)
+        state, _ = growth.update(state, adapters, statistics, value)
         return weights, state, opt_state
 
-    opt_state = optimizer.init((weights, blank.bodies))
+    opt_state = optimizer.init((weights, blank.adapters))
     grown = jax.jit(step).lower(weights, blank, opt_state, x).compile()
     bare = jax.jit(_plain).lower(weights, x).compile()
     runners = {
         name: _ready(partial(grown, weights, state, opt_state, x)) for name, state in states.items()
     } | {"bare": _ready(partial(bare, weights, x))}
     samples = time_interleaved(runners, repeats=repeats, warmup=2)
-    told = {"seeds": lattice.num_seeds, "layers": DEPTH, "rows": ROWS, "width": WIDTH}
-    label = f"deep_{lattice.num_seeds}_seeds"
+    told = {"seeds": layout.num_seeds, "layers": DEPTH, "rows": ROWS, "width": WIDTH}
+    label = f"deep_{layout.num_seeds}_seeds"
     rows = {
         f"{label}_bare": summarise(samples["bare"], "ms", **told),
         f"{label}_dormant_over_bare": ratio(samples["dormant"], samples["bare"], **told),

@@ -1,12 +1,12 @@
 """Does growth pay as it is shipped? Three scenes, each against its honest rivals.
 
-- *digits*: `ef.growth(lattice)` alone on the task of `make demo`, against a static network of as
+- *digits*: `ef.growth(layout)` alone on the task of `make demo`, against a static network of as
   many parameters, paired by seed.
 - *labels*: the same 1,200 images with new random labels every 200 steps, against the same network
   without growth. The default must not make Adam worse.
 - *adapt*: a small character GPT, trained on one text, frozen, and adapted to another by low-rank
-  bodies at every linear layer of its blocks (`torch_bridge.grow` alone), against PEFT's LoRA at the
-  same layers with as many parameters and the same learning rates. Needs torch and PEFT.
+  adapters at every linear layer of its blocks (`torch_bridge.grow` alone), against PEFT's LoRA at
+  the same layers with as many parameters and the same learning rates. Needs torch and PEFT.
 
 Differences are means over paired seeds; `low` and `high` are their 95 % t-intervals.
 """
@@ -62,9 +62,9 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
     host = job.host(data)
     schedule = optax.cosine_decay_schedule(job.learning_rate, steps)
     transformation = optax.adamw(schedule)
-    optimizer = ef.optim.per_body(transformation)
+    optimizer = ef.optim.per_adapter(transformation)
     loss_fn = experiments.loss_of(host)
-    growth = ef.growth(experiments.lattice_of(job, host))  # and nothing else
+    growth = ef.growth(experiments.layout_of(job, host))  # and nothing else
     segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=experiments.SURVEY_EVERY)
     evaluate = experiments.evaluator(host, data.test_inputs, data.test_targets)
     rivals: dict[int, Any] = {}
@@ -110,7 +110,7 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
             segment=rivals[size][0],
             segment_steps=experiments.SURVEY_EVERY,
         )
-        theirs, _ = rivals[size][1](trained.state, ef.BareSeeds())
+        theirs, _ = rivals[size][1](trained.state, ef.NoSeeds())
         grown.append(100 * float(accuracy))
         static.append(100 * float(theirs))
         sizes.append(size)
@@ -132,13 +132,13 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
     images = jnp.asarray(data.train_inputs[:_IMAGES].reshape(_IMAGES, -1), jnp.float32)
     widths = (images.shape[1], _WIDTH, _WIDTH, _WIDTH, 10)
     host = hosts.mlp(widths, spans=2)
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=host.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(width=16, activation="gelu")},
         capacity=1,
     )
     loss_fn = experiments.loss_of(host)
-    growth, optimizer = ef.growth(lattice), ef.optim.per_body(optax.adam(_RATE))
+    growth, optimizer = ef.growth(layout), ef.optim.per_adapter(optax.adam(_RATE))
     step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
     grow = jax.jit(
         runtime.scan_steps(
@@ -170,7 +170,7 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
             state, _ = grow(state, batches, (images[:256], labels[:256]))
             plain, _ = plain_step(plain, batches)
             scores[0].append(float(accuracy(state.params, growth.seeds(state.growth), labels)))
-            scores[1].append(float(accuracy(plain[0], ef.BareSeeds(), labels)))
+            scores[1].append(float(accuracy(plain[0], ef.NoSeeds(), labels)))
         for kept, of_tasks in zip((ours, theirs), scores, strict=True):
             kept.append(100 * float(np.mean(of_tasks)))
     told = {"tasks": num_tasks, "data": data.name}

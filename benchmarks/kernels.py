@@ -1,9 +1,9 @@
 """The GPU kernels and their rivals on one NVIDIA GPU: first correct, then timed.
 
-Rows of the headline size are 16,384 x 4,096 in bfloat16, 64 chunks of 64 with a relu body each, all
-live, unless the name says otherwise. `step` is forward and backward. A ratio to the copy is to the
-device-to-device copy of one such activation; to the floor, to two and a half copies: x and dy read
-twice and once, y and dx written.
+Rows of the headline size are 16,384 x 4,096 in bfloat16, 64 chunks of 64 with a relu adapter each,
+all live, unless the name says otherwise. `step` is forward and backward. A ratio to the copy is to
+the device-to-device copy of one such activation; to the floor, to two and a half copies: x and dy
+read twice and once, y and dx written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks._kernel_checks import (
 )
 from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise
-from esper_kernels.graft import Body, Case, check, reference_jax, reference_torch, triton_cuda
+from esper_kernels.graft import Adapter, Case, check, reference_jax, reference_torch, triton_cuda
 from esper_kernels.graft._specs import Spec
 from esper_kernels.graft.jax import explain as explain_jax
 from esper_kernels.potential._case import check as check_potential
@@ -73,7 +73,7 @@ def _draw(spec: Spec, seed: int, live: int | None = None) -> Arguments:
     return Arguments(
         x=normal(spec.rows, spec.features).bfloat16(),
         dy=normal(spec.rows, spec.features).bfloat16(),
-        body=Body(
+        adapter=Adapter(
             down=normal(spec.slots, width, rank, over=width**0.5),
             up=normal(spec.slots, rank, width, over=rank**0.5),
             bias=normal(spec.slots, rank),
@@ -87,7 +87,7 @@ def _draw(spec: Spec, seed: int, live: int | None = None) -> Arguments:
 
 def _case(of: Arguments) -> Case:
     name = torch.cuda.get_device_name()
-    return check(of.x, of.body, of.slot, of.gains, activation="relu", device=name)
+    return check(of.x, of.adapter, of.slot, of.gains, activation="relu", device=name)
 
 
 def _headline(rank: int, *, repeats: int) -> Rows:
@@ -135,8 +135,8 @@ def _headline(rank: int, *, repeats: int) -> Rows:
 
 def _pallas(of: Arguments) -> Any:
     """The backend where it can run here, else None."""
-    x, _, body, slot, gains = to_jax(of)
-    if "pallas" in explain_jax(x, body, slot, gains, activation="relu").refusals:
+    x, _, adapter, slot, gains = to_jax(of)
+    if "pallas" in explain_jax(x, adapter, slot, gains, activation="relu").refusals:
         return None
     from esper_kernels.graft import pallas_mosaic_gpu
 
@@ -216,7 +216,7 @@ def _in_place(*, repeats: int) -> Rows:
     for name, arguments in sets.items():
         function = triton_cuda.forward if name == "all" else triton_cuda.forward_in_place
         works[name] = [
-            lambda of=of, function=function: function(case, of.x, of.body, of.slot, of.gains)  # type: ignore[misc]
+            lambda of=of, function=function: function(case, of.x, of.adapter, of.slot, of.gains)  # type: ignore[misc]
             for of in arguments
         ]
     works["warm"] = works["four"][:1]
@@ -331,7 +331,7 @@ def _many_seeds(*, repeats: int) -> Rows:
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     one = spec.rows * spec.features * 2
-    banks = sum(leaf.nbytes for of in sets for leaf in of.body if leaf is not None)
+    banks = sum(leaf.nbytes for of in sets for leaf in of.adapter if leaf is not None)
     samples = time_torch(
         {"step": [lambda of=of: step(triton_cuda, case, of) for of in sets]},  # type: ignore[misc]
         {},
@@ -342,7 +342,7 @@ def _many_seeds(*, repeats: int) -> Rows:
         "seeds": layers * spec.chunks,
         "layers": layers,
         "batch_rows": rows_of_batch,
-        "live_bodies": layers * 4,
+        "live_adapters": layers * 4,
     }
     return {
         "seed_work_12288_seeds_triton": summarise(

@@ -39,7 +39,7 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
     num_sites = 10
     width = num_seeds // num_sites
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site(f"s{i}", features=width, chunks=width) for i in range(num_sites)],
             blueprints={"scale": ef.blueprints.scale_shift()},
             capacity=64,
@@ -50,7 +50,7 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
             policies.concurrency(400),
             policies.budget(2000),
         ),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
     source = np.random.default_rng(0)
     state = growth.init(jax.random.key(0))
@@ -62,8 +62,8 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
     )
     drawn = jnp.asarray(source.random((2, num_seeds), np.float32) + 0.1)
     ones, zeros = jnp.ones((num_seeds,)), jnp.zeros((num_seeds,))
-    readings = [
-        ef.Reading(
+    statistics = [
+        ef.Statistics(
             num_values=8 * ones,
             total=row,
             square=row + 1,
@@ -80,15 +80,15 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
     losses = [jnp.float32(x) for x in 1 + 0.01 * source.standard_normal(16)]
 
     def update(state: Any, reading: Any, loss: Any) -> Any:
-        bodies = jax.tree.map(lambda leaf: leaf * (1 + 1e-4), state.bodies)
-        return growth.update(state, bodies, reading, loss)
+        adapters = jax.tree.map(lambda leaf: leaf * (1 + 1e-4), state.adapters)
+        return growth.update(state, adapters, reading, loss)
 
     step = jax.jit(update, donate_argnums=0)
     usual: list[float] = []
     births: list[float] = []
     for index in range(-5, repeats):
         begun = time.perf_counter()
-        state, info = step(state, readings[index % 2], losses[index % 16])
+        state, info = step(state, statistics[index % 2], losses[index % 16])
         state.step.block_until_ready()  # all outputs of a program are ready together
         seconds = time.perf_counter() - begun
         if index >= 0:
@@ -109,7 +109,7 @@ BATCH = 128
 
 def with_live(growth: ef.Growth, state: ef.GrowthState, seeds: list[int]) -> ef.GrowthState:
     """`state` with the seeds in FINE_TUNING, each with a slot of its own."""
-    tables = growth.lattice.tables
+    tables = growth.layout.tables
     rows, owner = jax.tree.map(np.array, state.seeds), np.array(state.owner)
     for seed in seeds:
         group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
@@ -126,7 +126,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
     host = ef.hosts.conv((28, 28, 1), (32, 64), hidden=128, classes=10, chunks=64)
     second = next(site for site in host.sites if site.name == "conv2")
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=host.sites,
             blueprints={
                 "bottleneck_conv": ef.blueprints.bottleneck_conv(width=8),
@@ -140,7 +140,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
         ),
     )
     transformation = optax.adamw(1e-3)
-    optimizer = ef.optim.per_body(transformation)
+    optimizer = ef.optim.per_adapter(transformation)
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
         logits = host.apply(params, seeds, batch[0])
@@ -152,7 +152,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
 
     def plain(carry: Any, batch: Any) -> Any:
         params, opt_state = carry
-        loss, slopes = jax.value_and_grad(loss_fn)(params, ef.BareSeeds(), batch)
+        loss, slopes = jax.value_and_grad(loss_fn)(params, ef.NoSeeds(), batch)
         updates, opt_state = transformation.update(slopes, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -166,7 +166,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
     ]
     params = host.init(jax.random.key(0))
     blank = growth.init(jax.random.key(1))
-    first = growth.lattice.seed_index("conv2", 0)
+    first = growth.layout.seed_index("conv2", 0)
     begun = time.perf_counter()
     starts = {
         name: runtime.init(

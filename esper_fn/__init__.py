@@ -1,12 +1,12 @@
 """Esper-fn: networks that grow while they train.
 
 >>> import esper_fn as ef
->>> lattice = ef.lattice(
+>>> layout = ef.layout(
 ...     sites=[ef.site("hidden", features=256, chunks=16)],
 ...     blueprints={"low_rank": ef.blueprints.low_rank(rank=8)},
 ...     capacity=16,
 ... )
->>> growth = ef.growth(lattice, policy=ef.policies.plateau(patience=200))
+>>> growth = ef.growth(layout, policy=ef.policies.plateau(patience=200))
 
 Names are loaded when they are first used, so importing the package is quick and the parts that
 need no JAX (`data`, `report`, `errors`) do not load it.
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
         runtime,
         telemetry,
     )
-    from esper_fn._ambient import discover, using
-    from esper_fn._growth import Growth, GrowthState, Info, SurveyInfo, growth
-    from esper_fn._lattice import BareSeeds, Lattice, Reading, Seeds, Site, lattice, site, span
+    from esper_fn._ambient import discover_sites, use_seeds
+    from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo, growth
+    from esper_fn._layout import Layout, NoSeeds, Seeds, Site, Statistics, layout, site, span
     from esper_fn.lifecycle import Seed, SeedState, Stage
 
 _MODULES = (
@@ -73,24 +73,24 @@ _MODULES = (
     "telemetry",
 )
 _NAMES = {
-    "BareSeeds": "_lattice",
+    "NoSeeds": "_layout",
     "Growth": "_growth",
     "GrowthState": "_growth",
-    "Info": "_growth",
-    "Lattice": "_lattice",
-    "Reading": "_lattice",
+    "StepInfo": "_growth",
+    "Layout": "_layout",
+    "Statistics": "_layout",
     "Seed": "lifecycle",
     "SeedState": "lifecycle",
-    "Seeds": "_lattice",
-    "Site": "_lattice",
+    "Seeds": "_layout",
+    "Site": "_layout",
     "Stage": "lifecycle",
     "SurveyInfo": "_growth",
-    "discover": "_ambient",
-    "using": "_ambient",
+    "discover_sites": "_ambient",
+    "use_seeds": "_ambient",
     "growth": "_growth",
-    "lattice": "_lattice",
-    "site": "_lattice",
-    "span": "_lattice",
+    "layout": "_layout",
+    "site": "_layout",
+    "span": "_layout",
 }
 
 
@@ -111,17 +111,17 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "BareSeeds",
     "Growth",
     "GrowthState",
-    "Info",
-    "Lattice",
-    "Reading",
+    "Layout",
+    "NoSeeds",
     "Seed",
     "SeedState",
     "Seeds",
     "Site",
     "Stage",
+    "Statistics",
+    "StepInfo",
     "SurveyInfo",
     "__version__",
     "base",
@@ -130,7 +130,7 @@ __all__ = [
     "checkpoint",
     "commands",
     "data",
-    "discover",
+    "discover_sites",
     "errors",
     "experiments",
     "export",
@@ -138,7 +138,7 @@ __all__ = [
     "grafting",
     "growth",
     "hosts",
-    "lattice",
+    "layout",
     "lifecycle",
     "linen",
     "monitoring",
@@ -151,5 +151,5 @@ __all__ = [
     "site",
     "span",
     "telemetry",
-    "using",
+    "use_seeds",
 ]

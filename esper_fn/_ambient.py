@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from esper_fn._arguments import described
-from esper_fn._lattice import BareSeeds, Mark, Seeds, Site, marked
+from esper_fn._layout import Mark, NoSeeds, Seeds, Site, marked
 from esper_fn._typing import Array
 from esper_fn.base import Topology
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 
 
 class Discovery:
@@ -28,19 +28,19 @@ class Discovery:
         """Notes a site; the same one may be reached several times."""
         known = self.sites.setdefault(site.name, site)
         if known != site:
-            raise LatticeError(
+            raise LayoutError(
                 f"site {site.name!r} is declared twice, as {known} and as {site}; "
                 "give the two places different names"
             )
 
 
-AnySeeds = Seeds | BareSeeds | Discovery
+AnySeeds = Seeds | NoSeeds | Discovery
 
 _SEEDS: ContextVar[AnySeeds | None] = ContextVar("esper_fn_seeds", default=None)
 
 
 @contextmanager
-def using(seeds: AnySeeds) -> Iterator[None]:
+def use_seeds(seeds: AnySeeds) -> Iterator[None]:
     """Inside the block, `linen.Grow` and `nnx.Grow` modules use `seeds`.
 
     Put it around the model's call in the loss function; it holds no longer than the block, and in
@@ -50,11 +50,11 @@ def using(seeds: AnySeeds) -> Iterator[None]:
     it once, compile a function that takes the seeds as an argument and enters the block itself.
 
     Raises:
-      LatticeError: `seeds` are none.
+      LayoutError: `seeds` are none.
     """
     if not isinstance(seeds, AnySeeds):
-        raise LatticeError(
-            f"using: seeds must be `Seeds` or `BareSeeds`, got {described(seeds)}; "
+        raise LayoutError(
+            f"using: seeds must be `Seeds` or `NoSeeds`, got {described(seeds)}; "
             "take those the loss function is given, or `growth.seeds(state)`"
         )
     token = _SEEDS.set(seeds)
@@ -65,7 +65,7 @@ def using(seeds: AnySeeds) -> Iterator[None]:
         _SEEDS.reset(token)
 
 
-def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+def discover_sites(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, ...]:
     """The sites that `linen.Grow` and `nnx.Grow` modules declare, in the order of their calls.
 
     Args:
@@ -76,13 +76,13 @@ def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, 
       **kwargs: its keyword arguments.
 
     Raises:
-      LatticeError: no site, two different ones of the same name, or a model that changes its own
+      LayoutError: no site, two different ones of the same name, or a model that changes its own
         state.
     """
     found = Discovery()
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with using(found):
+        with use_seeds(found):
             return run(*args, **kwargs)
 
     try:
@@ -91,13 +91,13 @@ def discover(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, 
         # By its name: the core knows nothing of Flax.
         if type(error).__name__ != "TraceContextError":
             raise
-        raise LatticeError(
+        raise LayoutError(
             "discover: the model changes its own state when it is called, as dropout and running "
             "statistics do in training mode; call `model.eval()` first, or give the model a copy "
             "of its state inside `run` (`nnx.merge(*nnx.split(model))`)"
         ) from error
     if not found.sites:
-        raise LatticeError(
+        raise LayoutError(
             "the model has no site; put `linen.Grow(...)` or `nnx.Grow(...)` after a layer"
         )
     return tuple(found.sites.values())
@@ -114,13 +114,13 @@ def grow_here(
     """What a `Grow` module does, whichever library it belongs to."""
     found = _SEEDS.get() if seeds is None else seeds
     if found is None:
-        raise LatticeError(
-            f"site {site!r}: no seeds in scope; put `with ef.using(seeds):` around the model's "
-            "call in the loss function, or pass seeds= (`ef.BareSeeds()` for the plain host)"
+        raise LayoutError(
+            f"site {site!r}: no seeds in scope; put `with ef.use_seeds(seeds):` around the model's "
+            "call in the loss function, or pass seeds= (`ef.NoSeeds()` for the plain host)"
         )
     if isinstance(found, Discovery):
         if not hasattr(x, "shape"):
-            raise LatticeError(f"site {site!r}: x must be an array, got {described(x)}")
+            raise LayoutError(f"site {site!r}: x must be an array, got {described(x)}")
         found.declare(_declared(site, x, source, chunks, topology))
         return x
     return found.grow(site, x, source=source)
@@ -140,7 +140,7 @@ def _declared(name: str, x: Array, source: Array | None, chunks: int, topology: 
 def _positions(name: str, x: Array, topology: Topology) -> int:
     inner = {"sequence": 2, "image": 3}.get(topology, 1)
     if len(x.shape) < inner:
-        raise LatticeError(
+        raise LayoutError(
             f"site {name!r}: topology={topology!r} needs an activation of at least {inner} axes, "
             f"got {x.shape}; choose another topology or keep the axes"
         )

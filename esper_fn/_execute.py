@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from esper_fn._control import cond
-from esper_fn._lattice import UNSERVED, Lattice, allocate
+from esper_fn._layout import UNSERVED, Layout, allocate
 from esper_fn._typing import Array, Bool, Int8, Int32
 from esper_fn.commands import Code, Commands, Kind, Outcomes
 from esper_fn.lifecycle import (
@@ -20,10 +20,10 @@ from esper_fn.lifecycle import (
     is_in,
     is_legal,
 )
-from esper_fn.policies import Proposal
+from esper_fn.policies import Requests
 
 
-class Requests(NamedTuple):
+class AllRequests(NamedTuple):
     """What is asked of each seed in this step, whoever asks."""
 
     kind: Int8[Array, "S"]
@@ -47,20 +47,20 @@ class Executed(NamedTuple):
     is_born: Bool[Array, "S"]
 
 
-def merge(lattice: Lattice, commands: Commands, proposal: Proposal) -> Requests:
-    """Commands before the policy's proposals; of two commands for a seed, the first one."""
-    num_seeds = lattice.num_seeds
-    is_real = is_addressed(lattice, commands) & ~is_repeated(commands)
+def merge(layout: Layout, commands: Commands, requests: Requests) -> AllRequests:
+    """Commands before the policy's requests; of two commands for a seed, the first one."""
+    num_seeds = layout.num_seeds
+    is_real = is_addressed(layout, commands) & ~is_repeated(commands)
     where = jnp.where(is_real, commands.seed, num_seeds)
 
     def put(base: Array, column: Array) -> Array:
         return base.at[where].set(column, mode="drop")
 
-    return Requests(
-        kind=put(proposal.kind, commands.kind),
-        blueprint=put(proposal.blueprint, commands.blueprint),
-        graft=put(proposal.graft, commands.graft),
-        target=put(proposal.target, commands.target),
+    return AllRequests(
+        kind=put(requests.kind, commands.kind),
+        blueprint=put(requests.blueprint, commands.blueprint),
+        graft=put(requests.graft, commands.graft),
+        target=put(requests.target, commands.target),
         is_command=jnp.zeros((num_seeds,), bool).at[where].set(True, mode="drop"),
         batch=put(jnp.full((num_seeds,), NONE, jnp.int32), commands.batch),
         is_broken=_mark(
@@ -77,9 +77,9 @@ def _mark(is_broken: Bool[Array, "M"], batch: Array, if_: Array) -> Bool[Array, 
     return is_broken.at[where].set(True, mode="drop")
 
 
-def is_addressed(lattice: Lattice, commands: Commands) -> Bool[Array, "M"]:
+def is_addressed(layout: Layout, commands: Commands) -> Bool[Array, "M"]:
     """Rows that ask something of a seed that exists."""
-    return (commands.kind != Kind.NONE) & (commands.seed >= 0) & (commands.seed < lattice.num_seeds)
+    return (commands.kind != Kind.NONE) & (commands.seed >= 0) & (commands.seed < layout.num_seeds)
 
 
 def is_repeated(commands: Commands) -> Bool[Array, "M"]:
@@ -90,10 +90,10 @@ def is_repeated(commands: Commands) -> Bool[Array, "M"]:
 
 
 def execute(
-    lattice: Lattice,
+    layout: Layout,
     seeds: SeedState,
     owner: Int32[Array, "Q"],
-    requests: Requests,
+    requests: AllRequests,
     *,
     num_grafts: int,
     guarded: Move,
@@ -102,7 +102,7 @@ def execute(
     """Checks every request against the table and carries out those that hold.
 
     Args:
-      lattice: static layout.
+      layout: static layout.
       seeds: rows before the step's moves.
       owner: who holds each slot.
       requests: what is asked.
@@ -117,7 +117,7 @@ def execute(
 
     def check() -> _Checked:
         return _check(
-            lattice,
+            layout,
             seeds,
             owner,
             requests,
@@ -157,7 +157,7 @@ def execute(
 
 
 class _Checked(NamedTuple):
-    """Requests held against the table."""
+    """AllRequests held against the table."""
 
     target: Int8[Array, "S"]
     """Where the seed is asked to go, or NONE."""
@@ -166,10 +166,10 @@ class _Checked(NamedTuple):
 
 
 def _check(
-    lattice: Lattice,
+    layout: Layout,
     seeds: SeedState,
     owner: Int32[Array, "Q"],
-    requests: Requests,
+    requests: AllRequests,
     *,
     num_grafts: int,
     guarded: Move,
@@ -203,7 +203,7 @@ def _check(
     is_no_graft = (requests.graft < 0) | (requests.graft >= num_grafts)
     code = refuse(code, Code.UNKNOWN_GRAFT, names_graft & is_no_graft)
     steers = sets_graft | pauses | resumes
-    code = refuse(code, Code.NO_BODY, steers & ~is_in(stage, ON_ITS_WAY))
+    code = refuse(code, Code.NO_ADAPTER, steers & ~is_in(stage, ON_ITS_WAY))
     code = refuse(code, Code.VETOED, germinates & is_vetoing)
 
     def in_broken_batch(code: Array) -> Array:
@@ -213,7 +213,7 @@ def _check(
     # What a broken batch asks for must not take a slot from others.
     code = refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))
     asks = germinates & (code == Code.DONE)
-    slot = allocate(lattice, owner, asks, requests.blueprint)
+    slot = allocate(layout, owner, asks, requests.blueprint)
     code = refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
     code = refuse(code, Code.BANK_FULL, asks & (slot == NONE))
     code = refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))
@@ -221,7 +221,7 @@ def _check(
 
 
 def answer(
-    lattice: Lattice,
+    layout: Layout,
     commands: Commands,
     code: Int8[Array, "S"],
     before: Int8[Array, "S"],
@@ -229,8 +229,8 @@ def answer(
 ) -> Outcomes:
     """One outcome a command."""
     asks = commands.kind != Kind.NONE
-    exists = is_addressed(lattice, commands)
-    seed = jnp.clip(commands.seed, 0, lattice.num_seeds - 1)
+    exists = is_addressed(layout, commands)
+    seed = jnp.clip(commands.seed, 0, layout.num_seeds - 1)
     told = jnp.where(is_repeated(commands), jnp.int8(Code.DUPLICATE), code[seed])
     nobody = jnp.int8(NONE)
     return Outcomes(

@@ -13,11 +13,11 @@ from esper_fn._typing import Array, Int32
 
 
 class Clock(NamedTuple):
-    """What the schedules of a body's transformation read."""
+    """What the schedules of an adapter's transformation read."""
 
     num_updates: Int32[Array, ""]
     host: list[Any] | None
-    """The host's schedules, where bodies have the same transformation."""
+    """The host's schedules, where adapters have the same transformation."""
 
 
 _COUNTING = (

@@ -9,8 +9,8 @@
 | L | layers of a site that stands inside a scanned stack |
 | P | slots of one bank |
 | Q | slots of all banks, flat |
-| B | blueprints of a lattice |
-| R | inner width of a body |
+| B | blueprints of a layout |
+| R | inner width of an adapter |
 | K | telemetry channels of a tap |
 | M | commands of one step |
 | V | seeds measured by ablation in one survey |
@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, PRNGKeyArray, UI
 Params: TypeAlias = Any
 """Any pytree of arrays."""
 
-Bodies: TypeAlias = Mapping[str, Mapping[str, Params]]
+Adapters: TypeAlias = Mapping[str, Mapping[str, Params]]
 """site name -> blueprint name -> parameters stacked over the bank's slots, `[P, ...]`."""
 
 Key: TypeAlias = PRNGKeyArray
@@ -39,8 +39,8 @@ DType: TypeAlias = Any
 Scalar: TypeAlias = jax.Array
 
 __all__ = [
+    "Adapters",
     "Array",
-    "Bodies",
     "Bool",
     "DType",
     "Float",

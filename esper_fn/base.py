@@ -13,8 +13,8 @@ Activation: TypeAlias = Literal["none", "relu", "gelu", "silu", "gated"]
 Implementation: TypeAlias = Literal["auto", "loops", "pallas", "reference"]
 
 
-class BodySpec(NamedTuple):
-    """The place a body is built for."""
+class AdapterSpec(NamedTuple):
+    """The place an adapter is built for."""
 
     inputs: int
     """Features it reads (of the widest chunk)."""
@@ -24,26 +24,26 @@ class BodySpec(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one body costs."""
+    """What one adapter costs."""
 
     parameters: int
     flops: int
     """Floating point operations of one forward pass over one example."""
 
 
-class InitBody(Protocol):
-    """Makes the parameters of one body."""
+class InitAdapter(Protocol):
+    """Makes the parameters of one adapter."""
 
-    def __call__(self, key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def __call__(self, key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         """Parameters with which `apply` returns exactly zero: a newborn is the identity."""
         ...
 
 
 class InitAlong(Protocol):
-    """Makes the parameters of one body whose first matrix looks where a survey says."""
+    """Makes the parameters of one adapter whose first matrix looks where a survey says."""
 
     def __call__(
-        self, key: Key, spec: BodySpec, dtype: DType, directions: Float32[Array, "F U"]
+        self, key: Key, spec: AdapterSpec, dtype: DType, directions: Float32[Array, "F U"]
     ) -> Params:
         """Parameters like `init`'s, with which `apply` returns exactly zero as well.
 
@@ -56,11 +56,11 @@ class InitAlong(Protocol):
         ...
 
 
-class ApplyBody(Protocol):
-    """Runs one body."""
+class ApplyAdapter(Protocol):
+    """Runs one adapter."""
 
     def __call__(
-        self, params: Params, x: Float[Array, "... F"], spec: BodySpec, mask: Bool[Array, "F"]
+        self, params: Params, x: Float[Array, "... F"], spec: AdapterSpec, mask: Bool[Array, "F"]
     ) -> Float[Array, "... G"]:
         """The residual `r` of shape `x.shape[:-1] + (outputs,)`, in `x`'s dtype.
 
@@ -71,10 +71,10 @@ class ApplyBody(Protocol):
         ...
 
 
-class CostBody(Protocol):
-    """States what a body costs before one exists."""
+class CostAdapter(Protocol):
+    """States what an adapter costs before one exists."""
 
-    def __call__(self, spec: BodySpec, positions: int) -> Cost:
+    def __call__(self, spec: AdapterSpec, positions: int) -> Cost:
         """Parameters, and forward operations on one example of `positions` positions.
 
         `positions` is 1 for a vector, `T` for a sequence, `H * W` for an image.
@@ -86,9 +86,9 @@ class Blueprint(NamedTuple):
     """A small network that can grow at a seed: `(init, apply)` and what it states of itself."""
 
     name: str
-    init: InitBody
-    apply: ApplyBody
-    cost: CostBody
+    init: InitAdapter
+    apply: ApplyAdapter
+    cost: CostAdapter
     topologies: tuple[Topology, ...]
     can_span: bool
     """Whether it may read one activation and write into another of a different width."""
@@ -97,23 +97,23 @@ class Blueprint(NamedTuple):
     optional (with `gated`: `silu(x gate) * (x down)` for `phi`), so that GPU kernels may compute
     it. `gelu` is the one by tanh. None leaves it to `apply` everywhere."""
     init_along: InitAlong | None = None
-    """For births along a survey's directions (`growth(directed_births=...)`); None where a body has
-    no first matrix that would profit."""
+    """For births along a survey's directions (`growth(directed_births=...)`); None where an adapter
+    has no first matrix that would profit."""
     neurons: Activation | None = None
     """Names `phi` where what `apply` computes is `phi(x down + bias) up` up to rounding, however it
-    is computed: a host may then take a finished body in as neurons of a layer of its own."""
+    is computed: a host may then take a finished adapter in as neurons of a layer of its own."""
 
 
 __all__ = [
     "TOPOLOGIES",
     "Activation",
-    "ApplyBody",
+    "AdapterSpec",
+    "ApplyAdapter",
     "Blueprint",
-    "BodySpec",
     "Cost",
-    "CostBody",
+    "CostAdapter",
     "Implementation",
+    "InitAdapter",
     "InitAlong",
-    "InitBody",
     "Topology",
 ]

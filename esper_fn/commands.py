@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import described
-from esper_fn._lattice import Lattice
+from esper_fn._layout import Layout
 from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
@@ -31,7 +31,7 @@ class Kind(IntEnum):
     """Go to a named stage: the table holds, gates and dwell do not."""
     SET_GRAFT = 3
     PAUSE = 4
-    """Keep the stage and alpha as they are until RESUME; the body goes on as its stage says."""
+    """Keep the stage and alpha as they are until RESUME; the adapter goes on as its stage says."""
     RESUME = 5
 
 
@@ -52,9 +52,9 @@ class Code(IntEnum):
     DUPLICATE = 10
     """An earlier command of the same step was for the same seed; send this one again."""
     OVERRULED = 11
-    """The governor or a non-finite body moved the seed in this very step."""
-    NO_BODY = 12
-    """Only a seed that holds a body can be paused, resumed or grafted otherwise."""
+    """The governor or a non-finite adapter moved the seed in this very step."""
+    NO_ADAPTER = 12
+    """Only a seed that holds an adapter can be paused, resumed or grafted otherwise."""
     BATCH_REFUSED = 13
     """Another command of the same batch was refused, so this one was not carried out."""
 
@@ -155,7 +155,7 @@ def together(commands: Sequence[Command], name: str = "batch") -> list[Command]:
 
 
 def germinate(seed: int, blueprint: str, graft: str | None = None) -> Command:
-    """Give a dormant seed a newborn body."""
+    """Give a dormant seed a newborn adapter."""
     return Command(kind=Kind.GERMINATE, seed=seed, blueprint=blueprint, graft=graft)
 
 
@@ -165,7 +165,7 @@ def transition(seed: int, target: Stage) -> Command:
 
 
 def cull(seed: int) -> Command:
-    """Remove a seed's body."""
+    """Remove a seed's adapter."""
     return transition(seed, Stage.CULLED)
 
 
@@ -175,12 +175,12 @@ def cancel(seed: int) -> Command:
 
 
 def roll_back(seed: int) -> Command:
-    """Remove a seed's body and keep the seed out for a quarantine, or until it is released."""
+    """Remove a seed's adapter and keep the seed out for a quarantine, or until it is released."""
     return transition(seed, Stage.ROLLED_BACK)
 
 
 def release(seed: int) -> Command:
-    """Let a rolled-back seed sleep and grow again; also resets a fossil, whose body is lost."""
+    """Let a rolled-back seed sleep and grow again; also resets a fossil, whose adapter is lost."""
     return transition(seed, Stage.DORMANT)
 
 
@@ -209,25 +209,25 @@ def no_commands(size: int = 4) -> Commands:
 
 
 def pack(
-    lattice: Lattice, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
+    layout: Layout, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
 ) -> Commands:
     """Commands as arrays of a fixed size, so that no step is compiled anew.
 
     Args:
-      lattice: names the seeds and blueprints there are.
+      layout: names the seeds and blueprints there are.
       grafts: names of the grafting strategies, in order.
       commands: of which the first one for a seed counts.
       size: rows.
 
     Raises:
       CommandError: more commands than rows, or a seed that does not exist.
-      UnknownNameError: a blueprint or grafting strategy the lattice was not given.
+      UnknownNameError: a blueprint or grafting strategy the layout was not given.
     """
-    return Commands(jax.device_put(pack_on_host(lattice, grafts, commands, size)))
+    return Commands(jax.device_put(pack_on_host(layout, grafts, commands, size)))
 
 
 def pack_on_host(
-    lattice: Lattice, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
+    layout: Layout, grafts: Sequence[str], commands: Sequence[Command], size: int = 4
 ) -> np.ndarray:
     """`pack` before anything goes to the device: int32[6, size]; for a check that costs little.
 
@@ -242,21 +242,21 @@ def pack_on_host(
     rows = _empty(size)
     batches: dict[str, int] = {}
     for column, command in enumerate(commands):
-        if not 0 <= command.seed < lattice.num_seeds:
+        if not 0 <= command.seed < layout.num_seeds:
             raise CommandError(
-                f"seed {command.seed!r} does not exist; seeds are 0..{lattice.num_seeds - 1}; "
-                "`lattice.seed_index(site, chunk)` finds one"
+                f"seed {command.seed!r} does not exist; seeds are 0..{layout.num_seeds - 1}; "
+                "`layout.seed_index(site, chunk)` finds one"
             )
         rows[0, column], rows[1, column] = command.seed, command.kind
         if command.blueprint is not None:
-            if command.blueprint not in lattice.names:
+            if command.blueprint not in layout.names:
                 raise UnknownNameError(
                     "blueprint",
                     command.blueprint,
-                    lattice.names,
-                    "give it to `lattice(blueprints=...)` so that it has a bank",
+                    layout.names,
+                    "give it to `layout(blueprints=...)` so that it has a bank",
                 )
-            rows[2, column] = lattice.blueprint_index(command.blueprint)
+            rows[2, column] = layout.blueprint_index(command.blueprint)
         if command.graft is not None:
             if command.graft not in grafts:
                 raise UnknownNameError(
@@ -287,7 +287,7 @@ def _check(commands: object) -> None:
         if not isinstance(command.seed, Integral) or isinstance(command.seed, bool):
             raise CommandError(
                 f"a command's seed must be an int, got {command.seed!r}; "
-                "`lattice.seed_index(site, chunk)` finds it"
+                "`layout.seed_index(site, chunk)` finds it"
             )
 
 

@@ -8,7 +8,7 @@
     │   ├── MissingDataError      (also FileNotFoundError)
     │   └── CorruptDataError      (also ValueError)
     ├── UnknownNameError          (also ValueError)
-    ├── LatticeError              (also ValueError)
+    ├── LayoutError              (also ValueError)
     ├── CommandError              (also ValueError)
     ├── RunFolderError            (also ValueError)
     ├── CheckpointError           (also ValueError)
@@ -102,7 +102,7 @@ class UnknownNameError(EsperError, ValueError):
         )
 
 
-class LatticeError(EsperError, ValueError):
+class LayoutError(EsperError, ValueError):
     """Sites, blueprints and capacity do not fit together, or not to the model."""
 
 

@@ -30,7 +30,7 @@ class Evidence(NamedTuple):
     loss: Float32[Array, ""]
     track: LossTrack
     drift: Float32[Array, "S"]
-    """`|change of the body| / |body|`, 0 of a body that is zero."""
+    """`|change of the adapter| / |adapter|`, 0 of an adapter that is zero."""
 
 
 class Verdict(NamedTuple):
@@ -94,7 +94,7 @@ def standard(
     `best + (max_ratio - 1) |best| + NOISE_DEVIATIONS noise` for `patience` steps in a row, orders a
     roll-back and quarantines every seed that acts but is not a fossil. `best` is the best slow
     average (losses may be negative) and `noise` the loss's standard deviation then, without which
-    a loss near zero would raise alarms by its noise alone. A body that changes by more than
+    a loss near zero would raise alarms by its noise alone. An adapter that changes by more than
     `max_drift` times its own size in one step is quarantined alone, but not for its first
     `lifecycle.FAST_STEPS` steps. After an alarm nothing germinates for `veto_steps`; after a
     divergence the best loss is learned anew from then on.
@@ -102,7 +102,7 @@ def standard(
     Args:
       max_ratio: of the loss, above 1.
       patience: steps.
-      max_drift: relative change of one body in one step.
+      max_drift: relative change of one adapter in one step.
       veto_steps: steps.
     """
     check_numbers(max_ratio=max_ratio, max_drift=max_drift)

@@ -1,4 +1,4 @@
-"""Optax transformations for a host and its bodies."""
+"""Optax transformations for a host and its adapters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import optax
 
 from esper_fn._arguments import described
 from esper_fn._control import once_if
-from esper_fn._lattice import select_slots
+from esper_fn._layout import select_slots
 from esper_fn._leaves import check_leaves, join, learns, like, part
 from esper_fn._schedules import Clock, schedules, set_clock
-from esper_fn._typing import Array, Bodies, Bool, Int32, Params
+from esper_fn._typing import Adapters, Array, Bool, Int32, Params
 
 
 class Slots(NamedTuple):
     """What an optimiser must know of a bank's slots."""
 
-    num_births: Int32[Array, "P"]
-    """Bodies born there so far: where it rose, the optimiser state starts afresh."""
+    generation: Int32[Array, "P"]
+    """Adapters born there so far: where it rose, the optimiser state starts afresh."""
     learns: Bool[Array, "P"]
     """Receives updates; the others stand still, optimiser state included."""
 
@@ -32,156 +32,157 @@ class _Remedy(type):
 
     def __repr__(cls) -> str:
         return (
-            "gradients of bodies, which only an optimiser from ef.optim.per_body takes: a plain "
-            "Optax transformation hands the moments of a dead body to a newborn one (sum them up "
-            "from `jax.tree.map(jnp.zeros_like, gradients)`; `dict(gradients[1])` is a plain tree)"
+            "gradients of adapters, which only an optimiser from ef.optim.per_adapter takes: a "
+            "plain Optax transformation hands the moments of a dead adapter to a newborn one (sum "
+            "them up from `jax.tree.map(jnp.zeros_like, gradients)`; `dict(gradients[1])` is "
+            "a plain tree)"
         )
 
 
-class BodyGradients(dict[str, Any], metaclass=_Remedy):
-    """What `Growth.value_and_grad` returns for the bodies: site -> blueprint -> `[P, ...]`.
+class AdapterGradients(dict[str, Any], metaclass=_Remedy):
+    """What `Growth.value_and_grad` returns for the adapters: site -> blueprint -> `[P, ...]`.
 
-    A dictionary, but to JAX another kind of tree than the bodies themselves: so a plain Optax
-    transformation refuses them, whose state would outlive the bodies.
+    A dictionary, but to JAX another kind of tree than the adapters themselves: so a plain Optax
+    transformation refuses them, whose state would outlive the adapters.
     """
 
 
 jax.tree_util.register_pytree_with_keys(
-    BodyGradients,
+    AdapterGradients,
     lambda tree: (
         [(jax.tree_util.DictKey(name), tree[name]) for name in sorted(tree)],
         tuple(sorted(tree)),
     ),
-    lambda names, leaves: BodyGradients(zip(names, leaves, strict=True)),
+    lambda names, leaves: AdapterGradients(zip(names, leaves, strict=True)),
 )
 
 
-class PerBodyState(NamedTuple):
-    """Optimiser state of the host, and of every body on its own."""
+class PerAdapterState(NamedTuple):
+    """Optimiser state of the host, and of every adapter on its own."""
 
     host: optax.OptState
-    bodies: Mapping[str, Mapping[str, optax.OptState]]
+    adapters: Mapping[str, Mapping[str, optax.OptState]]
     num_updates: Int32[Array, ""]
-    """Of the run so far: the clock of the bodies' schedules."""
-    num_births: Mapping[str, Mapping[str, Int32[Array, "P"]]]
-    """`Slots.num_births` at the last update: which body each state belongs to."""
+    """Of the run so far: the clock of the adapters' schedules."""
+    generation: Mapping[str, Mapping[str, Int32[Array, "P"]]]
+    """`Slots.generation` at the last update: which adapter each state belongs to."""
 
 
-class PerBody(NamedTuple):
-    """`(init, update)` over `(host parameters, bodies)`."""
+class PerAdapter(NamedTuple):
+    """`(init, update)` over `(host parameters, adapters)`."""
 
     init: Any
     update: Any
 
 
-def per_body(
+def per_adapter(
     host: optax.GradientTransformation,
-    bodies: optax.GradientTransformation | None = None,
+    adapters: optax.GradientTransformation | None = None,
     *,
     schedule: Literal["run", "age"] = "run",
-) -> PerBody:
-    """One optimiser for the host, and one of its own for every body.
+) -> PerAdapter:
+    """One optimiser for the host, and one of its own for every adapter.
 
-    The bodies' transformation is mapped over the slots, so each body has its own moments, its own
-    step count (Adam's bias correction is right for a body born at step 10,000), and its own norm
-    where gradients are clipped. Its learning rate and other schedules follow the run: whenever it
-    is born, a body learns at the rate that the host's schedule has reached. A slot that got a new
-    body starts from `init`; a slot that does not learn receives an update of zero, weight decay
-    included, and keeps its state.
+    The adapters' transformation is mapped over the slots, so each adapter has its own moments, its
+    own step count (Adam's bias correction is right for an adapter born at step 10,000), and its own
+    norm where gradients are clipped. Its learning rate and other schedules follow the run: whenever
+    it is born, an adapter learns at the rate that the host's schedule has reached. A slot that got
+    a new adapter starts from `init`; a slot that does not learn receives an update of zero, weight
+    decay included, and keeps its state.
 
     Leaves of the host that are no floating numbers (counts, flags, random keys) stay as they are;
     where there are random keys, add updates by `optim.apply_updates` instead of Optax's.
 
     Args:
       host: for the host's parameters.
-      bodies: for each body; `host` when left out, which then may hold no tree of labels or masks: a
-        body is another tree. One that draws random numbers from a key in its
-        state draws the same ones for every body.
-      schedule: `run`: schedules count the updates of the run. Where `bodies` is left out, bodies
-        also take over the host's hyperparameters (`optax.inject_hyperparams`) and its
+      adapters: for each adapter; `host` when left out, which then may hold no tree of labels or
+        masks: an adapter is another tree. One that draws random numbers from a key in its state
+        draws the same ones for every adapter.
+      schedule: `run`: schedules count the updates of the run. Where `adapters` is left out,
+        adapters also take over the host's hyperparameters (`optax.inject_hyperparams`) and its
         `reduce_on_plateau`; a transformation of their own counts every call, also inside an
-        `optax.MultiSteps`. `age`: they count the updates of the body.
+        `optax.MultiSteps`. `age`: they count the updates of the adapter.
 
     Returns:
-      `init((params, bodies))` and
-      `update((d_params, d_bodies), state, (params, bodies), slots=...)`, with `slots` from
-      `Growth.slots`, which returns `((host updates, body updates), state)` for
+      `init((params, adapters))` and
+      `update((d_params, d_adapters), state, (params, adapters), slots=...)`, with `slots` from
+      `Growth.slots`, which returns `((host updates, adapter updates), state)` for
       `optim.apply_updates` or Optax's. Further keywords (`value=loss`, say) go to both
-      transformations; of the pair `grad=(d_params, d_bodies)` and of `value_fn=`, a function of the
-      pair of parameters, each gets its own part, and a body no `value_fn`. Both raise `TypeError`
-      for anything but these, and `init` `ValueError` for a host's transformation that does not fit
-      a body.
+      transformations; of the pair `grad=(d_params, d_adapters)` and of `value_fn=`, a function of
+      the pair of parameters, each gets its own part, and an adapter no `value_fn`. Both raise
+      `TypeError` for anything but these, and `init` `ValueError` for a host's transformation that
+      does not fit an adapter.
 
     Raises:
       TypeError: one of them is no transformation, a factory that was not called for instance.
 
-    >>> optimizer = per_body(optax.adamw(1e-3))
+    >>> optimizer = per_adapter(optax.adamw(1e-3))
     """
     if schedule not in ("run", "age"):
         raise ValueError(f'schedule must be "run" or "age", got {schedule!r}')
-    for name, value in (("host", host), ("bodies", bodies)):
-        is_none = value is None and name == "bodies"
-        if not is_none and (isinstance(value, PerBody) or not _is_transformation(value)):
+    for name, value in (("host", host), ("adapters", adapters)):
+        is_none = value is None and name == "adapters"
+        if not is_none and (isinstance(value, PerAdapter) or not _is_transformation(value)):
             raise TypeError(
                 f"{name} must be an Optax transformation, got {described(value)}; "
                 f"`{name}=optax.adam(1e-3)` for instance"
             )
     of_host = optax.with_extra_args_support(host)
-    of_body = optax.with_extra_args_support(host if bodies is None else bodies)
+    of_adapter = optax.with_extra_args_support(host if adapters is None else adapters)
 
     def begin(site: str, name: str, bank: Params) -> optax.OptState:
         try:
-            return jax.vmap(of_body.init)(bank)
+            return jax.vmap(of_adapter.init)(bank)
         except Exception as error:
-            if bodies is not None:
+            if adapters is not None:
                 raise
             raise ValueError(
-                f"the host's transformation does not fit the bodies {name!r} of site {site!r}, "
+                f"the host's transformation does not fit the adapters {name!r} of site {site!r}, "
                 f"which are {jax.tree.structure(bank)}; trees of labels and masks fit one tree "
-                "only: give them as functions of the parameters, or give the bodies their own "
-                "transformation, `per_body(host, bodies=optax.adam(1e-3))`"
+                "only: give them as functions of the parameters, or give the adapters their own "
+                "transformation, `per_adapter(host, adapters=optax.adam(1e-3))`"
             ) from error
 
-    def init(params: tuple[Params, Bodies]) -> PerBodyState:
-        _check_pair("init", params, f"{_PARAMS}: `optimizer.init((params, state.bodies))`")
+    def init(params: tuple[Params, Adapters]) -> PerAdapterState:
+        _check_pair("init", params, f"{_PARAMS}: `optimizer.init((params, state.adapters))`")
         host_params, banks = params
         check_leaves("params", host_params)
-        state = PerBodyState(
+        state = PerAdapterState(
             host=of_host.init(_learning(host_params)),
-            bodies={
+            adapters={
                 site: {name: begin(site, name, bank) for name, bank in at_site.items()}
                 for site, at_site in _with_parameters(banks).items()
             },
             num_updates=jnp.int32(0),
-            num_births={
+            generation={
                 site: {name: _no_births(bank) for name, bank in at_site.items()}
                 for site, at_site in _with_parameters(banks).items()
             },
         )
         # Some transformations keep the parameters themselves; a step may donate both.
-        own: PerBodyState = jax.tree.map(jnp.copy, state)
+        own: PerAdapterState = jax.tree.map(jnp.copy, state)
         return own
 
     def update(
-        gradients: tuple[Params, Bodies],
-        state: PerBodyState,
-        params: tuple[Params, Bodies] | None = None,
+        gradients: tuple[Params, Adapters],
+        state: PerAdapterState,
+        params: tuple[Params, Adapters] | None = None,
         *,
         slots: Mapping[str, Mapping[str, Slots]] | None = None,
         **extra: Any,
-    ) -> tuple[tuple[Params, Bodies], PerBodyState]:
+    ) -> tuple[tuple[Params, Adapters], PerAdapterState]:
         both, known = _checked_update(gradients, state, params, slots)
         d_host, d_banks = gradients[0], dict(gradients[1])
         banks = both[1]
         if schedule == "age":
             clock = None
         else:
-            clock = Clock(state.num_updates, schedules(state.host) if bodies is None else None)
+            clock = Clock(state.num_updates, schedules(state.host) if adapters is None else None)
         host_updates, host_state = _update_host(of_host, (d_host, d_banks), state.host, both, extra)
         of_banks = _with_parameters(banks)
         is_new = {
             site: {
-                name: known[site][name].num_births != state.num_births[site][name]
+                name: known[site][name].generation != state.generation[site][name]
                 for name in at_site
             }
             for site, at_site in of_banks.items()
@@ -192,13 +193,13 @@ def per_body(
             for name in at_site
         ]
 
-        def step(carry: tuple[Bodies, Any]) -> tuple[Bodies, Any]:
+        def step(carry: tuple[Adapters, Any]) -> tuple[Adapters, Any]:
             updates = {site: dict(at_site) for site, at_site in carry[0].items()}
             states: dict[str, dict[str, Any]] = {site: {} for site in of_banks}
             for site, at_site in of_banks.items():
                 for name, bank in at_site.items():
                     updates[site][name], states[site][name] = _update_bank(
-                        of_body,
+                        of_adapter,
                         d_banks[site][name],
                         carry[1][site][name],
                         bank,
@@ -209,34 +210,34 @@ def per_body(
                     )
             return updates, states
 
-        updates, states = d_banks, state.bodies
+        updates, states = d_banks, state.adapters
         if is_any:
-            shapes = jax.eval_shape(step, (d_banks, state.bodies))[0]
+            shapes = jax.eval_shape(step, (d_banks, state.adapters))[0]
             still = jax.tree.map(lambda g, s: jnp.zeros_like(g, dtype=s.dtype), d_banks, shapes)
-            updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.bodies))
-        after = PerBodyState(
+            updates, states = once_if(jnp.any(jnp.stack(is_any)), step, (still, state.adapters))
+        after = PerAdapterState(
             host=host_state,
-            bodies=states,
+            adapters=states,
             num_updates=state.num_updates + jnp.int32(1),
-            num_births={
-                site: {name: known[site][name].num_births for name in at_site}
+            generation={
+                site: {name: known[site][name].generation for name in at_site}
                 for site, at_site in of_banks.items()
             },
         )
         return (host_updates, updates), after
 
-    return PerBody(init=init, update=update)
+    return PerAdapter(init=init, update=update)
 
 
-_PARAMS = "the pair (host parameters, bodies)"
+_PARAMS = "the pair (host parameters, adapters)"
 _UPDATE = (
-    "`optimizer.update(gradients, opt_state, (params, state.bodies), slots=growth.slots(state))`, "
-    "of the state before `growth.update`"
+    "`optimizer.update(gradients, opt_state, (params, state.adapters), slots=growth.slots(state))`"
+    ", of the state before `growth.update`"
 )
 
 
 def _check_pair(call: str, pair: Any, wanted: str) -> None:
-    """Raises `TypeError` unless something is a pair of a host's part and the bodies'."""
+    """Raises `TypeError` unless something is a pair of a host's part and the adapters'."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"{call} takes {wanted}, got {type(pair).__name__}")
     for name, at_site in pair[1].items() if isinstance(pair[1], Mapping) else [("", pair[1])]:
@@ -252,20 +253,20 @@ def _checked_update(gradients: Any, state: Any, params: Any, slots: Any) -> tupl
     """Parameters and slots; raises `TypeError` for what `update` cannot be called with."""
     if slots is None:
         raise TypeError(
-            f"update needs to know which bodies are new and which learn: {_UPDATE}; a wrapper "
-            "around per_body (`optax.chain`, `optax.apply_if_finite`, ...) hands no slots on: put "
-            "it inside, as `per_body(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`"
+            f"update needs to know which adapters are new and which learn: {_UPDATE}; a wrapper "
+            "around per_adapter (`optax.chain`, `optax.apply_if_finite`, ...) hands no slots on: "
+            "put it inside, as `per_adapter(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`"
         )
     _check_pair(
         "update",
         gradients,
-        "the pair of gradients (d params, d bodies) that `growth.value_and_grad(loss_fn)` returns",
+        "the pair of gradients (d params, d adapters) of `growth.value_and_grad(loss_fn)`",
     )
     _check_pair("update", params, f"{_PARAMS} third: {_UPDATE}")
-    if not isinstance(state, PerBodyState):
+    if not isinstance(state, PerAdapterState):
         raise TypeError(
             "update takes the state of this optimiser second, from `optimizer.init((params, "
-            f"state.bodies))`, got {described(state)}"
+            f"state.adapters))`, got {described(state)}"
         )
     for site, at_site in _with_parameters(params[1]).items():
         for name in at_site:
@@ -288,7 +289,7 @@ def apply_updates(params: Params, updates: Params) -> Params:
     added to a key.
 
     Args:
-      params: any tree of arrays and numbers, `(params, state.bodies)` for instance.
+      params: any tree of arrays and numbers, `(params, state.adapters)` for instance.
       updates: of an optimiser, the same tree; what it holds for leaves that are not learned is not
         read.
 
@@ -306,18 +307,18 @@ def apply_updates(params: Params, updates: Params) -> Params:
 
 def check_optimizer(optimizer: Any, opt_state: Any = None) -> None:
     """Raises `TypeError` for an optimiser that knows nothing of births; with its state, if any."""
-    remedy = "use `ef.optim.per_body(optax.adam(1e-3))`"
+    remedy = "use `ef.optim.per_adapter(optax.adam(1e-3))`"
     if not _is_transformation(optimizer):
         raise TypeError(
-            f"optimizer must be from optim.per_body, got {described(optimizer)}; {remedy}"
+            f"optimizer must be from optim.per_adapter, got {described(optimizer)}; {remedy}"
         )
     if opt_state is None or not isinstance(optimizer, optax.GradientTransformation):
         return
-    parts = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, PerBodyState))
-    if not any(isinstance(leaf, PerBodyState) for leaf in parts):
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, PerAdapterState))
+    if not any(isinstance(leaf, PerAdapterState) for leaf in parts):
         raise TypeError(
-            "optimizer must be from optim.per_body, got an Optax transformation, under which a "
-            f"newborn body inherits the moments of a dead one; {remedy}"
+            "optimizer must be from optim.per_adapter, got an Optax transformation, under which a "
+            f"newborn adapter inherits the moments of a dead one; {remedy}"
         )
 
 
@@ -333,9 +334,9 @@ def _learning(params: Params) -> Params:
 
 def _update_host(
     of_host: optax.GradientTransformationExtraArgs,
-    gradients: tuple[Params, Bodies],
+    gradients: tuple[Params, Adapters],
     state: optax.OptState,
-    params: tuple[Params, Bodies],
+    params: tuple[Params, Adapters],
     extra: Mapping[str, Any],
 ) -> tuple[Params, optax.OptState]:
     host, banks = params
@@ -357,7 +358,7 @@ def _no_update(leaf: Any) -> Any:
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0) if is_key else jnp.zeros_like(leaf)
 
 
-def _of_one_body(extra: Mapping[str, Any], gradient: Params) -> dict[str, Any]:
+def _of_one_adapter(extra: Mapping[str, Any], gradient: Params) -> dict[str, Any]:
     own = dict(extra)
     if "grad" in own:
         own["grad"] = gradient
@@ -368,9 +369,9 @@ def _of_one_body(extra: Mapping[str, Any], gradient: Params) -> dict[str, Any]:
 
 def _no_search(params: Params) -> Array:
     raise TypeError(
-        "a body's transformation asks for the loss at other parameters (`value_fn`), as a line "
-        "search does, and a body has no loss of its own; give the bodies another one, "
-        "`per_body(host, bodies=optax.adam(1e-3))`"
+        "an adapter's transformation asks for the loss at other parameters (`value_fn`), as a line "
+        "search does, and an adapter has no loss of its own; give the adapters another one, "
+        "`per_adapter(host, adapters=optax.adam(1e-3))`"
     )
 
 
@@ -378,7 +379,7 @@ def _no_births(bank: Params) -> Int32[Array, "P"]:
     return jnp.zeros(jax.tree.leaves(bank)[0].shape[:1], jnp.int32)
 
 
-def _with_parameters(banks: Bodies) -> dict[str, dict[str, Params]]:
+def _with_parameters(banks: Adapters) -> dict[str, dict[str, Params]]:
     """The banks whose blueprint has parameters at all."""
     return {
         site: {name: bank for name, bank in at_site.items() if jax.tree.leaves(bank)}
@@ -387,7 +388,7 @@ def _with_parameters(banks: Bodies) -> dict[str, dict[str, Params]]:
 
 
 def _update_bank(
-    of_body: optax.GradientTransformationExtraArgs,
+    of_adapter: optax.GradientTransformationExtraArgs,
     gradients: Params,
     state: optax.OptState,
     bank: Params,
@@ -399,11 +400,11 @@ def _update_bank(
     def choose(mask: Array, first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: select_slots(mask, a, b), first, second)
 
-    state = choose(is_new, jax.vmap(of_body.init)(bank), state)
+    state = choose(is_new, jax.vmap(of_adapter.init)(bank), state)
     timed = state if clock is None else set_clock(state, clock)
-    updates, moved = jax.vmap(lambda g, s, p: of_body.update(g, s, p, **_of_one_body(extra, g)))(
-        gradients, timed, bank
-    )
+    updates, moved = jax.vmap(
+        lambda g, s, p: of_adapter.update(g, s, p, **_of_one_adapter(extra, g))
+    )(gradients, timed, bank)
     # In the dtypes that `init` chose, whatever the gradients' are: a step must not change them.
     moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
     still = jax.tree.map(jnp.zeros_like, updates)

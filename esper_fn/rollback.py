@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from esper_fn._control import once_if
 from esper_fn._growth import Growth, GrowthState, forget
-from esper_fn._lattice import per_slot_tree, select_slots
-from esper_fn._typing import Array, Bodies, Int32, Params
+from esper_fn._layout import per_slot_tree, select_slots
+from esper_fn._typing import Adapters, Array, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import LossTrack
 
@@ -23,10 +23,10 @@ class Snapshot(NamedTuple):
 
     params: Params
     opt_state: Any
-    bodies: Bodies
+    adapters: Adapters
     loss: LossTrack
-    num_births: Int32[Array, "Q"]
-    """Bodies that were born in each slot by then; never restored."""
+    generation: Int32[Array, "Q"]
+    """Adapters that were born in each slot by then; never restored."""
 
 
 class Anchor(NamedTuple):
@@ -51,7 +51,7 @@ class Anchor(NamedTuple):
     @property
     def num_snapshots(self) -> int:
         """H, static."""
-        return int(self.snapshots.num_births.shape[-2])
+        return int(self.snapshots.generation.shape[-2])
 
 
 def anchor(
@@ -71,8 +71,8 @@ def anchor(
     the oldest is left, which stays. With H = 2 that is the case after the first; with H = 1 the
     newest snapshot is all there is.
 
-    The memory is H times that of parameters, optimiser state and bodies: with Adam and H = 3, nine
-    times the parameters' own. A step copies nothing of it; every `every` steps one snapshot is
+    The memory is H times that of parameters, optimiser state and adapters: with Adam and H = 3,
+    nine times the parameters' own. A step copies nothing of it; every `every` steps one snapshot is
     written in place.
 
     Args:
@@ -108,9 +108,9 @@ def snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapshot:
     return Snapshot(
         params=params,
         opt_state=opt_state,
-        bodies=state.bodies,
+        adapters=state.adapters,
         loss=state.loss,
-        num_births=state.num_births,
+        generation=state.generation,
     )
 
 
@@ -124,9 +124,9 @@ def guard(
 ) -> tuple[Params, Any, GrowthState, Anchor]:
     """Restores what the verdict wants restored, and renews the anchor in calm times.
 
-    Host parameters, optimiser state, bodies and loss averages go back together. Seeds keep their
-    stages, which follow the table alone: those the verdict quarantines are ROLLED_BACK already. A
-    body born after the snapshot keeps its parameters and starts with fresh optimiser state.
+    Host parameters, optimiser state, adapters and loss averages go back together. Seeds keep their
+    stages, which follow the table alone: those the verdict quarantines are ROLLED_BACK already. An
+    adapter born after the snapshot keeps its parameters and starts with fresh optimiser state.
 
     Args:
       growth: the static part.
@@ -163,25 +163,25 @@ def guard(
         old = jax.tree.map(
             lambda kept: jax.lax.dynamic_index_in_dim(kept, restored, 0, keepdims=False), ring
         )
-        young = per_slot_tree(growth.lattice, now.num_births != old.num_births)
-        bodies = {
+        young = per_slot_tree(growth.layout, now.generation != old.generation)
+        adapters = {
             site: {
                 name: jax.tree.map(
                     lambda new, kept, of=young[site][name]: select_slots(of, new, kept),
                     bank,
-                    old.bodies[site][name],
+                    old.adapters[site][name],
                 )
                 for name, bank in at_site.items()
             }
-            for site, at_site in now.bodies.items()
+            for site, at_site in now.adapters.items()
         }
-        return old._replace(bodies=bodies, num_births=now.num_births)
+        return old._replace(adapters=adapters, generation=now.generation)
 
     chosen = once_if(goes_back, go_back, now)
     memory = state.memory
     if memory is not None:
         memory = forget(memory, goes_back)
-    state = state._replace(bodies=chosen.bodies, loss=chosen.loss, memory=memory)
+    state = state._replace(adapters=chosen.adapters, loss=chosen.loss, memory=memory)
     held = Anchor(
         snapshots=ring,
         newest=jnp.where(goes_back, restored, jnp.where(is_due, into, held.newest)),

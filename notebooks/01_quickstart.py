@@ -127,58 +127,59 @@ growing = GrowingClassifier(nnx.Rngs(0))
 structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
 
 # %% [markdown]
-# **What.** `ef.discover` runs the model in the abstract and finds the sites. The lattice puts
+# **What.** `ef.discover_sites` runs the model in the abstract and finds the sites. The layout puts
 # together sites, **blueprints** (the kinds of small network that may grow; here 8 hidden units),
-# and the room for live **bodies** (networks made from a blueprint). Memory follows this capacity.
+# and the room for live **adapters** (networks made from a blueprint). Memory follows this capacity.
 #
 # **When.** A policy asks for growth. The default one asks in the first step, wherever a survey (see
 # below) promises at least a third of the best, and again every hundred steps as long as it pays.
-# When and for how long a body is tried and measured is for the settings to say; all have defaults.
+# When and for how long an adapter is tried and measured is for the settings to say; all have
+# defaults.
 
 # %%
-sites = ef.discover(growing, train_x[:1])
-lattice = ef.lattice(
+sites = ef.discover_sites(growing, train_x[:1])
+layout = ef.layout(
     sites=sites,
     blueprints={"units": ef.blueprints.bottleneck(width=8, activation="gelu")},
     capacity=2,
 )
 growth = ef.growth(
-    lattice,
-    bodies_at_once=None,  # one compiled variant: quick to compile, and small bodies cost little anyway
+    layout,
+    adapters_at_once=None,  # one compiled variant: quick to compile, and small adapters cost little anyway
 )
-optimizer = ef.optim.per_body(adam)  # the host's Adam, and one of its own for every body
+optimizer = ef.optim.per_adapter(adam)  # the host's Adam, and one of its own for every adapter
 
 for site in sites:
     print(f"{site.name:7} {site.chunks} seeds over {site.features} features")
 
 # %% [markdown]
 # **The step.** The loss function gets `seeds` as a second argument and puts them in scope around
-# the model. In the step, four calls take the place of three. Seeds, bodies, policy and random keys
-# are one pytree, `state`, which goes in and comes out like the optimiser's.
+# the model. In the step, four calls take the place of three. Seeds, adapters, policy and random
+# keys are one pytree, `state`, which goes in and comes out like the optimiser's.
 
 
 # %%
 def loss_fn(params, seeds, batch):
     x, y = batch
-    with ef.using(seeds):
+    with ef.use_seeds(seeds):
         logits = nnx.merge(structure, params)(x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 @jax.jit
 def step(params, state, opt_state, batch, commands):
-    loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, batch)
+    loss, grads, statistics = growth.value_and_grad(loss_fn)(params, state, batch)
     updates, opt_state = optimizer.update(
-        grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+        grads, opt_state, (params, state.adapters), slots=growth.slots(state)
     )
-    params, bodies = optax.apply_updates((params, state.bodies), updates)
-    state, info = growth.update(state, bodies, readings, loss, commands)
+    params, adapters = optax.apply_updates((params, state.adapters), updates)
+    state, info = growth.update(state, adapters, statistics, loss, commands)
     return params, state, opt_state, info
 
 
 @jax.jit
 def accuracy(params, seeds):
-    with ef.using(seeds):
+    with ef.use_seeds(seeds):
         return jnp.mean(nnx.merge(structure, params)(test_x).argmax(-1) == test_y)
 
 
@@ -186,9 +187,9 @@ survey = jax.jit(growth.survey(loss_fn))
 
 # %% [markdown]
 # **Where would it pay?** Now and then a **survey** on held-out data scores, from gradients alone,
-# how much something growing at each seed could help (its *potential*). For bodies that are on trial
-# it also measures by how much the loss would rise without them (their *contribution*). The first
-# survey already finds the mistake:
+# how much something growing at each seed could help (its *potential*). For adapters that are on
+# trial it also measures by how much the loss would rise without them (their *contribution*). The
+# first survey already finds the mistake:
 
 # %%
 state = growth.init(jax.random.key(0))
@@ -226,7 +227,7 @@ def train(params, state, opt_state, order, commands=nothing):
 
 
 order = ef.data.batch_indices(train_x, train_y, batch_size=64, num_steps=600, seed=1)
-opt_state = optimizer.init((host, state.bodies))
+opt_state = optimizer.init((host, state.adapters))
 train(host, state, opt_state, order[:1])
 before = accuracy(host, growth.seeds(state))
 
@@ -237,7 +238,7 @@ print(f"test accuracy: {before:.1%} before, {after:.1%} after")
 print(f"programs compiled while it grew: {count.num_compiled}")
 
 # %% [markdown]
-# Bodies were born, let in, measured and kept, and no program was compiled anew: whether a seed
+# Adapters were born, let in, measured and kept, and no program was compiled anew: whether a seed
 # sleeps or acts is data, not structure.
 #
 # **What happened?** Every change of a seed is an event, with its cause and what was measured.
@@ -254,7 +255,7 @@ for event in events:
 # %% [markdown]
 # Read one life from top to bottom:
 #
-# | stage | what the body does |
+# | stage | what the adapter does |
 # |---|---|
 # | dormant | there is none; the seed only watches |
 # | germinated | newborn; its output is zero, so the host computes what it computed before |
@@ -262,17 +263,18 @@ for event in events:
 # | stabilization | acts and learns until the loss has settled, but not for ever |
 # | evaluating | is measured: is the held-out loss higher without it? |
 # | fine-tuning | measured again, before the decision |
-# | fossilized | kept for good, and learns on with the host; or **culled**, that is removed, where it did not help |
+# | fossilized | kept for good, and learns on with the host; or **culled**, that is removed, where
+# it did not help |
 #
-# A body that acts gets its exact gradient, as if it had been part of the network from the start.
-# With `ef.lifecycle.settings(train_first=True)` it passes one stage more, *training*: it learns
-# behind the host, which does not change by a single bit until the body is grafted.
+# An adapter that acts gets its exact gradient, as if it had been part of the network from the
+# start. With `ef.lifecycle.settings(train_first=True)` it passes one stage more, *training*: it
+# learns behind the host, which does not change by a single bit until the adapter is grafted.
 #
 # A cause says who moved the seed: a rule of the policy, a command, the gate that opened last, or
 # the dwell limit, because no stage may last for ever. A single seed can be read at any time:
 
 # %%
-growth.seed(state, lattice.seed_index("middle", chunk=0))
+growth.seed(state, layout.seed_index("middle", chunk=0))
 
 # %% [markdown]
 # ## 3. The ready loop, with pictures
@@ -296,7 +298,7 @@ def record_host(segment):
             "arm": "host",
             "step": segment.first_step + segment.num_steps,
             "loss": segment.losses.mean(),
-            "test_accuracy": accuracy(segment.state, ef.BareSeeds()),
+            "test_accuracy": accuracy(segment.state, ef.NoSeeds()),
             "parameters": host_size,
         }
     )
@@ -334,13 +336,13 @@ grown = ef.runtime.fit(
     survey_batch=held_out,
     listener=record_grown,
 )
-folder.finish({"steps": 600, "seeds_total": lattice.num_seeds, "task": data.task})
+folder.finish({"steps": 600, "seeds_total": layout.num_seeds, "task": data.task})
 run = ef.report.read(folder.path)
 print(f"programs compiled after the first segment: {grown.num_compiled}")
 
 # %% [markdown]
 # The life of every seed that woke up. Each row is a seed, each colour a stage. Up to the day it is
-# fossilized, a body can be taken out again.
+# fossilized, an adapter can be taken out again.
 
 # %%
 ef.report.figures.stage_map(run)
@@ -362,11 +364,11 @@ ef.report.figures.accuracy_curves(run)
 # ## 4. Asking by hand
 #
 # A policy is only one way to ask; you are another. Commands are arrays of a fixed size that enter
-# the same compiled step. We go on with the network of section 2 and ask for a body where the survey
-# saw little to gain.
+# the same compiled step. We go on with the network of section 2 and ask for an adapter where the
+# survey saw little to gain.
 
 # %%
-seed = lattice.seed_index("hidden", chunk=0)
+seed = layout.seed_index("hidden", chunk=0)
 germinate = growth.commands([ef.commands.germinate(seed, "units")])
 
 params, state, opt_state, infos = train(params, state, opt_state, order[:20], germinate)
@@ -396,9 +398,9 @@ ask(cull)
 
 # %% [markdown]
 # **Tuning a gate.** The thresholds between the stages are arrays in the state as well, so they can
-# be replaced while everything runs. By default a body waits 20 to 150 steps for the loss to settle;
-# from here on, 5 to 10. Then it is on trial, and may be culled. Asking for another one in its place
-# is refused again: a culled seed rests for a while before it may germinate.
+# be replaced while everything runs. By default an adapter waits 20 to 150 steps for the loss to
+# settle; from here on, 5 to 10. Then it is on trial, and may be culled. Asking for another one in
+# its place is refused again: a culled seed rests for a while before it may germinate.
 
 # %%
 stay = ef.Stage.STABILIZATION
@@ -429,7 +431,7 @@ ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metric
 # %% [markdown]
 # Read all the bars. Growth repairs the host, nearly to the accuracy of the network that was well
 # shaped from the start. Chance now and then hits the right place too, and often does not. Growing
-# evenly in every layer comes close here, as a job of four bodies has room for one in the narrow
+# evenly in every layer comes close here, as a job of four adapters has room for one in the narrow
 # layer; four repeats are too few to tell the two apart. So **growth is for a network you are given
 # (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not a way
 # to beat a network whose size you can simply choose.**

@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Growing a PyTorch model that you already have
 #
-# Your model is an `nn.Module` and your loop is your own. `torch_bridge.grow` puts *seeds* after some
-# of the model's modules; one line in the loop, `bridge.step(loss)`, lets them live. While nothing
-# grows, outputs and gradients are those of the bare model, bit for bit.
+# Your model is an `nn.Module` and your loop is your own. `torch_bridge.grow` puts *seeds* after
+# some of the model's modules; one line in the loop, `bridge.step(loss)`, lets them live. While
+# nothing grows, outputs and gradients are those of the bare model, bit for bit.
 #
 # Two models: a small convolutional network on Fashion-MNIST in a plain loop, and a sized-down GPT-2
-# of `transformers`, randomly initialised, on tiny Shakespeare, in the Hugging Face `Trainer`. It runs
-# on a laptop CPU in a minute or two.
+# of `transformers`, randomly initialised, on tiny Shakespeare, in the Hugging Face `Trainer`. It
+# runs on a laptop CPU in a minute or two.
 
 # %%
 # %matplotlib inline
@@ -54,8 +54,8 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1. A convolutional network
 #
-# The data are never downloaded: put the published files of Fashion-MNIST where `$ESPER_DATA` points.
-# Without them this notebook goes on with scikit-learn's 8 x 8 digits, and says so.
+# The data are never downloaded: put the published files of Fashion-MNIST where `$ESPER_DATA`
+# points. Without them this notebook goes on with scikit-learn's 8 x 8 digits, and says so.
 
 # %%
 try:
@@ -116,10 +116,10 @@ for rows in batches(num_steps=300, seed=0):
 print(f"after 300 steps: {accuracy(host):.1%} of the test images are right")
 
 # %% [markdown]
-# **Where, what, when.** `targets` names modules as PEFT does: names or ends of names, patterns, classes.
-# The output of each is cut into chunks along its features (the channels of a convolution), with a seed
-# each. `blueprints` says what may grow there; the policy, when. Make the optimiser afterwards: bodies
-# are parameters of the model.
+# **Where, what, when.** `targets` names modules as PEFT does: names or ends of names, patterns,
+# classes. The output of each is cut into chunks along its features (the channels of a convolution),
+# with a seed each. `blueprints` says what may grow there; the policy, when. Make the optimiser
+# afterwards: adapters are parameters of the model.
 
 # %%
 model = copy.deepcopy(host)
@@ -137,8 +137,8 @@ same = torch.equal(model(test_x), host(test_x))
 print("bit for bit the host's output while nothing lives:", same)
 
 # %% [markdown]
-# **Train.** One line more than the loop above, and every 25 steps a survey on held-out images: where
-# would growth pay, and what are the living bodies worth?
+# **Train.** One line more than the loop above, and every 25 steps a survey on held-out images:
+# where would growth pay, and what are the living adapters worth?
 
 # %%
 infos, losses = [], []
@@ -161,11 +161,11 @@ for rows in batches(num_steps=400, seed=1):
     optimizer.zero_grad()
 
 print(f"host, 400 more steps: {accuracy(trained_on):.1%}")
-print(f"grown, the same steps: {accuracy(model):.1%}, {bridge.num_live} bodies at work")
+print(f"grown, the same steps: {accuracy(model):.1%}, {bridge.num_live} adapters at work")
 
 # %% [markdown]
-# One run is an anecdote; `esper grow` compares with repeats and rivals. What happened to each seed is
-# on record, in the same form as in JAX, so the same pictures serve.
+# One run is an anecdote; `esper grow` compares with repeats and rivals. What happened to each seed
+# is on record, in the same form as in JAX, so the same pictures serve.
 
 
 # %%
@@ -189,7 +189,7 @@ def record(name, bridge, infos, losses):
                 },
             }
         )
-    folder.finish({"steps": len(losses), "seeds_total": growth.lattice.num_seeds})
+    folder.finish({"steps": len(losses), "seeds_total": growth.layout.num_seeds})
     return ef.report.read(folder.path)
 
 
@@ -200,9 +200,9 @@ ef.report.figures.stage_map(run)
 ef.report.figures.alpha_curves(run)
 
 # %% [markdown]
-# **Give it back.** `unwrap` removes seeds and hooks. Bodies that are linear in the output of a linear
-# layer or a convolution are folded into its weights, as all are here, so inference costs nothing more;
-# others would stay as plain submodules named `grown`. The result can be exported.
+# **Give it back.** `unwrap` removes seeds and hooks. Adapters that are linear in the output of a
+# linear layer or a convolution are folded into its weights, as all are here, so inference costs
+# nothing more; others would stay as plain submodules named `grown`. The result can be exported.
 
 # %%
 with torch.no_grad():
@@ -219,8 +219,8 @@ print("torch.export agrees:", torch.allclose(exported.module()(test_x[:4]), plai
 # %% [markdown]
 # ## 2. GPT-2, in the Hugging Face Trainer
 #
-# Two layers, 64 wide, initialised at random. The text is tiny Shakespeare if `$ESPER_DATA` has it, or
-# else Python's own help pages, which every Python brings along.
+# Two layers, 64 wide, initialised at random. The text is tiny Shakespeare if `$ESPER_DATA` has it,
+# or else Python's own help pages, which every Python brings along.
 
 # %%
 CONTEXT = 32
@@ -261,9 +261,9 @@ def gpt2():
 
 
 # %% [markdown]
-# A transformer's block is a target too, also where it returns a tuple: `blocks("h")` is every block of
-# the list `h`. Their width is not known from their class, so we say it. The `Trainer` calls the bridge
-# through a callback.
+# A transformer's block is a target too, also where it returns a tuple: `blocks("h")` is every block
+# of the list `h`. Their width is not known from their class, so we say it. The `Trainer` calls the
+# bridge through a callback.
 
 # %%
 language_model = gpt2()
@@ -322,7 +322,7 @@ _ = trainer.train()
 
 with torch.no_grad():
     held_loss = float(language_model(held_rows, labels=held_rows).loss)
-print(f"held-out loss {held_loss:.2f}, {language_bridge.num_live} bodies at work")
+print(f"held-out loss {held_loss:.2f}, {language_bridge.num_live} adapters at work")
 
 # %% [markdown]
 # Which block grows, and when:
@@ -341,8 +341,9 @@ axes.set_title("Training loss, mean of ten steps", loc="left")
 plt.show()
 
 # %% [markdown]
-# **Save and load.** A checkpoint is an ordinary state dict: the lifecycle is one tensor in it. A model
-# grown alike and loaded stands in the same stages, and `train(resume_from_checkpoint=...)` just works.
+# **Save and load.** A checkpoint is an ordinary state dict: the lifecycle is one tensor in it. A
+# model grown alike and loaded stands in the same stages, and `train(resume_from_checkpoint=...)`
+# just works.
 
 # %%
 again = gpt2()

@@ -42,12 +42,12 @@ from esper_fn import bus, runtime
 server = bus.PrivateServer()
 server.start()
 
-lattice = ef.lattice(
+layout = ef.layout(
     sites=[ef.site("hidden", features=16, chunks=4)],
     blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
     capacity=4,
 )
-growth = ef.growth(lattice, policy=ef.policies.never(), graft=ef.grafting.linear(num_steps=50))
+growth = ef.growth(layout, policy=ef.policies.never(), graft=ef.grafting.linear(num_steps=50))
 
 key_in, key_out, key_data, key_run = jax.random.split(jax.random.key(0), 4)
 params = {
@@ -74,7 +74,7 @@ def train():
         runtime.fit(
             growth,
             loss_fn,
-            ef.optim.per_body(optax.adam(3e-3)),
+            ef.optim.per_adapter(optax.adam(3e-3)),
             params,
             batches,
             num_steps=1_000_000,

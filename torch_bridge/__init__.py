@@ -32,7 +32,7 @@ except ImportError as _error:
 # Read when JAX starts: torch needs the GPU's memory that JAX would reserve for itself.
 _os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from torch_bridge._bodies import register_blueprint
+from torch_bridge._adapters import register_blueprint
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert import (
     JaxModule,
@@ -43,7 +43,7 @@ from torch_bridge._convert import (
     tree_to_torch,
 )
 from torch_bridge._errors import BridgeError
-from torch_bridge._fsdp import replicate_bodies
+from torch_bridge._fsdp import replicate_adapters
 from torch_bridge._grow import grow
 from torch_bridge._targets import blocks
 
@@ -56,7 +56,7 @@ __all__ = [
     "from_torch",
     "grow",
     "register_blueprint",
-    "replicate_bodies",
+    "replicate_adapters",
     "to_torch",
     "tree_to_jax",
     "tree_to_torch",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_bridge._bodies import Form
+from torch_bridge._adapters import Form
 from torch_bridge._optim import Partial, Watcher
 from torch_bridge._plan import NUM_GAINS, BankPlan, plan_bank
 from torch_bridge._settle import Learning
@@ -19,7 +19,7 @@ from torch_bridge._site import Seeds
 
 
 class Bank(NamedTuple):
-    """One bank of the lattice and the module that holds its bodies."""
+    """One bank of the layout and the module that holds its adapters."""
 
     site: Seeds
     name: str
@@ -108,7 +108,7 @@ def _aligned(part: Tensor) -> Tensor:
 
 
 def tell_optimizers(optimizers: Watcher, banks: Sequence[Bank], learns: np.ndarray) -> None:
-    """Says which bodies the next optimiser's step may move; `learns` is bool[Q]."""
+    """Says which adapters the next optimiser's step may move; `learns` is bool[Q]."""
     resting: list[nn.Parameter] = []
     learning: list[tuple[list[nn.Parameter], np.ndarray, bool]] = []
     partial: list[Partial] = []

@@ -59,10 +59,10 @@ class Bridge:
         self._group = group
         self._watch_every = watch_every
         self._handles = list(handles)
-        bodies = self.body_parameters()
-        known = {id(p) for p in bodies}
+        adapters = self.adapter_parameters()
+        known = {id(p) for p in adapters}
         host = [p for p in model.parameters() if id(p) not in known]
-        self.optimizers = Watcher(host, bodies)
+        self.optimizers = Watcher(host, adapters)
         self._host = host
         self._num_steps = 0
         self._num_calls = 0
@@ -92,7 +92,7 @@ class Bridge:
                 setattr(twin, name, of)
             elif name not in ("optimizers", "_pending", "_asked", "_was"):
                 setattr(twin, name, copy.deepcopy(of, memo))
-        twin.optimizers = Watcher(twin._host, twin.body_parameters())
+        twin.optimizers = Watcher(twin._host, twin.adapter_parameters())
         twin._pending, twin._asked = [], list(self._asked)
         if twin._is_open:
             twin._drive()
@@ -104,13 +104,13 @@ class Bridge:
 
     @property
     def state(self) -> ef.GrowthState:
-        """The lifecycle's state, on JAX's CPU device; its bodies are in the model."""
+        """The lifecycle's state, on JAX's CPU device; its adapters are in the model."""
         return self._lifecycle.state
 
     @property
-    def lattice(self) -> ef.Lattice:
+    def layout(self) -> ef.Layout:
         """Sites, blueprints and capacity."""
-        return self.growth.lattice
+        return self.growth.layout
 
     @property
     def stages(self) -> np.ndarray:
@@ -119,39 +119,39 @@ class Bridge:
 
     @property
     def num_live(self) -> int:
-        """Bodies at work in the next step."""
+        """Adapters at work in the next step."""
         return int(np.any(self._lifecycle.gains() != 0, axis=1).sum())
 
     def seed(self, index: int) -> ef.Seed:
         """One seed to read."""
         return self.growth.seed(self.state, index)
 
-    def body_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all bodies, alive or not."""
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all adapters, alive or not."""
         return [p for site in self.sites for p in site.parameters()]
 
     def parameter_groups(
-        self, host: dict[str, Any] | None = None, bodies: dict[str, Any] | None = None
+        self, host: dict[str, Any] | None = None, adapters: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Groups for an optimiser, with options of their own for the host and for the bodies."""
-        grown = self.body_parameters()
+        """Groups for an optimiser, with options of their own for the host and for the adapters."""
+        grown = self.adapter_parameters()
         known = {id(p) for p in grown}
         # Not `_host`: `fully_shard` puts other parameters in their places.
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         return [
             *([{"params": rest, **(host or {})}] if rest else []),
-            {"params": grown, **(bodies or {})},
+            {"params": grown, **(adapters or {})},
         ]
 
     def summary(self) -> str:
         """What was found, as `grow` prints it."""
-        lattice = self.lattice
-        own = sum(p.numel() for p in self.body_parameters())
+        layout = self.layout
+        own = sum(p.numel() for p in self.adapter_parameters())
         host = sum(p.numel() for p in self._host)
         stages = np.bincount(self.stages, minlength=len(Stage))
         lines = [
-            f"{lattice.num_seeds:,} seeds at {len(self.sites)} sites of {type(self.model).__name__}"
-            f" ({host:,} parameters), room for {lattice.num_slots:,} bodies "
+            f"{layout.num_seeds:,} seeds at {len(self.sites)} sites of {type(self.model).__name__}"
+            f" ({host:,} parameters), room for {layout.num_slots:,} adapters "
             f"({own:,} parameters)"
         ]
         width = max(len(site.site) for site in self.sites)
@@ -180,11 +180,11 @@ class Bridge:
         Optimisers need not be attached: the bridge notices every step of a `torch.optim.Optimizer`.
 
         Args:
-          optimizer: one that holds bodies, or a list of those that share them.
+          optimizer: one that holds adapters, or a list of those that share them.
           scaler: a `torch.amp.GradScaler` whose factor is taken out of what the steps measure.
 
         Raises:
-          BridgeError: no optimiser seen so far holds all bodies.
+          BridgeError: no optimiser seen so far holds all adapters.
         """
         for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
             self.optimizers.check(one)
@@ -207,7 +207,7 @@ class Bridge:
 
     # --- one step ----------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.Info | None:
+    def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.StepInfo | None:
         """One step of every seed's life; call it after `optimizer.step()`.
 
         Reads what the backward passes since the last call measured, in one transfer, advances the
@@ -224,7 +224,7 @@ class Bridge:
           None before there was one, and commands wait.
 
         Raises:
-          BridgeError: arguments of other types, bodies that are in no optimiser that steps, or
+          BridgeError: arguments of other types, adapters that are in no optimiser that steps, or
             require no gradient, or the bridge was unwrapped.
         """
         self._check_open()
@@ -238,8 +238,8 @@ class Bridge:
         if len(self._pending) <= self._lag:
             self._end_step()
             return None
-        found = read(self._pending.pop(0), self._group, self.lattice)
-        self._reach.note(found.readings)
+        found = read(self._pending.pop(0), self._group, self.layout)
+        self._reach.note(found.statistics)
         self._tell_changes()
         asked, self._asked = self._asked, []
         info, born = self._lifecycle.advance(*found, asked)
@@ -253,7 +253,7 @@ class Bridge:
         changes, self._lifecycle.changes = self._lifecycle.changes, []
         if changes:
             warnings.warn(
-                f"the checkpoint was saved under another {', '.join(changes)}: stages and bodies "
+                f"the checkpoint was saved under another {', '.join(changes)}: stages and adapters "
                 "go on, these begin anew; grow with the same ones to go on as before",
                 stacklevel=3,
             )
@@ -298,11 +298,11 @@ class Bridge:
         tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
 
     def _make_room(self, capacity: int) -> None:
-        """Room for as many bodies as a checkpoint holds."""
+        """Room for as many adapters as a checkpoint holds."""
         self._shared.make_room(capacity)
         self.growth = self._lifecycle.growth
         self.banks = banks_of(self.sites)
-        self.optimizers.set_bodies(self.body_parameters())
+        self.optimizers.set_adapters(self.adapter_parameters())
         self._loaded()
 
     def _loaded(self) -> None:
@@ -333,10 +333,11 @@ class Bridge:
     def unwrap(self) -> nn.Module:
         """The model without seeds, with the same outputs.
 
-        Bodies that act and are linear in the output of a linear layer, a convolution, an embedding
-        or an affine normalisation are folded into its weights, if these are ordinary parameters
-        that nothing else reads; others stay, as a plain submodule `grown` of their target. So do
-        bodies behind a hook, and those too small for weights of 16 bits. The bridge ends here.
+        Adapters that act and are linear in the output of a linear layer, a convolution, an
+        embedding or an affine normalisation are folded into its weights, if these are ordinary
+        parameters that nothing else reads; others stay, as a plain submodule `grown` of their
+        target. So do adapters behind a hook, and those too small for weights of 16 bits. The bridge
+        ends here.
         """
         self._check_open()
         staying = _unwrap.unwrap(self)

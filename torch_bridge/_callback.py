@@ -39,7 +39,7 @@ class Pace:
         self.bridge, self._survey, self._survey_every = bridge, survey, survey_every
         self._losses: list[torch.Tensor] = []
         self._asked: list[Command] = []
-        self.last_info: ef.Info | None = None
+        self.last_info: ef.StepInfo | None = None
         self.last_survey: ef.SurveyInfo | None = None
 
     def ask(self, *commands: Command) -> None:
@@ -70,7 +70,7 @@ class Pace:
         self._losses.clear()
 
     def counts(self) -> dict[str, float]:
-        """Bodies at work and seeds kept, for a logger."""
+        """Adapters at work and seeds kept, for a logger."""
         stages = self.bridge.stages
         return {
             "growth/live": float(self.bridge.num_live),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_bridge._bodies import Leaves
+from torch_bridge._adapters import Leaves
 from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, Cut
 
 
@@ -31,7 +31,7 @@ class Sums(NamedTuple):
     slope_square: Tensor
     """float32[D]: of the incoming gradient's squares."""
     r_square: Tensor | None = None
-    """[C], where every chunk holds a body: of its output's squares."""
+    """[C], where every chunk holds an adapter: of its output's squares."""
     utility: Tensor | None = None
     """[C]."""
 
@@ -77,7 +77,7 @@ class Pulled(NamedTuple):
     told: Tensor | Sums
     """float32[C, 10]: what the forward pass watched, then gradient_square, num_live,
     output_square, utility, num_errors; or the sums that `summed` makes them of."""
-    d_bodies: Mapping[str, Leaves]
+    d_adapters: Mapping[str, Leaves]
 
 
 def take(cut: Cut, bank: BankPlan, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def slopes(cut: Cut, dy: Tensor) -> Tensor:
 
 
 def tell(watched: Tensor, slope_square: Tensor) -> Tensor:
-    """float32[C, 10]: `Pulled.told` with no body alive."""
+    """float32[C, 10]: `Pulled.told` with no adapter alive."""
     told = watched.new_zeros((watched.shape[0], NUM_CHANNELS))
     told[:, :NUM_WATCHED] = watched
     told[:, NUM_WATCHED] = slope_square

@@ -1,10 +1,10 @@
 """A site on a CPU in few passes and few calls, where all that lives there is alike.
 
-It serves float32 activations in equal chunks, each with a dense body of the same bank that acts,
+It serves float32 activations in equal chunks, each with a dense adapter of the same bank that acts,
 learns, is felt and is not damped.
 
-A body is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no bias
-and the body is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
+An adapter is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the identity, there is no
+bias and the adapter is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
 `d x = dy (1 + feel W)^T` are one product each, and `u^T dy` serves both parameters.
 
 Nothing here asks numbers whether they are finite. They are while the norms of what they are made of
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_bridge._bodies import PHI, Leaves, inner, through
+from torch_bridge._adapters import PHI, Leaves, inner, through
 from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares, totals
 from torch_bridge._plan import Cut, SitePlan
 
@@ -41,13 +41,13 @@ def serves(plan: SitePlan, x: Tensor) -> bool:
 
 
 def forward(
-    plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor, *, watches: bool
+    plan: SitePlan, adapters: Mapping[str, Leaves], x: Tensor, y: Tensor, *, watches: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """Writes the grown activation into `y`.
 
     Args:
       plan: of the site.
-      bodies: the live ones.
+      adapters: the live ones.
       x: [..., D].
       y: alike.
       watches: whether anything is measured.
@@ -57,7 +57,7 @@ def forward(
       `backward` work: `W`, or what the activation function took. None where a norm is large; `y`
       means nothing then.
     """
-    name, leaves = _only(plan, bodies)
+    name, leaves = _only(plan, adapters)
     x_square = squares(x) if watches else None
     square = _square_norm(x) if x_square is None else _sum(x_square)
     if not _are_small(leaves, square, x.numel() // plan.cut.features):
@@ -75,7 +75,7 @@ def forward(
 
 def backward(
     plan: SitePlan,
-    bodies: Mapping[str, Leaves],
+    adapters: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
     stats: Sequence[Tensor],
@@ -85,13 +85,13 @@ def backward(
 
     Args:
       plan: of the site.
-      bodies: the live ones.
+      adapters: the live ones.
       x: [..., D].
       dy: alike.
       stats: what `forward` measured.
       kept: what it returned then; computed again where it was not kept.
     """
-    name, leaves = _only(plan, bodies)
+    name, leaves = _only(plan, adapters)
     bank = plan.banks[0].bank
     slope_square = squares(dy)
     if not _sum(slope_square) <= _STEEP**2:
@@ -122,10 +122,10 @@ def backward(
     return Pulled(d_x, told, {bank: own})
 
 
-def _only(plan: SitePlan, bodies: Mapping[str, Leaves]) -> tuple[str, Leaves]:
-    """The name of the only bank's activation function, and its bodies."""
+def _only(plan: SitePlan, adapters: Mapping[str, Leaves]) -> tuple[str, Leaves]:
+    """The name of the only bank's activation function, and its adapters."""
     bank = plan.banks[0]
-    return str(bank.form.activation), bodies[bank.bank]
+    return str(bank.form.activation), adapters[bank.bank]
 
 
 def _rows(cut: Cut, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _square_norm(of: Tensor) -> float:
 
 
 def _are_small(leaves: Leaves, square: float, rows: int) -> bool:
-    """Whether all that the bodies compute of activations with this sum of squares is finite."""
+    """Whether all that the adapters compute of activations with this sum of squares is finite."""
     if not square <= _FAR**2:  # nor if it is not a number
         return False
     return all(

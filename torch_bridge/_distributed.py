@@ -10,8 +10,8 @@ from torch import Tensor
 
 import esper_fn as ef
 
-_SQUARES = [ef.Reading._fields.index("gradient_square")]
-_LINEAR = [ef.Reading._fields.index("utility")]
+_SQUARES = [ef.Statistics._fields.index("gradient_square")]
+_LINEAR = [ef.Statistics._fields.index("utility")]
 
 
 class Group:
@@ -37,10 +37,10 @@ class Group:
             dist.all_reduce(values, group=self._group)
         return values
 
-    def of_mean(self, readings: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
-        """Summed readings [S, K] and loss as those of the mean loss."""
+    def of_mean(self, statistics: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
+        """Summed statistics [S, K] and loss as those of the mean loss."""
         size = self.size
         if size > 1:
-            readings[:, _SQUARES] /= size**2
-            readings[:, _LINEAR] /= size
-        return readings, loss / size
+            statistics[:, _SQUARES] /= size**2
+            statistics[:, _LINEAR] /= size
+        return statistics, loss / size

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import esper_fn as ef
 from esper_fn.base import Topology
 from torch_bridge import _load
+from torch_bridge._adapters import form_of
 from torch_bridge._banks import banks_of, tell_copy
-from torch_bridge._bodies import form_of
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
@@ -53,7 +53,7 @@ def grow(
     """Puts seeds after some modules of a model, so that it grows while it trains.
 
     The model keeps its class, its attributes, its parameters' names and its forward; each target
-    gets a child module `seeds` with the bodies' parameters, and a forward hook. While nothing
+    gets a child module `seeds` with the adapters' parameters, and a forward hook. While nothing
     lives, outputs and gradients are the bare model's, bit for bit. Make the optimiser afterwards.
 
     Args:
@@ -69,7 +69,7 @@ def grow(
       chunks: seeds along the feature axis, 16 if left out. A number counts for all targets, and
         those with fewer features have one seed a feature; a mapping says it by pattern, exactly.
       blueprints: what may grow, by name; `{"low_rank": ef.blueprints.low_rank()}` if left out.
-      capacity: bodies alive at once, for each target and blueprint.
+      capacity: adapters alive at once, for each target and blueprint.
       policy: as in `esper_fn.growth`, and so are `graft`, `governor`, `settings`,
         `max_ablations` and `directed_births`.
       graft: see there.
@@ -80,16 +80,16 @@ def grow(
       features: widths of the last axis by pattern, for targets whose class does not tell.
       topology: `vector`, `sequence` or `image`, for all or by pattern; by itself, convolutions are
         images and everything else is a vector.
-      freeze_host: takes `requires_grad` from the model's own parameters, so that only bodies learn.
-        Say it here: whoever freezes all parameters after this call freezes the bodies too.
-      stacked: one parameter for each bank tensor, `[P, ...]`, in place of one for each body. For
-        thousands of live bodies; needs an optimiser that works element by element, whose step
-        count bodies of a bank then share.
+      freeze_host: takes `requires_grad` from the model's own parameters, so that only adapters
+        learn. Say it here: whoever freezes all parameters after this call freezes the adapters too.
+      stacked: one parameter for each bank tensor, `[P, ...]`, in place of one for each adapter. For
+        thousands of live adapters; needs an optimiser that works element by element, whose step
+        count adapters of a bank then share.
       watch_every: dormant chunks are measured in every so manieth step; 0 for never. Live ones are
         always.
       lag: training steps by which the lifecycle follows. With 0 `bridge.step` waits for the device;
         with 1 it reads what the step before measured, so that a GPU need not wait for Python:
-        every decision then comes one step later. A body that breaks reaches nothing meanwhile.
+        every decision then comes one step later. An adapter that breaks reaches nothing meanwhile.
       seed: of everything random in the lifecycle.
       process_group: whose ranks decide together; the default one, if there is any.
       verbose: prints what was found.
@@ -100,28 +100,28 @@ def grow(
     Raises:
       BridgeError: a target that matches nothing or cannot carry seeds, a blueprint without a form
         in torch; says what to do.
-      LatticeError: sites, blueprints and capacity do not fit together.
+      LayoutError: sites, blueprints and capacity do not fit together.
 
     >>> import esper_fn as ef
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> bridge = grow(model, targets="0", chunks=2, verbose=False)
-    >>> bridge.lattice.num_seeds
+    >>> bridge.layout.num_seeds
     2
     """
-    cpu_device()  # before the arrays of the lattice start JAX wherever it likes
+    cpu_device()  # before the arrays of the layout start JAX wherever it likes
     _check(model, blueprints, watch_every=watch_every, lag=lag)
     for name, flag in {"freeze_host": freeze_host, "stacked": stacked, "verbose": verbose}.items():
         if not isinstance(flag, bool):
             raise BridgeError(f"{name} must be True or False, got {flag!r}")
     places, skipped = find(model, targets, features, exclude)
     sites = _sites(places, chunks, topology)
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=sites,
         blueprints=blueprints or {"low_rank": ef.blueprints.low_rank()},
         capacity=capacity,
     )
     growth = ef.growth(
-        lattice,
+        layout,
         policy=policy,
         graft=graft,
         governor=governor,
@@ -131,19 +131,19 @@ def grow(
     )
     # Before anything is changed: a blueprint without a torch form must leave the model as it was.
     forms = [
-        form_of(lattice.blueprints[bank.blueprint], sites[bank.site].spec)
-        for bank in lattice.tables.banks
+        form_of(layout.blueprints[bank.blueprint], sites[bank.site].spec)
+        for bank in layout.tables.banks
     ]
     if freeze_host:
         model.requires_grad_(False)
         model.zero_grad()  # an optimiser moves whatever has a gradient, frozen or not
     lifecycle = Lifecycle(growth, seed)
-    empty = lifecycle.empty_bodies()
+    empty = lifecycle.empty_adapters()
     shared = Shared(lifecycle, tell_copy)
     starts = np.cumsum([0, *(site.num_seeds for site in sites)])
     slots: list[list[BankSlots]] = [[] for _ in sites]
-    for bank, form in zip(lattice.tables.banks, forms, strict=True):
-        name, first = lattice.names[bank.blueprint], int(starts[bank.site])
+    for bank, form in zip(layout.tables.banks, forms, strict=True):
+        name, first = layout.names[bank.blueprint], int(starts[bank.site])
         slots[bank.site].append(BankSlots(name, bank.start, bank.num_slots, first, form))
     seeds = [
         _seeds(place, site, empty[site.name], shared, tuple(own), stacked, model)
@@ -245,7 +245,7 @@ _IMAGES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 def _seeds(
     place: Place,
     site: ef.Site,
-    bodies: Mapping[str, Mapping[str, np.ndarray]],
+    adapters: Mapping[str, Mapping[str, np.ndarray]],
     shared: Shared,
     slots: tuple[BankSlots, ...],
     is_stacked: bool,
@@ -257,10 +257,10 @@ def _seeds(
     )
     options = {"device": like.device, "dtype": like.dtype}
     banks: dict[str, list[dict[str, Tensor]]] = {}
-    for name, leaves in bodies.items():
+    for name, leaves in adapters.items():
         count = next((len(leaf) for leaf in leaves.values()), 0)
         each = [
-            # Not `.to(like)`: the bodies of a quantised layer would be quantised.
+            # Not `.to(like)`: the adapters of a quantised layer would be quantised.
             {of: torch.tensor(leaf[slot], **options) for of, leaf in leaves.items()}
             for slot in range(count)
         ]

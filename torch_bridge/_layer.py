@@ -1,16 +1,17 @@
 """The forward of four gains and its exact derivative in torch; see `docs/bridge.md`.
 
-For a live chunk `x`, its body's output `r` and the incoming gradient `dy`::
+For a live chunk `x`, its adapter's output `r` and the incoming gradient `dy`::
 
     y       = x + act * r
     d theta = learn * (d r / d theta)^T (dy + damping * r)
     d x     = dy + feel * (d r / d x)^T dy
 
-`damping` is for bodies that learn without acting: the loss does not answer to them, so `<dy, r>`
-alone has no minimum. A body that is felt is never damped.
+`damping` is for adapters that learn without acting: the loss does not answer to them, so `<dy, r>`
+alone has no minimum. An adapter that is felt is never damped.
 
-A gain of 0 selects the other operand, and a body that is not finite reaches nothing. Activations
-have their features in the last axis here; `Leaves` hold the live bodies of a bank, row by row.
+A gain of 0 selects the other operand, and an adapter that is not finite reaches nothing.
+Activations have their features in the last axis here; `Leaves` hold the live adapters of a bank,
+row by row.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torch_bridge._bodies import PHI, Leaves, inner, through
+from torch_bridge._adapters import PHI, Leaves, inner, through
 from torch_bridge._chunks import Pulled, column, per_slot_square, put_, slopes, take, tell
 from torch_bridge._plan import NUM_WATCHED, BankPlan, Cut, SitePlan
 
 
 def outputs(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor:
-    """What each body of a bank adds, zero where padded."""
+    """What each adapter of a bank adds, zero where padded."""
     r = bank.form.apply(leaves, u, bank.mask, plan.topology)
     if bank.columns is None:
         return r
@@ -44,14 +45,14 @@ def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
     return torch.where(gain != 0, wide.to(base.dtype), base)
 
 
-def forward(plan: SitePlan, bodies: Mapping[str, Leaves], x: Tensor, y: Tensor) -> None:
+def forward(plan: SitePlan, adapters: Mapping[str, Leaves], x: Tensor, y: Tensor) -> None:
     """Writes the grown activation into `y`."""
     y.copy_(x)
     for bank in plan.banks:
         if not bank.acts:
             continue
         u = take(plan.cut, bank, x)
-        r = outputs(plan, bank, bodies[bank.bank], u)
+        r = outputs(plan, bank, adapters[bank.bank], u)
         act = plan.gains[:, 0].index_select(0, bank.chunk)
         act = torch.where(_is_finite(r), act, 0.0)
         put_(plan.cut, bank, y, _add(u, act, r))
@@ -68,22 +69,22 @@ def _is_finite(values: Tensor) -> Tensor:
 
 def backward(
     plan: SitePlan,
-    bodies: Mapping[str, Leaves],
+    adapters: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
     watched: Tensor,
 ) -> Pulled:
-    """Gradients of the input and of the bodies, and what the step measured."""
+    """Gradients of the input and of the adapters, and what the step measured."""
     told = tell(watched, slopes(plan.cut, dy))
     d_x: Tensor | None = None
-    d_bodies: dict[str, Leaves] = {}
+    d_adapters: dict[str, Leaves] = {}
     if not dy.numel():
-        grads = {b.bank: _zeros(bodies[b.bank]) for b in plan.banks}
+        grads = {b.bank: _zeros(adapters[b.bank]) for b in plan.banks}
         return Pulled(dy, told, grads)
     fed = told[:, NUM_WATCHED].isfinite() & watched[:, 2].isfinite()
     for bank in plan.banks:
         u, slope = take(plan.cut, bank, x), take(plan.cut, bank, dy)
-        leaves = bodies[bank.bank]
+        leaves = adapters[bank.bank]
         gains = plan.gains.index_select(0, bank.chunk)
         damping = torch.where(gains[:, 2] == 0, gains[:, 3], 0.0) if bank.is_damped else None
         if bank.form.activation is not None:
@@ -100,7 +101,7 @@ def backward(
             feel = torch.where(is_flowing, gains[:, 2], 0.0)
             put_(plan.cut, bank, d_x, _add(slope, feel, d_u))
         learn = torch.where(is_flowing, gains[:, 1], 0.0)
-        d_bodies[bank.bank] = {
+        d_adapters[bank.bank] = {
             name: torch.where(
                 column(learn != 0, leaf), leaf * column(learn, leaf).to(leaf.dtype), 0.0
             )
@@ -117,7 +118,7 @@ def backward(
             dim=1,
         )
         told[:, NUM_WATCHED + 1 :].index_copy_(0, bank.chunk, measured)
-    return Pulled(dy if d_x is None else d_x, told, d_bodies)
+    return Pulled(dy if d_x is None else d_x, told, d_adapters)
 
 
 def _zeros(leaves: Leaves) -> Leaves:
@@ -125,7 +126,7 @@ def _zeros(leaves: Leaves) -> Leaves:
 
 
 Measured = tuple[Tensor, Tensor, Leaves, Tensor | None]
-"""Sum of r^2 and utility of each body, its gradients, and those of what it read, if felt."""
+"""Sum of r^2 and utility of each adapter, its gradients, and those of what it read, if felt."""
 
 
 def _pull_any(
@@ -174,7 +175,7 @@ def _pull_dense(
 
 
 def select(bank: BankPlan, stacked: Sequence[tuple[str, Tensor]]) -> Leaves:
-    """The rows of the live bodies out of a bank's parameters `[P, ...]`."""
+    """The rows of the live adapters out of a bank's parameters `[P, ...]`."""
     return {
         name: leaf if bank.is_whole(leaf) else leaf.index_select(0, bank.rows)
         for name, leaf in stacked
@@ -182,7 +183,7 @@ def select(bank: BankPlan, stacked: Sequence[tuple[str, Tensor]]) -> Leaves:
 
 
 def scatter(bank: BankPlan, grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of the live bodies as one of `[P, ...]`."""
+    """The gradient of the live adapters as one of `[P, ...]`."""
     if bank.is_whole(like):
         return grad
     return torch.zeros_like(like).index_copy_(0, bank.rows, grad)
@@ -191,7 +192,7 @@ def scatter(bank: BankPlan, grad: Tensor, like: Tensor) -> Tensor:
 def moments(cut: Cut, x: Tensor, dy: Tensor) -> list[Tensor]:
     """What a survey gathers: rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk, float32.
 
-    Rows and chunks as in `esper_fn._lattice.Moments`: [C], and three times [C, F, F].
+    Rows and chunks as in `esper_fn._layout.Moments`: [C], and three times [C, F, F].
     """
 
     def rows(of: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
-from esper_fn._lattice import Moments, slot_gains
+from esper_fn._layout import Moments, slot_gains
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
 from torch_bridge import _saved
@@ -28,7 +28,7 @@ MIN_ROWS = 4
 
 
 class Born(NamedTuple):
-    """A newborn body."""
+    """A newborn adapter."""
 
     slot: int
     leaves: Arrays
@@ -61,7 +61,7 @@ class Lifecycle:
         self.device = cpu_device()
         self.on_load: Callable[[], Any] = lambda: None
         self.make_room: Callable[[int], Any] = lambda capacity: None
-        """Gives the model room for more bodies, where a checkpoint holds them."""
+        """Gives the model room for more adapters, where a checkpoint holds them."""
         self.is_driven = False
         """Whether a bridge moves it; a copied model's rests until its record is written."""
         self.age = 0
@@ -74,8 +74,9 @@ class Lifecycle:
         """All seeds dormant, under a growth that may have another capacity than before."""
         self.growth = growth
         with self._here():
-            # Without bodies, whose random numbers would take long to compile: a birth writes them.
-            begin = jax.jit(lambda key: growth.init(key)._replace(bodies={}))
+            # Without adapters, whose random numbers would take long to compile: a birth writes
+            # them.
+            begin = jax.jit(lambda key: growth.init(key)._replace(adapters={}))
             state = begin(jax.random.key(seed))
             self._no_commands = growth.commands((), MIN_ROWS)
         self._words_of_state = Words(state)
@@ -90,7 +91,7 @@ class Lifecycle:
 
     @property
     def state(self) -> ef.GrowthState:
-        """A `GrowthState` whose bodies are an empty dict: torch holds them."""
+        """A `GrowthState` whose adapters are an empty dict: torch holds them."""
         if self._unpacked is None:
             with self._here():
                 self._unpacked = self._unpack_state(self._words)
@@ -113,10 +114,10 @@ class Lifecycle:
         twin.is_driven, twin.on_load, twin.make_room = False, lambda: None, lambda capacity: None
         return twin
 
-    def empty_bodies(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
+    def empty_adapters(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
         """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
         with self._here():
-            shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).bodies
+            shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).adapters
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
 
     def _here(self) -> Any:
@@ -136,27 +137,27 @@ class Lifecycle:
 
     def advance(
         self,
-        readings: np.ndarray,
+        statistics: np.ndarray,
         loss: float,
         drift: np.ndarray,
         has_broken: np.ndarray,
         commands: Sequence[Command],
-    ) -> tuple[ef.Info, list[Born]]:
+    ) -> tuple[ef.StepInfo, list[Born]]:
         """One step.
 
         Args:
-          readings: float32[S, K].
+          statistics: float32[S, K].
           loss: of the step.
           drift: float32[Q].
           has_broken: bool[Q].
           commands: what is asked.
 
         Returns:
-          What happened, with NumPy leaves, and the bodies to put into place.
+          What happened, with NumPy leaves, and the adapters to put into place.
         """
         before, asked = self._words, self._pack(commands)
         program, words_of_told = self._program(asked)
-        measured = np.concatenate([readings.reshape(-1), [loss], drift, has_broken])
+        measured = np.concatenate([statistics.reshape(-1), [loss], drift, has_broken])
         # The state lies on the CPU device for good, so the program runs there.
         words, told = program(before, measured.astype(np.float32), asked)
         found = words_of_told.read(np.asarray(told))
@@ -168,8 +169,8 @@ class Lifecycle:
         """The compiled step for so many rows of commands, and how to read what it tells."""
         size = asked.columns.shape[-1]
         if size not in self._programs:
-            num_seeds, num_slots = self.growth.lattice.num_seeds, self.growth.lattice.num_slots
-            length = num_seeds * len(ef.Reading._fields) + 1 + 2 * num_slots
+            num_seeds, num_slots = self.growth.layout.num_seeds, self.growth.layout.num_slots
+            length = num_seeds * len(ef.Statistics._fields) + 1 + 2 * num_slots
             measured = jax.ShapeDtypeStruct((length,), np.float32)
             with self._here():
                 like = jax.eval_shape(self._step, self.state, measured, asked)[1]
@@ -247,13 +248,13 @@ class Lifecycle:
         """Takes a packed state over.
 
         Raises:
-          BridgeError: it cannot be read, or belongs to other sites, blueprints or more bodies.
+          BridgeError: it cannot be read, or belongs to other sites, blueprints or more adapters.
         """
         saved = from_tensor(packed)
         fitted = _saved.fit(saved, self.growth, self.leaves())
         if fitted.capacity or fitted.is_moved:
             raise BridgeError(
-                f"the checkpoint holds more bodies than a part of the model has room for; say "
+                f"the checkpoint holds more adapters than a part of the model has room for; say "
                 f"grow(capacity={saved.capacity}), or load it into the whole model, which makes "
                 "the room"
             )
@@ -296,18 +297,18 @@ _tell = jax.jit(_look)
 def _advance(
     growth: ef.Growth, state: ef.GrowthState, measured: Any, commands: Any
 ) -> tuple[ef.GrowthState, _Told]:
-    """One step. `measured`: the readings of all seeds, the loss, drifts and failures of slots."""
-    num_seeds, num_slots = growth.lattice.num_seeds, growth.lattice.num_slots
-    at = num_seeds * len(ef.Reading._fields)
-    readings, (loss,), drift, broken = jnp.split(measured, [at, at + 1, at + 1 + num_slots])
+    """One step. `measured`: the statistics of all seeds, the loss, drifts and failures of slots."""
+    num_seeds, num_slots = growth.layout.num_seeds, growth.layout.num_slots
+    at = num_seeds * len(ef.Statistics._fields)
+    statistics, (loss,), drift, broken = jnp.split(measured, [at, at + 1, at + 1 + num_slots])
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
     after, info, key = growth.advance(
         state,
-        ef.Reading(*readings.reshape(num_seeds, -1).T),
+        ef.Statistics(*statistics.reshape(num_seeds, -1).T),
         loss,
         drift=jnp.zeros((num_seeds,), jnp.float32).at[where].set(drift, mode="drop"),
         has_broken=jnp.zeros((num_seeds,), bool).at[where].set(broken != 0, mode="drop"),
         commands=commands,
     )
-    is_born = after.num_births != state.num_births
+    is_born = after.generation != state.generation
     return after, _look(after)._replace(is_born=is_born, info=info, key=key)

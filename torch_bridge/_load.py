@@ -21,10 +21,11 @@ StateDict = MutableMapping[str, Any]
 
 
 def prepare(model: nn.Module, state: StateDict, prefix: str, *rest: Any) -> None:
-    """Before a grown model loads a state dict: brings what it says of bodies into the model's form.
+    """Before a grown model loads a state dict: brings what it says of adapters into the model's
+    form.
 
-    There bodies may lie in other slots, in parameters of their own or stacked, and be more than the
-    model has room for.
+    There adapters may lie in other slots, in parameters of their own or stacked, and be more than
+    the model has room for.
 
     Args:
       model: the model given to `grow`, or a copy of it.
@@ -53,8 +54,8 @@ def _prepare(
     saved = from_tensor(packed)
     fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
     places = {of.site: name for name, of in sites.items()}
-    bodies = _bodies(saved, lifecycle, state, places)
-    _check_bodies(bodies, sites)
+    adapters = _adapters(saved, lifecycle, state, places)
+    _check_adapters(adapters, sites)
     _check_host(model, state, prefix)
     if fitted.capacity:
         lifecycle.make_room(fitted.capacity)
@@ -68,18 +69,18 @@ def _prepare(
     for name in sites:
         for key in [key for key in state if key.startswith(name) and key != first + "lifecycle"]:
             del state[key]
-    _lay_out(lifecycle, fitted.slots, bodies, sites, places, state)
+    _lay_out(lifecycle, fitted.slots, adapters, sites, places, state)
 
 
-Bodies = dict[int, tuple[str, str, dict[str, Tensor]]]
+Adapters = dict[int, tuple[str, str, dict[str, Tensor]]]
 """By the saved slot: the site's prefix, the blueprint, and the parameters."""
 
 
-def _bodies(
+def _adapters(
     saved: Saved, lifecycle: Lifecycle, state: StateDict, places: Mapping[str, str]
-) -> Bodies:
-    """The bodies that a state dict holds for seeds."""
-    before = _saved.lattice_of(saved, lifecycle.growth)
+) -> Adapters:
+    """The adapters that a state dict holds for seeds."""
+    before = _saved.layout_of(saved, lifecycle.growth)
     owner, found = saved.leaves[".owner"], {}
     for bank in before.tables.banks:
         site, blueprint = _saved.twin_name(before, bank)
@@ -102,14 +103,14 @@ def _row(state: StateDict, above: str, leaf: str, slot: int) -> Any:
     return state.get(f"{above}{slot}.{leaf}")
 
 
-def _check_bodies(bodies: Bodies, sites: Mapping[str, Seeds]) -> None:
-    for name, blueprint, rows in bodies.values():
+def _check_adapters(adapters: Adapters, sites: Mapping[str, Seeds]) -> None:
+    for name, blueprint, rows in adapters.values():
         own = _now(sites[name], blueprint, 0)
         for leaf in {**own, **rows}:
             there = getattr(rows.get(leaf), "shape", None)
             if leaf not in own or there != own[leaf].shape:
                 raise BridgeError(
-                    f"the state dict's bodies of blueprint {blueprint!r} at {sites[name].site!r} "
+                    f"the state dict's adapters of blueprint {blueprint!r} at {sites[name].site!r} "
                     f"have {leaf} {None if there is None else tuple(there)}, the model's "
                     f"{tuple(own[leaf].shape) if leaf in own else None}: grow it with the "
                     "blueprint's options as when it was saved. Nothing was loaded"
@@ -144,21 +145,21 @@ def _now(site: Seeds, blueprint: str, slot: int) -> dict[str, Tensor]:
 def _lay_out(
     lifecycle: Lifecycle,
     slots: np.ndarray,
-    bodies: Bodies,
+    adapters: Adapters,
     sites: Mapping[str, Seeds],
     places: Mapping[str, str],
     state: StateDict,
 ) -> None:
-    """Writes every slot of the model into the state dict: a saved body, or what is there now."""
-    lattice = lifecycle.growth.lattice
-    for bank in lattice.tables.banks:
-        of_site, blueprint = _saved.twin_name(lattice, bank)
+    """Writes every slot of the model into the state dict: a saved adapter, or what is there now."""
+    layout = lifecycle.growth.layout
+    for bank in layout.tables.banks:
+        of_site, blueprint = _saved.twin_name(layout, bank)
         if of_site not in places:
             continue
         name = places[of_site]
         site, above = sites[name], f"{name}{blueprint}."
         rows = [
-            bodies[old][2] if (old := int(slots[bank.start + slot])) in bodies
+            adapters[old][2] if (old := int(slots[bank.start + slot])) in adapters
             else _now(site, blueprint, slot)
             for slot in range(bank.num_slots)
         ]  # fmt: skip

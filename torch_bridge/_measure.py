@@ -17,8 +17,8 @@ from torch_bridge._plan import NUM_CHANNELS
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
-_GRADIENT_SQUARE = ef.Reading._fields.index("gradient_square")
-_UTILITY = ef.Reading._fields.index("utility")
+_GRADIENT_SQUARE = ef.Statistics._fields.index("gradient_square")
+_UTILITY = ef.Statistics._fields.index("utility")
 
 
 class Transfer:
@@ -45,17 +45,17 @@ class Measured(NamedTuple):
     """One step, for the lifecycle."""
 
     told: Transfer
-    """Readings, the loss, the drifts."""
+    """Statistics, the loss, the drifts."""
     learning: Learning
     before: list[Tensor] | None
-    """The learning bodies before the optimiser's step, if there was one."""
+    """The learning adapters before the optimiser's step, if there was one."""
     scale: float
 
 
 class Read(NamedTuple):
     """The same on the host, as `Lifecycle.advance` takes it."""
 
-    readings: np.ndarray
+    statistics: np.ndarray
     """float32[S, K]."""
     loss: float
     drift: np.ndarray
@@ -72,10 +72,10 @@ def measure(
     *,
     is_waiting: bool,
 ) -> Measured:
-    """Takes what was measured, and sends them off with the loss and the bodies' drifts."""
+    """Takes what was measured, and sends them off with the loss and the adapters' drifts."""
     with torch.no_grad():
         place = sites[0].tap.device
-        told = group.sum(_readings_and_loss(sites, loss, place))
+        told = group.sum(_statistics_and_loss(sites, loss, place))
         if optimizers.before is not None:
             drift = optimizers.learning.drift(optimizers.before, place)
             told = torch.cat([told, drift])
@@ -88,15 +88,17 @@ def measure(
     )
 
 
-def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
-    """What arrived; bodies that broke get their old numbers back."""
+def read(of: Measured, group: Group, layout: ef.Layout) -> Read:
+    """What arrived; adapters that broke get their old numbers back."""
     told = of.told.finish()
-    num_seeds, num_slots = lattice.num_seeds, lattice.num_slots
+    num_seeds, num_slots = layout.num_seeds, layout.num_slots
     size = num_seeds * NUM_CHANNELS
-    readings, loss = group.of_mean(told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size]))
+    statistics, loss = group.of_mean(
+        told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size])
+    )
     if of.scale != 1:
-        readings[:, _UTILITY] /= of.scale
-        readings[:, _GRADIENT_SQUARE] /= of.scale**2
+        statistics[:, _UTILITY] /= of.scale
+        statistics[:, _GRADIENT_SQUARE] /= of.scale**2
     drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
     if of.before is not None:
         moved, slots = told[size + 1 :], of.learning.slots
@@ -104,10 +106,12 @@ def read(of: Measured, group: Group, lattice: ef.Lattice) -> Read:
         drift[slots], has_broken[slots] = np.where(is_broken, 0.0, moved), is_broken
         for entry in np.flatnonzero(is_broken).tolist():
             of.learning.put_back(entry, of.before)
-    return Read(readings, loss, drift, has_broken)
+    return Read(statistics, loss, drift, has_broken)
 
 
-def _readings_and_loss(sites: Sequence[Seeds], loss: Tensor | float, place: torch.device) -> Tensor:
+def _statistics_and_loss(
+    sites: Sequence[Seeds], loss: Tensor | float, place: torch.device
+) -> Tensor:
     """float32[S K + 1]: zeros where nothing was measured."""
     cuts = [site.plan.cut for site in sites]
     heard = [site.take_heard() for site in sites]

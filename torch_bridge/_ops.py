@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_bridge import _chunks, _dense, _kernels, _layer
-from torch_bridge._bodies import Leaves
+from torch_bridge._adapters import Leaves
 from torch_bridge._chunks import Pulled, Sums
 from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
 
@@ -42,7 +42,7 @@ def new_handle(site: object) -> Tensor:
 
 
 def _plainly(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast: a body computes in the dtype of its input."""
+    """Without autocast: an adapter computes in the dtype of its input."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
@@ -56,13 +56,13 @@ total and square, [D] each, and sums of r^2, [C], if `_dense` computed the site.
 
 
 def _forward(
-    plan: SitePlan, axis: int, bodies: Mapping[str, Leaves], x: Tensor, *, watches: bool
+    plan: SitePlan, axis: int, adapters: Mapping[str, Leaves], x: Tensor, *, watches: bool
 ) -> tuple[Tensor, Stats, Tensor | None]:
     """`y` with the layout of `x` in memory of its own, what was measured, what `_dense` kept."""
     last = x if axis == -1 else x.movedim(axis, -1)
-    calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
+    calls = _kernels.calls_for(plan, adapters, last) if plan.banks else None
     if calls is not None:
-        y, watched = _kernels.forward(calls, plan, bodies, last)
+        y, watched = _kernels.forward(calls, plan, adapters, last)
         if axis != -1:
             y = torch.empty_like(x).copy_(y.movedim(-1, axis))
         return y, (watched,), None
@@ -70,10 +70,10 @@ def _forward(
         y = torch.empty_like(x)
         laid = y if axis == -1 else y.movedim(axis, -1)
         if not _is_summed_up(last) and _dense.serves(plan, last):
-            found = _dense.forward(plan, bodies, last, laid, watches=watches)
+            found = _dense.forward(plan, adapters, last, laid, watches=watches)
             if found is not None:
                 return y, *found
-        _layer.forward(plan, bodies, last, laid)
+        _layer.forward(plan, adapters, last, laid)
         return y, watch(plan.cut, last) if watches else (), None
 
 
@@ -86,7 +86,7 @@ def watch(cut: Cut, x: Tensor) -> Stats:
 
 
 def tell(cut: Cut, stats: Stats, dy: Tensor) -> Tensor | Sums:
-    """What both passes measured of a site without bodies."""
+    """What both passes measured of a site without adapters."""
     if not _is_summed_up(dy):
         total, square = stats
         return Sums(dy.numel() // cut.features, total, square, _chunks.squares(dy))
@@ -106,27 +106,27 @@ def _is_summed_up(x: Tensor) -> bool:
 def _backward(
     plan: SitePlan,
     axis: int,
-    bodies: Mapping[str, Leaves],
+    adapters: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
     stats: Stats,
     kept: Tensor | None = None,
 ) -> Pulled:
     last, slope = (x, dy) if axis == -1 else (x.movedim(axis, -1), dy.movedim(axis, -1))
-    calls = _kernels.calls_for(plan, bodies, last) if plan.banks else None
+    calls = _kernels.calls_for(plan, adapters, last) if plan.banks else None
     if calls is not None:
-        pulled = _kernels.backward(calls, plan, bodies, last, slope, stats[0])
+        pulled = _kernels.backward(calls, plan, adapters, last, slope, stats[0])
     elif not plan.banks:
         pulled = Pulled(slope, tell(plan.cut, stats, slope), {})
     else:
         with torch.no_grad(), _plainly(x):
-            pulled = _pull_bodies(plan, bodies, last, slope, stats, kept)
+            pulled = _pull_adapters(plan, adapters, last, slope, stats, kept)
     return pulled if axis == -1 else pulled._replace(d_x=pulled.d_x.movedim(-1, axis))
 
 
-def _pull_bodies(
+def _pull_adapters(
     plan: SitePlan,
-    bodies: Mapping[str, Leaves],
+    adapters: Mapping[str, Leaves],
     x: Tensor,
     dy: Tensor,
     stats: Stats,
@@ -135,14 +135,14 @@ def _pull_bodies(
     """Without kernels."""
     cut = plan.cut
     if len(stats) == 3:
-        found = _dense.backward(plan, bodies, x, dy, stats, kept)
+        found = _dense.backward(plan, adapters, x, dy, stats, kept)
         if found is not None:
             return found
     if _is_summed_up(x):
         watched = stats[0]
     else:
         watched = _chunks.watched_of(cut, x.numel() // cut.features, *stats[:2])
-    return _layer.backward(plan, bodies, x, dy, watched)
+    return _layer.backward(plan, adapters, x, dy, watched)
 
 
 class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
@@ -154,15 +154,15 @@ class Grafted(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
     ) -> Tensor:
         """`leaves` are the live banks' parameters; `tap` is what requires a gradient always."""
         del tap
-        bodies = _named(plan, leaves)
-        y, stats, kept = _forward(plan, axis, bodies, x, watches=any(ctx.needs_input_grad))
+        adapters = _named(plan, leaves)
+        y, stats, kept = _forward(plan, axis, adapters, x, watches=any(ctx.needs_input_grad))
         ctx.save_for_backward(x, kept, *stats, *leaves)
         ctx.static = site, plan, axis, len(stats)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        """Gradients of `x` and of the bodies."""
+        """Gradients of `x` and of the adapters."""
         # The guard against second derivatives is spared where none can follow.
         return _pull_twice_guarded(ctx, dy) if torch.is_grad_enabled() else _pull_eager(ctx, dy)
 
@@ -174,7 +174,7 @@ def _pull_eager(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     pulled = _backward(plan, axis, _named(plan, leaves), x, dy, stats, kept)
     if site is not None:
         site.hear(pulled.told)
-    grads = [pulled.d_bodies[bank.bank][name] for bank in plan.banks for name in bank.leaves]
+    grads = [pulled.d_adapters[bank.bank][name] for bank in plan.banks for name in bank.leaves]
     return None, None, None, pulled.d_x, None, *grads
 
 
@@ -220,7 +220,7 @@ def _site(handle: Tensor) -> tuple[Seeds, SitePlan]:
 
 
 def _live(site: Seeds, plan: SitePlan, stacked: list[Tensor]) -> dict[str, Leaves]:
-    """The live bodies out of all parameters of a site, `[P, ...]` each."""
+    """The live adapters out of all parameters of a site, `[P, ...]` each."""
     return {
         bank.bank: _layer.select(
             bank, [(leaf, stacked[at]) for leaf, at in site.places_of[bank.bank]]
@@ -284,7 +284,7 @@ def _compute_backward(
         site.hear(told.copy() if isinstance(told, Sums) else told)
         of_bank = {bank.bank: bank for bank in plan.banks}
         grads = [
-            _layer.scatter(of_bank[name], pulled.d_bodies[name][leaf], of)
+            _layer.scatter(of_bank[name], pulled.d_adapters[name][leaf], of)
             if name in of_bank
             else torch.zeros_like(of)
             for (name, leaf), of in zip(site.leaf_names, stacked, strict=True)
@@ -314,8 +314,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     x, _, stacked, handle, _ = inputs
     ctx.save_for_backward(x, handle, *stacked, *output[1])
     ctx.num_leaves = len(stacked)
-    # A compiler drops what nobody reads. The gradient of a body is read where one is trained; else
-    # the tap's keeps the operation, for a gradient of `x` may vanish on its way.
+    # A compiler drops what nobody reads. The gradient of an adapter is read where one is trained;
+    # else the tap's keeps the operation, for a gradient of `x` may vanish on its way.
     ctx.for_tap = not (x.requires_grad and any(of.requires_grad for of in stacked))
 
 

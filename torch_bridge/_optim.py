@@ -1,7 +1,7 @@
 """What the bridge does around the steps of any torch optimiser, which it notices by itself.
 
-Before a step, parameters of bodies that do not learn lose their gradient: torch's optimisers skip
-such parameters wholly, weight decay and moments included. Where the bodies of a bank are stacked
+Before a step, parameters of adapters that do not learn lose their gradient: torch's optimisers skip
+such parameters wholly, weight decay and moments included. Where the adapters of a bank are stacked
 in one parameter, rows that do not learn are put back after the step, moments included. A newborn's
 state is removed, so that it starts afresh.
 """
@@ -25,7 +25,7 @@ from torch_bridge._settle import Learning
 
 
 class Partial(NamedTuple):
-    """A bank whose bodies are stacked, some of which learn and some rest."""
+    """A bank whose adapters are stacked, some of which learn and some rest."""
 
     params: list[nn.Parameter]
     learns: Tensor
@@ -37,7 +37,7 @@ class _Holds(NamedTuple):
 
     form: list[tuple[int, int]]
     """Identity and length of each group's list, as long as which all stays."""
-    bodies: set[int]
+    adapters: set[int]
     host: set[int]
     """Everything else."""
     last_step: int
@@ -49,20 +49,20 @@ _PATIENCE_STEPS = 64
 
 
 class Watcher:
-    """Notices the optimisers of one model and keeps resting bodies out of their steps."""
+    """Notices the optimisers of one model and keeps resting adapters out of their steps."""
 
-    def __init__(self, host: Iterable[nn.Parameter], bodies: Iterable[nn.Parameter]) -> None:
+    def __init__(self, host: Iterable[nn.Parameter], adapters: Iterable[nn.Parameter]) -> None:
         self._host = {id(p) for p in host}
-        self.set_bodies(bodies)
+        self.set_adapters(adapters)
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._holds: weakref.WeakKeyDictionary[Any, _Holds] = weakref.WeakKeyDictionary()
         self._num_steps = 0
         self.resting: list[nn.Parameter] = []
-        """Parameters none of whose bodies learn."""
+        """Parameters none of whose adapters learn."""
         self.learning = Learning(())
         self.partial: list[Partial] = []
         self.before: list[Tensor] | None = None
-        """The learning bodies before the first step since the last `bridge.step`."""
+        """The learning adapters before the first step since the last `bridge.step`."""
         self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scaler: Any = None
         self.scale = 1.0
@@ -74,10 +74,10 @@ class Watcher:
         for handle in self._handles:
             weakref.finalize(self, handle.remove)
 
-    def set_bodies(self, bodies: Iterable[nn.Parameter]) -> None:
-        """Says which parameters are bodies'."""
-        self.bodies = list(bodies)
-        self._bodies = {id(p) for p in self.bodies}
+    def set_adapters(self, adapters: Iterable[nn.Parameter]) -> None:
+        """Says which parameters are adapters'."""
+        self.adapters = list(adapters)
+        self._adapters = {id(p) for p in self.adapters}
 
     def close(self) -> None:
         """Stops watching."""
@@ -85,66 +85,66 @@ class Watcher:
             handle.remove()
 
     def check(self, optimizer: Any) -> set[int]:
-        """Notes which parameters an optimiser holds now; returns the bodies' among them."""
+        """Notes which parameters an optimiser holds now; returns the adapters' among them."""
         lists = [group["params"] for group in optimizer.param_groups]
         form = [(id(params), len(params)) for params in lists]
         known = self._holds.get(optimizer)
         if known is None or known.form != form:
             every = {id(p) for params in lists for p in params}
-            bodies = every & self._bodies
-            if not bodies and not every & self._host:
-                return bodies
-            known = _Holds(form, bodies, every - bodies, 0)
+            adapters = every & self._adapters
+            if not adapters and not every & self._host:
+                return adapters
+            known = _Holds(form, adapters, every - adapters, 0)
             self.seen.add(optimizer)
         self._holds[optimizer] = known._replace(last_step=self._num_steps)
-        return known.bodies
+        return known.adapters
 
     def check_complete(self) -> None:
-        """Holds the optimisers that step to having all bodies.
+        """Holds the optimisers that step to having all adapters.
 
         One whose other parameters are stepped by another one now has been replaced, and one that
         has not stepped for long rests.
 
         Raises:
-          BridgeError: bodies are in none of them, as with one made before `grow`, or made later of
-            the model's own parameters.
+          BridgeError: adapters are in none of them, as with one made before `grow`, or made later
+            of the model's own parameters.
         """
         every = list(self._holds.items())
-        if not self._bodies or not every:
+        if not self._adapters or not every:
             return
         now = [(of, held) for of, held in every if held.last_step == self._num_steps]
         stepped = set().union(*(held.host for _, held in now))
-        missing = set(self._bodies)
+        missing = set(self._adapters)
         for _, held in every:
             is_replaced = held.last_step < self._num_steps and held.host & stepped
             is_resting = bool(now) and held.last_step < self._num_steps - _PATIENCE_STEPS
             if not is_replaced and not is_resting:
-                missing -= held.bodies
+                missing -= held.adapters
         if not missing:
             return
         kinds = ", ".join(sorted({type(of).__name__ for of, _ in now or every}))
         raise BridgeError(
-            f"{len(missing)} of {len(self._bodies)} parameters of bodies are in no optimiser that "
-            f"steps ({kinds}): it was made before grow(), or from a part of the model. Make "
+            f"{len(missing)} of {len(self._adapters)} parameters of adapters are in no optimiser "
+            f"that steps ({kinds}): it was made before grow(), or from a part of the model. Make "
             "it afterwards from model.parameters(), or add them: "
-            "optimizer.add_param_group({'params': bridge.body_parameters()}). Where several "
-            "optimisers share the bodies, attach them together: bridge.attach([first, second])"
+            "optimizer.add_param_group({'params': bridge.adapter_parameters()}). Where several "
+            "optimisers share the adapters, attach them together: bridge.attach([first, second])"
         )
 
     def check_gradients(self, *, with_resting: bool) -> None:
-        """Holds the bodies that learn, or all of them, to requiring a gradient.
+        """Holds the adapters that learn, or all of them, to requiring a gradient.
 
         Raises:
           BridgeError: some do not, as after freezing the whole model.
         """
         learning = [p for of in self.learning.groups for p in of.params]
-        frozen = [p for p in (self.bodies if with_resting else learning) if not p.requires_grad]
+        frozen = [p for p in (self.adapters if with_resting else learning) if not p.requires_grad]
         if frozen:
             raise BridgeError(
-                f"{len(frozen)} parameters of bodies have requires_grad=False and would never "
+                f"{len(frozen)} parameters of adapters have requires_grad=False and would never "
                 "learn: the model was frozen after grow(), by hand or by PEFT. Say "
                 "grow(freeze_host=True) in place of freezing it, or give them back: for p in "
-                "bridge.body_parameters(): p.requires_grad_(True), and let the optimiser hold them"
+                "bridge.adapter_parameters(): p.requires_grad_(True), and pass them to an optimiser"
             )
 
     def end_step(self) -> None:
@@ -152,7 +152,7 @@ class Watcher:
         self._num_steps += 1
 
     def before_step(self, optimizer: Any) -> None:
-        """Takes resting bodies out of the step and remembers the others."""
+        """Takes resting adapters out of the step and remembers the others."""
         if not self.check(optimizer):
             return
         self.scale = self.scale_now()
@@ -169,12 +169,12 @@ class Watcher:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def rest(self) -> None:
-        """Takes the gradients of resting bodies away."""
+        """Takes the gradients of resting adapters away."""
         for p in self.resting:
             p.grad = None
 
     def after_step(self, optimizer: Any) -> None:
-        """Puts resting rows of stacked bodies back."""
+        """Puts resting rows of stacked adapters back."""
         with torch.no_grad():
             known = {id(of) for of, _, _ in self._saved}
             for of, old, learns in self._saved:

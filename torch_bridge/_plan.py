@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper_fn.base import Topology
-from torch_bridge._bodies import Form
+from torch_bridge._adapters import Form
 
 NUM_GAINS = 4
 """act, learn, feel, damping."""
@@ -51,14 +51,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class BankPlan:
-    """The live bodies of one bank, in the order of their chunks."""
+    """The live adapters of one bank, in the order of their chunks."""
 
     bank: str
     form: Form
     leaves: tuple[str, ...]
     """The names of its parameters."""
     rows: Tensor
-    """[n]: the slot of each body."""
+    """[n]: the slot of each adapter."""
     chunk: Tensor
     """[n]: the chunk it serves."""
     slots: tuple[int, ...]
@@ -72,15 +72,15 @@ class BankPlan:
     is_all: bool
     """Every chunk of an even split is served, in order."""
     acts: bool
-    """Whether a body acts; of n bodies some may have a gain of 0."""
+    """Whether an adapter acts; of n adapters some may have a gain of 0."""
     feels: bool
     is_full: bool
-    """Every body acts, learns with a gain of 1, is felt and is not damped."""
+    """Every adapter acts, learns with a gain of 1, is felt and is not damped."""
     is_damped: bool
-    """Whether a body is damped; of n bodies some may have a damping of 0."""
+    """Whether an adapter is damped; of n adapters some may have a damping of 0."""
 
     def is_whole(self, leaf: Tensor) -> bool:
-        """Whether `[P, ...]` are the parameters of the live bodies, in order."""
+        """Whether `[P, ...]` are the parameters of the live adapters, in order."""
         return self.is_leading and len(self.slots) == leaf.shape[0]
 
     def to(self, device: torch.device) -> BankPlan:
@@ -104,7 +104,7 @@ def plan_bank(
     chunks: np.ndarray,
     gains: np.ndarray,
 ) -> BankPlan:
-    """The plan of a bank's live bodies, on the CPU.
+    """The plan of a bank's live adapters, on the CPU.
 
     Args:
       cut: of the site.
@@ -143,7 +143,7 @@ def plan_bank(
 
 
 class BankSlots(NamedTuple):
-    """A bank of the lattice: which of all slots are its own, and whose."""
+    """A bank of the layout: which of all slots are its own, and whose."""
 
     name: str
     start: int
@@ -160,11 +160,11 @@ class SitePlan:
     cut: Cut
     topology: Topology
     banks: tuple[BankPlan, ...]
-    """Those in which a body lives."""
+    """Those in which an adapter lives."""
     gains: Tensor
     """float32[C, 4]: act, learn, feel, damping."""
     row: Tensor
-    """int32[C]: the row of the chunk's body in the one live bank, -1 for none."""
+    """int32[C]: the row of the chunk's adapter in the one live bank, -1 for none."""
     is_watching: bool
     """Whether dormant chunks are measured too."""
     bound: dict[Any, Any] = field(default_factory=dict, compare=False)

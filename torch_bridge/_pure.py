@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_bridge._bodies import Leaves
+from torch_bridge._adapters import Leaves
 from torch_bridge._chunks import column, take
 from torch_bridge._layer import outputs
 from torch_bridge._plan import BankPlan, Cut, SitePlan
@@ -24,11 +24,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def grown(plan: SitePlan, axis: int, x: Tensor, bodies: Sequence[Leaves]) -> Tensor:
-    """`x + act * r`, whose derivatives have the gains `learn` for bodies and `feel` for `x`."""
+def grown(plan: SitePlan, axis: int, x: Tensor, adapters: Sequence[Leaves]) -> Tensor:
+    """`x + act * r`, whose derivatives have the gains `learn` for adapters and `feel` for `x`."""
     last = x.movedim(axis, -1)
     y = last
-    for bank, leaves in zip(plan.banks, bodies, strict=True):
+    for bank, leaves in zip(plan.banks, adapters, strict=True):
         y = y + _laid(plan.cut, bank, _change(plan, bank, leaves, take(plan.cut, bank, last)), last)
     return y.movedim(-1, axis)
 

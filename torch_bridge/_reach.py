@@ -28,11 +28,11 @@ class Reach:
         self._enough_steps = max(_MIN_STEPS, _MIN_WATCHED_STEPS * watch_every)
         self._is_over = not watch_every
 
-    def note(self, readings: np.ndarray) -> None:
-        """Takes one step's readings, `[S, K]`."""
+    def note(self, statistics: np.ndarray) -> None:
+        """Takes one step's statistics, `[S, K]`."""
         if self._is_over:
             return
-        self._is_reached |= np.logical_or.reduceat(readings[:, 0] > 0, self._starts)
+        self._is_reached |= np.logical_or.reduceat(statistics[:, 0] > 0, self._starts)
         self._num_steps += 1
         self._is_over = bool(self._is_reached.all())
         if self._is_over or self._num_steps < self._enough_steps:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import esper_fn as ef
-from esper_fn._lattice._lattice import Bank
+from esper_fn._layout._layout import Bank
 from esper_fn.lifecycle import NONE, NUM_STAGES
 from torch_bridge._errors import BridgeError
 
@@ -40,12 +40,12 @@ class Fitted(NamedTuple):
     slots: np.ndarray
     """int[Q]: for each slot of the growth the saved slot that it takes over, or -1."""
     capacity: int
-    """What the bodies need, if the growth has less; else 0, and all else holds."""
+    """What the adapters need, if the growth has less; else 0, and all else holds."""
     changes: list[str]
     is_other: bool
     """Whether anything differs between the two growths."""
     is_moved: bool
-    """Whether bodies have other slots of their banks than before."""
+    """Whether adapters have other slots of their banks than before."""
 
 
 def leaves_of(raw: Any) -> dict[str, np.ndarray]:
@@ -58,11 +58,11 @@ def describe(
     growth: ef.Growth, leaves: Mapping[str, np.ndarray], changes: Sequence[str] = ()
 ) -> Saved:
     """A growth and its state, to be written."""
-    lattice = growth.lattice
+    layout = growth.layout
     return Saved(
-        sites=[[s.name, s.features, s.chunks, s.topology] for s in lattice.sites],
-        blueprints=list(lattice.names),
-        capacity=lattice.capacity,
+        sites=[[s.name, s.features, s.chunks, s.topology] for s in layout.sites],
+        blueprints=list(layout.names),
+        capacity=layout.capacity,
         grafts=[graft.name for graft in growth.grafts],
         changes=list(changes),
         leaves=dict(leaves),
@@ -121,10 +121,10 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
     Raises:
       BridgeError: saved with other sites or blueprints.
     """
-    lattice = growth.lattice
-    before = lattice_of(saved, growth)
+    layout = growth.layout
+    before = layout_of(saved, growth)
     _check(saved, own, before)
-    slots, capacity, is_moved = _slots(saved, before, lattice)
+    slots, capacity, is_moved = _slots(saved, before, layout)
     mine = describe(growth, own)
     alike = mine[:4] == saved[:4] and _forms(own) == _forms(saved.leaves)
     if capacity or alike:
@@ -134,7 +134,7 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
     target[slots[slots != NONE]] = np.flatnonzero(slots != NONE)
     renumbered: dict[str, Any] = {
         ".seeds.slot": target[:-1],
-        ".seeds.blueprint": [lattice.names.index(name) for name in saved.blueprints],
+        ".seeds.blueprint": [layout.names.index(name) for name in saved.blueprints],
         ".seeds.graft": [
             mine.grafts.index(name) if name in mine.grafts else 0 for name in saved.grafts
         ],
@@ -143,7 +143,7 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
     for path, leaf in saved.leaves.items():
         if path.startswith(".seeds."):
             found[path] = _renumber(leaf, renumbered[path]) if path in renumbered else leaf
-    for path in (".owner", ".num_births"):
+    for path in (".owner", ".generation"):
         rows = own[path].copy()
         rows[:] = NONE if path == ".owner" else 0
         rows[slots != NONE] = saved.leaves[path][slots[slots != NONE]]
@@ -171,11 +171,11 @@ def _forms(leaves: Mapping[str, np.ndarray]) -> list[tuple[str, str, tuple[int, 
     return [(path, str(of.dtype), of.shape) for path, of in leaves.items()]
 
 
-def lattice_of(saved: Saved, growth: ef.Growth) -> ef.Lattice:
-    """The lattice that was saved, made of this growth's sites and blueprints."""
-    lattice = growth.lattice
+def layout_of(saved: Saved, growth: ef.Growth) -> ef.Layout:
+    """The layout that was saved, made of this growth's sites and blueprints."""
+    layout = growth.layout
     own = describe(growth, {})
-    missing = [name for name in saved.blueprints if name not in lattice.names]
+    missing = [name for name in saved.blueprints if name not in layout.names]
     if saved.sites != own.sites or missing:
         differing = [site for site in saved.sites if site not in own.sites] or saved.sites
         what = f"blueprints {missing}" if missing else f"sites {differing[:3]}"
@@ -187,20 +187,20 @@ def lattice_of(saved: Saved, growth: ef.Growth) -> ef.Lattice:
             "was loaded"
         )
     if own[:3] == saved[:3]:
-        return lattice  # averages come here in every step
-    return ef.lattice(
-        sites=lattice.sites,
-        blueprints={n: lattice.blueprints[lattice.names.index(n)] for n in saved.blueprints},
+        return layout  # averages come here in every step
+    return ef.layout(
+        sites=layout.sites,
+        blueprints={n: layout.blueprints[layout.names.index(n)] for n in saved.blueprints},
         capacity=saved.capacity,
-        dtype=lattice.dtype,
+        dtype=layout.dtype,
     )
 
 
-def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Lattice) -> None:
+def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Layout) -> None:
     """That every number is one which a growth can have."""
     limits = {
         ".owner": (before.num_slots, before.num_seeds),
-        ".num_births": (before.num_slots, np.iinfo(np.int32).max),
+        ".generation": (before.num_slots, np.iinfo(np.int32).max),
         ".seeds.slot": (before.num_seeds, before.num_slots),
         ".seeds.blueprint": (before.num_seeds, len(saved.blueprints)),
         ".seeds.graft": (before.num_seeds, len(saved.grafts)),
@@ -222,8 +222,10 @@ def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Lattice) -> N
             )
 
 
-def _slots(saved: Saved, before: ef.Lattice, after: ef.Lattice) -> tuple[np.ndarray, int, bool]:
-    """`slots`, `capacity` and `is_moved` of `Fitted`: bodies keep their slots if there are such."""
+def _slots(saved: Saved, before: ef.Layout, after: ef.Layout) -> tuple[np.ndarray, int, bool]:
+    """`slots`, `capacity` and `is_moved` of `Fitted`: adapters keep their slots if there are
+    such.
+    """
     owner = saved.leaves[".owner"]
     found, capacity, is_moved = np.full(after.num_slots, NONE), 0, False
     twins = {twin_name(after, bank): bank for bank in after.tables.banks}
@@ -242,6 +244,6 @@ def _slots(saved: Saved, before: ef.Lattice, after: ef.Lattice) -> tuple[np.ndar
     return found, capacity, is_moved
 
 
-def twin_name(lattice: ef.Lattice, bank: Bank) -> tuple[str, str]:
+def twin_name(layout: ef.Layout, bank: Bank) -> tuple[str, str]:
     """Site and blueprint of a bank."""
-    return lattice.sites[bank.site].name, lattice.names[bank.blueprint]
+    return layout.sites[bank.site].name, layout.names[bank.blueprint]

@@ -1,6 +1,6 @@
-"""What the optimiser's step did to the bodies: how far they moved, and which ones broke.
+"""What the optimiser's step did to the adapters: how far they moved, and which ones broke.
 
-All learning bodies are measured together, in a few operations whatever their number.
+All learning adapters are measured together, in a few operations whatever their number.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 @dataclass
 class Rows:
-    """Parameters whose rows are equally long: bodies stacked in a parameter, or one body each."""
+    """Parameters whose rows are equally long: adapters stacked in a parameter, or one adapter
+    each.
+    """
 
     params: list[nn.Parameter]
     numel: int
     entry: Tensor
-    """int64[rows]: whose body each row belongs to."""
+    """int64[rows]: whose adapter each row belongs to."""
     at: list[tuple[int, nn.Parameter, int | None]]
     """Of each row: its entry, its parameter, and where in it if that is stacked."""
     _views: list[Tensor] = field(default_factory=list)
@@ -34,10 +36,10 @@ class Rows:
 
 
 class Learning:
-    """The bodies that learn until the next `bridge.step`: one entry each.
+    """The adapters that learn until the next `bridge.step`: one entry each.
 
     Args:
-      banks: of each bank in which a body learns, its parameters, the flat slots they hold, and
+      banks: of each bank in which an adapter learns, its parameters, the flat slots they hold, and
         whether each parameter holds all these slots or the parameters come slot by slot.
     """
 
@@ -69,11 +71,13 @@ class Learning:
         ]
 
     def snapshot(self) -> list[Tensor]:
-        """The bodies' numbers now."""
+        """The adapters' numbers now."""
         return [of.gather() for of in self.groups]
 
     def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
-        """float32[n]: `|new - old| / |old|` of each body: 0 if that was 0, not finite if broken."""
+        """float32[n]: `|new - old| / |old|` of each adapter: 0 if that was 0, not finite if
+        broken.
+        """
         shape = (len(self.slots),)
         moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
         for of, old in zip(self.groups, before, strict=True):
@@ -85,7 +89,7 @@ class Learning:
         return moved.sqrt() / size.sqrt().masked_fill(size == 0, torch.inf)
 
     def put_back(self, entry: int, before: Sequence[Tensor]) -> None:
-        """Gives one body the numbers it had."""
+        """Gives one adapter the numbers it had."""
         with torch.no_grad():
             for of, old in zip(self.groups, before, strict=True):
                 for row, (own, p, inner) in enumerate(of.at):

@@ -67,22 +67,22 @@ class Shared:
         return sorted(found, key=lambda site: site.first_seed)
 
     def make_room(self, capacity: int) -> None:
-        """Gives every bank more slots; all seeds and bodies stay as they are.
+        """Gives every bank more slots; all seeds and adapters stay as they are.
 
         Copies that no bridge drives get the slots too: averages go through both models' parameters
         in pairs.
         """
-        lattice, age = self.lifecycle.growth.lattice, self.lifecycle.age
-        if capacity <= lattice.capacity:
+        layout, age = self.lifecycle.growth.layout, self.lifecycle.age
+        if capacity <= layout.capacity:
             return
-        larger = ef.lattice(
-            sites=lattice.sites,
-            blueprints=dict(zip(lattice.names, lattice.blueprints, strict=True)),
+        larger = ef.layout(
+            sites=layout.sites,
+            blueprints=dict(zip(layout.names, layout.blueprints, strict=True)),
             capacity=capacity,
-            dtype=lattice.dtype,
+            dtype=layout.dtype,
         )
         before = self.lifecycle.pack()
-        self.lifecycle.begin(replace(self.lifecycle.growth, lattice=larger))
+        self.lifecycle.begin(replace(self.lifecycle.growth, layout=larger))
         self.lifecycle.restore(before)
         self.lifecycle.age = age
         for site in self.living_sites():
@@ -96,11 +96,11 @@ class Shared:
     ) -> None:
         """Lets averages of a newborn begin with it, and not with who had its slot before.
 
-        Only where the average has no body in the slot, so that none of its outputs changes.
+        Only where the average has no adapter in the slot, so that none of its outputs changes.
         """
-        capacity = self.lifecycle.growth.lattice.capacity
+        capacity = self.lifecycle.growth.layout.capacity
         for copied in self.copies:
-            is_alike = copied.lifecycle.growth.lattice.capacity == capacity
+            is_alike = copied.lifecycle.growth.layout.capacity == capacity
             if copied.is_average and is_alike and copied.lifecycle.owner()[slot] < 0:
                 for own in copied.living_sites():
                     if own.first_seed == site.first_seed:

@@ -1,4 +1,6 @@
-"""The module that sits in a target: its bodies' parameters, and the hook that grows its output."""
+"""The module that sits in a target: its adapters' parameters, and the hook that grows its
+output.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_fn import Lattice
+from esper_fn import Layout
 from torch_bridge import _kernels, _layer, _nested, _ops, _pure, _record
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
@@ -22,7 +24,7 @@ from torch_bridge._shared import NO_PICKLE, Shared
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Body(nn.Module):  # type: ignore[misc] # torch is untyped here
+class Adapter(nn.Module):  # type: ignore[misc] # torch is untyped here
     """The parameters of one slot, or of all slots of a bank, `[P, ...]`, where they are stacked."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
@@ -63,13 +65,13 @@ class Seeds(nn.Module):  # type: ignore[misc]
             self.places_of[bank] = [(leaf, first + k) for k, leaf in enumerate(slots[0])]
             if is_stacked:
                 stacked = {leaf: torch.stack([of[leaf] for of in slots]) for leaf in slots[0]}
-                self.add_module(bank, Body(stacked))
+                self.add_module(bank, Adapter(stacked))
             else:
-                self.add_module(bank, nn.ModuleList(Body(of) for of in slots))
+                self.add_module(bank, nn.ModuleList(Adapter(of) for of in slots))
         self.activation: str | None = None
         """Of the only bank, if `esper_kernels` knows it by name."""
         self.slot = plan.row
-        """int32[C]: the slot of the chunk's body in the only bank, -1 for none."""
+        """int32[C]: the slot of the chunk's adapter in the only bank, -1 for none."""
         self.gains = plan.gains
         """float32[C, 4]. Beside the plan, as compiled programs read the two."""
         self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
@@ -159,8 +161,11 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """Each of a bank's leaves for its live slots, `[n, ...]`; differentiable."""
         module: Any = self._modules[bank.bank]
         if not self.is_stacked:
-            bodies = [module[slot] for slot in bank.slots]
-            return [torch.stack([getattr(body, name) for body in bodies]) for name in bank.leaves]
+            adapters = [module[slot] for slot in bank.slots]
+            return [
+                torch.stack([getattr(adapter, name) for adapter in adapters])
+                for name in bank.leaves
+            ]
         leaves = [getattr(module, name) for name in bank.leaves]
         return [of if bank.is_whole(of) else of.index_select(0, bank.rows) for of in leaves]
 
@@ -171,11 +176,10 @@ class Seeds(nn.Module):  # type: ignore[misc]
             of = getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
             of.data.copy_(leaves[name])
 
-    def make_room(self, lattice: Lattice) -> None:
-        """Gives the banks the slots that a larger lattice has for them."""
+    def make_room(self, layout: Layout) -> None:
+        """Gives the banks the slots that a larger layout has for them."""
         slots = {
-            (lattice.sites[b.site].name, lattice.names[b.blueprint]): b
-            for b in lattice.tables.banks
+            (layout.sites[b.site].name, layout.names[b.blueprint]): b for b in layout.tables.banks
         }
         found = [(of, slots[self.site, of.name]) for of in self.slots_of_banks]
         self.slots_of_banks = tuple(
@@ -196,10 +200,10 @@ class Seeds(nn.Module):  # type: ignore[misc]
             return
         like = dict(module[0].named_parameters())
         for _ in range(num_slots - len(module)):
-            body = Body({n: torch.zeros_like(of.detach()) for n, of in like.items()})
-            for name, of in body.named_parameters():
+            adapter = Adapter({n: torch.zeros_like(of.detach()) for n, of in like.items()})
+            for name, of in adapter.named_parameters():
                 of.requires_grad_(like[name].requires_grad)
-            module.append(body)
+            module.append(adapter)
 
     def _all_rows(self) -> list[Tensor]:
         """Every leaf of every bank, `[P, ...]`, in the order of `leaf_names`."""
@@ -210,7 +214,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
                 if self.is_stacked:
                     every.append(getattr(module, name))
                 else:
-                    every.append(torch.stack([getattr(body, name) for body in module]))
+                    every.append(torch.stack([getattr(adapter, name) for adapter in module]))
         return every
 
     # --- the forward -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_bridge import _nested
-from torch_bridge._bodies import is_built_in
+from torch_bridge._adapters import is_built_in
 from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights, is_transposed_linear
 from torch_bridge._site import Seeds, _first
@@ -100,7 +100,7 @@ def _write(site: Site) -> None:
 
 
 class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
-    """Bodies that act for good, as plain torch; a child of its target, named `grown`."""
+    """Adapters that act for good, as plain torch; a child of its target, named `grown`."""
 
     def __init__(self, site: Seeds, banks: list[BankPlan]) -> None:
         super().__init__()
@@ -129,7 +129,9 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         return rebuild(self(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x + act * body(x)`, in the dtype of `x`; a body that is not finite reaches nothing."""
+        """`x + act * adapter(x)`, in the dtype of `x`; an adapter that is not finite reaches
+        nothing.
+        """
         if x.is_nested:
             parts, together = _nested.apart(x, is_pointwise=self.topology == "vector")
             return together([self.forward(part) for part in parts])
@@ -178,9 +180,9 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
     folded: dict[str, Tensor] = {}
     rest = []
     acting = [bank for bank in own.plan.banks if bank.acts]
-    layout = _layout(module) if acting and weights.is_plain(module) else None
+    axes = _weight_layout(module) if acting and weights.is_plain(module) else None
     for bank in acting:
-        values = None if layout is None else _folded(module, layout, _affine(own, bank), folded)
+        values = None if axes is None else _folded(module, axes, _affine(own, bank), folded)
         if values is None:
             rest.append(bank)
         else:
@@ -189,7 +191,7 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
 
 
 def _affine(own: Seeds, bank: BankPlan) -> list[Affine] | None:
-    """What the bodies do to the features, where that is linear in each position alone."""
+    """What the adapters do to the features, where that is linear in each position alone."""
     leaves = dict(zip(own.names_of(bank.bank), own.rows_of(bank), strict=True))
     cut = own.plan.cut
     is_low_rank = bank.form.activation == "none" and set(leaves) <= {"down", "up", "bias"}
@@ -200,21 +202,23 @@ def _affine(own: Seeds, bank: BankPlan) -> list[Affine] | None:
     for index, chunk in enumerate(bank.chunk.tolist()):
         start, size = int(cut.starts[chunk]), int(cut.sizes[chunk])
         act = own.plan.gains[chunk, 0].double()
-        body = {name: leaf[index].double() for name, leaf in leaves.items()}
-        if act == 0 or not body:
+        adapter = {name: leaf[index].double() for name, leaf in leaves.items()}
+        if act == 0 or not adapter:
             continue
         if is_low_rank:
-            up = body["up"][:, :size]
-            matrix = act * (body["down"][:size] @ up)
-            shift = act * (body["bias"] @ up) if "bias" in body else torch.zeros_like(matrix[0])
+            up = adapter["up"][:, :size]
+            matrix = act * (adapter["down"][:size] @ up)
+            shift = (
+                act * (adapter["bias"] @ up) if "bias" in adapter else torch.zeros_like(matrix[0])
+            )
         else:
-            matrix = torch.diag(act * body["scale"][:size])
-            shift = act * body["shift"][:size]
+            matrix = torch.diag(act * adapter["scale"][:size])
+            shift = act * adapter["shift"][:size]
         found.append(Affine(slice(start, start + size), matrix, shift, is_diagonal))
     return found
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """How a layer's parameters make its features."""
 
     axis: int
@@ -227,46 +231,46 @@ class Layout(NamedTuple):
     """Whether it takes a bias, or has one."""
 
 
-def _layout(module: Any) -> Layout | None:
+def _weight_layout(module: Any) -> WeightLayout | None:
     if isinstance(module, nn.Linear):
-        return Layout(0)
+        return WeightLayout(0)
     if is_transposed_linear(module):
-        return Layout(-1)
+        return WeightLayout(-1)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # In groups, output channels read different inputs.
-        return Layout(0, is_mixing=module.groups == 1)
+        return WeightLayout(0, is_mixing=module.groups == 1)
     if isinstance(module, nn.Embedding):
-        return Layout(-1, is_table=True)
+        return WeightLayout(-1, is_table=True)
     if getattr(module, "weight", None) is not None and module.weight.ndim == 1:
         has_shift = getattr(module, "bias", None) is not None
-        return Layout(0, is_mixing=False, can_shift=has_shift)
+        return WeightLayout(0, is_mixing=False, can_shift=has_shift)
     return None
 
 
 def _folded(
-    module: Any, layout: Layout, chunks: list[Affine] | None, earlier: dict[str, Tensor]
+    module: Any, axes: WeightLayout, chunks: list[Affine] | None, earlier: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """New values of the module's parameters, None if the bodies do not fit into them."""
+    """New values of the module's parameters, None if the adapters do not fit into them."""
     if chunks is None:
         return None
     weight = earlier.get("weight", module.weight).detach().clone()
-    moved = weight.movedim(layout.axis, -1)
-    old = earlier.get("bias", None if layout.is_table else module.bias)
+    moved = weight.movedim(axes.axis, -1)
+    old = earlier.get("bias", None if axes.is_table else module.bias)
     bias = weight.new_zeros(moved.shape[-1]) if old is None else old.detach().clone()
     for of in chunks:
-        if not layout.is_mixing and not of.is_diagonal:
+        if not axes.is_mixing and not of.is_diagonal:
             return None
         shift = of.shift
-        if layout.is_table:
+        if axes.is_table:
             sound = _add_(moved[..., of.features], of.matrix, shift)
         else:
             sound = _add_(moved[..., of.features], of.matrix, torch.zeros_like(shift))
             sound = sound and _add_(bias[of.features], of.matrix, shift)
         if not sound:
             return None
-    if layout.is_table or (old is None and not bias.any()):
+    if axes.is_table or (old is None and not bias.any()):
         return {"weight": weight}
-    return {"weight": weight, "bias": bias} if old is not None or layout.can_shift else None
+    return {"weight": weight, "bias": bias} if old is not None or axes.can_shift else None
 
 
 _MOST_LOST = 1 / 8

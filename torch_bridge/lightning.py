@@ -24,11 +24,11 @@ class GrowthCallback(Callback):  # type: ignore[misc]
 
     Works with gradient accumulation, clipping and precision plugins; the loss it tells the bridge
     is the mean over the accumulated batches. Checkpoints need nothing more: the lifecycle is part
-    of the module's state dict, so `fit(..., ckpt_path=...)` restores stages, bodies and optimiser
+    of the module's state dict, so `fit(..., ckpt_path=...)` restores stages, adapters and optimiser
     state. It logs `growth/live` and `growth/fossils` where the trainer logs.
 
     With manual optimisation, return the step's loss from `training_step` as `{"loss": loss}`, and
-    let the bodies' optimiser step at most once a batch.
+    let the adapters' optimiser step at most once a batch.
 
     Args:
       bridge: from `torch_bridge.grow`, on the `LightningModule` or on a model inside it, made
@@ -38,7 +38,7 @@ class GrowthCallback(Callback):  # type: ignore[misc]
       survey_every: optimiser steps between two surveys.
 
     Attributes:
-      last_info: of the last step, an `esper_fn.Info`.
+      last_info: of the last step, an `esper_fn.StepInfo`.
       last_survey: of the last survey.
 
     Raises:
@@ -69,7 +69,7 @@ class GrowthCallback(Callback):  # type: ignore[misc]
 
     @property
     def last_info(self) -> Any:
-        """The `esper_fn.Info` of the last step."""
+        """The `esper_fn.StepInfo` of the last step."""
         return self._pace.last_info
 
     @property

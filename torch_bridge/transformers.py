@@ -26,8 +26,8 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     The `Trainer` shows callbacks no loss, so this one is given to it by `attach`, which also reads
     what `training_step` returns: right under gradient accumulation, label smoothing and a
     `compute_loss` of your own. Checkpoints need nothing more: the lifecycle is part of the model's
-    state dict, so `train(resume_from_checkpoint=...)` restores stages, bodies and optimiser state.
-    Logs get `growth/live` and `growth/fossils`.
+    state dict, so `train(resume_from_checkpoint=...)` restores stages, adapters and optimiser
+    state. Logs get `growth/live` and `growth/fossils`.
 
     Args:
       bridge: from `torch_bridge.grow`, on the trainer's model or a part of it, made before the
@@ -64,7 +64,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def last_info(self) -> Any:
-        """The `esper_fn.Info` of the last step."""
+        """The `esper_fn.StepInfo` of the last step."""
         return self._pace.last_info
 
     @property
@@ -121,7 +121,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add the numbers of bodies to what is logged."""
+        """Add the numbers of adapters to what is logged."""
         if logs is not None and "loss" in logs:
             logs.update(self._pace.counts())
             if state.log_history:

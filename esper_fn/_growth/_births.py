@@ -1,4 +1,4 @@
-"""What a survey finds is remembered, and spent on the seed's next body."""
+"""What a survey finds is remembered, and spent on the seed's next adapter."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import telemetry
-from esper_fn._lattice import Directions, Lattice, Memory, Moments, chunk_mask
+from esper_fn._layout import Directions, Layout, Memory, Moments, chunk_mask
 from esper_fn._typing import Array, Bool, DType, Float32, Int8, Int32, Key, Params
-from esper_fn.base import Blueprint, BodySpec
+from esper_fn.base import AdapterSpec, Blueprint
 from esper_fn.lifecycle import NONE
 
 
 def remember(
-    lattice: Lattice,
+    layout: Layout,
     memory: Memory,
     moments: Sequence[Moments],
     is_eligible: Bool[Array, "S"],
@@ -30,7 +30,7 @@ def remember(
     """
     kept: list[Directions | None] = []
     first = 0
-    for site, old, moment in zip(lattice.sites, memory, moments, strict=True):
+    for site, old, moment in zip(layout.sites, memory, moments, strict=True):
         here = slice(first, first + site.num_seeds)
         found = None
         if old is not None:
@@ -60,13 +60,13 @@ def remember(
 
 
 def spend(
-    lattice: Lattice, memory: Memory, is_born: Bool[Array, "S"], blueprint: Int8[Array, "S"]
+    layout: Layout, memory: Memory, is_born: Bool[Array, "S"], blueprint: Int8[Array, "S"]
 ) -> tuple[Memory, Int32[Array, ""]]:
     """The memory without the seeds just born, and how many of these began along it.
 
-    It serves one birth: the next body of the same seed will meet another host.
+    It serves one birth: the next adapter of the same seed will meet another host.
     """
-    can = jnp.asarray(np.array([b.init_along is not None for b in lattice.blueprints]))
+    can = jnp.asarray(np.array([b.init_along is not None for b in layout.blueprints]))
     kept: list[Directions | None] = []
     count = jnp.int32(0)
     for old in memory:
@@ -95,29 +95,29 @@ def _inner(leaf: Array) -> tuple[int, ...]:
 
 
 def newborn(
-    lattice: Lattice, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
+    layout: Layout, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
 ) -> Params:
     """`Growth.newborn`."""
     index = next(
         i
-        for i, bank in enumerate(lattice.tables.banks)
+        for i, bank in enumerate(layout.tables.banks)
         if bank.start <= slot < bank.start + bank.num_slots
     )
-    bank = lattice.tables.banks[index]
+    bank = layout.tables.banks[index]
     own_key = _slot_key(key, index, slot - bank.start, bank.num_slots)
-    blueprint, spec = lattice.blueprints[bank.blueprint], lattice.sites[bank.site].spec
+    blueprint, spec = layout.blueprints[bank.blueprint], layout.sites[bank.site].spec
     told = None if memory is None else memory[bank.site]
     if told is not None and blueprint.init_along is not None:
         rows = np.flatnonzero(np.asarray(told.seed).reshape(-1) == seed)
         if seed != NONE and rows.size:
             along = told.along.reshape(-1, *told.along.shape[2:])[int(rows[0])]
-            return _initialiser(blueprint, spec, lattice.dtype, True)(own_key, along)
-    return _initialiser(blueprint, spec, lattice.dtype, False)(own_key)
+            return _initialiser(blueprint, spec, layout.dtype, True)(own_key, along)
+    return _initialiser(blueprint, spec, layout.dtype, False)(own_key)
 
 
 @lru_cache(maxsize=256)
 def _initialiser(
-    blueprint: Blueprint, spec: BodySpec, dtype: DType, is_directed: bool
+    blueprint: Blueprint, spec: AdapterSpec, dtype: DType, is_directed: bool
 ) -> Callable[..., Params]:
     if is_directed and blueprint.init_along is not None:
         along = blueprint.init_along

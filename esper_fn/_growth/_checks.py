@@ -13,10 +13,10 @@ import numpy as np
 from esper_fn import governors, grafting, lifecycle, policies
 from esper_fn._arguments import check_kind, described
 from esper_fn._growth._state import GrowthState
-from esper_fn._lattice import Lattice, Reading, Visits, init_bodies
-from esper_fn._typing import Array, Bodies, Scalar
+from esper_fn._layout import Layout, Statistics, Visits, init_adapters
+from esper_fn._typing import Adapters, Array, Scalar
 from esper_fn.commands import Command, Commands
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 
 if TYPE_CHECKING:
     from esper_fn._growth._growth import Growth
@@ -24,86 +24,90 @@ if TYPE_CHECKING:
 _OTHER = "use the state of this growth's own `init`, or the growth that the state belongs to"
 
 
-def check_state(growth: Growth, state: Any, call: str, *, with_bodies: bool = True) -> None:
+def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = True) -> None:
     """Raises unless `state` is one of this growth.
 
     Args:
       growth: whose it should be.
       state: as it came.
       call: the call and the order of its arguments, for the message.
-      with_bodies: whether its bodies are looked at too; a host outside of JAX keeps them itself.
+      with_adapters: whether its adapters are looked at too; a host outside of JAX keeps them
+        itself.
 
     Raises:
       TypeError: it is no state.
-      LatticeError: it is one of another growth.
+      LayoutError: it is one of another growth.
     """
     check_kind("state", state, GrowthState, f"the call is {call}, with `growth.init(key)` as state")
-    lattice = growth.lattice
+    layout = growth.layout
     for name, leaf, size in (
-        ("seeds", state.seeds.stage, lattice.num_seeds),
-        ("slots", state.owner, lattice.num_slots),
+        ("seeds", state.seeds.stage, layout.num_seeds),
+        ("slots", state.owner, layout.num_slots),
     ):
         if jnp.shape(leaf)[-1:] != (size,):
-            raise LatticeError(
+            raise LayoutError(
                 f"state has {jnp.shape(leaf)[-1:]} {name}, this growth has {size}; {_OTHER}"
             )
     for name, own in (("policy", _policy(growth)), ("governor", growth.governor.state)):
         pair: list[Any] = [jax.tree.structure(tree) for tree in (getattr(state, name), own)]
         if pair[0] != pair[1]:
-            raise LatticeError(
+            raise LayoutError(
                 f"state.{name} belongs to another {name} than this growth's; {_OTHER}"
             )
     if len(state.grafts) != len(growth.grafts):
-        raise LatticeError(
+        raise LayoutError(
             f"state.grafts has {len(state.grafts)} strategies, this growth has "
             f"{[graft.name for graft in growth.grafts]}; {_OTHER}"
         )
-    if with_bodies:
-        check_bodies(growth, state.bodies, "state.bodies")
+    if with_adapters:
+        check_adapters(growth, state.adapters, "state.adapters")
 
 
-def check_bodies(growth: Growth, bodies: Any, argument: str) -> None:
-    """Raises `TypeError` or `LatticeError` unless `bodies` are of this growth's lattice."""
+def check_adapters(growth: Growth, adapters: Any, argument: str) -> None:
+    """Raises `TypeError` or `LayoutError` unless `adapters` are of this growth's layout."""
     check_kind(
         argument,
-        bodies,
+        adapters,
         Mapping,
-        "they are the second half of what `optax.apply_updates((params, state.bodies), updates)` "
+        "they are the second half of what `optax.apply_updates((params, state.adapters), updates)` "
         "returns",
     )
-    for site, of_site in _body_shapes(growth.lattice).items():
+    for site, of_site in _adapter_shapes(growth.layout).items():
         for name, wanted in of_site.items():
             there = f"{argument}[{site!r}][{name!r}]"
             try:
-                bank = bodies[site][name]
+                bank = adapters[site][name]
             except (KeyError, TypeError):
-                raise LatticeError(f"{there} is missing; {_OTHER}") from None
+                raise LayoutError(f"{there} is missing; {_OTHER}") from None
             leaves, own = jax.tree.leaves(bank), jax.tree.leaves(wanted)
             shapes = [tuple(jnp.shape(leaf)) for leaf in leaves]
             if [s[max(len(s) - len(o.shape), 0) :] for s, o in zip(shapes, own, strict=False)] != [
                 o.shape for o in own
             ] or len(leaves) != len(own):
-                raise LatticeError(
+                raise LayoutError(
                     f"{there} has leaves of shapes {shapes}, this growth's are "
                     f"{[o.shape for o in own]}; {_OTHER}"
                 )
 
 
 @lru_cache(maxsize=64)
-def _body_shapes(lattice: Lattice) -> Bodies:
-    shapes: Bodies = jax.eval_shape(lambda: init_bodies(lattice, jax.random.key(0)))
+def _adapter_shapes(layout: Layout) -> Adapters:
+    shapes: Adapters = jax.eval_shape(lambda: init_adapters(layout, jax.random.key(0)))
     return shapes
 
 
 @lru_cache(maxsize=64)
 def _policy(growth: Growth) -> Any:
-    return jax.eval_shape(lambda: growth.policy.init(growth.lattice))
+    return jax.eval_shape(lambda: growth.policy.init(growth.layout))
 
 
-def check_readings(readings: Any) -> None:
-    """Raises `TypeError` unless they are a `Reading`."""
+def check_statistics(statistics: Any) -> None:
+    """Raises `TypeError` unless they are a `Statistics`."""
     check_kind(
-        "readings", readings, Reading, "pass what `growth.value_and_grad` returns as its third"
+        "statistics",
+        statistics,
+        Statistics,
+        "pass what `growth.value_and_grad` returns as its third",
     )
 
 
@@ -171,24 +175,24 @@ def no_gradient(leaf: Any) -> np.ndarray:
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 
-def check_reached(lattice: Lattice, visits: Visits) -> None:
-    """Raises `LatticeError` where the loss function missed a site."""
-    missed = [site.name for site in lattice.sites if site.name not in visits.names]
+def check_reached(layout: Layout, visits: Visits) -> None:
+    """Raises `LayoutError` where the loss function missed a site."""
+    missed = [site.name for site in layout.sites if site.name not in visits.names]
     if missed:
-        raise LatticeError(
+        raise LayoutError(
             f"the loss function never reaches site(s) {missed} with the seeds that it is given; "
             f"call `seeds.grow({missed[0]!r}, activation)` of its second argument in the model "
-            "(seeds from outside, closed over or of another `ef.using`, do not learn), or leave "
-            "the site out of the lattice"
+            "(seeds from outside, closed over or of another `ef.use_seeds`, do not learn), or "
+            "leave the site out of the layout"
         )
 
 
-def check_parts(lattice: Any, policy: Any, graft: Any, governor: Any, settings: Any) -> None:
+def check_parts(layout: Any, policy: Any, graft: Any, governor: Any, settings: Any) -> None:
     """Raises `TypeError` where `growth` got something else than a part; None stands for a default.
 
     Arguments as of `growth`.
     """
-    check_kind("lattice", lattice, Lattice, "make one with `ef.lattice(sites=..., ...)`")
+    check_kind("layout", layout, Layout, "make one with `ef.layout(sites=..., ...)`")
     grafts = () if graft is None else (graft,)
     if isinstance(graft, Sequence) and not isinstance(graft, str | grafting.Graft):
         grafts = tuple(graft)

@@ -1,4 +1,4 @@
-"""One growing network: the assembly of lattice, lifecycle, grafting, policy and governor."""
+"""One growing network: the assembly of layout, lifecycle, grafting, policy and governor."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from esper_fn._growth._checks import (
     loss_of,
     no_gradient,
 )
-from esper_fn._growth._state import GrowthState, Info, LossFn, SurveyInfo
+from esper_fn._growth._state import GrowthState, LossFn, StepInfo, SurveyInfo
 from esper_fn._growth._survey import conclude, on_trial, survey
 from esper_fn._growth._update import advance, update
-from esper_fn._lattice import (
-    Lattice,
+from esper_fn._layout import (
+    Layout,
     Memory,
     Moments,
-    Reading,
     Seeds,
+    Statistics,
     Visits,
     has_directed,
-    init_bodies,
+    init_adapters,
     no_directions,
     per_slot_tree,
-    readings_of,
     slot_gains,
+    statistics_of,
     view,
     zero_taps,
 )
 from esper_fn._leaves import check_leaves, join, part
-from esper_fn._typing import Array, Bodies, Bool, Float32, Int32, Key, Params, Scalar
+from esper_fn._typing import Adapters, Array, Bool, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.lifecycle import NONE, Stage
-from esper_fn.optim import BodyGradients, Slots
+from esper_fn.optim import AdapterGradients, Slots
 from esper_fn.policies._base import check_order
 
 
@@ -56,18 +56,18 @@ class Growth:
     Equal only to itself, so it may be a static argument of `jit`.
     """
 
-    lattice: Lattice
+    layout: Layout
     policy: policies.Policy
     grafts: tuple[grafting.Graft, ...]
     governor: governors.Governor
     settings: lifecycle.Settings
-    bodies_at_once: int | None
-    """Bodies of a bank computed in one round over the live ones; None for every slot."""
+    adapters_at_once: int | None
+    """Adapters of a bank computed in one round over the live ones; None for every slot."""
     implementation: Implementation
-    """What computes the bodies; see `growth`."""
+    """What computes the adapters; see `growth`."""
     max_ablations: int
     directed_births: int
-    """Seeds of each layer whose directions a survey remembers for their next body."""
+    """Seeds of each layer whose directions a survey remembers for their next adapter."""
 
     def init(self, key: Key) -> GrowthState:
         """All seeds dormant, all slots free.
@@ -76,21 +76,21 @@ class Growth:
           TypeError: `key` is no random key.
         """
         check_key(key)
-        body_key, key = jax.random.split(key)
-        num_slots = self.lattice.num_slots
+        adapter_key, key = jax.random.split(key)
+        num_slots = self.layout.num_slots
         state = GrowthState(
-            seeds=lifecycle.seed_state(self.lattice.num_seeds),
-            bodies=init_bodies(self.lattice, body_key),
+            seeds=lifecycle.seed_state(self.layout.num_seeds),
+            adapters=init_adapters(self.layout, adapter_key),
             owner=jnp.full((num_slots,), NONE, jnp.int32),
-            num_births=jnp.zeros((num_slots,), jnp.int32),
+            generation=jnp.zeros((num_slots,), jnp.int32),
             loss=lifecycle.loss_track(),
             settings=self.settings,
             grafts=tuple(graft.hyper for graft in self.grafts),
-            policy=self.policy.init(self.lattice),
+            policy=self.policy.init(self.layout),
             governor=self.governor.state,
             key=key,
             step=jnp.int32(0),
-            memory=no_directions(self.lattice, self.directed_births, telemetry.NUM_DIRECTIONS)
+            memory=no_directions(self.layout, self.directed_births, telemetry.NUM_DIRECTIONS)
             if self.directed_births
             else None,
         )
@@ -102,37 +102,37 @@ class Growth:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
         check_state(self, state, "growth.seeds(state)")
         return view(
-            self.lattice,
+            self.layout,
             state.owner,
             slot_gains(state.seeds, state.owner, state.settings),
-            state.bodies,
-            zero_taps(self.lattice),
-            at_once=self.bodies_at_once,
+            state.adapters,
+            zero_taps(self.layout),
+            at_once=self.adapters_at_once,
             implementation=self.implementation,
         )
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
-        """What `optim.per_body` must know of every slot."""
-        check_state(self, state, "growth.slots(state)", with_bodies=False)
-        births = per_slot_tree(self.lattice, state.num_births)
+        """What `optim.per_adapter` must know of every slot."""
+        check_state(self, state, "growth.slots(state)", with_adapters=False)
+        births = per_slot_tree(self.layout, state.generation)
         learns = per_slot_tree(
-            self.lattice, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+            self.layout, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
         )
         return {
             site: {
-                name: Slots(num_births=at_site[name], learns=learns[site][name]) for name in at_site
+                name: Slots(generation=at_site[name], learns=learns[site][name]) for name in at_site
             }
             for site, at_site in births.items()
         }
 
     def commands(self, commands: Sequence[Command] = (), size: int = 4) -> Commands:
         """Commands as arrays for `update`; see `esper_fn.commands.pack`."""
-        return pack(self.lattice, [graft.name for graft in self.grafts], commands, size)
+        return pack(self.layout, [graft.name for graft in self.grafts], commands, size)
 
     def seed(self, state: GrowthState, index: int) -> lifecycle.Seed:
         """One seed to read; transfers a row from the device."""
-        check_state(self, state, "growth.seed(state, index)", with_bodies=False)
-        place, layer, chunk = self.lattice.locate(index)
+        check_state(self, state, "growth.seed(state, index)", with_adapters=False)
+        place, layer, chunk = self.layout.locate(index)
         row = jax.device_get(jax.tree.map(lambda leaf: leaf[index], state.seeds))
         told = row.telemetry
 
@@ -147,7 +147,7 @@ class Growth:
             stage=Stage(int(row.stage)),
             parent=Stage(int(row.parent)),
             steps_in_stage=int(row.steps_in_stage),
-            blueprint=self.lattice.names[int(row.blueprint)] if row.blueprint >= 0 else None,
+            blueprint=self.layout.names[int(row.blueprint)] if row.blueprint >= 0 else None,
             slot=int(row.slot) if row.slot >= 0 else None,
             alpha=float(row.alpha),
             graft=self.grafts[int(row.graft)].name,
@@ -162,9 +162,9 @@ class Growth:
     def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Like `jax.value_and_grad` of `loss_fn(params, seeds, *args)`, with the seeds measured.
 
-        Each site loops over its live bodies, `bodies_at_once` in a round, so time and memory follow
-        the number alive. Under `vmap` over states every round selects among whole activations: use
-        `growth(bodies_at_once=None)` there.
+        Each site loops over its live adapters, `adapters_at_once` in a round, so time and memory
+        follow the number alive. Under `vmap` over states every round selects among whole
+        activations: use `growth(adapters_at_once=None)` there.
 
         Leaves of `params` that are no floating numbers (counts, flags, random keys) are constants:
         their gradient is the empty one of `jax.grad(allow_int=True)`.
@@ -175,11 +175,11 @@ class Growth:
 
         Returns:
           A function of `(params, state, *args, **kwargs)` that returns
-          `(value, (d params, d bodies), readings)`; the gradients of the bodies are
-          `optim.BodyGradients`, for `optim.per_body`.
+          `(value, (d params, d adapters), statistics)`; the gradients of the adapters are
+          `optim.AdapterGradients`, for `optim.per_adapter`.
 
         Raises:
-          LatticeError: while tracing, where the loss function does not reach a site, and for the
+          LayoutError: while tracing, where the loss function does not reach a site, and for the
             state of another growth.
           TypeError, ValueError: while tracing, for a loss that is not one floating number, and for
             arguments of the wrong kind; at once for a `loss_fn` that is no function.
@@ -193,53 +193,53 @@ class Growth:
             learning, still = part(params)
             gains = slot_gains(state.seeds, state.owner, state.settings)
 
-            def loss(learning: Params, bodies: Bodies, taps: Any) -> Any:
+            def loss(learning: Params, adapters: Adapters, taps: Any) -> Any:
                 seeds = view(
-                    self.lattice,
+                    self.layout,
                     state.owner,
                     gains,
-                    bodies,
+                    adapters,
                     taps,
-                    at_once=self.bodies_at_once,
+                    at_once=self.adapters_at_once,
                     implementation=self.implementation,
                     visits=visits,
                 )
                 value = loss_fn(join(learning, still), seeds, *args, **kwargs)
                 return loss_of(value, has_aux)
 
-            value, (slopes, d_bodies, d_taps) = jax.value_and_grad(
+            value, (slopes, d_adapters, d_taps) = jax.value_and_grad(
                 loss, argnums=(0, 1, 2), has_aux=has_aux
-            )(learning, state.bodies, vary_alike(zero_taps(self.lattice), state.owner))
-            check_reached(self.lattice, visits)
+            )(learning, state.adapters, vary_alike(zero_taps(self.layout), state.owner))
+            check_reached(self.layout, visits)
             d_params = join(slopes, jax.tree.map(no_gradient, still))
-            return value, (d_params, BodyGradients(d_bodies)), readings_of(d_taps)
+            return value, (d_params, AdapterGradients(d_adapters)), statistics_of(d_taps)
 
         return run
 
     def update(
         self,
         state: GrowthState,
-        bodies: Bodies,
-        readings: Reading,
+        adapters: Adapters,
+        statistics: Statistics,
         loss: Scalar,
         commands: Commands | None = None,
-    ) -> tuple[GrowthState, Info]:
+    ) -> tuple[GrowthState, StepInfo]:
         """One step of every seed's life.
 
-        Differentiable in the bodies; what was measured counts as constant.
+        Differentiable in the adapters; what was measured counts as constant.
 
         Args:
           state: before the step.
-          bodies: parameters after the optimiser's update; bodies that do not learn keep their old
-            ones whatever stands here, bit for bit, and so does one that became non-finite.
-          readings: from `value_and_grad`.
+          adapters: parameters after the optimiser's update; adapters that do not learn keep their
+            old ones whatever stands here, bit for bit, and so does one that became non-finite.
+          statistics: from `value_and_grad`.
           loss: the training loss of the step.
           commands: what people ask, from `commands`.
 
         Returns:
           The state for the next step, and what happened.
         """
-        return update(self, state, bodies, readings, loss, commands)
+        return update(self, state, adapters, statistics, loss, commands)
 
     def survey(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Measures where growth would pay and what living seeds are worth.
@@ -247,8 +247,8 @@ class Growth:
         Growth potential of every chunk from the gradient's second moments, and, for up to
         `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
         loss with it. A loss that is not finite measures nothing; if it is so only with a seed, that
-        counts as an error of the seed. With `directed_births`, the state remembers where bodies of
-        the most promising dormant seeds should look. Give it held-out batches.
+        counts as an error of the seed. With `directed_births`, the state remembers where adapters
+        of the most promising dormant seeds should look. Give it held-out batches.
 
         Args:
           loss_fn: as in `value_and_grad`; deterministic.
@@ -259,40 +259,40 @@ class Growth:
         """
         return survey(self, loss_fn, has_aux=has_aux)
 
-    # For a host outside of JAX, which keeps the bodies itself (`torch_bridge`): the same steps
-    # with the state's bodies left alone.
+    # For a host outside of JAX, which keeps the adapters itself (`torch_bridge`): the same steps
+    # with the state's adapters left alone.
 
     def advance(
         self,
         state: GrowthState,
-        readings: Reading,
+        statistics: Statistics,
         loss: Scalar,
         *,
         drift: Float32[Array, "S"],
         has_broken: Bool[Array, "S"],
         commands: Commands | None = None,
-    ) -> tuple[GrowthState, Info, Key]:
-        """`update` without the bodies: whoever holds them settles and bears them.
+    ) -> tuple[GrowthState, StepInfo, Key]:
+        """`update` without the adapters: whoever holds them settles and bears them.
 
         Args:
-          state: before the step; its `bodies` are handed on.
-          readings: as in `update`.
+          state: before the step; its `adapters` are handed on.
+          statistics: as in `update`.
           loss: as in `update`.
-          drift: how far each seed's body moved, over the size it had.
-          has_broken: seeds whose body became non-finite and was put back.
+          drift: how far each seed's adapter moved, over the size it had.
+          has_broken: seeds whose adapter became non-finite and was put back.
           commands: as in `update`.
 
         Returns:
-          The state, what happened, and the key for `newborn` of the slots whose `num_births` rose.
+          The state, what happened, and the key for `newborn` of the slots whose `generation` rose.
         """
         return advance(
-            self, state, readings, loss, drift=drift, has_broken=has_broken, commands=commands
+            self, state, statistics, loss, drift=drift, has_broken=has_broken, commands=commands
         )
 
     def newborn(
         self, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
     ) -> Params:
-        """The body that `update` puts into a slot, bit for bit. Not for use inside `jit`.
+        """The adapter that `update` puts into a slot, bit for bit. Not for use inside `jit`.
 
         Args:
           key: from `advance`.
@@ -300,7 +300,7 @@ class Growth:
           seed: who holds it.
           memory: of the state before `advance`.
         """
-        return newborn(self.lattice, key, slot, seed, memory)
+        return newborn(self.layout, key, slot, seed, memory)
 
     def on_trial(self, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
         """The seeds whose contribution a survey should measure now, and which rows are meant."""
@@ -329,13 +329,13 @@ class Growth:
 
 
 def growth(
-    lattice: Lattice,
+    layout: Layout,
     *,
     policy: policies.Policy | None = None,
     graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
     governor: governors.Governor | None = None,
     settings: lifecycle.Settings | None = None,
-    bodies_at_once: int | None = 1,
+    adapters_at_once: int | None = 1,
     implementation: Implementation = "auto",
     max_ablations: int | None = None,
     directed_births: int = 0,
@@ -343,37 +343,37 @@ def growth(
     """Assembles a growing network.
 
     Args:
-      lattice: where and what can grow.
+      layout: where and what can grow.
       policy: who asks for growth; `policies.grow()` when left out.
       graft: the grafting strategy, or several of different names of which the first is the default
-        and a command may choose another. When left out, bodies act fully at once
+        and a command may choose another. When left out, adapters act fully at once
         (`grafting.linear(1)`), or, if the settings let them train first, by `grafting.linear()`.
       governor: the guard; `governors.standard()` when left out.
       settings: the gates' thresholds; `lifecycle.settings()` when left out.
-      bodies_at_once: live bodies of a bank that a site computes in one round of its loop. One at a
-        time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for the
-        host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
+      adapters_at_once: live adapters of a bank that a site computes in one round of its loop. One
+        at a time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for
+        the host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
         whole states.
-      implementation: what computes the bodies of a site. `auto`: a GPU kernel where one can, else
+      implementation: what computes the adapters of a site. `auto`: a GPU kernel where one can, else
         `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
         every bank of the form that a blueprint's `activation` names, except over spans.
       max_ablations: seeds measured by ablation in one survey; None for all that are to be judged.
       directed_births: N, the dormant seeds of highest potential in each layer of each site whose
         directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
-        the next survey, with a blueprint that offers `init_along`, its body begins along them; any
-        other body begins as the blueprint's `init` says. A survey replaces what an earlier one
-        remembered; one that did not reach a site, or found nothing finite there, forgets it, and
-        so does a roll-back. With 0, the default, there is no memory and no cost.
+        the next survey, with a blueprint that offers `init_along`, its adapter begins along them;
+        any other adapter begins as the blueprint's `init` says. A survey replaces what an earlier
+        one remembered; one that did not reach a site, or found nothing finite there, forgets it,
+        and so does a roll-back. With 0, the default, there is no memory and no cost.
 
     Raises:
       TypeError: an argument of another kind, a factory that was not called for instance.
-      ValueError: bodies_at_once or max_ablations no int or below 1, directed_births no int, below
+      ValueError: adapters_at_once or max_ablations no int or below 1, directed_births no int, below
         0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
         strategy that cannot end within the longest stay in GRAFTING; a policy that limits what
         no rule before it asks for.
-      UnknownNameError: the policy asks for a blueprint that the lattice does not offer.
+      UnknownNameError: the policy asks for a blueprint that the layout does not offer.
     """
-    check_parts(lattice, policy, graft, governor, settings)
+    check_parts(layout, policy, graft, governor, settings)
     limits = lifecycle.settings() if settings is None else settings
     if graft is None:
         graft = grafting.linear() if limits.train_first else grafting.linear(1)
@@ -391,8 +391,8 @@ def growth(
                 "num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
             )
-    if bodies_at_once is not None:
-        check_count("bodies_at_once", bodies_at_once, 1, ", or None for every slot")
+    if adapters_at_once is not None:
+        check_count("adapters_at_once", adapters_at_once, 1, ", or None for every slot")
     if max_ablations is not None:
         check_count("max_ablations", max_ablations, 1, ", or None for every slot")
     check_count("directed_births", directed_births, 0)
@@ -400,23 +400,23 @@ def growth(
         raise ValueError(
             f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
         )
-    if directed_births and not any(has_directed(lattice, place) for place in lattice.sites):
+    if directed_births and not any(has_directed(layout, place) for place in layout.sites):
         raise ValueError(
-            f"directed_births={directed_births}, but none of the blueprints {list(lattice.names)} "
+            f"directed_births={directed_births}, but none of the blueprints {list(layout.names)} "
             "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
             "leave it at 0"
         )
     chosen = policies.grow() if policy is None else policy
-    jax.eval_shape(lambda: chosen.init(lattice))  # a policy that does not fit says so here
+    jax.eval_shape(lambda: chosen.init(layout))  # a policy that does not fit says so here
     check_order(chosen)
     return Growth(
-        lattice=lattice,
+        layout=layout,
         policy=chosen,
         grafts=grafts,
         governor=governors.standard() if governor is None else governor,
         settings=limits,
-        bodies_at_once=bodies_at_once,
+        adapters_at_once=adapters_at_once,
         implementation=implementation,
-        max_ablations=lattice.num_slots if max_ablations is None else max_ablations,
+        max_ablations=layout.num_slots if max_ablations is None else max_ablations,
         directed_births=directed_births,
     )

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from esper_fn import governors, lifecycle
-from esper_fn._lattice import Memory
-from esper_fn._typing import Array, Bodies, Bool, Float32, Int8, Int32, Key
+from esper_fn._layout import Memory
+from esper_fn._typing import Adapters, Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Outcomes
 from esper_fn.lifecycle import SeedState
 
@@ -18,11 +18,11 @@ class GrowthState(NamedTuple):
     """Everything that grows, as one pytree."""
 
     seeds: SeedState
-    bodies: Bodies
+    adapters: Adapters
     owner: Int32[Array, "Q"]
     """The seed that holds each slot, or `NONE`."""
-    num_births: Int32[Array, "Q"]
-    """Bodies born in each slot so far: by this number an optimiser knows a new one."""
+    generation: Int32[Array, "Q"]
+    """Adapters born in each slot so far: by this number an optimiser knows a new one."""
     loss: lifecycle.LossTrack
     settings: lifecycle.Settings
     grafts: tuple[Any, ...]
@@ -32,10 +32,10 @@ class GrowthState(NamedTuple):
     key: Key
     step: Int32[Array, ""]
     memory: Memory | None = None
-    """Directions for bodies to come, of the last survey; None without `directed_births`."""
+    """Directions for adapters to come, of the last survey; None without `directed_births`."""
 
 
-class Info(NamedTuple):
+class StepInfo(NamedTuple):
     """What happened in one step; nothing of it is needed for the next one."""
 
     loss: Float32[Array, ""]
@@ -57,19 +57,19 @@ class Info(NamedTuple):
     blueprint: Int8[Array, "S"]
     request_code: Int8[Array, "S"]
     """A `Code` for what was asked of each seed, by command or policy."""
-    asked_by: Int8[Array, "S"]
+    requested_by: Int8[Array, "S"]
     """Index in `Policy.rules`, or `NONE`."""
     vetoed_by: Int8[Array, "S"]
     outcomes: Outcomes
     verdict: governors.Verdict
     num_live: Int32[Array, ""]
-    """Bodies that compute in the next step."""
+    """Adapters that compute in the next step."""
     num_parameters: Float32[Array, ""]
-    """Parameters of bodies that act in the next step."""
+    """Parameters of adapters that act in the next step."""
     num_flops: Float32[Array, ""]
-    """Forward operations of the live bodies on one example."""
+    """Forward operations of the live adapters on one example."""
     num_directed: Int32[Array, ""]
-    """Bodies born along a survey's directions in this step."""
+    """Adapters born along a survey's directions in this step."""
     num_barren: Int32[Array, ""]
     """Dormant seeds whose measured potential is exactly zero: their chunk is dead or no gradient
     reaches it, and no policy that goes by a measurement will ask for them."""

@@ -14,7 +14,7 @@ from esper_fn._control import vary_alike, vary_as_after
 from esper_fn._growth._births import remember
 from esper_fn._growth._checks import check_state, loss_of
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
-from esper_fn._lattice import Moments, slot_gains, view, zero_probes, zero_taps
+from esper_fn._layout import Moments, slot_gains, view, zero_probes, zero_taps
 from esper_fn._leaves import check_leaves
 from esper_fn._typing import Array, Bool, Float32, Int32, Params, Scalar
 from esper_fn.lifecycle import NONE, Stage, is_in
@@ -32,18 +32,18 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
     ) -> tuple[GrowthState, SurveyInfo]:
         check_state(growth, state, "(params, state, *args)")
         check_leaves("params", params)
-        taps = zero_taps(growth.lattice)
+        taps = zero_taps(growth.layout)
         # What a survey measures counts as constant.
-        fixed, bodies = jax.lax.stop_gradient((params, state.bodies))
+        fixed, adapters = jax.lax.stop_gradient((params, state.adapters))
 
         # Under the `vmap` of the ablations every round would select among whole activations.
         def loss(gains: Array, probes: Any) -> Scalar:
-            at_once = None if probes is None else growth.bodies_at_once
+            at_once = None if probes is None else growth.adapters_at_once
             seeds = view(
-                growth.lattice,
+                growth.layout,
                 state.owner,
                 gains,
-                bodies,
+                adapters,
                 taps,
                 probes=probes,
                 at_once=at_once,
@@ -54,7 +54,7 @@ def survey(growth: Growth, loss_fn: LossFn, *, has_aux: bool) -> Callable[..., A
 
         gains = slot_gains(state.seeds, state.owner, state.settings)
         with_all, moments = jax.value_and_grad(loss, argnums=1)(
-            gains, vary_alike(zero_probes(growth.lattice), state.owner)
+            gains, vary_alike(zero_probes(growth.layout), state.owner)
         )
         chosen, is_chosen = on_trial(growth, state)
 
@@ -94,7 +94,7 @@ def on_trial(growth: Growth, state: GrowthState) -> tuple[Int32[Array, "V"], Boo
     seeds = state.seeds
     awaits = is_in(seeds.stage, [Stage.EVALUATING, Stage.FINE_TUNING])
     urgency = jnp.where(awaits, -seeds.num_contributions.astype(jnp.float32), -jnp.inf)
-    count = min(growth.max_ablations, growth.lattice.num_seeds)
+    count = min(growth.max_ablations, growth.layout.num_seeds)
     urgent, chosen = jax.lax.top_k(urgency, count)
     return chosen.astype(jnp.int32), urgent > -jnp.inf
 
@@ -117,13 +117,13 @@ def conclude(
     is_measured = reached & jnp.isfinite(white) & jnp.isfinite(loss)
     worth = missing - loss
     is_known = is_chosen & jnp.isfinite(worth)
-    # What may be rounding says nothing for or against a body.
+    # What may be rounding says nothing for or against an adapter.
     rounding = 4 * jnp.finfo(jnp.float32).eps * jnp.abs(loss)
     worth = jnp.where(jnp.abs(worth) <= rounding, 0.0, worth)
-    rows = jnp.where(is_known, chosen, growth.lattice.num_seeds)
-    # Only where the loss is finite without it has the body broken it, not the batch or the host.
+    rows = jnp.where(is_known, chosen, growth.layout.num_seeds)
+    # Only where the loss is finite without it has the adapter broken it, not the batch or the host.
     is_broken = is_chosen & jnp.isfinite(missing) & ~jnp.isfinite(loss)
-    failed = jnp.where(is_broken, chosen, growth.lattice.num_seeds)
+    failed = jnp.where(is_broken, chosen, growth.layout.num_seeds)
     seen = seeds.num_contributions[chosen]
     averaged = jnp.where(
         seen > 0, lifecycle.average(seeds.contribution[chosen], worth, seen, 4.0), worth
@@ -138,7 +138,7 @@ def conclude(
     memory = state.memory
     if memory is not None:
         is_eligible = is_measured & (seeds.stage == Stage.DORMANT)
-        memory = remember(growth.lattice, memory, moments, is_eligible, white)
+        memory = remember(growth.layout, memory, moments, is_eligible, white)
     return state._replace(seeds=seeds, memory=memory), SurveyInfo(
         loss=loss,
         raw_potential=raw,

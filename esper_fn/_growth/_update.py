@@ -11,17 +11,17 @@ from esper_fn import _execute, governors, grafting, lifecycle, policies, telemet
 from esper_fn._control import cond, once_if
 from esper_fn._growth._births import spend
 from esper_fn._growth._checks import (
-    check_bodies,
+    check_adapters,
     check_commands,
-    check_readings,
     check_state,
+    check_statistics,
     scalar_loss,
 )
-from esper_fn._growth._state import GrowthState, Info
-from esper_fn._lattice import Reading, give, give_birth, release, select_slots, slot_gains
-from esper_fn._typing import Array, Bodies, Bool, Float32, Key, Params, Scalar
+from esper_fn._growth._state import GrowthState, StepInfo
+from esper_fn._layout import Statistics, give, give_birth, release, select_slots, slot_gains
+from esper_fn._typing import Adapters, Array, Bool, Float32, Key, Params, Scalar
 from esper_fn.commands import Commands, no_commands
-from esper_fn.lifecycle import NONE, OWNS_BODY, Gate, Move, SeedState, Stage, is_in
+from esper_fn.lifecycle import NONE, OWNS_ADAPTER, Gate, Move, SeedState, Stage, is_in
 
 if TYPE_CHECKING:
     from esper_fn._growth._growth import Growth
@@ -30,51 +30,51 @@ if TYPE_CHECKING:
 def update(
     growth: Growth,
     state: GrowthState,
-    bodies: Bodies,
-    readings: Reading,
+    adapters: Adapters,
+    statistics: Statistics,
     loss: Scalar,
     commands: Commands | None = None,
-) -> tuple[GrowthState, Info]:
+) -> tuple[GrowthState, StepInfo]:
     """`Growth.update`."""
-    call = "update(state, bodies, readings, loss, commands)"
+    call = "update(state, adapters, statistics, loss, commands)"
     check_state(growth, state, call)
-    check_bodies(growth, bodies, "bodies")
-    kept, drift, body_error = _settle(growth, state, bodies)
+    check_adapters(growth, adapters, "adapters")
+    kept, drift, adapter_error = _settle(growth, state, adapters)
     after, info, birth_key = advance(
-        growth, state, readings, loss, drift=drift, has_broken=body_error, commands=commands
+        growth, state, statistics, loss, drift=drift, has_broken=adapter_error, commands=commands
     )
     born = give_birth(
-        growth.lattice,
+        growth.layout,
         kept,
-        after.num_births != state.num_births,
+        after.generation != state.generation,
         birth_key,
         owner=after.owner,
         memory=state.memory,
     )
-    return after._replace(bodies=born), info
+    return after._replace(adapters=born), info
 
 
 def advance(
     growth: Growth,
     state: GrowthState,
-    readings: Reading,
+    statistics: Statistics,
     loss: Scalar,
     *,
     drift: Float32[Array, "S"],
     has_broken: Bool[Array, "S"],
     commands: Commands | None,
-) -> tuple[GrowthState, Info, Key]:
+) -> tuple[GrowthState, StepInfo, Key]:
     """`Growth.advance`."""
-    call = "advance(state, readings, loss, drift=..., has_broken=..., commands=...)"
-    check_state(growth, state, call, with_bodies=False)
-    check_readings(readings)
+    call = "advance(state, statistics, loss, drift=..., has_broken=..., commands=...)"
+    check_state(growth, state, call, with_adapters=False)
+    check_statistics(statistics)
     loss = scalar_loss(loss)
     commands = check_commands(commands)
     commands = no_commands(1) if commands is None else commands
     policy_key, birth_key, key = jax.random.split(state.key, 3)
-    loss, readings = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), readings))
+    loss, statistics = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), statistics))
     track, is_spike = lifecycle.track_loss(state.loss, loss)
-    seeds, shown = telemetry.take_in(state.seeds, readings, is_spike, has_broken)
+    seeds, shown = telemetry.take_in(state.seeds, statistics, is_spike, has_broken)
     judged, verdict = growth.governor.judge(
         state.governor,
         governors.Evidence(seeds=seeds, loss=loss, track=track, drift=drift),
@@ -89,24 +89,24 @@ def advance(
     )
     limits = state.settings
 
-    stays = lifecycle.stay(growth.lattice.num_seeds)
+    stays = lifecycle.stay(growth.layout.num_seeds)
     move = cond(
         jnp.any(signals.has_error | signals.is_quarantined),
         lambda: lifecycle.follow(stays, seeds, signals, limits, lifecycle.GUARD_EDGES),
         lambda: stays,
     )
-    policy, proposal = growth.policy.decide(
-        growth.lattice,
+    policy, requests = growth.policy.decide(
+        growth.layout,
         state.policy,
         policies.Observation(step=state.step, seeds=seeds, owner=state.owner, loss=track),
-        policies.no_proposal(growth.lattice.num_seeds),
+        policies.no_requests(growth.layout.num_seeds),
         policy_key,
     )
     done = _execute.execute(
-        growth.lattice,
+        growth.layout,
         seeds,
         state.owner,
-        _execute.merge(growth.lattice, commands, proposal),
+        _execute.merge(growth.layout, commands, requests),
         num_grafts=len(growth.grafts),
         guarded=move,
         is_vetoing=verdict.is_vetoing,
@@ -143,7 +143,7 @@ def advance(
             seeds.graft_memory,
         ),
     )
-    holds = is_in(seeds.stage, OWNS_BODY)
+    holds = is_in(seeds.stage, OWNS_ADAPTER)
     owner = give(release(state.owner, holds), done.slot, done.is_born)
     seeds = seeds._replace(
         slot=jnp.where(holds, seeds.slot, NONE),
@@ -152,11 +152,11 @@ def advance(
     is_born = (owner != NONE) & done.is_born[jnp.maximum(owner, 0)]
     memory, num_directed = state.memory, jnp.int32(0)
     if memory is not None:
-        memory, num_directed = spend(growth.lattice, memory, done.is_born, seeds.blueprint)
+        memory, num_directed = spend(growth.layout, memory, done.is_born, seeds.blueprint)
     after = state._replace(
         seeds=seeds,
         owner=owner,
-        num_births=state.num_births + is_born.astype(jnp.int32),
+        generation=state.generation + is_born.astype(jnp.int32),
         loss=track,
         policy=policy,
         governor=judged,
@@ -165,10 +165,10 @@ def advance(
         memory=memory,
     )
     gains = slot_gains(seeds, owner, limits)
-    tables = growth.lattice.tables
+    tables = growth.layout.tables
     of_slot = (tables.slot_group, tables.slot_blueprint)
     is_live = jnp.any(gains != 0, axis=-1)
-    info = Info(
+    info = StepInfo(
         loss=loss,
         before=before,
         stage=seeds.stage,
@@ -179,9 +179,9 @@ def advance(
         alpha=seeds.alpha,
         blueprint=jnp.where(holds, seeds.blueprint, blueprint),
         request_code=done.code,
-        asked_by=proposal.asked_by,
-        vetoed_by=proposal.vetoed_by,
-        outcomes=_execute.answer(growth.lattice, commands, done.code, before, seeds.stage),
+        requested_by=requests.requested_by,
+        vetoed_by=requests.vetoed_by,
+        outcomes=_execute.answer(growth.layout, commands, done.code, before, seeds.stage),
         verdict=verdict,
         num_live=jnp.sum(is_live, dtype=jnp.int32),
         num_parameters=jnp.sum(
@@ -198,30 +198,30 @@ def advance(
 
 
 def _settle(
-    growth: Growth, state: GrowthState, bodies: Bodies
-) -> tuple[Bodies, Float32[Array, "S"], Bool[Array, "S"]]:
-    """Parameters that may stand, how far each body moved, and which ones broke."""
+    growth: Growth, state: GrowthState, adapters: Adapters
+) -> tuple[Adapters, Float32[Array, "S"], Bool[Array, "S"]]:
+    """Parameters that may stand, how far each adapter moved, and which ones broke."""
     learns = slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
 
-    def take_in(still: tuple[Bodies, Array, Array]) -> tuple[Bodies, Array, Array]:
-        kept: dict[str, dict[str, Any]] = {site: {} for site in bodies}
+    def take_in(still: tuple[Adapters, Array, Array]) -> tuple[Adapters, Array, Array]:
+        kept: dict[str, dict[str, Any]] = {site: {} for site in adapters}
         drifts, errors = [], []
-        for bank in growth.lattice.tables.banks:
-            site = growth.lattice.sites[bank.site].name
-            name = growth.lattice.names[bank.blueprint]
+        for bank in growth.layout.tables.banks:
+            site = growth.layout.sites[bank.site].name
+            name = growth.layout.names[bank.blueprint]
             kept[site][name], drift, error = _take_in(
                 still[0][site][name],
-                bodies[site][name],
+                adapters[site][name],
                 learns[bank.start : bank.start + bank.num_slots],
             )
             drifts.append(drift)
             errors.append(error)
         return kept, jnp.concatenate(drifts), jnp.concatenate(errors)
 
-    still = (state.bodies, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns))
+    still = (state.adapters, jnp.zeros(learns.shape, jnp.float32), jnp.zeros_like(learns))
     kept, drifts, errors = once_if(jnp.any(learns), take_in, still)
-    where = jnp.where(state.owner == NONE, growth.lattice.num_seeds, state.owner)
-    num_seeds = growth.lattice.num_seeds
+    where = jnp.where(state.owner == NONE, growth.layout.num_seeds, state.owner)
+    num_seeds = growth.layout.num_seeds
     # Constant, like all that is measured; the root has no derivative where nothing moved.
     drifts = jax.lax.stop_gradient(drifts)
     drift = jnp.zeros((num_seeds,), jnp.float32).at[where].set(drifts, mode="drop")
@@ -291,6 +291,6 @@ def _take_in(
     size = sum(_square(a.astype(jnp.float32)) for a, _ in pairs)
     stands = learns & jnp.isfinite(moved)
     kept = jax.tree.map(lambda a, b: select_slots(stands, b, a), old, new)
-    # A body of zero has no size to compare with.
+    # An adapter of zero has no size to compare with.
     drift = jnp.sqrt(moved) / jnp.where(size > 0, jnp.sqrt(size), jnp.inf)
     return kept, jnp.where(stands, drift, 0.0), learns & ~stands

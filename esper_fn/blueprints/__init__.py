@@ -1,11 +1,11 @@
 """Small networks that can grow at a seed.
 
-A blueprint is a value: make one with a factory and hand it to `esper_fn.lattice`. One of your own
+A blueprint is a value: make one with a factory and hand it to `esper_fn.layout`. One of your own
 is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract,
 and `register` gives its factory a name for the command line.
 """
 
-from esper_fn.base import Blueprint, BodySpec, Cost
+from esper_fn.base import AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._check import check
 from esper_fn.blueprints._dense import bottleneck, gated, low_rank, noop, normalised, scale_shift
 from esper_fn.blueprints._registry import get, names, register
@@ -17,8 +17,8 @@ from esper_fn.blueprints._spatial import (
 )
 
 __all__ = [
+    "AdapterSpec",
     "Blueprint",
-    "BodySpec",
     "Cost",
     "bottleneck",
     "bottleneck_conv",

@@ -11,8 +11,8 @@ import numpy as np
 import esper_kernels.jax as kernels
 from esper_fn._arguments import check_kind, described
 from esper_fn._typing import Array, Params
-from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Cost, Topology
-from esper_kernels import Body
+from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost, Topology
+from esper_kernels import Adapter
 
 _SHAPES: dict[Topology, tuple[int, ...]] = {
     "vector": (3,),
@@ -44,8 +44,8 @@ def check(blueprint: Blueprint, *, features: int = 6) -> None:
     for topology in blueprint.topologies:
         across = features + 2 if blueprint.can_span else features
         for check_one in (_check_one, _check_along, _check_activation):
-            check_one(blueprint, BodySpec(features, features, topology), jnp.float32)
-            check_one(blueprint, BodySpec(features, across, topology), jnp.bfloat16)
+            check_one(blueprint, AdapterSpec(features, features, topology), jnp.float32)
+            check_one(blueprint, AdapterSpec(features, across, topology), jnp.bfloat16)
 
 
 _CALLS = {
@@ -79,7 +79,7 @@ def _check_signatures(blueprint: Blueprint) -> None:
             ) from None
 
 
-def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type) -> None:
     asked = jnp.dtype(dtype).name
 
     def fail(found: str) -> None:
@@ -122,7 +122,7 @@ def _check_one(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) ->
         fail(f"cost states {stated} parameters, init makes {count}")
 
 
-def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+def _check_along(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type) -> None:
     if blueprint.init_along is None:
         return
 
@@ -155,7 +155,7 @@ def _check_along(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) 
         fail("init_along without a direction (all zero) must make exactly what init makes")
 
 
-def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | type) -> None:
+def _check_activation(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type) -> None:
     if blueprint.activation is None or spec.inputs != spec.outputs or dtype != jnp.float32:
         return
 
@@ -167,7 +167,7 @@ def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | t
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype),
         blueprint.init(jax.random.key(0), spec, dtype),
     )
-    if not isinstance(params, dict) or not {"down", "up"} <= set(params) <= set(Body._fields):
+    if not isinstance(params, dict) or not {"down", "up"} <= set(params) <= set(Adapter._fields):
         fail(
             f"with activation={blueprint.activation!r} its parameters must be a dict of `down`, "
             f"`up` and, where it has them, `bias` and `gate`, got {jax.tree.structure(params)}"
@@ -176,7 +176,7 @@ def _check_activation(blueprint: Blueprint, spec: BodySpec, dtype: jnp.dtype | t
     rows = x.reshape(-1, spec.inputs)
     y, _ = kernels.graft(
         rows,
-        Body(**{name: leaf[None] for name, leaf in params.items()}),
+        Adapter(**{name: leaf[None] for name, leaf in params.items()}),
         jnp.zeros((1,), jnp.int32),
         jnp.asarray([[1.0, 1.0, 1.0, 0.0]], jnp.float32),  # acts, and is not damped
         activation=blueprint.activation,

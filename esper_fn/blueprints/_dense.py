@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, DType, Key, Params
-from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Cost
+from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._parts import cast, lecun_normal, mirrored, positive, spanning
 
 Activation = Literal["relu", "gelu", "silu"]
@@ -24,13 +24,13 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def noop() -> Blueprint:
-    """`r = 0`: a body without parameters, the control of every comparison."""
+    """`r = 0`: an adapter without parameters, the control of every comparison."""
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         del key, spec, dtype
         return {}
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del params, spec, mask
         return jnp.zeros_like(x)
 
@@ -42,14 +42,14 @@ def noop() -> Blueprint:
 def scale_shift() -> Blueprint:
     """`r = x * scale + shift`, both zero at birth (Perez et al., FiLM, AAAI 2018)."""
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         del key
         return {
             "scale": jnp.zeros((spec.inputs,), dtype),
             "shift": jnp.zeros((spec.inputs,), dtype),
         }
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
         leading = (1,) * (x.ndim - 1)
@@ -57,7 +57,7 @@ def scale_shift() -> Blueprint:
         r: Array = x * scale.reshape(*leading, -1) + shift.reshape(*leading, -1)
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         return Cost(parameters=2 * spec.inputs, flops=2 * spec.inputs * positions)
 
     return Blueprint("scale_shift", init, apply, cost, TOPOLOGIES, can_span=False)
@@ -73,25 +73,25 @@ def low_rank(rank: int = 4) -> Blueprint:
     """
     positive(rank=rank)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return {
             "down": lecun_normal(key, (spec.inputs, rank), dtype),
             "up": jnp.zeros((rank, spec.outputs), dtype),
         }
 
-    def init_along(key: Key, spec: BodySpec, dtype: DType, directions: Array) -> Params:
+    def init_along(key: Key, spec: AdapterSpec, dtype: DType, directions: Array) -> Params:
         return {
             **init(jax.random.clone(key), spec, dtype),
             "down": spanning(key, rank, dtype, directions),
         }
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
         r: Array = (x @ params["down"]) @ params["up"]
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = rank * (spec.inputs + spec.outputs)
         return Cost(parameters=weights, flops=2 * weights * positions)
 
@@ -107,7 +107,7 @@ def low_rank(rank: int = 4) -> Blueprint:
     )
 
 
-def _two_matrices(key: Key, spec: BodySpec, width: int, dtype: DType) -> dict[str, Array]:
+def _two_matrices(key: Key, spec: AdapterSpec, width: int, dtype: DType) -> dict[str, Array]:
     return {
         "down": lecun_normal(key, (spec.inputs, width), dtype),
         "bias": jnp.zeros((width,), dtype),
@@ -158,7 +158,7 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
       where `phi(z + dz) - phi(z)` is selected, not computed, to be 0 where `dz` is.
 
     Born along directions, each is given to two units with opposite signs, for
-    `phi(z) - phi(-z) = z`; a `paired` body gives them to its first half, and the twins follow.
+    `phi(z) - phi(-z) = z`; a `paired` adapter gives them to its first half, and the twins follow.
 
     Args:
       width: inner width R.
@@ -180,7 +180,7 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
     phi = _ACTIVATIONS[activation]
     half = width // 2
 
-    def paired(key: Key, spec: BodySpec, dtype: DType, directions: Array | None) -> Params:
+    def paired(key: Key, spec: AdapterSpec, dtype: DType, directions: Array | None) -> Params:
         down_key, up_key = jax.random.split(key)
         told = jnp.zeros((spec.inputs, 0)) if directions is None else mirrored(directions)
         down = spanning(down_key, half, dtype, told)
@@ -191,24 +191,24 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
             "up": jnp.concatenate([up, -up]),
         }
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         if is_paired:
             return paired(key, spec, dtype, None)
         return _two_matrices(key, spec, width, dtype)
 
-    def init_along(key: Key, spec: BodySpec, dtype: DType, directions: Array) -> Params:
+    def init_along(key: Key, spec: AdapterSpec, dtype: DType, directions: Array) -> Params:
         if is_paired:
             return paired(key, spec, dtype, directions)
         down = spanning(key, width, dtype, mirrored(directions))
         return {**_two_matrices(jax.random.clone(key), spec, width, dtype), "down": down}
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
         r: Array = phi(_add_bias(x @ params["down"], params["bias"])) @ params["up"]
         return r
 
-    def apply_paired(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply_paired(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         down, bias, up = params["down"], params["bias"], params["up"]
         first = cast({"down": down[:, :half], "bias": bias[:half], "up": up[:half]}, x)
@@ -225,7 +225,7 @@ def bottleneck(width: int = 8, activation: Activation = "relu", birth: Birth = "
         r: Array = phi(z + dz) @ gap["up"] - _rise(phi, z, dz) @ first["up"]
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs)
         extra = width + spec.outputs if is_paired else 0
         return Cost(parameters=weights + width, flops=(2 * weights + 2 * width + extra) * positions)
@@ -254,7 +254,7 @@ def gated(width: int = 8) -> Blueprint:
     """
     positive(width=width)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         gate_key, value_key = jax.random.split(key)
         return {
             "gate": lecun_normal(gate_key, (spec.inputs, width), dtype),
@@ -262,18 +262,18 @@ def gated(width: int = 8) -> Blueprint:
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 
-    def init_along(key: Key, spec: BodySpec, dtype: DType, directions: Array) -> Params:
+    def init_along(key: Key, spec: AdapterSpec, dtype: DType, directions: Array) -> Params:
         _, value_key = jax.random.split(jax.random.clone(key))
         told = spanning(value_key, width, dtype, directions)
         return {**init(key, spec, dtype), "down": told}
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
         r: Array = (jax.nn.silu(x @ params["gate"]) * (x @ params["down"])) @ params["up"]
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (2 * spec.inputs + spec.outputs)
         return Cost(parameters=weights, flops=(2 * weights + 5 * width) * positions)
 
@@ -302,10 +302,10 @@ def normalised(width: int = 8, epsilon: float = 1e-5) -> Blueprint:
     """
     positive(width=width)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return _two_matrices(key, spec, width, dtype)
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec
         params = cast(params, x)
         real = mask.reshape(*(1,) * (x.ndim - 1), -1)
@@ -318,7 +318,7 @@ def normalised(width: int = 8, epsilon: float = 1e-5) -> Blueprint:
         r: Array = jax.nn.gelu(_add_bias(normal @ params["down"], params["bias"])) @ params["up"]
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs)
         per_position = 2 * weights + 10 * width + 7 * spec.inputs
         return Cost(parameters=weights + width, flops=per_position * positions)

@@ -39,7 +39,7 @@ def mirrored(directions: Float32[Array, "F U"]) -> Float32[Array, "F V"]:
 
 
 def cast(params: Params, x: Array) -> Params:
-    """`params` in the dtype of the activation, in which bodies compute."""
+    """`params` in the dtype of the activation, in which adapters compute."""
     return jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, DType, Key, Params
-from esper_fn.base import Blueprint, BodySpec, Cost
+from esper_fn.base import AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._parts import cast, lecun_normal, positive
 
 
-def _num_axes(spec: BodySpec) -> int:
+def _num_axes(spec: AdapterSpec) -> int:
     return 2 if spec.topology == "image" else 1
 
 
@@ -21,7 +21,7 @@ def _shifted(x: Array, window: tuple[int, ...]) -> list[Array]:
     Same size, zeros beyond the edge; over one axis the window ends at the position (causal), over
     two it is centred.
 
-    Bodies are mapped over slots with a kernel each, which makes of a convolution a grouped one; a
+    Adapters are mapped over slots with a kernel each, which makes of a convolution a grouped one; a
     CPU takes ten times as long for it as for these copies and one product.
     """
     num_axes = len(window)
@@ -61,13 +61,13 @@ def squeeze_excite(width: int = 4) -> Blueprint:
     """
     positive(width=width)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return {
             "down": lecun_normal(key, (spec.inputs, width), dtype),
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del mask
         is_image = spec.topology == "image"
         params = cast(params, x)
@@ -80,7 +80,7 @@ def squeeze_excite(width: int = 4) -> Blueprint:
         inner = jax.nn.relu(pooled.astype(x.dtype) @ params["down"])
         return x * (2 * jax.nn.sigmoid(inner @ params["up"]) - 1)
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs)
         gates = positions if spec.topology == "sequence" else 1
         return Cost(parameters=weights, flops=2 * weights * gates + 3 * spec.inputs * positions)
@@ -96,15 +96,15 @@ def depthwise_conv(window: int = 3) -> Blueprint:
     """
     positive(window=window)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         del key
         return {"kernel": jnp.zeros((window,) * _num_axes(spec) + (1, spec.inputs), dtype)}
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         return _convolve_depthwise(x, cast(params, x)["kernel"])
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = window ** _num_axes(spec) * spec.inputs
         return Cost(parameters=weights, flops=2 * weights * positions)
 
@@ -120,7 +120,7 @@ def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
     """
     positive(width=width, window=window)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         down_key, conv_key = jax.random.split(key)
         return {
             "down": lecun_normal(down_key, (spec.inputs, width), dtype),
@@ -128,14 +128,14 @@ def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del spec, mask
         params = cast(params, x)
         inner = _convolve(x @ params["down"], params["kernel"])
         r: Array = jax.nn.relu(inner) @ params["up"]
         return r
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (spec.inputs + spec.outputs) + window ** _num_axes(spec) * width**2
         return Cost(parameters=weights, flops=(2 * weights + width) * positions)
 
@@ -154,13 +154,13 @@ def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
     """
     positive(width=width)
 
-    def init(key: Key, spec: BodySpec, dtype: DType) -> Params:
+    def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return {
             "qkv": lecun_normal(key, (spec.inputs, 3 * width), dtype),
             "up": jnp.zeros((width, spec.outputs), dtype),
         }
 
-    def apply(params: Params, x: Array, spec: BodySpec, mask: Array) -> Array:
+    def apply(params: Params, x: Array, spec: AdapterSpec, mask: Array) -> Array:
         del mask
         is_image = spec.topology == "image"
         params = cast(params, x)
@@ -176,7 +176,7 @@ def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
         r: Array = jnp.einsum("...ts,...sr->...tr", weights, value) @ params["up"]
         return r.reshape(x.shape)
 
-    def cost(spec: BodySpec, positions: int) -> Cost:
+    def cost(spec: AdapterSpec, positions: int) -> Cost:
         weights = width * (3 * spec.inputs + spec.outputs)
         return Cost(parameters=weights, flops=2 * weights * positions + 4 * width * positions**2)
 

@@ -85,7 +85,7 @@ class SeedCommand(Command, frozen=True, kw_only=True):
 
 
 class Germinate(SeedCommand, frozen=True, kw_only=True, tag="germinate/1"):
-    """Give a dormant seed a newborn body."""
+    """Give a dormant seed a newborn adapter."""
 
     blueprint: Name
     graft: Name | None = None
@@ -104,7 +104,7 @@ class SetGraft(SeedCommand, frozen=True, kw_only=True, tag="set_graft/1"):
 
 
 class Cull(SeedCommand, frozen=True, kw_only=True, tag="cull/1"):
-    """Remove a seed's body."""
+    """Remove a seed's adapter."""
 
 
 class Cancel(SeedCommand, frozen=True, kw_only=True, tag="cancel/1"):
@@ -112,7 +112,7 @@ class Cancel(SeedCommand, frozen=True, kw_only=True, tag="cancel/1"):
 
 
 class RollBack(SeedCommand, frozen=True, kw_only=True, tag="roll_back/1"):
-    """Remove a seed's body and keep the seed out until it is released."""
+    """Remove a seed's adapter and keep the seed out until it is released."""
 
 
 class Release(SeedCommand, frozen=True, kw_only=True, tag="release/1"):

@@ -1,6 +1,6 @@
 """The manifest: what a step consists of, byte for byte; written last.
 
-Two lines. The first is the body, the second its seal: SHA-256 of the first line's bytes, and an
+Two lines. The first is the content, the second its seal: SHA-256 of the first line's bytes, and an
 HMAC-SHA256 of them where there is a key.
 """
 
@@ -86,7 +86,7 @@ class Manifest:
 
 def encode(manifest: Manifest, key: bytes | None) -> bytes:
     """The file's bytes."""
-    body = dumps(
+    content_line = dumps(
         {
             "format": FORMAT,
             "version": VERSION,
@@ -106,7 +106,7 @@ def encode(manifest: Manifest, key: bytes | None) -> bytes:
             "versions": dict(manifest.versions),
         }
     )
-    data = body + b"\n" + dumps(_seal(body, key)) + b"\n"
+    data = content_line + b"\n" + dumps(_seal(content_line, key)) + b"\n"
     if len(data) > MAX_BYTES:
         raise CheckpointError(
             f"the manifest takes {len(data)} bytes, at most {MAX_BYTES} are read back; stack leaves"
@@ -114,10 +114,10 @@ def encode(manifest: Manifest, key: bytes | None) -> bytes:
     return data
 
 
-def _seal(body: bytes, key: bytes | None) -> dict[str, str]:
-    seal = {"sha256": hashlib.sha256(body).hexdigest()}
+def _seal(content_line: bytes, key: bytes | None) -> dict[str, str]:
+    seal = {"sha256": hashlib.sha256(content_line).hexdigest()}
     if key is not None:
-        seal["hmac_sha256"] = hmac.new(key, _SEAL + body, "sha256").hexdigest()
+        seal["hmac_sha256"] = hmac.new(key, _SEAL + content_line, "sha256").hexdigest()
     return seal
 
 
@@ -136,12 +136,12 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
     lines = data.split(b"\n")
     if len(lines) != 3 or lines[2] != b"":
         raise CorruptCheckpointError("it is not two lines")
-    body, seal_line = lines[0], lines[1]
+    content_line, seal_line = lines[0], lines[1]
     try:
         seal = loads(seal_line, max_bytes=1024)
     except ValueError as error:
         raise CorruptCheckpointError(f"its seal: {error}") from None
-    wanted = _seal(body, key)
+    wanted = _seal(content_line, key)
     if not isinstance(seal, dict) or seal.keys() - {"sha256", "hmac_sha256"}:
         raise CorruptCheckpointError("its seal has another form")
     if key is not None and "hmac_sha256" not in seal:
@@ -153,7 +153,7 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
     if dumps(seal) != seal_line:
         raise CorruptCheckpointError("its seal has another form")
     try:
-        content = loads(body, max_bytes=MAX_BYTES)
+        content = loads(content_line, max_bytes=MAX_BYTES)
     except ValueError as error:
         raise CorruptCheckpointError(f"it is no JSON of ours: {error}") from None
     try:

@@ -16,7 +16,7 @@ import optax.transforms
 
 from esper_fn import governors, optim, rollback
 from esper_fn._growth import GrowthState
-from esper_fn._lattice import _directions
+from esper_fn._layout import _directions
 from esper_fn.errors import CheckpointError
 from esper_fn.grafting import _strategies
 from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
@@ -92,7 +92,7 @@ def _register_all(module: ModuleType, prefix: str) -> None:
             register(kind, f"{prefix}.{name}")
 
 
-for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, Stage, optim.PerBodyState):
+for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, Stage, optim.PerAdapterState):
     register(_kind, f"esper_fn.{_kind.__name__}")
 register(rollback.Anchor, "esper_fn.rollback.Ring")
 register(rollback.Snapshot, "esper_fn.rollback.Snapshot")

@@ -118,8 +118,8 @@ def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         data_folder=options.data_folder,
     )
     say(
-        f"step {told['step']}: {told['bodies']} bodies beside the host, {told['folded']} folded "
-        f"into it; test accuracy {told['exported_test_accuracy']:.2%} as written, "
+        f"step {told['step']}: {told['adapters']} adapters beside the host, {told['folded']} "
+        f"folded into it; test accuracy {told['exported_test_accuracy']:.2%} as written, "
         f"{told['test_accuracy']:.2%} in the run"
     )
     for file in told["files"]:

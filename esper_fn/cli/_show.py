@@ -47,11 +47,11 @@ class Screen:
         self._done = 0
         self._last = 0.0
         self._accuracy = ""
-        lattice = comparison.growth.lattice
+        layout = comparison.growth.layout
         self._console.print(
             f"[bold]{comparison.job.data}[/bold]: a {comparison.host.name} host of "
-            f"{count_parameters(comparison.host):,} parameters with {lattice.num_seeds} seeds at "
-            f"{len(lattice.sites)} sites, {comparison.steps:,} steps, policy "
+            f"{count_parameters(comparison.host):,} parameters with {layout.num_seeds} seeds at "
+            f"{len(layout.sites)} sites, {comparison.steps:,} steps, policy "
             f"{comparison.policy_name}",
             soft_wrap=True,
         )

@@ -34,14 +34,14 @@ def parse_idx(
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
             shape = _read_shape(stream, max_examples, example_shape)
             num_bytes = math.prod(shape)
-            body = stream.read(num_bytes)
-            if len(body) != num_bytes:
-                raise ValueError(f"idx body ends after {len(body)} of {num_bytes} bytes")
+            payload = stream.read(num_bytes)
+            if len(payload) != num_bytes:
+                raise ValueError(f"idx payload ends after {len(payload)} of {num_bytes} bytes")
             if stream.read(1):  # reading to the end also checks gzip's own checksum
-                raise ValueError(f"idx body goes on after {num_bytes} bytes")
+                raise ValueError(f"idx payload goes on after {num_bytes} bytes")
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"it is not a sound gzip file ({error})") from error
-    return np.frombuffer(body, np.uint8).reshape(shape)
+    return np.frombuffer(payload, np.uint8).reshape(shape)
 
 
 def _read_shape(

@@ -15,7 +15,7 @@ from esper_fn.experiments._jobs import (
     Job,
     equal_parameters,
     job,
-    lattice_of,
+    layout_of,
     names,
     policy,
 )
@@ -38,7 +38,7 @@ __all__ = [
     "export_run",
     "intervals",
     "job",
-    "lattice_of",
+    "layout_of",
     "loss_of",
     "mean_interval",
     "names",

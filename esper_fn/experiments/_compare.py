@@ -14,7 +14,7 @@ import optax
 
 from esper_fn import optim, policies, runtime
 from esper_fn._growth import Growth
-from esper_fn._lattice import BareSeeds
+from esper_fn._layout import NoSeeds
 from esper_fn._typing import Array, Params
 from esper_fn.data import Dataset
 from esper_fn.experiments._jobs import Job, equal_parameters, make_growth, policy
@@ -94,7 +94,7 @@ class Comparison:
     host: Host
     growth: Growth
     host_optimizer: optax.GradientTransformation
-    optimizer: optim.PerBody
+    optimizer: optim.PerAdapter
     grow_segment: Any
     host_segment: Any
     evaluate: Any
@@ -111,7 +111,7 @@ class Comparison:
         start = self.growth.init(jax.random.fold_in(key, 1))
         if name != "grown" and self.policy_name != "never":
             twin = policy(self.policy_name, self.job, steps=self.steps, score=_SCORES[name])
-            start = start._replace(policy=twin.init(self.growth.lattice))
+            start = start._replace(policy=twin.init(self.growth.layout))
         host_count = count_parameters(self.host)
         tell = Teller(listener)
         steering = None
@@ -160,7 +160,7 @@ class Comparison:
         stage = np.asarray(state.growth.seeds.stage)
         accuracy, _ = self.evaluate(state.params, self.growth.seeds(state.growth))
         surveyed = fitted.num_passes * self.host.flops + fitted.survey_flops
-        trained = 3 * self.job.batch_size * (self.steps * self.host.flops + fitted.body_flops)
+        trained = 3 * self.job.batch_size * (self.steps * self.host.flops + fitted.adapter_flops)
         return Arm(
             accuracy=float(accuracy),
             parameters=host_count + fitted.num_parameters,
@@ -205,7 +205,7 @@ class Comparison:
 
         def listen(done: runtime.Segment) -> None:
             last = done.first_step + done.num_steps
-            scores = self._score(last, lambda: (done.state, BareSeeds()), evaluate)
+            scores = self._score(last, lambda: (done.state, NoSeeds()), evaluate)
             tell.segment(name, last, done, scores, count, None, None)
 
         fitted = self._kept(
@@ -224,7 +224,7 @@ class Comparison:
                 **options,
             ),
         )
-        accuracy, _ = evaluate(fitted.state, BareSeeds())
+        accuracy, _ = evaluate(fitted.state, NoSeeds())
         return Arm(
             accuracy=float(accuracy),
             parameters=count,
@@ -315,7 +315,7 @@ def prepare(
     growing = make_growth(job, host, policy, steps=num_steps)
     schedule = optax.cosine_decay_schedule(job.learning_rate, num_steps)
     host_optimizer = optax.adamw(schedule)
-    optimizer = optim.per_body(host_optimizer)
+    optimizer = optim.per_adapter(host_optimizer)
     return Comparison(
         job=job,
         data=data,
@@ -388,7 +388,7 @@ def run(
         "static_params": static.parameters,
         "uniform_params": uniform.parameters,
         "random_params": random.parameters,
-        "seeds_total": comparison.growth.lattice.num_seeds,
+        "seeds_total": comparison.growth.layout.num_seeds,
         "seeds_fossilized": grown.num_fossilized,
         "seeds_culled": grown.num_culled,
         "random_seeds_fossilized": random.num_fossilized,

@@ -36,7 +36,7 @@ def export_run(
       data_folder: where the data set lies.
 
     Returns:
-      Files, accuracy of the run's own state and of the files read back, bodies and folded ones.
+      Files, accuracy of the run's own state and of the files read back, adapters and folded ones.
 
     Raises:
       CheckpointError: no checkpoint of such an arm.
@@ -54,8 +54,8 @@ def export_run(
     state = restored.value["state"]
     evaluate = evaluator(host, dataset.test_inputs, dataset.test_targets)
     accuracy = float(evaluate(state.params, growth.seeds(state.growth))[0])
-    bodies = export.acting(growth, state.growth)
-    params, rest, folded = export.fold(host.fold, growth.lattice, state.params, bodies)
+    adapters = export.acting(growth, state.growth)
+    params, rest, folded = export.fold(host.fold, growth.layout, state.params, adapters)
     note = {
         "data": settings["data"],
         "host": host.name,
@@ -63,7 +63,7 @@ def export_run(
         "seed": settings["seed"],
         "step": restored.step,
         "test_accuracy": accuracy,
-        "folded_seeds": [body.seed for body in folded],
+        "folded_seeds": [adapter.seed for adapter in folded],
     }
     out.mkdir(parents=True, exist_ok=True)
     seeds: Any
@@ -71,10 +71,10 @@ def export_run(
         files = [out / "network.safetensors"]
         export.write_safetensors(files[0], params, rest, note)
         network = export.read_safetensors(files[0])
-        seeds = export.fixed(growth.lattice, network.bodies)
+        seeds = export.fixed(growth.layout, network.adapters)
         written = float(evaluate(network.params, seeds)[0])
     else:
-        seeds = export.fixed(growth.lattice, rest)
+        seeds = export.fixed(growth.layout, rest)
         files = export.write_stablehlo(
             out, lambda inputs: host.apply(params, seeds, inputs), dataset.test_inputs
         )
@@ -82,7 +82,7 @@ def export_run(
         written = float(np.mean(np.argmax(np.asarray(logits), -1) == dataset.test_targets))
     record = _plain(restored.record["record"])
     told = export.lineage(
-        record["events"], record["rollbacks"], bodies=rest, folded=folded, note=note
+        record["events"], record["rollbacks"], adapters=rest, folded=folded, note=note
     )
     files.append(out / "lineage.json")
     files[-1].write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
@@ -95,7 +95,7 @@ def export_run(
         "files": [str(file) for file in files],
         "test_accuracy": accuracy,
         "exported_test_accuracy": written,
-        "bodies": len(rest),
+        "adapters": len(rest),
         "folded": len(folded),
         "step": restored.step,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from esper_fn import blueprints, hosts, policies
 from esper_fn._growth import Growth, growth
-from esper_fn._lattice import Lattice, lattice
+from esper_fn._layout import Layout, layout
 from esper_fn.data import Dataset
 from esper_fn.errors import UnknownNameError
 from esper_fn.hosts import Host, count_parameters
@@ -27,8 +27,8 @@ class Job:
       batch_size: examples a step.
       learning_rate: of AdamW, decayed to zero by a cosine.
       steps: default length.
-      germinations: bodies that may be born in the whole run.
-      capacity: bodies alive at once per bank.
+      germinations: adapters that may be born in the whole run.
+      capacity: adapters alive at once per bank.
       survey_examples: held-out examples of a survey.
     """
 
@@ -136,8 +136,8 @@ def policy(
 ) -> policies.Policy:
     """A policy by name, sized for a run of `steps`.
 
-    At most `job.germinations` bodies are born. All but `grow`, which asks at once, begin to ask
-    after a tenth of the run, one body at a time, and stop at two fifths of it.
+    At most `job.germinations` adapters are born. All but `grow`, which asks at once, begin to ask
+    after a tenth of the run, one adapter at a time, and stop at two fifths of it.
 
     Raises:
       UnknownNameError: none of `POLICIES`.
@@ -164,9 +164,9 @@ def policy(
     )
 
 
-def lattice_of(job: Job, host: Host) -> Lattice:
+def layout_of(job: Job, host: Host) -> Layout:
     """Where and what can grow in a job."""
-    return lattice(
+    return layout(
         sites=host.sites,
         blueprints={name: blueprints.get(name, **job.sizes) for name in job.blueprints},
         capacity=job.capacity,
@@ -175,7 +175,7 @@ def lattice_of(job: Job, host: Host) -> Lattice:
 
 def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
     """The growing network of a job: the defaults, and a policy."""
-    return growth(lattice_of(job, host), policy=policy(policy_name, job, steps=steps))
+    return growth(layout_of(job, host), policy=policy(policy_name, job, steps=steps))
 
 
 def equal_parameters(job: Job, data: Dataset, count: int) -> Host:

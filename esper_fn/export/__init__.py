@@ -1,6 +1,6 @@
 """The grown network without its growing: for other programs, and for whoever asks how it came."""
 
-from esper_fn.export._bodies import Body, FixedSeeds, acting, fixed, fold
+from esper_fn.export._adapters import Adapter, FixedSeeds, acting, fixed, fold
 from esper_fn.export._files import (
     Network,
     read_safetensors,
@@ -11,7 +11,7 @@ from esper_fn.export._files import (
 from esper_fn.export._lineage import lineage
 
 __all__ = [
-    "Body",
+    "Adapter",
     "FixedSeeds",
     "Network",
     "acting",

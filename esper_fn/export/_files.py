@@ -14,7 +14,7 @@ import numpy as np
 from esper_fn._typing import Array, Params
 from esper_fn.checkpoint import from_structure, to_structure
 from esper_fn.errors import CheckpointError
-from esper_fn.export._bodies import Body
+from esper_fn.export._adapters import Adapter
 
 FORMAT = "esper-fn network"
 VERSION = 1
@@ -25,20 +25,20 @@ class Network(NamedTuple):
     """A network read back."""
 
     params: Params
-    """Of the host, folded bodies included."""
-    bodies: list[Body]
+    """Of the host, folded adapters included."""
+    adapters: list[Adapter]
     note: Mapping[str, Any]
 
 
 def write_safetensors(
-    path: Path, params: Params, bodies: Sequence[Body], note: Mapping[str, Any]
+    path: Path, params: Params, adapters: Sequence[Adapter], note: Mapping[str, Any]
 ) -> None:
-    """Writes tensors `host/PATH` and `body/SEED/PATH`, and the rest as JSON in the metadata.
+    """Writes tensors `host/PATH` and `adapter/SEED/PATH`, and the rest as JSON in the metadata.
 
     Args:
       path: the file.
       params: of the host.
-      bodies: that act beside it.
+      adapters: that act beside it.
       note: JSON for `Network.note`.
 
     Raises:
@@ -58,8 +58,9 @@ def write_safetensors(
         "format": FORMAT,
         "version": VERSION,
         "host": put("host", params),
-        "bodies": [
-            {**body._asdict(), "params": put(f"body/{body.seed}", body.params)} for body in bodies
+        "adapters": [
+            {**adapter._asdict(), "params": put(f"adapter/{adapter.seed}", adapter.params)}
+            for adapter in adapters
         ],
         "note": dict(note),
     }
@@ -95,9 +96,9 @@ def read_safetensors(path: Path) -> Network:
     try:
         return Network(
             params=take("host", content["host"]),
-            bodies=[
-                Body(**{**row, "params": take(f"body/{row['seed']}", row["params"])})
-                for row in content["bodies"]
+            adapters=[
+                Adapter(**{**row, "params": take(f"adapter/{row['seed']}", row["params"])})
+                for row in content["adapters"]
             ],
             note=content["note"],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esper_fn.export._bodies import Body
+from esper_fn.export._adapters import Adapter
 
 FORMAT = "esper-fn lineage"
 VERSION = 1
@@ -17,8 +17,8 @@ def lineage(
     events: Sequence[Mapping[str, Any]],
     rollbacks: Sequence[Mapping[str, Any]] = (),
     *,
-    bodies: Sequence[Body] = (),
-    folded: Sequence[Body] = (),
+    adapters: Sequence[Adapter] = (),
+    folded: Sequence[Adapter] = (),
     note: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The lives of all seeds that ever germinated, as JSON.
@@ -26,15 +26,15 @@ def lineage(
     Args:
       events: `Fit.events`.
       rollbacks: `Fit.rollbacks`.
-      bodies: exported beside the host.
+      adapters: exported beside the host.
       folded: exported inside it.
       note: JSON to keep along.
 
     Returns:
-      `lives`, in order of birth: where, which blueprint, `asked_by` (`command`, or `policy:RULE`),
-      when it germinated, trained, began and ended its graft; `verdicts`, each change of stage
-      after the first with its cause and what was measured; its `fate`, and as what it was
-      exported.
+      `lives`, in order of birth: where, which blueprint, `requested_by` (`command`, or
+      `policy:RULE`), when it germinated, trained, began and ended its graft; `verdicts`, each
+      change of stage after the first with its cause and what was measured; its `fate`, and as what
+      it was exported.
     """
     lives: list[dict[str, Any]] = []
     current: dict[int, dict[str, Any]] = {}
@@ -43,7 +43,7 @@ def lineage(
         if target == "GERMINATED":
             life = {
                 **{name: event[name] for name in ("seed", "site", "layer", "chunk", "blueprint")},
-                "asked_by": event["cause"],
+                "requested_by": event["cause"],
                 "germinated_step": event["step"],
                 "training_step": None,
                 "graft_began_step": None,
@@ -71,10 +71,10 @@ def lineage(
             life_now["fate"], life_now["fate_step"] = target, event["step"]
         if target == "DORMANT":
             del current[seed]
-    for exported, kind in ((bodies, "body"), (folded, "folded")):
-        for body in exported:
-            if body.seed in current:
-                current[body.seed]["exported_as"] = kind
+    for exported, kind in ((adapters, "adapter"), (folded, "folded")):
+        for adapter in exported:
+            if adapter.seed in current:
+                current[adapter.seed]["exported_as"] = kind
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""How fast a trained body is let into the host: six schedules of one type."""
+"""How fast a trained adapter is let into the host: six schedules of one type."""
 
 from esper_fn.errors import UnknownNameError
 from esper_fn.grafting._strategies import (

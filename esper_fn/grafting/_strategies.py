@@ -1,4 +1,4 @@
-"""Schedules that move alpha from 0 to 1 while a body is grafted in."""
+"""Schedules that move alpha from 0 to 1 while an adapter is grafted in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Evidence(NamedTuple):
     loss_trend: Float32[Array, "S"]
     """`(fast - slow) / |slow|` of the loss averages; negative while the loss falls."""
     drift: Float32[Array, "S"]
-    """`|change of the body| / |body|` in this step."""
+    """`|change of the adapter| / |adapter|` in this step."""
     gradient_ratio: Float32[Array, "S"]
     """This step's gradient norm over its average; 1 is usual."""
     stability: Float32[Array, "S"]
@@ -106,7 +106,7 @@ class _Drift(NamedTuple):
 
 
 def drift_controlled(num_steps: int = 100, max_drift: float = 0.05) -> Graft:
-    """Linear, but stands still while the body changes by more than `max_drift` a step."""
+    """Linear, but stands still while the adapter changes by more than `max_drift` a step."""
     step = _step(num_steps)
     _positive(max_drift=max_drift)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from esper_fn._lattice import BareSeeds, Seeds, Site
+from esper_fn._layout import NoSeeds, Seeds, Site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.base import Blueprint
 
@@ -14,18 +14,18 @@ from esper_fn.base import Blueprint
 class Apply(Protocol):
     """Runs a host."""
 
-    def __call__(self, params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+    def __call__(self, params: Params, seeds: Seeds | NoSeeds, inputs: Array) -> Array:
         """Logits."""
         ...
 
 
 class Fold(Protocol):
-    """Takes a body into a host's own parameters."""
+    """Takes an adapter into a host's own parameters."""
 
     def __call__(
-        self, params: Params, site: str, blueprint: Blueprint, body: Params, act: float, /
+        self, params: Params, site: str, blueprint: Blueprint, adapter: Params, act: float, /
     ) -> Params | None:
-        """Parameters of the same function without the body, or None where there are none."""
+        """Parameters of the same function without the adapter, or None where there are none."""
         ...
 
 
@@ -40,7 +40,7 @@ class Host(NamedTuple):
     flops: int
     """Forward operations on one example."""
     fold: Fold | None = None
-    """Takes bodies into the parameters for good."""
+    """Takes adapters into the parameters for good."""
 
 
 def count_parameters(host: Host) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._lattice import BareSeeds, Seeds, site
+from esper_fn._layout import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.hosts._base import Host, dense, dense_init
 
@@ -85,7 +85,7 @@ def conv(
             "out": dense_init(keys[1], hidden, classes, gain=1.0),
         }
 
-    def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+    def apply(params: Params, seeds: Seeds | NoSeeds, inputs: Array) -> Array:
         x = inputs
         for k, layer in enumerate(params["conv"], start=1):
             x = seeds.grow(f"conv{k}", _halve(jax.nn.relu(_convolve(layer, x))))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice import BareSeeds, Seeds, Site, site, span
+from esper_fn._layout import NoSeeds, Seeds, Site, site, span
 from esper_fn._typing import Array, Key, Params
 from esper_fn.base import Blueprint
 from esper_fn.hosts._base import Host, dense, dense_init
@@ -43,7 +43,7 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
         keys = jax.random.split(key, len(sizes) - 1)
         return [dense_init(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
-    def apply(params: Params, seeds: Seeds | BareSeeds, inputs: Array) -> Array:
+    def apply(params: Params, seeds: Seeds | NoSeeds, inputs: Array) -> Array:
         # What each hidden layer's added neurons read: the layer's own input.
         read = inputs
         x = dense(params[0], inputs)
@@ -58,24 +58,24 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
         return x
 
     def fold(
-        params: Params, name: str, blueprint: Blueprint, body: Params, act: float
+        params: Params, name: str, blueprint: Blueprint, adapter: Params, act: float
     ) -> Params | None:
-        # A body over a span is neurons of the layer it leads around, if they bend alike.
+        # An adapter over a span is neurons of the layer it leads around, if they bend alike.
         layer, dot, _ = name.removeprefix("layer").partition(".")
-        is_alike = blueprint.neurons == "gelu" and set(body) == {"down", "bias", "up"}
+        is_alike = blueprint.neurons == "gelu" and set(adapter) == {"down", "bias", "up"}
         if not (name.startswith("layer") and dot and is_alike):
             return None
         k = int(layer)
         into, out = params[k - 1], params[k]
         # It neither reads nor writes what was folded into the layers below and above.
-        unread = into["weight"].shape[0] - body["down"].shape[0]
-        unwritten = out["weight"].shape[1] - body["up"].shape[1]
-        down = jnp.pad(jnp.asarray(body["down"]), ((0, unread), (0, 0)))
-        up = jnp.pad(act * jnp.asarray(body["up"]), ((0, 0), (0, unwritten)))
+        unread = into["weight"].shape[0] - adapter["down"].shape[0]
+        unwritten = out["weight"].shape[1] - adapter["up"].shape[1]
+        down = jnp.pad(jnp.asarray(adapter["down"]), ((0, unread), (0, 0)))
+        up = jnp.pad(act * jnp.asarray(adapter["up"]), ((0, 0), (0, unwritten)))
         added = [
             {
                 "weight": jnp.concatenate([into["weight"], down], axis=1),
-                "bias": jnp.concatenate([into["bias"], jnp.asarray(body["bias"])]),
+                "bias": jnp.concatenate([into["bias"], jnp.asarray(adapter["bias"])]),
             },
             {**out, "weight": jnp.concatenate([out["weight"], up])},
         ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice import BareSeeds, Seeds, site
+from esper_fn._layout import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.hosts._base import Host
 
-AnySeeds = Seeds | BareSeeds
+AnySeeds = Seeds | NoSeeds
 
 
 def _normalise(x: Array) -> Array:

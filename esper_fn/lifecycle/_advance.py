@@ -129,7 +129,7 @@ def enter(seeds: SeedState, move: Move, limits: Settings) -> SeedState:
     """Carries out a `Move`, which must be legal, and counts the step for those that stay.
 
     Alpha is kept by every transition between acting stages, set to 0 by every other one. Slots
-    and blueprints are the lattice's business and are left as they are.
+    and blueprints are the layout's business and are left as they are.
     """
     moves = move.target != NONE
     stage = jnp.where(moves, move.target, seeds.stage)

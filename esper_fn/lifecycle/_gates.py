@@ -40,9 +40,9 @@ class Gate(IntEnum):
     PAUSED = 18
     """A command holds the seed; of no edge."""
     ACTS_AT_ONCE = 19
-    """The settings let bodies act from their first step."""
+    """The settings let adapters act from their first step."""
     TRAINS_FIRST = 20
-    """The settings send bodies through TRAINING."""
+    """The settings send adapters through TRAINING."""
     CONTRIBUTION_UNKNOWN = 21
     """Too few surveys in this stage for a verdict, and none that speaks against the seed."""
 
@@ -84,11 +84,11 @@ class Settings(NamedTuple):
     min_surveys: Int32[Array, ""]
     """Ablations a verdict needs."""
     train_first: Bool[Array, ""]
-    """Whether bodies learn in TRAINING, behind the host, before they act."""
+    """Whether adapters learn in TRAINING, behind the host, before they act."""
     trust: Float32[Array, ""]
-    """Size of a body's output, as a share of its chunk's, to which TRAINING leads at most."""
+    """Size of an adapter's output, as a share of its chunk's, to which TRAINING leads at most."""
     is_frozen: Bool[Array, "11"]
-    """Stages whose bodies stand still."""
+    """Stages whose adapters stand still."""
 
 
 _MIN_STEPS: Mapping[Stage, int] = MappingProxyType(
@@ -133,10 +133,10 @@ def settings(
 ) -> Settings:
     """The gates' thresholds.
 
-    A body is the identity when it is born, so by default it acts from its first step (GERMINATED is
-    followed by GRAFTING) and learns from a loss that answers to it, in every stage until it is
-    judged and after. With `train_first` it learns in TRAINING before, while the host stays as it
-    is, bit for bit. There the loss does not answer to its output `r`; so it descends
+    An adapter is the identity when it is born, so by default it acts from its first step
+    (GERMINATED is followed by GRAFTING) and learns from a loss that answers to it, in every stage
+    until it is judged and after. With `train_first` it learns in TRAINING before, while the host
+    stays as it is, bit for bit. There the loss does not answer to its output `r`; so it descends
     `<dy, r> + damping/2 |r|^2` with `damping = |dy| / (trust |x|)`, at whose minimum `|r|` is at
     most `trust` times the size of its chunk `x`.
 
@@ -147,16 +147,16 @@ def settings(
       embargo_steps: training steps from a removal until the seed may germinate again.
       quarantine_steps: training steps from a roll-back until the seed may germinate again; with
         None it waits for `commands.release`, which ends a quarantine at any time.
-      max_errors: non-finite measurements after which a body in EVALUATING is removed.
+      max_errors: non-finite measurements after which an adapter in EVALUATING is removed.
       utility_variation: largest relative gap between the fast and the slow utility average that
         counts as settled.
       loss_variation: the same for the training loss.
-      min_stability: share of calm steps, in [0, 1], that a body in EVALUATING must show.
-      min_contribution: fall of the held-out loss that a body must be worth to be kept for good.
+      min_stability: share of calm steps, in [0, 1], that an adapter in EVALUATING must show.
+      min_contribution: fall of the held-out loss that an adapter must be worth to be kept for good.
       min_surveys: ablations that a verdict needs.
-      train_first: whether bodies learn behind the host before they act.
+      train_first: whether adapters learn behind the host before they act.
       trust: see above.
-      freeze: stages in which bodies stand still: some of GRAFTING, STABILIZATION, EVALUATING,
+      freeze: stages in which adapters stand still: some of GRAFTING, STABILIZATION, EVALUATING,
         FINE_TUNING and FOSSILIZED.
 
     Returns:
@@ -166,9 +166,9 @@ def settings(
       TypeError: an argument that is no number, or no dictionary or list of stages.
       UnknownNameError: a stage that is none, its name as a string for instance.
       ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
-        stay for a stage that holds a body on its way (a seed could hang there for ever), a stay
+        stay for a stage that holds an adapter on its way (a seed could hang there for ever), a stay
         for any other stage, a count that is too small to mean anything, a `trust` that is not
-        positive, or a stage to freeze in which bodies do not act.
+        positive, or a stage to freeze in which adapters do not act.
 
     >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
     500
@@ -254,7 +254,7 @@ class Signals(NamedTuple):
     """What a step measured that is not already averaged in the seed's row."""
 
     has_error: Bool[Array, "S"]
-    """The body produced something non-finite from finite input in this step."""
+    """The adapter produced something non-finite from finite input in this step."""
     is_quarantined: Bool[Array, "S"]
     """The governor asks for this seed's roll-back."""
     loss_variation: Scalar
@@ -377,7 +377,7 @@ EDGES: tuple[Edge, ...] = (
         Cause.MEASURED_WORTHLESS,
     ),
     Edge(Stage.EVALUATING, Stage.CULLED, (Gate.ERRORS_MANY,), Cause.ERRORS),
-    # What nothing speaks against is not removed: without surveys a body goes on to the end.
+    # What nothing speaks against is not removed: without surveys an adapter goes on to the end.
     Edge(
         Stage.EVALUATING,
         Stage.FINE_TUNING,

@@ -69,8 +69,8 @@ def _matrix() -> np.ndarray:
 TRANSITIONS = _matrix()
 """bool[11, 11]: `TRANSITIONS[source, target]`; no stage may follow itself."""
 
-# (act, learn, feel) of a stage; "a" stands for the seed's alpha. Where a body acts, the host feels
-# it as much: the host's gradient is that of what it computes.
+# (act, learn, feel) of a stage; "a" stands for the seed's alpha. Where an adapter acts, the host
+# feels it as much: the host's gradient is that of what it computes.
 _GAINS: dict[Stage, tuple[int | str, int | str, int | str]] = {
     Stage.DORMANT: (0, 0, 0),
     Stage.GERMINATED: (0, 0, 0),
@@ -103,11 +103,11 @@ def _gain_tables() -> tuple[np.ndarray, np.ndarray]:
 GAIN_CONSTANT, GAIN_OF_ALPHA = _gain_tables()
 """float[11, 3] each: the gains of a stage are `GAIN_CONSTANT + GAIN_OF_ALPHA * alpha`."""
 
-OWNS_BODY = np.isin(np.arange(NUM_STAGES), np.arange(Stage.GERMINATED, Stage.FOSSILIZED + 1))
+OWNS_ADAPTER = np.isin(np.arange(NUM_STAGES), np.arange(Stage.GERMINATED, Stage.FOSSILIZED + 1))
 """bool[11]: stages whose seeds hold a slot of a bank."""
-ON_ITS_WAY = OWNS_BODY & (np.arange(NUM_STAGES) != Stage.FOSSILIZED)
-"""bool[11]: stages whose body is not decided yet; each of them has a longest stay."""
+ON_ITS_WAY = OWNS_ADAPTER & (np.arange(NUM_STAGES) != Stage.FOSSILIZED)
+"""bool[11]: stages whose adapter is not decided yet; each of them has a longest stay."""
 ACTS = GAIN_OF_ALPHA[:, 0] > 0
-"""bool[11]: stages whose body changes the host's output."""
+"""bool[11]: stages whose adapter changes the host's output."""
 ENDS_WITH_EMBARGO = np.isin(np.arange(NUM_STAGES), (Stage.CULLED, Stage.CANCELLED))
 """bool[11]: stages that return to DORMANT by themselves once the embargo is over."""

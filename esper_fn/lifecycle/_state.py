@@ -32,9 +32,9 @@ class Telemetry(NamedTuple):
     dead_fraction: Float32[Array, "S"]
     """Share of the chunk's features that were zero for a whole call."""
     output_share: Float32[Array, "S"]
-    """RMS of the body's output over RMS of its target chunk."""
+    """RMS of the adapter's output over RMS of its target chunk."""
     utility: Float32[Array, "S"]
-    """`-<dy, r>`: first-order fall of the loss if the body acted fully."""
+    """`-<dy, r>`: first-order fall of the loss if the adapter acted fully."""
     utility_slow: Float32[Array, "S"]
     gradient_norm: Float32[Array, "S"]
     """`|dy|` of the chunk."""
@@ -43,7 +43,7 @@ class Telemetry(NamedTuple):
     num_steps: Int32[Array, "S"]
     """Steps averaged so far; 0 means not measured."""
     num_live_steps: Int32[Array, "S"]
-    """Steps since germination that measured a body; 0 means utility is not measured."""
+    """Steps since germination that measured an adapter; 0 means utility is not measured."""
 
 
 class SeedState(NamedTuple):
@@ -55,7 +55,7 @@ class SeedState(NamedTuple):
     steps_in_stage: Int32[Array, "S"]
     is_paused: Bool[Array, "S"]
     blueprint: Int8[Array, "S"]
-    """Index in the lattice's blueprints, or `NONE`."""
+    """Index in the layout's blueprints, or `NONE`."""
     slot: Int32[Array, "S"]
     """Index on the flat slot axis Q, or `NONE`."""
     alpha: Float32[Array, "S"]

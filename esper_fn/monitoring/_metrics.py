@@ -92,8 +92,8 @@ METRICS = (
     _gauge("step", "training step"),
     _gauge("loss", "training loss of the last step"),
     _gauge("steps_per_second", "training steps a second", unit="ops"),
-    _gauge("num_live", "bodies that compute", name="live_bodies"),
-    _gauge("num_parameters", "parameters of bodies that act", name="body_parameters"),
+    _gauge("num_live", "adapters that compute", name="live_adapters"),
+    _gauge("num_parameters", "parameters of adapters that act", name="adapter_parameters"),
     _gauge("num_rollbacks", "roll-backs of the host so far", name="rollbacks"),
     Metric(
         name="esper_seeds",

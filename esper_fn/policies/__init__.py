@@ -5,7 +5,7 @@ A policy asks (`grow`, `plateau`, `periodic`, `random`, `scripted`, `never`) or 
 and notes which of them allowed or refused what.
 """
 
-from esper_fn.policies._base import Observation, Policy, Proposal, chain, no_proposal, rule, strike
+from esper_fn.policies._base import Observation, Policy, Requests, chain, no_requests, rule, strike
 from esper_fn.policies._grow import grow
 from esper_fn.policies._limit import budget, concurrency, cooldown, quota, until
 from esper_fn.policies._propose import Score, never, periodic, plateau, random, scripted
@@ -13,7 +13,7 @@ from esper_fn.policies._propose import Score, never, periodic, plateau, random, 
 __all__ = [
     "Observation",
     "Policy",
-    "Proposal",
+    "Requests",
     "Score",
     "budget",
     "chain",
@@ -21,7 +21,7 @@ __all__ = [
     "cooldown",
     "grow",
     "never",
-    "no_proposal",
+    "no_requests",
     "periodic",
     "plateau",
     "quota",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import check_kind
 from esper_fn._control import cond
-from esper_fn._lattice import Lattice
+from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Kind
 from esper_fn.lifecycle import NONE, LossTrack, SeedState, Stage
@@ -24,11 +24,11 @@ class Observation(NamedTuple):
     owner: Int32[Array, "Q"]
     loss: LossTrack
     is_admitted: Bool[Array, "G B"] | None = None
-    """Which bodies the limits behind a rule still admit, by layer of a site and by blueprint, each
-    on its own. None where no limit stands behind it, or none that depends on the body."""
+    """Which adapters the limits behind a rule still admit, by layer of a site and by blueprint,
+    each on its own. None where no limit stands behind it, or none that depends on the adapter."""
 
 
-class Proposal(NamedTuple):
+class Requests(NamedTuple):
     """What the rules so far ask for, one row a seed, and who asked or refused."""
 
     kind: Int8[Array, "S"]
@@ -39,7 +39,7 @@ class Proposal(NamedTuple):
     target: Int8[Array, "S"]
     priority: Float32[Array, "S"]
     """Who is kept where a later rule has no room for all; larger is sooner."""
-    asked_by: Int8[Array, "S"]
+    requested_by: Int8[Array, "S"]
     """Index in `Policy.rules` of the rule that asked, or NONE."""
     vetoed_by: Int8[Array, "S"]
     """Index of the rule that refused, or NONE; NONE again where a later rule asked anew."""
@@ -48,7 +48,7 @@ class Proposal(NamedTuple):
 class Init(Protocol):
     """The policy's state, tunable numbers included."""
 
-    def __call__(self, lattice: Lattice) -> Any:
+    def __call__(self, layout: Layout) -> Any:
         """A pytree of arrays."""
         ...
 
@@ -57,12 +57,12 @@ class Decide(Protocol):
     """One decision."""
 
     def __call__(
-        self, lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[Any, Proposal]:
-        """The next state, and `proposal` with requests added or struck out.
+        self, layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[Any, Requests]:
+        """The next state, and `requests` with requests added or struck out.
 
         A rule adds by setting a row's `kind` (and what belongs to it) and strikes out by setting
-        it back to NONE; `asked_by` and `vetoed_by` are filled in for it.
+        it back to NONE; `requested_by` and `vetoed_by` are filled in for it.
         """
         ...
 
@@ -70,8 +70,8 @@ class Decide(Protocol):
 class Admit(Protocol):
     """What a limit still has room for."""
 
-    def __call__(self, lattice: Lattice, state: Any, seen: Observation) -> Bool[Array, "G B"]:
-        """Whether one body of each blueprint at each layer of a site would pass on its own."""
+    def __call__(self, layout: Layout, state: Any, seen: Observation) -> Bool[Array, "G B"]:
+        """Whether one adapter of each blueprint at each layer of a site would pass on its own."""
         ...
 
 
@@ -84,19 +84,19 @@ class Policy(NamedTuple):
     decide: Decide
     admit: Admit | None = None
     """Shown to the rules before this one as `Observation.is_admitted`, so that they ask for what
-    fits; None where it does not depend on the body."""
+    fits; None where it does not depend on the adapter."""
 
 
-def no_proposal(num_seeds: int) -> Proposal:
+def no_requests(num_seeds: int) -> Requests:
     """Nothing is asked."""
     nobody = jnp.full((num_seeds,), NONE, jnp.int8)
-    return Proposal(
+    return Requests(
         kind=jnp.zeros((num_seeds,), jnp.int8),
         blueprint=nobody,
         graft=nobody,
         target=nobody,
         priority=jnp.zeros((num_seeds,), jnp.float32),
-        asked_by=nobody,
+        requested_by=nobody,
         vetoed_by=nobody,
     )
 
@@ -108,24 +108,24 @@ def rule(name: str, init: Init, decide: Decide, admit: Admit | None = None) -> P
       name: in the decision log.
       init: see `Init`.
       decide: see `Decide`.
-      admit: of a limit that some bodies may pass and others not; see `Admit`.
+      admit: of a limit that some adapters may pass and others not; see `Admit`.
     """
 
     def noted(
-        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[Any, Proposal]:
-        state, after = decide(lattice, state, seen, proposal, key)
-        had, has = proposal.kind != Kind.NONE, after.kind != Kind.NONE
+        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[Any, Requests]:
+        state, after = decide(layout, state, seen, requests, key)
+        had, has = requests.kind != Kind.NONE, after.kind != Kind.NONE
         asks = has & (
-            (after.kind != proposal.kind)
-            | (after.blueprint != proposal.blueprint)
-            | (after.graft != proposal.graft)
-            | (after.target != proposal.target)
+            (after.kind != requests.kind)
+            | (after.blueprint != requests.blueprint)
+            | (after.graft != requests.graft)
+            | (after.target != requests.target)
         )
         mine, nobody = jnp.zeros_like(after.kind), jnp.full_like(after.kind, NONE)
         return state, after._replace(
-            asked_by=jnp.where(asks, mine, proposal.asked_by),
-            vetoed_by=jnp.where(had & ~has, mine, jnp.where(asks, nobody, proposal.vetoed_by)),
+            requested_by=jnp.where(asks, mine, requests.requested_by),
+            vetoed_by=jnp.where(had & ~has, mine, jnp.where(asks, nobody, requests.vetoed_by)),
         )
 
     return Policy(rules=(name,), init=init, decide=noted, admit=admit)
@@ -144,55 +144,57 @@ def chain(*policies: Policy) -> Policy:
     if len(rules) > 127:
         raise ValueError(f"at most 127 rules, got {len(rules)}")
 
-    def init(lattice: Lattice) -> Any:
-        return tuple(policy.init(lattice) for policy in policies)
+    def init(layout: Layout) -> Any:
+        return tuple(policy.init(layout) for policy in policies)
 
     def decide(
-        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[Any, Proposal]:
+        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[Any, Requests]:
         states = []
         first = 0
-        admitted = _admitted_before(policies, lattice, state, seen)
+        admitted = _admitted_before(policies, layout, state, seen)
         for index, policy in enumerate(policies):
-            nobody = jnp.full_like(proposal.kind, NONE)
+            nobody = jnp.full_like(requests.kind, NONE)
             child, after = policy.decide(
-                lattice,
+                layout,
                 state[index],
                 seen._replace(is_admitted=admitted[index + 1]),
-                proposal._replace(asked_by=nobody, vetoed_by=nobody),
+                requests._replace(requested_by=nobody, vetoed_by=nobody),
                 jax.random.fold_in(key, index),
             )
-            asked, vetoed = after.asked_by != NONE, after.vetoed_by != NONE
-            proposal = after._replace(
-                asked_by=jnp.where(asked, after.asked_by + jnp.int8(first), proposal.asked_by),
+            asked, vetoed = after.requested_by != NONE, after.vetoed_by != NONE
+            requests = after._replace(
+                requested_by=jnp.where(
+                    asked, after.requested_by + jnp.int8(first), requests.requested_by
+                ),
                 vetoed_by=jnp.where(
                     vetoed,
                     after.vetoed_by + jnp.int8(first),
-                    jnp.where(asked, nobody, proposal.vetoed_by),
+                    jnp.where(asked, nobody, requests.vetoed_by),
                 ),
             )
             states.append(child)
             first += len(policy.rules)
-        return tuple(states), proposal
+        return tuple(states), requests
 
-    def admit(lattice: Lattice, state: Any, seen: Observation) -> Bool[Array, "G B"]:
-        everything = jnp.ones(lattice.tables.costs.shape, bool)
+    def admit(layout: Layout, state: Any, seen: Observation) -> Bool[Array, "G B"]:
+        everything = jnp.ones(layout.tables.costs.shape, bool)
         seen = seen._replace(is_admitted=everything)
-        return jnp.asarray(_admitted_before(policies, lattice, state, seen)[0])
+        return jnp.asarray(_admitted_before(policies, layout, state, seen)[0])
 
     is_limiting = any(policy.admit is not None for policy in policies)
     return Policy(rules=rules, init=init, decide=decide, admit=admit if is_limiting else None)
 
 
 def _admitted_before(
-    policies: Sequence[Policy], lattice: Lattice, states: Any, seen: Observation
+    policies: Sequence[Policy], layout: Layout, states: Any, seen: Observation
 ) -> list[Bool[Array, "G B"] | None]:
     """What the policies from each one on admit, and at last what stands behind all of them."""
     admitted = [seen.is_admitted]
     for policy, state in zip(reversed(policies), reversed(states), strict=True):
         behind = admitted[-1]
         if policy.admit is not None:
-            own = policy.admit(lattice, state, seen)
+            own = policy.admit(layout, state, seen)
             behind = own if behind is None else own & behind
         admitted.append(behind)
     return admitted[::-1]
@@ -215,29 +217,29 @@ def check_order(policy: Policy) -> None:
         )
 
 
-def strike(proposal: Proposal, is_struck: Bool[Array, "S"]) -> Proposal:
-    """The proposal without the germinations in `is_struck`."""
-    is_struck = is_struck & (proposal.kind == Kind.GERMINATE)
-    return proposal._replace(kind=jnp.where(is_struck, jnp.int8(Kind.NONE), proposal.kind))
+def strike(requests: Requests, is_struck: Bool[Array, "S"]) -> Requests:
+    """The requests without the germinations in `is_struck`."""
+    is_struck = is_struck & (requests.kind == Kind.GERMINATE)
+    return requests._replace(kind=jnp.where(is_struck, jnp.int8(Kind.NONE), requests.kind))
 
 
-def germinations(proposal: Proposal) -> Bool[Array, "S"]:
+def germinations(requests: Requests) -> Bool[Array, "S"]:
     """Who is asked to germinate."""
-    return proposal.kind == Kind.GERMINATE
+    return requests.kind == Kind.GERMINATE
 
 
-def servable(proposal: Proposal, seen: Observation) -> Bool[Array, "S"]:
+def servable(requests: Requests, seen: Observation) -> Bool[Array, "S"]:
     """Who is asked to germinate and can; any other request is refused by the table in the end."""
-    return germinations(proposal) & (seen.seeds.stage == Stage.DORMANT)
+    return germinations(requests) & (seen.seeds.stage == Stage.DORMANT)
 
 
-def by_priority(proposal: Proposal, asks: Bool[Array, "S"]) -> Int32[Array, "S"]:
+def by_priority(requests: Requests, asks: Bool[Array, "S"]) -> Int32[Array, "S"]:
     """Seeds in the order in which germinations are served; those not in `asks` come last."""
-    urgency = jnp.where(asks, -proposal.priority, jnp.inf)
+    urgency = jnp.where(asks, -requests.priority, jnp.inf)
     return jnp.argsort(urgency, stable=True).astype(jnp.int32)
 
 
-def when_asked(proposal: Proposal, narrow: Any) -> Proposal:
-    """`narrow(proposal)`, computed only in steps in which a germination is asked."""
-    result: Proposal = cond(jnp.any(germinations(proposal)), narrow, lambda same: same, proposal)
+def when_asked(requests: Requests, narrow: Any) -> Requests:
+    """`narrow(requests)`, computed only in steps in which a germination is asked."""
+    result: Requests = cond(jnp.any(germinations(requests)), narrow, lambda same: same, requests)
     return result

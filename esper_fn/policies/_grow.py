@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import check_numbers
 from esper_fn._control import cond
-from esper_fn._lattice import Lattice
+from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
-from esper_fn.lifecycle import OWNS_BODY, is_in
-from esper_fn.policies._base import Observation, Policy, Proposal, rule
+from esper_fn.lifecycle import OWNS_ADAPTER, is_in
+from esper_fn.policies._base import Observation, Policy, Requests, rule
 from esper_fn.policies._propose import (
     Score,
     blueprint_of_group,
@@ -45,9 +45,9 @@ def grow(
     begin with one), it names the seeds by their surveyed potential, as far as that is at least
     `min_share` of the largest one; else every seed, one of each layer in turn.
     After that it asks every `every` steps, where potentials still reach that bound, unless the mean
-    contribution of all living bodies that surveys have measured is zero or less. A seed whose last
-    body was worth less than nothing is asked again only if it promises more than any did at first.
-    How much it gets is for the banks, and for `budget` or `quota` behind it, to say.
+    contribution of all living adapters that surveys have measured is zero or less. A seed whose
+    last adapter was worth less than nothing is asked again only if it promises more than any did at
+    first. How much it gets is for the banks, and for `budget` or `quota` behind it, to say.
 
     Args:
       every: steps between two requests.
@@ -61,8 +61,8 @@ def grow(
     if not 0 <= min_share <= 1:
         raise ValueError(f"min_share must be between 0 and 1, got {min_share!r}")
 
-    def init(lattice: Lattice) -> _Grow:
-        blueprint_of_group(lattice, blueprint)
+    def init(layout: Layout) -> _Grow:
+        blueprint_of_group(layout, blueprint)
         return _Grow(
             score=score_index(score),
             every=jnp.int32(every),
@@ -72,8 +72,8 @@ def grow(
         )
 
     def decide(
-        lattice: Lattice, state: _Grow, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Grow, Proposal]:
+        layout: Layout, state: _Grow, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Grow, Requests]:
         is_first = state.last < 0
         is_due = is_first | ((seen.step - state.last >= state.every) & _pays(seen))
         is_blind = (state.score == score_index("potential")) & ~jnp.any(
@@ -85,19 +85,19 @@ def grow(
         asked = cond(
             is_due,
             lambda same: propose(
-                lattice,
+                layout,
                 seen,
                 same,
                 score=jnp.where(is_blind, score_index("even"), state.score),
                 blueprint=blueprint,
-                count=lattice.num_seeds if count is None else count,
+                count=layout.num_seeds if count is None else count,
                 key=key,
                 floor=jnp.where(reads_potential, state.min_share * reference, -jnp.inf),
-                # The last body there was measured and worth less than nothing.
+                # The last adapter there was measured and worth less than nothing.
                 is_barred=(seen.seeds.contribution < 0) & (seen.seeds.potential <= reference),
             ),
             lambda same: same,
-            proposal,
+            requests,
         )
         last = jnp.where(is_due, seen.step, state.last)
         return state._replace(last=last, reference=reference), asked
@@ -106,7 +106,7 @@ def grow(
 
 
 def _pays(seen: Observation) -> Bool[Array, ""]:
-    """Whether living bodies are worth something on average, or none was measured yet."""
+    """Whether living adapters are worth something on average, or none was measured yet."""
     seeds = seen.seeds
-    is_known = is_in(seeds.stage, OWNS_BODY) & (seeds.contribution != 0)
+    is_known = is_in(seeds.stage, OWNS_ADAPTER) & (seeds.contribution != 0)
     return (jnp.sum(jnp.where(is_known, seeds.contribution, 0.0)) > 0) | ~jnp.any(is_known)

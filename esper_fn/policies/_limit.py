@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import check_counts, check_numbers
 from esper_fn._control import cond, vary_alike
-from esper_fn._lattice import Lattice
+from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
 from esper_fn.policies._base import (
     Observation,
     Policy,
-    Proposal,
+    Requests,
     by_priority,
     rule,
     servable,
@@ -28,12 +28,12 @@ class _Limit(NamedTuple):
     limit: Int32[Array, ""]
 
 
-def _keep_first(proposal: Proposal, seen: Observation, num_kept: Array) -> Proposal:
-    """The proposal with only its `num_kept` most urgent germinations."""
-    asks = servable(proposal, seen)
+def _keep_first(requests: Requests, seen: Observation, num_kept: Array) -> Requests:
+    """The requests with only its `num_kept` most urgent germinations."""
+    asks = servable(requests, seen)
 
     def is_late() -> Bool[Array, "S"]:
-        order = by_priority(proposal, asks)
+        order = by_priority(requests, asks)
         place = jnp.arange(order.size, dtype=jnp.int32)
         return jnp.zeros(asks.shape, bool).at[order].set(place >= num_kept)
 
@@ -44,7 +44,7 @@ def _keep_first(proposal: Proposal, seen: Observation, num_kept: Array) -> Propo
         is_late,
         lambda: jnp.broadcast_to(num_kept <= 0, asks.shape),
     )
-    return strike(proposal, is_struck & asks)
+    return strike(requests, is_struck & asks)
 
 
 def concurrency(limit: int) -> Policy:
@@ -54,14 +54,14 @@ def concurrency(limit: int) -> Policy:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
 
     def decide(
-        lattice: Lattice, state: _Limit, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Limit, Proposal]:
-        del lattice, key
+        layout: Layout, state: _Limit, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Limit, Requests]:
+        del layout, key
         num_on_their_way = jnp.sum(is_in(seen.seeds.stage, ON_ITS_WAY), dtype=jnp.int32)
         room = state.limit - num_on_their_way
-        return state, when_asked(proposal, lambda same: _keep_first(same, seen, room))
+        return state, when_asked(requests, lambda same: _keep_first(same, seen, room))
 
-    return rule("concurrency", lambda lattice: _Limit(jnp.int32(limit)), decide)
+    return rule("concurrency", lambda layout: _Limit(jnp.int32(limit)), decide)
 
 
 class _Budget(NamedTuple):
@@ -72,37 +72,35 @@ _CERTAINLY = 0.999
 
 
 def budget(parameters: int) -> Policy:
-    """At most `parameters` in all living bodies, the requested ones included.
+    """At most `parameters` in all living adapters, the requested ones included.
 
     Requests are served in their order; one that does not fit is passed over, and the next that
-    fits is taken. Rules before this one ask for bodies that fit, as long as there are any.
+    fits is taken. Rules before this one ask for adapters that fit, as long as there are any.
     """
     check_numbers(parameters=parameters)
     if parameters < 0:
         raise ValueError(f"parameters must not be negative, got {parameters!r}")
 
-    def room(lattice: Lattice, state: _Budget, seen: Observation) -> Float32[Array, ""]:
-        tables = lattice.tables
+    def room(layout: Layout, state: _Budget, seen: Observation) -> Float32[Array, ""]:
+        tables = layout.tables
         of_slot = jnp.asarray(tables.costs[tables.slot_group, tables.slot_blueprint])
         return state.limit - jnp.sum(jnp.where(seen.owner != NONE, of_slot, 0.0))
 
-    def admit(lattice: Lattice, state: _Budget, seen: Observation) -> Bool[Array, "G B"]:
-        return jnp.asarray(lattice.tables.costs) <= room(lattice, state, seen)
+    def admit(layout: Layout, state: _Budget, seen: Observation) -> Bool[Array, "G B"]:
+        return jnp.asarray(layout.tables.costs) <= room(layout, state, seen)
 
     def decide(
-        lattice: Lattice, state: _Budget, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Budget, Proposal]:
+        layout: Layout, state: _Budget, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Budget, Requests]:
         del key
-        left = room(lattice, state, seen)
+        left = room(layout, state, seen)
 
-        def narrow(same: Proposal) -> Proposal:
+        def narrow(same: Requests) -> Requests:
             asks = servable(same, seen)
             price = jnp.zeros(asks.shape, jnp.float32)
-            for index in range(len(lattice.blueprints)):
+            for index in range(len(layout.blueprints)):
                 is_wanted = asks & (jnp.maximum(same.blueprint, 0) == index)
-                price = jnp.where(
-                    is_wanted, lattice.per_seed(lattice.tables.costs[:, index]), price
-                )
+                price = jnp.where(is_wanted, layout.per_seed(layout.tables.costs[:, index]), price)
 
             def some() -> Bool[Array, "S"]:
                 order = by_priority(same, asks)
@@ -118,9 +116,9 @@ def budget(parameters: int) -> Policy:
             )
             return strike(same, is_struck & asks)
 
-        return state, when_asked(proposal, narrow)
+        return state, when_asked(requests, narrow)
 
-    return rule("budget", lambda lattice: _Budget(jnp.float32(parameters)), decide, admit)
+    return rule("budget", lambda layout: _Budget(jnp.float32(parameters)), decide, admit)
 
 
 def _affordable(
@@ -172,16 +170,16 @@ def cooldown(steps: int) -> Policy:
         raise ValueError(f"steps must not be negative, got {steps!r}")
 
     def decide(
-        lattice: Lattice, state: _Cooldown, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Cooldown, Proposal]:
-        del lattice, key
+        layout: Layout, state: _Cooldown, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Cooldown, Requests]:
+        del layout, key
         last = jnp.where(_births(state.requested, seen) > 0, seen.step - 1, state.last)
         is_hot = (last >= 0) & (seen.step - last < state.steps)
-        cooled = strike(proposal, jnp.broadcast_to(is_hot, proposal.kind.shape))
+        cooled = strike(requests, jnp.broadcast_to(is_hot, requests.kind.shape))
         return state._replace(last=last, requested=servable(cooled, seen)), cooled
 
-    def init(lattice: Lattice) -> _Cooldown:
-        nobody = jnp.zeros((lattice.num_seeds,), bool)
+    def init(layout: Layout) -> _Cooldown:
+        nobody = jnp.zeros((layout.num_seeds,), bool)
         return _Cooldown(jnp.int32(steps), jnp.int32(NONE), nobody)
 
     return rule("cooldown", init, decide)
@@ -199,15 +197,15 @@ def quota(germinations_allowed: int) -> Policy:
         raise ValueError(f"germinations_allowed must not be negative, got {germinations_allowed!r}")
 
     def decide(
-        lattice: Lattice, state: _Quota, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Quota, Proposal]:
-        del lattice, key
+        layout: Layout, state: _Quota, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Quota, Requests]:
+        del layout, key
         left = state.left - _births(state.requested, seen)
-        kept = when_asked(proposal, lambda same: _keep_first(same, seen, left))
+        kept = when_asked(requests, lambda same: _keep_first(same, seen, left))
         return _Quota(left=left, requested=servable(kept, seen)), kept
 
-    def init(lattice: Lattice) -> _Quota:
-        nobody = jnp.zeros((lattice.num_seeds,), bool)
+    def init(layout: Layout) -> _Quota:
+        nobody = jnp.zeros((layout.num_seeds,), bool)
         return _Quota(jnp.int32(germinations_allowed), nobody)
 
     return rule("quota", init, decide)
@@ -218,10 +216,10 @@ def until(step: int) -> Policy:
     check_counts(step=step)
 
     def decide(
-        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[Any, Proposal]:
-        del lattice, key
+        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[Any, Requests]:
+        del layout, key
         is_late = seen.step >= state.limit
-        return state, strike(proposal, jnp.broadcast_to(is_late, proposal.kind.shape))
+        return state, strike(requests, jnp.broadcast_to(is_late, requests.kind.shape))
 
-    return rule("until", lambda lattice: _Limit(jnp.int32(step)), decide)
+    return rule("until", lambda layout: _Limit(jnp.int32(step)), decide)

@@ -11,48 +11,48 @@ import numpy as np
 
 from esper_fn._arguments import check_counts, check_numbers, described
 from esper_fn._control import cond
-from esper_fn._lattice import Lattice
+from esper_fn._layout import Layout
 from esper_fn._leaves import LARGEST
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Command, Commands, Kind, pack
 from esper_fn.lifecycle import NONE, Stage
-from esper_fn.policies._base import Observation, Policy, Proposal, rule
+from esper_fn.policies._base import Observation, Policy, Requests, rule
 
 Score: TypeAlias = Literal["potential", "gradient", "random", "even"]
 _SCORES = ("potential", "gradient", "random", "even")
 
 
-def blueprint_of_group(lattice: Lattice, blueprint: str | None) -> np.ndarray:
+def blueprint_of_group(layout: Layout, blueprint: str | None) -> np.ndarray:
     """int8[G]: what to grow at each site; NONE where the wanted blueprint does not serve it."""
-    served = lattice.tables.pool_start >= 0
+    served = layout.tables.pool_start >= 0
     chosen = served.argmax(axis=1)
     if blueprint is not None:
-        index = lattice.blueprint_index(blueprint)
+        index = layout.blueprint_index(blueprint)
         chosen = np.where(served[:, index], index, NONE)
     return np.asarray(chosen, np.int8)
 
 
 def _choose(
-    lattice: Lattice, seen: Observation, blueprint: str | None
+    layout: Layout, seen: Observation, blueprint: str | None
 ) -> tuple[Int8[Array, "G"], Bool[Array, "G"]]:
     """What to grow at each site, and whether the limits behind the rule admit it.
 
     Where a rule leaves the blueprint open, the first one that is admitted.
     """
-    of_group = jnp.asarray(blueprint_of_group(lattice, blueprint))
+    of_group = jnp.asarray(blueprint_of_group(layout, blueprint))
     if seen.is_admitted is None:
         return of_group, jnp.ones(of_group.shape, bool)
     if blueprint is None:
-        options = jnp.asarray(lattice.tables.pool_start >= 0) & seen.is_admitted
+        options = jnp.asarray(layout.tables.pool_start >= 0) & seen.is_admitted
         first = jnp.argmax(options, axis=1).astype(jnp.int8)
         of_group = jnp.where(jnp.any(options, axis=1), first, of_group)
     group = jnp.arange(of_group.size)
     return of_group, seen.is_admitted[group, jnp.maximum(of_group, 0)]
 
 
-def _room(lattice: Lattice, owner: Array, of_group: Int8[Array, "G"]) -> Int32[Array, "G"]:
+def _room(layout: Layout, owner: Array, of_group: Int8[Array, "G"]) -> Int32[Array, "G"]:
     """Free slots in the wanted blueprint's pool of each group."""
-    tables = lattice.tables
+    tables = layout.tables
     num_groups = len(tables.group_site)
     is_wanted = jnp.asarray(tables.slot_blueprint, jnp.int8) == of_group[tables.slot_group]
     free = (owner == NONE) & is_wanted
@@ -74,15 +74,15 @@ def _rank_in_group(group: Int32[Array, "n"]) -> Int32[Array, "n"]:
 _AFTER_ALL_SPANS = 1e6
 
 
-def _even_spread(lattice: Lattice) -> Float32[Array, "S"]:
+def _even_spread(layout: Layout) -> Float32[Array, "S"]:
     """Larger is sooner: one seed of every layer in turn, where there are spans of these first.
 
     Sites whose names agree up to their last dot ("layer1.0", "layer1.1") are of one layer.
     """
-    has_spans = any(place.is_span for place in lattice.sites)
+    has_spans = any(place.is_span for place in layout.sites)
     turns: dict[tuple[str, int], int] = {}
     order = []
-    for place in lattice.sites:
+    for place in layout.sites:
         stem = place.name.rpartition(".")[0] or place.name
         is_late = has_spans and not place.is_span
         for layer in range(place.num_layers):
@@ -94,9 +94,9 @@ def _even_spread(lattice: Lattice) -> Float32[Array, "S"]:
 
 
 def propose(
-    lattice: Lattice,
+    layout: Layout,
     seen: Observation,
-    proposal: Proposal,
+    requests: Requests,
     *,
     score: Int32[Array, ""],
     blueprint: str | None,
@@ -104,21 +104,21 @@ def propose(
     key: Key,
     floor: Array | float = -jnp.inf,
     is_barred: Bool[Array, "S"] | None = None,
-) -> Proposal:
+) -> Requests:
     """Asks for the `count` best dormant seeds, of each pool no more than it has room for.
 
-    Only for bodies that the limits behind the rule admit, if there are any: else the limit's
+    Only for adapters that the limits behind the rule admit, if there are any: else the limit's
     refusal of the best one is what the log should say. Seeds worth less than `floor`, and those
     barred, are not asked for.
     """
-    of_group, is_admitted = _choose(lattice, seen, blueprint)
-    room = _room(lattice, seen.owner, of_group)
-    wanted = lattice.per_seed(of_group)
+    of_group, is_admitted = _choose(layout, seen, blueprint)
+    room = _room(layout, seen.owner, of_group)
+    wanted = layout.per_seed(of_group)
     seeds = seen.seeds
     telemetry = seeds.telemetry
 
     def has_gain(score: Float32[Array, "S"]) -> Bool[Array, "S"]:
-        # A chunk that is dead, or that no gradient reaches: a body there could never help.
+        # A chunk that is dead, or that no gradient reaches: an adapter there could never help.
         return jnp.isfinite(score) & (score != 0)
 
     worth, is_measured = jax.lax.switch(
@@ -134,7 +134,7 @@ def propose(
                 jnp.ones(seeds.stage.shape, bool),
             ),
             lambda: (
-                _even_spread(lattice),
+                _even_spread(layout),
                 jnp.ones(seeds.stage.shape, bool),
             ),
         ),
@@ -144,24 +144,24 @@ def propose(
         & ~seeds.is_paused
         & is_measured
         & (worth >= floor)
-        & lattice.per_seed(room > 0)
+        & layout.per_seed(room > 0)
         & (wanted != NONE)
-        & (proposal.kind == Kind.NONE)
+        & (requests.kind == Kind.NONE)
         & (True if is_barred is None else ~is_barred)
     )
-    fitting = can & lattice.per_seed(is_admitted)
+    fitting = can & layout.per_seed(is_admitted)
     can = jnp.where(jnp.any(fitting), fitting, can)
-    best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, lattice.num_seeds))
-    group = jnp.searchsorted(jnp.asarray(lattice.tables.group_start), index, side="right") - 1
+    best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, layout.num_seeds))
+    group = jnp.searchsorted(jnp.asarray(layout.tables.group_start), index, side="right") - 1
     fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
-    chosen = jnp.where(fits, index, lattice.num_seeds)
+    chosen = jnp.where(fits, index, layout.num_seeds)
     asks = jnp.zeros(seeds.stage.shape, bool).at[chosen].set(True, mode="drop")
-    return proposal._replace(
-        kind=jnp.where(asks, jnp.int8(Kind.GERMINATE), proposal.kind),
-        blueprint=jnp.where(asks, wanted, proposal.blueprint),
-        graft=jnp.where(asks, jnp.int8(NONE), proposal.graft),
-        target=jnp.where(asks, jnp.int8(NONE), proposal.target),
-        priority=jnp.where(asks, worth, proposal.priority),
+    return requests._replace(
+        kind=jnp.where(asks, jnp.int8(Kind.GERMINATE), requests.kind),
+        blueprint=jnp.where(asks, wanted, requests.blueprint),
+        graft=jnp.where(asks, jnp.int8(NONE), requests.graft),
+        target=jnp.where(asks, jnp.int8(NONE), requests.target),
+        priority=jnp.where(asks, worth, requests.priority),
     )
 
 
@@ -185,12 +185,12 @@ def never() -> Policy:
     """Asks for nothing: a static network, or growth by commands alone."""
 
     def decide(
-        lattice: Lattice, state: Any, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[Any, Proposal]:
-        del lattice, seen, key
-        return state, proposal
+        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[Any, Requests]:
+        del layout, seen, key
+        return state, requests
 
-    return rule("never", lambda lattice: (), decide)
+    return rule("never", lambda layout: (), decide)
 
 
 class _Periodic(NamedTuple):
@@ -225,13 +225,13 @@ def periodic(
     check_counts(start=start)
 
     def decide(
-        lattice: Lattice, state: _Periodic, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Periodic, Proposal]:
+        layout: Layout, state: _Periodic, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Periodic, Requests]:
         is_due = (seen.step >= state.start) & ((seen.step - state.start) % state.every == 0)
         return state, cond(
             is_due,
             lambda same: propose(
-                lattice,
+                layout,
                 seen,
                 same,
                 score=state.score,
@@ -240,11 +240,11 @@ def periodic(
                 key=key,
             ),
             lambda same: same,
-            proposal,
+            requests,
         )
 
-    def init(lattice: Lattice) -> _Periodic:
-        blueprint_of_group(lattice, blueprint)  # a wrong name shows here, not in the first step
+    def init(layout: Layout) -> _Periodic:
+        blueprint_of_group(layout, blueprint)  # a wrong name shows here, not in the first step
         return _Periodic(jnp.int32(every), jnp.int32(start), score_index(score))
 
     return rule(name, init, decide)
@@ -288,8 +288,8 @@ def plateau(
     check(score, count, patience=patience)
     check_numbers(min_gain=min_gain)
 
-    def init(lattice: Lattice) -> _Plateau:
-        blueprint_of_group(lattice, blueprint)
+    def init(layout: Layout) -> _Plateau:
+        blueprint_of_group(layout, blueprint)
         return _Plateau(
             score=score_index(score),
             patience=jnp.int32(patience),
@@ -299,8 +299,8 @@ def plateau(
         )
 
     def decide(
-        lattice: Lattice, state: _Plateau, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Plateau, Proposal]:
+        layout: Layout, state: _Plateau, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Plateau, Requests]:
         loss = seen.loss.slow
         is_known = seen.loss.num_steps > 0
         has_fallen = is_known & (loss < state.best - state.min_gain * jnp.abs(loss))
@@ -313,7 +313,7 @@ def plateau(
         return state, cond(
             seen.step - state.last_gain >= state.patience,
             lambda same: propose(
-                lattice,
+                layout,
                 seen,
                 same,
                 score=state.score,
@@ -322,7 +322,7 @@ def plateau(
                 key=key,
             ),
             lambda same: same,
-            proposal,
+            requests,
         )
 
     return rule("plateau", init, decide)
@@ -360,25 +360,25 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
     if doubled:
         raise ValueError(f"one command a seed and step, got several at (step, seed) {doubled}")
 
-    def init(lattice: Lattice) -> _Script:
-        asked = pack(lattice, grafts, [command for _, command in events], len(events))
+    def init(layout: Layout) -> _Script:
+        asked = pack(layout, grafts, [command for _, command in events], len(events))
         return _Script(step=jnp.asarray([step for step, _ in events], jnp.int32), asked=asked)
 
     def decide(
-        lattice: Lattice, state: _Script, seen: Observation, proposal: Proposal, key: Key
-    ) -> tuple[_Script, Proposal]:
+        layout: Layout, state: _Script, seen: Observation, requests: Requests, key: Key
+    ) -> tuple[_Script, Requests]:
         del key
         asked = state.asked
-        where = jnp.where(state.step == seen.step, asked.seed, lattice.num_seeds)
+        where = jnp.where(state.step == seen.step, asked.seed, layout.num_seeds)
 
         def put(column: Array, values: Array) -> Array:
             return column.at[where].set(values, mode="drop")
 
-        return state, proposal._replace(
-            kind=put(proposal.kind, asked.kind),
-            blueprint=put(proposal.blueprint, asked.blueprint),
-            graft=put(proposal.graft, asked.graft),
-            target=put(proposal.target, asked.target),
+        return state, requests._replace(
+            kind=put(requests.kind, asked.kind),
+            blueprint=put(requests.blueprint, asked.blueprint),
+            graft=put(requests.graft, asked.graft),
+            target=put(requests.target, asked.target),
         )
 
     return rule("scripted", init, decide)

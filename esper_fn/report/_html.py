@@ -29,9 +29,11 @@ _STAGES: Final = (
 _ACCURACY: Final = "Accuracy on data that no arm trained on; the marks show when seeds moved."
 _LOSS: Final = "Loss on the training batches; the marks below show when seeds moved."
 _HELD_OUT_LOSS: Final = "Loss on data that no arm trained on; the marks show when seeds moved."
-_ALPHA: Final = "Each line is one body: it is let in gradually, measured, and then kept or removed."
+_ALPHA: Final = (
+    "Each line is one adapter: it is let in gradually, measured, and then kept or removed."
+)
 _PARAMETERS: Final = (
-    "Growth pays for parameters only once they exist; removed bodies give theirs back."
+    "Growth pays for parameters only once they exist; removed adapters give theirs back."
 )
 _SITES: Final = "Whether seeds stayed where the measured potential promised most."
 
@@ -63,22 +65,14 @@ def render(run: Run) -> str:
 <div class="verdict">{sentences}</div>
 {_figures(run)}
 <h2>The stages of a seed</h2>
-<p>A seed is a place in the host where a small network, its body, can grow. It moves through these
-stages; rules measured during training decide each step.</p>
-<div class="wide">{tables.stage_table(run)}</div>
-<h2>What happened</h2>
-{tables.event_table(run)}
-{tables.rollback_section(run)}<h2>What it cost</h2>
-<div class="wide">{tables.cost_table(run)}</div>
-<div class="columns">
-<section><h2>Settings</h2>{tables.settings_table(run)}</section>
-<section><h2>Versions</h2>{tables.versions_table(run)}</section>
-</div>
-<footer>Made by Esper-fn from <code>summary.json</code>, <code>events.jsonl</code> and
-<code>metrics.jsonl</code> in this folder.</footer>
-</main>
-</body>
-</html>
+<p>A seed is a place in the host where a small network, its adapter, can grow. It moves through
+these stages; rules measured during training decide each step.</p> <div
+class="wide">{tables.stage_table(run)}</div> <h2>What happened</h2> {tables.event_table(run)}
+{tables.rollback_section(run)}<h2>What it cost</h2> <div class="wide">{tables.cost_table(run)}</div>
+<div class="columns"> <section><h2>Settings</h2>{tables.settings_table(run)}</section>
+<section><h2>Versions</h2>{tables.versions_table(run)}</section> </div> <footer>Made by Esper-fn
+from <code>summary.json</code>, <code>events.jsonl</code> and <code>metrics.jsonl</code> in this
+folder.</footer> </main> </body> </html>
 """
 
 

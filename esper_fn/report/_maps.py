@@ -188,25 +188,25 @@ def _seeds(num: int) -> str:
 
 @styled
 def alpha_curves(run: Run, *, arm: str = "grown") -> "Figure":
-    """Draw alpha, the share with which each body acts, over time; coloured by its fate.
+    """Draw alpha, the share with which each adapter acts, over time; coloured by its fate.
 
     Args:
         run: the run to draw.
         arm: "grown", "uniform" or "random".
 
     Returns:
-        A figure with one line for each life of a body, at most `MAX_RAMPS` of them.
+        A figure with one line for each life of an adapter, at most `MAX_RAMPS` of them.
     """
-    title = "How bodies were let into the host"
+    title = "How adapters were let into the host"
     every = ramps(run, arm)
     if not every:
-        return empty(title, f"No body was recorded in the {ARM_LABEL.get(arm, arm)} run.")
+        return empty(title, f"No adapter was recorded in the {ARM_LABEL.get(arm, arm)} run.")
     shown = every if len(every) <= MAX_RAMPS else every[:: -(-len(every) // MAX_RAMPS)]
     subtitle = (
-        "Alpha of every body until its fate was decided: 0 is not felt at all, 1 is fully let in."
+        "Alpha of every adapter until its fate was decided: 0 has no effect, 1 has its full effect."
     )
     if len(shown) < len(every):
-        subtitle += f" {len(shown)} of {len(every)} bodies are drawn."
+        subtitle += f" {len(shown)} of {len(every)} adapters are drawn."
     made = canvas(3.7, title, subtitle)
     legend(made, _fate_keys(every), 0.66)
     axes = made.axes(0.55, 1.05, made.width - 0.9, 2.12)

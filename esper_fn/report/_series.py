@@ -48,7 +48,7 @@ class History(NamedTuple):
 
 
 class Ramp(NamedTuple):
-    """Alpha over one life of one body, and the stage that ended that life, if one did."""
+    """Alpha over one life of one adapter, and the stage that ended that life, if one did."""
 
     seed: int
     steps: Floats
@@ -129,7 +129,9 @@ def histories(run: Run, arm: str) -> list[History]:
 
 
 def ramps(run: Run, arm: str) -> list[Ramp]:
-    """Alpha of every life of every body; a seed whose body was freed starts a new life later."""
+    """Alpha of every life of every adapter; a seed whose adapter was freed starts a new life
+    later.
+    """
     records = sorted(
         (m for m in run.metrics if m["arm"] == arm and m.get("alpha") is not None),
         key=lambda m: m["step"],

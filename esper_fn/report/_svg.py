@@ -50,13 +50,15 @@ def to_svg(figure: "Figure", name: str, description: str) -> str:
         figure.savefig(
             buffer, format="svg", facecolor="none", edgecolor="none", metadata={"Date": None}
         )
-    body = buffer.getvalue()
-    body = body[body.index("<svg") :]
+    adapter = buffer.getvalue()
+    adapter = adapter[adapter.index("<svg") :]
     # Comments and metadata first: nothing else that matplotlib writes there concerns the page.
-    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
-    body = _TAG.sub(_page_tag, body)
-    view_box = re.search(r'viewBox="[-0-9. ]+"', body)
-    _, _, content = body.partition(">")
+    adapter = re.sub(
+        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", adapter, flags=re.S
+    )
+    adapter = _TAG.sub(_page_tag, adapter)
+    view_box = re.search(r'viewBox="[-0-9. ]+"', adapter)
+    _, _, content = adapter.partition(">")
     label = escape(description, quote=True)
     box = "" if view_box is None else view_box[0]
     return f'<svg {box} role="img" aria-label="{label}">{content.strip()}\n'

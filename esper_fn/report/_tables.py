@@ -143,7 +143,7 @@ def event_table(run: Run) -> str:
     every = sorted(run.events, key=lambda event: event["step"])
     shown = every[:MAX_EVENTS]
     has_arms = len({event["arm"] for event in every}) > 1
-    head = ["step", "arm", "site [chunk]", "seed", "from → to", "body", "cause", "measured"]
+    head = ["step", "arm", "site [chunk]", "seed", "from → to", "adapter", "cause", "measured"]
     rows = [
         [
             count(event["step"]),

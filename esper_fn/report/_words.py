@@ -54,49 +54,49 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Germinated",
         "#8acc75",
         "#9de679",
-        "A small network, the body, was just created for the seed. At birth it changes nothing.",
+        "A small network, the adapter, was just created for the seed. At birth it changes nothing.",
     ),
     "TRAINING": StageInfo(
         "Training",
         "#fdca40",
         "#fdca41",
-        "The body learns behind the host, whose output does not change by a single bit.",
+        "The adapter learns behind the host, whose output does not change by a single bit.",
     ),
     "GRAFTING": StageInfo(
         "Grafting",
         "#e7672c",
         "#de720b",
-        "The body is let into the host and learns: its share, alpha, is 1 at once or rises to 1.",
+        "The adapter acts in the host and learns: its weight, alpha, is 1 at once or rises to 1.",
     ),
     "STABILIZATION": StageInfo(
         "Stabilization",
         "#54ccff",
         "#0fd8ff",
-        "The body is fully in and learns; the loss settles before anything is judged.",
+        "The adapter is fully in and learns; the loss settles before anything is judged.",
     ),
     "EVALUATING": StageInfo(
         "Evaluating",
         "#3a81e9",
         "#1b66e4",
-        "Held-out batches are scored with and without the body: does it really help?",
+        "Held-out batches are scored with and without the adapter: does it really help?",
     ),
     "FINE_TUNING": StageInfo(
         "Fine-tuning",
         "#6c3993",
         "#8d55b3",
-        "The body helps. It learns on, and is measured again before it is kept for good.",
+        "The adapter helps. It learns on, and is measured again before it is kept for good.",
     ),
     "FOSSILIZED": StageInfo(
         "Fossilized",
         "#00575c",
         "#079a7e",
-        "The body earned its place: it is a permanent part of the network and goes on learning.",
+        "The adapter earned its place: it is a permanent part of the network and goes on learning.",
     ),
     "CULLED": StageInfo(
         "Culled",
         "#932424",
         "#d12c30",
-        "The body did not help and was removed. The seed rests, then it may try again.",
+        "The adapter did not help and was removed. The seed rests, then it may try again.",
     ),
     "CANCELLED": StageInfo(
         "Cancelled",
@@ -108,7 +108,7 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Rolled back",
         "#c477a9",
         "#ed79c6",
-        "Something went wrong, such as a value that is not finite: the body was undone at once. "
+        "Something went wrong, such as a value that is not finite: the adapter was undone at once. "
         "After a quarantine the seed may try again.",
     ),
 }

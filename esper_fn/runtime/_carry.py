@@ -1,4 +1,4 @@
-"""A state, saved or in memory, into a larger lattice: more capacity, sites, blueprints."""
+"""A state, saved or in memory, into a larger layout: more capacity, sites, blueprints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from esper_fn import checkpoint, rollback
 from esper_fn._growth import Growth, GrowthState
-from esper_fn._lattice import Lattice, Site, lattice
+from esper_fn._layout import Layout, Site, layout
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
-from esper_fn.optim import PerBody, PerBodyState
+from esper_fn.optim import PerAdapter, PerAdapterState
 from esper_fn.runtime import _rows
 from esper_fn.runtime._plain import decoded
 from esper_fn.runtime._ring import num_saved
@@ -22,7 +22,7 @@ from esper_fn.runtime._step import TrainState
 
 
 class Carried(NamedTuple):
-    """A state for a larger lattice, and what is not as it was."""
+    """A state for a larger layout, and what is not as it was."""
 
     state: Any
     """A `TrainState`, or a `GrowthState` where one was given."""
@@ -33,7 +33,7 @@ class Carried(NamedTuple):
 def carry_over(
     restored: checkpoint.Restored,
     growth: Growth,
-    optimizer: PerBody | None = None,
+    optimizer: PerAdapter | None = None,
     *,
     key: Key,
     before: Growth | None = None,
@@ -46,7 +46,7 @@ def carry_over(
         one with `params`, `opt_state` and `growth`.
       growth: the larger one; blueprints are recognised by their names.
       optimizer: the one of the run; needless for a `GrowthState`.
-      key: for the new slots' bodies.
+      key: for the new slots' adapters.
       before: the growth the step was saved with. `fit` notes it; a loop of your own gives it here.
 
     Returns:
@@ -63,9 +63,9 @@ def carry_over(
     _check_growth("growth", growth)
     if before is not None:
         _check_growth("before", before)
-        old = _Before(before.lattice, tuple(graft.name for graft in before.grafts))
+        old = _Before(before.layout, tuple(graft.name for graft in before.grafts))
     else:
-        old = _from_record(restored, growth.lattice)
+        old = _from_record(restored, growth.layout)
     where = f"step {restored.step}"
     return _carried(_state_of(restored.value, where), old, growth, optimizer, key, where)
 
@@ -74,7 +74,7 @@ def enlarge(
     state: TrainState | GrowthState,
     before: Growth,
     growth: Growth,
-    optimizer: PerBody | None = None,
+    optimizer: PerAdapter | None = None,
     *,
     key: Key,
 ) -> Carried:
@@ -84,7 +84,8 @@ def enlarge(
     |---|---|
     | `params`, `opt_state.host`, `growth.loss`, `.settings`, `.key`, `.step` | as before |
     | `growth.seeds` | row of the same site, layer and chunk; a new seed is dormant |
-    | `growth.bodies`, `opt_state.bodies`, `growth.num_births` | slot of the same site, blueprint, \
+    | `growth.adapters`, `opt_state.adapters`, `growth.generation` | slot of the same site,
+    blueprint, \
 layer and position; a new slot is fresh |
     | `growth.owner`, `seeds.slot`, `.blueprint`, `.graft` | renumbered to name the same things |
     | `growth.grafts` | numbers of a strategy of the same name as before, others the growth's own |
@@ -101,7 +102,7 @@ else its own, from their beginning |
       before: the growth it belongs to.
       growth: the larger one; blueprints are recognised by their names.
       optimizer: the one of the run; needless for a `GrowthState`.
-      key: for the new slots' bodies.
+      key: for the new slots' adapters.
 
     Returns:
       A state of the same kind, for `fit(start=...)` or a loop of your own, and what changed.
@@ -111,14 +112,14 @@ else its own, from their beginning |
     """
     _check_growth("before", before)
     _check_growth("growth", growth)
-    old = _Before(before.lattice, tuple(graft.name for graft in before.grafts))
+    old = _Before(before.layout, tuple(graft.name for graft in before.grafts))
     return _carried(_state_of(state, "state"), old, growth, optimizer, key, "state")
 
 
 class _Before(NamedTuple):
     """What of the smaller growth is no state."""
 
-    lattice: Lattice
+    layout: Layout
     grafts: tuple[str, ...]
 
 
@@ -129,7 +130,7 @@ def _check_growth(name: str, growth: Any) -> None:
         )
 
 
-def _from_record(restored: checkpoint.Restored, larger: Lattice) -> _Before:
+def _from_record(restored: checkpoint.Restored, larger: Layout) -> _Before:
     record = restored.record
     settings = decoded(record.get("settings")) if isinstance(record, dict) else None
     names = ("sites", "blueprints", "capacity", "dtype", "grafts")
@@ -138,7 +139,7 @@ def _from_record(restored: checkpoint.Restored, larger: Lattice) -> _Before:
             f"step {restored.step} does not say with which growth it was saved, as steps of `fit` "
             "do; pass `before=` the growth of that run"
         )
-    return _Before(_lattice_of(settings, larger), tuple(settings["grafts"]))
+    return _Before(_layout_of(settings, larger), tuple(settings["grafts"]))
 
 
 def _state_of(value: Any, where: str) -> TrainState | GrowthState:
@@ -169,7 +170,7 @@ def _carried(
     old: TrainState | GrowthState,
     before: _Before,
     growth: Growth,
-    optimizer: PerBody | None,
+    optimizer: PerAdapter | None,
     key: Key,
     where: str,
 ) -> Carried:
@@ -179,19 +180,19 @@ def _carried(
         )
     saved = old if isinstance(old, GrowthState) else old.growth
     _check_state(old, saved, before, where)
-    _check_lattices(before.lattice, growth.lattice)
+    _check_layouts(before.layout, growth.layout)
     fresh = growth.init(key)
     maps = _Maps(
-        seed=_rows.seed_map(before.lattice, growth.lattice),
-        slot=_rows.slot_map(before.lattice, growth.lattice),
+        seed=_rows.seed_map(before.layout, growth.layout),
+        slot=_rows.slot_map(before.layout, growth.layout),
     )
-    _rows.check_nothing_is_lost(before.lattice, saved, maps.seed, maps.slot)
+    _rows.check_nothing_is_lost(before.layout, saved, maps.seed, maps.slot)
     changes: list[str] = []
     grown = _growth_state(saved, fresh, before, growth, maps, changes)
     if isinstance(old, GrowthState):
         return Carried(state=jax.tree.map(jnp.copy, grown), changes=tuple(changes))
     params = jax.tree.map(jnp.asarray, old.params)
-    opt_state = _optimizer_state(old, params, fresh, before.lattice, growth.lattice, optimizer)
+    opt_state = _optimizer_state(old, params, fresh, before.layout, growth.layout, optimizer)
     anchor = None
     if old.anchor is not None:
         anchor = rollback.anchor(
@@ -207,7 +208,7 @@ def _carried(
 
 
 class _Maps(NamedTuple):
-    """For each seed and slot of the larger lattice the one it takes over, or `NONE`."""
+    """For each seed and slot of the larger layout the one it takes over, or `NONE`."""
 
     seed: np.ndarray
     slot: np.ndarray
@@ -224,23 +225,23 @@ def _growth_state(
     def rows(of: np.ndarray, old: Any, new: Any) -> Any:
         return jax.tree.map(lambda a, b: _rows.merged(of, a, b), old, new)
 
-    after = growth.lattice
-    new_seed = _rows.inverse(maps.seed, before.lattice.num_seeds)
-    new_slot = _rows.inverse(maps.slot, before.lattice.num_slots)
+    after = growth.layout
+    new_seed = _rows.inverse(maps.seed, before.layout.num_seeds)
+    new_slot = _rows.inverse(maps.slot, before.layout.num_slots)
     graft_of = [_index(growth, name) for name in before.grafts]
     seeds: SeedState = rows(maps.seed, saved.seeds, fresh.seeds)
-    blueprints = [after.names.index(name) for name in before.lattice.names]
+    blueprints = [after.names.index(name) for name in before.layout.names]
     seeds = seeds._replace(
         slot=_rows.renumbered(seeds.slot, new_slot),
         blueprint=_rows.renumbered(seeds.blueprint, np.asarray(blueprints, np.int8)),
         graft=_rows.renumbered(seeds.graft, np.asarray(graft_of, np.int8)),
     )
     owner = rows(maps.slot, saved.owner, fresh.owner)
-    bodies = _rows.banks(before.lattice, after, saved.bodies, fresh.bodies)
+    adapters = _rows.banks(before.layout, after, saved.adapters, fresh.adapters)
     if (num_new := int((maps.seed == NONE).sum())) > 0:
         changes.append(f"growth.seeds: {num_new} new, dormant")
     if (num_new := int((maps.slot == NONE).sum())) > 0:
-        changes.append(f"growth.bodies, opt_state.bodies: {num_new} new slots, fresh")
+        changes.append(f"growth.adapters, opt_state.adapters: {num_new} new slots, fresh")
 
     def as_before(name: str) -> Any:
         old, own = getattr(saved, name), getattr(fresh, name)
@@ -254,9 +255,9 @@ def _growth_state(
     saved_grafts = dict(zip(before.grafts, saved.grafts, strict=True))
     return fresh._replace(
         seeds=seeds,
-        bodies=bodies,
+        adapters=adapters,
         owner=_rows.renumbered(owner, new_seed),
-        num_births=rows(maps.slot, saved.num_births, fresh.num_births),
+        generation=rows(maps.slot, saved.generation, fresh.generation),
         loss=jax.tree.map(jnp.asarray, saved.loss),
         settings=jax.tree.map(jnp.asarray, saved.settings),
         grafts=tuple(
@@ -274,23 +275,23 @@ def _optimizer_state(
     old: TrainState,
     params: Any,
     fresh: GrowthState,
-    before: Lattice,
-    after: Lattice,
-    optimizer: PerBody | None,
-) -> PerBodyState:
-    if not isinstance(optimizer, PerBody):
+    before: Layout,
+    after: Layout,
+    optimizer: PerAdapter | None,
+) -> PerAdapterState:
+    if not isinstance(optimizer, PerAdapter):
         raise CheckpointError(
-            f"optimizer must be the run's, from `optim.per_body`, got {type(optimizer).__name__}; "
-            "in a loop with another, carry the `GrowthState` alone"
+            f"optimizer must be the run's, from `optim.per_adapter`, got {type(optimizer).__name__}"
+            "; in a loop with another, carry the `GrowthState` alone"
         )
-    opt_state: PerBodyState = optimizer.init((params, fresh.bodies))
+    opt_state: PerAdapterState = optimizer.init((params, fresh.adapters))
     if _rows.shapes(opt_state.host) != _rows.shapes(old.opt_state.host):
         raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
     return opt_state._replace(
         host=jax.tree.map(jnp.asarray, old.opt_state.host),
-        bodies=_rows.banks(before, after, old.opt_state.bodies, opt_state.bodies),
+        adapters=_rows.banks(before, after, old.opt_state.adapters, opt_state.adapters),
         num_updates=jnp.asarray(old.opt_state.num_updates),
-        num_births=_rows.banks(before, after, old.opt_state.num_births, opt_state.num_births),
+        generation=_rows.banks(before, after, old.opt_state.generation, opt_state.generation),
     )
 
 
@@ -300,18 +301,19 @@ def _check_state(old: TrainState | GrowthState, saved: Any, before: _Before, whe
         raise CheckpointError(
             f"{where}: growth must be a `GrowthState`, got {type(saved).__name__}"
         )
-    if isinstance(old, TrainState) and not isinstance(old.opt_state, PerBodyState):
+    if isinstance(old, TrainState) and not isinstance(old.opt_state, PerAdapterState):
         raise CheckpointError(
-            f"{where}: opt_state must be of `optim.per_body`, got {type(old.opt_state).__name__}; "
-            "in a loop with another optimiser, carry the `GrowthState` alone"
+            f"{where}: opt_state must be of `optim.per_adapter`, got "
+            f"{type(old.opt_state).__name__}; in a loop with another optimiser, "
+            "carry the `GrowthState` alone"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(old):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
             name = jax.tree_util.keystr(path)
             raise CheckpointError(f"{where}: {name} must be an array, got {type(leaf).__name__}")
     counts = (np.shape(saved.seeds.stage), np.shape(saved.owner), len(saved.grafts))
-    lattice = before.lattice
-    expected = ((lattice.num_seeds,), (lattice.num_slots,), len(before.grafts))
+    layout = before.layout
+    expected = ((layout.num_seeds,), (layout.num_slots,), len(before.grafts))
     for name, has, wants in zip(("seeds", "slots", "grafts"), counts, expected, strict=True):
         if has != wants:
             raise CheckpointError(
@@ -324,14 +326,14 @@ def _count(shape: Any) -> Any:
     return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else shape
 
 
-def _check_lattices(before: Lattice, after: Lattice) -> None:
+def _check_layouts(before: Layout, after: Layout) -> None:
     missing = [name for name in before.names if name not in after.names]
     if missing:
         raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
     if before.dtype != after.dtype:
         raise CheckpointError(
-            f"bodies were saved as {before.dtype} and are {after.dtype} here; nothing is cast "
-            "silently: make the lattice with the dtype of the run"
+            f"adapters were saved as {before.dtype} and are {after.dtype} here; nothing is cast "
+            "silently: make the layout with the dtype of the run"
         )
     sites = {site.name: site for site in after.sites}
     for site in before.sites:
@@ -347,15 +349,15 @@ def _check_lattices(before: Lattice, after: Lattice) -> None:
 _FORM = ("features", "chunks", "topology", "source_features", "layers")
 
 
-def _lattice_of(settings: dict[str, Any], larger: Lattice) -> Lattice:
-    """The lattice a run was saved with, its blueprints found by name in the larger one."""
+def _layout_of(settings: dict[str, Any], larger: Layout) -> Layout:
+    """The layout a run was saved with, its blueprints found by name in the larger one."""
     names = settings["blueprints"]
     missing = [name for name in names if name not in larger.names]
     if missing:
         raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
     fields = ("name", *_FORM, "positions")
     try:
-        return lattice(
+        return layout(
             sites=[Site(**dict(zip(fields, row, strict=True))) for row in settings["sites"]],
             blueprints={name: larger.blueprints[larger.names.index(name)] for name in names},
             capacity=settings["capacity"],

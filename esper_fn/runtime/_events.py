@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper_fn._growth import Growth, Info
+from esper_fn._growth import Growth, StepInfo
 from esper_fn.lifecycle import EDGES, GUARD_EDGES, Cause, Gate, Stage
 
 _GATE_OF = {
@@ -23,7 +23,7 @@ _MEASURED = {
 }
 
 
-def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[str, Any]]:
+def lifecycle_events(growth: Growth, infos: StepInfo, first_step: int) -> list[dict[str, Any]]:
     """Every change of a stage, in order, as plain dictionaries.
 
     Args:
@@ -39,7 +39,7 @@ def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[
     events = []
     for row, seed in np.argwhere(before != after).tolist():
         source, target = Stage(int(before[row, seed])), Stage(int(after[row, seed]))
-        place, layer, chunk = growth.lattice.locate(seed)
+        place, layer, chunk = growth.layout.locate(seed)
         blueprint = int(infos.blueprint[row, seed])
         measured = _MEASURED.get(source)
         event: dict[str, Any] = {
@@ -48,7 +48,7 @@ def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[
             "site": place.name,
             "layer": layer,
             "chunk": chunk,
-            "blueprint": growth.lattice.names[blueprint] if blueprint >= 0 else None,
+            "blueprint": growth.layout.names[blueprint] if blueprint >= 0 else None,
             "from": source.name,
             "to": target.name,
             "cause": _cause(growth, infos, row, seed, source, target),
@@ -61,10 +61,12 @@ def lifecycle_events(growth: Growth, infos: Info, first_step: int) -> list[dict[
     return events
 
 
-def _cause(growth: Growth, infos: Info, row: int, seed: int, source: Stage, target: Stage) -> str:
+def _cause(
+    growth: Growth, infos: StepInfo, row: int, seed: int, source: Stage, target: Stage
+) -> str:
     cause = Cause(int(infos.cause[row, seed]))
     if cause is Cause.POLICY:
-        return f"policy:{growth.policy.rules[int(infos.asked_by[row, seed])]}"
+        return f"policy:{growth.policy.rules[int(infos.requested_by[row, seed])]}"
     if cause is Cause.COMMAND:
         return "command"
     if cause is Cause.DWELL_LIMIT:

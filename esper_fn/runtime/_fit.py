@@ -13,14 +13,14 @@ import optax
 
 from esper_fn import rollback
 from esper_fn._arguments import check_function
-from esper_fn._growth import Growth, GrowthState, Info, LossFn
-from esper_fn._lattice import BareSeeds
+from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
+from esper_fn._layout import NoSeeds
 from esper_fn._leaves import check_leaves, join, part, strong
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command, Commands
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
-from esper_fn.optim import PerBody
+from esper_fn.optim import PerAdapter
 from esper_fn.runtime import _saving
 from esper_fn.runtime._batches import Batches, checked_batches
 from esper_fn.runtime._compilations import count_compilations
@@ -53,7 +53,7 @@ class Segment(NamedTuple):
     """A `TrainState` (for `fit_host`: the parameters), on the device; read it, do not keep it."""
     losses: np.ndarray
     """float[T] training losses."""
-    infos: Info | None
+    infos: StepInfo | None
     """Of every step, on the host; None for `fit_host`."""
     events: list[dict[str, Any]]
     rollbacks: list[dict[str, Any]]
@@ -70,13 +70,13 @@ class Fit(NamedTuple):
     """Programs compiled after the first segment and its report: 0 unless the listener compiles."""
     num_rollbacks: int
     num_parameters: int
-    """Of the bodies that act at the end."""
-    body_flops: float
-    """Forward operations of live bodies on one example, summed over the steps."""
+    """Of the adapters that act at the end."""
+    adapter_flops: float
+    """Forward operations of live adapters on one example, summed over the steps."""
     num_passes: int
     """Forward passes spent on surveys (a backward pass counts as two)."""
     survey_flops: float
-    """Forward operations of live bodies on one example, summed over those passes."""
+    """Forward operations of live adapters on one example, summed over those passes."""
     rollbacks: list[dict[str, Any]]
     """What the governor rolled back and quarantined, and why; see `rollback_reports`."""
     num_steps: int
@@ -102,7 +102,7 @@ def segment_length(num_steps: int, wanted: int) -> int:
 
 
 def compile_fit(
-    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
 ) -> CompiledFit:
     """The compiled programs that several `fit` calls may share (`segment=`), one per growth."""
     parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
@@ -119,7 +119,7 @@ def compile_fit(
 def fit(
     growth: Growth,
     loss_fn: LossFn,
-    optimizer: PerBody,
+    optimizer: PerAdapter,
     params: Params,
     batches: Batches,
     *,
@@ -148,11 +148,11 @@ def fit(
     Args:
       growth: the static part.
       loss_fn: `loss_fn(params, seeds, batch)`, a pure scalar.
-      optimizer: from `optim.per_body`.
+      optimizer: from `optim.per_adapter`.
       params: of the host.
       batches: see `Batches` and `in_memory`.
       num_steps: in all.
-      key: for bodies and policies.
+      key: for adapters and policies.
       survey_batch: a held-out batch for surveys, needless without them.
       start: the growth to start from, or a whole state, whose parameters and snapshots are taken
         then; `growth.init(key)` when left out.
@@ -160,7 +160,7 @@ def fit(
         (their length a multiple of it) it stands between steps, else in each as a conditional.
       anchor_every: steps between the snapshots of the roll-back; None for none.
       num_snapshots: how many are kept; 0 for none. Each takes the memory of parameters, optimiser
-        state and bodies; see `rollback.anchor`.
+        state and adapters; see `rollback.anchor`.
       segment_steps: steps between reports, at most; the largest divisor of `num_steps` is taken.
       commands: `commands(step)` gives what is asked of that step; it takes force at its end.
       max_commands: commands taken at once.
@@ -230,7 +230,7 @@ def fit(
     totals = {
         "num_rollbacks": 0,
         "num_parameters": 0,
-        "body_flops": 0.0,
+        "adapter_flops": 0.0,
         "num_passes": 0,
         "survey_flops": 0.0,
     }
@@ -250,7 +250,7 @@ def fit(
         totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
         totals["num_parameters"] = int(infos.num_parameters[-1])
         live = infos.num_flops.astype(np.float64)
-        totals["body_flops"] += float(live.sum())
+        totals["adapter_flops"] += float(live.sum())
         if survey_every is not None:
             passes = _survey_passes(growth, infos, first, survey_every)
             totals["num_passes"] += int(passes.sum())
@@ -289,7 +289,7 @@ def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -
         learning, still = part(params)
 
         def value_fn(moved: Params) -> Any:
-            return loss_fn(join(moved, still), BareSeeds(), batch)
+            return loss_fn(join(moved, still), NoSeeds(), batch)
 
         loss, slopes = jax.value_and_grad(value_fn)(learning)
         updates, opt_state = extended.update(
@@ -342,7 +342,7 @@ def fit_host(
     fitted = _drive(
         advance,
         carry,
-        {"totals": {**totals, "body_flops": 0.0, "survey_flops": 0.0}},
+        {"totals": {**totals, "adapter_flops": 0.0, "survey_flops": 0.0}},
         {"segment_steps": length},
         num_steps=num_steps,
         length=length,
@@ -353,11 +353,11 @@ def fit_host(
     return fitted._replace(state=fitted.state[0])
 
 
-def _survey_passes(growth: Growth, infos: Info, first: int, survey_every: int) -> np.ndarray:
+def _survey_passes(growth: Growth, infos: StepInfo, first: int, survey_every: int) -> np.ndarray:
     """Passes of each step's survey: 3 for the potential, one an ablation where any was due."""
     is_due = (first + np.arange(len(infos.loss))) % survey_every == 0
     on_trial = np.isin(infos.before, (Stage.EVALUATING, Stage.FINE_TUNING)).any(axis=1)
-    ablations = min(growth.max_ablations, growth.lattice.num_seeds)
+    ablations = min(growth.max_ablations, growth.layout.num_seeds)
     return is_due * (3 + ablations * on_trial)
 
 
@@ -366,7 +366,7 @@ class _Advanced(NamedTuple):
 
     state: Any
     losses: np.ndarray
-    infos: Info | None
+    infos: StepInfo | None
     events: list[dict[str, Any]]
     rollbacks: list[dict[str, Any]]
 

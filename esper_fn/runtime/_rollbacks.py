@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from esper_fn import rollback
-from esper_fn._growth import Growth, Info
+from esper_fn._growth import Growth, StepInfo
 from esper_fn.governors import Alarm
 from esper_fn.lifecycle import Stage
 
@@ -69,7 +69,7 @@ class SnapshotClock:
 
 
 def rollback_reports(
-    growth: Growth, infos: Info, first_step: int, clock: SnapshotClock
+    growth: Growth, infos: StepInfo, first_step: int, clock: SnapshotClock
 ) -> list[dict[str, Any]]:
     """One row for each step in which the governor rolled back or quarantined.
 
@@ -109,14 +109,14 @@ def rollback_reports(
     return rows
 
 
-def _offender(growth: Growth, infos: Info, row: int, seed: int) -> dict[str, Any]:
-    place, layer, chunk = growth.lattice.locate(seed)
+def _offender(growth: Growth, infos: StepInfo, row: int, seed: int) -> dict[str, Any]:
+    place, layer, chunk = growth.layout.locate(seed)
     blueprint = int(infos.blueprint[row, seed])
     return {
         "seed": seed,
         "site": place.name,
         "layer": layer,
         "chunk": chunk,
-        "blueprint": growth.lattice.names[blueprint] if blueprint >= 0 else None,
+        "blueprint": growth.layout.names[blueprint] if blueprint >= 0 else None,
         "stage": Stage(int(infos.before[row, seed])).name,
     }

@@ -1,4 +1,4 @@
-"""Which seed, slot and row of a larger lattice takes over which of a smaller one."""
+"""Which seed, slot and row of a larger layout takes over which of a smaller one."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._lattice import Lattice
-from esper_fn._lattice._lattice import Bank
+from esper_fn._layout import Layout
+from esper_fn._layout._layout import Bank
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE
 
 
-def seed_map(before: Lattice, after: Lattice) -> np.ndarray:
+def seed_map(before: Layout, after: Layout) -> np.ndarray:
     """For each seed of `after` the seed of `before` at the same place, or `NONE`."""
     at = {_place(before, seed): seed for seed in range(before.num_seeds)}
     return np.asarray([at.get(_place(after, seed), NONE) for seed in range(after.num_seeds)])
 
 
-def _place(of: Lattice, seed: int) -> tuple[str, int, int]:
+def _place(of: Layout, seed: int) -> tuple[str, int, int]:
     site, layer, chunk = of.locate(seed)
     return site.name, layer, chunk
 
 
-def _slots(of: Lattice, bank: Bank) -> np.ndarray:
+def _slots(of: Layout, bank: Bank) -> np.ndarray:
     """The flat slots of a bank, `[L, pool]`."""
     return np.arange(bank.start, bank.start + bank.num_slots).reshape(
         of.sites[bank.site].num_layers, -1
     )
 
 
-def _pairs(before: Lattice, after: Lattice) -> list[tuple[Bank, Bank]]:
+def _pairs(before: Layout, after: Layout) -> list[tuple[Bank, Bank]]:
     """Banks of the same site and blueprint."""
     of = {(before.sites[b.site].name, before.names[b.blueprint]): b for b in before.tables.banks}
     found = []
@@ -43,7 +43,7 @@ def _pairs(before: Lattice, after: Lattice) -> list[tuple[Bank, Bank]]:
     return found
 
 
-def slot_map(before: Lattice, after: Lattice) -> np.ndarray:
+def slot_map(before: Layout, after: Layout) -> np.ndarray:
     """For each slot of `after` the slot of `before` it takes over, or `NONE`."""
     found = np.full(after.num_slots, NONE)
     for old, new in _pairs(before, after):
@@ -54,18 +54,18 @@ def slot_map(before: Lattice, after: Lattice) -> np.ndarray:
 
 
 def check_nothing_is_lost(
-    before: Lattice, grown: Any, seed_of: np.ndarray, slot_of: np.ndarray
+    before: Layout, grown: Any, seed_of: np.ndarray, slot_of: np.ndarray
 ) -> None:
-    """Raises where a body that lives has no slot."""
-    """Raises where a body that lives has no slot."""
+    """Raises where an adapter that lives has no slot."""
+    """Raises where an adapter that lives has no slot."""
     owner = np.asarray(grown.owner)
     for slot in np.flatnonzero(owner != NONE).tolist():
         seed = int(owner[slot])
         if slot not in slot_of or seed not in seed_of:
             site, layer, chunk = before.locate(seed)
             raise CheckpointError(
-                f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds a body "
-                "that has no place in this lattice; keep its site and at least the capacity of "
+                f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds an adapter "
+                "that has no place in this layout; keep its site and at least the capacity of "
                 f"the run, {before.capacity}"
             )
 
@@ -98,8 +98,8 @@ def _key_rows(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
     return jax.random.wrap_key_data(rows, impl=impl)
 
 
-def banks(before: Lattice, after: Lattice, saved: Any, new: Any) -> Any:
-    """Bodies, or their optimiser states: `[P, ...]` a bank."""
+def banks(before: Layout, after: Layout, saved: Any, new: Any) -> Any:
+    """Adapters, or their optimiser states: `[P, ...]` a bank."""
     found = {site: dict(at_site) for site, at_site in new.items()}
     for old, bank in _pairs(before, after):
         site, name = after.sites[bank.site].name, after.names[bank.blueprint]
@@ -111,11 +111,11 @@ def banks(before: Lattice, after: Lattice, saved: Any, new: Any) -> Any:
         of[targets[:, :width]] = sources[:, :width]
         if name not in saved.get(site, {}):
             raise CheckpointError(
-                f"the state holds no bodies of {name!r} at {site!r}: it is not of that growth"
+                f"the state holds no adapters of {name!r} at {site!r}: it is not of that growth"
             )
         rows = [jax.tree.leaves(tree[site][name]) for tree in (saved, new)]
         if len(rows[0]) != len(rows[1]):
-            raise CheckpointError(f"bodies of {name!r} at {site!r} have another form here")
+            raise CheckpointError(f"adapters of {name!r} at {site!r} have another form here")
         found[site][name] = jax.tree.unflatten(
             jax.tree.structure(new[site][name]),
             [merged(of, a, b) for a, b in zip(*rows, strict=True)],

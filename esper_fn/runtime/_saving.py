@@ -177,7 +177,7 @@ def _check_settings(path: object, saved: Mapping[str, Any], present: Mapping[str
                 f"{path}: {name} is {present.get(name)!r} now and was {saved.get(name)!r} when the "
                 "step was saved, so the run would not be the one that was stopped; set it back, or "
                 "begin a new run in another folder (`runtime.carry_over` moves a state to a "
-                "larger lattice)"
+                "larger layout)"
             )
 
 
@@ -223,14 +223,14 @@ def describe(growth: Growth) -> dict[str, Any]:
                 place.name, place.features, place.chunks, place.topology,
                 place.source_features, place.layers, place.positions,
             ]
-            for place in growth.lattice.sites
+            for place in growth.layout.sites
         ],
-        "blueprints": list(growth.lattice.names),
-        "capacity": growth.lattice.capacity,
-        "dtype": str(jnp.dtype(growth.lattice.dtype)),
+        "blueprints": list(growth.layout.names),
+        "capacity": growth.layout.capacity,
+        "dtype": str(jnp.dtype(growth.layout.dtype)),
         "policy_rules": list(growth.policy.rules),
         "grafts": [graft.name for graft in growth.grafts],
-        "bodies_at_once": growth.bodies_at_once,
+        "adapters_at_once": growth.adapters_at_once,
         "implementation": growth.implementation,
         "max_ablations": growth.max_ablations,
         "directed_births": growth.directed_births,

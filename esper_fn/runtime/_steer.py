@@ -42,13 +42,13 @@ def steer(
     keys = bus.read_keys() if keys is None else keys
     chosen = keys
     bus.make_transport(url, run, keys=chosen, broker=broker)  # refuses what is wrong, at once
-    sites = {place.name: place.num_seeds for place in growth.lattice.sites}
+    sites = {place.name: place.num_seeds for place in growth.layout.sites}
     announcement = bus.Announcement(
         run=run,
         host=socket.gethostname(),
         pid=os.getpid(),
         sites=sites,
-        blueprints=growth.lattice.names,
+        blueprints=growth.layout.names,
         grafts=tuple(graft.name for graft in growth.grafts),
         version=__version__,
     )

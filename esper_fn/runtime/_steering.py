@@ -314,7 +314,7 @@ class Steering:
             if isinstance(command, bus.Batch):
                 rows = commands.together(rows, command.id)
             # It knows every name; what it refuses must not reach the loop.
-            commands.pack_on_host(self._growth.lattice, self._grafts, rows, self.max_commands)
+            commands.pack_on_host(self._growth.layout, self._grafts, rows, self.max_commands)
         except (EsperError, ValueError) as error:
             self._finish(taken, "REFUSED", str(error))
             return None

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from esper_fn import rollback
 from esper_fn._arguments import check_kind
 from esper_fn._control import cond
-from esper_fn._growth import Growth, GrowthState, Info, LossFn
+from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
 from esper_fn._growth._checks import check_commands
 from esper_fn._leaves import check_leaves, strong
 from esper_fn._typing import Array, Int32, Params, Scalar
 from esper_fn.commands import Commands, no_commands
-from esper_fn.optim import PerBody, apply_updates, check_optimizer
+from esper_fn.optim import PerAdapter, apply_updates, check_optimizer
 
 
 class TrainState(NamedTuple):
@@ -30,20 +30,20 @@ class TrainState(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A step half done: the host and the bodies have learned, the seeds have not moved yet."""
+    """A step half done: the host and the adapters have learned, the seeds have not moved yet."""
 
     params: Params
     opt_state: Any
     growth: GrowthState
-    """With the bodies from before."""
+    """With the adapters from before."""
     anchor: rollback.Anchor | None
-    bodies: Any
+    adapters: Any
     """After the optimiser's update."""
-    readings: Any
+    statistics: Any
     loss: Scalar
 
 
-Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, Info]]
+Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, StepInfo]]
 """`step(state, batch, survey_batch, commands) -> (state, info)`."""
 
 
@@ -60,12 +60,12 @@ class StepParts(NamedTuple):
 
     learn: Callable[[TrainState, Any, Any], Learned]
     """`learn(state, batch, survey_batch)`: survey when due, gradients, optimiser."""
-    live: Callable[[Learned, Commands], tuple[TrainState, Info]]
+    live: Callable[[Learned, Commands], tuple[TrainState, StepInfo]]
     """`live(learned, commands)`: lifecycle and roll-back."""
 
 
 def init(
-    optimizer: PerBody,
+    optimizer: PerAdapter,
     params: Params,
     growth: GrowthState,
     *,
@@ -75,7 +75,7 @@ def init(
     """The state before the first step.
 
     Args:
-      optimizer: from `optim.per_body`.
+      optimizer: from `optim.per_adapter`.
       params: of the host.
       growth: from `Growth.init`.
       anchor_every: steps between the snapshots that a roll-back restores; None keeps none.
@@ -84,14 +84,14 @@ def init(
     Numbers become arrays and no leaf keeps a weak type, so that no later step is compiled anew.
 
     Raises:
-      TypeError: an optimiser that is not from `optim.per_body`, no state of a growth, or a leaf of
-        `params` that is neither array nor number.
+      TypeError: an optimiser that is not from `optim.per_adapter`, no state of a growth, or a leaf
+        of `params` that is neither array nor number.
     """
     check_kind("growth", growth, GrowthState, "pass `growth.init(key)`")
     check_leaves("params", params)
     params, growth = strong((params, growth))
     check_optimizer(optimizer)
-    opt_state = strong(optimizer.init((params, growth.bodies)))
+    opt_state = strong(optimizer.init((params, growth.adapters)))
     check_optimizer(optimizer, opt_state)
     held = None
     if anchor_every is not None and num_snapshots != 0:
@@ -102,7 +102,7 @@ def init(
 
 
 def make_step_parts(
-    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
 ) -> StepParts:
     """One training step in two parts; one after the other they are `make_step`.
 
@@ -110,7 +110,7 @@ def make_step_parts(
     """
     if survey_every is not None and survey_every < 1:
         raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
-    check_kind("growth", growth, Growth, "pass what `ef.growth(lattice, ...)` returns")
+    check_kind("growth", growth, Growth, "pass what `ef.growth(layout, ...)` returns")
     measure = growth.survey(loss_fn)
 
     def learn(state: TrainState, batch: Any, survey_batch: Any) -> Learned:
@@ -124,35 +124,35 @@ def make_step_parts(
                 lambda: measure(params, grown, survey_batch)[0],
                 lambda: grown,
             )
-        loss, gradients, readings = growth.value_and_grad(loss_fn)(params, grown, batch)
+        loss, gradients, statistics = growth.value_and_grad(loss_fn)(params, grown, batch)
 
         def value_fn(moved: tuple[Params, Any]) -> Scalar:
-            seeds = growth.seeds(grown._replace(bodies=moved[1]))
+            seeds = growth.seeds(grown._replace(adapters=moved[1]))
             return jnp.asarray(loss_fn(moved[0], seeds, batch))
 
         updates, opt_state = optimizer.update(
             gradients,
             opt_state,
-            (params, grown.bodies),
+            (params, grown.adapters),
             slots=growth.slots(grown),
             value=loss,
             grad=gradients,
             value_fn=value_fn,
         )
-        params, bodies = apply_updates((params, grown.bodies), updates)
+        params, adapters = apply_updates((params, grown.adapters), updates)
         return Learned(
             params=params,
             opt_state=opt_state,
             growth=grown,
             anchor=held,
-            bodies=bodies,
-            readings=readings,
+            adapters=adapters,
+            statistics=statistics,
             loss=loss,
         )
 
-    def live(learned: Learned, commands: Commands) -> tuple[TrainState, Info]:
-        params, opt_state, grown, held, bodies, readings, loss = learned
-        grown, info = growth.update(grown, bodies, readings, loss, commands)
+    def live(learned: Learned, commands: Commands) -> tuple[TrainState, StepInfo]:
+        params, opt_state, grown, held, adapters, statistics, loss = learned
+        grown, info = growth.update(grown, adapters, statistics, loss, commands)
         if held is not None:
             params, opt_state, grown, held = rollback.guard(
                 growth, held, params, opt_state, grown, info.verdict
@@ -164,14 +164,14 @@ def make_step_parts(
 
 
 def make_step(
-    growth: Growth, loss_fn: LossFn, optimizer: PerBody, *, survey_every: int | None = 25
+    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
 ) -> Step:
     """One training step, pure: gradients, optimiser, lifecycle, survey when due, roll-back.
 
     Args:
       growth: the static part.
       loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
-      optimizer: from `optim.per_body`.
+      optimizer: from `optim.per_adapter`.
       survey_every: steps between two surveys on `survey_batch`. It is a conditional in each step,
         which `vmap` over whole states would compute at every step: pass None there, and
         `make_survey` to `scan_steps`. With None and no survey elsewhere nothing is ever judged by
@@ -200,7 +200,7 @@ def check_survey_batch(survey_batch: Any) -> None:
 def _joined(parts: StepParts) -> Step:
     def step(
         state: TrainState, batch: Any, survey_batch: Any, commands: Commands
-    ) -> tuple[TrainState, Info]:
+    ) -> tuple[TrainState, StepInfo]:
         return parts.live(parts.learn(state, batch, survey_batch), commands)
 
     return step
@@ -226,11 +226,11 @@ def make_survey(growth: Growth, loss_fn: LossFn) -> Survey:
 
 def scan_steps(
     step: Step, *, survey: Survey | None = None, survey_every: int | None = None
-) -> Callable[..., tuple[TrainState, Info]]:
+) -> Callable[..., tuple[TrainState, StepInfo]]:
     """Many steps as one program: `run(state, batches, survey_batch, commands)`.
 
     `batches` have a leading axis of T steps; `commands` belong to the first of them. Returns the
-    last state and every step's `Info`, `[T, ...]`. With all batches at once it is a whole run.
+    last state and every step's `StepInfo`, `[T, ...]`. With all batches at once it is a whole run.
 
     With a survey, steps run in segments of `survey_every` (the last may be shorter), one survey
     before each of them and no conditional: so `vmap` over whole states surveys once a segment.
@@ -261,20 +261,20 @@ def scan_steps(
 
     def run(
         state: TrainState, batches: Any, survey_batch: Any = None, commands: Commands | None = None
-    ) -> tuple[TrainState, Info]:
+    ) -> tuple[TrainState, StepInfo]:
         commands = check_commands(commands)
         if survey is not None:
             check_survey_batch(survey_batch)
         first = no_commands(1) if commands is None else commands
         silent = no_commands(first.columns.shape[-1])
 
-        def one(carry: tuple[TrainState, Array], batch: Any) -> tuple[Any, Info]:
+        def one(carry: tuple[TrainState, Array], batch: Any) -> tuple[Any, StepInfo]:
             before, index = carry
             now = jax.tree.map(lambda a, b: jnp.where(index == 0, a, b), first, silent)
             after, info = step(before, batch, survey_batch, now)
             return (after, index + 1), info
 
-        def segment(carry: tuple[TrainState, Array], batches: Any) -> tuple[Any, Info]:
+        def segment(carry: tuple[TrainState, Array], batches: Any) -> tuple[Any, StepInfo]:
             before, index = carry
             measured = before if survey is None else survey(before, survey_batch)
             return jax.lax.scan(one, (measured, index), batches)
@@ -328,7 +328,7 @@ class CompiledFit:
         self,
         parts: StepParts,
         *,
-        surveyed: Callable[..., tuple[TrainState, Info]] | None = None,
+        surveyed: Callable[..., tuple[TrainState, StepInfo]] | None = None,
         survey_every: int | None = None,
     ) -> None:
         # To say where a NaN comes from, JAX runs the program again on what it was given.
@@ -348,7 +348,7 @@ class CompiledFit:
         )
         self._live = jax.jit(
             lambda rest, anchor, before, commands: _as_segment(
-                *parts.live(_with_bodies(rest, before)._replace(anchor=anchor), commands)
+                *parts.live(_with_adapters(rest, before)._replace(anchor=anchor), commands)
             ),
             donate_argnums=both,
         )
@@ -359,7 +359,7 @@ class CompiledFit:
         batches: Any,
         survey_batch: Any,
         commands: Commands | Callable[[], Commands],
-    ) -> tuple[TrainState, Info]:
+    ) -> tuple[TrainState, StepInfo]:
         """A segment: `(state, infos)`, infos `[T, ...]`.
 
         With a function for its commands, a segment of one step runs as two programs, and it is
@@ -378,14 +378,14 @@ class CompiledFit:
         params, opt_state, growth, anchor = state
         learned = self._learn(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(learned.loss)
-        # The bodies from before are looked at only: there is nothing to donate them to.
-        before = learned.growth.bodies
-        return self._live(_with_bodies(learned, None), anchor, before, commands())
+        # The adapters from before are looked at only: there is nothing to donate them to.
+        before = learned.growth.adapters
+        return self._live(_with_adapters(learned, None), anchor, before, commands())
 
 
-def _with_bodies(learned: Learned, bodies: Any) -> Learned:
-    return learned._replace(growth=learned.growth._replace(bodies=bodies))
+def _with_adapters(learned: Learned, adapters: Any) -> Learned:
+    return learned._replace(growth=learned.growth._replace(adapters=adapters))
 
 
-def _as_segment(state: TrainState, info: Info) -> tuple[TrainState, Info]:
+def _as_segment(state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:
     return state, jax.tree.map(lambda leaf: leaf[None], info)

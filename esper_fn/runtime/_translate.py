@@ -16,11 +16,11 @@ WORDS = {
     Code.ILLEGAL_TRANSITION: "the seed's stage does not allow it",
     Code.BLUEPRINT_NOT_SERVED: "this site's bank has no such blueprint",
     Code.UNKNOWN_GRAFT: "no such grafting strategy",
-    Code.BANK_FULL: "no free slot; cull a seed, or build the lattice with more capacity",
+    Code.BANK_FULL: "no free slot; cull a seed, or build the layout with more capacity",
     Code.EMBARGOED: "the seed waits for its embargo to end",
     Code.VETOED: "the governor allows no germination now",
     Code.OVERRULED: "the governor moved the seed in this very step",
-    Code.NO_BODY: "only a seed with a body, not yet decided, can be steered so",
+    Code.NO_ADAPTER: "only a seed with an adapter, not yet decided, can be steered so",
     Code.BATCH_REFUSED: "another command of the batch was refused",
 }
 """Why a command was refused, for people."""
@@ -58,17 +58,17 @@ _PLAIN: dict[type[bus.Command], Callable[[int], commands.Command]] = {
 
 
 def _seed(growth: Growth, command: bus.SeedCommand) -> int:
-    lattice = growth.lattice
+    layout = growth.layout
     if command.site is None:
         return command.seed
-    place = lattice.sites[lattice.site_index(command.site)]
+    place = layout.sites[layout.site_index(command.site)]
     if command.seed >= place.num_seeds:
         raise ValueError(
             f"seed={command.seed} of site {command.site!r} does not exist; it has seeds "
             f"0..{place.num_seeds - 1}"
         )
     layer, chunk = divmod(command.seed, place.chunks)
-    return lattice.seed_index(command.site, chunk, layer)
+    return layout.seed_index(command.site, chunk, layer)
 
 
 def stage_name(value: Any) -> str | None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from esper_fn._growth import Growth, GrowthState, Info
+from esper_fn._growth import Growth, GrowthState, StepInfo
 from esper_fn.lifecycle import Stage
 
 
-def warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, Any]) -> None:
+def warn_of_barren(growth: Growth, infos: StepInfo, first: int, record: dict[str, Any]) -> None:
     """Where nothing will be asked to grow, since all is zero there."""
     steps = np.flatnonzero(np.asarray(infos.num_barren))
     if record.get("has_warned") or not steps.size:
@@ -20,13 +20,13 @@ def warn_of_barren(growth: Growth, infos: Info, first: int, record: dict[str, An
     row = int(steps[-1])
     is_dormant = infos.stage[row] == Stage.DORMANT
     seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
-    places = [growth.lattice.locate(int(seed)) for seed in seeds[:5]]
+    places = [growth.layout.locate(int(seed)) for seed in seeds[:5]]
     names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
     warnings.warn(
         f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
         f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
         "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
-        "look for dead units or an unused output, or leave the site out of the lattice",
+        "look for dead units or an unused output, or leave the site out of the layout",
         RuntimeWarning,
         stacklevel=5,
     )

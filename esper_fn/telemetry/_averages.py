@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._lattice import Reading
+from esper_fn._layout import Statistics
 from esper_fn._typing import Array, Bool, Float32
 from esper_fn.lifecycle import FAST_STEPS, SLOW_STEPS, SeedState, average
 
@@ -33,33 +33,36 @@ def _ratio(numerator: Array, denominator: Array | float) -> Array:
 
 
 def take_in(
-    seeds: SeedState, reading: Reading, is_spike: Bool[Array, ""], body_error: Bool[Array, "S"]
+    seeds: SeedState,
+    statistics: Statistics,
+    is_spike: Bool[Array, ""],
+    adapter_error: Bool[Array, "S"],
 ) -> tuple[SeedState, SeedEvidence]:
-    """The rows with one step's reading averaged in.
+    """The rows with one step's statistics averaged in.
 
     A seed whose site was not reached, or whose measurement is not finite, keeps its averages.
 
     Args:
       seeds: before.
-      reading: sums over the step, from the taps.
+      statistics: sums over the step, from the taps.
       is_spike: whether the loss left its band.
-      body_error: bodies whose parameters would have become non-finite.
+      adapter_error: adapters whose parameters would have become non-finite.
 
     Returns:
       The rows after, and what this step alone showed.
     """
     told = seeds.telemetry
-    mean = _ratio(reading.total, reading.num_values)
-    spread = _ratio(reading.square, reading.num_values)
-    gradient = jnp.sqrt(reading.gradient_square)
-    size = jnp.sqrt(jnp.maximum(reading.square, 0.0))
-    share = jnp.sqrt(reading.output_square / jnp.maximum(reading.square, 1e-30))
-    worth = reading.utility
+    mean = _ratio(statistics.total, statistics.num_values)
+    spread = _ratio(statistics.square, statistics.num_values)
+    gradient = jnp.sqrt(statistics.gradient_square)
+    size = jnp.sqrt(jnp.maximum(statistics.square, 0.0))
+    share = jnp.sqrt(statistics.output_square / jnp.maximum(statistics.square, 1e-30))
+    worth = statistics.utility
     usual = told.gradient_norm
     counted = jnp.where(usual > 0, jnp.minimum(gradient, MAX_GRADIENT_RATIO * usual), gradient)
 
-    is_seen = (reading.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
-    is_live = is_seen & (reading.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
+    is_seen = (statistics.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
+    is_live = is_seen & (statistics.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
 
     def watched(old: Array, new: Array) -> Array:
         return jnp.where(is_seen, average(old, new, told.num_steps, FAST_STEPS), old)
@@ -70,7 +73,9 @@ def take_in(
     telemetry = told._replace(
         mean=watched(told.mean, mean),
         variance=watched(told.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
-        dead_fraction=watched(told.dead_fraction, _ratio(reading.num_dead, reading.num_features)),
+        dead_fraction=watched(
+            told.dead_fraction, _ratio(statistics.num_dead, statistics.num_features)
+        ),
         gradient_norm=watched(usual, counted),
         gradient_scale=watched(
             told.gradient_scale,
@@ -82,7 +87,7 @@ def take_in(
         num_steps=told.num_steps + is_seen.astype(jnp.int32),
         num_live_steps=told.num_live_steps + is_live.astype(jnp.int32),
     )
-    has_error = (reading.num_errors > 0) | body_error
+    has_error = (statistics.num_errors > 0) | adapter_error
     seeds = seeds._replace(
         telemetry=telemetry,
         stability=average(

@@ -1,4 +1,4 @@
-"""How much a body could do at a place: scores of the gradient's second moments."""
+"""How much an adapter could do at a place: scores of the gradient's second moments."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice import Moments
+from esper_fn._layout import Moments
 from esper_fn._typing import Array, Float32
 
 NUM_DIRECTIONS = 4
-"""Singular values that count: what a body of this width could use."""
+"""Singular values that count: what an adapter of this width could use."""
 RIDGE = 1e-3
 RANK_TOLERANCE = 1e-5
 """Squared singular values under this share of the largest are rounding."""
@@ -47,18 +47,18 @@ def potentials(moments: Moments) -> Potentials:
 
 
 def directions(moments: Moments) -> Float32[Array, "... F U"]:
-    """Where in a chunk's input the next body should look.
+    """Where in a chunk's input the next adapter should look.
 
     With the left singular vectors `u_k` of `E[x x^T]^-1/2 E[x dy^T]`, largest singular value first,
     the columns are
 
         d_k = c_k E[x x^T]^-1/2 u_k,   c_k such that E[(x . d_k)^2] = trace E[x x^T] / F,
 
-    the mean square that a column of `lecun_normal` gives on this input. A body with pre-activations
-    `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's gradient; of all
-    uncorrelated `z` of that size these have the largest `|E[z dy^T]|`. It is GradMax (Evci et al.,
-    ICLR 2022) turned round, from a zero first matrix to a zero last one, with its constraint on
-    what the units see rather than on their weights. The score's other factor,
+    the mean square that a column of `lecun_normal` gives on this input. An adapter with
+    pre-activations `z = x d` and a last matrix of zero gets `E[phi(z) dy^T]` as that matrix's
+    gradient; of all uncorrelated `z` of that size these have the largest `|E[z dy^T]|`. It is
+    GradMax (Evci et al., ICLR 2022) turned round, from a zero first matrix to a zero last one, with
+    its constraint on what the units see rather than on their weights. The score's other factor,
     `E[dy dy^T]^-1/2`, makes places comparable; within one place it would weigh up small gradients.
 
     Args:

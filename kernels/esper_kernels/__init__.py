@@ -6,12 +6,12 @@ loads the other's framework, and this package loads none.
 
 from esper_kernels._dispatch import IMPLEMENTATIONS, Choice
 from esper_kernels._errors import ArgumentError, KernelError, UnavailableError
-from esper_kernels.graft import Body
+from esper_kernels.graft import Adapter
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Adapter",
     "ArgumentError",
-    "Body",
     "Choice",
     "KernelError",
     "UnavailableError",

@@ -12,7 +12,7 @@ from torch import nn
 
 import esper_fn as ef
 import torch_bridge
-from esper_fn.lifecycle import OWNS_BODY, Stage
+from esper_fn.lifecycle import OWNS_ADAPTER, Stage
 from torch_bridge._chunks import summed
 
 
@@ -88,12 +88,12 @@ def place(
     rows: Mapping[int, tuple[str, Stage, float]],
     noise: float = 0.3,
 ) -> None:
-    """Puts seeds where a test wants them: seed -> (blueprint, stage, alpha), with random bodies.
+    """Puts seeds where a test wants them: seed -> (blueprint, stage, alpha), with random adapters.
 
     Their chunks' scale is `SCALE`, so those in TRAINING learn damped by `DAMPING`.
     """
-    lattice, state = bridge.lattice, bridge.state
-    tables, owner = lattice.tables, np.array(state.owner)
+    layout, state = bridge.layout, bridge.state
+    tables, owner = layout.tables, np.array(state.owner)
     seeds = state.seeds
     stage, alpha = np.array(seeds.stage), np.array(seeds.alpha)
     slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
@@ -103,14 +103,14 @@ def place(
         owner[owner == seed] = -1
         stage[seed], alpha[seed], slot[seed], blueprint[seed] = to, at, -1, -1
         scale[seed] = SCALE
-        if OWNS_BODY[to]:
+        if OWNS_ADAPTER[to]:
             group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
-            index = lattice.blueprint_index(name)
+            index = layout.blueprint_index(name)
             is_own = tables.slot_pool_start == tables.pool_start[group, index]
             slot[seed] = np.flatnonzero(is_own & (owner < 0))[0]
             owner[slot[seed]], blueprint[seed] = seed, index
     with torch.no_grad():
-        for p in bridge.body_parameters():
+        for p in bridge.adapter_parameters():
             p.copy_(noise * torch.randn(p.shape, generator=source))
     bridge._lifecycle.state = state._replace(
         owner=jnp.asarray(owner),
@@ -140,8 +140,8 @@ def reading(site: Any) -> Any:
     return None if found is None else summed(site.plan.cut, found, site.tap.device)
 
 
-def body_of(site: Any, bank: str, slot: int) -> list[torch.Tensor]:
-    """A copy of one body's parameters."""
+def adapter_of(site: Any, bank: str, slot: int) -> list[torch.Tensor]:
+    """A copy of one adapter's parameters."""
     module = site.get_submodule(bank)
     names = site.names_of(bank)
     if site.is_stacked:

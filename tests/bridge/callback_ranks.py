@@ -122,8 +122,8 @@ def main(framework: str, folder: Path) -> None:
     run = {"lightning": lightning, "transformers": transformers}[framework]
     bridge = run(folder, lambda of: stages.append(of.stages))
     assert torch.distributed.get_world_size() == 2
-    bodies = torch.cat([p.detach().flatten() for p in bridge.body_parameters()]).numpy()
-    np.savez(folder / f"{os.environ['RANK']}.npz", stages=stages, bodies=bodies)
+    adapters = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()]).numpy()
+    np.savez(folder / f"{os.environ['RANK']}.npz", stages=stages, adapters=adapters)
 
 
 if __name__ == "__main__":

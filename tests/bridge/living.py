@@ -1,4 +1,4 @@
-"""Bodies that act, by public names alone."""
+"""Adapters that act, by public names alone."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def quiet(model: nn.Module, targets: Any, **options: Any) -> torch_bridge.Bridge
 def enliven(
     bridge: torch_bridge.Bridge, seeds: Any = None, noise: float = 0.3, name: str = "low_rank"
 ) -> None:
-    """Makes seeds act, with random bodies; all seeds if none are named."""
-    every = range(bridge.lattice.num_seeds) if seeds is None else seeds
+    """Makes seeds act, with random adapters; all seeds if none are named."""
+    every = range(bridge.layout.num_seeds) if seeds is None else seeds
     bridge.step(1.0, [ef.commands.germinate(seed, name) for seed in every])
     for stage in (Stage.TRAINING, Stage.GRAFTING):
         bridge.step(1.0, [ef.commands.transition(seed, stage) for seed in every])
@@ -40,8 +40,8 @@ def enliven(
 
 
 def scatter(bridge: torch_bridge.Bridge, noise: float, seed: int = 3) -> None:
-    """Random numbers in all bodies."""
+    """Random numbers in all adapters."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in bridge.body_parameters():
+        for p in bridge.adapter_parameters():
             p.copy_(noise * torch.randn(p.shape, generator=source))

@@ -64,11 +64,11 @@ def main(rank: int, world: int, store: str, out: str) -> None:
         utility.append(np.asarray(bridge.state.seeds.telemetry.utility))
         if step % 5 == 4:
             bridge.survey(lambda: (model(x[0, mine]) - y[0, mine]).square().mean())
-    bodies = torch.cat([p.detach().flatten() for p in bridge.body_parameters()]).numpy()
+    adapters = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()]).numpy()
     potential = np.asarray(bridge.state.seeds.potential)
     with torch.no_grad():
         outputs = model(x[0]).numpy()
-    found = {"bodies": bodies, "potential": potential, "outputs": outputs}
+    found = {"adapters": adapters, "potential": potential, "outputs": outputs}
     np.savez(f"{out}{rank}.npz", stages=stages, utility=utility, **found)
     if world > 1:
         dist.destroy_process_group()

@@ -28,12 +28,12 @@ def main(rank: int, world: int, store: str, out: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         mesh = init_device_mesh("cpu", (world,))
-        ignored = torch_bridge.replicate_bodies(bridge)
+        ignored = torch_bridge.replicate_adapters(bridge)
         for place in (0, 2):
             fully_shard(model[place], mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)
         assert type(model[0].weight).__name__ == "DTensor"
-        assert all(type(p) is nn.Parameter for p in bridge.body_parameters())
+        assert all(type(p) is nn.Parameter for p in bridge.adapter_parameters())
     optimizer = torch.optim.AdamW(bridge.parameter_groups(), 0.01)
     source = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS, 16, 6, generator=source)
@@ -52,10 +52,10 @@ def main(rank: int, world: int, store: str, out: str) -> None:
         stages.append(bridge.stages.copy())
         if step % 3 == 2:
             bridge.survey(lambda: (model(x[0, mine]) - y[0, mine]).square().mean())
-    bodies = torch.cat([p.detach().flatten() for p in bridge.body_parameters()]).numpy()
+    adapters = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()]).numpy()
     weight = model[0].weight.detach()
     whole = weight.full_tensor() if world > 1 else weight
-    np.savez(f"{out}{rank}.npz", stages=stages, bodies=bodies, weight=whole.numpy())
+    np.savez(f"{out}{rank}.npz", stages=stages, adapters=adapters, weight=whole.numpy())
     if world > 1:
         dist.destroy_process_group()
 

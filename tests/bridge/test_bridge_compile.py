@@ -74,7 +74,7 @@ def test_no_stage_compiles_anew_and_all_agree_with_eager(stacked: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_gradients_and_readings_are_those_of_eager(backend: str) -> None:
+def test_gradients_and_statistics_are_those_of_eager(backend: str) -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
     place(
@@ -170,7 +170,7 @@ def test_no_reading_is_lost_or_told_twice(model: Any, target: str, backend: str)
     features = {"round": 8} if target == "round" else None
     bridge = grow(grown, target, features=features)
     place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.7)})
-    for p in bridge.body_parameters():
+    for p in bridge.adapter_parameters():
         p.requires_grad_(model is Checkpointed)
     x = torch.randint(11, (4, 5)) if model is Checkpointed else torch.randn(5, 6)
     found = []

@@ -1,4 +1,4 @@
-"""Any torch optimiser: fresh state for newborns, nothing at all for bodies that rest."""
+"""Any torch optimiser: fresh state for newborns, nothing at all for adapters that rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, body_of, grow, place
+from bridges import Mlp, adapter_of, grow, place
 
 import esper_fn as ef
 import torch_bridge
@@ -35,7 +35,7 @@ def train(model: Any, bridge: Any, optimizer: Any, steps: int = 1, **told: Any) 
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_resting_bodies_do_not_move_and_learning_ones_do(kind: str, stacked: bool) -> None:
+def test_resting_adapters_do_not_move_and_learning_ones_do(kind: str, stacked: bool) -> None:
     model = Mlp()
     settings = ef.lifecycle.settings(train_first=True, freeze=[Stage.EVALUATING])
     bridge = grow(model, "fc1", stacked=stacked, settings=settings)
@@ -44,14 +44,14 @@ def test_resting_bodies_do_not_move_and_learning_ones_do(kind: str, stacked: boo
         {0: ("low_rank", Stage.TRAINING, 0.0), 1: ("low_rank", Stage.TRAINING, 0.0)},
     )
     optimizer = OPTIMIZERS[kind](model.parameters())
-    train(model, bridge, optimizer, 3)  # moments that would move a body
+    train(model, bridge, optimizer, 3)  # moments that would move an adapter
     first, second = (int(bridge.state.seeds.slot[s]) - bridge.banks[1].start for s in (0, 1))
     site = bridge.sites[0]
     train(model, bridge, optimizer, commands=[ef.commands.transition(0, Stage.GRAFTING)])
     place_stage(bridge, 0, Stage.EVALUATING)
 
     def rows(slot: int) -> list[torch.Tensor]:
-        return body_of(site, "low_rank", slot)
+        return adapter_of(site, "low_rank", slot)
 
     before = rows(first), rows(second)
     train(model, bridge, optimizer, 4)
@@ -103,7 +103,7 @@ def test_stacked_newborns_have_zero_moments_and_match_slot_by_slot_under_sgd() -
         train(model, bridge, optimizer, commands=[ef.commands.germinate(1, "low_rank")])
         train(model, bridge, optimizer, 10)
         found.append(
-            [leaf for slot in (0, 1) for leaf in body_of(bridge.sites[0], "low_rank", slot)]
+            [leaf for slot in (0, 1) for leaf in adapter_of(bridge.sites[0], "low_rank", slot)]
         )
     for single, stack in zip(*found, strict=True):
         torch.testing.assert_close(stack, single)
@@ -137,7 +137,7 @@ def test_an_optimiser_made_before_is_found_out() -> None:
         train(model, bridge, optimizer)
     with pytest.raises(torch_bridge.BridgeError, match="made before grow"):
         bridge.attach(optimizer)
-    optimizer.add_param_group({"params": bridge.body_parameters()})
+    optimizer.add_param_group({"params": bridge.adapter_parameters()})
     bridge.attach(optimizer)
     train(model, bridge, optimizer)
 
@@ -145,8 +145,8 @@ def test_an_optimiser_made_before_is_found_out() -> None:
 def test_two_optimisers_may_share_the_model() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    host, bodies = bridge.parameter_groups()
-    pair = torch.optim.SGD([host], 0.1), torch.optim.Adam([bodies], 0.1)
+    host, adapters = bridge.parameter_groups()
+    pair = torch.optim.SGD([host], 0.1), torch.optim.Adam([adapters], 0.1)
     for _ in range(2):
         loss = model(torch.randn(5, 6)).square().mean()
         loss.backward()
@@ -155,10 +155,10 @@ def test_two_optimisers_may_share_the_model() -> None:
         bridge.step(loss)
 
 
-def test_optimisers_that_share_the_bodies_are_attached_together() -> None:
+def test_optimisers_that_share_the_adapters_are_attached_together() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    first, *others = bridge.body_parameters()
+    first, *others = bridge.adapter_parameters()
     host, _ = bridge.parameter_groups()
     one = torch.optim.SGD([*host["params"], first], 0.1)
     other = torch.optim.SGD(others, 0.1)
@@ -192,27 +192,29 @@ def test_a_scaled_loss_measures_the_same() -> None:
     assert found[0][1] > 0
 
 
-def test_autocast_trains_bodies() -> None:
+def test_autocast_trains_adapters() -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
     place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    before = [p.clone() for p in bridge.body_parameters()]
+    before = [p.clone() for p in bridge.adapter_parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(torch.randn(5, 6)).square().mean()
     loss.backward()
     optimizer.step()
     info = bridge.step(loss)
-    moved = [not torch.equal(a, b) for a, b in zip(before, bridge.body_parameters(), strict=True)]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, bridge.adapter_parameters(), strict=True)
+    ]
     assert sum(moved) == 3
     assert info.stage[0] == Stage.FINE_TUNING
 
 
-def test_a_body_the_optimiser_breaks_is_put_back_and_rolled_back() -> None:
+def test_an_adapter_the_optimiser_breaks_is_put_back_and_rolled_back() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
     place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
-    optimizer = torch.optim.SGD(bridge.body_parameters(), 0.1)
+    optimizer = torch.optim.SGD(bridge.adapter_parameters(), 0.1)
     slot = int(bridge.state.seeds.slot[0]) - bridge.banks[1].start
     params = bridge.sites[0].parameters_of("low_rank", (slot,))
     before = [p.detach().clone() for p in params]

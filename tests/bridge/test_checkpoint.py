@@ -1,4 +1,4 @@
-"""A grown model is saved by safetensors and loaded into a fresh one: bodies and stages."""
+"""A grown model is saved by safetensors and loaded into a fresh one: adapters and stages."""
 
 from __future__ import annotations
 

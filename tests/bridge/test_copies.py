@@ -184,7 +184,7 @@ def test_averages_live_as_their_model_does() -> None:
 
 
 def test_an_average_of_a_newborn_begins_with_it() -> None:
-    """Not with the body that had its slot before."""
+    """Not with the adapter that had its slot before."""
     model, bridge = grown(capacity=1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     best = copy.deepcopy(model)
@@ -203,7 +203,7 @@ def test_an_average_of_a_newborn_begins_with_it() -> None:
     assert bridge.seed(1).alpha > 0
     # Nobody has trained the newborn: its average is the newborn.
     (own,) = ([p for n, p in of.named_parameters() if "seeds" in n] for of in [average.module])
-    for mean, newborn in zip(own, bridge.body_parameters(), strict=True):
+    for mean, newborn in zip(own, bridge.adapter_parameters(), strict=True):
         torch.testing.assert_close(mean, newborn)
     torch.testing.assert_close(average(X), model(X))
     assert all(not p.any() for n, p in best.named_parameters() if "seeds" in n)
@@ -295,8 +295,10 @@ def test_a_copy_trains_by_itself() -> None:
     twin, wanted, stages = copy.deepcopy(model), model(X), bridge.stages.copy()
     losses = train(twin, None, 5)
     assert losses[-1] < losses[0]
-    bodies = [p for name, p in twin.named_parameters() if "seeds" in name]
-    moved = [not torch.equal(a, b) for a, b in zip(bodies, bridge.body_parameters(), strict=True)]
+    adapters = [p for name, p in twin.named_parameters() if "seeds" in name]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(adapters, bridge.adapter_parameters(), strict=True)
+    ]
     assert any(moved)
     assert torch.equal(model(X), wanted)
     np.testing.assert_array_equal(bridge.stages, stages)

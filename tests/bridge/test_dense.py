@@ -14,7 +14,7 @@ import esper_fn as ef
 from esper_fn.lifecycle import Stage
 from torch_bridge import _dense
 
-BODIES = {
+ADAPTERS = {
     "low_rank": ef.blueprints.low_rank(4),
     "narrow": ef.blueprints.low_rank(2),
     "of odd rank": ef.blueprints.low_rank(17),
@@ -33,13 +33,13 @@ HOSTS = {
 }
 
 
-def grown(host: str, body: str) -> tuple[nn.Module, Any]:
+def grown(host: str, adapter: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(5)
     layer = copy.deepcopy(HOSTS[host][0])
     layer.reset_parameters()
     model = nn.Sequential(layer)
-    bridge = grow(model, "0", blueprints={"body": BODIES[body]}, stacked=True)
-    place(bridge, {k: ("body", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    bridge = grow(model, "0", blueprints={"adapter": ADAPTERS[adapter]}, stacked=True)
+    place(bridge, {k: ("adapter", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
     return model, bridge.sites[0]
 
 
@@ -78,10 +78,10 @@ def by_the_general_way(*given: Any, **told: Any) -> Any:
         return results(*given, **told)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("host", HOSTS)
-def test_both_ways_agree(host: str, body: str, taken: dict[str, int]) -> None:
-    model, site = grown(host, body)
+def test_both_ways_agree(host: str, adapter: str, taken: dict[str, int]) -> None:
+    model, site = grown(host, adapter)
     x = torch.randn(HOSTS[host][1])
     found, wanted = results(model, site, x), by_the_general_way(model, site, x)
     assert taken == {"forward": 1, "backward": 1}
@@ -92,10 +92,10 @@ def test_both_ways_agree(host: str, body: str, taken: dict[str, int]) -> None:
     assert taken == {"forward": 2, "backward": 1}
 
 
-@pytest.mark.parametrize("body", ["low_rank", "gelu"])
+@pytest.mark.parametrize("adapter", ["low_rank", "gelu"])
 @pytest.mark.parametrize("host", ["tokens", "images"])
-def test_a_compiler_meets_the_same(host: str, body: str, taken: dict[str, int]) -> None:
-    model, site = grown(host, body)
+def test_a_compiler_meets_the_same(host: str, adapter: str, taken: dict[str, int]) -> None:
+    model, site = grown(host, adapter)
     x = torch.randn(HOSTS[host][1])
     wanted = results(model, site, x)
     torch._dynamo.reset()
@@ -123,14 +123,16 @@ def test_half_precision_parameters_go_the_general_way(taken: dict[str, int]) -> 
     assert all(of.isfinite().all() for of in found)
 
 
-@pytest.mark.parametrize("body", ["low_rank", "gelu"])
-def test_aligned_factors_of_the_largest_norms_stay_finite(body: str, taken: dict[str, int]) -> None:
-    model, site = grown("tokens", body)
+@pytest.mark.parametrize("adapter", ["low_rank", "gelu"])
+def test_aligned_factors_of_the_largest_norms_stay_finite(
+    adapter: str, taken: dict[str, int]
+) -> None:
+    model, site = grown("tokens", adapter)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
         model[0].weight[0, 0] = 0.99 * _dense._FAR
-        module = site.get_submodule("body")
+        module = site.get_submodule("adapter")
         module.down[:, 0, 0], module.up[:, 0, 0] = 0.7 * _dense._FAR, -0.7 * _dense._FAR
     x = torch.zeros(HOSTS["tokens"][1])
     x[0, 0, 0] = 1
@@ -150,17 +152,17 @@ def test_matrices_come_first_where_that_takes_fewer_operations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "where"),
+    ("adapter", "where"),
     [(of, where) for of in ("low_rank", "gelu") for where in ("x", "down", "up")]
     + [("gelu", "bias")],
 )
 @pytest.mark.parametrize("value", [1e10, 1e30, float("inf"), float("nan")])
 def test_large_numbers_go_the_general_way(
-    where: str, value: float, body: str, taken: dict[str, int]
+    where: str, value: float, adapter: str, taken: dict[str, int]
 ) -> None:
-    model, site = grown("tokens", body)
+    model, site = grown("tokens", adapter)
     x = torch.randn(HOSTS["tokens"][1])
-    module = site.get_submodule("body")
+    module = site.get_submodule("adapter")
     if where == "x":
         x[1, 2, 3] = value
     else:
@@ -171,9 +173,9 @@ def test_large_numbers_go_the_general_way(
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("body", ["low_rank", "gelu"])
-def test_a_steep_gradient_goes_the_general_way(body: str, taken: dict[str, int]) -> None:
-    model, site = grown("tokens", body)
+@pytest.mark.parametrize("adapter", ["low_rank", "gelu"])
+def test_a_steep_gradient_goes_the_general_way(adapter: str, taken: dict[str, int]) -> None:
+    model, site = grown("tokens", adapter)
     x = torch.randn(HOSTS["tokens"][1])
     found = results(model, site, x, steepness=1e25)
     assert taken == {"forward": 1, "backward": 0}
@@ -181,15 +183,15 @@ def test_a_steep_gradient_goes_the_general_way(body: str, taken: dict[str, int])
     torch.testing.assert_close(found, by_the_general_way(model, site, x, steepness=1e25))
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_all_is_finite_up_to_the_norms_that_are_let_through(
-    body: str, taken: dict[str, int]
+    adapter: str, taken: dict[str, int]
 ) -> None:
-    model, site = grown("tokens", body)
+    model, site = grown("tokens", adapter)
     x = torch.randn(HOSTS["tokens"][1])
     with torch.no_grad():
         model[0].bias.zero_()
-        for name, leaf in site.get_submodule("body").named_parameters():
+        for name, leaf in site.get_submodule("adapter").named_parameters():
             rows = x.shape[0] * x.shape[1] if name == "bias" else 1
             leaf.mul_(0.99 * _dense._FAR / leaf.norm() / rows**0.5)
         h = torch.nn.functional.linear(x, model[0].weight)
@@ -205,8 +207,8 @@ def test_any_rank_and_number_of_rows(rank: int, width: int) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 2 * width))
     blueprint = ef.blueprints.low_rank(rank)
-    bridge = grow(model, "0", blueprints={"body": blueprint}, stacked=True)
-    place(bridge, {k: ("body", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    bridge = grow(model, "0", blueprints={"adapter": blueprint}, stacked=True)
+    place(bridge, {k: ("adapter", Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
     for num_rows in (1, 63, 64, 129):
         x = torch.randn(num_rows, 6)
         found = results(model, bridge.sites[0], x)
@@ -231,11 +233,11 @@ def test_statistics_in_another_dtype_are_not_read() -> None:
 def test_no_default_of_the_process_reaches_what_is_measured() -> None:
     _, site = grown("tokens", "low_rank")
     x = torch.randn(70, 32)
-    leaves = dict(site.get_submodule("body").named_parameters())
-    bodies = {site.plan.banks[0].bank: {name: leaf.detach() for name, leaf in leaves.items()}}
+    leaves = dict(site.get_submodule("adapter").named_parameters())
+    adapters = {site.plan.banks[0].bank: {name: leaf.detach() for name, leaf in leaves.items()}}
     torch.set_default_dtype(torch.float64)
     try:
-        found = _dense.forward(site.plan, bodies, x, torch.empty_like(x), watches=True)
+        found = _dense.forward(site.plan, adapters, x, torch.empty_like(x), watches=True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found is not None

@@ -44,7 +44,7 @@ def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> No
     assert set(np.unique(first["stages"])) >= set(range(Stage.FINE_TUNING + 1))
     np.testing.assert_allclose(first["utility"], alone["utility"], rtol=5e-2, atol=1e-5)
     np.testing.assert_allclose(first["potential"], alone["potential"], rtol=5e-2, atol=1e-3)
-    # Not the bodies: singular values that nearly tie may bear their units in another order.
+    # Not the adapters: singular values that nearly tie may bear their units in another order.
     np.testing.assert_allclose(first["outputs"], alone["outputs"], rtol=1e-3, atol=1e-3)
 
 

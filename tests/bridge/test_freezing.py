@@ -1,4 +1,4 @@
-"""Bodies that could never learn: optimisers without them, and hosts frozen too late."""
+"""Adapters that could never learn: optimisers without them, and hosts frozen too late."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def host_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".seeds." not in name]
 
 
-def test_an_optimiser_made_later_without_the_bodies() -> None:
+def test_an_optimiser_made_later_without_the_adapters() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
     first = torch.optim.SGD(model.parameters(), 0.1)
@@ -42,7 +42,7 @@ def test_an_optimiser_made_later_without_the_bodies() -> None:
     later = torch.optim.SGD(host_of(model), 0.1)
     with pytest.raises(BridgeError, match=r"in no optimiser that steps \(SGD\): .*add_param_group"):
         step(model, bridge, later)
-    later.add_param_group({"params": bridge.body_parameters()})
+    later.add_param_group({"params": bridge.adapter_parameters()})
     step(model, bridge, later)
 
 
@@ -54,9 +54,9 @@ def test_a_group_taken_out_of_an_optimiser_and_one_that_is_gone() -> None:
     optimizer.param_groups.pop()
     with pytest.raises(BridgeError, match="in no optimiser that steps"):
         step(model, bridge, optimizer)
-    bodies = torch.optim.SGD(bridge.body_parameters(), 0.1)
-    step(model, bridge, optimizer, bodies)
-    del bodies
+    adapters = torch.optim.SGD(bridge.adapter_parameters(), 0.1)
+    step(model, bridge, optimizer, adapters)
+    del adapters
     with pytest.raises(BridgeError, match="in no optimiser that steps"):
         step(model, bridge, optimizer)
 
@@ -65,10 +65,10 @@ def test_optimisers_of_different_parameters_may_take_turns() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
     host = torch.optim.SGD(host_of(model), 0.1)
-    bodies = torch.optim.SGD(bridge.body_parameters(), 0.1)
-    step(model, bridge, host, bodies)
+    adapters = torch.optim.SGD(bridge.adapter_parameters(), 0.1)
+    step(model, bridge, host, adapters)
     for turn in range(8):
-        step(model, bridge, bodies if turn % 4 == 3 else host)
+        step(model, bridge, adapters if turn % 4 == 3 else host)
     with pytest.raises(BridgeError, match="in no optimiser that steps"):
         steps(200, model, bridge, host)
 
@@ -80,11 +80,11 @@ def test_freeze_host() -> None:
     place(bridge, ROWS)
     before = [p.clone() for p in host_of(model)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
-    body = bridge.sites[0].get_submodule("low_rank")[0].up
-    was = body.detach().clone()
+    adapter = bridge.sites[0].get_submodule("low_rank")[0].up
+    was = adapter.detach().clone()
     step(model, bridge, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(host_of(model), before, strict=True))
-    assert not torch.equal(body, was)
+    assert not torch.equal(adapter, was)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -124,7 +124,7 @@ def test_freezing_everything_after_grow(stacked: bool, when: str) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     with pytest.raises(BridgeError, match=r"requires_grad=False .*freeze_host=True"):
         step(model, bridge, optimizer)
-    for p in bridge.body_parameters():
+    for p in bridge.adapter_parameters():
         p.requires_grad_(True)
     step(model, bridge, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1))
 
@@ -137,7 +137,7 @@ def test_peft_on_top() -> None:
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], 0.1)
     with pytest.raises(BridgeError, match="by hand or by PEFT"):
         step(wrapped, bridge, optimizer)
-    for p in bridge.body_parameters():
+    for p in bridge.adapter_parameters():
         p.requires_grad_(True)
-    optimizer.add_param_group({"params": bridge.body_parameters()})
+    optimizer.add_param_group({"params": bridge.adapter_parameters()})
     step(wrapped, bridge, optimizer)

@@ -76,10 +76,10 @@ def test_scan_and_remat(module, x):
     apply, params = from_torch(module)
 
     def total(apply, params):
-        def body(carry, row):
+        def adapter(carry, row):
             return carry + jax.checkpoint(apply)(params, row).sum(), None
 
-        return jax.lax.scan(body, jnp.float32(0), x)[0]
+        return jax.lax.scan(adapter, jnp.float32(0), x)[0]
 
     close(
         jax.jit(jax.grad(lambda p: total(apply, p)))(params),

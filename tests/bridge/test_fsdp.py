@@ -43,10 +43,10 @@ def test_a_sharded_host_grows_as_a_whole_one_does(tmp_path):
     np.testing.assert_array_equal(first["stages"], alone["stages"])
     assert GROWN & set(np.unique(first["stages"]))
     np.testing.assert_allclose(first["weight"], alone["weight"], rtol=5e-2, atol=1e-3)
-    np.testing.assert_allclose(first["bodies"], alone["bodies"], rtol=5e-2, atol=1e-3)
+    np.testing.assert_allclose(first["adapters"], alone["adapters"], rtol=5e-2, atol=1e-3)
 
 
 def test_without_a_process_group_it_says_so():
     bridge = torch_bridge.grow(nn.Sequential(nn.Linear(4, 8)), targets="0", **options())
     with pytest.raises(torch_bridge.BridgeError, match="init_process_group"):
-        torch_bridge.replicate_bodies(bridge)
+        torch_bridge.replicate_adapters(bridge)

@@ -64,7 +64,7 @@ def test_work_in_flight_is_waited_for_both_ways() -> None:
         assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-2
 
 
-def body(p: Any, x: Any) -> Any:
+def adapter(p: Any, x: Any) -> Any:
     return jnp.tanh(x @ p["w"] + p["b"]).sum(-1)
 
 
@@ -78,7 +78,7 @@ def test_a_jitted_function_is_called_and_differentiated(is_beside: bool, is_comp
         "b": torch.randn(4, device="cuda", requires_grad=True),
     }
     x = torch.randn(16, 8, device="cuda", requires_grad=True)
-    run = to_torch(jax.jit(body), device=gpu() if is_beside else None)
+    run = to_torch(jax.jit(adapter), device=gpu() if is_beside else None)
     run = torch.compile(run) if is_compiled else run
     y = run(p, x)
     assert y.is_cuda

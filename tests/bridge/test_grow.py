@@ -28,14 +28,14 @@ from torch_bridge import BridgeError
 )
 def test_targets(targets: Any, found: list[str]) -> None:
     bridge = grow(Transformer(), targets)
-    assert [site.name for site in bridge.lattice.sites] == found
+    assert [site.name for site in bridge.layout.sites] == found
 
 
 def test_a_block_is_a_target_whose_width_is_told(capsys: Any) -> None:
     model = Transformer()
     name = torch_bridge.blocks("h")
     bridge = grow(model, name, features={name: 8}, chunks={r"h\.0": 4, r"h\.1": 2}, verbose=True)
-    assert [(s.name, s.chunks) for s in bridge.lattice.sites] == [("h.0", 4), ("h.1", 2)]
+    assert [(s.name, s.chunks) for s in bridge.layout.sites] == [("h.0", 4), ("h.1", 2)]
     told = capsys.readouterr().out
     assert "6 seeds at 2 sites of Transformer" in told
     assert "h.0  8 features in 4 chunks, vector: bottleneck, low_rank" in told
@@ -45,7 +45,7 @@ def test_a_block_is_a_target_whose_width_is_told(capsys: Any) -> None:
 
 def test_convolutions_are_images_along_their_channels() -> None:
     bridge = grow(Cnn(), "conv1", blueprints={"d": ef.blueprints.depthwise_conv()})
-    (site,) = bridge.lattice.sites
+    (site,) = bridge.layout.sites
     assert (site.features, site.topology) == (8, "image")
 
 
@@ -110,7 +110,7 @@ def test_a_blueprint_without_a_torch_form_leaves_the_model_as_it_was() -> None:
     torch_bridge.register_blueprint("mine", _own)
     with pytest.raises(BridgeError, match="has a torch form already"):
         torch_bridge.register_blueprint("mine", lambda *of: of[1])
-    assert grow(model, "fc1", blueprints={"mine": own}).lattice.names == ("mine",)
+    assert grow(model, "fc1", blueprints={"mine": own}).layout.names == ("mine",)
 
 
 def _own(p: Any, u: torch.Tensor, mask: torch.Tensor, topology: str) -> torch.Tensor:

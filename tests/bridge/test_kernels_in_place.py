@@ -100,12 +100,12 @@ def test_a_compiler_meets_the_kernels_themselves(
             loss.backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             found.append((loss, grads, [reading(site) for site in bridge.sites]))
-        (eager, wanted, readings), (loss, grads, own_readings) = found
+        (eager, wanted, statistics), (loss, grads, own_statistics) = found
         torch.testing.assert_close(loss, eager)
         for name, grad in wanted.items():
             torch.testing.assert_close(grads[name], grad, msg=name)
-        torch.testing.assert_close(own_readings, readings)
-        for site, own in zip(bridge.sites, own_readings, strict=True):
+        torch.testing.assert_close(own_statistics, statistics)
+        for site, own in zip(bridge.sites, own_statistics, strict=True):
             if own is not None:
                 site.hear(own)
         optimizer.step()
@@ -122,7 +122,7 @@ class Checkpointed(Transformer):
         return self.head(x)
 
 
-@pytest.mark.parametrize("case", ["checkpointed", "batches", "frozen_host", "frozen_bodies"])
+@pytest.mark.parametrize("case", ["checkpointed", "batches", "frozen_host", "frozen_adapters"])
 def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
@@ -135,7 +135,7 @@ def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -
     bridge = grow(model, r"h\.\d\.fc" if is_deep else ["fc1", "fc2"], blueprints=blueprints)
     rows = {0: ("bottleneck", Stage.FINE_TUNING, 0.7), 1: ("bottleneck", Stage.TRAINING, 0.0)}
     place(bridge, rows)
-    for p in {"frozen_host": host, "frozen_bodies": bridge.body_parameters()}.get(case, []):
+    for p in {"frozen_host": host, "frozen_adapters": bridge.adapter_parameters()}.get(case, []):
         p.requires_grad_(False)
     programs: list[int] = []
 
@@ -150,14 +150,14 @@ def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -
         for run in (model, compiled):
             grads = gradients(model, run(x).square().mean())
             found.append((grads, [reading(site) for site in bridge.sites]))
-        (wanted, readings), (grads, own_readings) = found
+        (wanted, statistics), (grads, own_statistics) = found
         torch.testing.assert_close({name: grads[name] for name in wanted}, wanted)
         assert not any(grads[name].any() for name in grads.keys() - wanted.keys())  # they rest
-        torch.testing.assert_close(own_readings, readings)
+        torch.testing.assert_close(own_statistics, statistics)
     assert len(programs) == (2 if case == "batches" else 1)  # one for all further batch sizes
 
 
-def test_bodies_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
+def test_adapters_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
     # What was compiled for one dtype would read the other's bits, as under autocast.
     monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
     if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
@@ -169,6 +169,6 @@ def test_bodies_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         site.to(dtype)
         model(torch.randn(5, 6))
-        assert {case.case.body_dtype for case in site.plan.bound.values()} >= {
+        assert {case.case.adapter_dtype for case in site.plan.bound.values()} >= {
             str(dtype).removeprefix("torch.")
         }

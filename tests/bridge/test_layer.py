@@ -53,10 +53,10 @@ def test_output_and_gradients_are_the_bare_models_bit_for_bit(name: str, stage: 
     assert bool(learns) == (stage == "training")
 
 
-def body_by_hand(site: Any, bank: str, slot: int, u: torch.Tensor) -> torch.Tensor:
-    body = site.get_submodule(bank)[slot]
-    z = u @ body.down + (body.bias if hasattr(body, "bias") else 0)
-    return (torch.relu(z) if bank == "bottleneck" else z) @ body.up
+def adapter_by_hand(site: Any, bank: str, slot: int, u: torch.Tensor) -> torch.Tensor:
+    adapter = site.get_submodule(bank)[slot]
+    z = u @ adapter.down + (adapter.bias if hasattr(adapter, "bias") else 0)
+    return (torch.relu(z) if bank == "bottleneck" else z) @ adapter.up
 
 
 @pytest.mark.parametrize("bank", ["bottleneck", "low_rank"])
@@ -83,7 +83,7 @@ def test_each_stage_has_its_four_gains(
     slot = int(bridge.state.seeds.slot[1]) - next(
         of.start for of in bridge.banks if of.name == bank
     )
-    r = body_by_hand(site, bank, slot, u)
+    r = adapter_by_hand(site, bank, slot, u)
     params = list(site.get_submodule(bank)[slot].parameters())
     (d_u,) = torch.autograd.grad(r, [u], dy[:, 4:], retain_graph=True)
     d_params = torch.autograd.grad(r, params, dy[:, 4:] + damping * r.detach())
@@ -97,7 +97,7 @@ def test_each_stage_has_its_four_gains(
     torch.testing.assert_close(model[0].bias.grad, wanted_d_h.sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, learn * grad)
-    told = dict(zip(ef.Reading._fields, reading(site).T, strict=True))
+    told = dict(zip(ef.Statistics._fields, reading(site).T, strict=True))
     torch.testing.assert_close(told["utility"][1], -(dy[:, 4:] * r).sum().detach())
     torch.testing.assert_close(told["output_square"][1], r.square().sum().detach())
     torch.testing.assert_close(told["gradient_square"][0], dy[:, :4].square().sum())
@@ -107,7 +107,7 @@ def test_each_stage_has_its_four_gains(
 
 @pytest.mark.parametrize("bank", ["bottleneck", "low_rank"])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6)])
-def test_a_site_in_which_all_live_computes_as_its_bodies_one_by_one(
+def test_a_site_in_which_all_live_computes_as_its_adapters_one_by_one(
     bank: str, shape: tuple[int, ...]
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 8))
@@ -118,25 +118,27 @@ def test_a_site_in_which_all_live_computes_as_its_bodies_one_by_one(
     site, first = bridge.sites[0], next(of.start for of in bridge.banks if of.name == bank)
     slots = [int(bridge.state.seeds.slot[k]) - first for k in range(2)]
     h = (x @ model[0].weight.T + model[0].bias).detach().requires_grad_()
-    bodies = [body_by_hand(site, bank, s, u) for s, u in zip(slots, h.chunk(2, -1), strict=True)]
-    wanted = h + torch.cat([0.3 * bodies[0], 0.5 * bodies[1]], dim=-1)
+    adapters = [
+        adapter_by_hand(site, bank, s, u) for s, u in zip(slots, h.chunk(2, -1), strict=True)
+    ]
+    wanted = h + torch.cat([0.3 * adapters[0], 0.5 * adapters[1]], dim=-1)
     params = site.parameters_of(bank, tuple(slots))
     d_h, *_ = torch.autograd.grad(wanted, [h, *params], dy, retain_graph=True)
-    # What a body learns does not shrink with its alpha.
-    d_params = torch.autograd.grad(torch.cat(bodies, dim=-1), params, dy)
+    # What an adapter learns does not shrink with its alpha.
+    d_params = torch.autograd.grad(torch.cat(adapters, dim=-1), params, dy)
     y = model(x)
     torch.testing.assert_close(y, wanted)
     y.backward(dy)
     torch.testing.assert_close(model[0].bias.grad, d_h.reshape(-1, 8).sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, grad)
-    utility = reading(site)[:, ef.Reading._fields.index("utility")]
-    told = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), bodies, strict=True)]
+    utility = reading(site)[:, ef.Statistics._fields.index("utility")]
+    told = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), adapters, strict=True)]
     torch.testing.assert_close(utility, torch.stack(told).detach())
 
 
 def test_blueprints_of_every_kind_agree_with_jax() -> None:
-    from torch_bridge._bodies import form_of
+    from torch_bridge._adapters import form_of
 
     every = [
         ef.blueprints.get(name, **sizes)
@@ -158,7 +160,7 @@ def test_blueprints_of_every_kind_agree_with_jax() -> None:
     every += [ef.blueprints.self_attention(4, is_causal=False)]
     for blueprint in every:
         for topology in blueprint.topologies:
-            form_of(blueprint, ef.base.BodySpec(6, 6, topology))
+            form_of(blueprint, ef.base.AdapterSpec(6, 6, topology))
 
 
 def test_a_torch_form_that_computes_something_else_is_refused() -> None:
@@ -166,13 +168,13 @@ def test_a_torch_form_that_computes_something_else_is_refused() -> None:
         grow(Mlp(), "fc1", blueprints={"n": ef.blueprints.normalised(4, epsilon=10.0)})
 
 
-def test_a_body_that_breaks_reaches_nothing_and_is_rolled_back() -> None:
+def test_an_adapter_that_breaks_reaches_nothing_and_is_rolled_back() -> None:
     model = Mlp()
     bare = copy.deepcopy(model)
     bridge = grow(model, "fc1")
     place(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.5)})
     with torch.no_grad():
-        for p in bridge.body_parameters():
+        for p in bridge.adapter_parameters():
             p.fill_(torch.inf)
     x = torch.randn(5, 6)
     assert torch.equal(model(x), bare(x))
@@ -186,7 +188,7 @@ def test_a_body_that_breaks_reaches_nothing_and_is_rolled_back() -> None:
 def test_checkpointed_blocks_measure_once() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    readings = []
+    statistics = []
     for use_reentrant in (None, False, True):
         torch.manual_seed(0)
         model = Transformer()
@@ -199,9 +201,9 @@ def test_checkpointed_blocks_measure_once() -> None:
             else:
                 h = checkpoint(lambda h, b=block: b(h)[0], h, use_reentrant=use_reentrant)
         model.head(h).square().mean().backward()
-        readings.append(torch.cat([reading(site) for site in bridge.sites]))
-    torch.testing.assert_close(readings[1], readings[0])
-    torch.testing.assert_close(readings[2], readings[0])
+        statistics.append(torch.cat([reading(site) for site in bridge.sites]))
+    torch.testing.assert_close(statistics[1], statistics[0])
+    torch.testing.assert_close(statistics[2], statistics[0])
 
 
 def test_a_frozen_host_still_has_a_loss_to_go_backward_from() -> None:
@@ -224,7 +226,7 @@ def test_accumulated_batches_add_up() -> None:
         for part in x.chunk(parts):
             (model(part).square().sum() / 8).backward()
         found.append(reading(bridge.sites[0]))
-    utility = ef.Reading._fields.index("utility")
+    utility = ef.Statistics._fields.index("utility")
     torch.testing.assert_close(found[1][:, utility], found[0][:, utility])
     np.testing.assert_allclose(found[1][:, 1:3], found[0][:, 1:3], rtol=1e-4)
 
@@ -235,7 +237,7 @@ def test_a_moved_model_grows_on(dtype: torch.dtype) -> None:
     bridge = grow(model, "fc1")
     place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
     model.to(dtype)
-    assert all(p.dtype == dtype for p in bridge.body_parameters())
+    assert all(p.dtype == dtype for p in bridge.adapter_parameters())
     loss = model(torch.randn(5, 6, dtype=dtype)).square().mean()
     loss.backward()
     assert loss.dtype == dtype

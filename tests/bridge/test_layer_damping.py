@@ -1,4 +1,4 @@
-"""Bodies that learn behind the host descend a damped objective."""
+"""Adapters that learn behind the host descend a damped objective."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLUEPRINTS = {
 }
 TRAINING, ACTING = (Stage.TRAINING, 0.0), (Stage.FINE_TUNING, 0.6)
 CUTS = {"even": (12, 3), "uneven": (11, 3)}
-UTILITY, ERRORS = (ef.Reading._fields.index(name) for name in ("utility", "num_errors"))
+UTILITY, ERRORS = (ef.Statistics._fields.index(name) for name in ("utility", "num_errors"))
 
 
 def grown(bank: str, cut: str, trust: float = 0.1) -> tuple[nn.Sequential, Any]:
@@ -50,20 +50,20 @@ def pulled(model: nn.Module, bridge: Any, x: Tensor, dy: Tensor) -> dict[str, Te
 def by_hand(
     bank: str, bridge: Any, chunk: int, h: Tensor, dy: Tensor, damping: float
 ) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
-    """`(d r / d theta)^T (dy + damping r)` and r in float64 by JAX's form; the body's name."""
+    """`(d r / d theta)^T (dy + damping r)` and r in float64 by JAX's form; the adapter's name."""
     cut = bridge.sites[0].plan.cut
     own = slice(int(cut.starts[chunk]), int(cut.starts[chunk] + cut.sizes[chunk]))
     slot = int(bridge.state.seeds.slot[chunk])
     prefix = f"{bank}.{slot}."
-    body = dict(bridge.sites[0].get_submodule(bank)[slot].named_parameters())
-    spec = ef.base.BodySpec(cut.widest, cut.widest, "vector")
+    adapter = dict(bridge.sites[0].get_submodule(bank)[slot].named_parameters())
+    spec = ef.base.AdapterSpec(cut.widest, cut.widest, "vector")
     mask = jnp.arange(cut.widest) < cut.sizes[chunk]
     with jax.enable_x64(True):
         pad = ((0, 0), (0, cut.widest - int(cut.sizes[chunk])))
         u, slope = (
             jnp.asarray(np.pad(of[:, own].detach().double().numpy(), pad)) for of in (h, dy)
         )
-        params = {n: jnp.asarray(p.detach().double().numpy()) for n, p in body.items()}
+        params = {n: jnp.asarray(p.detach().double().numpy()) for n, p in adapter.items()}
 
         def run(params: Any) -> Any:
             r = BLUEPRINTS[bank].apply(params, u, spec, mask)
@@ -76,7 +76,7 @@ def by_hand(
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("bank", BLUEPRINTS)
-def test_a_body_behind_the_host_descends_the_damped_objective(bank: str, cut: str) -> None:
+def test_an_adapter_behind_the_host_descends_the_damped_objective(bank: str, cut: str) -> None:
     model, bridge = grown(bank, cut)
     x, dy = torch.randn(9, 6), torch.randn(9, CUTS[cut][0])
     found = pulled(model, bridge, x, dy)
@@ -95,7 +95,7 @@ def test_a_body_behind_the_host_descends_the_damped_objective(bank: str, cut: st
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("bank", ["bottleneck", "gated"])
-def test_damping_changes_no_bit_but_of_the_damped_bodies(bank: str, cut: str) -> None:
+def test_damping_changes_no_bit_but_of_the_damped_adapters(bank: str, cut: str) -> None:
     x, dy = torch.randn(9, 6), torch.randn(9, CUTS[cut][0])
     # In float32 a damping so small is none.
     (model, bridge), (_, slack) = grown(bank, cut), grown(bank, cut, trust=1e30)
@@ -110,10 +110,10 @@ def test_damping_changes_no_bit_but_of_the_damped_bodies(bank: str, cut: str) ->
 
 @pytest.mark.parametrize("bank", ["low_rank", "bottleneck"])
 def test_learning_behind_the_host_ends_at_a_minimum(bank: str) -> None:
-    """Undamped, `<dy, r>` is linear in `up`, and the body grows with the number of steps."""
+    """Undamped, `<dy, r>` is linear in `up`, and the adapter grows with the number of steps."""
     model, bridge = grown(bank, "even")
     x, dy = torch.randn(40, 6), torch.randn(40, 12)
-    optimizer = torch.optim.SGD(bridge.body_parameters(), 5e-3)
+    optimizer = torch.optim.SGD(bridge.adapter_parameters(), 5e-3)
     for _ in range(500):
         optimizer.zero_grad()
         model(x).backward(dy)
@@ -129,7 +129,7 @@ def test_learning_behind_the_host_ends_at_a_minimum(bank: str) -> None:
 
 
 @pytest.mark.parametrize("bank", ["low_rank", "bottleneck"])
-def test_a_damped_body_goes_no_short_way_on_a_cpu(bank: str) -> None:
+def test_a_damped_adapter_goes_no_short_way_on_a_cpu(bank: str) -> None:
     model = nn.Sequential(nn.Linear(6, 16))
     bridge = grow(model, "0", blueprints={bank: BLUEPRINTS[bank]}, chunks=2, capacity=2)
     place(bridge, dict.fromkeys(range(2), (bank, *ACTING)))

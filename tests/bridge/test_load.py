@@ -28,7 +28,7 @@ def trained(**options: Any) -> tuple[Mlp, Any]:
 
 @pytest.fixture(scope="module")
 def saved() -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """A state dict of four bodies in banks of six slots, an input, and the model's output."""
+    """A state dict of four adapters in banks of six slots, an input, and the model's output."""
     torch.manual_seed(1)
     model, bridge = trained(capacity=6, policy=ef.policies.plateau())
     place(bridge, ROWS)
@@ -98,12 +98,12 @@ def _damaged(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
         found["out.bias"] = torch.zeros(4)
     elif how == "rank":
         found["fc1.seeds.low_rank.0.down"] = torch.zeros(2, 5)
-    elif how == "body":
+    elif how == "adapter":
         del found["fc1.seeds.low_rank.0.down"]
     return found
 
 
-@pytest.mark.parametrize("how", ["cut", "noise", "floats", "length", "host", "rank", "body"])
+@pytest.mark.parametrize("how", ["cut", "noise", "floats", "length", "host", "rank", "adapter"])
 def test_a_failed_load_changes_nothing(saved: Any, how: str) -> None:
     model, bridge = trained(capacity=3)
     before = {name: of.clone() for name, of in model.state_dict().items()}

@@ -34,7 +34,7 @@ def _without_gradients() -> Any:
 
 @pytest.fixture(scope="module")
 def saved() -> tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]:
-    """Two bodies at each target, under another policy, capacity and number of ablations."""
+    """Two adapters at each target, under another policy, capacity and number of ablations."""
     with torch.no_grad():
         model, bridge = grown(capacity=3, policy=ef.policies.plateau(), max_ablations=2)
         enliven(bridge)
@@ -52,7 +52,7 @@ def test_a_copy_without_a_bridge_makes_room_for_itself(saved: Any, stacked: bool
     torch.testing.assert_close(twin(X), wanted)
     assert torch.equal(model(X), bare)
     assert list(model.state_dict()) == keys
-    assert bridge.lattice.capacity == 1
+    assert bridge.layout.capacity == 1
     assert not bridge.stages.any()
     # What the copy saves is what it is, and so is its own copy.
     again, its_bridge = grown(stacked=stacked)
@@ -73,7 +73,7 @@ def test_a_copied_bridge_makes_room_and_goes_on(saved: Any) -> None:
     twin.model.load_state_dict(state)
     torch.testing.assert_close(twin.model(X), wanted)
     np.testing.assert_array_equal(twin.stages, stages)
-    assert (twin.lattice.capacity, bridge.lattice.capacity) == (3, 1)
+    assert (twin.layout.capacity, bridge.layout.capacity) == (3, 1)
     with pytest.warns(UserWarning, match="saved under another policy"):
         twin.step(1.0, [ef.commands.cull(0)])
     assert twin.num_live == 3
@@ -160,7 +160,7 @@ def test_a_copied_part_takes_another_policy_and_refuses_what_has_no_room(saved: 
     assert not bridge.stages.any()
 
 
-def test_stages_survive_where_a_checkpoint_has_fewer_bodies(saved: Any) -> None:
+def test_stages_survive_where_a_checkpoint_has_fewer_adapters(saved: Any) -> None:
     """The other direction: a model with more room, whose copy loads a smaller file."""
     few, of_few = grown()
     enliven(of_few, [0])

@@ -101,7 +101,7 @@ IMAGES, ROWS = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8)
 def test_all_linear_by_default(make: Any, x: torch.Tensor, taken: list[str]) -> None:
     model = make()
     bridge = default(model)
-    assert [site.name for site in bridge.lattice.sites] == taken
+    assert [site.name for site in bridge.layout.sites] == taken
     model(x).square().mean().backward()
 
 
@@ -161,7 +161,7 @@ def test_all_linear_in_transformers(kind: str) -> None:
         if isinstance(of, nn.Linear) or type(of).__name__ == "Conv1D"
     }
     bridge = default(model)
-    assert every - {site.name for site in bridge.lattice.sites} == set(left_out)
+    assert every - {site.name for site in bridge.layout.sites} == set(left_out)
 
 
 class Aliased(nn.Module):
@@ -186,7 +186,7 @@ def test_a_layer_under_two_names_is_left_out(
 ) -> None:
     model = Aliased(alias)
     bridge = torch_bridge.grow(model)
-    assert [site.name for site in bridge.lattice.sites] == taken
+    assert [site.name for site in bridge.layout.sites] == taken
     said = capsys.readouterr().out.splitlines()
     told = {line.partition("'all-linear': ")[2] for line in said if "left out by" in line}
     shared = {f"{name} (one module under several names)" for name in (alias, "alias")}
@@ -203,9 +203,9 @@ def test_what_is_left_out_is_told_and_can_be_named(capsys: Any) -> None:
     assert "left out by 'all-linear': head_a (output head)" in told
     assert "left out by 'all-linear': choose (router)" in told
     bridge = default(Experts(), targets=["all-linear", "head_a", "choose"])
-    names = [site.name for site in bridge.lattice.sites]
+    names = [site.name for site in bridge.layout.sites]
     assert names == ["choose", "experts.0", "experts.1", "experts.2", "head_a"]
-    assert [site.chunks for site in bridge.lattice.sites] == [3, 8, 8, 8, 2]
+    assert [site.chunks for site in bridge.layout.sites] == [3, 8, 8, 8, 2]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_what_is_left_out_is_told_and_can_be_named(capsys: Any) -> None:
 )
 def test_exclude(exclude: Any, taken: list[str]) -> None:
     bridge = grow(Transformer(), ["all-linear", "ln"], exclude=exclude)
-    assert [site.name for site in bridge.lattice.sites] == taken
+    assert [site.name for site in bridge.layout.sites] == taken
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_default_chunks_of_any_layer(
 ) -> None:
     model = nn.Sequential(layer)
     bridge = default(model, targets="0")
-    (site,) = bridge.lattice.sites
+    (site,) = bridge.layout.sites
     assert (site.chunks, site.topology) == (chunks, topology)
     place(bridge, {0: ("low_rank", Stage.FOSSILIZED, 1.0)})
     model.eval()
@@ -284,7 +284,7 @@ def test_default_chunks_of_any_layer(
 
 def test_a_number_of_chunks_is_for_all_who_are_wide_enough() -> None:
     bridge = grow(Mlp(), ["fc1", "fc2", "out"], chunks=12)
-    assert [site.chunks for site in bridge.lattice.sites] == [12, 8, 3]
+    assert [site.chunks for site in bridge.layout.sites] == [12, 8, 3]
     with pytest.raises(ValueError, match="12 chunks do not fit 8 features"):
         grow(Mlp(), ["fc1", "fc2"], chunks={"fc1": 2, "fc2": 12})
 
@@ -301,4 +301,4 @@ def test_lazy_layers_are_run_first() -> None:
     with pytest.raises(BridgeError, match="call it once on a batch"):
         default(model)
     model(torch.randn(2, 4))
-    assert [site.name for site in default(model).lattice.sites] == ["0"]
+    assert [site.name for site in default(model).layout.sites] == ["0"]

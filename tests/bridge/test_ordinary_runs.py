@@ -151,10 +151,10 @@ def test_dynamically_quantised_layers_grow_like_a_frozen_host() -> None:
         place(bridge, {0: ("low_rank", Stage.GRAFTING, 0.5)})
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         x = torch.randn(3, 4)
-        before = torch.cat([p.detach().flatten() for p in bridge.body_parameters()])
+        before = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()])
         step(bridge, optimizer, model(x).sum())
         wanted = model(x)
-        after = torch.cat([p.detach().flatten() for p in bridge.body_parameters()])
+        after = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()])
         assert not torch.equal(before, after)
         torch.testing.assert_close(bridge.unwrap()(x), wanted)
 

@@ -72,11 +72,11 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, np.tanh(x @ teacher) ** 2
 
 
-def commands_at(step: int, lattice: ef.Lattice) -> list[Any]:
+def commands_at(step: int, layout: ef.Layout) -> list[Any]:
     told = {
-        20: [ef.commands.germinate(lattice.seed_index("fc2", 1), "scale_shift")],
-        33: [ef.commands.germinate(lattice.seed_index("fc1", 3), "low_rank")],
-        50: [ef.commands.cull(lattice.seed_index("fc1", 3)), ef.commands.cull(0)],
+        20: [ef.commands.germinate(layout.seed_index("fc2", 1), "scale_shift")],
+        33: [ef.commands.germinate(layout.seed_index("fc1", 3), "low_rank")],
+        50: [ef.commands.cull(layout.seed_index("fc1", 3)), ef.commands.cull(0)],
     }
     return told.get(step, [])
 
@@ -89,14 +89,14 @@ class InJax:
             ef.site("fc1", features=30, chunks=4),
             ef.site("fc2", features=16, chunks=4),
         ]
-        lattice = ef.lattice(sites=sites, blueprints=BLUEPRINTS, capacity=3)
-        self.growth = growth = ef.growth(lattice, policy=policy(), settings=settings, **OPTIONS)
+        layout = ef.layout(sites=sites, blueprints=BLUEPRINTS, capacity=3)
+        self.growth = growth = ef.growth(layout, policy=policy(), settings=settings, **OPTIONS)
         self.state = growth.init(jax.random.key(seed))
         self.params = {
             name: jnp.asarray(p.detach().numpy().copy()) for name, p in model.named_parameters()
         }
-        optimizer = ef.optim.per_body(optax.adamw(3e-3, weight_decay=0.01))
-        self.opt_state = optimizer.init((self.params, self.state.bodies))
+        optimizer = ef.optim.per_adapter(optax.adamw(3e-3, weight_decay=0.01))
+        self.opt_state = optimizer.init((self.params, self.state.adapters))
         self.x, self.y = x, y
 
         def predict(params: Any, seeds: Any, x: Any) -> Any:
@@ -113,20 +113,20 @@ class InJax:
             found = predict(params, seeds, x)
             return jnp.mean(jnp.square(found - y)), found
 
-        def look(params: Any, bodies: Any, state: Any, x: Any, y: Any) -> Any:
-            state = state._replace(bodies=bodies)
+        def look(params: Any, adapters: Any, state: Any, x: Any, y: Any) -> Any:
+            state = state._replace(adapters=adapters)
             asked = growth.value_and_grad(with_outputs, has_aux=True)
             (_, found), grads, _ = asked(params, state, x, y)
             return found, *grads
 
         @partial(jax.jit, compiler_options=QUICK)
         def step(params: Any, state: Any, opt_state: Any, x: Any, y: Any, commands: Any) -> Any:
-            loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, x, y)
+            loss, grads, statistics = growth.value_and_grad(loss_fn)(params, state, x, y)
             updates, opt_state = optimizer.update(
-                grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+                grads, opt_state, (params, state.adapters), slots=growth.slots(state)
             )
-            params, bodies = optax.apply_updates((params, state.bodies), updates)
-            state, info = growth.update(state, bodies, readings, loss, commands)
+            params, adapters = optax.apply_updates((params, state.adapters), updates)
+            state, info = growth.update(state, adapters, statistics, loss, commands)
             return params, state, opt_state, info, grads[0]
 
         self._step = step
@@ -134,15 +134,15 @@ class InJax:
         self._survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
 
     def step(self, at: int) -> Any:
-        commands = self.growth.commands(commands_at(at, self.growth.lattice))
+        commands = self.growth.commands(commands_at(at, self.growth.layout))
         self.params, self.state, self.opt_state, info, grads = self._step(
             self.params, self.state, self.opt_state, self.x[at], self.y[at], commands
         )
         return info, grads
 
-    def look(self, at: int, params: Any, bodies: Any) -> Any:
+    def look(self, at: int, params: Any, adapters: Any) -> Any:
         """Outputs and gradients of these parameters with the seeds as they are."""
-        found = self._look(params, bodies, self.state, self.x[at], self.y[at])
+        found = self._look(params, adapters, self.state, self.x[at], self.y[at])
         return jax.tree.map(np.asarray, found)
 
     def survey(self) -> Any:
@@ -150,13 +150,13 @@ class InJax:
         return info
 
 
-def bodies_of(bridge: Any, part: Any) -> Any:
-    """Something of every parameter of the bodies, in the order of the core: site, bank, leaf."""
+def adapters_of(bridge: Any, part: Any) -> Any:
+    """Something of every parameter of the adapters, in the order of the core: site, bank, leaf."""
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for bank in bridge.banks:
-        bodies = bank.site.get_submodule(bank.name)
+        adapters = bank.site.get_submodule(bank.name)
         found.setdefault(bank.site.site, {})[bank.name] = {
-            name: np.stack([part(getattr(body, name)) for body in bodies])
+            name: np.stack([part(getattr(adapter, name)) for adapter in adapters])
             for name in bank.site.names_of(bank.name)
         }
     return found
@@ -210,14 +210,14 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
             name: p.grad.clone() for name, p in model.named_parameters() if "seeds" not in name
         }
         host = {name: p.detach().numpy() for name, p in model.named_parameters() if name in grads}
-        wanted, host_grads, body_grads = ours.look(step, host, bodies_of(bridge, numbers))
+        wanted, host_grads, adapter_grads = ours.look(step, host, adapters_of(bridge, numbers))
         # At the same numbers, to float32 tolerance: what 200 steps round differently is not in it.
         np.testing.assert_allclose(outputs.detach(), wanted, rtol=1e-5, atol=1e-5)
         jax.tree.map(close, grads, host_grads)
-        jax.tree.map(close, bodies_of(bridge, slopes), dict(body_grads))
+        jax.tree.map(close, adapters_of(bridge, slopes), dict(adapter_grads))
         optimizer.step()
         optimizer.zero_grad()
-        info = bridge.step(loss, commands_at(step, bridge.lattice))
+        info = bridge.step(loss, commands_at(step, bridge.layout))
         told, d_params = ours.step(step)
         np.testing.assert_array_equal(info.stage, told.stage, err_msg=f"step {step}")
         np.testing.assert_array_equal(info.outcomes.code, told.outcomes.code)
@@ -239,9 +239,9 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
         rtol=5e-2,
         atol=1e-4,
     )
-    own = bodies_of(bridge, numbers)
+    own = adapters_of(bridge, numbers)
     for bank in bridge.banks:
         held = np.asarray(bridge.state.owner)[bank.start : bank.start + bank.num_slots] >= 0
-        for name, leaf in ours.state.bodies[bank.site.site][bank.name].items():
+        for name, leaf in ours.state.adapters[bank.site.site][bank.name].items():
             mine = own[bank.site.site][bank.name][name]
             np.testing.assert_allclose(mine[held], leaf[held], rtol=2e-2, atol=2e-3)

@@ -125,11 +125,11 @@ def test_plain_numbers_are_weakly_typed_and_never_retrace():
 def test_traced_once_a_signature():
     calls = []
 
-    def body(x):
+    def adapter(x):
         calls.append(x.shape)
         return jnp.sin(x)
 
-    function = to_torch(jax.jit(body))
+    function = to_torch(jax.jit(adapter))
     for size in (3, 5, 3, 5):
         x = torch.randn(size, requires_grad=True)
         for _ in range(3):

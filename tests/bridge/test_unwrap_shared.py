@@ -61,7 +61,7 @@ class Tied(nn.Module):
         return F.linear(h, self.shared[0]) if self.how == "list" else self.head(h)
 
 
-class Reading(nn.Module):
+class Statistics(nn.Module):
     """Reads the table of its embedding itself."""
 
     def __init__(self) -> None:
@@ -340,7 +340,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str, Callable[[Any], Any]]
     "tied embedding": (partial(Tied, "module"), TOKENS, "embed", nothing),
     "tied as a view": (partial(Tied, "view"), TOKENS, "head", nothing),
     "tied by a list": (partial(Tied, "list"), TOKENS, "embed", nothing),
-    "read by the model": (Reading, TOKENS, "table", nothing),
+    "read by the model": (Statistics, TOKENS, "table", nothing),
     "read by a method": (Asking, TOKENS, "words", nothing),
     "read in a loop": (Layers, X, "layers.0", nothing),
     "read by a list": (lambda: First(nn.Linear(6, 8), nn.Tanh()), X, "0", nothing),
@@ -378,7 +378,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str, Callable[[Any], Any]]
 def unwrapped(
     bridge: torch_bridge.Bridge, model: nn.Module, x: torch.Tensor, bare: torch.Tensor
 ) -> None:
-    """The bodies act, and the outputs stay."""
+    """The adapters act, and the outputs stay."""
     with torch.no_grad():
         wanted = model(x)
         assert (wanted - bare).abs().max() > 1e-2
@@ -429,13 +429,13 @@ def test_a_hook_of_all_modules_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.bfloat16, 0.01), (torch.float16, 0.003)])
-def test_bodies_below_the_step_of_the_weight_stay(dtype: torch.dtype, noise: float) -> None:
+def test_adapters_below_the_step_of_the_weight_stay(dtype: torch.dtype, noise: float) -> None:
     model = nn.Sequential(nn.Linear(6, 8, bias=False)).to(dtype)
     with torch.no_grad():
         model[0].weight.copy_(torch.ones(8, 6))
     bridge = quiet(model, "0")
     enliven(bridge, noise=noise)
-    # Features that cancel: their sum is small, and what the bodies add to it is seen.
+    # Features that cancel: their sum is small, and what the adapters add to it is seen.
     x = 100 * torch.eye(6, dtype=dtype)
     with torch.no_grad():
         wanted = model(x)
@@ -456,13 +456,13 @@ def test_a_weight_of_16_bits_takes_what_it_can_show() -> None:
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 
 
-def test_a_body_that_broke_reaches_nothing_afterwards_either() -> None:
+def test_an_adapter_that_broke_reaches_nothing_afterwards_either() -> None:
     model = Net()
     bridge = quiet(model, "fc")
     bare = model(X)
     enliven(bridge, noise=0.0)
     with torch.no_grad():
-        for p in bridge.body_parameters():
+        for p in bridge.adapter_parameters():
             p.fill_(torch.nan)
         assert torch.equal(model(X), bare)
         bridge.unwrap()

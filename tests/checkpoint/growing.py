@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
     growth: ef.Growth
     loss_fn: Any
-    optimizer: ef.optim.PerBody
+    optimizer: ef.optim.PerAdapter
     params: Any
     batches: Any
     survey_batch: Any
@@ -67,13 +67,13 @@ def _job(
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     growth = ef.growth(
-        ef.lattice(sites=host.sites, blueprints={"bottleneck": blueprint}, capacity=capacity),
+        ef.layout(sites=host.sites, blueprints={"bottleneck": blueprint}, capacity=capacity),
         policy=P.chain(P.periodic(every=10, start=10, **options), P.quota(4), P.until(200)),
         graft=ef.grafting.linear(12),
         settings=QUICK,
-        bodies_at_once=at_once,
+        adapters_at_once=at_once,
     )
-    optimizer = ef.optim.per_body(optax.adamw(1e-2))
+    optimizer = ef.optim.per_adapter(optax.adamw(1e-2))
     return Job(
         growth=growth,
         loss_fn=loss_fn,

@@ -1,4 +1,4 @@
-"""A saved run in a larger lattice, on other devices, or only a part of it."""
+"""A saved run in a larger layout, on other devices, or only a part of it."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
     """A site in front of the old ones, one behind, more room, one blueprint and strategy more."""
     host = ef.hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
     return ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("first", features=6, chunks=3), *host.sites],
             blueprints={
                 "scale": ef.blueprints.scale_shift(),
-                "bottleneck": job.growth.lattice.blueprints[0],
+                "bottleneck": job.growth.layout.blueprints[0],
             },
             capacity=5,
         ),
         policy=job.growth.policy,
         graft=[ef.grafting.momentum(), ef.grafting.linear(12)],
         settings=job.growth.settings,
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
 
-def test_into_the_same_lattice_nothing_changes_but_the_anchor(
+def test_into_the_same_layout_nothing_changes_but_the_anchor(
     job: Job, restored: checkpoint.Restored
 ) -> None:
     carried = runtime.carry_over(restored, job.growth, job.optimizer, key=KEY)
@@ -74,17 +74,17 @@ def test_into_the_same_lattice_nothing_changes_but_the_anchor(
     assert_same(numbers(oldest), numbers(old.params))
 
 
-def test_every_seed_and_body_is_where_it_was(job: Job, restored: checkpoint.Restored) -> None:
+def test_every_seed_and_adapter_is_where_it_was(job: Job, restored: checkpoint.Restored) -> None:
     growth = larger(job)
     state, changes = runtime.carry_over(restored, growth, job.optimizer, key=KEY)
     before, after = job.growth, growth
     old = restored.value["state"]
     was = {}
-    for index in range(before.lattice.num_seeds):
+    for index in range(before.layout.num_seeds):
         seed = before.seed(jax.tree.map(jax.numpy.asarray, old.growth), index)
         was[seed.site, seed.layer, seed.chunk] = seed
     live = 0
-    for index in range(after.lattice.num_seeds):
+    for index in range(after.layout.num_seeds):
         seed = after.seed(state.growth, index)
         twin = was.pop((seed.site, seed.layer, seed.chunk), None)
         if twin is None:
@@ -97,12 +97,12 @@ def test_every_seed_and_body_is_where_it_was(job: Job, restored: checkpoint.Rest
         live += 1
         assert int(state.growth.owner[seed.slot]) == index
         assert_same(
-            body(after, numbers(state.growth.bodies), seed),
-            body(before, old.growth.bodies, twin),
+            adapter(after, numbers(state.growth.adapters), seed),
+            adapter(before, old.growth.adapters, twin),
         )
         assert_same(
-            body(after, numbers(state.opt_state.bodies), seed),
-            body(before, old.opt_state.bodies, twin),
+            adapter(after, numbers(state.opt_state.adapters), seed),
+            adapter(before, old.opt_state.adapters, twin),
         )
     assert not was
     assert live == (old.growth.owner >= 0).sum() == (np.asarray(state.growth.owner) >= 0).sum()
@@ -110,13 +110,13 @@ def test_every_seed_and_body_is_where_it_was(job: Job, restored: checkpoint.Rest
     assert any("new slots, fresh" in change for change in changes)
 
 
-def body(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
-    tables = growth.lattice.tables
+def adapter(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
+    tables = growth.layout.tables
     bank = next(
         bank
         for bank in tables.banks
-        if growth.lattice.sites[bank.site].name == seed.site
-        and growth.lattice.names[bank.blueprint] == seed.blueprint
+        if growth.layout.sites[bank.site].name == seed.site
+        and growth.layout.names[bank.blueprint] == seed.blueprint
     )
     assert seed.slot is not None
     assert seed.blueprint is not None
@@ -150,7 +150,7 @@ def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoin
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda job: larger(job, chunks=0), "holds a body that has no place"),
+        (lambda job: larger(job, chunks=0), "holds an adapter that has no place"),
         (lambda job: mlp(spans=2)._replace(), None),
     ],
 )
@@ -167,32 +167,30 @@ def test_what_lives_is_never_dropped(
 
 
 def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
-    def lattice(**changes: Any) -> ef.Growth:
-        old = job.growth.lattice
+    def layout(**changes: Any) -> ef.Growth:
+        old = job.growth.layout
         given = {
             "sites": old.sites,
             "blueprints": {"bottleneck": old.blueprints[0]},
             "capacity": 2,
             **changes,
         }
-        return ef.growth(
-            ef.lattice(**given), policy=job.growth.policy, graft=ef.grafting.linear(12)
-        )
+        return ef.growth(ef.layout(**given), policy=job.growth.policy, graft=ef.grafting.linear(12))
 
-    wide = [ef.site(job.growth.lattice.sites[0].name, features=8, chunks=4)]
+    wide = [ef.site(job.growth.layout.sites[0].name, features=8, chunks=4)]
     for growth, message in (
-        (lattice(dtype=jax.numpy.bfloat16), "nothing is cast silently"),
-        (lattice(sites=[*wide, *job.growth.lattice.sites[1:]]), "chunks was 2 and is 4"),
+        (layout(dtype=jax.numpy.bfloat16), "nothing is cast silently"),
+        (layout(sites=[*wide, *job.growth.layout.sites[1:]]), "chunks was 2 and is 4"),
         (
-            lattice(blueprints={"other": ef.blueprints.bottleneck(4)}),
+            layout(blueprints={"other": ef.blueprints.bottleneck(4)}),
             r"blueprints \['bottleneck'\]",
         ),
-        (lattice(blueprints={"bottleneck": ef.blueprints.bottleneck(8)}), "must be the run's"),
+        (layout(blueprints={"bottleneck": ef.blueprints.bottleneck(8)}), "must be the run's"),
     ):
         with pytest.raises(CheckpointError, match=message):
             runtime.carry_over(restored, growth, job.optimizer, key=KEY)
     with pytest.raises(CheckpointError, match=r"opt_state.host|must be the run's"):
-        runtime.carry_over(restored, job.growth, ef.optim.per_body(optax.sgd(0.1)), key=KEY)
+        runtime.carry_over(restored, job.growth, ef.optim.per_adapter(optax.sgd(0.1)), key=KEY)
     with pytest.raises(CheckpointError, match="does not hold a whole run"):
         runtime.carry_over(
             restored._replace(value=restored.value["losses"]), job.growth, job.optimizer, key=KEY

@@ -179,12 +179,12 @@ def forge(run: Path, change: Callable[[dict[str, Any]], Any], key: bytes | None 
     file = step_folder(run, 2) / "manifest.jsonl"
     content = json.loads(file.read_bytes().split(b"\n")[0])
     change(content)
-    body = json.dumps(content, separators=(",", ":")).encode()
-    seal = {"sha256": hashlib.sha256(body).hexdigest()}
+    payload = json.dumps(content, separators=(",", ":")).encode()
+    seal = {"sha256": hashlib.sha256(payload).hexdigest()}
     if key is not None:
-        said = hmac.new(key, b"esper-fn checkpoint manifest\n" + body, "sha256")
+        said = hmac.new(key, b"esper-fn checkpoint manifest\n" + payload, "sha256")
         seal["hmac_sha256"] = said.hexdigest()
-    file.write_bytes(body + b"\n" + json.dumps(seal, separators=(",", ":")).encode() + b"\n")
+    file.write_bytes(payload + b"\n" + json.dumps(seal, separators=(",", ":")).encode() + b"\n")
 
 
 def test_a_manifest_of_another_run_is_noticed(run: Path, tmp_path: Path) -> None:
@@ -310,10 +310,10 @@ def test_a_fuzzed_manifest_does_no_more_than_fail(pristine: Path, data: st.DataO
         holder = holder[key]
     if keys:
         holder[keys[-1]] = data.draw(JSON)
-    body = json.dumps(content).encode()
-    seal = json.dumps({"sha256": hashlib.sha256(body).hexdigest()}, separators=(",", ":"))
+    payload = json.dumps(content).encode()
+    seal = json.dumps({"sha256": hashlib.sha256(payload).hexdigest()}, separators=(",", ":"))
     try:
-        manifest = _manifest.decode(body + b"\n" + seal.encode() + b"\n", None)
+        manifest = _manifest.decode(payload + b"\n" + seal.encode() + b"\n", None)
     except CheckpointError:
         return
     assert all(_files.is_safe(name) for name in manifest.files)

@@ -34,28 +34,28 @@ def state(job: Job) -> runtime.TrainState:
 
 
 def growth(job: Job, capacity: int = 2, sites: Any = None, **options: Any) -> ef.Growth:
-    lattice = job.growth.lattice
-    sites = lattice.sites if sites is None else sites
-    blueprints = dict(zip(lattice.names, lattice.blueprints, strict=True))
+    layout = job.growth.layout
+    sites = layout.sites if sites is None else sites
+    blueprints = dict(zip(layout.names, layout.blueprints, strict=True))
     return ef.growth(
-        ef.lattice(sites=sites, blueprints=blueprints, capacity=capacity, **options),
+        ef.layout(sites=sites, blueprints=blueprints, capacity=capacity, **options),
         policy=job.growth.policy,
         graft=ef.grafting.linear(12),
         settings=job.growth.settings,
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
 
 def test_more_capacity_in_memory_changes_nothing_that_lives(
     job: Job, state: runtime.TrainState
 ) -> None:
-    larger = growth(job, sites=[*job.growth.lattice.sites, MORE])
+    larger = growth(job, sites=[*job.growth.layout.sites, MORE])
     before = jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0)))
     carried, changes = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
     # The old state is untouched.
     assert_same(before, jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0))))
-    assert carried.growth.owner.shape == (larger.lattice.num_slots,)
-    assert (job.growth.lattice.num_slots, larger.lattice.num_slots) == (4, 8)
+    assert carried.growth.owner.shape == (larger.layout.num_slots,)
+    assert (job.growth.layout.num_slots, larger.layout.num_slots) == (4, 8)
     assert (np.asarray(carried.growth.owner) >= 0).sum() == (
         np.asarray(state.growth.owner) >= 0
     ).sum()
@@ -145,13 +145,13 @@ def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState
     for changes, message in (
         ({"before": None}, "before must be a growth, .* got NoneType"),
         ({"before": larger}, "state is not of the growth `before`: it has 4 slots, the growth 6"),
-        ({"growth": larger.lattice}, "growth must be a growth, .* got Lattice"),
+        ({"growth": larger.layout}, "growth must be a growth, .* got Layout"),
         ({"optimizer": None}, r"optimizer must be the run's, .* got NoneType"),
         ({"optimizer": optax.adam(0.1)}, "optimizer must be the run's"),
-        ({"optimizer": ef.optim.per_body(optax.sgd(0.1))}, "opt_state.host|must be the run's"),
+        ({"optimizer": ef.optim.per_adapter(optax.sgd(0.1))}, "opt_state.host|must be the run's"),
         ({"key": 3}, "key must be a random key, .* got int"),
         ({"state": state._replace(growth=None)}, "growth must be a `GrowthState`, got NoneType"),
-        ({"state": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_body`"),
+        ({"state": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_adapter`"),
         ({"state": state._replace(growth=words)}, "growth.step must be an array, got str"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -169,12 +169,12 @@ def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState
 
 
 def test_optimisers_with_random_keys_are_carried(job: Job) -> None:
-    noisy = ef.optim.per_body(optax.add_noise(0.1, 0.5, jax.random.key(3)))
+    noisy = ef.optim.per_adapter(optax.add_noise(0.1, 0.5, jax.random.key(3)))
     started = runtime.init(noisy, job.params, job.growth.init(KEY))
     carried = runtime.enlarge(started, job.growth, growth(job), noisy, key=KEY).state
     assert_same(started.opt_state.host, carried.opt_state.host)
 
 
 def test_what_lives_is_never_dropped(job: Job, state: runtime.TrainState) -> None:
-    with pytest.raises(CheckpointError, match="holds a body that has no place in this lattice"):
+    with pytest.raises(CheckpointError, match="holds an adapter that has no place in this layout"):
         runtime.enlarge(state, job.growth, growth(job, sites=[MORE]), job.optimizer, key=KEY)

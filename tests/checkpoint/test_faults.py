@@ -275,8 +275,8 @@ def within_budget(folder: Path, num_saves: int, monkeypatch: pytest.MonkeyPatch)
     ) & checkpoint.within_bytes(budget)
     with checkpoint.Writer(folder, keep=keep, on_failure=fail) as writer:
         for step in range(num_saves):
-            size = int(source.integers(100, 100_000))  # a growing run's bodies come and go
-            tree = {"host": host, "bodies": source.normal(size=(size,)), "step": step}
+            size = int(source.integers(100, 100_000))  # a growing run's adapters come and go
+            tree = {"host": host, "adapters": source.normal(size=(size,)), "step": step}
             if step % 1000 == 999:
                 host = host + 1
             writer.save(step, tree, metrics={"loss": float(source.normal())}, parts=("host",))

@@ -80,9 +80,9 @@ def newer_format(folder: Path) -> Callable[[], None]:
     old = {step: (step_folder(folder, step) / "manifest.jsonl").read_bytes() for step in STEPS}
     for step, data in old.items():
         content = json.loads(data.split(b"\n")[0])
-        body = json.dumps(content | {"version": 999}, separators=(",", ":")).encode()
-        seal = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}'
-        (step_folder(folder, step) / "manifest.jsonl").write_bytes(body + b"\n" + seal + b"\n")
+        payload = json.dumps(content | {"version": 999}, separators=(",", ":")).encode()
+        seal = b'{"sha256":"' + hashlib.sha256(payload).hexdigest().encode() + b'"}'
+        (step_folder(folder, step) / "manifest.jsonl").write_bytes(payload + b"\n" + seal + b"\n")
 
     def back() -> None:
         for step, data in old.items():

@@ -119,7 +119,7 @@ def test_nnx_models_with_lists_come_back(tmp_path: Path) -> None:
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs) for _ in range(11)])
-            self.body = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.relu)
+            self.adapter = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.relu)
             self.drop = nnx.Dropout(0.5, rngs=rngs)
 
     graph, state = nnx.split(Model(nnx.Rngs(0)))

@@ -39,11 +39,11 @@ def sealed(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
 
     def forge(run: Path) -> None:
         content = json.loads(manifest(run).read_bytes().split(b"\n")[0])
-        body = change(content)
-        if not isinstance(body, bytes):
-            body = json.dumps(content, separators=(",", ":")).encode()
-        seal = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}'
-        manifest(run).write_bytes(body + b"\n" + seal + b"\n")
+        payload = change(content)
+        if not isinstance(payload, bytes):
+            payload = json.dumps(content, separators=(",", ":")).encode()
+        seal = b'{"sha256":"' + hashlib.sha256(payload).hexdigest().encode() + b'"}'
+        manifest(run).write_bytes(payload + b"\n" + seal + b"\n")
 
     return forge
 

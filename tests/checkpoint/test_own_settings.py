@@ -141,7 +141,7 @@ def test_an_nnx_model_with_lists_trains_is_saved_and_goes_on(tmp_path: Path) -> 
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
-            self.body = nnx.Sequential(nnx.Linear(3, 1, rngs=rngs), nnx.relu)
+            self.adapter = nnx.Sequential(nnx.Linear(3, 1, rngs=rngs), nnx.relu)
 
     graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
 
@@ -149,7 +149,7 @@ def test_an_nnx_model_with_lists_trains_is_saved_and_goes_on(tmp_path: Path) -> 
         model = nnx.merge(graph, params)
         for layer in model.layers:
             batch = layer(batch)
-        return (model.body(batch) ** 2).mean()
+        return (model.adapter(batch) ** 2).mean()
 
     segment = runtime.compile_fit_host(loss, OPTIMIZER)
 

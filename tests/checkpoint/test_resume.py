@@ -60,7 +60,7 @@ def assert_same_run(one: runtime.Fit, two: runtime.Fit) -> None:
     np.testing.assert_array_equal(one.losses, two.losses)
     assert one.events == two.events
     assert_same(one.state, two.state)
-    for name in ("num_rollbacks", "num_parameters", "body_flops", "num_passes", "survey_flops"):
+    for name in ("num_rollbacks", "num_parameters", "adapter_flops", "num_passes", "survey_flops"):
         assert getattr(one, name) == getattr(two, name), name
     assert one.rollbacks == two.rollbacks
 
@@ -123,7 +123,7 @@ def test_a_damaged_step_is_passed_over_and_said(
 
 def test_commands_taken_after_the_last_save_are_taken_again(job: Job, tmp_path: Path) -> None:
     """The process ends between taking a command and saving what it did."""
-    seed = job.growth.lattice.seed_index("layer2.0", 0)
+    seed = job.growth.layout.seed_index("layer2.0", 0)
 
     def commands(step: int) -> list[Any]:
         return {30: [ef.commands.germinate(seed, "bottleneck")]}.get(step, [])
@@ -187,13 +187,13 @@ def test_other_settings_are_refused_by_name(
             job.fit(num_steps=20, checkpoints=runtime.Checkpoints(writer=writer, resume=False))
 
 
-def test_another_lattice_host_or_optimizer_is_refused_by_name(job: Job, tmp_path: Path) -> None:
+def test_another_layout_host_or_optimizer_is_refused_by_name(job: Job, tmp_path: Path) -> None:
     with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
         saving = runtime.Checkpoints(writer=writer)
         job.fit(num_steps=10, checkpoints=saving)
         with pytest.raises(ResumeError, match="capacity is 1 now and was 2"):
             mlp(capacity=1).fit(num_steps=20, checkpoints=saving)
-        other = job._replace(optimizer=ef.optim.per_body(optax.sgd(0.1)), segment=None)
+        other = job._replace(optimizer=ef.optim.per_adapter(optax.sgd(0.1)), segment=None)
         with pytest.raises(ResumeError, match=r"opt_state.*exists only in the checkpoint"):
             other.fit(num_steps=20, checkpoints=saving)
         wider = job._replace(params=jax.tree.map(lambda x: np.repeat(x, 2, 0), job.params))

@@ -84,11 +84,11 @@ def test_a_state_of_every_policy_and_strategy_comes_back_without_an_example(tmp_
         ef.policies.quota(3),
         ef.policies.until(100),
     ]
-    others = {"Observation", "Policy", "Proposal", "Score"}
-    others |= {"chain", "no_proposal", "rule", "strike"}
+    others = {"Observation", "Policy", "Requests", "Score"}
+    others |= {"chain", "no_requests", "rule", "strike"}
     assert len(rules) == len(set(ef.policies.__all__) - others)
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("h", features=4)],
             blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
             capacity=1,

@@ -196,10 +196,10 @@ def test_nothing_in_a_summary_is_shown_as_python_writes_it(tmp_path):
         empty={},
     )
     assert cli.main(["report", str(tmp_path / "run")]) == 0
-    body = (tmp_path / "run" / "report.html").read_text().partition("<h1>")[2]
+    adapter = (tmp_path / "run" / "report.html").read_text().partition("<h1>")[2]
     for sign in ("&#x27;", "[1,", "{&", "True"):
-        assert sign not in body, sign
-    assert "width 8" in body
+        assert sign not in adapter, sign
+    assert "width 8" in adapter
 
 
 def test_policy_none_is_the_policy_never(tmp_path, capsys):

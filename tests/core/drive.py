@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import esper_fn as ef
-from esper_fn._lattice import Reading
+from esper_fn import Statistics
 from esper_fn.governors import Alarm, Governor, Verdict
 
 NONE = -1
@@ -84,14 +84,14 @@ class Rig(NamedTuple):
         *,
         loss: float = 1.0,
         reading: Any = None,
-        bodies: Any = None,
+        adapters: Any = None,
     ) -> Any:
-        """One update; nothing measured and bodies as they are where not said otherwise."""
+        """One update; nothing measured and adapters as they are where not said otherwise."""
         with strict():
             return self.update(
                 state,
-                state.bodies if bodies is None else bodies,
-                silent(self.growth.lattice.num_seeds) if reading is None else reading,
+                state.adapters if adapters is None else adapters,
+                silent(self.growth.layout.num_seeds) if reading is None else reading,
                 jnp.float32(loss),
                 self.growth.commands(commands, self.rows),
             )
@@ -106,29 +106,29 @@ def calm_track(num_steps: int = 1000, loss: float = 1.0, deviation: float = 0.01
     )
 
 
-def rig(lattice: Any, *, rows: int, **parts: Any) -> Rig:
-    """Bodies go through TRAINING, so that a seed's way leads through every stage."""
+def rig(layout: Any, *, rows: int, **parts: Any) -> Rig:
+    """Adapters go through TRAINING, so that a seed's way leads through every stage."""
     parts = {
         "policy": ef.policies.never(),
         "governor": ef.governors.lenient(),
         "settings": ef.lifecycle.settings(train_first=True),
         **parts,
     }
-    growth = ef.growth(lattice, bodies_at_once=None, **parts)
+    growth = ef.growth(layout, adapters_at_once=None, **parts)
     return Rig(growth=growth, update=jax.jit(growth.update), rows=rows)
 
 
 @lru_cache(maxsize=1)
 def wide() -> Rig:
     """128 seeds of one site, a slot for each, a governor that obeys, two grafting strategies."""
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("all", features=128, chunks=128)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=128,
     )
     with strict():
         return rig(
-            lattice,
+            layout,
             rows=128,
             governor=obedient(128),
             graft=(ef.grafting.linear(100), ef.grafting.stability(100)),
@@ -136,13 +136,13 @@ def wide() -> Rig:
 
 
 @lru_cache(maxsize=1)
-def small_lattice() -> Any:
+def small_layout() -> Any:
     """7 seeds: 3 of a vector site that `conv` does not serve, 2 in each of a sequence's 2 layers.
 
     Two slots a pool, so the vector site's bank holds 2 of its 3 seeds. Slots 0-1 are the vector
     site's, 2-5 `scale` and 6-9 `conv` of the sequence, layer by layer.
     """
-    return ef.lattice(
+    return ef.layout(
         sites=[
             ef.site("vector", features=6, chunks=3),
             ef.site("sequence", features=4, chunks=2, topology="sequence", layers=2, positions=3),
@@ -159,7 +159,7 @@ def small_lattice() -> Any:
 def small() -> Rig:
     with strict():
         return rig(
-            small_lattice(),
+            small_layout(),
             rows=8,
             governor=obedient(7),
             graft=(ef.grafting.linear(10), ef.grafting.stability(10)),
@@ -168,13 +168,13 @@ def small() -> Rig:
 
 def reading(
     num_seeds: int, *, live: Any = 0.0, utility: Any = 0.0, gradient: Any = 1.0, errors: Any = 0.0
-) -> Reading:
+) -> Statistics:
     """A step in which every site was reached; numbers may be given per seed."""
 
     def column(value: Any) -> jax.Array:
         return jnp.asarray(np.broadcast_to(np.asarray(value, np.float32), (num_seeds,)))
 
-    return Reading(
+    return Statistics(
         num_values=column(8.0),
         total=column(0.0),
         square=column(8.0),
@@ -188,9 +188,9 @@ def reading(
     )
 
 
-def silent(num_seeds: int) -> Reading:
+def silent(num_seeds: int) -> Statistics:
     """A step that reached no site."""
-    return Reading(*(jnp.zeros((num_seeds,), jnp.float32) for _ in Reading._fields))
+    return Statistics(*(jnp.zeros((num_seeds,), jnp.float32) for _ in Statistics._fields))
 
 
 def place(growth: Any, state: Any, stage: Any, *, blueprint: int = 0, **columns: Any) -> Any:
@@ -198,7 +198,7 @@ def place(growth: Any, state: Any, stage: Any, *, blueprint: int = 0, **columns:
 
     `columns` replace columns of `SeedState` or of its telemetry, in the column's own dtype.
     """
-    tables = growth.lattice.tables
+    tables = growth.layout.tables
     stage = np.asarray(stage, np.int8)
     slot = np.full(stage.shape, NONE, np.int32)
     owner = np.full(tables.slot_group.shape, NONE, np.int32)
@@ -253,7 +253,7 @@ def row(seeds: Any, index: int) -> dict[str, bytes]:
 
 def state_faults(growth: Any, state: Any) -> list[str]:
     """Names of the invariants that a state (as NumPy arrays) breaks."""
-    tables, seeds = growth.lattice.tables, state.seeds
+    tables, seeds = growth.layout.tables, state.seeds
     owner = np.asarray(state.owner)
     stage, slot, alpha = (np.asarray(c) for c in (seeds.stage, seeds.slot, seeds.alpha))
     blueprint = np.asarray(seeds.blueprint)
@@ -263,13 +263,13 @@ def state_faults(growth: Any, state: Any) -> list[str]:
     if not ((stage >= 0) & (stage <= 10)).all():
         faults.append("unknown stage")
     if not (np.isin(stage, HOLDING) == holds).all():
-        faults.append("slot without a body's stage, or the reverse")
+        faults.append("slot without an adapter's stage, or the reverse")
     if (slot[holds] >= owner.size).any() or (owner[slot[holds]] != every_seed[holds]).any():
         faults.append("a seed's slot is not its own")
     if (slot[owner[held]] != every_slot[held]).any():
         faults.append("a slot's owner does not hold it")
     if not ((blueprint != NONE) == holds).all():
-        faults.append("blueprint without a body")
+        faults.append("blueprint without an adapter")
     group = np.searchsorted(tables.group_start, every_seed, side="right") - 1
     pool = tables.pool_start[group, np.maximum(blueprint, 0)]
     if (tables.slot_pool_start[slot[holds]] != pool[holds]).any():
@@ -285,8 +285,8 @@ def state_faults(growth: Any, state: Any) -> list[str]:
     counters = (seeds.steps_in_stage, seeds.embargo_steps, seeds.error_count)
     if any((np.asarray(counter) < 0).any() for counter in counters):
         faults.append("a negative counter")
-    if any(not np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.bodies)):
-        faults.append("a body that is not finite")
+    if any(not np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.adapters)):
+        faults.append("an adapter that is not finite")
     floats = [x for x in jax.tree.leaves(seeds) if np.issubdtype(np.asarray(x).dtype, np.floating)]
     if any(not np.isfinite(np.asarray(column)).all() for column in floats):
         faults.append("a row that is not finite")
@@ -319,19 +319,19 @@ def step_faults(growth: Any, before: Any, after: Any, info: Any) -> list[str]:
     gone, come = np.asarray(before.owner), np.asarray(after.owner)
     if ((gone != come) & (gone != NONE) & (come != NONE)).any():
         faults.append("a slot changes hands within one step")
-    born = np.asarray(after.num_births) - np.asarray(before.num_births)
+    born = np.asarray(after.generation) - np.asarray(before.generation)
     if (born != ((gone == NONE) & (come != NONE))).any():
         faults.append("births miscounted")
     learns = (gone != NONE) & np.isin(was[np.maximum(gone, 0)], LEARNING)
-    for bank in growth.lattice.tables.banks:
-        site = growth.lattice.sites[bank.site].name
-        name = growth.lattice.names[bank.blueprint]
+    for bank in growth.layout.tables.banks:
+        site = growth.layout.sites[bank.site].name
+        name = growth.layout.names[bank.blueprint]
         here = slice(bank.start, bank.start + bank.num_slots)
         kept = ~learns[here] & (born[here] == 0)
-        pairs = (jax.tree.leaves(state.bodies[site][name]) for state in (before, after))
+        pairs = (jax.tree.leaves(state.adapters[site][name]) for state in (before, after))
         for a, b in zip(*pairs, strict=True):
             if np.asarray(a)[kept].tobytes() != np.asarray(b)[kept].tobytes():
-                faults.append("a body that does not learn has changed")
+                faults.append("an adapter that does not learn has changed")
     if int(after.step) != int(before.step) + 1:
         faults.append("step miscounted")
     return sorted(set(faults))

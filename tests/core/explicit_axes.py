@@ -15,7 +15,7 @@ from support import QUICK, blank, place, standard
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
 
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[
         ef.site("hidden", features=12, chunks=5),
         ef.span("over", source_features=12, features=6, chunks=2),
@@ -34,11 +34,11 @@ ROWS = {
 WHOLE = PartitionSpec()
 STEPS, EVERY = 5, 2
 GROWTH = ef.growth(
-    LATTICE,
+    LAYOUT,
     policy=ef.policies.chain(ef.policies.periodic(every=1), ef.policies.budget(300)),
     directed_births=1,
 )
-OPTIMIZER = ef.optim.per_body(standard(optax.adam(0.01)))
+OPTIMIZER = ef.optim.per_adapter(standard(optax.adam(0.01)))
 
 
 def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ def setting() -> Any:
 
 
 def once(params: Any, state: Any, x: jax.Array) -> Any:
-    """Gradients, readings, a survey."""
+    """Gradients, statistics, a survey."""
     graded = GROWTH.value_and_grad(loss_fn)(params, state, x)
     return graded, GROWTH.survey(loss_fn)(params, state, x)[1]
 

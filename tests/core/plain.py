@@ -1,4 +1,4 @@
-"""What bodies compute, written again in plain NumPy: the definition that the code is held to.
+"""What adapters compute, written again in plain NumPy: the definition that the code is held to.
 
 Every operation rounds to the dtype of `x`: float64 gives the truth, `ml_dtypes.bfloat16` a plain
 implementation in that dtype.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 Params = Mapping[str, np.ndarray]
-Body = Callable[[Params, np.ndarray], np.ndarray]
+Adapter = Callable[[Params, np.ndarray], np.ndarray]
 
 
 def dot(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -45,11 +45,11 @@ def low_rank(p: Params, x: np.ndarray) -> np.ndarray:
     return dot(dot(x, p["down"]), p["up"])
 
 
-def bottleneck(phi: Callable[[np.ndarray], np.ndarray]) -> Body:
-    def body(p: Params, x: np.ndarray) -> np.ndarray:
+def bottleneck(phi: Callable[[np.ndarray], np.ndarray]) -> Adapter:
+    def adapter(p: Params, x: np.ndarray) -> np.ndarray:
         return dot(phi(dot(x, p["down"]) + p["bias"]), p["up"])
 
-    return body
+    return adapter
 
 
 def gated(p: Params, x: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def normalised(p: Params, x: np.ndarray) -> np.ndarray:
     return dot(gelu(dot(normal, p["down"]) + p["bias"]), p["up"])
 
 
-DENSE: dict[str, Body] = {
+DENSE: dict[str, Adapter] = {
     "noop": noop,
     "scale_shift": scale_shift,
     "low_rank": low_rank,
@@ -76,7 +76,7 @@ DENSE: dict[str, Body] = {
 
 
 def cut(params: Params, inputs: int, outputs: int) -> dict[str, Any]:
-    """The parameters of a dense body as those of a narrower chunk, the padding left out."""
+    """The parameters of a dense adapter as those of a narrower chunk, the padding left out."""
     rows, columns = ("down", "gate"), ("up", "scale", "shift")
     return {
         name: value[:inputs] if name in rows else value[..., :outputs] if name in columns else value

@@ -14,7 +14,7 @@ from support import QUICK, blank, place, standard
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
 
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[
         ef.site("hidden", features=11, chunks=3),
         ef.span("over", source_features=11, features=6, chunks=2),
@@ -35,15 +35,15 @@ def local_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 
 def setting() -> Any:
-    growth = ef.growth(LATTICE, bodies_at_once=1, policy=ef.policies.never(), directed_births=1)
+    growth = ef.growth(LAYOUT, adapters_at_once=1, policy=ef.policies.never(), directed_births=1)
     state = place(growth, blank(growth), ROWS)
     rng = np.random.default_rng(0)
     params = {
         "in": jnp.asarray(rng.standard_normal((5, 11)) * 0.5, jnp.float32),
         "out": jnp.asarray(rng.standard_normal((11, 6)) * 0.4, jnp.float32),
     }
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.1)))
-    opt_state = optimizer.init((params, state.bodies))
+    optimizer = ef.optim.per_adapter(standard(optax.sgd(0.1)))
+    opt_state = optimizer.init((params, state.adapters))
     x = jnp.asarray(rng.standard_normal((8, 5)), jnp.float32)
     return growth, optimizer, (params, state, opt_state), x
 
@@ -53,13 +53,13 @@ def make_run(growth: Any, optimizer: Any, loss_fn: Any, steps: int = 6) -> Any:
 
     def step(carry: Any, _: Any, x: jax.Array) -> Any:
         params, state, opt_state = carry
-        loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, x)
+        loss, grads, statistics = growth.value_and_grad(loss_fn)(params, state, x)
         updates, opt_state = optimizer.update(
-            grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+            grads, opt_state, (params, state.adapters), slots=growth.slots(state)
         )
-        params, bodies = optax.apply_updates((params, state.bodies), updates)
-        state, info = growth.update(state, bodies, readings, loss)
-        return (params, state, opt_state), (loss, readings, info.stage, info.alpha)
+        params, adapters = optax.apply_updates((params, state.adapters), updates)
+        state, info = growth.update(state, adapters, statistics, loss)
+        return (params, state, opt_state), (loss, statistics, info.stage, info.alpha)
 
     def run(carry: Any, x: jax.Array) -> Any:
         return jax.lax.scan(lambda c, _: step(c, _, x), carry, None, length=steps)
@@ -67,12 +67,12 @@ def make_run(growth: Any, optimizer: Any, loss_fn: Any, steps: int = 6) -> Any:
     return run
 
 
-def compare(readings: Any, told: Any, per_call: float) -> None:
+def compare(statistics: Any, told: Any, per_call: float) -> None:
     """The same sums to tolerance; counts of calls times the devices."""
-    for name in readings._fields:
+    for name in statistics._fields:
         times = per_call if name in {"num_features", "num_live"} else 1.0
         np.testing.assert_allclose(
-            getattr(readings, name),
+            getattr(statistics, name),
             times * np.asarray(getattr(told, name)),
             rtol=1e-4,
             atol=1e-6,
@@ -123,25 +123,25 @@ def check_gradients(num_devices: int) -> Any:
     if num_devices > 1:
         ways += [(around, x, float(num_devices)), (growth.value_and_grad(local_loss), placed, 1.0)]
     for graded, batch, per_call in ways:
-        value, grads, readings = run(graded, batch)
+        value, grads, statistics = run(graded, batch)
         np.testing.assert_allclose(value, want, rtol=1e-5)
         for got, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
             np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
-        compare(readings, told, per_call)
+        compare(statistics, told, per_call)
     return growth, optimizer, carry, x, sharded_loss
 
 
 def check_decisions(num_devices: int) -> None:
     """Whole training steps on one device and on all of them."""
     growth, optimizer, carry, x, sharded_loss = check_gradients(num_devices)
-    _, (loss, readings, *decisions) = jax.jit(
+    _, (loss, statistics, *decisions) = jax.jit(
         make_run(growth, optimizer, sharded_loss), compiler_options=QUICK
     )(carry, x)
     _, (want, told, *decided) = jax.jit(
         make_run(growth, optimizer, local_loss), compiler_options=QUICK
     )(carry, x)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-    compare(readings, told, num_devices)
+    compare(statistics, told, num_devices)
     for ours, plain in zip(decisions, decided, strict=True):
         np.testing.assert_array_equal(ours, plain)
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from esper_fn.lifecycle import OWNS_BODY
+from esper_fn.lifecycle import OWNS_ADAPTER
 
 
 def standard(
@@ -36,12 +36,12 @@ def make_step(growth: ef.Growth, loss_fn: Any, optimizer: Any) -> Any:
 
     @jax.jit
     def step(params: Any, state: Any, opt_state: Any, batch: Any, commands: Any) -> Any:
-        loss, grads, readings = growth.value_and_grad(loss_fn)(params, state, batch)
+        loss, grads, statistics = growth.value_and_grad(loss_fn)(params, state, batch)
         updates, opt_state = optimizer.update(
-            grads, opt_state, (params, state.bodies), slots=growth.slots(state)
+            grads, opt_state, (params, state.adapters), slots=growth.slots(state)
         )
-        params, bodies = optax.apply_updates((params, state.bodies), updates)
-        state, info = growth.update(state, bodies, readings, loss, commands)
+        params, adapters = optax.apply_updates((params, state.adapters), updates)
+        state, info = growth.update(state, adapters, statistics, loss, commands)
         return params, state, opt_state, info
 
     return step
@@ -66,13 +66,13 @@ QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
 
 
 def blank(growth: ef.Growth) -> ef.GrowthState:
-    """`growth.init` without its random numbers, which take seconds to compile: bodies are 0."""
+    """`growth.init` without its random numbers, which take seconds to compile: adapters are 0."""
     key = jax.random.key(0)
-    bodies = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(growth.init, key).bodies
+    adapters = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(growth.init, key).adapters
     )
-    rest: Any = jax.jit(lambda key: growth.init(key)._replace(bodies=None))(key)
-    state: ef.GrowthState = rest._replace(bodies=bodies)
+    rest: Any = jax.jit(lambda key: growth.init(key)._replace(adapters=None))(key)
+    state: ef.GrowthState = rest._replace(adapters=adapters)
     return state
 
 
@@ -84,28 +84,28 @@ def place(
 ) -> ef.GrowthState:
     """`state` with seeds put where a test wants them: seed -> (blueprint, stage, alpha).
 
-    Every body gets `noise` added, so that none is the identity any more.
+    Every adapter gets `noise` added, so that none is the identity any more.
     """
-    lattice, seeds = growth.lattice, state.seeds
-    tables, owner = lattice.tables, np.array(state.owner)
+    layout, seeds = growth.layout, state.seeds
+    tables, owner = layout.tables, np.array(state.owner)
     stage, alpha = np.array(seeds.stage), np.array(seeds.alpha)
     slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
     for seed, (name, to, at) in rows.items():
         stage[seed], alpha[seed] = to, at
-        if OWNS_BODY[to]:
+        if OWNS_ADAPTER[to]:
             group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
-            index = lattice.blueprint_index(name)
+            index = layout.blueprint_index(name)
             is_own = tables.slot_pool_start == tables.pool_start[group, index]
             slot[seed] = np.flatnonzero(is_own & (owner < 0))[0]
             owner[slot[seed]], blueprint[seed] = seed, index
-    leaves, structure = jax.tree.flatten(state.bodies)
+    leaves, structure = jax.tree.flatten(state.adapters)
     rng = np.random.default_rng(7)
     noised = [
         leaf + jnp.asarray(noise * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves
     ]
     return state._replace(
         owner=jnp.asarray(owner),
-        bodies=jax.tree.unflatten(structure, noised),
+        adapters=jax.tree.unflatten(structure, noised),
         seeds=seeds._replace(
             stage=jnp.asarray(stage),
             alpha=jnp.asarray(alpha),
@@ -115,18 +115,19 @@ def place(
     )
 
 
-def body_of(growth: ef.Growth, state: ef.GrowthState, seed: int, bodies: Any = None) -> Any:
-    """Parameters of a seed's body, as NumPy arrays (or its share of `bodies`, say of gradients)."""
-    place_, _, _ = growth.lattice.locate(seed)
-    name = growth.lattice.names[int(state.seeds.blueprint[seed])]
+def adapter_of(growth: ef.Growth, state: ef.GrowthState, seed: int, adapters: Any = None) -> Any:
+    """Parameters of a seed's adapter, as NumPy arrays (or its share of `adapters`, say of
+    gradients)."""
+    place_, _, _ = growth.layout.locate(seed)
+    name = growth.layout.names[int(state.seeds.blueprint[seed])]
     slot = int(state.seeds.slot[seed])
     start = next(
         bank.start
-        for bank in growth.lattice.tables.banks
-        if growth.lattice.names[bank.blueprint] == name
-        and growth.lattice.sites[bank.site].name == place_.name
+        for bank in growth.layout.tables.banks
+        if growth.layout.names[bank.blueprint] == name
+        and growth.layout.sites[bank.site].name == place_.name
     )
-    bank = (state.bodies if bodies is None else bodies)[place_.name][name]
+    bank = (state.adapters if adapters is None else adapters)[place_.name][name]
     return jax.tree.map(lambda leaf: np.asarray(leaf[slot - start]), bank)
 
 

@@ -8,29 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drive import NONE, small_lattice
+from drive import NONE, small_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esper_fn as ef
-from esper_fn._lattice import (
+from esper_fn._layout import (
     UNSERVED,
     allocate,
     give,
     give_birth,
-    init_bodies,
+    init_adapters,
     release,
     select_slots,
 )
 
-LATTICE = small_lattice()
+LAYOUT = small_layout()
 NUM_SEEDS, NUM_SLOTS = 7, 10
-_allocate = jax.jit(lambda owner, asks, blueprint: allocate(LATTICE, owner, asks, blueprint))
+_allocate = jax.jit(lambda owner, asks, blueprint: allocate(LAYOUT, owner, asks, blueprint))
 _give, _release = jax.jit(give), jax.jit(release)
 
 
 def by_loop(owner: list[int], asks: list[bool], blueprint: list[int]) -> list[int]:
-    """Seed by seed, the first free slot of its pool. Pools as `small_lattice` states them."""
+    """Seed by seed, the first free slot of its pool. Pools as `small_layout` states them."""
     pools = {(0, 0): [0, 1], (1, 0): [2, 3], (2, 0): [4, 5], (1, 1): [6, 7], (2, 1): [8, 9]}
     group = [0, 0, 0, 1, 1, 2, 2]
     taken = set(np.flatnonzero(np.asarray(owner) != NONE).tolist())
@@ -51,8 +51,8 @@ def by_loop(owner: list[int], asks: list[bool], blueprint: list[int]) -> list[in
 
 
 def test_the_tables_are_the_ones_written_here() -> None:
-    assert (LATTICE.num_seeds, LATTICE.num_slots) == (NUM_SEEDS, NUM_SLOTS)
-    assert LATTICE.tables.slot_pool_start.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert (LAYOUT.num_seeds, LAYOUT.num_slots) == (NUM_SEEDS, NUM_SLOTS)
+    assert LAYOUT.tables.slot_pool_start.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
@@ -80,7 +80,7 @@ def test_allocation_is_the_loops(owner: list[int], asks: list[bool], blueprint: 
     st.integers(0, NUM_SEEDS),
     st.lists(st.booleans(), min_size=NUM_SEEDS, max_size=NUM_SEEDS),
 )
-def test_release_frees_exactly_those_who_hold_no_body(
+def test_release_frees_exactly_those_who_hold_no_adapter(
     seeds: list[int], num_held: int, holds: list[bool]
 ) -> None:
     owner = np.full(NUM_SLOTS, NONE, np.int32)
@@ -102,8 +102,8 @@ def test_a_release_leaves_holes_that_are_filled_again() -> None:
 
 @pytest.fixture(scope="module")
 def low_rank() -> Any:
-    """A lattice whose newborn bodies are random, so that each birth can be told from the last."""
-    return ef.lattice(
+    """A layout whose newborn adapters are random, so that each birth can be told from the last."""
+    return ef.layout(
         sites=[ef.site("a", features=4, chunks=4), ef.site("b", features=4, chunks=2)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(rank=2),
@@ -114,10 +114,10 @@ def low_rank() -> Any:
 
 
 def test_birth_touches_only_the_newborn(low_rank: Any) -> None:
-    old = init_bodies(low_rank, jax.random.key(0))
+    old = init_adapters(low_rank, jax.random.key(0))
     old = jax.tree.map(lambda leaf: leaf + jnp.float32(np.nan), old)
     is_born = jnp.zeros((low_rank.num_slots,), bool).at[jnp.asarray([1, 9])].set(True)
-    birth = jax.jit(lambda bodies, born, key: give_birth(low_rank, bodies, born, key))
+    birth = jax.jit(lambda adapters, born, key: give_birth(low_rank, adapters, born, key))
     new = birth(old, is_born, jax.random.key(1))
     born = {("a", "low_rank"): [1], ("b", "low_rank"): [1]}
     for site, at_site in new.items():
@@ -130,7 +130,7 @@ def test_birth_touches_only_the_newborn(low_rank: Any) -> None:
     again = birth(old, is_born, jax.random.key(1))
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), new, again))
     other = birth(old, is_born, jax.random.key(2))
-    a, b = (np.asarray(bodies["a"]["low_rank"]["down"][1]) for bodies in (new, other))
+    a, b = (np.asarray(adapters["a"]["low_rank"]["down"][1]) for adapters in (new, other))
     assert not np.array_equal(a, b)
 
 

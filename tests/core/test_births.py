@@ -1,4 +1,4 @@
-"""Bodies born where a survey says: the directions, whose they are, and what they are worth."""
+"""Adapters born where a survey says: the directions, whose they are, and what they are worth."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drive import silent
-from support import QUICK, body_of, same_bits
+from support import QUICK, adapter_of, same_bits
 
 import esper_fn as ef
 from esper_fn import commands as cmd
-from esper_fn._lattice import Moments
-from esper_fn.base import BodySpec
+from esper_fn._layout import Moments
+from esper_fn.base import AdapterSpec
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import directions
 
@@ -124,7 +124,7 @@ ALONG = {
 @pytest.mark.parametrize("name", ALONG)
 def test_the_first_matrix_holds_the_directions(name: str, dtype: str) -> None:
     matrix, blueprint, copies = ALONG[name]
-    spec, key = BodySpec(6, 8, "vector"), jax.random.key(3)
+    spec, key = AdapterSpec(6, 8, "vector"), jax.random.key(3)
     told = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
     told = told.at[:, 1].set(0.0)  # no direction
     assert blueprint.init_along is not None
@@ -154,14 +154,14 @@ def test_the_first_matrix_holds_the_directions(name: str, dtype: str) -> None:
 def test_check_holds_blueprints_to_the_contract_of_directions() -> None:
     good = ef.blueprints.low_rank(2)
 
-    def also(key: Any, spec: BodySpec, dtype: Any, told: Any) -> Any:
+    def also(key: Any, spec: AdapterSpec, dtype: Any, told: Any) -> Any:
         made = good.init_along(key, spec, dtype, told)  # type: ignore[misc]
         return {**made, "up": jnp.ones_like(made["up"])}
 
-    def shifted(key: Any, spec: BodySpec, dtype: Any, told: Any) -> Any:
+    def shifted(key: Any, spec: AdapterSpec, dtype: Any, told: Any) -> Any:
         return good.init(jax.random.fold_in(key, 1), spec, dtype)
 
-    def wide(key: Any, spec: BodySpec, dtype: Any, told: Any) -> Any:
+    def wide(key: Any, spec: AdapterSpec, dtype: Any, told: Any) -> Any:
         return good.init(key, spec, jnp.float32)
 
     for init_along, words in (
@@ -188,8 +188,8 @@ NAMES = {
 
 
 @cache
-def lattice_of(dtype: str = "float32") -> ef.Lattice:
-    return ef.lattice(sites=SITES, blueprints=NAMES, capacity=2, dtype=jnp.dtype(dtype))
+def layout_of(dtype: str = "float32") -> ef.Layout:
+    return ef.layout(sites=SITES, blueprints=NAMES, capacity=2, dtype=jnp.dtype(dtype))
 
 
 def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -207,7 +207,7 @@ def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 def setting(directed: int = 2, dtype: str = "float32") -> Any:
     """growth, params, fresh state, x, survey and update, both compiled."""
     growth = ef.growth(
-        lattice_of(dtype),
+        layout_of(dtype),
         policy=ef.policies.never(),
         directed_births=directed,
         settings=ef.lifecycle.settings(embargo_steps=1),
@@ -223,7 +223,7 @@ def setting(directed: int = 2, dtype: str = "float32") -> Any:
 
     def step(state: Any, *commands: Any) -> Any:
         return update(
-            state, state.bodies, silent(7), jnp.float32(1.0), growth.commands(commands, 8)
+            state, state.adapters, silent(7), jnp.float32(1.0), growth.commands(commands, 8)
         )
 
     return growth, params, growth.init(jax.random.key(5)), x, survey, step
@@ -297,7 +297,7 @@ def test_memory_holds_each_seeds_own_directions() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_body_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> None:
+def test_an_adapter_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> None:
     growth, params, state, x, survey, step = setting(2, dtype)
     plain, _, bare, _, _, plain_step = setting(0, dtype)
     assert bare.memory is None
@@ -318,34 +318,36 @@ def test_a_body_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> N
         if seed == 4:
             assert born.seeds.stage[seed] == Stage.DORMANT
             continue
-        body, ordinary = body_of(growth, born, seed), body_of(growth, other, seed)
+        adapter, ordinary = adapter_of(growth, born, seed), adapter_of(growth, other, seed)
         # Another program, whose random numbers may differ in the last place.
         tolerance = 1e-5 if dtype == "float32" else 1e-2
         for one, two in zip(
-            jax.tree.leaves(ordinary), jax.tree.leaves(body_of(plain, without, seed)), strict=True
+            jax.tree.leaves(ordinary),
+            jax.tree.leaves(adapter_of(plain, without, seed)),
+            strict=True,
         ):
             np.testing.assert_allclose(np.float32(one), np.float32(two), rtol=tolerance)
         if seed in (0, 3):
-            assert same_bits(body, ordinary)
+            assert same_bits(adapter, ordinary)
             continue
         count = np.count_nonzero(np.any(told[seed] != 0, axis=0))
         told[seed] = told[seed][:, :count]
         assert count
-        assert same_bits(body["down"][:, :count], jnp.asarray(told[seed]).astype(dtype))
-        assert same_bits(body["down"][:, count:], ordinary["down"][:, count:])
-        assert not np.any(body["up"])
-        assert not same_bits(body["down"], ordinary["down"])
+        assert same_bits(adapter["down"][:, :count], jnp.asarray(told[seed]).astype(dtype))
+        assert same_bits(adapter["down"][:, count:], ordinary["down"][:, count:])
+        assert not np.any(adapter["up"])
+        assert not same_bits(adapter["down"], ordinary["down"])
     # Each is spent; whoever was not born still has its own.
     assert sorted(_remembered(born)) == [4]
     # Slots in which nobody was born are untouched.
-    for site in born.bodies:
+    for site in born.adapters:
         used = {int(born.seeds.slot[seed]) for seed in (0, 1, 2, 3, 5, 6)}
-        for bank in growth.lattice.tables.banks:
-            if growth.lattice.sites[bank.site].name != site:
+        for bank in growth.layout.tables.banks:
+            if growth.layout.sites[bank.site].name != site:
                 continue
-            name = growth.lattice.names[bank.blueprint]
+            name = growth.layout.names[bank.blueprint]
             idle = np.array([bank.start + at not in used for at in range(bank.num_slots)])
-            old, new = (jax.tree.leaves(of.bodies[site][name]) for of in (state, born))
+            old, new = (jax.tree.leaves(of.adapters[site][name]) for of in (state, born))
             assert same_bits([leaf[idle] for leaf in old], [leaf[idle] for leaf in new])
 
 
@@ -361,13 +363,13 @@ def test_stale_memory_is_not_used() -> None:
     again, info = step(gone, cmd.germinate(2, "linear"))
     assert again.seeds.stage[2] == Stage.GERMINATED
     assert int(info.num_directed) == 0
-    # A seed that lives is not surveyed for a body to come, and neither is one that is unknown.
+    # A seed that lives is not surveyed for an adapter to come, and neither is one that is unknown.
     assert sorted(_remembered(survey(params, born, x)[0])) == [0, 1, 3, 4, 5, 6]
     lost, _ = survey(params, surveyed, x.at[0, 0].set(jnp.nan))
     assert _remembered(lost) == {}
     newborn, info = step(lost, cmd.germinate(2, "linear"))
     assert int(info.num_directed) == 0
-    assert np.all(np.isfinite(body_of(growth, newborn, 2)["down"]))
+    assert np.all(np.isfinite(adapter_of(growth, newborn, 2)["down"]))
     partly = jax.jit(
         growth.survey(lambda p, seeds, x: jnp.sum(seeds.grow("hidden", x @ p["in"]) ** 2)),
         compiler_options=QUICK,

@@ -15,7 +15,7 @@ from support import QUICK, mean_square, same_bits, standard
 
 import esper_fn as ef
 from esper_fn import commands as cmd
-from esper_fn.base import BodySpec
+from esper_fn.base import AdapterSpec
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import Stage
 from esper_fn.runtime import count_compilations
@@ -27,7 +27,7 @@ FEATURES, OUTPUTS, ROWS = 24, 6, 256
 
 @cache
 def planted() -> Any:
-    """A host without the one direction in 24 that matters; many draws of a body for it.
+    """A host without the one direction in 24 that matters; many draws of an adapter for it.
 
     Returns, for directed and default births: gradient norms of `up` at birth `[runs]`, losses after
     training `[runs]`, and the cosine of the planted direction with the closest column of `down`.
@@ -40,7 +40,7 @@ def planted() -> Any:
     host = jnp.asarray(rng.standard_normal((FEATURES, OUTPUTS)) * 0.3, jnp.float32)
     noise = jnp.asarray(rng.standard_normal((ROWS, OUTPUTS)) * 0.1, jnp.float32)
     batch = x, x @ host + jnp.sin(x @ missing) + noise
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.span("here", source_features=FEATURES, features=OUTPUTS)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(4),
@@ -58,7 +58,7 @@ def planted() -> Any:
     def born(growth: Any, name: str, key: jax.Array) -> Any:
         state, _ = growth.survey(loss_fn)(host, growth.init(key), batch)
         order = growth.commands([cmd.germinate(0, name)])
-        state, info = growth.update(state, state.bodies, silent(1), jnp.float32(1.0), order)
+        state, info = growth.update(state, state.adapters, silent(1), jnp.float32(1.0), order)
         assert info.num_directed.shape == ()
         stage = jnp.full_like(state.seeds.stage, Stage.FINE_TUNING)
         return state._replace(
@@ -69,28 +69,28 @@ def planted() -> Any:
         state, count = born(growth, name, key)
 
         def step(carry: Any, _: Any) -> Any:
-            bodies, opt_state = carry
+            adapters, opt_state = carry
             measured = growth.value_and_grad(loss_fn)
-            loss, (_, slopes), _ = measured(host, state._replace(bodies=bodies), batch)
-            slopes = dict(slopes)  # one body from birth to end, so plain SGD may have it
+            loss, (_, slopes), _ = measured(host, state._replace(adapters=adapters), batch)
+            slopes = dict(slopes)  # one adapter from birth to end, so plain SGD may have it
             updates, opt_state = optimizer.update(slopes, opt_state)
-            return (optax.apply_updates(bodies, updates), opt_state), (loss, slopes)
+            return (optax.apply_updates(adapters, updates), opt_state), (loss, slopes)
 
-        carry = state.bodies, optimizer.init(state.bodies)
+        carry = state.adapters, optimizer.init(state.adapters)
         _, (losses, slopes) = jax.lax.scan(step, carry, None, length=40)
         first = jnp.linalg.norm(slopes["here"][name]["up"][0, 0])
-        down = state.bodies["here"][name]["down"][0]
+        down = state.adapters["here"][name]["down"][0]
         cosine = direction @ (down / jnp.linalg.norm(down, axis=0, keepdims=True))
         return count, first, losses[0], losses[-1], jnp.max(jnp.abs(cosine))
 
     keys = jax.random.split(jax.random.key(1), 24)
-    out: dict[str, Any] = {"bare": float(loss_fn(host, ef.BareSeeds(), batch))}
-    for name in lattice.names:
+    out: dict[str, Any] = {"bare": float(loss_fn(host, ef.NoSeeds(), batch))}
+    for name in layout.names:
         for directed in (0, 1):
             growth = ef.growth(
-                lattice,
+                layout,
                 policy=ef.policies.never(),
-                bodies_at_once=None,
+                adapters_at_once=None,
                 directed_births=directed,
             )
             run = jax.jit(jax.vmap(partial(live, growth, name)), compiler_options=QUICK)
@@ -129,7 +129,7 @@ def loss_fn(params: jax.Array, seeds: Any, batch: Any) -> jax.Array:
 
 
 def _quick(directed: int, every: int = 3) -> Any:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("a", features=8, chunks=4)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(2),
@@ -138,7 +138,7 @@ def _quick(directed: int, every: int = 3) -> Any:
         capacity=2,
     )
     return ef.growth(
-        lattice,
+        layout,
         policy=ef.policies.periodic(every=every),
         directed_births=directed,
         graft=ef.grafting.linear(2),
@@ -154,7 +154,7 @@ def _quick(directed: int, every: int = 3) -> Any:
 
 def test_births_compile_nothing_donate_and_repeat() -> None:
     growth = _quick(2)
-    optimizer = ef.optim.per_body(standard(optax.adam(1e-2)))
+    optimizer = ef.optim.per_adapter(standard(optax.adam(1e-2)))
     step = ef.runtime.make_step(growth, loss_fn, optimizer, survey_every=5)
     batches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (10, *leaf.shape)), (X, Y))
     segment = jax.jit(ef.runtime.scan_steps(step), donate_argnums=0)
@@ -185,14 +185,14 @@ def test_births_compile_nothing_donate_and_repeat() -> None:
 
 
 def test_without_directed_births_nothing_is_there() -> None:
-    lattice = _quick(0).lattice
+    layout = _quick(0).layout
     for directed in (0, 3):
         state = jax.eval_shape(_quick(directed).init, jax.random.key(0))
         kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
         # N seeds of F U numbers and their names: whatever the number of chunks.
         assert kept == 4 * directed * (1 + 2 * 2)
         assert (state.memory is None) == (directed == 0)
-    many = ef.lattice(
+    many = ef.layout(
         sites=[ef.site("a", features=40_000, chunks=20_000)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=4,
@@ -201,8 +201,8 @@ def test_without_directed_births_nothing_is_there() -> None:
     kept = jax.tree.leaves((state.seeds, state.memory))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) < 200 * many.num_seeds
     with pytest.raises(ValueError, match="directed_births must be an int, at least 0, got -1"):
-        ef.growth(lattice, directed_births=-1)
-    alone = ef.lattice(
+        ef.growth(layout, directed_births=-1)
+    alone = ef.layout(
         sites=[ef.site("a", features=8)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -242,7 +242,7 @@ WIDTHS = [
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_twins_cancel_to_the_bit(widths: Any, dtype: str) -> None:
     inputs, outputs, width = widths
-    spec, mask = BodySpec(inputs, outputs, "vector"), jnp.ones((inputs,), bool)
+    spec, mask = AdapterSpec(inputs, outputs, "vector"), jnp.ones((inputs,), bool)
     for activation in ACTIVATIONS:
         blueprint = ef.blueprints.bottleneck(width, activation, birth="paired")
         init = partial(blueprint.init, spec=spec, dtype=jnp.dtype(dtype))
@@ -257,8 +257,8 @@ def test_twins_cancel_to_the_bit(widths: Any, dtype: str) -> None:
         assert not np.any(apply(one, x[1, 0]))
 
 
-def test_paired_bodies_compute_what_bottlenecks_compute_and_learn_at_once() -> None:
-    spec, mask = BodySpec(6, 5, "vector"), jnp.ones((6,), bool)
+def test_paired_adapters_compute_what_bottlenecks_compute_and_learn_at_once() -> None:
+    spec, mask = AdapterSpec(6, 5, "vector"), jnp.ones((6,), bool)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((40, 6)), jnp.float32)
     dy = jnp.asarray(rng.standard_normal((40, 5)), jnp.float32)
@@ -295,7 +295,7 @@ def test_paired_bodies_compute_what_bottlenecks_compute_and_learn_at_once() -> N
         assert not np.any(slopes["down"])
         assert not np.any(slopes["bias"])
     ef.blueprints.check(ef.blueprints.get("bottleneck", width=6, birth="paired"))
-    counted = ef.blueprints.bottleneck(4, birth="paired").cost(BodySpec(8, 6, "vector"), 1)
+    counted = ef.blueprints.bottleneck(4, birth="paired").cost(AdapterSpec(8, 6, "vector"), 1)
     assert counted.parameters == 4 * 8 + 4 + 4 * 6
 
 

@@ -18,7 +18,7 @@ from esper_fn.lifecycle import Stage
 class Host(NamedTuple):
     """A model with sites where compilers like to fuse: scalings before, residual sums after."""
 
-    lattice: ef.Lattice
+    layout: ef.Layout
     loss: Any
     params: Any
     batch: Any
@@ -49,7 +49,7 @@ def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 def mlp(dtype: str = "float32") -> Host:
     """Layer norms, scalings and sums around every site; uneven chunks; a span."""
     width = 50
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[
             ef.site("first", features=width, chunks=6),
             ef.site("second", features=width, chunks=5),
@@ -82,14 +82,14 @@ def mlp(dtype: str = "float32") -> Host:
         "out": _normal(width, 7, scale=0.2),
     }
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, _normal(33, 20)))
-    return Host(lattice, loss, params, (x, jnp.arange(33)[:, None] % 7))
+    return Host(layout, loss, params, (x, jnp.arange(33)[:, None] % 7))
 
 
 @cache
 def conv() -> Host:
     """Two convolutions with batch statistics between, and a sum over the second site."""
     width = 22
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[
             ef.site(name, features=width, chunks=5, topology="image", positions=36)
             for name in ("first", "second")
@@ -120,14 +120,14 @@ def conv() -> Host:
         "scale": 1 + _normal(width, scale=0.1),
         "out": _normal(width, 5, scale=0.3),
     }
-    return Host(lattice, loss, params, (_normal(4, 6, 6, 3), jnp.arange(4)[:, None] % 5))
+    return Host(layout, loss, params, (_normal(4, 6, 6, 3), jnp.arange(4)[:, None] % 5))
 
 
 @cache
 def transformer() -> Host:
     """Two blocks under a scan, each with seeds of its own, a residual sum right after each site."""
     width, length, layers, heads = 24, 8, 2, 3
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[
             ef.site(
                 name, features=width, chunks=4, topology="sequence", layers=layers, positions=length
@@ -173,7 +173,7 @@ def transformer() -> Host:
         "out": _normal(width, 11, scale=0.2),
     }
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, length + 1)))
-    return Host(lattice, loss, params, (tokens[:, :-1], tokens[:, 1:, None]))
+    return Host(layout, loss, params, (tokens[:, :-1], tokens[:, 1:, None]))
 
 
 HOSTS: dict[str, Any] = {
@@ -187,25 +187,25 @@ HOSTS: dict[str, Any] = {
 @cache
 def compiled(name: str, at_once: int | None) -> Any:
     host = HOSTS[name]()
-    growth = ef.growth(host.lattice, bodies_at_once=at_once)
+    growth = ef.growth(host.layout, adapters_at_once=at_once)
     run = jax.jit(growth.value_and_grad(host.loss))
     return host, growth, blank(growth), run
 
 
 def quiet_states(growth: ef.Growth, state: Any) -> dict[str, Any]:
     """Seeds in every stage that must not show: none, few (another variant) and all alive."""
-    lattice = growth.lattice
+    layout = growth.layout
 
     def served(seed: int, turn: int) -> str:
-        site = lattice.locate(seed)[0]
+        site = layout.locate(seed)[0]
         names = [
             name
-            for name, blueprint in zip(lattice.names, lattice.blueprints, strict=True)
+            for name, blueprint in zip(layout.names, layout.blueprints, strict=True)
             if blueprint.can_span or not site.is_span
         ]
         return names[turn % len(names)]
 
-    seeds = range(lattice.num_seeds)
+    seeds = range(layout.num_seeds)
     mixed = (Stage.TRAINING, Stage.GERMINATED, Stage.DORMANT, Stage.CULLED, Stage.CANCELLED)
     rows = {
         "dormant": {},
@@ -236,18 +236,18 @@ def test_the_hosts_bits_do_not_depend_on_quiet_seeds(name: str, at_once: int | N
     runs = {label: run(host.params, state, host.batch) for label, state in states.items()}
     value, (d_host, _), _ = runs["dormant"]
     assert np.isfinite(value)
-    for label, (other, (d_other, d_bodies), readings) in runs.items():
+    for label, (other, (d_other, d_adapters), statistics) in runs.items():
         assert same_bits((value, d_host), (other, d_other)), label
         is_learning = "training" in label or label in ("mixed", "one bank full")
-        assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(d_bodies)) == is_learning
-        assert (float(jnp.sum(readings.num_live)) > 0) == is_learning
+        assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(d_adapters)) == is_learning
+        assert (float(jnp.sum(statistics.num_live)) > 0) == is_learning
 
 
 @pytest.mark.parametrize("name", list(HOSTS))
 def test_the_bare_host_differs_by_roundings_alone(name: str) -> None:
     host, growth, state, run = compiled(name, 3)
     value, (d_host, _), _ = run(host.params, place(growth, state, {}), host.batch)
-    bare = jax.jit(jax.value_and_grad(lambda p, b: host.loss(p, ef.BareSeeds(), b)))
+    bare = jax.jit(jax.value_and_grad(lambda p, b: host.loss(p, ef.NoSeeds(), b)))
     want, d_want = bare(host.params, host.batch)
     for got, other in zip(
         jax.tree.leaves((value, d_host)), jax.tree.leaves((want, d_want)), strict=True
@@ -267,12 +267,12 @@ def test_the_same_inputs_give_the_same_bits_again() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_population_in_loops_keeps_every_bit_of_16(dtype: str) -> None:
     """Subnormal numbers and the payloads of NaN, which a select by way of float32 would lose."""
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("hidden", features=256, chunks=4)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=4,
     )
-    growth = ef.growth(lattice, bodies_at_once=1)
+    growth = ef.growth(layout, adapters_at_once=1)
     rows = [{}, {1: ("low_rank", Stage.TRAINING, 0.0)}, {0: ("low_rank", Stage.TRAINING, 0.0)}]
     members = [place(growth, blank(growth), row) for row in rows]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -292,7 +292,7 @@ def test_a_population_in_loops_keeps_every_bit_of_16(dtype: str) -> None:
 
 
 def test_an_acting_seed_does_change_the_loss() -> None:
-    """The guard of this file: had bodies no effect at all, every test above would pass."""
+    """The guard of this file: had adapters no effect at all, every test above would pass."""
     host, growth, blank_state, run = compiled("mlp", 3)
     graft = place(growth, blank_state, {1: ("low_rank", Stage.GRAFTING, 0.5)})
     dormant = run(host.params, place(growth, blank_state, {}), host.batch)

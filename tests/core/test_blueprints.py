@@ -13,7 +13,7 @@ import pytest
 from support import QUICK, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn.base import TOPOLOGIES, Blueprint, BodySpec, Cost
+from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost
 from esper_fn.errors import UnknownNameError
 from esper_fn.lifecycle import Stage
 
@@ -35,12 +35,12 @@ def _newborn(topology: Any) -> Any:
     """One site with a chunk for every blueprint of a topology; the later half is padded."""
     names = _of(topology)
     features = 4 * len(names) - len(names) // 2
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("here", features=features, chunks=len(names), topology=topology)],
         blueprints={name: ef.blueprints.get(name) for name in names},
         capacity=1,
     )
-    growth = ef.growth(lattice, bodies_at_once=None)
+    growth = ef.growth(layout, adapters_at_once=None)
     return names, growth, growth.init(jax.random.key(3))
 
 
@@ -49,12 +49,12 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
     """All blueprints of a topology, one chunk each, taught to reach a target of their own.
 
     The chunks do not mix, so each has a loss of its own. Runs by stage: the state before and after,
-    the losses `[steps, chunks]`, the readings. `frozen` is FOSSILIZED where fossils stand still.
+    the losses `[steps, chunks]`, the statistics. `frozen` is FOSSILIZED where fossils stand still.
     """
     names, growth, state = _newborn(topology)
-    site = growth.lattice.sites[0]
+    site = growth.layout.sites[0]
     # Shadow training has no curvature, so nothing stops it: small steps, or it overshoots.
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.sign_sgd(0.001)))
+    optimizer = ef.optim.per_adapter(standard(optax.sgd(0.0)), standard(optax.sign_sgd(0.001)))
     starts = site.target.starts
 
     def by_chunk(params: Any, seeds: Any, batch: Any) -> jax.Array:
@@ -72,14 +72,14 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
         def step(carry: Any, _: Any) -> Any:
             state, opt_state = carry
             grads = growth.value_and_grad(loss_fn, has_aux=True)
-            (_, losses), gradients, readings = grads(params, state, batch)
+            (_, losses), gradients, statistics = grads(params, state, batch)
             updates, opt_state = optimizer.update(
-                gradients, opt_state, (params, state.bodies), slots=growth.slots(state)
+                gradients, opt_state, (params, state.adapters), slots=growth.slots(state)
             )
-            _, bodies = optax.apply_updates((params, state.bodies), updates)
-            return (state._replace(bodies=bodies), opt_state), (losses, readings)
+            _, adapters = optax.apply_updates((params, state.adapters), updates)
+            return (state._replace(adapters=adapters), opt_state), (losses, statistics)
 
-        opt_state = optimizer.init((params, state.bodies))
+        opt_state = optimizer.init((params, state.adapters))
         (state, _), out = jax.lax.scan(step, (state, opt_state), None, length=STEPS)
         return state, *out
 
@@ -90,8 +90,8 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
     batch = (x, jnp.asarray(rng.standard_normal((*shape, site.features)), jnp.float32))
     runs: dict[str, Any] = {
         "names": names,
-        "bare": by_chunk(params, ef.BareSeeds(), batch),
-        "newborn": state.bodies["here"],
+        "bare": by_chunk(params, ef.NoSeeds(), batch),
+        "newborn": state.adapters["here"],
     }
     frozen = state.settings.is_frozen.at[Stage.FOSSILIZED].set(True)
     for label, stage, alpha in (
@@ -106,8 +106,8 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
         rows = {chunk: (name, stage, alpha) for chunk, name in enumerate(names)}
         free = state._replace(owner=jnp.full_like(state.owner, -1))
         begun = place(growth, free, rows, noise=0.0)
-        state, losses, readings = run(params, begun, batch)
-        runs[label] = (begun, state, np.asarray(losses), readings)
+        state, losses, statistics = run(params, begun, batch)
+        runs[label] = (begun, state, np.asarray(losses), statistics)
     return runs
 
 
@@ -116,49 +116,49 @@ def _trained(topology: Any, dtype: str) -> dict[str, Any]:
 def test_born_as_the_identity_then_learning(name: str, topology: str, dtype: str) -> None:
     runs = _trained(topology, dtype)
     chunk = runs["names"].index(name)
-    begun, trained, losses, readings = runs["TRAINING"]
+    begun, trained, losses, statistics = runs["TRAINING"]
     # Behind the host: the loss stays what it is, to the bit, while parameters move.
     assert same_bits(losses[:, chunk], np.full((STEPS,), losses[0, chunk]))
     tolerance = 1e-6 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(losses[0, chunk], runs["bare"][chunk], rtol=tolerance)
-    assert readings.output_square[0, chunk] == 0  # newborn: r = 0
-    assert not np.any(readings.num_errors)
+    assert statistics.output_square[0, chunk] == 0  # newborn: r = 0
+    assert not np.any(statistics.num_errors)
     grafted = runs["GRAFTING"][2][:, chunk]
     if name == "noop":
-        assert jax.tree.leaves(trained.bodies["here"][name]) == []
+        assert jax.tree.leaves(trained.adapters["here"][name]) == []
         assert same_bits(grafted, losses[:, chunk])
         return
     moved = [
         np.any(np.asarray(new) != np.asarray(old))
         for new, old in zip(
-            jax.tree.leaves(trained.bodies["here"][name]),
+            jax.tree.leaves(trained.adapters["here"][name]),
             jax.tree.leaves(runs["newborn"][name]),
             strict=True,
         )
     ]
     assert all(moved)
-    assert readings.utility[-1, chunk] > 0
+    assert statistics.utility[-1, chunk] > 0
     # With the host: the loss is lower, and falls on, while grafted in and while fine-tuned.
     assert grafted[0] < losses[0, chunk]
     assert grafted[-1] < grafted[0]
     assert runs["FINE_TUNING"][2][-1, chunk] < grafted[-1] * 1.01
     # Kept for good: it learns on, or, frozen, nothing moves any more.
     begun, ended, losses, _ = runs["FOSSILIZED"]
-    assert not same_bits(begun.bodies["here"][name], ended.bodies["here"][name])
+    assert not same_bits(begun.adapters["here"][name], ended.adapters["here"][name])
     assert losses[-1, chunk] < runs["FINE_TUNING"][2][-1, chunk] * 1.01
     begun, ended, losses, _ = runs["frozen"]
-    assert same_bits(begun.bodies, ended.bodies)
+    assert same_bits(begun.adapters, ended.adapters)
     assert same_bits(losses, np.broadcast_to(losses[:1], losses.shape))
 
 
-def _apply(blueprint: Blueprint, params: Any, x: jax.Array, spec: BodySpec) -> jax.Array:
+def _apply(blueprint: Blueprint, params: Any, x: jax.Array, spec: AdapterSpec) -> jax.Array:
     mask = jnp.ones((spec.inputs,), bool)
     return jax.jit(lambda p, x: blueprint.apply(p, x, spec, mask), compiler_options=QUICK)(
         params, x
     )
 
 
-def _noisy(blueprint: Blueprint, spec: BodySpec) -> Any:
+def _noisy(blueprint: Blueprint, spec: AdapterSpec) -> Any:
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda key: blueprint.init(key, spec, jnp.float32), jax.random.key(0))
     return jax.tree.map(
@@ -167,9 +167,9 @@ def _noisy(blueprint: Blueprint, spec: BodySpec) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name, topology in CASES if topology == "sequence"])
-def test_no_body_leaks_the_future(name: str) -> None:
+def test_no_adapter_leaks_the_future(name: str) -> None:
     blueprint = ef.blueprints.get(name)
-    spec = BodySpec(6, 6, "sequence")
+    spec = AdapterSpec(6, 6, "sequence")
     params, length, at = _noisy(blueprint, spec), 8, 5
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, length, 6)), jnp.float32)
     before = _apply(blueprint, params, x, spec)
@@ -181,7 +181,7 @@ def test_no_body_leaks_the_future(name: str) -> None:
 
 def test_attention_sees_the_future_only_when_asked_to() -> None:
     blueprint = ef.blueprints.self_attention(4, is_causal=False)
-    spec = BodySpec(6, 6, "sequence")
+    spec = AdapterSpec(6, 6, "sequence")
     params = _noisy(blueprint, spec)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6)), jnp.float32)
     other = _apply(blueprint, params, x.at[:, 5].add(1.0), spec)
@@ -190,9 +190,9 @@ def test_attention_sees_the_future_only_when_asked_to() -> None:
 
 @pytest.mark.parametrize(("name", "topology"), CASES)
 def test_padding_has_no_influence(name: str, topology: Any) -> None:
-    """A narrow chunk's body gives what the same parameters give without their padded part."""
+    """A narrow chunk's adapter gives what the same parameters give without their padded part."""
     blueprint, (inner, width) = ef.blueprints.get(name), (3, 4)
-    spec = BodySpec(width, width, topology)
+    spec = AdapterSpec(width, width, topology)
     params = _noisy(blueprint, spec)
     x = jnp.asarray(
         np.random.default_rng(0).standard_normal((*SHAPES[topology], width)), jnp.float32
@@ -201,7 +201,7 @@ def test_padding_has_no_influence(name: str, topology: Any) -> None:
     x = x.at[..., inner:].set(0.0)
     r = jax.jit(lambda p: blueprint.apply(p, x, spec, mask), compiler_options=QUICK)(params)
 
-    small = BodySpec(inner, inner, topology)
+    small = AdapterSpec(inner, inner, topology)
     shapes = jax.eval_shape(lambda key: blueprint.init(key, small, jnp.float32), jax.random.key(0))
     cut = jax.tree.map(lambda leaf, s: leaf[tuple(slice(n) for n in s.shape)], params, shapes)
     want = _apply(blueprint, cut, x[..., :inner], small)
@@ -224,7 +224,7 @@ def _planted(**changes: Any) -> Blueprint:
 
 
 def _init_with(value: str) -> Any:
-    def init(key: Any, spec: BodySpec, dtype: Any) -> Any:
+    def init(key: Any, spec: AdapterSpec, dtype: Any) -> Any:
         down, up = jax.random.split(key)
         dtype = jnp.float32 if value == "float32" else dtype
         made = {
@@ -243,11 +243,11 @@ def _init_with(value: str) -> Any:
 def _renamed() -> Any:
     good = ef.blueprints.low_rank(2)
 
-    def init(key: Any, spec: BodySpec, dtype: Any) -> Any:
+    def init(key: Any, spec: AdapterSpec, dtype: Any) -> Any:
         made = good.init(key, spec, dtype)
         return {"first": made["down"], "up": made["up"]}
 
-    def apply(params: Any, x: Any, spec: BodySpec, mask: Any) -> Any:
+    def apply(params: Any, x: Any, spec: AdapterSpec, mask: Any) -> Any:
         return good.apply({"down": params["first"], "up": params["up"]}, x, spec, mask)
 
     return {"init": init, "apply": apply, "init_along": None}
@@ -285,7 +285,9 @@ def test_check_names_what_is_wrong(changes: Any, words: str) -> None:
 
 def test_names_and_factories() -> None:
     assert set(TOPOLOGIES) == {topology for _, topology in CASES}
-    assert ef.blueprints.get("low_rank", rank=5).cost(BodySpec(8, 8, "vector"), 1).parameters == 80
+    assert (
+        ef.blueprints.get("low_rank", rank=5).cost(AdapterSpec(8, 8, "vector"), 1).parameters == 80
+    )
     with pytest.raises(
         UnknownNameError, match=r"unknown blueprint 'moe'; allowed: bottleneck, .*reg"
     ):
@@ -305,7 +307,7 @@ def test_names_and_factories() -> None:
 
 def test_costs_count_operations_by_position() -> None:
     one, many = (
-        ef.blueprints.bottleneck(4).cost(BodySpec(8, 6, "sequence"), positions)
+        ef.blueprints.bottleneck(4).cost(AdapterSpec(8, 6, "sequence"), positions)
         for positions in (1, 5)
     )
     assert one.parameters == many.parameters == 4 * 8 + 4 + 4 * 6

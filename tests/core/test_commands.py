@@ -54,7 +54,7 @@ def raw(**columns: list[int]) -> Commands:
 
 
 def send_raw(state: Any, commands: Commands) -> tuple[Any, Any]:
-    return small().update(state, state.bodies, silent(7), jnp.float32(1.0), commands)
+    return small().update(state, state.adapters, silent(7), jnp.float32(1.0), commands)
 
 
 # --- every code ----------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_refused_first_command_is_still_the_first() -> None:
     assert int(after.seeds.stage[0]) == S.TRAINING
 
 
-def test_overruled_by_a_broken_body_and_by_the_governor() -> None:
+def test_overruled_by_a_broken_adapter_and_by_the_governor() -> None:
     state = at(S.GRAFTING, S.FINE_TUNING)
     state = state._replace(
         governor=state.governor._replace(quarantine=jnp.zeros((7,), bool).at[1].set(True))
@@ -240,13 +240,13 @@ def test_overruled_by_a_broken_body_and_by_the_governor() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 7, 8, 9, 10])
-def test_no_body(stage: int) -> None:
+def test_no_adapter(stage: int) -> None:
     state = at(*[stage] * 2, embargo_steps=5)
     control, _, _ = send(state)
     after, _, codes = send(state, pause(0), resume(1))
-    assert codes[:2] == [Code.NO_BODY] * 2
+    assert codes[:2] == [Code.NO_ADAPTER] * 2
     after, _, codes = send(state, set_graft(0, "stability"))
-    assert codes[0] == Code.NO_BODY
+    assert codes[0] == Code.NO_ADAPTER
     assert_same(after, control)
 
 
@@ -269,15 +269,17 @@ def assert_same(after: Any, control: Any) -> None:
 
 def test_commands_come_before_policies() -> None:
     policy = ef.policies.scripted([(0, cull(0)), (0, cull(1))])
-    lattice = small().growth.lattice
-    growth = ef.growth(lattice, policy=policy, governor=ef.governors.lenient(), bodies_at_once=None)
+    layout = small().growth.layout
+    growth = ef.growth(
+        layout, policy=policy, governor=ef.governors.lenient(), adapters_at_once=None
+    )
     state = place(growth, growth.init(jax.random.key(0)), [2, 2, 0, 0, 0, 0, 0])
     commands = growth.commands([roll_back(0)])
     update = jax.jit(growth.update)
-    after, info = update(state, state.bodies, silent(7), jnp.float32(1.0), commands)
+    after, info = update(state, state.adapters, silent(7), jnp.float32(1.0), commands)
     assert np.asarray(after.seeds.stage)[:2].tolist() == [S.ROLLED_BACK, S.CULLED]
     assert np.asarray(info.cause)[:2].tolist() == [Cause.COMMAND, Cause.POLICY]
-    assert growth.policy.rules[int(info.asked_by[1])] == "scripted"
+    assert growth.policy.rules[int(info.requested_by[1])] == "scripted"
 
 
 def test_a_command_comes_before_the_gates_and_needs_none() -> None:
@@ -315,7 +317,9 @@ def test_commands_may_be_left_out() -> None:
     growth = small().growth
     state = at(S.TRAINING)
     with strict():
-        after, info = jax.eval_shape(growth.update, state, state.bodies, silent(7), jnp.float32(1))
+        after, info = jax.eval_shape(
+            growth.update, state, state.adapters, silent(7), jnp.float32(1)
+        )
     assert info.outcomes.code.shape == (1,)
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -331,7 +335,7 @@ def test_commands_may_be_left_out() -> None:
             UnknownNameError,
             "'rope'",
             "conv, scale",
-            "lattice(blueprints=...)",
+            "layout(blueprints=...)",
         ),
         (
             [set_graft(0, "cubic")],

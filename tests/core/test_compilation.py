@@ -26,7 +26,7 @@ def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: Any) -> jax.Array:
 
 def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step() -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("a", features=6, chunks=6)],
             blueprints={
                 "low_rank": ef.blueprints.low_rank(1),
@@ -44,10 +44,10 @@ def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step(
             train_first=True,
         ),
     )
-    optimizer = ef.optim.per_body(standard(optax.adamw(1e-2)))
+    optimizer = ef.optim.per_adapter(standard(optax.adamw(1e-2)))
     params = jnp.ones((6, 3)) * 0.1
     state = growth.init(jax.random.key(1))
-    opt_state = optimizer.init((params, state.bodies))
+    opt_state = optimizer.init((params, state.adapters))
     step = make_step(growth, loss_fn, optimizer)
     survey = jax.jit(growth.survey(loss_fn))
 
@@ -92,23 +92,23 @@ def test_the_counter_counts() -> None:
 
 def test_new_thresholds_and_numbers_compile_nothing() -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("a", features=6, chunks=2)],
             blueprints={"scale": ef.blueprints.scale_shift()},
             capacity=1,
         ),
         policy=ef.policies.periodic(every=5),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
-    optimizer = ef.optim.per_body(standard(optax.sgd(1e-2)))
+    optimizer = ef.optim.per_adapter(standard(optax.sgd(1e-2)))
     params = jnp.ones((6, 3)) * 0.1
     state = growth.init(jax.random.key(1))
-    opt_state = optimizer.init((params, state.bodies))
+    opt_state = optimizer.init((params, state.adapters))
     step = make_step(growth, loss_fn, optimizer)
     none = growth.commands()
     other = ef.lifecycle.settings(max_training=1, min_contribution=0.5)
     ramp = ef.grafting.linear(7).hyper
-    rival = ef.policies.periodic(every=9, score="random").init(growth.lattice)
+    rival = ef.policies.periodic(every=9, score="random").init(growth.layout)
     params, state, opt_state, _ = step(params, state, opt_state, (X, Y), none)
     with count_compilations() as count:
         state = state._replace(settings=other, grafts=(ramp,), policy=rival)
@@ -116,16 +116,16 @@ def test_new_thresholds_and_numbers_compile_nothing() -> None:
     assert count.num_compiled == 0
 
 
-def test_temporaries_follow_the_live_bodies_and_not_the_capacity() -> None:
+def test_temporaries_follow_the_live_adapters_and_not_the_capacity() -> None:
     """Promise 7; computing every slot at once is what the loop is held against."""
 
     def temporaries(capacity: int, at_once: int | None) -> int:
-        lattice = ef.lattice(
+        layout = ef.layout(
             sites=[ef.site("hidden", features=64, chunks=64)],
             blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
             capacity=capacity,
         )
-        growth = ef.growth(lattice, bodies_at_once=at_once)
+        growth = ef.growth(layout, adapters_at_once=at_once)
 
         def loss_fn(params: Any, seeds: Any, x: Any) -> Any:
             return jnp.mean(jnp.square(seeds.grow("hidden", x * params)))

@@ -1,4 +1,4 @@
-"""Growth as it comes: bodies born and acting at once, judged by surveys, never too loud."""
+"""Growth as it comes: adapters born and acting at once, judged by surveys, never too loud."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH, CHUNKS = 8, 2
 
 
 def batch() -> tuple[jax.Array, jax.Array]:
-    """What a host with a body in both chunks could compute."""
+    """What a host with an adapter in both chunks could compute."""
     rng = np.random.default_rng(0)
     x, first, last, inner = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -49,7 +49,7 @@ def host_loss(params: Any, seeds: Any, data: Any) -> jax.Array:
 
 
 class Run(NamedTuple):
-    """A run by `make_step`, nothing set but what a lattice needs."""
+    """A run by `make_step`, nothing set but what a layout needs."""
 
     growth: ef.Growth
     first: Any
@@ -60,13 +60,13 @@ class Run(NamedTuple):
 def default(survey_every: int | None) -> Run:
     with strict():
         growth = ef.growth(
-            ef.lattice(
+            ef.layout(
                 sites=[ef.site("h", features=WIDTH, chunks=CHUNKS)],
                 blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
                 capacity=CHUNKS,
             )
         )
-        optimizer = ef.optim.per_body(standard(optax.adam(1e-2)))
+        optimizer = ef.optim.per_adapter(standard(optax.adam(1e-2)))
         first = runtime.init(optimizer, host_params(), growth.init(jax.random.key(0)))
         step = runtime.make_step(growth, host_loss, optimizer, survey_every=survey_every)
 
@@ -97,7 +97,7 @@ WAY = [
 ]
 
 
-def test_with_nothing_set_bodies_are_born_at_once_and_kept_by_what_surveys_say() -> None:
+def test_with_nothing_set_adapters_are_born_at_once_and_kept_by_what_surveys_say() -> None:
     made = default(survey_every=25)
     _, infos = made.run(made.first, 400)
     assert np.asarray(infos.stage)[0].tolist() == [Stage.GERMINATED] * CHUNKS
@@ -113,7 +113,7 @@ def test_with_nothing_set_bodies_are_born_at_once_and_kept_by_what_surveys_say()
         assert bool(np.asarray(infos.is_measured)[kept, seed])
         assert np.asarray(infos.evidence)[kept, seed] > 0
     alpha, stage = np.asarray(infos.alpha), np.asarray(infos.stage)
-    # Never a step in which a body acts in part, and none in which it learns without acting.
+    # Never a step in which an adapter acts in part, and none in which it learns without acting.
     assert set(np.unique(alpha[stage >= Stage.GRAFTING])) == {1.0}
     assert not (stage == Stage.TRAINING).any()
     losses = np.asarray(infos.loss)
@@ -132,7 +132,7 @@ def test_what_no_survey_measures_is_kept() -> None:
         assert made.growth.seed(after.growth, seed).potential is None
 
 
-def test_a_body_acts_from_the_first_step_in_which_it_learns_and_is_the_identity_there() -> None:
+def test_an_adapter_acts_from_the_first_step_in_which_it_learns_and_is_the_identity_there() -> None:
     made = default(survey_every=25)
     growth = made.growth
     grads = jax.jit(growth.value_and_grad(host_loss))
@@ -145,17 +145,17 @@ def test_a_body_acts_from_the_first_step_in_which_it_learns_and_is_the_identity_
         learns = np.asarray(growth.slots(state.growth)["h"]["bottleneck"].learns)
         assert (np.asarray(state.growth.seeds.alpha) == 1).tolist() == learns.tolist()
     assert stages == [[Stage.GERMINATED] * CHUNKS] * (len(stages) - 1) + [[Stage.GRAFTING] * CHUNKS]
-    # The same host without and with its newborn bodies, in one program.
-    loss, (d_params, d_bodies), readings = grads(params, state.growth, batch())
+    # The same host without and with its newborn adapters, in one program.
+    loss, (d_params, d_adapters), statistics = grads(params, state.growth, batch())
     bare, (d_bare, _), _ = grads(params, fresh, batch())
     assert same_bits(loss, bare)
     for name in params:
         np.testing.assert_array_equal(d_params[name], d_bare[name])
-    assert np.asarray(readings.num_live).tolist() == [1.0] * CHUNKS
-    assert not np.any(readings.output_square)
-    assert np.any(np.asarray(d_bodies["h"]["bottleneck"]["up"]), axis=(1, 2)).all()
+    assert np.asarray(statistics.num_live).tolist() == [1.0] * CHUNKS
+    assert not np.any(statistics.output_square)
+    assert np.any(np.asarray(d_adapters["h"]["bottleneck"]["up"]), axis=(1, 2)).all()
     after, _ = made.run(state, 1)
-    up, newborn = (np.asarray(of.growth.bodies["h"]["bottleneck"]["up"]) for of in (after, state))
+    up, newborn = (np.asarray(of.growth.adapters["h"]["bottleneck"]["up"]) for of in (after, state))
     assert not newborn.any()
     assert up.any(axis=(1, 2)).all()
 
@@ -178,7 +178,7 @@ def linear_task() -> Any:
 
 class Overshoot(NamedTuple):
     share: np.ndarray
-    """Of each body's output in its chunk, in the last step behind the host."""
+    """Of each adapter's output in its chunk, in the last step behind the host."""
     before: float
     """The loss there."""
     after: float
@@ -189,7 +189,7 @@ class Overshoot(NamedTuple):
 def trained_first(chunks: int) -> Any:
     with strict():
         growth = ef.growth(
-            ef.lattice(
+            ef.layout(
                 sites=[ef.site("x", features=FEATURES, chunks=chunks)],
                 blueprints={"low_rank": ef.blueprints.low_rank(2)},
                 capacity=chunks,
@@ -200,7 +200,7 @@ def trained_first(chunks: int) -> Any:
                 train_first=True, min_steps={Stage.TRAINING: 100}, trust=TRUST
             ),
         )
-        optimizer = ef.optim.per_body(standard(optax.sgd(0.0)), standard(optax.adam(0.05)))
+        optimizer = ef.optim.per_adapter(standard(optax.sgd(0.0)), standard(optax.adam(0.05)))
         known, data = linear_task()
 
         def loss_fn(params: Any, seeds: Any, data: Any) -> jax.Array:
@@ -212,16 +212,16 @@ def trained_first(chunks: int) -> Any:
         def run(state: Any) -> Any:
             def step(carry: Any, _: Any) -> Any:
                 state, opt_state = carry
-                loss, gradients, readings = grads(known, state, data)
+                loss, gradients, statistics = grads(known, state, data)
                 updates, opt_state = optimizer.update(
-                    gradients, opt_state, (known, state.bodies), slots=growth.slots(state)
+                    gradients, opt_state, (known, state.adapters), slots=growth.slots(state)
                 )
-                _, bodies = optax.apply_updates((known, state.bodies), updates)
-                share = jnp.sqrt(readings.output_square / readings.square)
-                state, info = growth.update(state, bodies, readings, loss)
+                _, adapters = optax.apply_updates((known, state.adapters), updates)
+                share = jnp.sqrt(statistics.output_square / statistics.square)
+                state, info = growth.update(state, adapters, statistics, loss)
                 return (state, opt_state), (loss, info.before, share)
 
-            opt_state = optimizer.init((known, state.bodies))
+            opt_state = optimizer.init((known, state.adapters))
             return jax.lax.scan(step, (state, opt_state), None, length=200)[1]
 
         state = growth.init(jax.random.key(0))
@@ -243,7 +243,7 @@ def overshoot(chunks: int, trust: float) -> Overshoot:
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_a_body_that_learns_behind_the_host_does_not_overshoot(chunks: int) -> None:
+def test_an_adapter_that_learns_behind_the_host_does_not_overshoot(chunks: int) -> None:
     damped = overshoot(chunks, TRUST)
     assert (damped.share < 1.25 * TRUST).all()
     assert (damped.share > 0.25 * TRUST).all()  # yet it learned
@@ -266,12 +266,12 @@ RATES = np.asarray([0.7, 0.0, 2.5, 0.4, 1.3, 0.0], np.float32)
 def weighed(at_once: int | None) -> Any:
     with strict():
         growth = ef.growth(
-            ef.lattice(
+            ef.layout(
                 sites=list(SITES),
                 blueprints={"silu": ef.blueprints.bottleneck(3, activation="silu")},
                 capacity=3,
             ),
-            bodies_at_once=at_once,
+            adapters_at_once=at_once,
             settings=ef.lifecycle.settings(train_first=True, trust=0.2),
         )
 
@@ -288,11 +288,11 @@ def weighed(at_once: int | None) -> Any:
         )
         state = growth.init(jax.random.key(1))
         noise = np.random.default_rng(5)
-        bodies = jax.tree.map(
+        adapters = jax.tree.map(
             lambda leaf: jnp.asarray(noise.standard_normal(leaf.shape) * 0.5, leaf.dtype),
-            state.bodies,
+            state.adapters,
         )
-        state = state._replace(bodies=bodies, owner=jnp.arange(6, dtype=jnp.int32))
+        state = state._replace(adapters=adapters, owner=jnp.arange(6, dtype=jnp.int32))
     return growth, state, run, ((x, v), (wx, wv))
 
 
@@ -310,7 +310,7 @@ def in_stage(state: Any, stage: Stage, alpha: float) -> Any:
     )
 
 
-def silu_body(params: dict[str, np.ndarray], u: np.ndarray, slope: Any) -> Any:
+def silu_adapter(params: dict[str, np.ndarray], u: np.ndarray, slope: Any) -> Any:
     """`r`, and `(dr/dtheta)^T slope(r)` by hand in float64."""
     hidden = u @ params["down"] + params["bias"]
     gate = 1 / (1 + np.exp(-hidden))
@@ -323,11 +323,11 @@ def silu_body(params: dict[str, np.ndarray], u: np.ndarray, slope: Any) -> Any:
 
 @pytest.mark.parametrize("at_once", [None, 1])
 @pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.GRAFTING, Stage.FOSSILIZED])
-def test_the_gradient_of_a_damped_body(stage: Stage, at_once: int | None) -> None:
+def test_the_gradient_of_a_damped_adapter(stage: Stage, at_once: int | None) -> None:
     """`(dr/dtheta)^T (dy + damping r)` with `damping = scale / trust`, where it does not act."""
     _, state, run, ((x, v), weights) = weighed(at_once)
     state = in_stage(state, stage, 0.0 if stage == Stage.TRAINING else 0.5)
-    ((_, (y, z)), (d_inputs, d_bodies), readings) = run((x, v), state, weights)
+    ((_, (y, z)), (d_inputs, d_adapters), statistics) = run((x, v), state, weights)
     if stage == Stage.TRAINING:  # behind the host, to the bit
         assert same_bits((y, z), (x, v))
         assert same_bits(d_inputs, weights)
@@ -339,26 +339,28 @@ def test_the_gradient_of_a_damped_body(stage: Stage, at_once: int | None) -> Non
             read = slice(2 * chunk, 2 * chunk + 2)
             wrote = slice(edges[chunk], edges[chunk + 1])
             width = wrote.stop - wrote.start
-            bank = state.bodies[place.name]["silu"]
-            body = {name: np.asarray(leaf[chunk], np.float64) for name, leaf in bank.items()}
-            body["up"] = body["up"][:, :width]
+            bank = state.adapters[place.name]["silu"]
+            adapter = {name: np.asarray(leaf[chunk], np.float64) for name, leaf in bank.items()}
+            adapter["up"] = adapter["up"][:, :width]
             damping = RATES[seed] / 0.2 if stage == Stage.TRAINING else 0.0
             u, slope = np.asarray(x, np.float64)[:, read], np.asarray(dy, np.float64)[:, wrote]
-            r, want = silu_body(body, u, lambda r, d=damping, s=slope: s + d * r)
+            r, want = silu_adapter(adapter, u, lambda r, d=damping, s=slope: s + d * r)
             for name, leaf in want.items():
-                got = np.asarray(d_bodies[place.name]["silu"][name][chunk])
+                got = np.asarray(d_adapters[place.name]["silu"][name][chunk])
                 got = got[:, :width] if name == "up" else got
                 np.testing.assert_allclose(got, leaf, rtol=1e-4, atol=1e-4, err_msg=name)
-            # What is measured is the body's worth to the host, which no damping changes.
-            np.testing.assert_allclose(readings.utility[seed], -np.sum(slope * r), rtol=1e-4)
+            # What is measured is the adapter's worth to the host, which no damping changes.
+            np.testing.assert_allclose(statistics.utility[seed], -np.sum(slope * r), rtol=1e-4)
             seed += 1
 
 
 def test_the_scale_of_damping_is_measured() -> None:
     growth, _, run, ((x, v), weights) = weighed(None)
     fresh = growth.init(jax.random.key(2))
-    ((loss, _), _, readings) = run((x, v), fresh, weights)
-    after, _ = jax.jit(growth.update, compiler_options=QUICK)(fresh, fresh.bodies, readings, loss)
+    ((loss, _), _, statistics) = run((x, v), fresh, weights)
+    after, _ = jax.jit(growth.update, compiler_options=QUICK)(
+        fresh, fresh.adapters, statistics, loss
+    )
     edges = {"here": [0, 2, 4, 6], "across": [0, 2, 4, 5]}
     want = [
         np.linalg.norm(dy[:, first:last]) / np.linalg.norm(base[:, first:last])
@@ -368,10 +370,11 @@ def test_the_scale_of_damping_is_measured() -> None:
     np.testing.assert_allclose(after.seeds.telemetry.gradient_scale, want, rtol=1e-5)
 
 
-# --- the clock of the bodies ---------------------------------------------------------------------
+# --- the clock of the adapters
+# ---------------------------------------------------------------------
 
 COSINE = optax.cosine_decay_schedule(0.1, 10)
-BANKS = {"site": {"body": {"w": jnp.zeros((2, 3))}}}
+BANKS = {"site": {"adapter": {"w": jnp.zeros((2, 3))}}}
 HOST = {"w": jnp.zeros((3,))}
 ONES = jax.tree.map(jnp.ones_like, (HOST, BANKS))
 BIRTH = 6
@@ -380,20 +383,23 @@ BIRTH = 6
 def rates(
     optimizer: Any, *, change: Any = None, values: Any = None, params: Any = (HOST, BANKS)
 ) -> np.ndarray:
-    """`[steps, 3]`: what host, old body and one born in step `BIRTH` subtract of a gradient 1."""
+    """`[steps, 3]`: what host, old adapter and one born in step `BIRTH` subtract of a gradient
+    1."""
     state = optimizer.init(params)
     told = []
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     for turn in range(10):
         slots = ef.optim.Slots(
-            num_births=jnp.asarray([1, int(turn >= BIRTH)], jnp.int32),
+            generation=jnp.asarray([1, int(turn >= BIRTH)], jnp.int32),
             learns=jnp.asarray([True, turn >= BIRTH]),
         )
         if change is not None:
             state = change(turn, state)
         extra = {} if values is None else {"value": jnp.float32(values[turn])}
-        (host, banks), state = update(ONES, state, params, slots={"site": {"body": slots}}, **extra)
-        row = banks["site"]["body"]["w"][:, 0]
+        (host, banks), state = update(
+            ONES, state, params, slots={"site": {"adapter": slots}}, **extra
+        )
+        row = banks["site"]["adapter"]["w"][:, 0]
         told.append([-float(host["w"][0]), *(-float(one) for one in row)])
     return np.asarray(told)
 
@@ -402,19 +408,19 @@ LATE = np.arange(10) >= BIRTH
 RUN_CLOCK = np.asarray([float(COSINE(turn)) for turn in range(10)])
 
 
-def test_a_body_born_late_learns_at_the_rate_of_the_run() -> None:
-    told = rates(ef.optim.per_body(standard(optax.sgd(COSINE))))
+def test_an_adapter_born_late_learns_at_the_rate_of_the_run() -> None:
+    told = rates(ef.optim.per_adapter(standard(optax.sgd(COSINE))))
     np.testing.assert_allclose(told.T, [RUN_CLOCK, RUN_CLOCK, RUN_CLOCK * LATE], rtol=1e-5)
 
 
 def test_or_at_the_rate_of_its_age() -> None:
-    told = rates(ef.optim.per_body(standard(optax.sgd(COSINE)), schedule="age"))
+    told = rates(ef.optim.per_adapter(standard(optax.sgd(COSINE)), schedule="age"))
     own = np.concatenate([np.zeros(BIRTH), RUN_CLOCK[: 10 - BIRTH]])
     np.testing.assert_allclose(told.T, [RUN_CLOCK, RUN_CLOCK, own], rtol=1e-5)
 
 
-def test_bodies_with_their_own_transformation_follow_the_run_too() -> None:
-    told = rates(ef.optim.per_body(standard(optax.sgd(0.01)), standard(optax.sgd(COSINE))))
+def test_adapters_with_their_own_transformation_follow_the_run_too() -> None:
+    told = rates(ef.optim.per_adapter(standard(optax.sgd(0.01)), standard(optax.sgd(COSINE))))
     np.testing.assert_allclose(told.T, [[0.01] * 10, RUN_CLOCK, RUN_CLOCK * LATE], rtol=1e-5)
 
 
@@ -424,14 +430,14 @@ def test_schedules_inside_injected_transformations_and_of_weight_decay_follow_th
             optax.add_decayed_weights(COSINE), optax.sgd(lambda count: scale * COSINE(count))
         )
 
-    plain = rates(ef.optim.per_body(standard(optax.sgd(COSINE))))
-    optimizer = ef.optim.per_body(standard(optax.inject_hyperparams(made)(scale=1.0)))
+    plain = rates(ef.optim.per_adapter(standard(optax.sgd(COSINE))))
+    optimizer = ef.optim.per_adapter(standard(optax.inject_hyperparams(made)(scale=1.0)))
     inside = rates(optimizer, params=ONES)
     np.testing.assert_allclose(inside[BIRTH:, 2], inside[BIRTH:, 1], rtol=1e-5)
     assert (inside[BIRTH:, 2] != plain[BIRTH:, 2]).any()  # the weights do decay
 
 
-def test_bodies_take_over_what_is_injected_into_the_host() -> None:
+def test_adapters_take_over_what_is_injected_into_the_host() -> None:
     def change(turn: int, state: Any) -> Any:
         if turn not in (3, 7):
             return state
@@ -441,19 +447,19 @@ def test_bodies_take_over_what_is_injected_into_the_host() -> None:
 
     made = standard(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
     want = np.asarray([0.1] * 3 + [0.5] * 4 + [0.25] * 3)
-    told = rates(ef.optim.per_body(made), change=change)
+    told = rates(ef.optim.per_adapter(made), change=change)
     np.testing.assert_allclose(told.T, [want, want, want * LATE], rtol=1e-5)
-    told = rates(ef.optim.per_body(made, schedule="age"), change=change)
+    told = rates(ef.optim.per_adapter(made, schedule="age"), change=change)
     np.testing.assert_allclose(told.T, [want, [0.1] * 10, 0.1 * LATE], rtol=1e-5)
 
 
-def test_bodies_follow_the_reduction_on_a_plateau() -> None:
+def test_adapters_follow_the_reduction_on_a_plateau() -> None:
     made = standard(
         optax.chain(
             optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=2, cooldown=0)
         )
     )
-    told = rates(ef.optim.per_body(made), values=[1.0] * 10)
+    told = rates(ef.optim.per_adapter(made), values=[1.0] * 10)
     assert told[0, 0] > 1.9 * told[BIRTH, 0] > 0  # it was reduced before the late one was born
     np.testing.assert_allclose(told[:, 1], told[:, 0], rtol=1e-5)
     np.testing.assert_allclose(told[:, 2], told[:, 0] * LATE, rtol=1e-5)

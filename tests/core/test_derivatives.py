@@ -15,7 +15,7 @@ import esper_fn as ef
 from esper_fn._control import once_if
 from esper_fn.lifecycle import Stage
 
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[
         ef.site("hidden", features=7, chunks=3),
         ef.span("over", source_features=7, features=5, chunks=2),
@@ -55,7 +55,7 @@ def penalised(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 
 def setting(at_once: int | None, rows: Any = None) -> tuple[ef.Growth, ef.GrowthState]:
-    growth = ef.growth(LATTICE, bodies_at_once=at_once, policy=ef.policies.never())
+    growth = ef.growth(LAYOUT, adapters_at_once=at_once, policy=ef.policies.never())
     return growth, place(growth, blank(growth), ROWS if rows is None else rows)
 
 
@@ -99,7 +99,7 @@ def test_a_gradient_penalty_is_the_same_in_a_loop_and_in_one_go() -> None:
 
 
 def test_a_gradient_penalty_over_fossils_is_that_of_the_plain_network() -> None:
-    """With act = feel = 1 a body is a part of the host like any other."""
+    """With act = feel = 1 an adapter is a part of the host like any other."""
     growth, state = setting(1, {2: ("gelu", Stage.FOSSILIZED, 1.0)})
 
     class Plain:
@@ -108,24 +108,24 @@ def test_a_gradient_penalty_over_fossils_is_that_of_the_plain_network() -> None:
             if name != "hidden":
                 return x
             slot = int(state.seeds.slot[2])
-            body = jax.tree.map(lambda leaf: leaf[slot], state.bodies["hidden"]["gelu"])
-            # Chunks of 3, 2 and 2 features; the third one's body has a padded row.
+            adapter = jax.tree.map(lambda leaf: leaf[slot], state.adapters["hidden"]["gelu"])
+            # Chunks of 3, 2 and 2 features; the third one's adapter has a padded row.
             u = jnp.pad(x[:, 5:], ((0, 0), (0, 1)))
-            hidden = jax.nn.gelu(u @ body["down"] + body["bias"][None])
-            return x.at[:, 5:].add((hidden @ body["up"])[:, :2])
+            hidden = jax.nn.gelu(u @ adapter["down"] + adapter["bias"][None])
+            return x.at[:, 5:].add((hidden @ adapter["up"])[:, :2])
 
     want = jax.value_and_grad(lambda params: penalised(params, Plain(), X))(PARAMS)
     value, (d_params, _), _ = growth.value_and_grad(penalised)(PARAMS, state, X)
     _close((value, d_params), want)
 
 
-def test_a_penalty_on_the_host_does_not_feel_a_body_in_training() -> None:
+def test_a_penalty_on_the_host_does_not_feel_an_adapter_in_training() -> None:
     growth, state = setting(1, {0: ("gelu", Stage.TRAINING, 0.0)})
     graded = jax.jit(growth.value_and_grad(penalised))
-    value, (d_params, d_bodies), _ = graded(PARAMS, state, X)
+    value, (d_params, d_adapters), _ = graded(PARAMS, state, X)
     quiet, (d_quiet, _), _ = graded(PARAMS, setting(1, {})[1], X)
     assert same_bits((value, d_params), (quiet, d_quiet))
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(d_adapters))
 
 
 @pytest.mark.slow
@@ -133,17 +133,17 @@ def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> No
     """Of a loss after two steps, with respect to where they began: as through `jax.lax.cond`."""
 
     def outer(growth: ef.Growth, state: ef.GrowthState) -> Any:
-        optimizer = ef.optim.per_body(standard(optax.adam(1e-2, eps_root=1e-8)))
+        optimizer = ef.optim.per_adapter(standard(optax.adam(1e-2, eps_root=1e-8)))
 
         def run(params: Any) -> jax.Array:
-            now, opt_state = state, optimizer.init((params, state.bodies))
+            now, opt_state = state, optimizer.init((params, state.adapters))
             for _ in range(2):
-                loss, grads, readings = growth.value_and_grad(loss_fn)(params, now, X)
+                loss, grads, statistics = growth.value_and_grad(loss_fn)(params, now, X)
                 updates, opt_state = optimizer.update(
-                    grads, opt_state, (params, now.bodies), slots=growth.slots(now)
+                    grads, opt_state, (params, now.adapters), slots=growth.slots(now)
                 )
-                params, bodies = optax.apply_updates((params, now.bodies), updates)
-                now, _ = growth.update(now, bodies, readings, loss)
+                params, adapters = optax.apply_updates((params, now.adapters), updates)
+                now, _ = growth.update(now, adapters, statistics, loss)
             return loss_fn(params, growth.seeds(now), X)
 
         return jax.jit(jax.value_and_grad(run), compiler_options=QUICK)(PARAMS)
@@ -153,7 +153,7 @@ def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> No
     def conditional(is_wanted: jax.Array, run: Any, carry: Any) -> Any:
         return jax.lax.cond(is_wanted, run, lambda carry: carry, carry)
 
-    for module in ("optim", "_growth._update", "_lattice._allocate"):
+    for module in ("optim", "_growth._update", "_layout._allocate"):
         monkeypatch.setattr(f"esper_fn.{module}.once_if", conditional)
     want = outer(*setting(None))
     assert float(optax.tree.norm(want[1])) > 0
@@ -163,26 +163,28 @@ def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("is_alive", [True, False])
 @pytest.mark.parametrize("at_once", [1, None])
-def test_a_body_that_breaks_reaches_no_second_derivative(
+def test_an_adapter_that_breaks_reaches_no_second_derivative(
     is_alive: bool, at_once: int | None
 ) -> None:
     """Alive, or left in a free slot: its products overflow, and 0 times infinity is NaN."""
     growth, quiet = setting(at_once, {})
     slot = int(setting(at_once, {0: ROWS[0]})[1].seeds.slot[0])
     state = setting(at_once, {0: ROWS[0]} if is_alive else {})[1]
-    huge = jax.tree.map(lambda leaf: leaf.at[slot].set(1e30), state.bodies["hidden"])
+    huge = jax.tree.map(lambda leaf: leaf.at[slot].set(1e30), state.adapters["hidden"])
     graded = jax.jit(growth.value_and_grad(penalised))
-    broken = state._replace(bodies={**state.bodies, "hidden": huge})
-    value, (d_params, d_bodies), readings = graded(PARAMS, broken, X)
+    broken = state._replace(adapters={**state.adapters, "hidden": huge})
+    value, (d_params, d_adapters), statistics = graded(PARAMS, broken, X)
     want, (d_want, _), _ = graded(PARAMS, quiet, X)
     assert same_bits((value, d_params), (want, d_want))
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(d_bodies))
-    assert (float(readings.num_errors[0]) > 0) == is_alive
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(d_adapters))
+    assert (float(statistics.num_errors[0]) > 0) == is_alive
 
 
 @pytest.mark.slow
 def test_no_tracer_leaks() -> None:
     growth, state = setting(1)
     with jax.checking_leaks():
-        loss, (_, bodies), readings = jax.jit(growth.value_and_grad(penalised))(PARAMS, state, X)
-        jax.block_until_ready(jax.jit(growth.update)(state, bodies, readings, loss))
+        loss, (_, adapters), statistics = jax.jit(growth.value_and_grad(penalised))(
+            PARAMS, state, X
+        )
+        jax.block_until_ready(jax.jit(growth.update)(state, adapters, statistics, loss))

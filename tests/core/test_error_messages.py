@@ -22,24 +22,24 @@ from esper_fn.base import Cost
 X = jnp.ones((4, 6))
 
 
-def lattice(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Lattice:
-    return ef.lattice(
+def layout(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Layout:
+    return ef.layout(
         sites=[ef.site(name, features=6, chunks=chunks)],
         blueprints={"low_rank": ef.blueprints.low_rank(rank)},
         capacity=2,
     )
 
 
-LATTICE = lattice()
-GROWTH = ef.growth(LATTICE, policy=ef.policies.never())
+LAYOUT = layout()
+GROWTH = ef.growth(LAYOUT, policy=ef.policies.never())
 OTHERS = {
-    "seeds": ef.growth(lattice(chunks=3), policy=ef.policies.never()),
-    "site": ef.growth(lattice(name="b"), policy=ef.policies.never()),
-    "rank": ef.growth(lattice(rank=2), policy=ef.policies.never()),
-    "policy": ef.growth(LATTICE, policy=ef.policies.periodic(every=3)),
-    "governor": ef.growth(LATTICE, policy=ef.policies.never(), governor=ef.governors.lenient()),
+    "seeds": ef.growth(layout(chunks=3), policy=ef.policies.never()),
+    "site": ef.growth(layout(name="b"), policy=ef.policies.never()),
+    "rank": ef.growth(layout(rank=2), policy=ef.policies.never()),
+    "policy": ef.growth(LAYOUT, policy=ef.policies.periodic(every=3)),
+    "governor": ef.growth(LAYOUT, policy=ef.policies.never(), governor=ef.governors.lenient()),
     "grafts": ef.growth(
-        LATTICE,
+        LAYOUT,
         policy=ef.policies.never(),
         graft=[ef.grafting.linear(), ef.grafting.adaptive()],
     ),
@@ -66,12 +66,12 @@ READINGS = trace(GROWTH.value_and_grad(loss_fn), P, STATE, X)[2]
 VALUE = GROWTH.value_and_grad(loss_fn)
 UPDATE = GROWTH.update
 LOSS = jnp.float32(1.0)
-BODIES = STATE.bodies
+ADAPTERS = STATE.adapters
 Builder = Callable[[], Any]
 
 
 def step(**changes: Any) -> Any:
-    given = {"state": STATE, "bodies": BODIES, "readings": READINGS, "loss": LOSS}
+    given = {"state": STATE, "adapters": ADAPTERS, "statistics": READINGS, "loss": LOSS}
     commands = changes.pop("commands", None)
     return trace(lambda given: UPDATE(**given, commands=commands), {**given, **changes})
 
@@ -129,24 +129,24 @@ def blueprint(**parts: Any) -> Any:
 
 BAD_STATES: dict[str, tuple[Builder, str]] = {
     "update, swapped": (
-        lambda: step(state=BODIES, bodies=STATE),
-        r"state must be a GrowthState, got a dict; the call is update\(state, bodies, readings",
+        lambda: step(state=ADAPTERS, adapters=STATE),
+        r"state must be a GrowthState, got a dict; the call is update\(state, adapters, statistics",
     ),
     "update, seeds": (
-        lambda: trace(lambda s: UPDATE(GROWTH.seeds(s), BODIES, READINGS, LOSS), STATE),
+        lambda: trace(lambda s: UPDATE(GROWTH.seeds(s), ADAPTERS, READINGS, LOSS), STATE),
         r"state must be a GrowthState, got a Seeds; .*`growth\.init\(key\)`",
     ),
-    "bodies are the pair": (
-        lambda: step(bodies=(P, BODIES)),
-        r"bodies must be a Mapping, got a tuple; .*second half of what `optax\.apply_updates",
+    "adapters are the pair": (
+        lambda: step(adapters=(P, ADAPTERS)),
+        r"adapters must be a Mapping, got a tuple; .*second half of what `optax\.apply_updates",
     ),
-    "bodies of another": (
-        lambda: step(bodies=state_of(OTHERS["site"]).bodies),
-        r"bodies\['a'\]\['low_rank'\] is missing",
+    "adapters of another": (
+        lambda: step(adapters=state_of(OTHERS["site"]).adapters),
+        r"adapters\['a'\]\['low_rank'\] is missing",
     ),
-    "readings and loss, swapped": (
-        lambda: step(readings=LOSS, loss=READINGS),
-        r"readings must be a Reading, got .*; pass what `growth\.value_and_grad` returns",
+    "statistics and loss, swapped": (
+        lambda: step(statistics=LOSS, loss=READINGS),
+        r"statistics must be a Statistics, got .*; pass what `growth\.value_and_grad` returns",
     ),
     "value_and_grad, swapped": (
         lambda: trace(VALUE, STATE, P, X),
@@ -164,13 +164,13 @@ BAD_STATES: dict[str, tuple[Builder, str]] = {
         lambda: trace(lambda s: GROWTH.seeds(GROWTH.seeds(s)), STATE),
         "state must be a GrowthState, got a Seeds",
     ),
-    "slots of bodies": (
-        lambda: trace(lambda s: GROWTH.slots(s.bodies), STATE),
+    "slots of adapters": (
+        lambda: trace(lambda s: GROWTH.slots(s.adapters), STATE),
         "state must be a GrowthState, got a dict",
     ),
     "step, growth state": (
         lambda: trace(
-            runtime.make_step(GROWTH, loss_fn, ef.optim.per_body(optax.sgd(0.1))),
+            runtime.make_step(GROWTH, loss_fn, ef.optim.per_adapter(optax.sgd(0.1))),
             STATE,
             X,
             X,
@@ -184,8 +184,8 @@ BAD_STATES: dict[str, tuple[Builder, str]] = {
             OTHERS.items(),
             (
                 r"state has \(3,\) seeds, this growth has 2; use the state of this growth's own",
-                r"state\.bodies\['a'\]\['low_rank'\] is missing",
-                r"state\.bodies\['a'\]\['low_rank'\] has leaves of shapes \[\(2, 3, 2\), ",
+                r"state\.adapters\['a'\]\['low_rank'\] is missing",
+                r"state\.adapters\['a'\]\['low_rank'\] has leaves of shapes \[\(2, 3, 2\), ",
                 r"state\.policy belongs to another policy than this growth's",
                 r"state\.governor belongs to another governor than this growth's",
                 r"state\.grafts has 2 strategies, this growth has \['linear'\]",
@@ -240,7 +240,7 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
         r"commands must be Commands or None, got a list; pack them .* `growth\.commands\(\[",
     ),
     "a list, compiled": (
-        lambda: trace(UPDATE, STATE, BODIES, READINGS, LOSS, [cmd.cull(1)]),
+        lambda: trace(UPDATE, STATE, ADAPTERS, READINGS, LOSS, [cmd.cull(1)]),
         "commands must be Commands or None, got a list",
     ),
     "one": (lambda: step(commands=cmd.cull(1)), "got one Command; pack them"),
@@ -262,7 +262,7 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
     ),
     "a seed by name": (
         lambda: GROWTH.commands([cmd.cull("a")]),  # type: ignore[arg-type]
-        r"a command's seed must be an int, got 'a'; `lattice\.seed_index",
+        r"a command's seed must be an int, got 'a'; `layout\.seed_index",
     ),
     "a stage by name": (
         lambda: cmd.transition(0, "culled"),  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
 
 
 def grow(**options: Any) -> Any:
-    return ef.growth(LATTICE, **options)
+    return ef.growth(LAYOUT, **options)
 
 
 BAD_PARTS: dict[str, tuple[Builder, str]] = {
@@ -324,9 +324,9 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         "settings must be a Settings, got the function settings, not called",
     ),
     "settings, a dict": (lambda: grow(settings={"max_training": 3}), "settings .* got a dict"),
-    "lattice": (
-        lambda: ef.growth(ef.lattice),  # type: ignore[arg-type]
-        r"lattice must be a Lattice, got the function lattice, not called; make one with",
+    "layout": (
+        lambda: ef.growth(ef.layout),  # type: ignore[arg-type]
+        r"layout must be a Layout, got the function layout, not called; make one with",
     ),
     "chain": (
         lambda: ef.policies.chain(ef.policies.plateau),  # type: ignore[arg-type]
@@ -349,27 +349,27 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"'budget' only limits .*so it would limit nothing of \['plateau'\]",
     ),
     "blueprint": (
-        lambda: ef.lattice(
-            sites=LATTICE.sites,
+        lambda: ef.layout(
+            sites=LAYOUT.sites,
             blueprints={"x": ef.blueprints.low_rank},  # type: ignore[dict-item]
             capacity=1,
         ),
         r"blueprints\['x'\] must be a Blueprint, got the function low_rank, not called; call",
     ),
     "blueprints, a list": (
-        lambda: ef.lattice(
-            sites=LATTICE.sites,
+        lambda: ef.layout(
+            sites=LAYOUT.sites,
             blueprints=[ef.blueprints.low_rank()],  # type: ignore[arg-type]
             capacity=1,
         ),
         "blueprints must be a dict of names and blueprints, got a list",
     ),
     "one site": (
-        lambda: ef.lattice(sites="a", blueprints={}, capacity=1),  # type: ignore[arg-type]
+        lambda: ef.layout(sites="a", blueprints={}, capacity=1),  # type: ignore[arg-type]
         "sites: each must be a Site, got 'a'; make a list",
     ),
     "site": (
-        lambda: ef.lattice(sites=[ef.site], blueprints={}, capacity=1),  # type: ignore[list-item]
+        lambda: ef.layout(sites=[ef.site], blueprints={}, capacity=1),  # type: ignore[list-item]
         "sites: each must be a Site, got the function site, not called",
     ),
     "topology": (
@@ -377,28 +377,28 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"topology must be one of .*, got 'conv'; it is `image` for \[\.\.\., H, W, D\]",
     ),
     "topology of a module": (
-        lambda: ef.discover(lambda x: Conv("conv").apply({}, x), X),
+        lambda: ef.discover_sites(lambda x: Conv("conv").apply({}, x), X),
         r"site 'a': topology must be one of .*, got 'conv'; it is `image`",
     ),
     "topology that does not fit": (
-        lambda: ef.discover(lambda x: Conv("image").apply({}, x), X),
+        lambda: ef.discover_sites(lambda x: Conv("image").apply({}, x), X),
         r"topology='image' needs an activation of at least 3 axes, got \(4, 6\)",
     ),
     "no activation": (
-        lambda: ef.discover(lambda x: ef.nnx.Grow("a")((x, x)), X),  # type: ignore[arg-type]
+        lambda: ef.discover_sites(lambda x: ef.nnx.Grow("a")((x, x)), X),  # type: ignore[arg-type]
         "site 'a': x must be an array, got a tuple",
     ),
     "dropout": (
-        lambda: ef.discover(Dropping(), X),
+        lambda: ef.discover_sites(Dropping(), X),
         r"the model changes its own state .* call `model\.eval\(\)` first",
     ),
-    "running statistics": (lambda: ef.discover(Normalised(), X), r"`model\.eval\(\)` first"),
+    "running statistics": (lambda: ef.discover_sites(Normalised(), X), r"`model\.eval\(\)` first"),
     "closed over": (
         closed_over,
         r"never reaches site\(s\) \['a'\] with the seeds that it is given; .*closed over or of",
     ),
-    "using a state": (lambda: ef.using(STATE).__enter__(), "got a GrowthState; take those"),
-    "using None": (lambda: ef.using(None).__enter__(), "got None"),  # type: ignore[arg-type]
+    "using a state": (lambda: ef.use_seeds(STATE).__enter__(), "got a GrowthState; take those"),
+    "using None": (lambda: ef.use_seeds(None).__enter__(), "got None"),  # type: ignore[arg-type]
 }
 BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
     "init, plain": (
@@ -411,49 +411,49 @@ BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
                 runtime.TrainState(P, o, s, None), X, X, cmd.no_commands()
             ),
             STATE,
-            jax.eval_shape(optax.adam(0.1).init, (P, BODIES)),
+            jax.eval_shape(optax.adam(0.1).init, (P, ADAPTERS)),
         ),
         "got an Optax transformation, .*inherits the moments",
     ),
     "not called": (
-        lambda: trace(lambda s: runtime.init(ef.optim.per_body, P, s), STATE),  # type: ignore[arg-type]
-        r"optimizer must be from optim\.per_body, got the function per_body, not called",
+        lambda: trace(lambda s: runtime.init(ef.optim.per_adapter, P, s), STATE),  # type: ignore[arg-type]
+        r"optimizer must be from optim\.per_adapter, got the function per_adapter, not called",
     ),
     "host not called": (
-        lambda: ef.optim.per_body(optax.adam),
+        lambda: ef.optim.per_adapter(optax.adam),
         r"host must be an Optax transformation, got the function adam, not called; `host=optax",
     ),
-    "a rate": (lambda: ef.optim.per_body(0.1), "host must be an Optax transformation, got 0.1"),
-    "bodies not called": (
-        lambda: ef.optim.per_body(optax.sgd(0.1), optax.sgd),
-        "bodies must be an Optax transformation, got the function sgd, not called",
+    "a rate": (lambda: ef.optim.per_adapter(0.1), "host must be an Optax transformation, got 0.1"),
+    "adapters not called": (
+        lambda: ef.optim.per_adapter(optax.sgd(0.1), optax.sgd),
+        "adapters must be an Optax transformation, got the function sgd, not called",
     ),
     "twice": (
-        lambda: ef.optim.per_body(ef.optim.per_body(optax.sgd(0.1))),
-        "host must be an Optax transformation, got a PerBody",
+        lambda: ef.optim.per_adapter(ef.optim.per_adapter(optax.sgd(0.1))),
+        "host must be an Optax transformation, got a PerAdapter",
     ),
     "labels": (
         lambda: trace(
-            ef.optim.per_body(
+            ef.optim.per_adapter(
                 optax.multi_transform({"x": optax.sgd(0.1)}, {"w": "x", "v": "x"})
             ).init,
-            ({"w": P, "v": P}, BODIES),
+            ({"w": P, "v": P}, ADAPTERS),
         ),
-        r"does not fit the bodies 'low_rank' of site 'a'.* or give the bodies their own",
+        r"does not fit the adapters 'low_rank' of site 'a'.* or give the adapters their own",
     ),
     "a mask": (
         lambda: trace(
-            ef.optim.per_body(optax.masked(optax.adam(0.1), {"w": True, "v": False})).init,
-            ({"w": P, "v": P}, BODIES),
+            ef.optim.per_adapter(optax.masked(optax.adam(0.1), {"w": True, "v": False})).init,
+            ({"w": P, "v": P}, ADAPTERS),
         ),
-        "does not fit the bodies 'low_rank'",
+        "does not fit the adapters 'low_rank'",
     ),
     "a mask of decay": (
         lambda: trace(
-            ef.optim.per_body(optax.adamw(0.1, mask={"w": True, "v": False})).init,
-            ({"w": P, "v": P}, BODIES),
+            ef.optim.per_adapter(optax.adamw(0.1, mask={"w": True, "v": False})).init,
+            ({"w": P, "v": P}, ADAPTERS),
         ),
-        "does not fit the bodies 'low_rank'",
+        "does not fit the adapters 'low_rank'",
     ),
     "params with words": (
         lambda: trace(lambda s: VALUE({"w": P, "name": "x"}, s, X), STATE),
@@ -461,12 +461,12 @@ BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
     ),
     "init, params with words": (
         lambda: trace(
-            lambda s: runtime.init(ef.optim.per_body(optax.sgd(0.1)), {"f": jnp.tanh}, s), STATE
+            lambda s: runtime.init(ef.optim.per_adapter(optax.sgd(0.1)), {"f": jnp.tanh}, s), STATE
         ),
         r"params\['f'\] must be an array or a number, got the function tanh",
     ),
     "init, no state": (
-        lambda: runtime.init(ef.optim.per_body(optax.sgd(0.1)), P, GROWTH),  # type: ignore[arg-type]
+        lambda: runtime.init(ef.optim.per_adapter(optax.sgd(0.1)), P, GROWTH),  # type: ignore[arg-type]
         r"growth must be a GrowthState, got a Growth; pass `growth\.init\(key\)`",
     ),
 }
@@ -549,7 +549,7 @@ def test_a_loss_of_another_type_changes_no_type_of_the_state(loss: Any) -> None:
 @pytest.mark.parametrize("made", [optax.adam, optax.sgd, optax.adamw])
 def test_a_plain_optimiser_in_a_loop_of_ones_own_is_refused_with_the_remedy(made: Any) -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("a", features=4)],
             blueprints={"low_rank": ef.blueprints.low_rank(2)},
             capacity=1,
@@ -557,14 +557,14 @@ def test_a_plain_optimiser_in_a_loop_of_ones_own_is_refused_with_the_remedy(made
     )
     params, optimizer = jnp.ones((4, 2)), made(1e-3)
     state = growth.init(jax.random.key(0))
-    opt_state = optimizer.init((params, state.bodies))
+    opt_state = optimizer.init((params, state.adapters))
     loss_fn = lambda params, seeds: jnp.sum(seeds.grow("a", jnp.ones((3, 4))) @ params)  # noqa: E731
     _, grads, _ = growth.value_and_grad(loss_fn)(params, state)
-    both = (params, state.bodies)
+    both = (params, state.adapters)
 
     def learn() -> Any:
         updates, _ = optimizer.update(grads, opt_state, both, slots=growth.slots(state))
         return optax.apply_updates(both, updates)
 
-    with pytest.raises(ValueError, match=r"ef\.optim\.per_body"):
+    with pytest.raises(ValueError, match=r"ef\.optim\.per_adapter"):
         learn()

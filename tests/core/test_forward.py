@@ -1,4 +1,4 @@
-"""`y = x + act * body(x)`, against the same in float64."""
+"""`y = x + act * adapter(x)`, against the same in float64."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from support import QUICK, blank, body_of, place, same_bits
+from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
-from esper_fn._lattice._site import Site
-from esper_fn.errors import LatticeError
+from esper_fn._layout._site import Site
+from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage
 
 DENSE = {
@@ -47,11 +47,11 @@ class Case(NamedTuple):
 def case(at_once: int | None = None, names: tuple[str, ...] = FEW) -> Case:
     """The blueprints at every kind of site, each seed acting with another alpha."""
     blueprints = {name: DENSE[name] for name in names}
-    lattice = ef.lattice(sites=SITES, blueprints=blueprints, capacity=8 // len(names) + 1)
-    growth = ef.growth(lattice, bodies_at_once=at_once)
+    layout = ef.layout(sites=SITES, blueprints=blueprints, capacity=8 // len(names) + 1)
+    growth = ef.growth(layout, adapters_at_once=at_once)
     rows = {}
-    for seed in range(lattice.num_seeds):
-        site, _, chunk = lattice.locate(seed)
+    for seed in range(layout.num_seeds):
+        site, _, chunk = layout.locate(seed)
         served = [n for n, b in blueprints.items() if b.can_span or not site.is_span]
         if chunk < 8:  # the last chunk stays dormant
             rows[seed] = (served[chunk % len(served)], Stage.GRAFTING, 0.3 + 0.08 * chunk)
@@ -90,18 +90,18 @@ def chunk_of(chunking: Any, chunk: int) -> slice:
 
 def expected(given: Case, site: Site, xs: Any, dtype: Any) -> np.ndarray:
     """The formula, chunk by chunk, in one dtype of NumPy's."""
-    lattice = given.growth.lattice
+    layout = given.growth.layout
     x = np.asarray(xs[site.name]).astype(dtype)
     u = np.asarray(xs[site.name + "/source"]).astype(dtype) if site.is_span else x
     parts = []
     for chunk in range(site.chunks):
-        seed = lattice.seed_index(site.name, chunk)
+        seed = layout.seed_index(site.name, chunk)
         here = x[..., chunk_of(site.target, chunk)]
         if seed in given.gains:
             read = u[..., chunk_of(site.source, chunk)]
-            name = lattice.names[int(given.state.seeds.blueprint[seed])]
+            name = layout.names[int(given.state.seeds.blueprint[seed])]
             params = plain.cut(
-                body_of(given.growth, given.state, seed), read.shape[-1], here.shape[-1]
+                adapter_of(given.growth, given.state, seed), read.shape[-1], here.shape[-1]
             )
             params = {k: v.astype(dtype) for k, v in params.items()}
             r = plain.DENSE[name](params, read)
@@ -142,8 +142,8 @@ def test_bfloat16_is_no_worse_than_twice_a_plain_implementation() -> None:
     given = case(names=ALL)
     given = given._replace(
         state=given.state._replace(
-            bodies=jax.tree.map(
-                lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), given.state.bodies
+            adapters=jax.tree.map(
+                lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), given.state.adapters
             )
         )
     )
@@ -182,7 +182,7 @@ def test_act_0_is_the_identity_of_bits(at_once: int | None, dtype: str) -> None:
         Stage.GRAFTING: 0.0,  # alpha 0: as at the first step of a graft
         Stage.FINE_TUNING: 0.0,
     }
-    num_seeds = given.growth.lattice.num_seeds
+    num_seeds = given.growth.layout.num_seeds
     stage = jnp.asarray(np.resize(list(stages), (num_seeds,)), jnp.int8)
     state = given.state._replace(
         seeds=given.state.seeds._replace(stage=stage, alpha=jnp.zeros((num_seeds,), jnp.float32))
@@ -194,11 +194,11 @@ def test_act_0_is_the_identity_of_bits(at_once: int | None, dtype: str) -> None:
         assert same_bits(ys[site.name], xs[site.name])
 
 
-def test_a_body_reads_and_writes_its_own_chunk_alone() -> None:
+def test_an_adapter_reads_and_writes_its_own_chunk_alone() -> None:
     given = case(3)
     xs = inputs((5,), jnp.float32)
     before = given.run(given.state, xs)
-    seed = given.growth.lattice.seed_index("uneven", 4)
+    seed = given.growth.layout.seed_index("uneven", 4)
     x = xs["uneven"]
     chunk = chunk_of(SITES[1].target, 4)
     other = x.at[:, chunk].add(1.0)
@@ -212,20 +212,20 @@ def test_a_body_reads_and_writes_its_own_chunk_alone() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, None])
 def test_an_empty_batch_is_no_measurement(at_once: int | None) -> None:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("hidden", features=7, chunks=3)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=3,
     )
-    growth = ef.growth(lattice, bodies_at_once=at_once)
+    growth = ef.growth(layout, adapters_at_once=at_once)
     state = place(growth, blank(growth), {1: ("low_rank", Stage.TRAINING, 0.0)})
 
     def loss(_: Any, seeds: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(seeds.grow("hidden", x))
 
-    value, (_, bodies), readings = growth.value_and_grad(loss)((), state, jnp.zeros((0, 7)))
+    value, (_, adapters), statistics = growth.value_and_grad(loss)((), state, jnp.zeros((0, 7)))
     assert float(value) == 0
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves((bodies, readings)))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((adapters, statistics)))
     after, found = growth.survey(loss)((), state, jnp.zeros((0, 7)))
     assert not np.any(after.seeds.num_potentials)
     assert float(found.loss) == 0
@@ -237,12 +237,12 @@ def test_a_blueprint_that_returns_another_dtype_is_named() -> None:
     def apply(params: Any, x: jax.Array, spec: Any, mask: jax.Array) -> jax.Array:
         return good.apply(params, x, spec, mask).astype(jnp.float32)
 
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("hidden", features=4)],
         blueprints={"mine": good._replace(name="mine", apply=apply, activation=None)},
         capacity=1,
     )
-    growth = ef.growth(lattice)
+    growth = ef.growth(layout)
     seeds = growth.seeds(blank(growth))
-    with pytest.raises(LatticeError, match=r"'mine': apply must return \(2, 4\) bfloat16.*float32"):
+    with pytest.raises(LayoutError, match=r"'mine': apply must return \(2, 4\) bfloat16.*float32"):
         seeds.grow("hidden", jnp.ones((2, 4), jnp.bfloat16))

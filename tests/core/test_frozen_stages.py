@@ -1,4 +1,4 @@
-"""Bodies learn in every stage in which they act, but where a stage is frozen."""
+"""Adapters learn in every stage in which they act, but where a stage is frozen."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ X = jax.random.normal(jax.random.key(0), (16, 6))
 
 @pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("stage", [stage for stage in Stage if ef.lifecycle.ACTS[stage]])
-def test_an_acting_body_learns_unless_its_stage_is_frozen(stage: Stage, is_frozen: bool) -> None:
+def test_an_acting_adapter_learns_unless_its_stage_is_frozen(stage: Stage, is_frozen: bool) -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("a", features=6)],
             blueprints={"low_rank": ef.blueprints.low_rank(2)},
             capacity=1,
         ),
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(freeze=(stage,) if is_frozen else ()),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
     def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: jax.Array) -> jax.Array:
@@ -43,10 +43,10 @@ def test_an_acting_body_learns_unless_its_stage_is_frozen(stage: Stage, is_froze
             alpha=jnp.ones((1,)),
         ),
     )
-    optimizer = ef.optim.per_body(standard(optax.adamw(1e-2)))
-    before = state.bodies["a"]["low_rank"]["up"]
-    opt_state = optimizer.init((params, state.bodies))
+    optimizer = ef.optim.per_adapter(standard(optax.adamw(1e-2)))
+    before = state.adapters["a"]["low_rank"]["up"]
+    opt_state = optimizer.init((params, state.adapters))
     step = make_step(growth, loss_fn, optimizer)
     _, state, _, _ = step(params, state, opt_state, X, growth.commands())
-    has_moved = not np.array_equal(before, state.bodies["a"]["low_rank"]["up"])
+    has_moved = not np.array_equal(before, state.adapters["a"]["low_rank"]["up"])
     assert has_moved is not is_frozen

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drive import NONE, calm_track, place, rig, silent, small_lattice, state_faults, strict
+from drive import NONE, calm_track, place, rig, silent, small_layout, state_faults, strict
 
 import esper_fn as ef
 from esper_fn.commands import Code, germinate, release
@@ -25,7 +25,7 @@ def guarded() -> Any:
     """A rig under the standard governor."""
     with strict():
         return rig(
-            small_lattice(),
+            small_layout(),
             rows=2,
             governor=standard(patience=PATIENCE, veto_steps=VETO, max_drift=2.0),
         )
@@ -38,7 +38,7 @@ def start(guarded: Any, **columns: Any) -> Any:
     """Seed 6 grafts, but its alpha is still 0."""
     alpha = [0.5, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     state = place(guarded.growth, guarded.fresh(), STAGES, alpha=alpha, **columns)
-    return state._replace(bodies=jax.tree.map(jnp.ones_like, state.bodies))
+    return state._replace(adapters=jax.tree.map(jnp.ones_like, state.adapters))
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
@@ -134,15 +134,17 @@ def test_it_is_uneasy_before_the_alarm_and_calm_before_that(guarded: Any) -> Non
 
 
 def jumped(state: Any, seed: int) -> Any:
-    """Bodies of which that seed's, in the bank of "sequence", is ten times as large."""
+    """Adapters of which that seed's, in the bank of "sequence", is ten times as large."""
     row = int(state.seeds.slot[seed]) - 2
-    bank = jax.tree.map(lambda leaf: leaf.at[row].multiply(10.0), state.bodies["sequence"]["scale"])
-    return {**state.bodies, "sequence": {**state.bodies["sequence"], "scale": bank}}
+    bank = jax.tree.map(
+        lambda leaf: leaf.at[row].multiply(10.0), state.adapters["sequence"]["scale"]
+    )
+    return {**state.adapters, "sequence": {**state.adapters["sequence"], "scale": bank}}
 
 
-def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
+def test_an_adapter_that_jumps_is_quarantined_alone(guarded: Any) -> None:
     state = start(guarded, num_live_steps=FAST_STEPS + 1)
-    after, info = guarded.step(state, bodies=jumped(state, 3))
+    after, info = guarded.step(state, adapters=jumped(state, 3))
     assert int(info.verdict.alarm) == Alarm.DRIFT
     assert not bool(info.verdict.should_roll_back)
     assert np.flatnonzero(np.asarray(info.verdict.is_quarantined)).tolist() == [3]
@@ -151,16 +153,16 @@ def test_a_body_that_jumps_is_quarantined_alone(guarded: Any) -> None:
     assert bool(info.verdict.is_vetoing)
 
 
-def test_the_first_steps_of_a_body_that_acts_are_no_jump(guarded: Any) -> None:
+def test_the_first_steps_of_an_adapter_that_acts_are_no_jump(guarded: Any) -> None:
     state = start(guarded, num_live_steps=FAST_STEPS)
-    _, info = guarded.step(state, bodies=jumped(state, 3))
+    _, info = guarded.step(state, adapters=jumped(state, 3))
     assert int(info.verdict.alarm) == Alarm.CALM
 
 
-def test_a_body_of_zero_does_not_jump(guarded: Any) -> None:
+def test_an_adapter_of_zero_does_not_jump(guarded: Any) -> None:
     state = start(guarded, num_live_steps=100)
-    zero = state._replace(bodies=jax.tree.map(jnp.zeros_like, state.bodies))
-    after, info = guarded.step(zero, bodies=state.bodies)
+    zero = state._replace(adapters=jax.tree.map(jnp.zeros_like, state.adapters))
+    after, info = guarded.step(zero, adapters=state.adapters)
     assert int(info.verdict.alarm) == Alarm.CALM
     assert not (np.asarray(after.seeds.stage) == S.ROLLED_BACK).any()
 
@@ -168,29 +170,31 @@ def test_a_body_of_zero_does_not_jump(guarded: Any) -> None:
 def test_a_newborn_may_change_as_much_as_it_likes(guarded: Any) -> None:
     state = start(guarded)
     # Seeds 5 and 6 learn but do not act yet; 4 is a fossil.
-    bodies = jax.tree.map(jnp.copy, state.bodies)
+    adapters = jax.tree.map(jnp.copy, state.adapters)
     for seed in (4, 5, 6):
         slot = int(state.seeds.slot[seed])
         site, first = ("vector", 0) if slot < 2 else ("sequence", 2)
-        bank = jax.tree.map(lambda leaf, i=slot - first: leaf.at[i].set(1e6), bodies[site]["scale"])
-        bodies = {**bodies, site: {**bodies[site], "scale": bank}}
-    after, info = guarded.step(state, bodies=bodies)
+        bank = jax.tree.map(
+            lambda leaf, i=slot - first: leaf.at[i].set(1e6), adapters[site]["scale"]
+        )
+        adapters = {**adapters, site: {**adapters[site], "scale": bank}}
+    after, info = guarded.step(state, adapters=adapters)
     assert int(info.verdict.alarm) == Alarm.CALM
     assert not np.isin(np.asarray(after.seeds.stage), [S.ROLLED_BACK]).any()
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
-def test_a_broken_body_is_rolled_back_and_its_parameters_never_stand(
+def test_a_broken_adapter_is_rolled_back_and_its_parameters_never_stand(
     guarded: Any, broken: float
 ) -> None:
     state = start(guarded)
-    bodies = jax.tree.map(lambda leaf: jnp.full_like(leaf, broken), state.bodies)
-    after, info = guarded.step(state, bodies=bodies)
+    adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, broken), state.adapters)
+    after, info = guarded.step(state, adapters=adapters)
     # Those that learn: 0 and 6 graft, 5 trains, 3 is fine-tuned, and 4, a fossil, stays one.
     assert np.asarray(after.seeds.stage).tolist() == [10, 0, 0, 10, 7, 10, 10]
     assert np.asarray(info.cause)[[0, 3, 5, 6]].tolist() == [Cause.NON_FINITE] * 4
     assert np.asarray(after.seeds.error_count).tolist() == [1, 0, 0, 1, 1, 1, 1]
-    for a, b in zip(jax.tree.leaves(after.bodies), jax.tree.leaves(state.bodies), strict=True):
+    for a, b in zip(jax.tree.leaves(after.adapters), jax.tree.leaves(state.adapters), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert not state_faults(guarded.growth, after)
 
@@ -278,7 +282,7 @@ def test_a_short_rise_is_forgiven() -> None:
 def test_lenient_never_interferes() -> None:
     losses = np.asarray([1.0, np.nan, np.inf, 1e30, *[1e9] * 200], np.float32)
     assert set(judge(lenient(), losses)) == {Alarm.CALM}
-    made = rig(small_lattice(), rows=1, governor=lenient())
+    made = rig(small_layout(), rows=1, governor=lenient())
     state = start(made)
     after, info = made.step(state, [germinate(1, "scale")], loss=np.nan, reading=silent(7))
     assert int(info.outcomes.code[0]) == Code.DONE

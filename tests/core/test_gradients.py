@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from support import QUICK, blank, body_of, place, same_bits
+from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
-from esper_fn._lattice import Reading
+from esper_fn._layout import Statistics
 from esper_fn.lifecycle import NUM_STAGES, Stage, gains
 
 ALPHA = 0.6
@@ -23,7 +23,7 @@ SITES = (
     ef.site("here", features=INPUTS, chunks=NUM_STAGES),
     ef.span("across", source_features=INPUTS, features=OUTPUTS, chunks=NUM_STAGES),
 )
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=SITES,
     blueprints={"silu": ef.blueprints.bottleneck(4, activation="silu")},
     capacity=NUM_STAGES,
@@ -40,8 +40,8 @@ class Ran(NamedTuple):
     dy: dict[str, np.ndarray]
     value: Any
     d_inputs: Any
-    d_bodies: Any
-    readings: Reading
+    d_adapters: Any
+    statistics: Statistics
 
 
 def batch() -> Any:
@@ -62,7 +62,7 @@ def loss_fn(inputs: Any, seeds: ef.Seeds, weights: Any) -> jax.Array:
 
 @cache
 def compiled(at_once: int | None) -> Any:
-    growth = ef.growth(LATTICE, bodies_at_once=at_once)
+    growth = ef.growth(LAYOUT, adapters_at_once=at_once)
     return growth, jax.jit(growth.value_and_grad(loss_fn), compiler_options=QUICK)
 
 
@@ -71,13 +71,15 @@ def ran(at_once: int | None = None, alpha: float = ALPHA) -> Ran:
     growth, run = compiled(at_once)
     rows = {
         seed: ("silu", seed % NUM_STAGES, alpha if 3 <= seed % NUM_STAGES <= 7 else 0.0)
-        for seed in range(LATTICE.num_seeds)
+        for seed in range(LAYOUT.num_seeds)
     }
     state = place(growth, blank(growth), rows)
     x, v, wx, wv = batch()
-    value, (d_inputs, d_bodies), readings = run((x, v), state, (wx, wv))
+    value, (d_inputs, d_adapters), statistics = run((x, v), state, (wx, wv))
     dy = {"here": np.asarray(wx), "across": np.asarray(wv)}
-    return Ran(growth, state, np.asarray(x), np.asarray(v), dy, value, d_inputs, d_bodies, readings)
+    return Ran(
+        growth, state, np.asarray(x), np.asarray(v), dy, value, d_inputs, d_adapters, statistics
+    )
 
 
 def chunk_of(chunking: Any, chunk: int) -> slice:
@@ -85,19 +87,19 @@ def chunk_of(chunking: Any, chunk: int) -> slice:
     return slice(start, start + int(chunking.sizes[chunk]))
 
 
-def plain_body(params: Any, u: jax.Array) -> jax.Array:
+def plain_adapter(params: Any, u: jax.Array) -> jax.Array:
     hidden = u @ params["down"] + jnp.broadcast_to(params["bias"], (u.shape[0], 4))
     return (hidden * jax.nn.sigmoid(hidden)) @ params["up"]
 
 
 def by_hand(given: Ran, site: ef.Site, stage: int) -> Any:
-    """`(d theta, d u)` of a seed's own body without gains, and its output."""
-    seed = LATTICE.seed_index(site.name, stage)
+    """`(d theta, d u)` of a seed's own adapter without gains, and its output."""
+    seed = LAYOUT.seed_index(site.name, stage)
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)
-    whole = body_of(given.growth, given.state, seed)
+    whole = adapter_of(given.growth, given.state, seed)
     inputs, outputs = read.stop - read.start, written.stop - written.start
     params = {k: jnp.asarray(v) for k, v in plain.cut(whole, inputs, outputs).items()}
-    r, pull = jax.vjp(plain_body, params, jnp.asarray(given.x[:, read]))
+    r, pull = jax.vjp(plain_adapter, params, jnp.asarray(given.x[:, read]))
     d_params, d_u = pull(jnp.asarray(given.dy[site.name][:, written]))
     return d_params, np.asarray(d_u), np.asarray(r)
 
@@ -149,9 +151,9 @@ def test_gradients_of_every_stage(stage: Stage, site: ef.Site, at_once: int | No
         if not feel:
             assert np.array_equal(got, dy)
 
-    seed = LATTICE.seed_index(site.name, stage)
+    seed = LAYOUT.seed_index(site.name, stage)
     if d_params is not None:
-        got = body_of(given.growth, given.state, seed, given.d_bodies)
+        got = adapter_of(given.growth, given.state, seed, given.d_adapters)
         got = plain.cut(got, read.stop - read.start, written.stop - written.start)
         for name, leaf in d_params.items():
             if learn:
@@ -160,30 +162,30 @@ def test_gradients_of_every_stage(stage: Stage, site: ef.Site, at_once: int | No
             else:
                 assert not np.any(got[name])
     is_live = learn or feel or GAINS[stage][0]
-    assert float(given.readings.num_live[seed]) == (1.0 if is_live else 0.0)
+    assert float(given.statistics.num_live[seed]) == (1.0 if is_live else 0.0)
     if is_live:
-        np.testing.assert_allclose(given.readings.utility[seed], -np.sum(dy * r), rtol=1e-4)
-        np.testing.assert_allclose(given.readings.output_square[seed], np.sum(r**2), rtol=1e-5)
+        np.testing.assert_allclose(given.statistics.utility[seed], -np.sum(dy * r), rtol=1e-4)
+        np.testing.assert_allclose(given.statistics.output_square[seed], np.sum(r**2), rtol=1e-5)
     else:
-        assert float(given.readings.utility[seed]) == 0.0
+        assert float(given.statistics.utility[seed]) == 0.0
 
 
 def test_free_slots_get_no_gradient() -> None:
     given = ran()
     for site in SITES:
         owner = np.asarray(given.state.owner)
-        bank = next(b for b in LATTICE.tables.banks if LATTICE.sites[b.site].name == site.name)
+        bank = next(b for b in LAYOUT.tables.banks if LAYOUT.sites[b.site].name == site.name)
         is_free = owner[bank.start : bank.start + bank.num_slots] < 0
         assert is_free.any()
-        for leaf in jax.tree.leaves(given.d_bodies[site.name]):
+        for leaf in jax.tree.leaves(given.d_adapters[site.name]):
             assert not np.any(np.asarray(leaf)[is_free])
 
 
-def test_readings_are_the_hand_computed_sums() -> None:
+def test_statistics_are_the_hand_computed_sums() -> None:
     given = ran()
     for site, x in zip(SITES, (given.x, given.v), strict=True):
         for chunk in range(site.chunks):
-            seed = LATTICE.seed_index(site.name, chunk)
+            seed = LAYOUT.seed_index(site.name, chunk)
             here, dy = x[:, chunk_of(site.target, chunk)], given.dy[site.name]
             want = {
                 "num_values": here.size,
@@ -195,7 +197,7 @@ def test_readings_are_the_hand_computed_sums() -> None:
                 "num_errors": 0,
             }
             for name, value in want.items():
-                got = getattr(given.readings, name)[seed]
+                got = getattr(given.statistics, name)[seed]
                 np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -205,11 +207,11 @@ def test_dead_features_are_counted() -> None:
     x, v, wx, wv = batch()
     first = chunk_of(SITES[0].target, 0)
     x = x.at[:, first.start].set(0.0).at[0, first.start + 1].set(0.0)
-    _, _, readings = run((x, v), given.state, (wx, wv))
-    assert readings.num_dead.tolist() == [1.0] + [0.0] * (LATTICE.num_seeds - 1)
+    _, _, statistics = run((x, v), given.state, (wx, wv))
+    assert statistics.num_dead.tolist() == [1.0] + [0.0] * (LAYOUT.num_seeds - 1)
 
 
-def test_readings_and_gradients_add_up_over_parts_of_a_batch() -> None:
+def test_statistics_and_gradients_add_up_over_parts_of_a_batch() -> None:
     given = ran()
     _, run = compiled(1)
     x, v, wx, wv = batch()
@@ -220,12 +222,12 @@ def test_readings_and_gradients_add_up_over_parts_of_a_batch() -> None:
         parts.append(run((x[rows], v[rows]), given.state, (wx[rows], wv[rows])))
     added = jax.tree.map(lambda a, b: np.asarray(a) + np.asarray(b), *[p[1][1] for p in parts])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), added, given.d_bodies
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), added, given.d_adapters
     )
-    summed = Reading(*(np.asarray(a) + np.asarray(b) for a, b in zip(*[p[2] for p in parts])))  # noqa: B905
+    summed = Statistics(*(np.asarray(a) + np.asarray(b) for a, b in zip(*[p[2] for p in parts])))  # noqa: B905
     of_calls = {"num_features", "num_live"}  # counted once a call
-    for name in Reading._fields:
-        whole = np.asarray(getattr(given.readings, name)) * (2 if name in of_calls else 1)
+    for name in Statistics._fields:
+        whole = np.asarray(getattr(given.statistics, name)) * (2 if name in of_calls else 1)
         np.testing.assert_allclose(getattr(summed, name), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -235,7 +237,7 @@ def test_against_finite_differences_in_float64() -> None:
     site, stage = SITES[0], Stage.FINE_TUNING
     here = chunk_of(site.target, stage)
     params = plain.cut(
-        body_of(given.growth, given.state, LATTICE.seed_index("here", stage)),
+        adapter_of(given.growth, given.state, LAYOUT.seed_index("here", stage)),
         here.stop - here.start,
         here.stop - here.start,
     )
@@ -256,11 +258,11 @@ def test_against_finite_differences_in_float64() -> None:
             of[index] = kept
         return found
 
-    seed = LATTICE.seed_index("here", stage)
-    got = body_of(given.growth, given.state, seed, given.d_bodies)
+    seed = LAYOUT.seed_index("here", stage)
+    got = adapter_of(given.growth, given.state, seed, given.d_adapters)
     got = plain.cut(got, here.stop - here.start, here.stop - here.start)
     for name, leaf in params.items():
-        # A learning body gets the gradient of its full self: `learn` is 1 where `act` is alpha.
+        # A learning adapter gets the gradient of its full self: `learn` is 1 where `act` is alpha.
         np.testing.assert_allclose(ALPHA * got[name], slope(leaf), rtol=1e-4, atol=1e-5)
     through_span = by_hand(given, SITES[1], stage)[1] * ALPHA
     d_x = np.asarray(given.d_inputs[0])[:, here] - through_span
@@ -270,7 +272,7 @@ def test_against_finite_differences_in_float64() -> None:
 # --- who gets a gradient in which stage ------------------------------------------------------
 
 CHAIN_SITES = ("below", "middle", "above")
-CHAIN = ef.lattice(
+CHAIN = ef.layout(
     sites=[ef.site(name, features=8) for name in CHAIN_SITES],
     blueprints={"silu": ef.blueprints.bottleneck(4, activation="silu")},
     capacity=1,
@@ -286,26 +288,26 @@ def chain_host(params: Any, grow: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def chain() -> Any:
-    growth = ef.growth(CHAIN, bodies_at_once=None)
+    growth = ef.growth(CHAIN, adapters_at_once=None)
     run = jax.jit(
         growth.value_and_grad(lambda p, seeds, x: chain_host(p, seeds.grow, x)),
         compiler_options=QUICK,
     )
 
-    def reference(params: Any, bodies: Any, x: jax.Array, act: Any, learn: Any, feel: Any) -> Any:
+    def reference(params: Any, adapters: Any, x: jax.Array, act: Any, learn: Any, feel: Any) -> Any:
         """Plain JAX with `stop_gradient`, for fossils below and above and one seed between."""
 
         def grow(name: str, h: jax.Array) -> jax.Array:
-            body = bodies[name]["silu"]
-            whole = {k: v[0] for k, v in body.items()}
+            adapter = adapters[name]["silu"]
+            whole = {k: v[0] for k, v in adapter.items()}
             frozen = jax.lax.stop_gradient(whole)
             still = jax.lax.stop_gradient(h)
             # Learning adds `d theta = learn * J^T dy` and nothing to the value.
-            taught = plain_body(whole, still)
+            taught = plain_adapter(whole, still)
             taught = taught - jax.lax.stop_gradient(taught)
             if name != "middle":
-                return h + ALPHA * plain_body(frozen, h) + taught
-            acting = act * plain_body(frozen, jnp.where(feel != 0, h, still))
+                return h + ALPHA * plain_adapter(frozen, h) + taught
+            acting = act * plain_adapter(frozen, jnp.where(feel != 0, h, still))
             return h + acting + learn * taught
 
         return chain_host(params, grow, x)
@@ -319,7 +321,7 @@ def chain() -> Any:
 
 
 def at_stage(stage: Stage, alpha: float = ALPHA) -> Any:
-    """`(value, (d host, d bodies))` of the chain with its middle seed in `stage`."""
+    """`(value, (d host, d adapters))` of the chain with its middle seed in `stage`."""
     growth, state, run, _, params, x = chain()
     fossil = ("silu", Stage.FOSSILIZED, ALPHA)
     middle = ("silu", stage, alpha if 3 <= stage <= 7 else 0.0)
@@ -330,10 +332,10 @@ def at_stage(stage: Stage, alpha: float = ALPHA) -> Any:
 
 @pytest.mark.parametrize("stage", Stage)
 def test_who_gets_a_gradient_in_which_stage(stage: Stage) -> None:
-    state, value, (d_host, d_bodies) = at_stage(stage)
+    state, value, (d_host, d_adapters) = at_stage(stage)
     _, _, _, graded, params, x = chain()
     act, learn, feel = (jnp.float32(gain) for gain in GAINS[stage])
-    want, (want_host, want_bodies) = graded(params, state.bodies, x, act, learn, feel)
+    want, (want_host, want_adapters) = graded(params, state.adapters, x, act, learn, feel)
 
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for name in params:  # the host, upstream and downstream, always learns, and exactly this
@@ -341,23 +343,23 @@ def test_who_gets_a_gradient_in_which_stage(stage: Stage) -> None:
         assert np.any(np.asarray(d_host[name]) != 0)
     learning = range(Stage.TRAINING, Stage.FOSSILIZED + 1)
     for name in CHAIN_SITES:  # fossils pass gradients on and learn themselves
-        got = jax.tree.leaves(d_bodies[name])
-        for leaf, other in zip(got, jax.tree.leaves(want_bodies[name]), strict=True):
+        got = jax.tree.leaves(d_adapters[name])
+        for leaf, other in zip(got, jax.tree.leaves(want_adapters[name]), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
             assert np.any(leaf) == (name != "middle" or stage in learning)
 
 
 def test_frozen_fossils_pass_gradients_on_and_take_none() -> None:
     _, _, run, _, params, x = chain()
-    state, _, (d_host, d_bodies) = at_stage(Stage.FINE_TUNING)
+    state, _, (d_host, d_adapters) = at_stage(Stage.FINE_TUNING)
     is_frozen = state.settings.is_frozen.at[Stage.FOSSILIZED].set(True)
     still = state._replace(settings=state.settings._replace(is_frozen=is_frozen))
-    _, (frozen_host, frozen_bodies), _ = run(params, still, x)
+    _, (frozen_host, frozen_adapters), _ = run(params, still, x)
     assert same_bits(frozen_host, d_host)
-    assert same_bits(frozen_bodies["middle"], d_bodies["middle"])
+    assert same_bits(frozen_adapters["middle"], d_adapters["middle"])
     for name in ("below", "above"):
-        assert all(np.any(leaf) for leaf in jax.tree.leaves(d_bodies[name]))
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen_bodies[name]))
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(d_adapters[name]))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen_adapters[name]))
 
 
 def test_the_matrix_of_design_section_4() -> None:
@@ -377,21 +379,21 @@ def test_the_matrix_of_design_section_4() -> None:
 def test_at_alpha_1_a_graft_gives_every_part_its_true_gradient() -> None:
     """At full strength nothing is cut: plain JAX's derivative of what is computed."""
     _, _, _, graded, params, x = chain()
-    state, value, (d_host, d_bodies) = at_stage(Stage.GRAFTING, alpha=1.0)
+    state, value, (d_host, d_adapters) = at_stage(Stage.GRAFTING, alpha=1.0)
     one = jnp.float32(1)
-    want, (want_host, want_bodies) = graded(params, state.bodies, x, one, one, one)
+    want, (want_host, want_adapters) = graded(params, state.adapters, x, one, one, one)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, other in (
         *((d_host[name], want_host[name]) for name in params),
         *zip(
-            jax.tree.leaves(d_bodies["middle"]),
-            jax.tree.leaves(want_bodies["middle"]),
+            jax.tree.leaves(d_adapters["middle"]),
+            jax.tree.leaves(want_adapters["middle"]),
             strict=True,
         ),
     ):
         np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
         assert np.any(np.asarray(got) != 0)
-    # TRAINING, which must not be felt, cuts the body's Jacobian and never the host's own path.
+    # TRAINING, which must not be felt, cuts the adapter's Jacobian and never the host's own path.
     given = ran()
     here = chunk_of(SITES[0].target, Stage.TRAINING)
     assert np.array_equal(given.d_inputs[0][:, here], given.dy["here"][:, here])

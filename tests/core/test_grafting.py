@@ -66,18 +66,18 @@ def test_names_and_get() -> None:
 def test_linear_ends_at_exactly_one_after_its_steps(num_steps: int) -> None:
     graft = ef.grafting.linear(num_steps)
 
-    def body(carry: Any, _: Any) -> Any:
+    def adapter(carry: Any, _: Any) -> Any:
         alpha, memory = graft.update(graft.hyper, carry[1], carry[0], evidence())
         return (alpha, memory), alpha[0]
 
     start = (jnp.zeros((1,)), jnp.zeros((1, 4)))
-    told = np.asarray(jax.lax.scan(body, start, length=num_steps)[1])
+    told = np.asarray(jax.lax.scan(adapter, start, length=num_steps)[1])
     assert told[-1] == 1.0
     assert (told[:-1] < 1.0).all()
     np.testing.assert_allclose(told, np.arange(1, num_steps + 1) / num_steps, atol=1e-4)
 
 
-def test_drift_controlled_stands_still_while_the_body_drifts() -> None:
+def test_drift_controlled_stands_still_while_the_adapter_drifts() -> None:
     graft = ef.grafting.drift_controlled(10, max_drift=0.5)
     told = run(graft, [{}, {"drift": 0.5}, {"drift": 0.51}, {"drift": 9.0}, {}])
     assert told == pytest.approx([0.1, 0.2, 0.2, 0.2, 0.3])
@@ -194,14 +194,14 @@ def test_wrong_numbers_are_refused(wrong: Any) -> None:
 
 
 def test_a_graft_longer_than_its_stage_is_refused() -> None:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("a", features=2)], blueprints={"b": ef.blueprints.noop()}, capacity=1
     )
     with pytest.raises(ValueError, match=r"'linear' needs 601 steps.*GRAFTING\] = 600"):
-        ef.growth(lattice, graft=ef.grafting.linear(601))
+        ef.growth(layout, graft=ef.grafting.linear(601))
     longer = ef.lifecycle.settings(max_steps={Stage.GRAFTING: 601})
-    ef.growth(lattice, graft=ef.grafting.linear(601), settings=longer)
-    ef.growth(lattice, graft=ef.grafting.momentum(601))
+    ef.growth(layout, graft=ef.grafting.linear(601), settings=longer)
+    ef.growth(layout, graft=ef.grafting.momentum(601))
 
 
 # --- all six in one driven run -------------------------------------------------------------------
@@ -247,14 +247,14 @@ def plant(at: int, **values: float) -> Plan:
 @pytest.fixture(scope="module")
 def drive_all() -> Any:
     """A function from a plan to what the six seeds, one a strategy, made of it."""
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("six", features=12, chunks=6)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=6,
     )
     with strict():
         grafts = tuple(ef.grafting.get(name, NUM_STEPS) for name in NAMES)
-        made = rig(lattice, rows=1, graft=grafts)
+        made = rig(layout, rows=1, graft=grafts)
         state = place(
             made.growth,
             made.fresh(),
@@ -267,9 +267,9 @@ def drive_all() -> Any:
         )
         state = limits(state, max_steps={Stage.STABILIZATION: 2 * LENGTH, Stage.GRAFTING: LONGEST})
         state = limits(state, min_steps={Stage.STABILIZATION: 2 * LENGTH})
-        # Drift is measured on the parameters: |change| / |body|.
+        # Drift is measured on the parameters: |change| / |adapter|.
         state = state._replace(
-            bodies=jax.tree.map(jnp.ones_like, state.bodies),
+            adapters=jax.tree.map(jnp.ones_like, state.adapters),
             loss=calm_track(loss=1.0, deviation=NOISE),
         )
         commands = made.growth.commands([], 1)
@@ -277,12 +277,12 @@ def drive_all() -> Any:
         @jax.jit
         def scan(told: Plan) -> Any:
             def one(state: Any, now: Plan) -> Any:
-                bodies = jax.tree.map(lambda leaf: leaf * (1 + now.drift), state.bodies)
+                adapters = jax.tree.map(lambda leaf: leaf * (1 + now.drift), state.adapters)
                 shown = reading(6, live=1.0)._replace(
                     gradient_square=jnp.full((6,), jnp.square(now.gradient))
                 )
                 _, is_spike = ef.lifecycle.track_loss(state.loss, now.loss)
-                state, info = made.growth.update(state, bodies, shown, now.loss, commands)
+                state, info = made.growth.update(state, adapters, shown, now.loss, commands)
                 return state, (info.alpha, info.stage, is_spike)
 
             return jax.lax.scan(one, state, told)[1]
@@ -431,14 +431,14 @@ def test_a_strategy_changed_on_the_way_leaves_alpha_continuous(changing: Any, se
 
 @pytest.fixture(scope="module")
 def changing() -> Any:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("two", features=2, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,
     )
     with strict():
         grafts = tuple(ef.grafting.get(name, NUM_STEPS) for name in NAMES)
-        return rig(lattice, rows=1, graft=grafts)
+        return rig(layout, rows=1, graft=grafts)
 
 
 def test_a_graft_begins_at_zero_with_its_own_memory(changing: Any) -> None:

@@ -24,8 +24,8 @@ def _normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
 
 
-def lattice(features: int, chunks: int, **options: Any) -> ef.Lattice:
-    return ef.lattice(
+def layout(features: int, chunks: int, **options: Any) -> ef.Layout:
+    return ef.layout(
         sites=[ef.site("here", features=features, chunks=chunks, topology="sequence", **options)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(2),
@@ -48,10 +48,11 @@ ROWS = {
 
 
 def ran(implementation: Any, features: int, dtype: Any, rows: Any = None) -> Any:
-    """Loss, gradients and readings of one site."""
-    growth = ef.growth(lattice(features, 7), implementation=implementation)
+    """Loss, gradients and statistics of one site."""
+    growth = ef.growth(layout(features, 7), implementation=implementation)
     state = place(growth, blank(growth), ROWS if rows is None else rows)
-    # Known, as after some steps: a body in TRAINING learns, damped by 0.25 over the default trust.
+    # Known, as after some steps: an adapter in TRAINING learns, damped by 0.25 over the default
+    # trust.
     telemetry = state.seeds.telemetry._replace(gradient_scale=jnp.full((7,), 0.25))
     state = state._replace(seeds=state.seeds._replace(telemetry=telemetry))
 
@@ -66,7 +67,7 @@ def ran(implementation: Any, features: int, dtype: Any, rows: Any = None) -> Any
 
 @pytest.mark.parametrize("features", [28, 25])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_values_gradients_and_readings_are_those_of_the_loops(
+def test_values_gradients_and_statistics_are_those_of_the_loops(
     features: int, dtype: str, tolerance: float
 ) -> None:
     got, want = (ran(kind, features, jnp.dtype(dtype)) for kind in ("reference", "loops"))
@@ -88,21 +89,21 @@ def test_a_forced_kernel_says_why_it_cannot_run() -> None:
 
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'auto', 'loops', 'pallas', 'reference'.*got 'fast'"):
-        ef.growth(lattice(28, 7), implementation="fast")  # type: ignore[arg-type]
+        ef.growth(layout(28, 7), implementation="fast")  # type: ignore[arg-type]
 
 
 def test_the_hosts_bits_do_not_depend_on_quiet_seeds() -> None:
     rows = {0: ("silu", Stage.TRAINING, 0.0), 3: ("gated", Stage.TRAINING, 0.0)}
-    value, (d_params, d_bodies), _ = ran("reference", 28, jnp.bfloat16, rows)
+    value, (d_params, d_adapters), _ = ran("reference", 28, jnp.bfloat16, rows)
     quiet, (d_quiet, _), _ = ran("reference", 28, jnp.bfloat16, {})
     assert same_bits((value, d_params), (quiet, d_quiet))
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(d_bodies))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(d_adapters))
 
 
 @pytest.mark.slow
 def test_a_run_takes_the_same_decisions() -> None:
     """A stack of layers under `scan`, 60 steps with surveys, germinations and removals."""
-    chosen = lattice(12, 3, layers=2)
+    chosen = layout(12, 3, layers=2)
     params = {"in": _normal(4, 12), "deep": _normal(2, 12, 12), "out": _normal(12, 1)}
     x = _normal(8, 3, 4, seed=2)
 
@@ -126,9 +127,9 @@ def test_a_run_takes_the_same_decisions() -> None:
             ),
             implementation=implementation,
         )
-        optimizer = ef.optim.per_body(standard(optax.sgd(0.05)))
+        optimizer = ef.optim.per_adapter(standard(optax.sgd(0.05)))
         state = blank(growth)
-        now, carry, told = params, optimizer.init((params, state.bodies)), []
+        now, carry, told = params, optimizer.init((params, state.adapters)), []
         step = make_step(growth, loss_fn, optimizer)
         survey = jax.jit(growth.survey(loss_fn))
         for index in range(60):

@@ -563,7 +563,7 @@ class Surveyed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def surveyed() -> Surveyed:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("hidden", features=4, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,
@@ -574,7 +574,7 @@ def surveyed() -> Surveyed:
 
     with strict():
         growth = ef.growth(
-            lattice, policy=ef.policies.never(), bodies_at_once=None, max_ablations=2
+            layout, policy=ef.policies.never(), adapters_at_once=None, max_ablations=2
         )
         key = jax.random.key(1)
         batch = jax.random.normal(key, (8, 4))
@@ -606,13 +606,13 @@ def test_surveys_count_no_steps(surveyed: Surveyed) -> None:
     )
 
 
-def test_bodies_that_break_the_held_out_loss_are_errors_and_many_of_them_end_the_trial(
+def test_adapters_that_break_the_held_out_loss_are_errors_and_many_of_them_end_the_trial(
     surveyed: Surveyed,
 ) -> None:
     growth, survey, params, batch = surveyed
     state = place(growth, growth.init(jax.random.key(0)), [S.EVALUATING, 0], steps_in_stage=3)
-    huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e30), state.bodies)
-    state = state._replace(loss=calm_track(), bodies=huge)
+    huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e30), state.adapters)
+    state = state._replace(loss=calm_track(), adapters=huge)
     for count in range(1, 4):
         state, info = survey(params, state, batch)
         assert not np.isfinite(np.asarray(info.loss))
@@ -620,7 +620,7 @@ def test_bodies_that_break_the_held_out_loss_are_errors_and_many_of_them_end_the
         assert np.asarray(state.seeds.num_contributions).tolist() == [0, 0]
         assert np.asarray(info.ablated).tolist() == [NONE, NONE]
     update = jax.jit(growth.update)
-    state, info = update(state, state.bodies, silent(2), jnp.float32(1.0))
+    state, info = update(state, state.adapters, silent(2), jnp.float32(1.0))
     assert int(state.seeds.stage[0]) == S.CULLED
     assert int(info.cause[0]) == C.ERRORS
 
@@ -629,15 +629,15 @@ def test_what_may_be_rounding_is_worth_nothing(surveyed: Surveyed) -> None:
     growth, survey, params, batch = surveyed
     state = place(growth, growth.init(jax.random.key(0)), [S.EVALUATING, 0], steps_in_stage=3)
     for scale, is_worth in ((1e-8, False), (1e-2, True)):
-        bodies = jax.tree.map(lambda leaf, s=scale: jnp.full_like(leaf, s), state.bodies)
-        after, info = survey(params, state._replace(bodies=bodies), batch)
+        adapters = jax.tree.map(lambda leaf, s=scale: jnp.full_like(leaf, s), state.adapters)
+        after, info = survey(params, state._replace(adapters=adapters), batch)
         assert np.asarray(info.ablated).tolist() == [0, NONE]
         assert bool(after.seeds.contribution[0] != 0) == is_worth
         assert np.asarray(after.seeds.num_contributions).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_held_out_batch_that_is_not_finite_is_no_fault_of_any_body(
+def test_a_held_out_batch_that_is_not_finite_is_no_fault_of_any_adapter(
     surveyed: Surveyed, bad: float
 ) -> None:
     growth, survey, params, batch = surveyed

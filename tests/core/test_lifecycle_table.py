@@ -15,7 +15,7 @@ from esper_fn.commands import Code, germinate, transition
 from esper_fn.lifecycle import (
     ACTS,
     ON_ITS_WAY,
-    OWNS_BODY,
+    OWNS_ADAPTER,
     TRANSITIONS,
     Cause,
     Stage,
@@ -106,9 +106,9 @@ def test_refused_and_idle_slots_stay_as_they_were(table: Table) -> None:
     np.testing.assert_array_equal(
         np.asarray(table.asked.seeds.slot)[rest], np.asarray(table.before.seeds.slot)[rest]
     )
-    for name, leaf in table.asked.bodies["all"]["scale"].items():
-        # Only the newborn's slot may differ; it is zero like every other body here.
-        np.testing.assert_array_equal(leaf, table.before.bodies["all"]["scale"][name])
+    for name, leaf in table.asked.adapters["all"]["scale"].items():
+        # Only the newborn's slot may differ; it is zero like every other adapter here.
+        np.testing.assert_array_equal(leaf, table.before.adapters["all"]["scale"][name])
 
 
 @pytest.mark.parametrize("source", range(11))
@@ -125,7 +125,7 @@ def test_only_a_dormant_seed_germinates(source: int) -> None:
         assert int(after.seeds.graft[5]) == 1
         assert int(after.owner[int(after.seeds.slot[5])]) == 5
         slot = int(after.seeds.slot[5])
-        assert int(after.num_births[slot]) == int(before.num_births[slot]) + 1
+        assert int(after.generation[slot]) == int(before.generation[slot]) + 1
     else:
         assert int(info.outcomes.code[0]) == Code.ILLEGAL_TRANSITION
         control, _ = rig.step(before)
@@ -144,7 +144,7 @@ def test_table_is_the_designs() -> None:
     for source, targets in LEGAL.items():
         expected[source, list(targets)] = True
     np.testing.assert_array_equal(TRANSITIONS, expected)
-    assert [int(stage) for stage in np.flatnonzero(OWNS_BODY)] == list(HOLDING)
+    assert [int(stage) for stage in np.flatnonzero(OWNS_ADAPTER)] == list(HOLDING)
     assert [int(stage) for stage in np.flatnonzero(ACTS)] == list(ACTING)
     assert [int(stage) for stage in np.flatnonzero(ON_ITS_WAY)] == [1, 2, 3, 4, 5, 6]
 

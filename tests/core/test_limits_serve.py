@@ -15,12 +15,12 @@ from esper_fn.commands import Kind
 from esper_fn.lifecycle import Stage, loss_track, seed_state
 from esper_fn.policies import (
     Observation,
-    Proposal,
+    Requests,
     budget,
     chain,
     concurrency,
     cooldown,
-    no_proposal,
+    no_requests,
     periodic,
     plateau,
     quota,
@@ -32,9 +32,9 @@ BIG, SMALL, TINY = 0, 1, 2
 
 
 @lru_cache(maxsize=1)
-def lattice() -> Any:
-    """Three places whose bodies, `scale` or `rank`, cost 512, 64 and 8 parameters."""
-    return ef.lattice(
+def layout() -> Any:
+    """Three places whose adapters, `scale` or `rank`, cost 512, 64 and 8 parameters."""
+    return ef.layout(
         sites=[
             ef.site("big", features=256),
             ef.site("small", features=32),
@@ -47,7 +47,7 @@ def lattice() -> Any:
 
 def observe(step: int = 0, slots: tuple[int, ...] = (-1, -1, -1), **seeds: Any) -> Observation:
     """All measured, the dearest place the most promising; `slots` of the three seeds."""
-    owner = np.full(lattice().num_slots, -1, np.int32)
+    owner = np.full(layout().num_slots, -1, np.int32)
     for seed, slot in enumerate(slots):
         if slot >= 0:
             owner[slot] = seed
@@ -68,9 +68,9 @@ def observe(step: int = 0, slots: tuple[int, ...] = (-1, -1, -1), **seeds: Any) 
     )
 
 
-def wish(*seeds: int, priority: tuple[float, ...] = (), blueprint: int = 0) -> Proposal:
+def wish(*seeds: int, priority: tuple[float, ...] = (), blueprint: int = 0) -> Requests:
     at = jnp.asarray(seeds)
-    told = no_proposal(3)
+    told = no_requests(3)
     return told._replace(
         kind=told.kind.at[at].set(jnp.int8(Kind.GERMINATE)),
         blueprint=told.blueprint.at[at].set(jnp.int8(blueprint)),
@@ -78,10 +78,10 @@ def wish(*seeds: int, priority: tuple[float, ...] = (), blueprint: int = 0) -> P
     )
 
 
-def ask(policy: Any, seen: Observation, proposal: Proposal | None = None, state: Any = None) -> Any:
-    given = no_proposal(3) if proposal is None else proposal
-    state = policy.init(lattice()) if state is None else state
-    state, told = policy.decide(lattice(), state, seen, given, jax.random.key(0))
+def ask(policy: Any, seen: Observation, requests: Requests | None = None, state: Any = None) -> Any:
+    given = no_requests(3) if requests is None else requests
+    state = policy.init(layout()) if state is None else state
+    state, told = policy.decide(layout(), state, seen, given, jax.random.key(0))
     return np.flatnonzero(np.asarray(told.kind) == Kind.GERMINATE).tolist(), state, told
 
 
@@ -109,7 +109,7 @@ def test_a_budget_is_greedy_by_order() -> None:
     """Against a loop over the requests, with more prices than one and many ties."""
     rng = np.random.default_rng(0)
     sizes = rng.permutation(np.repeat([2, 4, 6, 16, 40], 6))
-    wide = ef.lattice(
+    wide = ef.layout(
         sites=[ef.site(str(i), features=int(size)) for i, size in enumerate(sizes)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -120,7 +120,7 @@ def test_a_budget_is_greedy_by_order() -> None:
     decide = jax.jit(
         lambda state, given: policy.decide(wide, state, seen, given, jax.random.key(0))
     )
-    nothing = no_proposal(num)
+    nothing = no_requests(num)
     for limit in (0, 3, 4, 37, 100, 311, 800, 10_000):
         urgency = rng.integers(0, 5, num).astype(np.float32)
         asks = rng.random(num) < 0.8
@@ -171,10 +171,10 @@ def test_a_budget_behind_one_rule_does_not_bind_another() -> None:
 
 
 def test_a_cheaper_blueprint_of_the_place_is_asked_for() -> None:
-    # A `rank` body costs 64 in `small`, as a `scale` does; 512 and 8 in the others.
+    # A `rank` adapter costs 64 in `small`, as a `scale` does; 512 and 8 in the others.
     told = ask(chain(periodic(every=1, blueprint="rank"), budget(64)), observe())[2]
     assert (told.kind.tolist(), int(told.blueprint[SMALL])) == ([0, 1, 0], 1)
-    two = ef.lattice(
+    two = ef.layout(
         sites=[ef.site("only", features=32)],
         blueprints={"dear": ef.blueprints.low_rank(rank=4), "scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -184,29 +184,29 @@ def test_a_cheaper_blueprint_of_the_place_is_asked_for() -> None:
     alone = seen._replace(
         seeds=jax.tree.map(lambda leaf: leaf[:1], seen.seeds), owner=jnp.full((2,), -1, jnp.int32)
     )
-    told = policy.decide(two, policy.init(two), alone, no_proposal(1), jax.random.key(0))[1]
+    told = policy.decide(two, policy.init(two), alone, no_requests(1), jax.random.key(0))[1]
     assert (int(told.kind[0]), int(told.blueprint[0])) == (Kind.GERMINATE, 1)
 
 
 def test_where_nothing_fits_the_log_says_which_limit_refuses() -> None:
     told = ask(chain(periodic(every=1), budget(7)), observe())[2]
     assert told.kind.tolist() == [0, 0, 0]
-    assert told.asked_by.tolist() == [0, -1, -1]
+    assert told.requested_by.tolist() == [0, -1, -1]
     assert told.vetoed_by.tolist() == [1, -1, -1]
 
 
 def asks_always(seed: int, priority: float = 9.0) -> Any:
     """A user's rule that asks for one seed, whatever it costs and whether it can."""
 
-    def decide(lattice: Any, state: Any, seen: Any, proposal: Any, key: Any) -> Any:
-        del lattice, seen, key
-        return state, proposal._replace(
-            kind=proposal.kind.at[seed].set(jnp.int8(Kind.GERMINATE)),
-            blueprint=proposal.blueprint.at[seed].set(jnp.int8(0)),
-            priority=proposal.priority.at[seed].set(priority),
+    def decide(layout: Any, state: Any, seen: Any, requests: Any, key: Any) -> Any:
+        del layout, seen, key
+        return state, requests._replace(
+            kind=requests.kind.at[seed].set(jnp.int8(Kind.GERMINATE)),
+            blueprint=requests.blueprint.at[seed].set(jnp.int8(0)),
+            priority=requests.priority.at[seed].set(priority),
         )
 
-    return rule("always", lambda lattice: (), decide)
+    return rule("always", lambda layout: (), decide)
 
 
 @pytest.mark.parametrize("limit", [concurrency(2), budget(528), quota(1)], ids=["c", "b", "q"])
@@ -226,7 +226,7 @@ def test_a_quota_is_used_by_births_alone() -> None:
     free = chain(asks_always(SMALL), quota(1), budget(70))
     told, state, _ = ask(free, observe(5), state=state)
     assert told == [SMALL]
-    slots = (-1, lattice().tables.banks[2].start, -1)
+    slots = (-1, layout().tables.banks[2].start, -1)
     for step in range(6, 9):
         told, state, _ = ask(
             chain(asks_always(TINY), quota(1)), observe(step, slots), state=state[:2]
@@ -244,7 +244,7 @@ def test_a_cooldown_begins_with_a_birth() -> None:
 def test_growth_under_a_budget_goes_on() -> None:
     """Whole steps: of 512, 64 and 8 parameters, 100 hold the two that fit, and the second waits."""
     policy = chain(periodic(every=1), cooldown(2), quota(2), budget(100))
-    growth = ef.growth(lattice(), policy=policy, bodies_at_once=None)
+    growth = ef.growth(layout(), policy=policy, adapters_at_once=None)
 
     def loss_fn(params: Any, seeds: Any) -> jax.Array:
         total = jnp.float32(0)
@@ -254,8 +254,8 @@ def test_growth_under_a_budget_goes_on() -> None:
 
     @jax.jit
     def step(state: Any) -> Any:
-        loss, (_, _), readings = growth.value_and_grad(loss_fn)(jnp.float32(0.5), state)
-        return growth.update(state, state.bodies, readings, loss)
+        loss, (_, _), statistics = growth.value_and_grad(loss_fn)(jnp.float32(0.5), state)
+        return growth.update(state, state.adapters, statistics, loss)
 
     state = growth.init(jax.random.key(0))
     state = state._replace(

@@ -18,11 +18,11 @@ import sharded
 from support import QUICK, blank, make_step, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage
 
 LAYERS = 2
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[
         ef.site("shared", features=8, chunks=3),
         ef.site("deep", features=8, chunks=2, layers=LAYERS),
@@ -118,7 +118,7 @@ def with_parts_of_the_batch(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def setting(at_once: int | None) -> Any:
-    growth = ef.growth(LATTICE, bodies_at_once=at_once)
+    growth = ef.growth(LAYOUT, adapters_at_once=at_once)
     rng = np.random.default_rng(2)
     params = {
         name: jnp.asarray(rng.standard_normal((LAYERS, 8, 8)) * 0.5, jnp.float32)
@@ -149,10 +149,10 @@ PER_CALL = ("num_features", "num_live", "num_dead", "num_errors")
         (with_parts_of_the_batch, 3, 3),
     ],
 )
-def test_gradients_and_readings_are_the_plain_ones(
+def test_gradients_and_statistics_are_the_plain_ones(
     loss_fn: Any, calls: int, at_once: int | None
 ) -> None:
-    value, grads, readings = ran(loss_fn, at_once)
+    value, grads, statistics = ran(loss_fn, at_once)
     want, want_grads, told = ran(plainly, None)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
@@ -160,7 +160,7 @@ def test_gradients_and_readings_are_the_plain_ones(
     for name in told._fields:
         times = calls if name in PER_CALL else 1
         np.testing.assert_allclose(
-            getattr(readings, name),
+            getattr(statistics, name),
             times * np.asarray(getattr(told, name)),
             rtol=1e-4,
             atol=1e-5,
@@ -169,10 +169,10 @@ def test_gradients_and_readings_are_the_plain_ones(
 
 
 def test_shared_seeds_are_measured_at_every_use() -> None:
-    _, _, readings = ran(plainly, None)
+    _, _, statistics = ran(plainly, None)
     # Shared: 3 chunks of 3, 3 and 2 features, 6 rows, 2 uses. Deep: 2 layers of 2 chunks of 4.
-    assert readings.num_values.tolist() == [36.0, 36.0, 24.0, 24.0, 24.0, 24.0, 24.0]
-    assert readings.num_live.tolist() == [2.0, 2.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    assert statistics.num_values.tolist() == [36.0, 36.0, 24.0, 24.0, 24.0, 24.0, 24.0]
+    assert statistics.num_live.tolist() == [2.0, 2.0, 0.0, 1.0, 0.0, 1.0, 1.0]
 
 
 def test_evaluation_seeds_enter_a_jit_without_tracing_it_anew() -> None:
@@ -196,20 +196,21 @@ def test_evaluation_seeds_enter_a_jit_without_tracing_it_anew() -> None:
 
 @pytest.mark.parametrize("at_once", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_population_under_vmap_is_a_loop_over_its_members(at_once: int | None) -> None:
-    """Whole training steps: parameters, states, optimiser states and readings of four networks."""
+    """Whole training steps: parameters, states, optimiser states and statistics of four
+    networks."""
     growth = ef.growth(
-        LATTICE, bodies_at_once=at_once, policy=ef.policies.periodic(every=1, score="gradient")
+        LAYOUT, adapters_at_once=at_once, policy=ef.policies.periodic(every=1, score="gradient")
     )
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.05)))
+    optimizer = ef.optim.per_adapter(standard(optax.sgd(0.05)))
     step = make_step(growth, plainly, optimizer)
     _, params, state, x = setting(1)
     members = []
     for index in range(4):
         scaled = jax.tree.map(lambda leaf, i=index: leaf * (1 + 0.2 * i), params)
-        own = state._replace(policy=growth.policy.init(LATTICE), key=jax.random.key(index))
+        own = state._replace(policy=growth.policy.init(LAYOUT), key=jax.random.key(index))
         rows = {seed: ROWS[seed] for seed in list(ROWS)[: index + 1]}
         own = place(growth, own._replace(owner=jnp.full_like(own.owner, -1)), rows, noise=0.0)
-        members.append((scaled, own, optimizer.init((scaled, own.bodies))))
+        members.append((scaled, own, optimizer.init((scaled, own.adapters))))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     population = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None)), compiler_options=QUICK)
     nothing = growth.commands(size=1)
@@ -257,20 +258,20 @@ def test_two_devices_take_the_same_decisions() -> None:
 def test_a_growth_may_be_a_static_argument() -> None:
     growth, _, state, _ = setting(1)
     count = jax.jit(lambda growth, state: growth.slots(state), static_argnums=0)
-    assert set(count(growth, state)) == {place.name for place in growth.lattice.sites}
+    assert set(count(growth, state)) == {place.name for place in growth.layout.sites}
 
 
 @pytest.mark.parametrize("index", [2, -1, np.int64(2)])
 def test_a_layer_that_is_not_there(index: Any) -> None:
     growth, _, state, _ = setting(1)
-    with pytest.raises(LatticeError, match=r"layers 0\.\.1, got"):
+    with pytest.raises(LayoutError, match=r"layers 0\.\.1, got"):
         growth.seeds(state).layer("deep", index)
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("bodies_at_once", 1), ("max_ablations", 1), ("directed_births", 0)]
+    ("name", "least"), [("adapters_at_once", 1), ("max_ablations", 1), ("directed_births", 0)]
 )
 @pytest.mark.parametrize("value", [1.5, True, -1, "many"])
 def test_counts_are_whole_numbers(name: str, least: int, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an int, at least {least}.*got {value!r}"):
-        ef.growth(LATTICE, **{name: value})
+        ef.growth(LAYOUT, **{name: value})

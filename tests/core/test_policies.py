@@ -18,14 +18,14 @@ from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import Cause, Stage, loss_track, seed_state
 from esper_fn.policies import (
     Observation,
-    Proposal,
+    Requests,
     budget,
     chain,
     concurrency,
     cooldown,
     grow,
     never,
-    no_proposal,
+    no_requests,
     periodic,
     plateau,
     quota,
@@ -38,13 +38,13 @@ from esper_fn.policies import (
 
 
 @lru_cache(maxsize=1)
-def lattice() -> Any:
+def layout() -> Any:
     """Seeds 0-2 of `a` (2 features each), 3-4 of `b` (4 each), 5 of the image `c`.
 
     Slots 0-1, 2-3 are `a`'s `scale` and `rank`, 4-5, 6-7 `b`'s, 8 `c`'s `scale`, 9 its `rank`, 10
     its `conv`. Parameters: scale 2 F, rank 4 F, conv 4 F.
     """
-    return ef.lattice(
+    return ef.layout(
         sites=[
             ef.site("a", features=6, chunks=3),
             ef.site("b", features=8, chunks=2),
@@ -103,10 +103,10 @@ def observe(
 
 @cache
 def compiled(policy: Any) -> Any:
-    return jax.jit(lambda *args: policy.decide(lattice(), *args))
+    return jax.jit(lambda *args: policy.decide(layout(), *args))
 
 
-NOTHING = no_proposal(6)
+NOTHING = no_requests(6)
 DORMANT = seed_state(6)
 
 
@@ -115,31 +115,31 @@ class Player:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self.state = policy.init(lattice())
+        self.state = policy.init(layout())
         self.decide = compiled(policy)
         self.key = jax.random.key(0)
 
-    def ask(self, seen: Observation, proposal: Proposal | None = None) -> Proposal:
+    def ask(self, seen: Observation, requests: Requests | None = None) -> Requests:
         self.key, key = jax.random.split(self.key)
-        given = NOTHING if proposal is None else proposal
+        given = NOTHING if requests is None else requests
         self.state, told = self.decide(self.state, seen, given, key)
         return told
 
 
-def asked(told: Proposal) -> list[int]:
+def asked(told: Requests) -> list[int]:
     return np.flatnonzero(np.asarray(told.kind) == Kind.GERMINATE).tolist()
 
 
 def wish(
     *seeds: int, priority: Sequence[float] | None = None, blueprint: Sequence[int] | int = 0
-) -> Proposal:
+) -> Requests:
     """Germinations that some rule before has asked."""
     told = jax.tree.map(np.array, NOTHING)
     index = list(seeds)
     told.kind[index] = Kind.GERMINATE
     told.blueprint[index] = blueprint
     told.priority[index] = 0.0 if priority is None else priority
-    told.asked_by[index] = 0
+    told.requested_by[index] = 0
     return jax.tree.map(jnp.asarray, told)
 
 
@@ -152,8 +152,8 @@ EVERY_STEP = periodic(every=1)
 # --- rules that ask ------------------------------------------------------------------------------
 
 
-def test_the_lattice_is_the_one_written_here() -> None:
-    told = lattice()
+def test_the_layout_is_the_one_written_here() -> None:
+    told = layout()
     assert (told.num_seeds, told.num_slots) == (6, 11)
     assert told.tables.costs.tolist() == [[4, 8, 0], [8, 16, 0], [4, 8, 8]]
     assert told.tables.slot_pool_start.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 9, 10]
@@ -295,14 +295,14 @@ def test_scripted_asks_what_is_written_when_it_is_written() -> None:
     ]
     player = Player(scripted(events, grafts=("fast", "slow")))
     told = [player.ask(observe(step)) for step in range(5)]
-    kinds = [np.asarray(proposal.kind).tolist() for proposal in told]
+    kinds = [np.asarray(requests.kind).tolist() for requests in told]
     G, T, P = Kind.GERMINATE, Kind.TRANSITION, Kind.PAUSE
     idle = [0] * 6
     assert kinds == [idle, [G, 0, 0, 0, G, 0], idle, [P, 0, 0, 0, T, 0], idle]
     assert (int(told[1].blueprint[4]), int(told[1].graft[4])) == (1, 1)
     assert (int(told[1].blueprint[0]), int(told[1].graft[0])) == (0, NONE)
     assert int(told[3].target[4]) == Stage.CULLED
-    assert told[3].asked_by.tolist() == [0, NONE, NONE, NONE, 0, NONE]
+    assert told[3].requested_by.tolist() == [0, NONE, NONE, NONE, 0, NONE]
     assert asked(Player(scripted([])).ask(observe())) == []
 
 
@@ -310,12 +310,12 @@ def test_scripts_that_cannot_be_played_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[\(1, 0\)\]"):
         scripted([(1, cull(0)), (2, cull(0)), (1, pause(0))])
     with pytest.raises(UnknownNameError, match="'slow'"):
-        scripted([(0, germinate(0, "scale", "slow"))], grafts=("fast",)).init(lattice())
+        scripted([(0, germinate(0, "scale", "slow"))], grafts=("fast",)).init(layout())
     with pytest.raises(UnknownNameError, match="'rope'"):
-        scripted([(0, germinate(0, "rope"))]).init(lattice())
+        scripted([(0, germinate(0, "rope"))]).init(layout())
     for seed in (-1, 6):
         with pytest.raises(CommandError, match=f"seed {seed}"):
-            scripted([(0, cull(seed))]).init(lattice())
+            scripted([(0, cull(seed))]).init(layout())
 
 
 # --- rules that hold back ------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_limits_let_other_requests_pass() -> None:
         (24, {}, wish(1, 4, blueprint=1), [1, 4]),
         (23, {}, wish(1, 4, blueprint=1), [1]),
         (8, {}, wish(5, blueprint=2), [5]),
-        # Living bodies count: slot 6 holds a rank in `b` (16), slot 0 a scale in `a` (4).
+        # Living adapters count: slot 6 holds a rank in `b` (16), slot 0 a scale in `a` (4).
         (23, {6: 3, 0: 0}, wish(1), []),
         (24, {6: 3, 0: 0}, wish(1), [1]),
         # One that is too dear is passed over.
@@ -368,14 +368,14 @@ def test_limits_let_other_requests_pass() -> None:
     ],
 )
 def test_budget_counts_parameters(
-    limit: int, owner: dict[int, int], wished: Proposal, expected: list[int]
+    limit: int, owner: dict[int, int], wished: Requests, expected: list[int]
 ) -> None:
     held = [owner.get(slot, NONE) for slot in range(11)]
     assert asked(Player(budget(limit)).ask(observe(owner=held), wished)) == expected
 
 
 BORN = [0, 1, *[NONE] * 9]
-"""Owners once seeds 0 and 1 have bodies."""
+"""Owners once seeds 0 and 1 have adapters."""
 
 
 def test_cooldown_table() -> None:
@@ -384,8 +384,8 @@ def test_cooldown_table() -> None:
     told: list[int] = []
     for step, is_wished in enumerate(wishes):
         held = BORN if told and told[-1] else [NONE] * 11
-        proposal = wish(0, 1) if is_wished else None
-        told.append(len(asked(player.ask(observe(step, owner=held), proposal))))
+        requests = wish(0, 1) if is_wished else None
+        told.append(len(asked(player.ask(observe(step, owner=held), requests))))
     # All that is asked in one step passes together.
     assert told == [2, 0, 0, 2, 0, 0, 0, 2, 0]
 
@@ -447,12 +447,12 @@ def test_chain_notes_who_asked_and_who_refused() -> None:
     player = Player(policy)
     first = player.ask(observe(0, potential=ALL))
     assert asked(first) == [1, 3]
-    assert first.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
+    assert first.requested_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
     assert first.vetoed_by.tolist() == [NONE, NONE, NONE, NONE, NONE, 1]
     held = [1, *[NONE] * 3, 3, *[NONE] * 6]
     second = player.ask(observe(2, potential=ALL, owner=held))
     assert asked(second) == []
-    assert second.asked_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
+    assert second.requested_by.tolist() == [NONE, 0, NONE, 0, NONE, 0]
     assert second.vetoed_by.tolist() == [NONE, 2, NONE, 2, NONE, 1]
 
 
@@ -489,14 +489,14 @@ def test_a_later_rule_that_asks_anew_lifts_the_veto() -> None:
     policy = chain(periodic(every=1), quota(0), periodic(every=1, blueprint="rank", name="again"))
     told = Player(policy).ask(observe(potential=ALL))
     assert asked(told) == [1]
-    assert (int(told.asked_by[1]), int(told.vetoed_by[1])) == (2, NONE)
+    assert (int(told.requested_by[1]), int(told.vetoed_by[1])) == (2, NONE)
     assert int(told.blueprint[1]) == 1
 
 
 def test_a_rule_that_overwrites_a_request_has_asked_it() -> None:
     policy = chain(periodic(every=1), scripted([(0, germinate(1, "rank"))]))
     told = Player(policy).ask(observe(potential=ALL))
-    assert (int(told.asked_by[1]), int(told.blueprint[1])) == (1, 1)
+    assert (int(told.requested_by[1]), int(told.blueprint[1])) == (1, 1)
 
 
 def test_what_was_struck_leaves_nothing_behind() -> None:
@@ -510,12 +510,12 @@ def test_what_was_struck_leaves_nothing_behind() -> None:
 
 
 def test_an_own_rule_nests_like_the_others() -> None:
-    def decide(lattice: Any, state: Any, seen: Any, proposal: Any, key: Any) -> Any:
-        del lattice, seen, key
+    def decide(layout: Any, state: Any, seen: Any, requests: Any, key: Any) -> Any:
+        del layout, seen, key
         odd = jnp.arange(6) % 2 == 1
-        return state + 1, strike(proposal, odd)
+        return state + 1, strike(requests, odd)
 
-    policy = chain(periodic(every=1, count=6), rule("even", lambda lattice: jnp.int32(0), decide))
+    policy = chain(periodic(every=1, count=6), rule("even", lambda layout: jnp.int32(0), decide))
     player = Player(policy)
     told = player.ask(observe(potential=ALL))
     assert asked(told) == [2, 4]
@@ -533,14 +533,14 @@ def test_a_decision_in_a_run_can_be_explained() -> None:
         chain(periodic(every=1, count=2), concurrency(3)), scripted([(1, cull(5))]), cooldown(3)
     )
     with strict():
-        made = rig(lattice(), rows=1, policy=policy)
+        made = rig(layout(), rows=1, policy=policy)
     state = place(made.growth, made.fresh(), [0] * 6, potential=ALL, num_potentials=1)
     names = made.growth.policy.rules
     assert names == ("periodic", "concurrency", "scripted", "cooldown")
     told = []
     for _ in range(3):
         state, info = made.step(state)
-        columns = (info.asked_by, info.vetoed_by, info.request_code, info.cause)
+        columns = (info.requested_by, info.vetoed_by, info.request_code, info.cause)
         told.append(
             {
                 seed: (names[asker], names[refuser] if refuser >= 0 else None, code, cause)
@@ -617,7 +617,7 @@ def test_grow_measures_by_the_first_survey_also_where_it_comes_late() -> None:
     assert asked(player.ask(observe(2, potential=(0.1,) * 6))) == []
 
 
-def test_grow_leaves_places_alone_whose_bodies_did_harm_unless_they_promise_more() -> None:
+def test_grow_leaves_places_alone_whose_adapters_did_harm_unless_they_promise_more() -> None:
     player = Player(grow(every=1))
     player.ask(observe(0, potential=PROMISE))
     harm = (None, -0.1, None, None, None, None)
@@ -626,7 +626,7 @@ def test_grow_leaves_places_alone_whose_bodies_did_harm_unless_they_promise_more
     assert asked(player.ask(observe(2, potential=now, contribution=harm))) == [1, 2, 3, 5]
 
 
-def test_grow_goes_on_while_living_bodies_are_worth_something() -> None:
+def test_grow_goes_on_while_living_adapters_are_worth_something() -> None:
     ft = Stage.FINE_TUNING
 
     def asks(stage: Sequence[int], contribution: Sequence[float | None]) -> bool:
@@ -686,7 +686,7 @@ POLICIES = {
 
 def test_every_policy_is_in_the_matrix() -> None:
     told = {name for name in ef.policies.__all__ if name[0].islower()}
-    helpers = {"no_proposal", "rule", "strike"}
+    helpers = {"no_requests", "rule", "strike"}
     assert told - helpers <= {name.split("_")[0] for name in POLICIES}
 
 
@@ -694,14 +694,14 @@ def test_every_policy_is_in_the_matrix() -> None:
 def test_policies_run_in_scan_and_vmap(name: str) -> None:
     policy = POLICIES[name]()
     assert isinstance(policy.rules, tuple)
-    state = policy.init(lattice())
+    state = policy.init(layout())
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     seen = observe(potential=ALL, gradient=ALL, loss=1.0)
 
     def one(state: Any, now: Any) -> Any:
         step, key = now
         given = wish(0, 3)
-        return policy.decide(lattice(), state, seen._replace(step=step), given, key)
+        return policy.decide(layout(), state, seen._replace(step=step), given, key)
 
     # `scan` refuses a state whose structure, shapes or dtypes change.
     def run(state: Any, keys: jax.Array) -> Any:
@@ -710,11 +710,11 @@ def test_policies_run_in_scan_and_vmap(name: str) -> None:
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state)
     keys = jax.random.split(jax.random.key(0), (2, 4))
     told = jax.jit(jax.vmap(run))(many, keys)
-    shapes = jax.eval_shape(lambda: no_proposal(6))
+    shapes = jax.eval_shape(lambda: no_requests(6))
     assert jax.tree.map(lambda x: ((2, 4, *x.shape), x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), told
     )
-    for index in (told.asked_by, told.vetoed_by):
+    for index in (told.requested_by, told.vetoed_by):
         assert ((np.asarray(index) >= NONE) & (np.asarray(index) < max(len(policy.rules), 1))).all()
 
 
@@ -737,10 +737,10 @@ def test_policies_ask_only_of_seeds_that_can(name: str) -> None:
     ids=["plateau", "chain"],
 )
 def test_growth_refuses_a_policy_with_an_unknown_blueprint(policy):
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("s", features=4, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,
     )
     with pytest.raises(UnknownNameError, match="unknown blueprint 'x'; allowed: scale"):
-        ef.growth(lattice, policy=policy)
+        ef.growth(layout, policy=policy)

@@ -1,4 +1,4 @@
-"""Random commands, losses, errors, readings, policies and thresholds: what may never happen.
+"""Random commands, losses, errors, statistics, policies and thresholds: what may never happen.
 
 And the proof that the checker would notice: each invariant is broken on purpose.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drive import LEGAL, NONE, calm_track, limits, place, small, small_lattice, state_faults
+from drive import LEGAL, NONE, calm_track, limits, place, small, small_layout, state_faults
 from drive import reading as made_reading
 from drive import step_faults as faults_of_step
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ POLICY = ef.policies.chain(
     ef.policies.quota(100),
 )
 GROWTH = ef.growth(
-    small_lattice(),
+    small_layout(),
     policy=POLICY,
     graft=[
         ef.grafting.linear(3),
@@ -41,7 +41,7 @@ GROWTH = ef.growth(
         ef.grafting.stability(3, hold_steps=1, back_steps=1),
     ],
     governor=ef.governors.standard(patience=3, veto_steps=3, max_drift=5.0),
-    bodies_at_once=None,
+    adapters_at_once=None,
 )
 
 
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
     contribution: np.ndarray
     is_surveyed: np.ndarray
     change: np.ndarray
-    """What is added to every body offered; [T, Q]."""
+    """What is added to every adapter offered; [T, Q]."""
 
 
 class Step(NamedTuple):
@@ -79,13 +79,13 @@ def play(state: Any, told: Inputs) -> Step:
                 num_contributions=seeds.num_contributions + surveyed.astype(jnp.int32),
             )
         )
-        bodies = {site: dict(banks) for site, banks in before.bodies.items()}
-        for bank in GROWTH.lattice.tables.banks:
-            site, name = GROWTH.lattice.sites[bank.site].name, GROWTH.lattice.names[bank.blueprint]
+        adapters = {site: dict(banks) for site, banks in before.adapters.items()}
+        for bank in GROWTH.layout.tables.banks:
+            site, name = GROWTH.layout.sites[bank.site].name, GROWTH.layout.names[bank.blueprint]
             change = now.change[bank.start : bank.start + bank.num_slots]
-            bodies[site][name] = jax.tree.map(
+            adapters[site][name] = jax.tree.map(
                 lambda leaf, change=change: leaf + change.reshape(-1, *(1,) * (leaf.ndim - 1)),
-                bodies[site][name],
+                adapters[site][name],
             )
         reading = made_reading(S)._replace(
             num_live=((seeds.stage >= 2) & (seeds.stage <= 7)).astype(jnp.float32),
@@ -96,7 +96,7 @@ def play(state: Any, told: Inputs) -> Step:
             output_square=now.size,
             num_errors=now.errors,
         )
-        after, info = GROWTH.update(before, bodies, reading, now.loss, now.commands)
+        after, info = GROWTH.update(before, adapters, reading, now.loss, now.commands)
         return after, Step(before, after, info)
 
     steps: Step = jax.lax.scan(one, state, told)[1]
@@ -310,24 +310,24 @@ def owner_with(state: Any, slot: int, seed: int) -> Any:
 
 
 def poison(state: Any, value: float) -> Any:
-    bodies = jax.tree.map(np.array, state.bodies)
-    bodies["sequence"]["scale"]["scale"][2] = value  # seed 5's, which waits to learn
-    return state._replace(bodies=bodies)
+    adapters = jax.tree.map(np.array, state.adapters)
+    adapters["sequence"]["scale"]["scale"][2] = value  # seed 5's, which waits to learn
+    return state._replace(adapters=adapters)
 
 
 PLANTED_IN_STATE: dict[str, Callable[[Any], Any]] = {
     "unknown stage": lambda s: seeds_with(s, stage=(0, 11)),
-    "slot without a body's stage, or the reverse": lambda s: seeds_with(s, stage=(2, 3)),
+    "slot without an adapter's stage, or the reverse": lambda s: seeds_with(s, stage=(2, 3)),
     "a seed's slot is not its own": lambda s: seeds_with(s, slot=(0, int(s.seeds.slot[1]))),
     "a slot's owner does not hold it": lambda s: owner_with(s, 8, 5),
-    "blueprint without a body": lambda s: seeds_with(s, blueprint=(2, 0)),
+    "blueprint without an adapter": lambda s: seeds_with(s, blueprint=(2, 0)),
     "a slot of another pool": lambda s: seeds_with(s, blueprint=(4, 1)),
     "free slots miscounted": lambda s: owner_with(s, 9, 6),
     "alpha outside [0, 1]": lambda s: seeds_with(s, alpha=(0, 1.5)),
     "alpha in a stage that does not act": lambda s: seeds_with(s, alpha=(6, 0.25)),
     "paused without a way to go": lambda s: seeds_with(s, is_paused=(3, True)),
     "a negative counter": lambda s: seeds_with(s, embargo_steps=(2, -1)),
-    "a body that is not finite": lambda s: poison(s, np.nan),
+    "an adapter that is not finite": lambda s: poison(s, np.nan),
     "a row that is not finite": lambda s: seeds_with(s, stability=(1, np.inf)),
 }
 PLANTED_IN_STEP: dict[str, Callable[[Step], Step]] = {
@@ -345,9 +345,9 @@ PLANTED_IN_STEP: dict[str, Callable[[Step], Step]] = {
         after=owner_with(t.after, int(t.after.seeds.slot[0]), 1)
     ),
     "births miscounted": lambda t: t._replace(
-        after=t.after._replace(num_births=np.asarray(t.after.num_births) + 1)
+        after=t.after._replace(generation=np.asarray(t.after.generation) + 1)
     ),
-    "a body that does not learn has changed": lambda t: t._replace(after=poison(t.after, -0.0)),
+    "an adapter that does not learn has changed": lambda t: t._replace(after=poison(t.after, -0.0)),
     "step miscounted": lambda t: t._replace(after=t.after._replace(step=t.after.step + 1)),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from drive import NONE, place, rig, small_lattice, strict
+from drive import NONE, place, rig, small_layout, strict
 from support import QUICK, standard
 
 import esper_fn as ef
@@ -24,7 +24,7 @@ S = Stage
 def calm() -> Any:
     """A rig whose only edge out of ROLLED_BACK is time: three steps of it."""
     with strict():
-        return rig(small_lattice(), rows=2, settings=ef.lifecycle.settings(quarantine_steps=3))
+        return rig(small_layout(), rows=2, settings=ef.lifecycle.settings(quarantine_steps=3))
 
 
 def test_it_ends_after_its_steps(calm: Any) -> None:
@@ -67,27 +67,27 @@ def test_its_length_is_state_and_may_be_for_ever(calm: Any) -> None:
 PHASE, PHASES = 1000, 3
 
 
-def test_bodies_come_back_in_a_stream_whose_task_changes() -> None:
+def test_adapters_come_back_in_a_stream_whose_task_changes() -> None:
     """Each change is taken for a divergence at first, and each time growth goes on."""
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("h", features=4, chunks=4)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=4,
     )
     growth = ef.growth(
-        lattice,
+        layout,
         policy=ef.policies.periodic(every=5, score="gradient", count=4),
         graft=ef.grafting.linear(20),
-        # Nothing is surveyed, so that a body goes on acting until its task is gone.
+        # Nothing is surveyed, so that an adapter goes on acting until its task is gone.
         settings=ef.lifecycle.settings(max_steps={S.EVALUATING: 10_000}),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
         x, level = batch
         return level + 1e-3 * jnp.mean(jnp.square(seeds.grow("h", x) - params))
 
-    optimizer = ef.optim.per_body(standard(optax.sgd(0.1)))
+    optimizer = ef.optim.per_adapter(standard(optax.sgd(0.1)))
     step = ef.runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
     run = jax.jit(ef.runtime.scan_steps(step), compiler_options=QUICK)
     steps = np.arange(PHASE * PHASES)

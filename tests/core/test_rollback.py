@@ -22,7 +22,7 @@ from esper_fn.governors import Alarm, Verdict
 from esper_fn.runtime import SnapshotClock
 
 GROWTH = ef.growth(
-    ef.lattice(
+    ef.layout(
         sites=[ef.site("hidden", features=4, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,
@@ -41,7 +41,7 @@ class Event(NamedTuple):
     goes_back: bool = False
     is_uneasy: bool = False
     born: int = -1
-    """A slot that gets a newborn body in this step."""
+    """A slot that gets a newborn adapter in this step."""
 
 
 CALM = Event()
@@ -51,16 +51,16 @@ DRIFT = Event(alarm=Alarm.DRIFT)
 
 
 def numbers(step: Any) -> tuple[Any, Any, Any]:
-    """Parameters, optimiser state and bodies that say how many steps were done."""
+    """Parameters, optimiser state and adapters that say how many steps were done."""
     told = jnp.asarray(step, jnp.float32)
-    bodies = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0) * told, STATE.bodies)
-    return {"w": told, "b": jnp.full((3,), 1.0) * told}, (told.astype(jnp.int32),), bodies
+    adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0) * told, STATE.adapters)
+    return {"w": told, "b": jnp.full((3,), 1.0) * told}, (told.astype(jnp.int32),), adapters
 
 
 def start(every: int, places: int) -> rollback.Anchor:
-    params, opt_state, bodies = numbers(0)
-    state = STATE._replace(bodies=bodies)
-    opt_state = (*opt_state, state.num_births)
+    params, opt_state, adapters = numbers(0)
+    state = STATE._replace(adapters=adapters)
+    opt_state = (*opt_state, state.generation)
     return rollback.anchor(params, opt_state, state, every=every, num_snapshots=places)
 
 
@@ -70,10 +70,10 @@ def play(held: rollback.Anchor, events: Event) -> Any:
 
     def one(carry: Any, event: Event) -> Any:
         held, step, births = carry
-        params, opt_state, bodies = numbers(step + 1)
+        params, opt_state, adapters = numbers(step + 1)
         opt_state = (*opt_state, births)  # as the optimiser knew them, before the step's own
         births += (jnp.arange(births.shape[0]) == event.born).astype(jnp.int32)
-        state = STATE._replace(bodies=bodies, num_births=births)
+        state = STATE._replace(adapters=adapters, generation=births)
         verdict = Verdict(
             alarm=event.alarm.astype(jnp.int8),
             is_vetoing=jnp.zeros((), bool),
@@ -84,16 +84,16 @@ def play(held: rollback.Anchor, events: Event) -> Any:
         params, opt_state, state, held = rollback.guard(
             GROWTH, held, params, opt_state, state, verdict
         )
-        is_new = state.num_births != opt_state[1]
-        told = (params["w"], params["b"][2], opt_state[0], _of_slots(state.bodies), is_new)
+        is_new = state.generation != opt_state[1]
+        told = (params["w"], params["b"][2], opt_state[0], _of_slots(state.adapters), is_new)
         return (held, step + 1, births), told
 
-    (held, _, _), told = jax.lax.scan(one, (held, jnp.int32(0), STATE.num_births), events)
+    (held, _, _), told = jax.lax.scan(one, (held, jnp.int32(0), STATE.generation), events)
     return held, told
 
 
-def _of_slots(bodies: Any) -> jax.Array:
-    return jax.tree.leaves(bodies)[0].reshape(2, -1)[:, 0]
+def _of_slots(adapters: Any) -> jax.Array:
+    return jax.tree.leaves(adapters)[0].reshape(2, -1)[:, 0]
 
 
 def run(every: int, places: int, events: list[Event], length: int = 64) -> Any:
@@ -130,7 +130,7 @@ class Model:
 
 def check(every: int, places: int, events: list[Event]) -> None:
     model, clock = Model(every, places), SnapshotClock(every, places)
-    _, (w, b, count, bodies, is_new) = run(every, places, events)
+    _, (w, b, count, adapters, is_new) = run(every, places, events)
     for step, event in enumerate(events):
         restored = model.step(step, event)
         is_calm = event.alarm == Alarm.CALM and not event.is_uneasy
@@ -140,8 +140,8 @@ def check(every: int, places: int, events: list[Event]) -> None:
         assert w[step] == b[step] == count[step] == stands, step
         assert set(np.flatnonzero(is_new[step]).tolist()) == born | then, step
         for slot in range(2):
-            # A body born since keeps its numbers, all others go back in lockstep.
-            assert bodies[step, slot] == (step + 1 if slot in born else stands), step
+            # An adapter born since keeps its numbers, all others go back in lockstep.
+            assert adapters[step, slot] == (step + 1 if slot in born else stands), step
 
 
 EVENTS = st.one_of(
@@ -281,7 +281,7 @@ def test_snapshots_are_divided_among_devices_as_the_parameters_are() -> None:
         from esper_fn import rollback
         from esper_fn.governors import Verdict
         growth = ef.growth(
-            ef.lattice(
+            ef.layout(
                 sites=[ef.site("hidden", features=4, chunks=2)],
                 blueprints={"scale": ef.blueprints.scale_shift()},
                 capacity=2,
@@ -334,7 +334,7 @@ def test_no_interval_is_refused(wrong: Any) -> None:
 def test_in_the_runtime_0_means_none() -> None:
     import optax
 
-    optimizer = ef.optim.per_body(optax.sgd(0.1))
+    optimizer = ef.optim.per_adapter(optax.sgd(0.1))
     params = {"w": jnp.ones((2,))}
     assert runtime.init(optimizer, params, STATE, num_snapshots=0).anchor is None
     assert runtime.init(optimizer, params, STATE, anchor_every=None).anchor is None
@@ -346,8 +346,8 @@ def test_in_the_runtime_0_means_none() -> None:
 
 
 def test_memory_is_that_many_copies() -> None:
-    params, opt_state, bodies = numbers(0)
-    state = STATE._replace(bodies=bodies)
+    params, opt_state, adapters = numbers(0)
+    state = STATE._replace(adapters=adapters)
     now = rollback.snapshot(params, opt_state, state)
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
     for places in (1, 2, 7):

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
-from esper_fn._lattice import chunk_mask
-from esper_fn.errors import LatticeError, UnknownNameError
+from esper_fn._layout import chunk_mask
+from esper_fn.errors import LayoutError, UnknownNameError
 
 LOW_RANK = {"low_rank": ef.blueprints.low_rank(2)}
 CONV = {"conv": ef.blueprints.depthwise_conv()}
 
 
-def _lattice(*sites: ef.Site, **changes: Any) -> ef.Lattice:
+def _layout(*sites: ef.Site, **changes: Any) -> ef.Layout:
     given: dict[str, Any] = {"sites": sites, "blueprints": LOW_RANK, "capacity": 2, **changes}
-    return ef.lattice(**given)
+    return ef.layout(**given)
 
 
 @pytest.mark.parametrize("features", range(1, 13))
@@ -38,86 +38,84 @@ def test_chunks_are_those_of_array_split(features: int) -> None:
 
 @pytest.mark.parametrize("chunks", [5, 100])
 def test_more_chunks_than_features_are_refused(chunks: int) -> None:
-    with pytest.raises(LatticeError, match=f"{chunks} chunks do not fit 4 features; .* at most 4"):
+    with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features; .* at most 4"):
         ef.site("s", features=4, chunks=chunks)
-    with pytest.raises(LatticeError, match=f"{chunks} chunks do not fit 4 features"):
+    with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features"):
         ef.span("s", source_features=4, features=200, chunks=chunks)
-    with pytest.raises(LatticeError, match=f"{chunks} chunks do not fit 4 features"):
+    with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features"):
         ef.span("s", source_features=200, features=4, chunks=chunks)
 
 
 @pytest.mark.parametrize("field", ["features", "chunks", "layers", "positions"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
 def test_sizes_are_positive_ints(field: str, value: Any) -> None:
-    with pytest.raises(LatticeError, match=f"site 's': {field} must be a positive int, got"):
+    with pytest.raises(LayoutError, match=f"site 's': {field} must be a positive int, got"):
         ef.site("s", **{"features": 8, field: value})
 
 
 def test_other_fields_of_a_site() -> None:
-    with pytest.raises(LatticeError, match="source_features must be a positive int, got 0"):
+    with pytest.raises(LayoutError, match="source_features must be a positive int, got 0"):
         ef.span("s", source_features=0, features=4)
-    with pytest.raises(LatticeError, match="non-empty name, got ''"):
+    with pytest.raises(LayoutError, match="non-empty name, got ''"):
         ef.site("", features=4)
-    with pytest.raises(LatticeError, match=r"topology must be one of \('vector', .*got 'graph'"):
+    with pytest.raises(LayoutError, match=r"topology must be one of \('vector', .*got 'graph'"):
         ef.site("s", features=4, topology="graph")  # type: ignore[arg-type]
 
 
-def test_a_lattice_says_what_does_not_fit() -> None:
+def test_a_layout_says_what_does_not_fit() -> None:
     site = ef.site("s", features=4)
-    with pytest.raises(LatticeError, match=r"at least one site; make one with `site`"):
-        _lattice()
-    with pytest.raises(LatticeError, match=r"names must differ, given twice: \['s'\]"):
-        _lattice(site, ef.site("s", features=8))
-    with pytest.raises(LatticeError, match="at least one blueprint"):
-        _lattice(site, blueprints={})
-    with pytest.raises(LatticeError, match="at most 127 blueprints, got 128"):
-        _lattice(site, blueprints={str(i): LOW_RANK["low_rank"] for i in range(128)})
-    with pytest.raises(
-        LatticeError, match=r"'conv' serves .*sequence.*without spans.*'s', 'vector"
-    ):
-        _lattice(site, blueprints={**LOW_RANK, **CONV})
+    with pytest.raises(LayoutError, match=r"at least one site; make one with `site`"):
+        _layout()
+    with pytest.raises(LayoutError, match=r"names must differ, given twice: \['s'\]"):
+        _layout(site, ef.site("s", features=8))
+    with pytest.raises(LayoutError, match="at least one blueprint"):
+        _layout(site, blueprints={})
+    with pytest.raises(LayoutError, match="at most 127 blueprints, got 128"):
+        _layout(site, blueprints={str(i): LOW_RANK["low_rank"] for i in range(128)})
+    with pytest.raises(LayoutError, match=r"'conv' serves .*sequence.*without spans.*'s', 'vector"):
+        _layout(site, blueprints={**LOW_RANK, **CONV})
     image = ef.site("i", features=4, topology="image")
-    with pytest.raises(LatticeError, match=r"no blueprint serves site 's' \(vector\).*\['conv'\]"):
-        _lattice(image, site, blueprints=CONV)
+    with pytest.raises(LayoutError, match=r"no blueprint serves site 's' \(vector\).*\['conv'\]"):
+        _layout(image, site, blueprints=CONV)
     wide = ef.span("w", source_features=4, features=8, topology="image")
-    with pytest.raises(LatticeError, match=r"no blueprint serves site 'w' \(image, a span\)"):
-        _lattice(image, wide, blueprints=CONV)
+    with pytest.raises(LayoutError, match=r"no blueprint serves site 'w' \(image, a span\)"):
+        _layout(image, wide, blueprints=CONV)
     for capacity in (0, -1, 2.0, True):
-        with pytest.raises(LatticeError, match=f"capacity must be a positive int, got {capacity}"):
-            _lattice(site, capacity=capacity)
-    with pytest.raises(LatticeError, match="dtype must be a floating type, got"):
-        _lattice(site, dtype=jnp.int32)
+        with pytest.raises(LayoutError, match=f"capacity must be a positive int, got {capacity}"):
+            _layout(site, capacity=capacity)
+    with pytest.raises(LayoutError, match="dtype must be a floating type, got"):
+        _layout(site, dtype=jnp.int32)
 
 
 def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None:
-    lattice = _lattice(
+    layout = _layout(
         ef.site("a", features=6, chunks=2),
         ef.site("b", features=6, chunks=3, layers=2),
         ef.span("c", source_features=4, features=2),
     )
-    assert lattice.num_seeds == 2 + 6 + 1
-    names = [lattice.locate(seed) for seed in range(lattice.num_seeds)]
+    assert layout.num_seeds == 2 + 6 + 1
+    names = [layout.locate(seed) for seed in range(layout.num_seeds)]
     assert [(site.name, layer, chunk) for site, layer, chunk in names] == [
         *[("a", 0, c) for c in range(2)],
         *[("b", layer, c) for layer in range(2) for c in range(3)],
         ("c", 0, 0),
     ]
     for seed, (site, layer, chunk) in enumerate(names):
-        assert lattice.seed_index(site.name, chunk, layer) == seed
-    assert lattice.per_seed(np.asarray([7, 8, 9, 10])).tolist() == [7, 7, 8, 8, 8, 9, 9, 9, 10]
+        assert layout.seed_index(site.name, chunk, layer) == seed
+    assert layout.per_seed(np.asarray([7, 8, 9, 10])).tolist() == [7, 7, 8, 8, 8, 9, 9, 9, 10]
     # A pool never has more slots than its layer has seeds: 2 + 2 layers of 2 + 1.
-    assert lattice.num_slots == 2 + 4 + 1
-    assert lattice.cost("b", "low_rank") == (2 * (2 + 2), 2 * 2 * (2 + 2))
+    assert layout.num_slots == 2 + 4 + 1
+    assert layout.cost("b", "low_rank") == (2 * (2 + 2), 2 * 2 * (2 + 2))
     with pytest.raises(
-        LatticeError, match=r"chunks 0\.\.2 and layers 0\.\.1, got chunk 3 of layer 0"
+        LayoutError, match=r"chunks 0\.\.2 and layers 0\.\.1, got chunk 3 of layer 0"
     ):
-        lattice.seed_index("b", 3)
-    with pytest.raises(LatticeError, match=r"seed must be in 0\.\.8, got 9"):
-        lattice.locate(9)
+        layout.seed_index("b", 3)
+    with pytest.raises(LayoutError, match=r"seed must be in 0\.\.8, got 9"):
+        layout.locate(9)
     with pytest.raises(UnknownNameError, match="unknown site 'd'; allowed: a, b, c"):
-        lattice.seed_index("d", 0)
+        layout.seed_index("d", 0)
     with pytest.raises(UnknownNameError, match="unknown blueprint 'x'; allowed: low_rank"):
-        lattice.cost("a", "x")
+        layout.cost("a", "x")
 
 
 SITES = (
@@ -130,7 +128,7 @@ SITES = (
 
 def _grow(*calls: Any) -> Any:
     """Shapes of what a loss of these calls would return."""
-    growth = ef.growth(_lattice(*SITES))
+    growth = ef.growth(_layout(*SITES))
     state = growth.init(jax.random.key(0))
 
     def loss(params: Any, seeds: ef.Seeds) -> Any:
@@ -177,12 +175,12 @@ X = jnp.ones((3, 6))
             r"'deep' has layers 0\.\.1, got 2; declare more with `layers=`",
         ),
         (lambda s: s.layer("deep", -1), r"'deep' has layers 0\.\.1, got -1"),
-        (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `lattice`"),
+        (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `layout`"),
         (lambda s: s.layer("deep", 0).grow("plain", X), "unknown site 'plain'; allowed: deep"),
     ],
 )
 def test_misuse_in_the_loss_function_is_named(call: Any, words: str) -> None:
-    with pytest.raises((LatticeError, UnknownNameError), match=words):
+    with pytest.raises((LayoutError, UnknownNameError), match=words):
         _grow(call)
 
 
@@ -204,18 +202,18 @@ def test_right_use_keeps_shape_and_dtype() -> None:
 
 
 def test_a_site_that_the_loss_never_reaches_is_named() -> None:
-    growth = ef.growth(_lattice(ef.site("near", features=6), ef.site("far", features=6)))
+    growth = ef.growth(_layout(ef.site("near", features=6), ef.site("far", features=6)))
     state = growth.init(jax.random.key(0))
 
     def loss(params: Any, seeds: ef.Seeds) -> Any:
         return jnp.sum(seeds.grow("near", params))
 
-    with pytest.raises(LatticeError, match=r"never reaches site\(s\) \['far'\] .*; call .*'far'"):
+    with pytest.raises(LayoutError, match=r"never reaches site\(s\) \['far'\] .*; call .*'far'"):
         jax.eval_shape(growth.value_and_grad(loss), X, state)
 
 
 def test_the_bare_host_takes_the_same_calls() -> None:
-    bare = ef.BareSeeds()
+    bare = ef.NoSeeds()
     assert jax.tree.leaves(bare) == []
     for seeds in (bare, bare.layers("deep"), bare.layer("deep", 1)):
         assert seeds.grow("anything", X) is X

@@ -14,7 +14,7 @@ import pytest
 from support import QUICK, blank, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn._lattice import Moments
+from esper_fn._layout import Moments
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import potentials
 
@@ -81,7 +81,7 @@ def test_nothing_to_gain_scores_zero() -> None:
 
 # --- through a loss function -----------------------------------------------------------------
 
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[
         ef.site("hidden", features=11, chunks=2),
         ef.span("over", source_features=11, features=6),
@@ -112,7 +112,7 @@ def loss_fn(params: Any, seeds: Any, x: jax.Array) -> Any:
 
 @cache
 def setting(max_ablations: int = 8) -> Any:
-    growth = ef.growth(LATTICE, max_ablations=max_ablations)
+    growth = ef.growth(LAYOUT, max_ablations=max_ablations)
     rng = np.random.default_rng(0)
     params = {
         "in": jnp.asarray(rng.standard_normal((5, 11)) * 0.5, jnp.float32),
@@ -136,7 +136,7 @@ def test_potential_is_that_of_each_chunks_input_and_gradient() -> None:
         seeds=dormant.seeds._replace(stage=jnp.zeros_like(dormant.seeds.stage))
     )
     after, info = survey(params, dormant, x)
-    bare = ef.BareSeeds()
+    bare = ef.NoSeeds()
 
     def shifted(shifts: Any) -> jax.Array:
         """The loss with the activations of the first two sites moved by hand."""
@@ -153,12 +153,12 @@ def test_potential_is_that_of_each_chunks_input_and_gradient() -> None:
     want = [_by_hand(h[:, :6], d_h[:, :6]), _by_hand(*padded), _by_hand(h, d_out)]
     np.testing.assert_allclose(info.raw_potential[:3], [raw for raw, _ in want], rtol=1e-3)
     np.testing.assert_allclose(info.potential[:3], [white for _, white in want], rtol=1e-2)
-    assert after.seeds.num_potentials.tolist() == [1] * LATTICE.num_seeds
+    assert after.seeds.num_potentials.tolist() == [1] * LAYOUT.num_seeds
     np.testing.assert_array_equal(after.seeds.potential, info.potential)
     # No seed is on trial: nothing was ablated, and nothing pretends to have been measured.
-    assert info.ablated.tolist() == [-1] * LATTICE.num_seeds
+    assert info.ablated.tolist() == [-1] * LAYOUT.num_seeds
     assert not np.any(info.contribution)
-    assert after.seeds.num_contributions.tolist() == [0] * LATTICE.num_seeds
+    assert after.seeds.num_contributions.tolist() == [0] * LAYOUT.num_seeds
     np.testing.assert_allclose(info.loss, loss_of()(dormant), rtol=1e-5)
 
 
@@ -169,7 +169,7 @@ def test_contribution_is_the_loss_without_minus_the_loss_with() -> None:
     assert sorted(int(seed) for seed in info.ablated if seed >= 0) == on_trial
     with_all = loss_of()(state)
     np.testing.assert_allclose(info.loss, with_all, rtol=1e-5)
-    for seed in range(LATTICE.num_seeds):
+    for seed in range(LAYOUT.num_seeds):
         if seed not in on_trial:
             assert after.seeds.num_contributions[seed] == 0
             assert after.seeds.contribution[seed] == 0
@@ -220,8 +220,8 @@ def test_what_is_not_finite_is_not_measured() -> None:
     _, params, state, x, survey = setting()
     after, info = survey(params, state, x.at[0, 0].set(jnp.nan))
     assert np.isnan(info.loss)
-    assert after.seeds.num_potentials.tolist() == [0] * LATTICE.num_seeds
-    assert after.seeds.num_contributions.tolist() == [0] * LATTICE.num_seeds
+    assert after.seeds.num_potentials.tolist() == [0] * LAYOUT.num_seeds
+    assert after.seeds.num_contributions.tolist() == [0] * LAYOUT.num_seeds
     assert same_bits(after.seeds.contribution, state.seeds.contribution)
     assert same_bits(after.seeds.potential, state.seeds.potential)
 
@@ -242,7 +242,7 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
         ef.span(f"layer {i}", source_features=widths[i - 1], features=widths[i + 1])
         for i in (1, 2, 3)
     ]
-    lattice = ef.lattice(sites=spans, blueprints={"more": ef.blueprints.bottleneck(8)}, capacity=1)
+    layout = ef.layout(sites=spans, blueprints={"more": ef.blueprints.bottleneck(8)}, capacity=1)
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
         below, h = batch[0], jax.nn.relu(batch[0] @ params[0])
@@ -262,7 +262,7 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
     def train(params: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:
             params, opt_state = carry
-            grads = jax.grad(loss_fn)(params, ef.BareSeeds(), batch)
+            grads = jax.grad(loss_fn)(params, ef.NoSeeds(), batch)
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
@@ -270,7 +270,7 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
         return params
 
     params = jax.jit(train, compiler_options=QUICK)(params)
-    growth = ef.growth(lattice, bodies_at_once=None)
+    growth = ef.growth(layout, adapters_at_once=None)
     survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
     _, info = survey(params, blank(growth), batch)
     assert float(info.loss) < 1.6  # it did learn something

@@ -17,7 +17,7 @@ import esper_fn as ef
 from esper_fn import bus, runtime
 
 GROWTH = ef.growth(
-    ef.lattice(
+    ef.layout(
         sites=[ef.site("a", features=6, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -27,10 +27,10 @@ GROWTH = ef.growth(
 X = jnp.ones((4, 6))
 PARAMS = {"w": jnp.ones((6,))}
 STATE = jax.eval_shape(GROWTH.init, jax.random.key(0))
-BOTH = (PARAMS, STATE.bodies)
-OPTIMIZER = ef.optim.per_body(optax.adam(0.1))
-CALL = r"`optimizer\.update\(gradients, opt_state, \(params, state\.bodies\), slots=growth\.slots"
-INSIDE = r"put it inside, as `per_body\(optax\.chain\(optax\.clip\(1\.0\), optax\.adam\("
+BOTH = (PARAMS, STATE.adapters)
+OPTIMIZER = ef.optim.per_adapter(optax.adam(0.1))
+CALL = r"`optimizer\.update\(gradients, opt_state, \(params, state\.adapters\), slots=growth\.slots"
+INSIDE = r"put it inside, as `per_adapter\(optax\.chain\(optax\.clip\(1\.0\), optax\.adam\("
 
 
 def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -44,8 +44,8 @@ def update(change: Callable[..., Any], optimizer: Any = OPTIMIZER) -> Any:
         _, gradients, _ = GROWTH.value_and_grad(loss_fn)(params, state, X)
         given = {
             "updates": gradients,
-            "state": optimizer.init((params, state.bodies)),
-            "params": (params, state.bodies),
+            "state": optimizer.init((params, state.adapters)),
+            "params": (params, state.adapters),
             "slots": GROWTH.slots(state),
         }
         given = {**given, **change(given, state)}
@@ -66,17 +66,17 @@ OPTIMISER: dict[str, tuple[Callable[[], Any], str]] = {
         r"slots must be what `growth\.slots\(state\)` returns, got a GrowthState without the slots "
         rf"of 'scale' at site 'a'; the call is {CALL}",
     ),
-    "slots, bodies": (
-        lambda: update(lambda given, state: {"slots": state.bodies}),
+    "slots, adapters": (
+        lambda: update(lambda given, state: {"slots": state.adapters}),
         r"slots must be what `growth\.slots\(state\)` returns, got a dict",
     ),
     "the host's parameters alone": (
         lambda: update(lambda given, state: {"params": PARAMS}),
-        rf"update takes the pair \(host parameters, bodies\) third: {CALL}.*, got dict",
+        rf"update takes the pair \(host parameters, adapters\) third: {CALL}.*, got dict",
     ),
     "no parameters": (
         lambda: update(lambda given, state: {"params": None}),
-        r"update takes the pair \(host parameters, bodies\) third: .*, got NoneType",
+        r"update takes the pair \(host parameters, adapters\) third: .*, got NoneType",
     ),
     "parameters swapped": (
         lambda: update(lambda given, state: {"params": given["params"][::-1]}),
@@ -84,15 +84,15 @@ OPTIMISER: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "the host's gradients alone": (
         lambda: update(lambda given, state: {"updates": given["updates"][0]}),
-        r"update takes the pair of gradients \(d params, d bodies\) that .*, got dict",
+        r"update takes the pair of gradients \(d params, d adapters\) of .*, got dict",
     ),
     "the host's state alone": (
         lambda: update(lambda given, state: {"state": given["state"].host}),
         r"update takes the state of this optimiser second, from `optimizer\.init\(.*, got a tuple",
     ),
     "init swapped": (
-        lambda: init(STATE.bodies, PARAMS),
-        r"init takes the pair \(host parameters, bodies\): .*, in this order; .* at \['w'\]",
+        lambda: init(STATE.adapters, PARAMS),
+        r"init takes the pair \(host parameters, adapters\): .*, in this order; .* at \['w'\]",
     ),
     "init, a whole state": (lambda: init(PARAMS, STATE), "has a GrowthState at its root"),
     "init, a word": (
@@ -112,8 +112,8 @@ OPTIMISER: dict[str, tuple[Callable[[], Any], str]] = {
     **{
         f"{name} around it": (
             lambda wrapper=wrapper: update(lambda given, state: {}, wrapper(OPTIMIZER)),
-            rf"update needs to know which bodies are new and which learn: {CALL}.*; a wrapper "
-            rf"around per_body .* hands no slots on: {INSIDE}",
+            rf"update needs to know which adapters are new and which learn: {CALL}.*; a wrapper "
+            rf"around per_adapter .* hands no slots on: {INSIDE}",
         )
         for name, wrapper in (
             ("apply_if_finite", lambda inner: optax.apply_if_finite(inner, 3)),
@@ -171,7 +171,7 @@ NUMBERS: list[tuple[Callable[..., Any], str, Any, str]] = [
     (ef.grafting.stability, "hold_steps", None, "hold_steps must be a number, got None"),
     (ef.grafting.grad_norm_gated, "high", "4", "high must be a number, got '4'"),
     (
-        partial(ef.growth, GROWTH.lattice),
+        partial(ef.growth, GROWTH.layout),
         "graft",
         "linear",
         r"graft must be a Graft, got 'linear'; make one with `ef\.grafting\.linear\(",

@@ -20,24 +20,24 @@ from esper_fn.lifecycle import Stage
 
 
 def alive(growth: ef.Growth, stages: dict[int, tuple[Stage, float, str]]) -> ef.GrowthState:
-    """A state in which some seeds live, with bodies that do something."""
-    tables = growth.lattice.tables
+    """A state in which some seeds live, with adapters that do something."""
+    tables = growth.layout.tables
     state = jax.jit(growth.init)(jax.random.key(0))
     rows, owner = jax.tree.map(np.array, state.seeds), np.array(state.owner)
     for seed, (stage, alpha, name) in stages.items():
         group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
-        blueprint = growth.lattice.blueprint_index(name)
+        blueprint = growth.layout.blueprint_index(name)
         pool = tables.slot_pool_start == tables.pool_start[group, blueprint]
         slot = int(np.flatnonzero((owner == -1) & pool)[0])
         owner[slot], rows.slot[seed], rows.blueprint[seed] = seed, slot, blueprint
         rows.stage[seed], rows.alpha[seed] = stage, alpha
-    leaves, structure = jax.tree.flatten(state.bodies)
+    leaves, structure = jax.tree.flatten(state.adapters)
     source = np.random.default_rng(3)
     drawn = [jnp.asarray(source.normal(size=x.shape) / 3, x.dtype) for x in leaves]
     return state._replace(
         seeds=jax.tree.map(jnp.asarray, rows),
         owner=jnp.asarray(owner),
-        bodies=jax.tree.unflatten(structure, drawn),
+        adapters=jax.tree.unflatten(structure, drawn),
     )
 
 
@@ -54,14 +54,14 @@ def case(name: str) -> tuple[Any, ef.Growth, ef.GrowthState, np.ndarray]:
     if name == "conv":
         blueprints["conv"] = ef.blueprints.bottleneck_conv(3)
     growth = ef.growth(
-        ef.lattice(sites=host.sites, blueprints=blueprints, capacity=3), bodies_at_once=None
+        ef.layout(sites=host.sites, blueprints=blueprints, capacity=3), adapters_at_once=None
     )
     stages = {
         seed: (
             *LIVE[i % 3],
-            "conv" if growth.lattice.locate(seed)[0].topology == "image" else "bottleneck",
+            "conv" if growth.layout.locate(seed)[0].topology == "image" else "bottleneck",
         )
-        for i, seed in enumerate(range(0, growth.lattice.num_seeds, 2))
+        for i, seed in enumerate(range(0, growth.layout.num_seeds, 2))
     }
     stages[1] = (Stage.TRAINING, 0.0, next(iter(stages.values()))[2])  # is no part of the network
     inputs = {
@@ -79,21 +79,21 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
     wanted, bare = jax.jit(
         lambda params, state, x: (
             host.apply(params, growth.seeds(state), x),
-            host.apply(params, ef.BareSeeds(), x),
+            host.apply(params, ef.NoSeeds(), x),
         )
     )(params, state, inputs)
     assert np.abs(wanted - bare).max() > 1e-2
-    bodies = export.acting(growth, state)
-    assert 1 not in [body.seed for body in bodies]
-    folded_params, rest, folded = export.fold(host.fold, growth.lattice, params, bodies)
+    adapters = export.acting(growth, state)
+    assert 1 not in [adapter.seed for adapter in adapters]
+    folded_params, rest, folded = export.fold(host.fold, growth.layout, params, adapters)
     assert bool(folded) == (name == "mlp")
-    assert all(body.stage == "FOSSILIZED" for body in folded)
+    assert all(adapter.stage == "FOSSILIZED" for adapter in folded)
 
     file = tmp_path / "network.safetensors"
     export.write_safetensors(file, folded_params, rest, {"x": [1]})
     network = export.read_safetensors(file)
     assert network.note == {"x": [1]}
-    seeds = export.fixed(growth.lattice, network.bodies)
+    seeds = export.fixed(growth.layout, network.adapters)
     found = jax.jit(host.apply)(network.params, seeds, inputs)
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
 
@@ -106,19 +106,17 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("birth", ["zero", "paired"])
 def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=MLP.sites,
             blueprints={"bottleneck": ef.blueprints.bottleneck(4, "gelu", birth)},
             capacity=3,
         ),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
-    spans = [s for s in range(growth.lattice.num_seeds) if growth.lattice.locate(s)[0].is_span]
+    spans = [s for s in range(growth.layout.num_seeds) if growth.layout.locate(s)[0].is_span]
     state = alive(growth, dict.fromkeys(spans, (Stage.FOSSILIZED, 1.0, "bottleneck")))
     params = jax.jit(MLP.init)(jax.random.key(1))
-    folded, rest, taken = export.fold(
-        MLP.fold, growth.lattice, params, export.acting(growth, state)
-    )
+    folded, rest, taken = export.fold(MLP.fold, growth.layout, params, export.acting(growth, state))
     assert (len(rest), len(taken)) == (0, 6)
     assert [layer["weight"].shape for layer in folded] == [(6, 16), (16, 13), (13, 15), (15, 3)]
 
@@ -135,15 +133,15 @@ def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
 
 def test_relu_neurons_are_not_folded_into_a_gelu_layer() -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=MLP.sites, blueprints={"b": ef.blueprints.bottleneck(4, "relu")}, capacity=3
         )
     )
-    span = growth.lattice.seed_index("layer1.0", 0)
+    span = growth.layout.seed_index("layer1.0", 0)
     state = alive(growth, {span: (Stage.FOSSILIZED, 1.0, "b")})
-    bodies = export.acting(growth, state)
+    adapters = export.acting(growth, state)
     params = jax.jit(MLP.init)(jax.random.key(1))
-    assert export.fold(MLP.fold, growth.lattice, params, bodies) == (params, bodies, [])
+    assert export.fold(MLP.fold, growth.layout, params, adapters) == (params, adapters, [])
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
@@ -178,10 +176,10 @@ def test_lineage_tells_every_life() -> None:
         event(30, 1, "FINE_TUNING", "FOSSILIZED", "gate:contribution_high"),
         event(40, 2, "DORMANT", "GERMINATED", "policy:plateau"),
     ]
-    body = export.Body(1, "s", 0, 1, "b", "FOSSILIZED", 1.0, {})
-    told = export.lineage(events, [{"step": 7}], folded=[body], note={"a": 1})
+    adapter = export.Adapter(1, "s", 0, 1, "b", "FOSSILIZED", 1.0, {})
+    told = export.lineage(events, [{"step": 7}], folded=[adapter], note={"a": 1})
     first, second, third = told["lives"]
-    assert (first["asked_by"], second["asked_by"], third["asked_by"]) == (
+    assert (first["requested_by"], second["requested_by"], third["requested_by"]) == (
         "policy:plateau", "command", "policy:plateau",
     )  # fmt: skip
     assert [first[f"{name}_step"] for name in ("germinated", "training", "graft_began")] == [
@@ -203,8 +201,8 @@ def test_a_run_folder(tmp_path: Path) -> None:
     comparison = ex.prepare(ex.job("digits"), dataset, steps=400)
     growth = comparison.growth
     live = {
-        growth.lattice.seed_index("layer2.0", 0): (Stage.FOSSILIZED, 1.0, "bottleneck"),
-        growth.lattice.seed_index("hidden1", 2): (Stage.GRAFTING, 0.4, "bottleneck"),
+        growth.layout.seed_index("layer2.0", 0): (Stage.FOSSILIZED, 1.0, "bottleneck"),
+        growth.layout.seed_index("hidden1", 2): (Stage.GRAFTING, 0.4, "bottleneck"),
     }
     params = jax.jit(comparison.host.init)(jax.random.key(0))
     state = jax.jit(lambda params, grown: runtime.init(comparison.optimizer, params, grown))(
@@ -220,7 +218,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     checkpoint.save(folder, 400, {"state": state, "losses": np.zeros(400)}, record=record)
     for kind in ex.FORMATS:
         told = ex.export_run(tmp_path / "run", tmp_path / kind, format=kind)
-        assert (told["bodies"], told["folded"], told["step"]) == (1, 1, 400)
+        assert (told["adapters"], told["folded"], told["step"]) == (1, 1, 400)
         assert told["exported_test_accuracy"] == pytest.approx(told["test_accuracy"], abs=0.003)
         lives = json.loads((tmp_path / kind / "lineage.json").read_text())
         assert lives["note"]["seed"] == 3

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esper_kernels.graft import Body, _triton_plan, check, triton_cuda
+from esper_kernels.graft import Adapter, _triton_plan, check, triton_cuda
 from esper_kernels.graft._blocks import backward_tiles
 from esper_kernels.graft._specs import SPECS
 
@@ -55,7 +55,7 @@ def compile_all(spec, dtype):
         return torch.empty(shape, dtype=dtype)
 
     matrix = (spec.slots, spec.width, spec.rank)
-    body = Body(
+    adapter = Adapter(
         down=array(*matrix),
         up=array(spec.slots, spec.rank, spec.width),
         bias=array(spec.slots, spec.rank) if spec.has_bias else None,
@@ -63,17 +63,17 @@ def compile_all(spec, dtype):
     )
     x = array(spec.rows, spec.features, dtype=dtype)
     slot, gains = array(spec.chunks, dtype=torch.int32), array(spec.chunks, 4)
-    case = check(x, body, slot, gains, activation=spec.activation, device="NVIDIA H200")
+    case = check(x, adapter, slot, gains, activation=spec.activation, device="NVIDIA H200")
     assert triton_cuda.refuses(case) is None
     for counters in (triton_cuda.arrivals, lambda x, chunks, stream: None):
         triton_cuda.arrivals = counters
-        watched = triton_cuda.forward(case, x, body, slot, gains)[1]
-        triton_cuda.forward_in_place(case, x, body, slot, gains)
+        watched = triton_cuda.forward(case, x, adapter, slot, gains)[1]
+        triton_cuda.forward_in_place(case, x, adapter, slot, gains)
         triton_cuda.watch(case, x)
-        triton_cuda.backward(case, x, x, body, slot, gains, watched)
+        triton_cuda.backward(case, x, x, adapter, slot, gains, watched)
     # As a compiler starts it: with arrays, whose tiles the kernel describes.
     main = _triton_plan.backward_launches(case, backward_tiles(case), False, True, is_open=True)[0]
-    bank = [x if leaf is None else leaf for leaf in body]
+    bank = [x if leaf is None else leaf for leaf in adapter]
     given = x, x, x, *bank, slot, gains, watched, watched, *bank, watched, slot
     sizes = case.rows, case.features, case.chunks, case.slots
     main.kernel[(main.programs,)](*given, *sizes, **main.constants)

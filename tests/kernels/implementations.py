@@ -14,7 +14,7 @@ import torch
 
 import esper_kernels.graft.jax as graft_jax
 import esper_kernels.graft.torch as graft_torch
-from esper_kernels import Body, UnavailableError
+from esper_kernels import Adapter, UnavailableError
 from esper_kernels.graft import check, reference_torch
 from esper_kernels.graft._specs import Inputs, Spec
 
@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 class Outcome(NamedTuple):
-    """All results of forward and backward; float64, None for what a body lacks."""
+    """All results of forward and backward; float64, None for what an adapter lacks."""
 
     y: np.ndarray
     watched: np.ndarray
@@ -49,26 +49,26 @@ def _wide(of: Any) -> Any:
 
 
 def torch_arguments(spec: Spec, inputs: Inputs, dtype: str) -> tuple[Any, ...]:
-    """`x, body, slot, gains` on the device; the body stays float32."""
+    """`x, adapter, slot, gains` on the device; the adapter stays float32."""
     del spec
     leaves = (inputs.down, inputs.up, inputs.bias, inputs.gate)
-    body = Body(*(None if leaf is None else _torch(leaf) for leaf in leaves))
+    adapter = Adapter(*(None if leaf is None else _torch(leaf) for leaf in leaves))
     x = _torch(inputs.x, getattr(torch, dtype))
-    return x, body, _torch(inputs.slot), _torch(inputs.gains)
+    return x, adapter, _torch(inputs.slot), _torch(inputs.gains)
 
 
 def run_torch(implementation: str) -> Runner:
     """An implementation for torch, through autograd."""
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
-        x, body, slot, gains = torch_arguments(spec, inputs, dtype)
+        x, adapter, slot, gains = torch_arguments(spec, inputs, dtype)
         tap = torch.zeros((spec.chunks, 5), device=DEVICE)
-        for leaf in (x, tap, *body):
+        for leaf in (x, tap, *adapter):
             if leaf is not None:
                 leaf.requires_grad_()
         y, watched = graft_torch.graft(
             x,
-            body,
+            adapter,
             slot,
             gains,
             tap,
@@ -76,8 +76,8 @@ def run_torch(implementation: str) -> Runner:
             implementation=implementation,
         )
         y.backward(_torch(inputs.dy, y.dtype))
-        d_body = (None if leaf is None else _wide(leaf.grad) for leaf in body)
-        return Outcome(_wide(y), _wide(watched), _wide(x.grad), *d_body, _wide(tap.grad))
+        d_adapter = (None if leaf is None else _wide(leaf.grad) for leaf in adapter)
+        return Outcome(_wide(y), _wide(watched), _wide(x.grad), *d_adapter, _wide(tap.grad))
 
     return run
 
@@ -94,11 +94,11 @@ def strictly() -> Iterator[None]:
 
 
 @partial(jax.jit, static_argnames=("activation", "implementation"))
-def _both(x: Any, body: Body, tap: Any, dy: Any, slot: Any, gains: Any, **static: str) -> Any:
-    def grow(x: Any, body: Body, tap: Any) -> Any:
-        return graft_jax.graft(x, body, slot, gains, tap, **static)
+def _both(x: Any, adapter: Adapter, tap: Any, dy: Any, slot: Any, gains: Any, **static: str) -> Any:
+    def grow(x: Any, adapter: Adapter, tap: Any) -> Any:
+        return graft_jax.graft(x, adapter, slot, gains, tap, **static)
 
-    (y, watched), pull = jax.vjp(grow, x, body, tap)
+    (y, watched), pull = jax.vjp(grow, x, adapter, tap)
     return y, watched, pull((dy, jnp.zeros_like(watched)))
 
 
@@ -106,14 +106,14 @@ def run_jax(implementation: str) -> Runner:
     """An implementation for JAX, jitted, through its custom derivative."""
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
-        body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
+        adapter = Adapter(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
         slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
         static = {"activation": spec.activation, "implementation": implementation}
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
         with strictly():
-            results = _both(x, body, jnp.zeros((spec.chunks, 5)), dy, slot, gains, **static)
-        y, watched, (dx, d_body, channels) = results
-        d_leaves = (_wide(leaf) for leaf in d_body)
+            results = _both(x, adapter, jnp.zeros((spec.chunks, 5)), dy, slot, gains, **static)
+        y, watched, (dx, d_adapter, channels) = results
+        d_leaves = (_wide(leaf) for leaf in d_adapter)
         return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
 
     return run
@@ -123,39 +123,41 @@ def run_torch_in_place(implementation: str) -> Runner:
     """An implementation for torch in place, which has no backward."""
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
-        x, body, slot, gains = torch_arguments(spec, inputs, dtype)
+        x, adapter, slot, gains = torch_arguments(spec, inputs, dtype)
         x = x.clone()  # in float32 it is the memory of `inputs`
         static = {"activation": spec.activation, "implementation": implementation}
-        watched = graft_torch.graft_(x, body, slot, gains, **static)
+        watched = graft_torch.graft_(x, adapter, slot, gains, **static)
         return Outcome(_wide(x), _wide(watched), *(None,) * 6)
 
     return run
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("activation", "implementation"))
-def _forward_in_place(x: Any, body: Body, slot: Any, gains: Any, **static: str) -> Any:
-    return graft_jax.forward_in_place(x, body, slot, gains, **static)
+def _forward_in_place(x: Any, adapter: Adapter, slot: Any, gains: Any, **static: str) -> Any:
+    return graft_jax.forward_in_place(x, adapter, slot, gains, **static)
 
 
 @partial(jax.jit, donate_argnums=1, static_argnames=("activation", "implementation"))
 def _backward_in_place(
-    x: Any, dy: Any, body: Body, slot: Any, gains: Any, watched: Any, **static: str
+    x: Any, dy: Any, adapter: Adapter, slot: Any, gains: Any, watched: Any, **static: str
 ) -> Any:
-    return graft_jax.backward_in_place(x, dy, body, slot, gains, watched, **static)
+    return graft_jax.backward_in_place(x, dy, adapter, slot, gains, watched, **static)
 
 
 def run_jax_in_place(implementation: str) -> Runner:
     """An implementation for JAX in place, `x` and `dy` given up."""
 
     def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
-        body = Body(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
+        adapter = Adapter(*(None if a is None else jnp.asarray(a) for a in inputs[2:6]))
         slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
         static = {"activation": spec.activation, "implementation": implementation}
         x, dy = (jnp.asarray(a).astype(dtype) for a in (inputs.x, inputs.dy))
         with strictly():
-            y, watched = _forward_in_place(jnp.copy(x), body, slot, gains, **static)
-            dx, d_body, channels = _backward_in_place(x, dy, body, slot, gains, watched, **static)
-        d_leaves = (_wide(leaf) for leaf in d_body)
+            y, watched = _forward_in_place(jnp.copy(x), adapter, slot, gains, **static)
+            dx, d_adapter, channels = _backward_in_place(
+                x, dy, adapter, slot, gains, watched, **static
+            )
+        d_leaves = (_wide(leaf) for leaf in d_adapter)
         return Outcome(_wide(y), _wide(watched), _wide(dx), *d_leaves, _wide(channels))
 
     return run
@@ -191,15 +193,15 @@ def truth(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
         return None if array is None else _torch(array, getattr(torch, dtype)).double()
 
     x, dy = rounded(inputs.x), rounded(inputs.dy)
-    body = Body(*(rounded(leaf) for leaf in inputs[2:6]))
+    adapter = Adapter(*(rounded(leaf) for leaf in inputs[2:6]))
     slot, gains = _torch(inputs.slot), _torch(inputs.gains)
-    narrow = Body(*(None if leaf is None else leaf.float() for leaf in body))
+    narrow = Adapter(*(None if leaf is None else leaf.float() for leaf in adapter))
     case = check(x.float(), narrow, slot, gains, activation=spec.activation, device="cpu")
-    y, watched = reference_torch.forward(case, x, body, slot, gains.double())
-    dx, d_body, channels = reference_torch.backward(
-        case, x, dy, body, slot, gains.double(), watched
+    y, watched = reference_torch.forward(case, x, adapter, slot, gains.double())
+    dx, d_adapter, channels = reference_torch.backward(
+        case, x, dy, adapter, slot, gains.double(), watched
     )
-    return Outcome(*map(_wide, (y, watched, dx, *d_body, channels)))
+    return Outcome(*map(_wide, (y, watched, dx, *d_adapter, channels)))
 
 
 def refusal(name: str, spec: Spec, dtype: str) -> str | None:
@@ -215,7 +217,7 @@ def refusal(name: str, spec: Spec, dtype: str) -> str | None:
 
 
 def spec_shapes(spec: Spec, dtype: str, framework: str) -> tuple[Any, ...]:
-    """`x, body, slot, gains` without values."""
+    """`x, adapter, slot, gains` without values."""
 
     def array(dtype: str, *shape: int) -> Any:
         if framework == "torch":
@@ -223,11 +225,11 @@ def spec_shapes(spec: Spec, dtype: str, framework: str) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     matrix = (spec.slots, spec.width, spec.rank)
-    body = Body(
+    adapter = Adapter(
         down=array("float32", *matrix),
         up=array("float32", spec.slots, spec.rank, spec.width),
         bias=array("float32", spec.slots, spec.rank) if spec.has_bias else None,
         gate=array("float32", *matrix) if spec.activation == "gated" else None,
     )
     x = array(dtype, spec.rows, spec.features)
-    return x, body, array("int32", spec.chunks), array("float32", spec.chunks, 4)
+    return x, adapter, array("int32", spec.chunks), array("float32", spec.chunks, 4)

@@ -110,7 +110,7 @@ class TestConformance:
             np.testing.assert_array_equal(bits(ours), bits(rounded(name, given, dtype)))
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-    def test_broken_body_reaches_nothing(self, run):
+    def test_broken_adapter_reaches_nothing(self, run):
         inputs = draw(PLAIN)
         clean = run(PLAIN, inputs)
         chunk = 1
@@ -137,7 +137,7 @@ class TestConformance:
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_broken_input_stays_in_its_chunk_and_is_no_error_of_the_body(self, run, value):
+    def test_broken_input_stays_in_its_chunk_and_is_no_error_of_the_adapter(self, run, value):
         inputs = draw(PLAIN)
         clean = run(PLAIN, inputs)
         x = inputs.x.copy()
@@ -152,7 +152,7 @@ class TestConformance:
         np.testing.assert_array_equal(broken.channels[[0, 2]], clean.channels[[0, 2]])
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-    def test_overflowing_body_is_an_error(self, run):
+    def test_overflowing_adapter_is_an_error(self, run):
         inputs = draw(PLAIN)
         up = np.full_like(inputs.up, 3e38)
         found = run(PLAIN, inputs._replace(up=up))
@@ -177,7 +177,7 @@ class TestConformance:
         assert found.channels[:, 1].tolist() == [0, 0, 1]
         assert not found.down[[0, 2]].any()
 
-    def test_learn_scales_the_body_and_feel_the_input(self, run):
+    def test_learn_scales_the_adapter_and_feel_the_input(self, run):
         inputs = draw(PLAIN)
         one = inputs._replace(gains=np.tile(np.float32([1, 1, 1, 0]), (3, 1)))
         half = one._replace(gains=np.tile(np.float32([1, 0.5, 1, 0]), (3, 1)))
@@ -228,7 +228,7 @@ class TestConformance:
         assert found.watched[:, 0].tolist() == [0, 72 * WIDE, 72 * WIDE]
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-    def test_in_place_tells_broken_bodies_from_broken_input(self, run_in_place):
+    def test_in_place_tells_broken_adapters_from_broken_input(self, run_in_place):
         inputs = draw(PLAIN)
         inputs.x[5, WIDE + 8] = np.inf
         inputs.down[inputs.slot[2]] = np.nan
@@ -251,7 +251,7 @@ DAMPED = (PLAIN, *(BY_NAME[name] for name in ("low_rank", "odd", "gated_remainde
 
 
 def mixed(spec):
-    """Every second live body learns unfelt and damped, the others have the usual gains."""
+    """Every second live adapter learns unfelt and damped, the others have the usual gains."""
     inputs = draw(spec)
     live = np.flatnonzero(live_chunks(spec, inputs))[::2]
     inputs.gains[live] = [(0, 0.5 + 0.25 * k, 0, 0.5 + k) for k in range(len(live))]
@@ -273,7 +273,7 @@ def slope_of(activation, z):
 
 
 def by_hand(name, spec, inputs, dtype):
-    """The bodies' gradients in float64, chunk by chunk: `(d r / d theta)^T (dy + damping r)`."""
+    """The adapters' gradients in float64, chunk by chunk: `(d r / d theta)^T (dy + damping r)`."""
     given = (None if of is None else rounded(name, of, dtype) for of in inputs[:6])
     x, dy, down, up, bias, gate = given
     found = {
@@ -309,7 +309,7 @@ def by_hand(name, spec, inputs, dtype):
 class TestDamping:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spec", DAMPED, ids=lambda spec: spec.name)
-    def test_body_descends_the_damped_objective_and_nothing_else_changes(
+    def test_adapter_descends_the_damped_objective_and_nothing_else_changes(
         self, run, run_in_place, name, spec, dtype
     ):
         inputs, damped = mixed(spec)
@@ -338,7 +338,7 @@ class TestDamping:
                 np.testing.assert_array_equal(bits(ours[~theirs]), bits(rest))
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_felt_body_is_not_damped(self, run, dtype):
+    def test_felt_adapter_is_not_damped(self, run, dtype):
         inputs = draw(PLAIN)
         damped = inputs._replace(gains=inputs.gains + np.float32([0, 0, 0, 3]))
         for ours, right in zip(*(run(PLAIN, of, dtype) for of in (damped, inputs)), strict=True):
@@ -368,24 +368,24 @@ class TestDamping:
         import jax.numpy as jnp
         from implementations import strictly
 
-        from esper_kernels import Body
+        from esper_kernels import Adapter
         from esper_kernels.graft import check, pallas_mosaic_gpu, reference_jax
 
         inputs, _ = mixed(PLAIN)
         x, dy = (jnp.asarray(of).astype(dtype) for of in (inputs.x, inputs.dy))
-        body = Body(*(None if of is None else jnp.asarray(of) for of in inputs[2:6]))
+        adapter = Adapter(*(None if of is None else jnp.asarray(of) for of in inputs[2:6]))
         slot, gains = jnp.asarray(inputs.slot), jnp.asarray(inputs.gains)
-        case = check(x, body, slot, gains, activation="relu", device="cpu")
+        case = check(x, adapter, slot, gains, activation="relu", device="cpu")
 
         @jax.jit
         def pull(gains):
             watched = reference_jax.watch(case, x)
             kernel = gains.at[:, 3].set(0.0)
-            dx, *undamped = reference_jax.backward(case, x, dy, body, slot, kernel, watched)
+            dx, *undamped = reference_jax.backward(case, x, dy, adapter, slot, kernel, watched)
             found = pallas_mosaic_gpu._damp(
-                case, x, dx, body, slot, gains, watched, tuple(undamped)
+                case, x, dx, adapter, slot, gains, watched, tuple(undamped)
             )
-            right = reference_jax.backward(case, x, dy, body, slot, gains, watched)
+            right = reference_jax.backward(case, x, dy, adapter, slot, gains, watched)
             return undamped, found, right[1:]
 
         with strictly():

@@ -14,7 +14,7 @@ import torch
 from implementations import DEVICE, torch_arguments
 
 import esper_kernels.torch as kernels
-from esper_kernels import ArgumentError, Body, UnavailableError
+from esper_kernels import Adapter, ArgumentError, UnavailableError
 from esper_kernels.graft import check
 from esper_kernels.graft._blocks import Tiles
 from esper_kernels.graft._specs import SPECS, Spec, draw
@@ -42,7 +42,7 @@ def assert_compiles(implementation, spec=TALL, dtype="float32", columns=5, **opt
     def loss(x, down, up, bias, gate, tap):
         y, watched = kernels.graft(
             2 * x,
-            Body(down, up, bias, gate),
+            Adapter(down, up, bias, gate),
             slot,
             gains,
             tap,
@@ -52,12 +52,12 @@ def assert_compiles(implementation, spec=TALL, dtype="float32", columns=5, **opt
         return (y.float() ** 2).sum() + watched.detach().sum(), y.detach(), watched
 
     torch._dynamo.reset()
-    x, body, slot, gains = arguments(spec, dtype)
+    x, adapter, slot, gains = arguments(spec, dtype)
     results = []
     for function in (torch.compile(loss, fullgraph=True, **options), loss):
         for scale in (1.0, 0.5, 0.25):
             tap = torch.zeros((spec.chunks, columns), device=DEVICE)
-            given = (scale * x, *body, tap)
+            given = (scale * x, *adapter, tap)
             leaves = [None if of is None else of.clone().requires_grad_() for of in given]
             total, *rest = function(*leaves)
             total.backward()
@@ -75,8 +75,8 @@ def implementation(request):
 
 class TestRegistration:
     def test_operations_keep_torchs_contract(self, implementation):
-        x, body, slot, gains = arguments()
-        leaves = [None if leaf is None else leaf.requires_grad_() for leaf in body]
+        x, adapter, slot, gains = arguments()
+        leaves = [None if leaf is None else leaf.requires_grad_() for leaf in adapter]
         given = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
         torch.library.opcheck(torch.ops.esper.graft.default, given)
 
@@ -105,13 +105,13 @@ class TestRegistration:
 
     @needs_triton
     def test_everything_is_written(self):
-        x, body, slot, gains = arguments()
+        x, adapter, slot, gains = arguments()
         slot[0] = -1
         with torch.no_grad():
-            before = _everything(x, body, slot, gains)
+            before = _everything(x, adapter, slot, gains)
             torch.use_deterministic_algorithms(True)  # what is allocated then holds NaN
             try:
-                after = _everything(x, body, slot, gains)
+                after = _everything(x, adapter, slot, gains)
             finally:
                 torch.use_deterministic_algorithms(False)
         for first, second in zip(before, after, strict=True):
@@ -119,26 +119,26 @@ class TestRegistration:
 
     @needs_triton
     def test_tiles_change_no_value_by_more_than_rounding(self):
-        x, body, slot, gains = arguments()
-        case = kernels_case(x, body, slot, gains)
+        x, adapter, slot, gains = arguments()
+        case = kernels_case(x, adapter, slot, gains)
         for splits in (1, 2, 3):
             tiles = Tiles(rows=16, splits=splits, warps=4, stages=1)
-            y, watched = triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)
-            usual, sums = triton_cuda.forward(case, x, body, slot, gains)
+            y, watched = triton_cuda.forward(case, x, adapter, slot, gains, tiles=tiles)
+            usual, sums = triton_cuda.forward(case, x, adapter, slot, gains)
             torch.testing.assert_close(y, usual)
             torch.testing.assert_close(watched, sums)
 
 
-def kernels_case(x, body, slot, gains):
-    return check(x, body, slot, gains, activation="gelu", device="cpu")
+def kernels_case(x, adapter, slot, gains):
+    return check(x, adapter, slot, gains, activation="gelu", device="cpu")
 
 
-def _everything(x, body, slot, gains):
-    case = kernels_case(x, body, slot, gains)
-    y, watched = triton_cuda.forward(case, x, body, slot, gains)
-    dx, d_body, channels = triton_cuda.backward(case, x, x + 1, body, slot, gains, watched)
-    z, live = triton_cuda.forward_in_place(case, x.clone(), body, slot, gains)
-    return [y, watched, dx, *d_body[:3], channels, z, live]
+def _everything(x, adapter, slot, gains):
+    case = kernels_case(x, adapter, slot, gains)
+    y, watched = triton_cuda.forward(case, x, adapter, slot, gains)
+    dx, d_adapter, channels = triton_cuda.backward(case, x, x + 1, adapter, slot, gains, watched)
+    z, live = triton_cuda.forward_in_place(case, x.clone(), adapter, slot, gains)
+    return [y, watched, dx, *d_adapter[:3], channels, z, live]
 
 
 class TestInPlace:
@@ -146,20 +146,20 @@ class TestInPlace:
     @pytest.mark.parametrize("rows", [40, 300])
     def test_equals_graft_and_leaves_dormant_chunks_alone(self, implementation, rows, num_live):
         spec = Spec(name="s", rows=rows, features=64, chunks=4, slots=3, rank=4, num_live=num_live)
-        x, body, slot, gains = arguments(spec)
+        x, adapter, slot, gains = arguments(spec)
         static = {"activation": "relu", "implementation": implementation}
-        y, watched = kernels.graft(x, body, slot, gains, **static)
-        watched_live = kernels.graft_(x, body, slot, gains, **static)
+        y, watched = kernels.graft(x, adapter, slot, gains, **static)
+        watched_live = kernels.graft_(x, adapter, slot, gains, **static)
         torch.testing.assert_close(x, y)
         is_live = slot >= 0
         torch.testing.assert_close(watched_live[is_live], watched[is_live])
         assert not watched_live[~is_live].any()
 
     def test_refuses_where_a_gradient_would_pass(self):
-        x, body, slot, gains = arguments()
-        body.up.requires_grad_()
+        x, adapter, slot, gains = arguments()
+        adapter.up.requires_grad_()
         with pytest.raises(ArgumentError, match="no_grad"):
-            kernels.graft_(x, body, slot, gains, activation="gelu")
+            kernels.graft_(x, adapter, slot, gains, activation="gelu")
 
 
 class TestWatch:
@@ -172,7 +172,7 @@ class TestWatch:
         kept = x.clone()
         watched = kernels.watch(x, chunks, implementation=implementation)
         width = -(-shape[-1] // chunks)
-        nothing = Body(
+        nothing = Adapter(
             down=torch.zeros((1, width, 1), device=DEVICE),
             up=torch.zeros((1, 1, width), device=DEVICE),
         )
@@ -207,14 +207,14 @@ class TestWatch:
 @needs_triton
 class TestCounters:
     def run(self):
-        x, body, slot, gains = arguments(TALL)
-        case = kernels_case(x, body, slot, gains)
+        x, adapter, slot, gains = arguments(TALL)
+        case = kernels_case(x, adapter, slot, gains)
         tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
-        watched = triton_cuda.forward(case, x, body, slot, gains, tiles=tiles)[1]
+        watched = triton_cuda.forward(case, x, adapter, slot, gains, tiles=tiles)[1]
         dy = torch.flip(x, (0,))
-        pulled = triton_cuda.backward(case, x, dy, body, slot, gains, watched, tiles=tiles)
+        pulled = triton_cuda.backward(case, x, dy, adapter, slot, gains, watched, tiles=tiles)
         grads = [of for of in pulled[1] if of is not None]
-        watched_in_place = triton_cuda.forward_in_place(case, x, body, slot, gains)[1]
+        watched_in_place = triton_cuda.forward_in_place(case, x, adapter, slot, gains)[1]
         return [watched, watched_in_place, pulled[2], *grads]
 
     def test_are_zero_after_every_call(self):
@@ -239,15 +239,15 @@ class TestCounters:
         monkeypatch.setattr(triton_cuda, "floats", noting)
         self.run()
         assert not asked
-        x, body, slot, gains = arguments(TALL)
+        x, adapter, slot, gains = arguments(TALL)
         tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
         for num_asked, counters in ((2, arrivals), (0, lambda *given: None)):
             monkeypatch.setattr(triton_cuda, "arrivals", counters)
             bound = triton_cuda.Calls(
-                kernels_case(x, body, slot, gains), tiles=tiles, is_bound=True
+                kernels_case(x, adapter, slot, gains), tiles=tiles, is_bound=True
             )
-            watched = bound.forward(x, body, slot, gains)[1]
-            bound.backward(x, x, body, slot, gains, watched)
+            watched = bound.forward(x, adapter, slot, gains)[1]
+            bound.backward(x, x, adapter, slot, gains, watched)
             assert len(asked) == num_asked
             asked.clear()
 
@@ -298,14 +298,14 @@ class TestBoundCalls:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("rank", [4, 16])
     def test_give_the_bits_of_others_in_every_thread(self, dtype, rank):
-        x, body, slot, gains = arguments(replace(TALL, rank=rank), dtype)
+        x, adapter, slot, gains = arguments(replace(TALL, rank=rank), dtype)
         device = "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name()
-        case = check(x, body, slot, gains, activation="gelu", device=device)
+        case = check(x, adapter, slot, gains, activation="gelu", device=device)
         dy, asked = torch.flip(x, (0,)), []
 
         def results(calls):
-            y, watched = calls.forward(x, body, slot, gains)
-            pulled = calls.backward(x, dy, body, slot, gains, watched, is_beside=True)
+            y, watched = calls.forward(x, adapter, slot, gains)
+            pulled = calls.backward(x, dy, adapter, slot, gains, watched, is_beside=True)
             return [y, watched, pulled[0], pulled[2], *(of for of in pulled[1] if of is not None)]
 
         def thrice():
@@ -325,8 +325,8 @@ class TestBoundCalls:
 
 class TestBadInput:
     def refuse(self, match, activation="gelu", **changes):
-        x, body, slot, gains = arguments()
-        given = {"x": x, "body": body, "slot": slot, "gains": gains}
+        x, adapter, slot, gains = arguments()
+        given = {"x": x, "adapter": adapter, "slot": slot, "gains": gains}
         for name, change in changes.items():
             given[name] = change(given[name])
         with pytest.raises(ArgumentError, match=match):
@@ -343,7 +343,7 @@ class TestBadInput:
         self.refuse("x is not contiguous", x=lambda x: x.T.contiguous().T)
 
     def test_chunks(self):
-        self.refuse(r"body\.down\.shape", x=lambda x: x[:, :60].contiguous())
+        self.refuse(r"adapter\.down\.shape", x=lambda x: x[:, :60].contiguous())
         self.refuse(
             r"slot\.shape\[0\] is 64",
             x=lambda x: x[:, :3].contiguous(),
@@ -352,7 +352,7 @@ class TestBadInput:
 
     def test_activation(self):
         self.refuse("none, relu, gelu, silu, gated", activation="tanh")
-        self.refuse(r"body\.gate is None", activation="gated")
+        self.refuse(r"adapter\.gate is None", activation="gated")
 
     def test_mixed_devices(self):
         self.refuse("gains is on meta", gains=lambda gains: gains.to("meta"))
@@ -368,12 +368,12 @@ class TestDispatch:
     @needs_triton
     def test_too_wide_for_triton_runs_the_reference_and_says_why(self):
         spec = Spec(name="wide", rows=4, features=600, chunks=2, slots=1, rank=4)
-        x, body, slot, gains = arguments(spec)
-        choice = kernels.explain(x, body, slot, gains, activation="relu")
+        x, adapter, slot, gains = arguments(spec)
+        choice = kernels.explain(x, adapter, slot, gains, activation="relu")
         assert choice.implementation == "reference"
         assert "300 wide" in choice.refusals["triton"]
         with pytest.raises(UnavailableError, match="triton: a chunk 300 wide"):
-            kernels.graft(x, body, slot, gains, activation="relu", implementation="triton")
+            kernels.graft(x, adapter, slot, gains, activation="relu", implementation="triton")
 
     @needs_triton
     def test_forced_triton_without_a_gpu(self, monkeypatch):

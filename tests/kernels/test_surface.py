@@ -17,7 +17,7 @@ HEADLINE = Case(
     slots=64,
     rank=16,
     dtype="bfloat16",
-    body_dtype="float32",
+    adapter_dtype="float32",
     has_bias=True,
     activation="relu",
     device="NVIDIA H200",
@@ -121,11 +121,11 @@ def _jax_arguments():
     import jax
     import jax.numpy as jnp
 
-    from esper_kernels import Body
+    from esper_kernels import Adapter
 
     shape = jax.ShapeDtypeStruct
-    body = Body(down=shape((2, 8, 4), jnp.float32), up=shape((2, 4, 8), jnp.float32))
-    return shape((6, 16), jnp.float32), body, shape((2,), jnp.int32), shape((2, 4), jnp.float32)
+    adapter = Adapter(down=shape((2, 8, 4), jnp.float32), up=shape((2, 4, 8), jnp.float32))
+    return shape((6, 16), jnp.float32), adapter, shape((2,), jnp.int32), shape((2, 4), jnp.float32)
 
 
 def test_explain_for_jax_while_tracing():
@@ -136,8 +136,8 @@ def test_explain_for_jax_while_tracing():
 
     chosen = []
 
-    def trace(x, body, slot, gains):
-        chosen.append(explain(x, body, slot, gains))
+    def trace(x, adapter, slot, gains):
+        chosen.append(explain(x, adapter, slot, gains))
         chosen.append(explain_potential(x, x, slot == 0))
         return x
 

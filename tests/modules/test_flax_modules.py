@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import esper_fn as ef
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 
 X = jax.random.normal(jax.random.key(0), (8, 16))
 
@@ -27,7 +27,7 @@ class LinenModel(nn.Module):
 
 def linen_model() -> tuple[Any, Any]:
     model = LinenModel()
-    with ef.using(ef.BareSeeds()):
+    with ef.use_seeds(ef.NoSeeds()):
         variables = model.init(jax.random.key(1), X)
     return variables, model.apply
 
@@ -55,7 +55,7 @@ def model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 def test_discover_finds_the_sites_in_order(model: tuple[Any, Any]) -> None:
     params, apply = model
-    sites = ef.discover(apply, params, X)
+    sites = ef.discover_sites(apply, params, X)
     assert [(s.name, s.features, s.chunks, s.is_span) for s in sites] == [
         ("hidden", 32, 4, False),
         ("wide", 10, 1, True),
@@ -65,55 +65,55 @@ def test_discover_finds_the_sites_in_order(model: tuple[Any, Any]) -> None:
 def test_a_model_grows(model: tuple[Any, Any]) -> None:
     params, apply = model
     growth = ef.growth(
-        ef.lattice(
-            sites=ef.discover(apply, params, X),
+        ef.layout(
+            sites=ef.discover_sites(apply, params, X),
             blueprints={"low_rank": ef.blueprints.low_rank(2)},
             capacity=2,
         ),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
 
     def loss_fn(params: Any, seeds: Any, batch: jax.Array) -> jax.Array:
-        with ef.using(seeds):
+        with ef.use_seeds(seeds):
             return jnp.mean(jnp.square(apply(params, batch)))
 
     state = growth.init(jax.random.key(2))
-    loss, _, readings = jax.jit(growth.value_and_grad(loss_fn))(params, state, X)
-    np.testing.assert_array_equal(readings.num_values, [64, 64, 64, 64, 80])
-    np.testing.assert_allclose(loss, loss_fn(params, ef.BareSeeds(), X), rtol=1e-6)
+    loss, _, statistics = jax.jit(growth.value_and_grad(loss_fn))(params, state, X)
+    np.testing.assert_array_equal(statistics.num_values, [64, 64, 64, 64, 80])
+    np.testing.assert_allclose(loss, loss_fn(params, ef.NoSeeds(), X), rtol=1e-6)
 
 
 def test_without_seeds_in_scope_the_message_says_how(model: tuple[Any, Any]) -> None:
     params, apply = model
-    with pytest.raises(LatticeError, match=r"'hidden': no seeds in scope; put `with ef\.using"):
+    with pytest.raises(LayoutError, match=r"'hidden': no seeds in scope; put `with ef\.use_seeds"):
         apply(params, X)
 
 
 def test_the_scope_ends_with_its_block(model: tuple[Any, Any]) -> None:
     params, apply = model
-    with pytest.raises(ZeroDivisionError), ef.using(ef.BareSeeds()):
+    with pytest.raises(ZeroDivisionError), ef.use_seeds(ef.NoSeeds()):
         raise ZeroDivisionError
-    with pytest.raises(LatticeError, match="no seeds in scope"):
+    with pytest.raises(LayoutError, match="no seeds in scope"):
         apply(params, X)
 
 
 def test_seeds_may_be_passed_explicitly() -> None:
     module = ef.nnx.Grow("hidden")
-    np.testing.assert_array_equal(module(X, seeds=ef.BareSeeds()), X)
+    np.testing.assert_array_equal(module(X, seeds=ef.NoSeeds()), X)
 
 
 def test_discovering_nothing_or_two_of_a_name_is_an_error() -> None:
-    with pytest.raises(LatticeError, match="the model has no site"):
-        ef.discover(lambda x: x, X)
+    with pytest.raises(LayoutError, match="the model has no site"):
+        ef.discover_sites(lambda x: x, X)
 
     def doubled(x: jax.Array) -> jax.Array:
         return ef.nnx.Grow("a", chunks=2)(ef.nnx.Grow("a", chunks=4)(x))
 
-    with pytest.raises(LatticeError, match="'a' is declared twice"):
-        ef.discover(doubled, X)
+    with pytest.raises(LayoutError, match="'a' is declared twice"):
+        ef.discover_sites(doubled, X)
 
 
 def test_positions_are_read_off_the_activation() -> None:
     image = jnp.zeros((2, 5, 7, 8))
-    (site,) = ef.discover(ef.nnx.Grow("a", topology="image"), image)
+    (site,) = ef.discover_sites(ef.nnx.Grow("a", topology="image"), image)
     assert (site.positions, site.features) == (35, 8)

@@ -29,12 +29,12 @@ HOSTS = {
 def test_a_host_reaches_all_its_sites_and_is_itself_while_they_sleep(name: str) -> None:
     host, inputs, shape = HOSTS[name]
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=host.sites,
             blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
             capacity=1,
         ),
-        bodies_at_once=None,
+        adapters_at_once=None,
     )
     params = host.init(jax.random.key(0))
     state = growth.init(jax.random.key(1))
@@ -42,9 +42,9 @@ def test_a_host_reaches_all_its_sites_and_is_itself_while_they_sleep(name: str) 
     def loss_fn(params: object, seeds: object, inputs: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(host.apply(params, seeds, inputs)))  # type: ignore[arg-type]
 
-    _, _, readings = jax.jit(growth.value_and_grad(loss_fn))(params, state, inputs)
-    assert (np.asarray(readings.num_values) > 0).all()
-    bare = host.apply(params, ef.BareSeeds(), inputs)
+    _, _, statistics = jax.jit(growth.value_and_grad(loss_fn))(params, state, inputs)
+    assert (np.asarray(statistics.num_values) > 0).all()
+    bare = host.apply(params, ef.NoSeeds(), inputs)
     assert bare.shape == shape
     np.testing.assert_allclose(
         host.apply(params, growth.seeds(state), inputs), bare, rtol=1e-5, atol=1e-6
@@ -65,7 +65,7 @@ def test_the_transformer_does_not_see_the_future() -> None:
     host, inputs, _ = HOSTS["transformer"]
     params = host.init(jax.random.key(0))
     changed = inputs.at[:, 5].set(3)
-    one, two = (host.apply(params, ef.BareSeeds(), x) for x in (inputs, changed))
+    one, two = (host.apply(params, ef.NoSeeds(), x) for x in (inputs, changed))
     np.testing.assert_array_equal(one[:, :5], two[:, :5])
     assert (np.asarray(one[:, 5:]) != np.asarray(two[:, 5:])).any()
 

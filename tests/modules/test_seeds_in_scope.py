@@ -17,17 +17,17 @@ from flax import nnx
 import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn import runtime
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
 GROWTH = ef.growth(
-    ef.lattice(
+    ef.layout(
         sites=[ef.site("hidden", features=6, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,
     ),
     policy=ef.policies.never(),
-    bodies_at_once=None,
+    adapters_at_once=None,
 )
 
 
@@ -91,7 +91,7 @@ BLOCKS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def seeds(scale: float) -> ef.Seeds:
     """Seed 0 acts: it adds `scale * x` to its chunk."""
     state = GROWTH.init(jax.random.key(1))
-    bodies = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), state.bodies)
+    adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), state.adapters)
     rows = state.seeds
     rows = rows._replace(
         stage=rows.stage.at[0].set(int(ef.Stage.FOSSILIZED)),
@@ -99,7 +99,9 @@ def seeds(scale: float) -> ef.Seeds:
         slot=rows.slot.at[0].set(0),
         blueprint=rows.blueprint.at[0].set(0),
     )
-    return GROWTH.seeds(state._replace(seeds=rows, bodies=bodies, owner=state.owner.at[0].set(0)))
+    return GROWTH.seeds(
+        state._replace(seeds=rows, adapters=adapters, owner=state.owner.at[0].set(0))
+    )
 
 
 def right(scale: float) -> np.ndarray:
@@ -112,16 +114,16 @@ def right(scale: float) -> np.ndarray:
 def test_a_compiled_block_uses_the_seeds_of_the_block_it_runs_in(kind: str) -> None:
     run = BLOCKS[kind]
     for scale in (0.5, 2.0):
-        with ef.using(seeds(scale)):
+        with ef.use_seeds(seeds(scale)):
             np.testing.assert_allclose(run(X), right(scale), rtol=1e-6)
-    with ef.using(seeds(0.5)), ef.using(ef.BareSeeds()):
+    with ef.use_seeds(seeds(0.5)), ef.use_seeds(ef.NoSeeds()):
         np.testing.assert_allclose(run(X), np.tanh(X), rtol=1e-6)
-    with pytest.raises(LatticeError, match="no seeds in scope"):
+    with pytest.raises(LayoutError, match="no seeds in scope"):
         run(X)
     # Nor is a failed trace taken up by another block.
-    with ef.using(seeds(0.5)), pytest.raises(LatticeError, match="features"):
+    with ef.use_seeds(seeds(0.5)), pytest.raises(LayoutError, match="features"):
         run(X[:, :4])
-    with pytest.raises(LatticeError, match="no seeds in scope"):
+    with pytest.raises(LayoutError, match="no seeds in scope"):
         run(X)
 
 
@@ -130,7 +132,7 @@ def test_a_compiled_block_inside_a_loss_is_traced_for_each_outer_trace(kind: str
     run = BLOCKS[kind]
 
     def loss(params: jax.Array, given: ef.Seeds) -> jax.Array:
-        with ef.using(given):
+        with ef.use_seeds(given):
             return jnp.sum(run(X * params))
 
     once = jnp.float32(1.0)
@@ -147,28 +149,28 @@ def right_sum(x: jax.Array, scale: float) -> jax.Array:
 
 def test_shapes_are_evaluated_with_the_seeds_of_the_block() -> None:
     run = jax.jit(linen_apply)
-    sites = [ef.discover(run, X) for _ in range(2)]
+    sites = [ef.discover_sites(run, X) for _ in range(2)]
     assert sites[0] == sites[1]
-    with ef.using(seeds(0.5)):
+    with ef.use_seeds(seeds(0.5)):
         assert jax.eval_shape(run, X).shape == X.shape
         np.testing.assert_allclose(run(X), right(0.5), rtol=1e-6)
-    with ef.using(seeds(2.0)):
+    with ef.use_seeds(seeds(2.0)):
         jax.eval_shape(run, X)
         np.testing.assert_allclose(run(X), right(2.0), rtol=1e-6)
-    assert ef.discover(run, X) == sites[0]
+    assert ef.discover_sites(run, X) == sites[0]
 
 
 def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
     run = jax.jit(linen_apply)
 
     def loss_fn(params: jax.Array, given: ef.Seeds, batch: jax.Array) -> jax.Array:
-        with ef.using(given):
+        with ef.use_seeds(given):
             return jnp.mean(jnp.square(run(batch * params) - 1.0))
 
     result = runtime.fit(
         GROWTH,
         loss_fn,
-        ef.optim.per_body(optax.sgd(0.1)),
+        ef.optim.per_adapter(optax.sgd(0.1)),
         jnp.ones((6,)),
         lambda first, count: jnp.broadcast_to(X, (count, *X.shape)),
         num_steps=12,
@@ -186,7 +188,7 @@ def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
 def test_a_function_that_takes_the_seeds_is_compiled_once() -> None:
     @jax.jit
     def evaluate(given: ef.Seeds, x: jax.Array) -> jax.Array:
-        with ef.using(given):
+        with ef.use_seeds(given):
             return BLOCKS["jit"](x)
 
     states = [seeds(scale) for scale in (0.5, 2.0)]
@@ -199,7 +201,7 @@ def test_a_function_that_takes_the_seeds_is_compiled_once() -> None:
 def test_a_compiled_block_shares_its_program_over_all_blocks_of_the_same_seeds() -> None:
     given = seeds(0.5)
     for _ in range(2):
-        with runtime.count_compilations() as count, ef.using(given):
+        with runtime.count_compilations() as count, ef.use_seeds(given):
             BLOCKS["jit"](X)
     assert count.num_compiled == 0
 
@@ -207,5 +209,5 @@ def test_a_compiled_block_shares_its_program_over_all_blocks_of_the_same_seeds()
 def test_seeds_that_are_none_are_refused_at_once() -> None:
     state: Any = GROWTH.init(jax.random.key(1))
     wanted = r"got a GrowthState; take .* `growth\.seeds\(state\)`"
-    with pytest.raises(LatticeError, match=wanted), ef.using(state):
+    with pytest.raises(LayoutError, match=wanted), ef.use_seeds(state):
         pass

@@ -185,11 +185,11 @@ def _metrics(
                 "parameters": {"host": 4_810, "static": 9_130}.get(arm, 4_810),
             }
             if arm in stages:
-                bodies = alphas[arm].get(step, {})
-                record["parameters"] += 264 * len(bodies)
+                adapters = alphas[arm].get(step, {})
+                record["parameters"] += 264 * len(adapters)
                 held = list(stages[arm].values())
                 record["stages"] = {s: held.count(s) for s in dict.fromkeys(held)}
-                record["alpha"] = bodies
+                record["alpha"] = adapters
             metrics.append(record)
     return metrics
 

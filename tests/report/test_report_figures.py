@@ -119,7 +119,7 @@ def test_alpha_has_one_line_for_each_life(run: report.Run, large_run: report.Run
     assert len(figures.alpha_curves(run).axes[0].lines) == len(lives) + fated
     fossils = {e["seed"] for e in run.events if e["arm"] == "grown" and e["to"] == "FOSSILIZED"}
     assert {ramp.seed for ramp in lives if ramp.fate == "FOSSILIZED"} == fossils
-    assert any("bodies are drawn" in word for word in words(figures.alpha_curves(large_run)))
+    assert any("adapters are drawn" in word for word in words(figures.alpha_curves(large_run)))
 
 
 def test_a_seed_that_tries_again_has_two_lives() -> None:

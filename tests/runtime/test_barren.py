@@ -22,13 +22,13 @@ def batches(first: int, count: int) -> Any:
 
 
 def test_dead_chunks_are_left_alone_and_named_once() -> None:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
     )
     policy = ef.policies.periodic(every=1, count=3)
-    growth = ef.growth(lattice, policy=policy, bodies_at_once=None)
+    growth = ef.growth(layout, policy=policy, adapters_at_once=None)
     # Chunk 0 is always zero, and of chunk 1 nothing reaches the loss.
     reads, counts = np.repeat([0.0, 1.0, 1.0], 2), np.repeat([1.0, 0.0, 1.0], 2)
 
@@ -40,7 +40,7 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
         done = runtime.fit(
             growth,
             loss_fn,
-            ef.optim.per_body(optax.sgd(0.1)),
+            ef.optim.per_adapter(optax.sgd(0.1)),
             jnp.ones((6,)),
             batches,
             num_steps=20,
@@ -59,7 +59,7 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
@@ -70,9 +70,9 @@ def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
 
     def run(survey_batch: Any) -> runtime.Fit:
         return runtime.fit(
-            ef.growth(lattice),
+            ef.growth(layout),
             loss_fn,
-            ef.optim.per_body(optax.sgd(0.1)),
+            ef.optim.per_adapter(optax.sgd(0.1)),
             jnp.ones((6,)),
             batches,
             num_steps=10,

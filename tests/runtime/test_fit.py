@@ -32,17 +32,17 @@ def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
 
 
 def grow(policy: P.Policy, **options: Any) -> ef.Growth:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=HOST.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
         capacity=2,
     )
     return ef.growth(
-        lattice,
+        layout,
         policy=policy,
         graft=ef.grafting.linear(8),
         settings=QUICK,
-        bodies_at_once=None,
+        adapters_at_once=None,
         **options,
     )
 
@@ -60,7 +60,7 @@ def batches(first: int, count: int) -> Any:
 
 
 SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
-OPTIMIZER = ef.optim.per_body(optax.adamw(1e-2))
+OPTIMIZER = ef.optim.per_adapter(optax.adamw(1e-2))
 PERIODIC = P.chain(P.periodic(every=10, start=10), P.quota(3), P.until(60))
 GROWTH = grow(PERIODIC)
 SEGMENT = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=5)
@@ -139,7 +139,7 @@ def test_params_handed_in_stay_usable(finished: runtime.Fit) -> None:
 
 
 def test_commands_are_taken_between_segments() -> None:
-    seed = GROWTH.lattice.seed_index("layer2.0", 0)
+    seed = GROWTH.layout.seed_index("layer2.0", 0)
 
     def ask(step: int) -> list[cmd.Command]:
         return {0: [cmd.germinate(seed, "bottleneck")], 20: [cmd.pause(seed)]}.get(step, [])
@@ -179,7 +179,7 @@ def test_dormant_growth_trains_the_host_as_no_growth_does() -> None:
         loss_fn, optax.adamw(1e-2), PARAMS, batches, num_steps=40, segment_steps=20
     )
     np.testing.assert_allclose(with_seeds.losses, bare.losses, rtol=1e-4)
-    assert with_seeds.body_flops == 0
+    assert with_seeds.adapter_flops == 0
 
 
 def test_a_non_finite_loss_is_rolled_back_and_training_goes_on(

@@ -15,7 +15,7 @@ import esper_fn as ef
 from esper_fn import runtime
 
 X = np.ones((8, 6), np.float32)
-LATTICE = ef.lattice(
+LAYOUT = ef.layout(
     sites=[ef.site("h", features=6, chunks=2)],
     blueprints={"scale": ef.blueprints.scale_shift()},
     capacity=2,
@@ -30,8 +30,8 @@ def fit(**options: Any) -> Any:
     arguments = {"batches": lambda first, count: np.stack([X] * count), "survey_batch": X}
     arguments = {**arguments, "num_steps": 6, "key": jax.random.key(0), **options}
     batches = arguments.pop("batches")
-    optimizer = ef.optim.per_body(optax.sgd(0.1))
-    growth = ef.growth(LATTICE)
+    optimizer = ef.optim.per_adapter(optax.sgd(0.1))
+    growth = ef.growth(LAYOUT)
     return runtime.fit(growth, loss_fn, optimizer, jnp.ones((6,)), batches, **arguments)
 
 
@@ -44,17 +44,17 @@ def too_few(first: int, count: int) -> Any:
 
 
 def surveys_twice() -> Any:
-    optimizer = ef.optim.per_body(optax.sgd(0.1))
-    growth = ef.growth(LATTICE)
+    optimizer = ef.optim.per_adapter(optax.sgd(0.1))
+    growth = ef.growth(LAYOUT)
     step = runtime.make_step(growth, loss_fn, optimizer)
     survey = runtime.make_survey(growth, loss_fn)
     return runtime.scan_steps(step, survey=survey, survey_every=25)
 
 
 def without_slots() -> Any:
-    optimizer = ef.optim.per_body(optax.sgd(0.1))
-    state = ef.growth(LATTICE).init(jax.random.key(0))
-    pair = (jnp.ones((6,)), state.bodies)
+    optimizer = ef.optim.per_adapter(optax.sgd(0.1))
+    state = ef.growth(LAYOUT).init(jax.random.key(0))
+    pair = (jnp.ones((6,)), state.adapters)
     return optimizer.update(pair, optimizer.init(pair), pair)
 
 

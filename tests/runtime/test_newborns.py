@@ -1,4 +1,4 @@
-"""A body that acts from its first step is not held to account for what every newborn does."""
+"""An adapter that acts from its first step is not held to account for what every newborn does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05),
     "adam": optax.adam(1e-2),
-    # Twenty steps of nothing: a body of zero is still zero after its first steps.
+    # Twenty steps of nothing: an adapter of zero is still zero after its first steps.
     "accumulated": optax.MultiSteps(optax.sgd(0.05), 20),
     # The second step is many times as large as the first.
     "warmed up": optax.adam(optax.warmup_cosine_decay_schedule(1e-7, 1e-2, 10, STEPS)),
@@ -38,20 +38,20 @@ def batches(first: int, count: int) -> Any:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_body_that_is_zero_at_birth_grows_by_the_defaults(name: str) -> None:
+def test_an_adapter_that_is_zero_at_birth_grows_by_the_defaults(name: str) -> None:
     growth = ef.growth(
-        ef.lattice(
+        ef.layout(
             sites=[ef.site("h", features=6, chunks=2)],
             blueprints={"scale": ef.blueprints.scale_shift()},
             capacity=2,
         )
     )
-    optimizer = ef.optim.per_body(OPTIMIZERS[name])
+    optimizer = ef.optim.per_adapter(OPTIMIZERS[name])
     run = runtime.scan_steps(runtime.make_step(growth, loss_fn, optimizer, survey_every=None))
     state = runtime.init(optimizer, PARAMS, growth.init(jax.random.key(1)), anchor_every=None)
     state, infos = jax.jit(run, compiler_options=QUICK)(state, batches(0, STEPS), batches(0, 1)[0])
     stages = np.asarray(infos.stage)
     assert (stages[-1] != Stage.DORMANT).all()
     assert not (stages == Stage.ROLLED_BACK).any()
-    bodies = state.growth.bodies["h"]["scale"]
-    assert all((np.abs(leaf).max(1) > 1e-4).all() for leaf in jax.tree.leaves(bodies))
+    adapters = state.growth.adapters["h"]["scale"]
+    assert all((np.abs(leaf).max(1) > 1e-4).all() for leaf in jax.tree.leaves(adapters))

@@ -16,12 +16,12 @@ from esper_fn import runtime
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
 GROWTH = ef.growth(
-    ef.lattice(
+    ef.layout(
         sites=[ef.site("a", features=6, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=1,
     ),
-    bodies_at_once=None,
+    adapters_at_once=None,
 )
 W = np.linspace(-1, 1, 6, dtype=np.float32)
 PARAMS: dict[str, Any] = {
@@ -73,7 +73,7 @@ def fit(params: Any, optimizer: Any, **options: Any) -> runtime.Fit:
 def test_parameters_of_every_kind_train_and_compile_nothing_later(kind: str) -> None:
     params = PARAMS[kind]
     # Weight decay: what does not learn may not decay either.
-    result = fit(params, ef.optim.per_body(OPTIMISERS["adamw"]))
+    result = fit(params, ef.optim.per_adapter(OPTIMISERS["adamw"]))
     assert result.num_compiled == 0
     assert result.losses[-1] < result.losses[0]
     after = result.state.params
@@ -88,20 +88,20 @@ def test_parameters_of_every_kind_train_and_compile_nothing_later(kind: str) -> 
 
 def test_a_step_of_ones_own_takes_them_too() -> None:
     params = {**PARAMS["whole numbers and keys"], "k": jax.random.key(1)}
-    optimizer = ef.optim.per_body(OPTIMISERS["adamw"])
+    optimizer = ef.optim.per_adapter(OPTIMISERS["adamw"])
 
     @jax.jit
     def step(params: Any, state: Any, opt_state: Any, commands: Any) -> Any:
-        loss, grads, readings = GROWTH.value_and_grad(loss_fn)(params, state, X)
+        loss, grads, statistics = GROWTH.value_and_grad(loss_fn)(params, state, X)
         updates, opt_state = optimizer.update(
-            grads, opt_state, (params, state.bodies), slots=GROWTH.slots(state)
+            grads, opt_state, (params, state.adapters), slots=GROWTH.slots(state)
         )
-        params, bodies = ef.optim.apply_updates((params, state.bodies), updates)
-        state, _ = GROWTH.update(state, bodies, readings, loss, commands)
+        params, adapters = ef.optim.apply_updates((params, state.adapters), updates)
+        state, _ = GROWTH.update(state, adapters, statistics, loss, commands)
         return params, state, opt_state, loss
 
     state = GROWTH.init(jax.random.key(1))
-    opt_state = optimizer.init((params, state.bodies))
+    opt_state = optimizer.init((params, state.adapters))
     losses, after = [], params
     for turn in range(4):
         asked = GROWTH.commands([cmd.germinate(0, "scale")] if turn == 0 else [], size=1)
@@ -117,7 +117,7 @@ def test_a_step_of_ones_own_takes_them_too() -> None:
 
 
 def test_one_step_after_another_is_compiled_once() -> None:
-    optimizer = ef.optim.per_body(OPTIMISERS["injected"])
+    optimizer = ef.optim.per_adapter(OPTIMISERS["injected"])
     step = jax.jit(runtime.make_step(GROWTH, loss_fn, optimizer, survey_every=None))
     state = runtime.init(
         optimizer, PARAMS["whole numbers and keys"], GROWTH.init(jax.random.key(1))
@@ -131,7 +131,7 @@ def test_one_step_after_another_is_compiled_once() -> None:
 
 @pytest.mark.parametrize("kind", ["plateau", "polyak"])
 def test_optimisers_that_look_at_the_loss_run(kind: str) -> None:
-    result = fit(PARAMS["number"], ef.optim.per_body(OPTIMISERS[kind]))
+    result = fit(PARAMS["number"], ef.optim.per_adapter(OPTIMISERS[kind]))
     assert result.num_compiled == 0
     assert np.isfinite(result.losses).all()
     if kind == "plateau":
@@ -140,13 +140,15 @@ def test_optimisers_that_look_at_the_loss_run(kind: str) -> None:
         assert [float(scale) for _, scale in scales] == [pytest.approx(0.1**9)]
 
 
-def test_a_line_search_runs_for_the_host_and_not_for_a_body() -> None:
+def test_a_line_search_runs_for_the_host_and_not_for_an_adapter() -> None:
     search = optax.lbfgs()
-    result = fit(PARAMS["whole numbers and keys"], ef.optim.per_body(search, optax.adam(0.1)))
+    result = fit(PARAMS["whole numbers and keys"], ef.optim.per_adapter(search, optax.adam(0.1)))
     assert result.num_compiled == 0
     assert result.losses[-1] < 0.5 * result.losses[0]
-    with pytest.raises(TypeError, match=r"a body has no loss of its own; give the bodies another"):
-        fit(PARAMS["number"], ef.optim.per_body(search))
+    with pytest.raises(
+        TypeError, match=r"an adapter has no loss of its own; give the adapters another"
+    ):
+        fit(PARAMS["number"], ef.optim.per_adapter(search))
 
 
 def test_the_host_alone_takes_the_same_parameters_and_optimisers() -> None:
@@ -164,13 +166,13 @@ def test_the_host_alone_takes_the_same_parameters_and_optimisers() -> None:
 
 
 DIRECTED = ef.growth(
-    ef.lattice(
+    ef.layout(
         sites=[ef.site("a", features=6)],
         blueprints={"low_rank": ef.blueprints.low_rank(1)},
         capacity=1,
     ),
     policy=ef.policies.periodic(every=1),
-    bodies_at_once=None,
+    adapters_at_once=None,
     directed_births=1,
     max_ablations=1,
 )
@@ -184,7 +186,7 @@ def test_a_sound_run_is_sound_under_the_debugging_flags(flag: str) -> None:
         result = runtime.fit(
             DIRECTED,
             loss_fn,
-            ef.optim.per_body(optax.sgd(0.1)),
+            ef.optim.per_adapter(optax.sgd(0.1)),
             {"w": W, "b": np.float32(0.5)},
             batches,
             num_steps=4,

@@ -20,11 +20,11 @@ from esper_fn.errors import RunStoppedError
 from esper_fn.runtime._positions import SavedPositions
 
 SITE = ef.site("hidden", features=8, chunks=4)
-LATTICE = ef.lattice(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
+LAYOUT = ef.layout(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
 GROWTH = ef.growth(
-    LATTICE, policy=policies.never(), graft=ef.grafting.linear(8), bodies_at_once=None
+    LAYOUT, policy=policies.never(), graft=ef.grafting.linear(8), adapters_at_once=None
 )
-OPTIMIZER = ef.optim.per_body(optax.sgd(1e-2))
+OPTIMIZER = ef.optim.per_adapter(optax.sgd(1e-2))
 
 
 def loss_fn(params, seeds, batch):
@@ -248,7 +248,7 @@ def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
             "disk full",
         )
         assert kinds[bus.Announcement].sites == {SITE.name: SITE.num_seeds}
-        assert kinds[bus.Frame].array("stage").shape == (LATTICE.num_seeds,)
+        assert kinds[bus.Frame].array("stage").shape == (LAYOUT.num_seeds,)
         assert kinds[bus.LifecycleEvent].cause == "command"
 
 

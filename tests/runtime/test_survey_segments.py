@@ -19,11 +19,11 @@ from esper_fn.lifecycle import Stage
 EVERY, STEPS, MEMBERS = 4, 12, 3
 COUNTED: list[int] = []
 QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
-# Bodies are on trial before the last survey, where one of them is taken out.
+# Adapters are on trial before the last survey, where one of them is taken out.
 SHORT = ef.lifecycle.settings(
     min_steps={Stage.STABILIZATION: 1, Stage.EVALUATING: 1}, max_steps={Stage.STABILIZATION: 1}
 )
-OPTIMIZER = ef.optim.per_body(optax.sgd(0.05))
+OPTIMIZER = ef.optim.per_adapter(optax.sgd(0.05))
 
 
 def counted(params: Any, seeds: Any, batch: Any) -> jax.Array:
@@ -40,14 +40,14 @@ def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
 
 @cache
 def growth() -> ef.Growth:
-    lattice = ef.lattice(
+    layout = ef.layout(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
     )
     # Nothing is asked for before it is surveyed.
     policy = P.chain(P.periodic(every=3, start=1), P.quota(2))
-    return ef.growth(lattice, policy=policy, settings=SHORT, bodies_at_once=None, max_ablations=1)
+    return ef.growth(layout, policy=policy, settings=SHORT, adapters_at_once=None, max_ablations=1)
 
 
 def batches(first: int, count: int) -> Any:
@@ -119,7 +119,7 @@ def test_under_vmap_a_survey_runs_once_a_segment() -> None:
     infos, num_segmented = evaluations(segmented(counted))
     told, num_conditional = evaluations(conditional(counted))
     same(infos, told)
-    # One with the probes and, as long as one of the members has a body on trial, one ablation.
+    # One with the probes and, as long as one of the members has an adapter on trial, one ablation.
     on_trial = np.isin(infos.stage, [Stage.EVALUATING, Stage.FINE_TUNING]).any((0, 2))
     before = np.concatenate([[False], on_trial[:-1]])
     assert 0 < before[::EVERY].sum() < before.sum() < STEPS - 1

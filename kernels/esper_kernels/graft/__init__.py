@@ -3,6 +3,6 @@
 `esper_kernels.graft.jax` and `esper_kernels.graft.torch` are its two faces.
 """
 
-from esper_kernels.graft._case import ACTIVATIONS, Activation, Body, Case, check
+from esper_kernels.graft._case import ACTIVATIONS, Activation, Adapter, Case, check
 
-__all__ = ["ACTIVATIONS", "Activation", "Body", "Case", "check"]
+__all__ = ["ACTIVATIONS", "Activation", "Adapter", "Case", "check"]

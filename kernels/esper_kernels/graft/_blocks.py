@@ -67,7 +67,7 @@ def padded(case: Case) -> tuple[int, int]:
     """Width and rank of the tiles: powers of two, at least 16 as matrix units need.
 
     >>> padded(Case(rows=1, features=40, chunks=1, slots=1, rank=3, dtype="float32",
-    ...             body_dtype="float32", has_bias=False, activation="none", device="cpu"))
+    ...             adapter_dtype="float32", has_bias=False, activation="none", device="cpu"))
     (64, 16)
     """
     width, rank = (max(16, 1 << (size - 1).bit_length()) for size in (case.width, case.rank))
@@ -116,7 +116,7 @@ def forward_tiles(case: Case) -> Tiles:
     """Of the forward pass.
 
     >>> case = Case(rows=16384, features=4096, chunks=64, slots=64, rank=16, dtype="bfloat16",
-    ...             body_dtype="float32", has_bias=True, activation="relu", device="NVIDIA H200")
+    ...             adapter_dtype="float32", has_bias=True, activation="relu", device="NVIDIA H200")
     >>> forward_tiles(case)
     Tiles(rows=64, splits=4, warps=4, stages=4, is_bulk=True)
     """
@@ -124,7 +124,7 @@ def forward_tiles(case: Case) -> Tiles:
 
 
 def backward_tiles(case: Case) -> Tiles:
-    """Of the backward pass; each split costs a share of the body's gradients."""
+    """Of the backward pass; each split costs a share of the adapter's gradients."""
     return _choose(case, _BACKWARD if padded(case)[0] > 16 else _NARROW_BACKWARD)
 
 

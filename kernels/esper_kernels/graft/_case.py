@@ -17,7 +17,7 @@ NUM_WATCHED = 5
 NUM_CHANNELS = 5
 
 
-class Body(NamedTuple):
+class Adapter(NamedTuple):
     """The matrices of P slots, or their gradients; arrays of jax or of torch."""
 
     down: Any
@@ -43,7 +43,7 @@ class Case:
     slots: int
     rank: int
     dtype: str
-    body_dtype: str
+    adapter_dtype: str
     has_bias: bool
     activation: str
     device: str
@@ -68,7 +68,7 @@ class Case:
         """The width of each chunk, as `numpy.array_split` cuts.
 
         >>> Case(rows=1, features=8, chunks=3, slots=1, rank=1, dtype="float32",
-        ...      body_dtype="float32", has_bias=False, activation="none", device="cpu").widths
+        ...      adapter_dtype="float32", has_bias=False, activation="none", device="cpu").widths
         (3, 3, 2)
         """
         narrow, wide = divmod(self.features, self.chunks)
@@ -90,12 +90,12 @@ def _expect(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[str, ..
         _fail(f"{name}.dtype", _name(array.dtype), " or ".join(dtypes))
 
 
-def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device: str) -> Case:
+def check(x: Any, adapter: Adapter, slot: Any, gains: Any, *, activation: str, device: str) -> Case:
     """Return the case of a call.
 
     Args:
       x: [N, D].
-      body: the bank's matrices.
+      adapter: the bank's matrices.
       slot: [C].
       gains: [C, 4].
       activation: one of `ACTIVATIONS`.
@@ -114,14 +114,14 @@ def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device:
     chunks = slot.shape[0]
     if not 1 <= chunks <= features:
         _fail("slot.shape[0]", chunks, f"between 1 and the {features} features of x")
-    if body.down.ndim != 3:
-        _fail("body.down.ndim", body.down.ndim, "3: slots, width, rank")
-    slots, _, rank = body.down.shape
+    if adapter.down.ndim != 3:
+        _fail("adapter.down.ndim", adapter.down.ndim, "3: slots, width, rank")
+    slots, _, rank = adapter.down.shape
     if slots < 1 or rank < 1:
-        _fail("body.down.shape", tuple(body.down.shape), "at least one slot of rank 1")
-    if (body.gate is not None) != (activation == "gated"):
-        found = "None" if body.gate is None else "given"
-        _fail("body.gate", found, "given exactly when activation is 'gated'")
+        _fail("adapter.down.shape", tuple(adapter.down.shape), "at least one slot of rank 1")
+    if (adapter.gate is not None) != (activation == "gated"):
+        found = "None" if adapter.gate is None else "given"
+        _fail("adapter.gate", found, "given exactly when activation is 'gated'")
     case = Case(
         rows=rows,
         features=features,
@@ -129,26 +129,26 @@ def check(x: Any, body: Body, slot: Any, gains: Any, *, activation: str, device:
         slots=slots,
         rank=rank,
         dtype=_name(x.dtype),
-        body_dtype=_name(body.down.dtype),
-        has_bias=body.bias is not None,
+        adapter_dtype=_name(adapter.down.dtype),
+        has_bias=adapter.bias is not None,
         activation=activation,
         device=device,
     )
-    same = (case.body_dtype,)
+    same = (case.adapter_dtype,)
     _expect("x", x, (rows, features), DTYPES)
-    _expect("body.down", body.down, (slots, case.width, rank), DTYPES)
-    _expect("body.up", body.up, (slots, rank, case.width), same)
-    if body.bias is not None:
-        _expect("body.bias", body.bias, (slots, rank), same)
-    if body.gate is not None:
-        _expect("body.gate", body.gate, (slots, case.width, rank), same)
+    _expect("adapter.down", adapter.down, (slots, case.width, rank), DTYPES)
+    _expect("adapter.up", adapter.up, (slots, rank, case.width), same)
+    if adapter.bias is not None:
+        _expect("adapter.bias", adapter.bias, (slots, rank), same)
+    if adapter.gate is not None:
+        _expect("adapter.gate", adapter.gate, (slots, case.width, rank), same)
     _expect("slot", slot, (chunks,), ("int32",))
     _expect("gains", gains, (chunks, NUM_GAINS), ("float32",))
     return case
 
 
 def check_watched(x: Any, chunks: int, *, device: str) -> Case:
-    """Return the case of a call without bodies.
+    """Return the case of a call without adapters.
 
     Args:
       x: [N, D].
@@ -171,7 +171,7 @@ def check_watched(x: Any, chunks: int, *, device: str) -> Case:
         slots=1,
         rank=1,
         dtype=_name(x.dtype),
-        body_dtype=_name(x.dtype),
+        adapter_dtype=_name(x.dtype),
         has_bias=False,
         activation="none",
         device=device,

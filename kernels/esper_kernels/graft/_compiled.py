@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from esper_kernels.graft._blocks import NARROW, backward_tiles, forward_tiles, without_engine
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Adapter, Case
 from esper_kernels.graft._operations import backward_op, check_call, choose_for, forward_op
 from esper_kernels.graft._triton_backward import backward_kernel
 from esper_kernels.graft._triton_forward import forward_kernel
@@ -89,7 +89,7 @@ def graft_open(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """See `esper_kernels.torch.graft`."""
-    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation, tap=tap)
+    case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation, tap=tap)
     if not _is_open(case, x, implementation):
         y, watched = forward_op(
             x, down, up, bias, gate, slot, gains, tap, activation, implementation
@@ -125,8 +125,8 @@ def graft_open_backward(
     implementation: str,
     is_beside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`dx`, the body's gradients (empty for what it lacks), and `channels` or both beside."""
-    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation, dy)
+    """`dx`, the adapter's gradients (empty for what it lacks), and `channels` or both beside."""
+    case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation, dy)
     if not _is_open(case, x, implementation):
         dx, d_down, d_up, d_bias, d_gate, channels = backward_op(
             x, dy, down, up, bias, gate, slot, gains, watched, activation, implementation
@@ -143,7 +143,7 @@ def graft_open_backward(
     left = x.new_empty((room,), dtype=torch.float32)
     sizes = case.rows, case.features, case.chunks, case.slots
     bank = down, up, x if bias is None else bias, x if gate is None else gate
-    # Matrices that a body lacks are never written; what stands for them must not seem to be.
+    # Matrices that an adapter lacks are never written; what stands for them must not seem to be.
     learned = d_down, d_up, down if bias is None else d_bias, down if gate is None else d_gate
     given = x, dy, dx, *bank, slot, gains, left, watched, *learned, told, slot, *sizes
     wrap_triton(backward_kernel)[(main.programs,)](*given, **main.constants)

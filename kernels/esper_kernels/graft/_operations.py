@@ -16,14 +16,14 @@ from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
 from esper_kernels._torch_choice import check_places, device_name, refuses_triton
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Body, Case, check
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Adapter, Case, check
 
 TRITON = "esper_kernels.graft.triton_cuda"
 
 
 def check_call(
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     activation: str,
@@ -31,7 +31,7 @@ def check_call(
     tap: Tensor | None = None,
 ) -> Case:
     """The case of a call; `others` are to be as `x` is."""
-    leaves = {f"body.{name}": of for name, of in body._asdict().items()}
+    leaves = {f"adapter.{name}": of for name, of in adapter._asdict().items()}
     check_places(x, {"slot": slot, "gains": gains, **leaves})
     for of in others:
         if of.shape != x.shape or of.dtype != x.dtype or of.device != x.device:
@@ -39,7 +39,7 @@ def check_call(
                 f"dy is {tuple(of.shape)} {of.dtype} on {of.device}; it must be as x: "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
     shapes = [(case.chunks, NUM_CHANNELS), (case.chunks, NUM_WATCHED + NUM_CHANNELS)]
     if tap is not None and (tuple(tap.shape) not in shapes or tap.dtype != torch.float32):
         raise ArgumentError(
@@ -79,9 +79,9 @@ def forward_op(
     activation: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    body = Body(down, up, bias, gate)
-    case = check_call(x, body, slot, gains, activation, tap=tap)
-    y, watched = backend_of(case, x, implementation).forward(case, x, body, slot, gains)
+    adapter = Adapter(down, up, bias, gate)
+    case = check_call(x, adapter, slot, gains, activation, tap=tap)
+    y, watched = backend_of(case, x, implementation).forward(case, x, adapter, slot, gains)
     return y, watched
 
 
@@ -98,7 +98,7 @@ def _(
     activation: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation)
+    case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
     choose_for(case, x, implementation)
     return torch.empty_like(x), of_chunks(x, slot, NUM_WATCHED)
 
@@ -119,10 +119,10 @@ def in_place_op(
     activation: str,
     implementation: str,
 ) -> Tensor:
-    body = Body(down, up, bias, gate)
-    case = check_call(x, body, slot, gains, activation)
+    adapter = Adapter(down, up, bias, gate)
+    case = check_call(x, adapter, slot, gains, activation)
     backend = backend_of(case, x, implementation)
-    watched: Tensor = backend.forward_in_place(case, x, body, slot, gains)[1]
+    watched: Tensor = backend.forward_in_place(case, x, adapter, slot, gains)[1]
     return watched
 
 
@@ -138,7 +138,7 @@ def _(
     activation: str,
     implementation: str,
 ) -> Tensor:
-    case = check_call(x, Body(down, up, bias, gate), slot, gains, activation)
+    case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
     choose_for(case, x, implementation)
     return of_chunks(x, slot, NUM_WATCHED)
 
@@ -157,11 +157,11 @@ def backward_op(
     activation: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    body = Body(down, up, bias, gate)
-    case = check_call(x, body, slot, gains, activation, dy)
+    adapter = Adapter(down, up, bias, gate)
+    case = check_call(x, adapter, slot, gains, activation, dy)
     backend = backend_of(case, x, implementation)
-    dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
-    nothing = [x.new_empty(0) if leaf is None else leaf for leaf in d_body]
+    dx, d_adapter, channels = backend.backward(case, x, dy, adapter, slot, gains, watched)
+    nothing = [x.new_empty(0) if leaf is None else leaf for leaf in d_adapter]
     return dx, *nothing, channels
 
 
@@ -179,7 +179,7 @@ def _(
     activation: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_call(x, Body(down, up, bias, gate), slot, gains, activation, dy)
+    check_call(x, Adapter(down, up, bias, gate), slot, gains, activation, dy)
     leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
     bank = torch.empty_like(down), torch.empty_like(up), *leaves
     return torch.empty_like(x), *bank, of_chunks(x, slot, NUM_CHANNELS)

@@ -114,7 +114,7 @@ SPECS = (
 
 
 def draw(spec: Spec, seed: int = 0) -> Inputs:
-    """Random inputs of unit scale, every live body with gains of its own and undamped.
+    """Random inputs of unit scale, every live adapter with gains of its own and undamped.
 
     >>> draw(SPECS[0]).x.shape
     (128, 256)

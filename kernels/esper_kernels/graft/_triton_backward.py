@@ -1,4 +1,4 @@
-"""The backward pass: `x` and `dy` read once, `dx` written once, the body recomputed."""
+"""The backward pass: `x` and `dy` read once, `dx` written once, the adapter recomputed."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
@@ -11,7 +11,7 @@ from esper_kernels.graft._triton_parts import (
     blend,
     dot,
     find,
-    load_body,
+    load_adapter,
     load_tile,
     locate,
     narrow,
@@ -67,7 +67,7 @@ def _pull_range(
     DAMPED: tl.constexpr,
 ):
     """One split of one live chunk: writes `dx`, leaves a share of the gradients and all sums but
-    that of dy^2, which it returns by row. `DAMPED` bodies descend `dy + damping r`; none is felt.
+    that of dy^2, which it returns by row. `DAMPED` adapters descend `dy + damping r`; none is felt.
     """
     dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
@@ -80,7 +80,7 @@ def _pull_range(
     corner = begin.to(tl.int64) * D + start
     offsets = rows[:, None] * D + cols[None, :]
     slope_square = tl.zeros([BM], tl.float32)
-    down, up, bias, gate = load_body(
+    down, up, bias, gate = load_adapter(
         down_ptr,
         up_ptr,
         bias_ptr,

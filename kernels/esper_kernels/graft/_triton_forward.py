@@ -13,7 +13,7 @@ from esper_kernels.graft._triton_parts import (
     dot,
     find,
     fold,
-    load_body,
+    load_adapter,
     load_tile,
     locate,
     narrow,
@@ -74,7 +74,7 @@ def _graft_range(
     total = tl.zeros([GROUP, BF], tl.float32)
     square = tl.zeros([GROUP, BF], tl.float32)
     if does_act:
-        down, up, bias, gate = load_body(
+        down, up, bias, gate = load_adapter(
             down_ptr,
             up_ptr,
             bias_ptr,

@@ -35,7 +35,7 @@ def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
 
 @triton.jit
 def find(slot_ptr, gains_ptr, chunk, SLOTS):
-    """Slot, gains and whether a body is at work in the chunk."""
+    """Slot, gains and whether an adapter is at work in the chunk."""
     slot = tl.load(slot_ptr + chunk)
     act = tl.load(gains_ptr + chunk * GAINS)
     learn = tl.load(gains_ptr + chunk * GAINS + 1)
@@ -124,7 +124,7 @@ def narrow(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_body(
+def load_adapter(
     down_ptr,
     up_ptr,
     bias_ptr,
@@ -139,7 +139,7 @@ def load_body(
     ACTIVATION: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """`down`, `up`, and bias and gate, which stand for nothing where a body has none."""
+    """`down`, `up`, and bias and gate, which stand for nothing where an adapter has none."""
     down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
     up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
     bias = tl.zeros([1, 1], tl.float32)

@@ -86,7 +86,7 @@ def finish(
 
 @triton.jit
 def live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS: tl.constexpr):
-    """Which of `chunks` have a body at work, as 0 and 1."""
+    """Which of `chunks` have an adapter at work, as 0 and 1."""
     inside = chunks < CHUNKS
     slots = tl.load(slot_ptr + chunks, mask=inside, other=-1)
     gain = tl.load(gains_ptr + chunks * GAINS, mask=inside, other=0.0) != 0

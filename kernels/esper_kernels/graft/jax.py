@@ -14,7 +14,7 @@ from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
 from esper_kernels._jax_device import device_name
 from esper_kernels.graft import reference_jax
-from esper_kernels.graft._case import Body, Case, check
+from esper_kernels.graft._case import Adapter, Case, check
 
 Array = jax.Array
 _PALLAS = "esper_kernels.graft.pallas_mosaic_gpu"
@@ -22,7 +22,7 @@ _PALLAS = "esper_kernels.graft.pallas_mosaic_gpu"
 
 def explain(
     x: Any,
-    body: Body,
+    adapter: Adapter,
     slot: Any,
     gains: Any,
     *,
@@ -37,13 +37,13 @@ def explain(
       ArgumentError: the arguments do not fit together.
       UnavailableError: `implementation` cannot serve them; says why.
     """
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
     return _choose(case, implementation)
 
 
 def forward(
     x: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     *,
@@ -54,14 +54,14 @@ def forward(
 
     Arguments and errors as for `graft`.
     """
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
-    y, watched = _backend(case, implementation).forward(case, x, body, slot, gains)
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
+    y, watched = _backend(case, implementation).forward(case, x, adapter, slot, gains)
     return y, watched
 
 
 def forward_in_place(
     x: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     *,
@@ -72,67 +72,68 @@ def forward_in_place(
 
     Not differentiable. Under `jit`, donate `x` or let this be its last use; else XLA copies it.
     """
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
-    y, watched = _backend(case, implementation).forward_in_place(case, x, body, slot, gains)
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
+    y, watched = _backend(case, implementation).forward_in_place(case, x, adapter, slot, gains)
     return y, watched
 
 
 def backward(
     x: Array,
     dy: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     watched: Array,
     *,
     activation: str = "none",
     implementation: str = "auto",
-) -> tuple[Array, Body, Array]:
-    """`dx [N, D]`, the body's gradients and `channels [C, 5]`, from what `forward` took and gave.
+) -> tuple[Array, Adapter, Array]:
+    """`dx [N, D]`, the adapter's gradients and `channels [C, 5]`, from what `forward` took and
+    gave.
 
     Raises:
       ArgumentError: `dy` is not as `x`; else as for `graft`.
     """
-    case = _check(x, dy, body, slot, gains, activation)
+    case = _check(x, dy, adapter, slot, gains, activation)
     backend = _backend(case, implementation)
-    dx, d_body, channels = backend.backward(case, x, dy, body, slot, gains, watched)
-    return dx, d_body, channels
+    dx, d_adapter, channels = backend.backward(case, x, dy, adapter, slot, gains, watched)
+    return dx, d_adapter, channels
 
 
 def backward_in_place(
     x: Array,
     dy: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     watched: Array,
     *,
     activation: str = "none",
     implementation: str = "auto",
-) -> tuple[Array, Body, Array]:
+) -> tuple[Array, Adapter, Array]:
     """`backward` into the memory of `dy` where XLA can give it up, for live chunks only.
 
     Takes what `backward` takes. `watched` may come from `forward` or from `forward_in_place` of
-    this `x`: only its rows of live chunks are read, to tell a body that breaks from input that was
-    broken before. Under `jit`, donate `dy` or let this be its last use; else XLA copies it.
+    this `x`: only its rows of live chunks are read, to tell an adapter that breaks from input that
+    was broken before. Under `jit`, donate `dy` or let this be its last use; else XLA copies it.
 
     Returns:
       dx: [N, D], `dy` untouched in dormant chunks.
-      d_body: as `backward` gives it.
+      d_adapter: as `backward` gives it.
       channels: [C, 5], as `backward` gives it in live chunks; zero rows, not measured, elsewhere,
         `gradient_square` too.
 
     Raises:
       ArgumentError: `dy` is not as `x`; else as for `graft`.
     """
-    case = _check(x, dy, body, slot, gains, activation)
+    case = _check(x, dy, adapter, slot, gains, activation)
     backend = _backend(case, implementation)
-    dx, d_body, channels = backend.backward_in_place(case, x, dy, body, slot, gains, watched)
-    return dx, d_body, channels
+    dx, d_adapter, channels = backend.backward_in_place(case, x, dy, adapter, slot, gains, watched)
+    return dx, d_adapter, channels
 
 
-def _check(x: Any, dy: Any, body: Body, slot: Any, gains: Any, activation: str) -> Case:
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+def _check(x: Any, dy: Any, adapter: Adapter, slot: Any, gains: Any, activation: str) -> Case:
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ArgumentError(f"dy is {dy.shape} {dy.dtype}; it must be as x: {x.shape} {x.dtype}")
     return case
@@ -140,7 +141,7 @@ def _check(x: Any, dy: Any, body: Body, slot: Any, gains: Any, activation: str) 
 
 def graft(
     x: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     tap: Array | None = None,
@@ -148,13 +149,14 @@ def graft(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
-    """`y = x + act * body(x)` in the live chunks, and what seeds watch; differentiable in reverse.
+    """`y = x + act * adapter(x)` in the live chunks, and what seeds watch; differentiable in
+    reverse.
 
     The README beside this file has the mathematics.
 
     Args:
       x: [N, D], bfloat16 or float32.
-      body: matrices of P slots.
+      adapter: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
       gains: [C, 4] float32: act, learn, feel, damping.
       tap: [C, 5] float32 zeros, or None; `channels` arrive as its cotangent.
@@ -169,42 +171,42 @@ def graft(
       ArgumentError: a dtype, rank or size is wrong; names which. While tracing.
       UnavailableError: `implementation` cannot serve the call; says why. While tracing.
 
-    >>> body = Body(down=jnp.ones((1, 2, 1)), up=jnp.ones((1, 1, 2)))
-    >>> y, _ = graft(jnp.ones((2, 4)), body, jnp.array([-1, 0], jnp.int32), jnp.ones((2, 4)))
+    >>> adapter = Adapter(down=jnp.ones((1, 2, 1)), up=jnp.ones((1, 1, 2)))
+    >>> y, _ = graft(jnp.ones((2, 4)), adapter, jnp.array([-1, 0], jnp.int32), jnp.ones((2, 4)))
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """
-    case = check(x, body, slot, gains, activation=activation, device=device_name(x))
+    case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
     if tap is None:
         tap = jnp.zeros((case.chunks, 5), jnp.float32)
     choice = _choose(case, implementation).implementation
-    y, watched = _graft((case, choice), x, body, slot, gains, tap)
+    y, watched = _graft((case, choice), x, adapter, slot, gains, tap)
     return y, watched
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _graft(
-    static: tuple[Case, str], x: Array, body: Body, slot: Array, gains: Array, tap: Array
+    static: tuple[Case, str], x: Array, adapter: Adapter, slot: Array, gains: Array, tap: Array
 ) -> tuple[Array, Array]:
     del tap
-    y, watched = _module(static[1]).forward(static[0], x, body, slot, gains)
+    y, watched = _module(static[1]).forward(static[0], x, adapter, slot, gains)
     return y, watched
 
 
 def _fwd(
-    static: tuple[Case, str], x: Array, body: Body, slot: Array, gains: Array, tap: Array
+    static: tuple[Case, str], x: Array, adapter: Adapter, slot: Array, gains: Array, tap: Array
 ) -> Any:
-    y, watched = _graft(static, x, body, slot, gains, tap)
-    return (y, watched), (x, body, slot, gains, watched)
+    y, watched = _graft(static, x, adapter, slot, gains, tap)
+    return (y, watched), (x, adapter, slot, gains, watched)
 
 
 def _bwd(static: tuple[Case, str], kept: Any, cotangents: tuple[Array, Array]) -> Any:
-    x, body, slot, gains, watched = kept
-    dx, d_body, channels = _module(static[1]).backward(
-        static[0], x, cotangents[0], body, slot, gains, watched
+    x, adapter, slot, gains, watched = kept
+    dx, d_adapter, channels = _module(static[1]).backward(
+        static[0], x, cotangents[0], adapter, slot, gains, watched
     )
     no_slot = np.zeros(slot.shape, jax.dtypes.float0)
-    return dx, d_body, no_slot, jnp.zeros_like(gains), channels
+    return dx, d_adapter, no_slot, jnp.zeros_like(gains), channels
 
 
 _graft.defvjp(_fwd, _bwd)

@@ -1,7 +1,7 @@
 """`graft` in Pallas, lowered by Mosaic GPU for Hopper's matrix units and copy engine; bfloat16.
 
 The kernels leave partial sums of each range of rows; XLA adds them in a fixed order here. They know
-no damping: where a damped body lives, the reference computes its gradients after them.
+no damping: where a damped adapter lives, the reference computes its gradients after them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_kernels.graft import reference_jax
-from esper_kernels.graft._case import Body, Case
+from esper_kernels.graft._case import Adapter, Case
 from esper_kernels.graft.reference_jax import is_live
 
 Array = jax.Array
@@ -21,7 +21,7 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 OLDEST_JAX = (0, 11)
 MOST_COLUMNS = 256
 MOST_GRADIENT = 4096
-"""Entries F * R of a body's matrix whose gradient the registers of a warpgroup hold."""
+"""Entries F * R of an adapter's matrix whose gradient the registers of a warpgroup hold."""
 
 
 def refuses(case: Case) -> str | None:
@@ -44,13 +44,13 @@ def refuses(case: Case) -> str | None:
 
     if case.width * padded_rank(case) > MOST_GRADIENT:
         return (
-            f"holds a body's gradients in registers: F * R is {case.width} * {padded_rank(case)}"
-            f" (R padded), it may be {MOST_GRADIENT}"
+            f"holds an adapter's gradients in registers: F * R is {case.width} * "
+            f"{padded_rank(case)} (R padded), it may be {MOST_GRADIENT}"
         )
     return None
 
 
-def _padded(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
+def _padded(case: Case, adapter: Adapter, unused: Array) -> tuple[Array, Array, Array]:
     """`down [P, F, R]`, `up [P, R, F]` and the bias [P, R], R padded with zeros.
 
     Without a bias `unused`, a float32 matrix, stands in its place.
@@ -58,17 +58,17 @@ def _padded(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]
     from esper_kernels.graft.pallas_mosaic_gpu_parts import padded_rank
 
     more = padded_rank(case) - case.rank
-    bias = unused if body.bias is None else body.bias
+    bias = unused if adapter.bias is None else adapter.bias
     if not more:
-        return body.down, body.up, bias
-    down = jnp.pad(body.down, ((0, 0), (0, 0), (0, more)))
-    up = jnp.pad(body.up, ((0, 0), (0, more), (0, 0)))
-    return down, up, bias if body.bias is None else jnp.pad(bias, ((0, 0), (0, more)))
+        return adapter.down, adapter.up, bias
+    down = jnp.pad(adapter.down, ((0, 0), (0, 0), (0, more)))
+    up = jnp.pad(adapter.up, ((0, 0), (0, more), (0, 0)))
+    return down, up, bias if adapter.bias is None else jnp.pad(bias, ((0, 0), (0, more)))
 
 
-def _operands(case: Case, body: Body, unused: Array) -> tuple[Array, Array, Array]:
+def _operands(case: Case, adapter: Adapter, unused: Array) -> tuple[Array, Array, Array]:
     """`down^T [P, R, F]`, `up [P, R, F]` in bfloat16 and a float32 bias [P, R], R padded."""
-    down, up, bias = _padded(case, body, unused)
+    down, up, bias = _padded(case, adapter, unused)
     down = jnp.swapaxes(down, 1, 2)
     if case.has_bias:
         # As the reference sees it: rounded to the activation's dtype.
@@ -102,11 +102,13 @@ def _add_each(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array,
     return tuple(map(jnp.add, left, right))
 
 
-def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tuple[Array, Array]:
+def forward(
+    case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
+) -> tuple[Array, Array]:
     """`y` and `watched`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel
 
-    y, sums = forward_kernel(case)(x, *_padded(case, body, gains), slot, gains)
+    y, sums = forward_kernel(case)(x, *_padded(case, adapter, gains), slot, gains)
     return y, _watched(case, _add_up(sums))
 
 
@@ -116,7 +118,7 @@ def _add_up(sums: Array) -> Array:
 
 
 def forward_in_place(
-    case: Case, x: Array, body: Body, slot: Array, gains: Array
+    case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
 ) -> tuple[Array, Array]:
     """The same in the memory of `x`, with `watched` for live chunks only.
 
@@ -126,26 +128,26 @@ def forward_in_place(
     from esper_kernels.graft.pallas_mosaic_gpu_parts import forward_share, gather_sums, live_words
 
     ref, words = jax.new_ref(x), live_words(is_live(case, slot, gains))
-    sums, where = in_place_kernel(case)(ref, *_padded(case, body, gains), slot, gains, words)
+    sums, where = in_place_kernel(case)(ref, *_padded(case, adapter, gains), slot, gains, words)
     (sums,) = gather_sums(forward_share(case), where, sums)
     return jax.freeze(ref), _watched(case, sums, where[:, 0] >= 0)
 
 
 def backward(
-    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
-) -> tuple[Array, Body, Array]:
-    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Adapter, Array]:
+    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
 
-    dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, body, gains), slot, gains)
+    dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, adapter, gains), slot, gains)
     sums = [jnp.sum(of, axis=0) for of in partial_sums]
-    undamped = _learned(case, body, slot, gains, watched, sums)
-    return dx, *_damp(case, x, dx, body, slot, gains, watched, undamped)
+    undamped = _learned(case, adapter, slot, gains, watched, sums)
+    return dx, *_damp(case, x, dx, adapter, slot, gains, watched, undamped)
 
 
 def backward_in_place(
-    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
-) -> tuple[Array, Body, Array]:
+    case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Adapter, Array]:
     """The same in the memory of `dy`, with `channels` for live chunks only.
 
     Donate `dy`, or let nothing use it afterwards: else XLA copies it first.
@@ -155,33 +157,33 @@ def backward_in_place(
 
     share, ref = backward_share(case), jax.new_ref(dy)
     kernel, words = backward_kernel(case, share=share), live_words(is_live(case, slot, gains))
-    *partial_sums, where = kernel(x, ref, *_operands(case, body, gains), slot, gains, words)
+    *partial_sums, where = kernel(x, ref, *_operands(case, adapter, gains), slot, gains, words)
     sums, dx = gather_sums(share, where, *partial_sums), jax.freeze(ref)
-    undamped = _learned(case, body, slot, gains, watched, sums)
-    return dx, *_damp(case, x, dx, body, slot, gains, watched, undamped)
+    undamped = _learned(case, adapter, slot, gains, watched, sums)
+    return dx, *_damp(case, x, dx, adapter, slot, gains, watched, undamped)
 
 
 def _damp(
     case: Case,
     x: Array,
     dx: Array,
-    body: Body,
+    adapter: Adapter,
     slot: Array,
     gains: Array,
     watched: Array,
-    undamped: tuple[Body, Array],
-) -> tuple[Body, Array]:
-    """The body's gradients and `channels`; where damped bodies live, by the reference.
+    undamped: tuple[Adapter, Array],
+) -> tuple[Adapter, Array]:
+    """The adapter's gradients and `channels`; where damped adapters live, by the reference.
 
     None of them is felt, so `dx` is `dy` there. All else keeps its bits.
     """
     learn, feel, damping = gains[:, 1], gains[:, 2], gains[:, 3]
     is_damped = is_live(case, slot, gains) & (damping != 0) & (learn != 0) & (feel == 0)
 
-    def damp(undamped: tuple[Body, Array]) -> tuple[Body, Array]:
-        d_body, channels = undamped
+    def damp(undamped: tuple[Adapter, Array]) -> tuple[Adapter, Array]:
+        d_adapter, channels = undamped
         own = jnp.where(is_damped[:, None], gains, 0.0)
-        _, damped, measured = reference_jax.backward(case, x, dx, body, slot, own, watched)
+        _, damped, measured = reference_jax.backward(case, x, dx, adapter, slot, own, watched)
         slots = jnp.where(is_damped, slot, case.slots)
         is_theirs = jnp.zeros((case.slots,), bool).at[slots].set(True, mode="drop")
 
@@ -189,15 +191,15 @@ def _damp(
             return jnp.where(is_theirs.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
         errors = jnp.where(is_damped, measured[:, 4], channels[:, 4])
-        return jax.tree.map(choose, damped, d_body), channels.at[:, 4].set(errors)
+        return jax.tree.map(choose, damped, d_adapter), channels.at[:, 4].set(errors)
 
     return jax.lax.cond(jnp.any(is_damped), damp, lambda undamped: undamped, undamped)
 
 
 def _learned(
-    case: Case, body: Body, slot: Array, gains: Array, watched: Array, of_chunks: list[Array]
-) -> tuple[Body, Array]:
-    """The body's gradients and `channels`.
+    case: Case, adapter: Adapter, slot: Array, gains: Array, watched: Array, of_chunks: list[Array]
+) -> tuple[Adapter, Array]:
+    """The adapter's gradients and `channels`.
 
     `of_chunks` is `[C, 2, F, R]`, `[C, 4, 64]` and `[C, R]`: what `backward_kernel` leaves, summed.
     """
@@ -230,9 +232,9 @@ def _learned(
         share = jnp.where(served.reshape(shape), leaf[chunk] * learn.reshape(shape), 0.0)
         return share.astype(like.dtype)
 
-    d_body = Body(
-        down=learned(grads[:, 0, :, : case.rank], body.down),
-        up=jnp.swapaxes(learned(grads[:, 1, :, : case.rank], body.up), 1, 2),
-        bias=None if body.bias is None else learned(bias, body.bias),
+    d_adapter = Adapter(
+        down=learned(grads[:, 0, :, : case.rank], adapter.down),
+        up=jnp.swapaxes(learned(grads[:, 1, :, : case.rank], adapter.up), 1, 2),
+        bias=None if adapter.bias is None else learned(bias, adapter.bias),
     )
-    return d_body, jnp.stack(channels, axis=1)
+    return d_adapter, jnp.stack(channels, axis=1)

@@ -1,7 +1,7 @@
 """The backward kernel of `graft` on Hopper's matrix units and copy engine.
 
 One pass: `x` and `dy` are read once and `dx` is written once. A program is one warpgroup that keeps
-one chunk's matrices in shared memory and, over its range of rows, the gradients of the body in
+one chunk's matrices in shared memory and, over its range of rows, the gradients of the adapter in
 registers:
 
     h = x down + bias       g = dy up^T        a = phi(h)       da = g phi'(h)
@@ -267,8 +267,8 @@ def backward_kernel(
                     plgpu.copy_smem_to_gmem(bias_s, d_bias)
                 return d_down[...], d_up[...]
 
-            of_body = plgpu.WGMMAAccumulatorRef((width, rank), jnp.float32)
-            grads[0], grads[1] = pl.run_scoped(accumulate, of_body, of_body)
+            of_adapter = plgpu.WGMMAAccumulatorRef((width, rank), jnp.float32)
+            grads[0], grads[1] = pl.run_scoped(accumulate, of_adapter, of_adapter)
 
         plgpu.wait_smem_to_gmem(0)
 

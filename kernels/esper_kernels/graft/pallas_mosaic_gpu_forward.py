@@ -153,9 +153,9 @@ def _walk(
     Args:
       case: static part of the call.
       chosen: sizes.
-      activations: x and y; y None to write into x, where a body acts.
+      activations: x and y; y None to write into x, where an adapter acts.
       bank: down, up, bias.
-      acts: chunk, slot, act and whether the body acts, of each chunk.
+      acts: chunk, slot, act and whether the adapter acts, of each chunk.
       of_parts: which range of how many.
       leave: where the sums of each chunk go.
       scratch: see `_scratch`.
@@ -237,11 +237,11 @@ def _walk(
 
 
 def _bring(case: Case, bank: tuple[Any, Any, Any], own: Any, room: tuple[Any, Any, Any]) -> None:
-    """A body's matrices into shared memory, in bfloat16."""
+    """An adapter's matrices into shared memory, in bfloat16."""
     (down, up, bias), (down_s, up_s, bias_s) = bank, room
     rank, width = padded_rank(case), case.width
     flat: Any = plgpu.Layout.SMEM_GMEM_COPY
-    layout = flat((rank, width), jnp.dtype(case.body_dtype), 2 * min(rank, COLUMNS))
+    layout = flat((rank, width), jnp.dtype(case.adapter_dtype), 2 * min(rank, COLUMNS))
     down_s.transpose((1, 0))[...] = bring(down.at[own]).astype(jnp.bfloat16)
     up_s[...] = bring(up.at[own], layout).astype(jnp.bfloat16)
     if case.has_bias:

@@ -52,7 +52,7 @@ def padded_rank(case: Case) -> int:
     """R as the matrix units take it: 16, 32, or a multiple of 64; zeros fill it up.
 
     >>> case = Case(rows=1, features=64, chunks=1, slots=1, rank=3, dtype="bfloat16",
-    ...             body_dtype="float32", has_bias=False, activation="none", device="cpu")
+    ...             adapter_dtype="float32", has_bias=False, activation="none", device="cpu")
     >>> padded_rank(case)
     16
     """
@@ -78,7 +78,7 @@ def forward_tuning(case: Case) -> Tuning:
 
 
 def backward_tuning(case: Case) -> Tuning:
-    """Sizes of the backward kernel; a split costs one more set of the body's gradients."""
+    """Sizes of the backward kernel; a split costs one more set of the adapter's gradients."""
     return Tuning(splits=_splits(case, 2), stages=3)
 
 
@@ -95,7 +95,7 @@ def backward_share(case: Case) -> Share:
 
 
 def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
-    """Whether a body is at work in the chunk."""
+    """Whether an adapter is at work in the chunk."""
     own = slot[chunk]
     is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (gains[chunk, 2] != 0.0)
     is_used |= gains[chunk, 3] != 0.0

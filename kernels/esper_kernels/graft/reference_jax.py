@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_kernels.graft._case import Body, Case
+from esper_kernels.graft._case import Adapter, Case
 
 Array = jax.Array
 
@@ -58,26 +58,26 @@ def _activate(activation: str, h: Array) -> Array:
     return h
 
 
-def _run(activation: str, body: Body, u: Array) -> Array:
-    """`r` of every chunk; `body` has one row a chunk."""
-    h = jnp.einsum("ncf,cfr->ncr", u, body.down)
-    if body.bias is not None:
-        h = h + body.bias[None]
-    if body.gate is not None:
-        a = jax.nn.silu(jnp.einsum("ncf,cfr->ncr", u, body.gate)) * h
+def _run(activation: str, adapter: Adapter, u: Array) -> Array:
+    """`r` of every chunk; `adapter` has one row a chunk."""
+    h = jnp.einsum("ncf,cfr->ncr", u, adapter.down)
+    if adapter.bias is not None:
+        h = h + adapter.bias[None]
+    if adapter.gate is not None:
+        a = jax.nn.silu(jnp.einsum("ncf,cfr->ncr", u, adapter.gate)) * h
     else:
         a = _activate(activation, h)
-    return jnp.einsum("ncr,crf->ncf", a, body.up)
+    return jnp.einsum("ncr,crf->ncf", a, adapter.up)
 
 
 def is_live(case: Case, slot: Array, gains: Array) -> Array:
-    """[C]: chunks that have a body at work."""
+    """[C]: chunks that have an adapter at work."""
     return (slot >= 0) & (slot < case.slots) & jnp.any(gains != 0, axis=1)
 
 
-def _gather(case: Case, body: Body, slot: Array, dtype: Any) -> Body:
+def _gather(case: Case, adapter: Adapter, slot: Array, dtype: Any) -> Adapter:
     rows = jnp.clip(slot, 0, case.slots - 1)
-    own: Body = jax.tree.map(lambda leaf: leaf[rows].astype(dtype), body)
+    own: Adapter = jax.tree.map(lambda leaf: leaf[rows].astype(dtype), adapter)
     if case.is_even:
         return own
     # What a slot holds beyond a narrow chunk's width is nobody's.
@@ -115,19 +115,21 @@ def watch(case: Case, x: Array) -> Array:
     )
 
 
-def forward(case: Case, x: Array, body: Body, slot: Array, gains: Array) -> tuple[Array, Array]:
+def forward(
+    case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
+) -> tuple[Array, Array]:
     """`y` and `watched`; see the README beside this file."""
     act = jnp.where(is_live(case, slot, gains), gains[:, 0], jnp.zeros((), gains.dtype))
     u = split(case, x)
-    r = _run(case.activation, _gather(case, body, slot, x.dtype), u)
+    r = _run(case.activation, _gather(case, adapter, slot, x.dtype), u)
     return _join(case, _add(u, act, r)), watch(case, x)
 
 
 def forward_in_place(
-    case: Case, x: Array, body: Body, slot: Array, gains: Array
+    case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
 ) -> tuple[Array, Array]:
     """The same with `watched` for live chunks only. Donate `x` to spare the copy."""
-    y, watched = forward(case, x, body, slot, gains)
+    y, watched = forward(case, x, adapter, slot, gains)
     return y, _of_live(case, watched, slot, gains)
 
 
@@ -136,19 +138,19 @@ def _of_live(case: Case, measured: Array, slot: Array, gains: Array) -> Array:
 
 
 def backward(
-    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
-) -> tuple[Array, Body, Array]:
-    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Adapter, Array]:
+    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
     live = is_live(case, slot, gains)
     learn, feel, damping = (
         jnp.where(live, gains[:, k], jnp.zeros((), gains.dtype)) for k in (1, 2, 3)
     )
     u, slope = split(case, x), split(case, dy)
-    narrow = _gather(case, body, slot, x.dtype)
+    narrow = _gather(case, adapter, slot, x.dtype)
     r, pull = jax.vjp(partial(_run, case.activation), narrow, u)
-    # A body that is felt is not damped, so `d_u` is the host's own wherever it is read.
+    # An adapter that is felt is not damped, so `d_u` is the host's own wherever it is read.
     damping = jnp.where(feel == 0, damping, jnp.zeros((), gains.dtype))
-    d_body, d_u = pull(_add(slope, damping, r))
+    d_adapter, d_u = pull(_add(slope, damping, r))
 
     wide = _wide(x.dtype)
     gradient_square = jnp.sum(jnp.square(slope.astype(wide)), axis=(0, 2))
@@ -156,7 +158,7 @@ def backward(
     utility = -jnp.sum(slope.astype(wide) * r.astype(wide), axis=(0, 2))
     is_sound = jnp.isfinite(output_square)
     is_flowing = is_sound & jnp.all(jnp.isfinite(d_u), axis=(0, 2))
-    for leaf in jax.tree.leaves(d_body):
+    for leaf in jax.tree.leaves(d_adapter):
         is_flowing &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
     fed = jnp.isfinite(gradient_square) & jnp.isfinite(watched[:, 2])
 
@@ -175,14 +177,14 @@ def backward(
     ]
     return (
         _join(case, _add(slope, feel, d_u)),
-        jax.tree.map(learned, d_body, body),
+        jax.tree.map(learned, d_adapter, adapter),
         jnp.stack([gradient_square, *channels], axis=1),
     )
 
 
 def backward_in_place(
-    case: Case, x: Array, dy: Array, body: Body, slot: Array, gains: Array, watched: Array
-) -> tuple[Array, Body, Array]:
+    case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
+) -> tuple[Array, Adapter, Array]:
     """The same with `channels` for live chunks only. Donate `dy` to spare the copy."""
-    dx, d_body, channels = backward(case, x, dy, body, slot, gains, watched)
-    return dx, d_body, _of_live(case, channels, slot, gains)
+    dx, d_adapter, channels = backward(case, x, dy, adapter, slot, gains, watched)
+    return dx, d_adapter, _of_live(case, channels, slot, gains)

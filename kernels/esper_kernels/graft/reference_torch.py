@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esper_kernels.graft._case import Body, Case
+from esper_kernels.graft._case import Adapter, Case
 
 
 def refuses(case: Case) -> str | None:
@@ -61,15 +61,15 @@ def _run(activation: str, u: Tensor, down: Tensor, up: Tensor, *rest: Tensor) ->
 
 
 def is_live(case: Case, slot: Tensor, gains: Tensor) -> Tensor:
-    """[C]: chunks that have a body at work."""
+    """[C]: chunks that have an adapter at work."""
     return (slot >= 0) & (slot < case.slots) & (gains != 0).any(dim=1)
 
 
-def _gather(case: Case, body: Body, slot: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _gather(case: Case, adapter: Adapter, slot: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """down, up, bias (empty for none), and gate where there is one, a row a chunk."""
     rows = slot.clamp(0, case.slots - 1).long()
-    bias = body.down.new_zeros((case.slots, 0)) if body.bias is None else body.bias
-    leaves = [body.down, body.up, bias, *([] if body.gate is None else [body.gate])]
+    bias = adapter.down.new_zeros((case.slots, 0)) if adapter.bias is None else adapter.bias
+    leaves = [adapter.down, adapter.up, bias, *([] if adapter.gate is None else [adapter.gate])]
     down, up, bias, *gate = (leaf[rows].to(dtype) for leaf in leaves)
     if not case.is_even:
         # What a slot holds beyond a narrow chunk's width is nobody's.
@@ -99,35 +99,41 @@ def watch(case: Case, x: Tensor) -> Tensor:
 
 
 def forward(
-    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor
+    case: Case, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`y` and `watched`; see the README beside this file."""
     act = torch.where(is_live(case, slot, gains), gains[:, 0], 0.0)
     u = split(case, x)
-    r = _run(case.activation, u, *_gather(case, body, slot, x.dtype))
+    r = _run(case.activation, u, *_gather(case, adapter, slot, x.dtype))
     return _join(case, _add(u, act, r)), watch(case, x)
 
 
 def forward_in_place(
-    case: Case, x: Tensor, body: Body, slot: Tensor, gains: Tensor
+    case: Case, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same into the memory of `x`, with `watched` for live chunks only."""
-    y, watched = forward(case, x, body, slot, gains)
+    y, watched = forward(case, x, adapter, slot, gains)
     live = is_live(case, slot, gains)[:, None]
     return x.copy_(y), torch.where(live, watched, 0.0)
 
 
 def backward(
-    case: Case, x: Tensor, dy: Tensor, body: Body, slot: Tensor, gains: Tensor, watched: Tensor
-) -> tuple[Tensor, Body, Tensor]:
-    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+    case: Case,
+    x: Tensor,
+    dy: Tensor,
+    adapter: Adapter,
+    slot: Tensor,
+    gains: Tensor,
+    watched: Tensor,
+) -> tuple[Tensor, Adapter, Tensor]:
+    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
     live = is_live(case, slot, gains)
     learn, feel, damping = (torch.where(live, gains[:, k], 0.0) for k in (1, 2, 3))
     u, slope = split(case, x), split(case, dy)
-    narrow = _gather(case, body, slot, x.dtype)
+    narrow = _gather(case, adapter, slot, x.dtype)
     pulled = torch.func.vjp(partial(_run, case.activation), u, *narrow)
     r = pulled[0]
-    # A body that is felt is not damped, so `d_u` is the host's own wherever it is read.
+    # An adapter that is felt is not damped, so `d_u` is the host's own wherever it is read.
     damping = torch.where(feel == 0, damping, 0.0)
     d_u, *d_narrow = pulled[1](_add(slope, damping, r))
 
@@ -150,11 +156,11 @@ def backward(
         return room[:-1]
 
     down, up, bias, *rest = d_narrow
-    d_body = Body(
-        down=learned(down, body.down),
-        up=learned(up, body.up),
-        bias=None if body.bias is None else learned(bias, body.bias),
-        gate=None if body.gate is None else learned(rest[0], body.gate),
+    d_adapter = Adapter(
+        down=learned(down, adapter.down),
+        up=learned(up, adapter.up),
+        bias=None if adapter.bias is None else learned(bias, adapter.bias),
+        gate=None if adapter.gate is None else learned(rest[0], adapter.gate),
     )
     channels = [
         live.to(wide),
@@ -163,7 +169,7 @@ def backward(
         (live & fed & ~is_flowing).to(wide),
     ]
     dx = _join(case, _add(slope, feel, d_u))
-    return dx, d_body, torch.stack([gradient_square, *channels], dim=1)
+    return dx, d_adapter, torch.stack([gradient_square, *channels], dim=1)
 
 
 class Calls:
@@ -172,27 +178,31 @@ class Calls:
     def __init__(self, case: Case) -> None:
         self.case = case
 
-    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`y` and `watched`."""
-        y, watched = forward(self.case, x.reshape(-1, x.shape[-1]), body, slot, gains)
+        y, watched = forward(self.case, x.reshape(-1, x.shape[-1]), adapter, slot, gains)
         return torch.ops.aten._unsafe_view(y, x.shape), watched
 
     def backward(
         self,
         x: Tensor,
         dy: Tensor,
-        body: Body,
+        adapter: Adapter,
         slot: Tensor,
         gains: Tensor,
         watched: Tensor,
         *,
         is_beside: bool = False,
-    ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
+    ) -> tuple[Tensor, Adapter, Tensor]:
+        """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
+        it.
+        """
         rows, slope = (of.reshape(-1, x.shape[-1]) for of in (x, dy))
-        dx, d_body, channels = backward(self.case, rows, slope, body, slot, gains, watched)
+        dx, d_adapter, channels = backward(self.case, rows, slope, adapter, slot, gains, watched)
         told = torch.cat([watched, channels], dim=1) if is_beside else channels
-        return dx.reshape(x.shape), d_body, told
+        return dx.reshape(x.shape), d_adapter, told
 
 
 def bind(case: Case, x: Tensor) -> Calls:

@@ -14,7 +14,7 @@ from torch import Tensor
 from esper_kernels._dispatch import Choice
 from esper_kernels._errors import ArgumentError
 from esper_kernels._torch_choice import check_places, device_name
-from esper_kernels.graft._case import Body, check_watched
+from esper_kernels.graft._case import Adapter, check_watched
 from esper_kernels.graft._operations import (
     backend_of,
     check_call,
@@ -28,7 +28,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def explain(
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     *,
@@ -41,12 +41,12 @@ def explain(
       ArgumentError: the arguments do not fit together.
       UnavailableError: `implementation` cannot serve them; says why.
     """
-    return choose_for(check_call(x, body, slot, gains, activation), x, implementation)
+    return choose_for(check_call(x, adapter, slot, gains, activation), x, implementation)
 
 
 def graft(
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     tap: Tensor | None = None,
@@ -54,14 +54,14 @@ def graft(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`y = x + act * body(x)` in the live chunks, and what seeds watch; differentiable once.
+    """`y = x + act * adapter(x)` in the live chunks, and what seeds watch; differentiable once.
 
     `gains` get no gradient: they are set, not learned. The README beside this file has the
     mathematics.
 
     Args:
       x: [N, D], contiguous, bfloat16 or float32.
-      body: matrices of P slots.
+      adapter: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
       gains: [C, 4] float32: act, learn, feel, damping.
       tap: float32 zeros, or None. [C, 5]: `channels` arrive as its gradient; [C, 10]: `watched`
@@ -79,24 +79,24 @@ def graft(
         `torch.compile`, inside torch's own error.)
 
     >>> x, up = torch.ones(2, 4), torch.ones(1, 1, 2)
-    >>> body = Body(down=torch.ones(1, 2, 1), up=up)
+    >>> adapter = Adapter(down=torch.ones(1, 2, 1), up=up)
     >>> slot = torch.tensor([-1, 0], dtype=torch.int32)
-    >>> y, watched = graft(x, body, slot, torch.ones(2, 4))
+    >>> y, watched = graft(x, adapter, slot, torch.ones(2, 4))
     >>> y[0].tolist()
     [1.0, 1.0, 3.0, 3.0]
     """
     if _HAS_TRITON and torch.compiler.is_compiling():
         from esper_kernels.graft._compiled import graft_open  # loads Triton
 
-        y, watched = graft_open(x, *body, slot, gains, tap, activation, implementation)
+        y, watched = graft_open(x, *adapter, slot, gains, tap, activation, implementation)
     else:
-        y, watched = forward_op(x, *body, slot, gains, tap, activation, implementation)
+        y, watched = forward_op(x, *adapter, slot, gains, tap, activation, implementation)
     return y, watched
 
 
 def graft_(
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     *,
@@ -113,18 +113,18 @@ def graft_(
         is lost.
     """
     if torch.is_grad_enabled() and any(
-        of is not None and of.requires_grad for of in (x, gains, *body)
+        of is not None and of.requires_grad for of in (x, gains, *adapter)
     ):
         raise ArgumentError(
             "graft_ overwrites the x that its derivative needs; call it under torch.no_grad(), or "
             "call graft"
         )
-    watched: Tensor = in_place_op(x, *body, slot, gains, activation, implementation)
+    watched: Tensor = in_place_op(x, *adapter, slot, gains, activation, implementation)
     return watched
 
 
 def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
-    """What seeds watch of an activation on which no body acts: one read of it.
+    """What seeds watch of an activation on which no adapter acts: one read of it.
 
     Args:
       x: [..., D], contiguous, bfloat16 or float32.
@@ -151,26 +151,30 @@ def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
 class Calls(Protocol):
     """The passes of many calls alike; made by `bind`. They have no derivative and check nothing."""
 
-    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`y` and `watched` of `graft`."""
 
     def backward(
         self,
         x: Tensor,
         dy: Tensor,
-        body: Body,
+        adapter: Adapter,
         slot: Tensor,
         gains: Tensor,
         watched: Tensor,
         *,
         is_beside: bool = False,
-    ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
+    ) -> tuple[Tensor, Adapter, Tensor]:
+        """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
+        it.
+        """
 
 
 def bind(
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     *,
@@ -184,7 +188,7 @@ def bind(
 
     Args:
       x: as of `graft`, or with more leading axes than one; all other arguments as there.
-      body: see `graft`.
+      adapter: see `graft`.
       slot: see `graft`.
       gains: see `graft`.
       activation: see `graft`.
@@ -194,6 +198,6 @@ def bind(
       ArgumentError, UnavailableError: as `graft`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    case = check_call(rows, body, slot, gains, activation)
+    case = check_call(rows, adapter, slot, gains, activation)
     calls: Calls = backend_of(case, rows, implementation).bind(case, rows)
     return calls

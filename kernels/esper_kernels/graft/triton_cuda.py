@@ -19,7 +19,7 @@ from esper_kernels.graft._blocks import (
     padded,
     without_engine,
 )
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Body, Case
+from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Adapter, Case
 from esper_kernels.graft._stream import Stream, arrivals, current_stream, floats
 from esper_kernels.graft._triton_launch import Layout, Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
@@ -86,43 +86,47 @@ class Calls:
         self._is_small = share_of(case) <= MAX_SHARE
         self._nobody: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`y` and `watched`; `x` is contiguous and may have any leading shape."""
         y = torch.empty_like(x)
         with on_device_of(x):
-            return y, self._watch(x, y, body, slot, gains, self._forward_tiles)
+            return y, self._watch(x, y, adapter, slot, gains, self._forward_tiles)
 
-    def forward_in_place(self, x: Tensor, body: Body, slot: Tensor, gains: Tensor) -> Tensor:
+    def forward_in_place(self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor) -> Tensor:
         """`watched`, with the live chunks of `x` rewritten."""
         tiles = self._in_place_tiles
         with on_device_of(x):
             if self.case.chunks > MAX_SEARCHED:
-                return self._watch(x, x, body, slot, gains, tiles)
-            return self._watch_in_place(x, body, slot, gains, tiles)
+                return self._watch(x, x, adapter, slot, gains, tiles)
+            return self._watch_in_place(x, adapter, slot, gains, tiles)
 
     def watch(self, x: Tensor) -> Tensor:
         """`watched` of all chunks, whatever lives there."""
         with on_device_of(x):
             nobody = self._nobody or self._made_nobody(x)
-            return self._watch(x, x, Body(x, x), *nobody, self._forward_tiles, watches=True)
+            return self._watch(x, x, Adapter(x, x), *nobody, self._forward_tiles, watches=True)
 
     def backward(
         self,
         x: Tensor,
         dy: Tensor,
-        body: Body,
+        adapter: Adapter,
         slot: Tensor,
         gains: Tensor,
         watched: Tensor,
         *,
         is_beside: bool = False,
-    ) -> tuple[Tensor, Body, Tensor]:
-        """`dx`, the body's gradients and `channels`, where `is_beside` with `watched` before it."""
-        case, tiles, bank = self.case, self._backward_tiles, _bank(x, body)
+    ) -> tuple[Tensor, Adapter, Tensor]:
+        """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
+        it.
+        """
+        case, tiles, bank = self.case, self._backward_tiles, _bank(x, adapter)
         tiles = tiles if are_aligned(x, dy) else _without_engine(tiles)
         dx = torch.empty_like(x)
-        d_body = Body(*(None if leaf is None else torch.empty_like(leaf) for leaf in body))
-        learned = _bank(x, d_body)
+        d_adapter = Adapter(*(None if leaf is None else torch.empty_like(leaf) for leaf in adapter))
+        learned = _bank(x, d_adapter)
         columns = NUM_WATCHED + NUM_CHANNELS if is_beside else NUM_CHANNELS
         channels = x.new_empty((case.chunks, columns), dtype=torch.float32)
         with on_device_of(x):
@@ -143,7 +147,7 @@ class Calls:
             if reduce is not None:
                 told = left, watched, slot, gains, *learned, channels
                 reduce((), told, (case.slots,), stream.name)
-        return dx, d_body, channels
+        return dx, d_adapter, channels
 
     def _made_nobody(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Slots and gains that serve no chunk; kept unless a graph captures their making."""
@@ -178,14 +182,14 @@ class Calls:
         self,
         x: Tensor,
         y: Tensor,
-        body: Body,
+        adapter: Adapter,
         slot: Tensor,
         gains: Tensor,
         tiles: Tiles,
         *,
         watches: bool = False,
     ) -> Tensor:
-        case, bank = self.case, _bank(x, body)
+        case, bank = self.case, _bank(x, adapter)
         tiles = tiles if are_aligned(x, y) else _without_engine(tiles)
         stream = current_stream(x)
         counters = arrivals(x, case.chunks, stream) if tiles.splits > 1 else None
@@ -204,9 +208,9 @@ class Calls:
         return watched
 
     def _watch_in_place(
-        self, x: Tensor, body: Body, slot: Tensor, gains: Tensor, tiles: Tiles
+        self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor, tiles: Tiles
     ) -> Tensor:
-        case, bank = self.case, _bank(x, body)
+        case, bank = self.case, _bank(x, adapter)
         tiles = tiles if are_aligned(x) else _without_engine(tiles)
         stream = current_stream(x)
         counters = arrivals(x, case.chunks, stream)
@@ -232,9 +236,9 @@ def _without_engine(tiles: Tiles) -> Tiles:
     return replace(tiles, is_bulk=False) if tiles.is_bulk else tiles
 
 
-def _bank(x: Tensor, body: Body) -> list[Tensor]:
-    """The body's matrices; anything for those it lacks, which no kernel reads."""
-    return [x if leaf is None else leaf for leaf in body]
+def _bank(x: Tensor, adapter: Adapter) -> list[Tensor]:
+    """The adapter's matrices; anything for those it lacks, which no kernel reads."""
+    return [x if leaf is None else leaf for leaf in adapter]
 
 
 @lru_cache(maxsize=1024)
@@ -257,7 +261,7 @@ def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
 def forward(
     case: Case,
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     *,
@@ -265,8 +269,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`y` and `watched`; see the README beside this file. `tiles` is for measurements."""
     if case.rows == 0:
-        return reference_torch.forward(case, x, body, slot, gains)
-    return calls(case, x.device, tiles).forward(x, body, slot, gains)
+        return reference_torch.forward(case, x, adapter, slot, gains)
+    return calls(case, x.device, tiles).forward(x, adapter, slot, gains)
 
 
 def watch(case: Case, x: Tensor) -> Tensor:
@@ -277,7 +281,7 @@ def watch(case: Case, x: Tensor) -> Tensor:
 def forward_in_place(
     case: Case,
     x: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     *,
@@ -285,22 +289,22 @@ def forward_in_place(
 ) -> tuple[Tensor, Tensor]:
     """The same into the memory of `x`; dormant chunks are neither read nor written."""
     if case.rows == 0:
-        return reference_torch.forward_in_place(case, x, body, slot, gains)
-    return x, calls(case, x.device, tiles).forward_in_place(x, body, slot, gains)
+        return reference_torch.forward_in_place(case, x, adapter, slot, gains)
+    return x, calls(case, x.device, tiles).forward_in_place(x, adapter, slot, gains)
 
 
 def backward(
     case: Case,
     x: Tensor,
     dy: Tensor,
-    body: Body,
+    adapter: Adapter,
     slot: Tensor,
     gains: Tensor,
     watched: Tensor,
     *,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Body, Tensor]:
-    """`dx`, the body's gradients and `channels`; see the README beside this file."""
+) -> tuple[Tensor, Adapter, Tensor]:
+    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
     if case.rows == 0:
-        return reference_torch.backward(case, x, dy, body, slot, gains, watched)
-    return calls(case, x.device, tiles).backward(x, dy, body, slot, gains, watched)
+        return reference_torch.backward(case, x, dy, adapter, slot, gains, watched)
+    return calls(case, x.device, tiles).backward(x, dy, adapter, slot, gains, watched)

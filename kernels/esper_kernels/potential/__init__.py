@@ -1,4 +1,4 @@
-"""How much a chunk's gradient could gain from a body: the size of `x^T dy` per chunk.
+"""How much a chunk's gradient could gain from an adapter: the size of `x^T dy` per chunk.
 
     potential_c = sum_fg (sum_n x[n, f] dy[n, g])^2        f, g in chunk c
 

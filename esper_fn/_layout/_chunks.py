@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._lattice._site import Chunking, chunk_mask
+from esper_fn._layout._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Int32
 
 

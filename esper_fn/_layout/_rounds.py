@@ -1,4 +1,4 @@
-"""A loop over the live bodies of a bank."""
+"""A loop over the live adapters of a bank."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import once_if
-from esper_fn._lattice._site import Chunking
+from esper_fn._layout._site import Chunking
 from esper_fn._typing import Array, Bool, Float32, Int32, Params
-from esper_fn.base import Blueprint, BodySpec, Implementation
+from esper_fn.base import AdapterSpec, Blueprint, Implementation
 
 
 class Wiring(NamedTuple):
@@ -20,18 +20,18 @@ class Wiring(NamedTuple):
     source: Chunking
     target: Chunking
     is_span: bool
-    spec: BodySpec
+    spec: AdapterSpec
     blueprints: tuple[Blueprint, ...]
     """Of the site's banks, in order."""
     at_once: int | None
-    """Bodies a round computes; None for every slot in one go, dead or alive."""
+    """Adapters a round computes; None for every slot in one go, dead or alive."""
     implementation: Implementation
 
 
 class BankView(NamedTuple):
     """One bank at one layer of a site, as the forward needs it."""
 
-    bodies: Params
+    adapters: Params
     chunk: Int32[Array, "P"]
     """The chunk each slot serves; negative for a free slot."""
     gains: Float32[Array, "P 4"]
@@ -42,7 +42,7 @@ Banks = tuple[BankView, ...]
 
 
 def is_live(bank: BankView) -> Bool[Array, "P"]:
-    """Slots whose body is at work."""
+    """Slots whose adapter is at work."""
     return (bank.chunk >= 0) & jnp.any(bank.gains != 0, axis=-1)
 
 
@@ -51,20 +51,20 @@ class Live(NamedTuple):
 
     slot: Int32[Array, "n"]
     """Which ones; beyond the bank where there is nothing to do."""
-    bodies: Params
+    adapters: Params
     chunk: Int32[Array, "n"]
     """Negative for a slot with nothing to do."""
     gains: Float32[Array, "n 4"]
 
 
 def rounds(wiring: Wiring, bank: BankView, run: Callable[[Live, Any], Any], carry: Any) -> Any:
-    """`carry` after `run(live, carry)` for a few live bodies at a time, in slot order."""
+    """`carry` after `run(live, carry)` for a few live adapters at a time, in slot order."""
     num_slots, at_once = bank.chunk.shape[0], wiring.at_once
     lives = is_live(bank)
     chunk = jnp.where(lives, bank.chunk, -1)
     if at_once is None:
         every = jnp.arange(num_slots, dtype=jnp.int32)
-        return run(Live(slot=every, bodies=bank.bodies, chunk=chunk, gains=bank.gains), carry)
+        return run(Live(slot=every, adapters=bank.adapters, chunk=chunk, gains=bank.gains), carry)
     num_live = jnp.sum(lives, dtype=jnp.int32)
     order = jnp.argsort(~lives, stable=True).astype(jnp.int32)
     order = jnp.concatenate([order, jnp.full((at_once - 1,), num_slots, jnp.int32)])
@@ -73,9 +73,11 @@ def rounds(wiring: Wiring, bank: BankView, run: Callable[[Live, Any], Any], carr
         done, carry = state
         slot = jax.lax.dynamic_slice_in_dim(order, done, at_once)
         safe = jnp.minimum(slot, num_slots - 1)
-        bodies, gains = jax.tree.map(lambda leaf: _take(leaf, safe), (bank.bodies, bank.gains))
+        adapters, gains = jax.tree.map(lambda leaf: _take(leaf, safe), (bank.adapters, bank.gains))
         here = jnp.where(slot < num_slots, chunk[safe], -1)
-        return done + at_once, run(Live(slot=slot, bodies=bodies, chunk=here, gains=gains), carry)
+        return done + at_once, run(
+            Live(slot=slot, adapters=adapters, chunk=here, gains=gains), carry
+        )
 
     _, carry = jax.lax.while_loop(lambda state: state[0] < num_live, once, (jnp.int32(0), carry))
     return carry
@@ -84,7 +86,7 @@ def rounds(wiring: Wiring, bank: BankView, run: Callable[[Live, Any], Any], carr
 def if_any_live(
     wiring: Wiring, banks: Sequence[BankView], run: Callable[[Any], Any], carry: Any
 ) -> Any:
-    """`run(carry)` where a body lives, else `carry`."""
+    """`run(carry)` where an adapter lives, else `carry`."""
     if wiring.at_once is None or not banks:
         return run(carry)
     is_any = jnp.any(jnp.concatenate([is_live(bank) for bank in banks]))

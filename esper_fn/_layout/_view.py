@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice._forward import NUM_CHANNELS, Reading
-from esper_fn._lattice._lattice import Lattice, bank_capacity, local_chunk
-from esper_fn._lattice._probe import Moments, zero_moments
-from esper_fn._lattice._rounds import BankView, Wiring
-from esper_fn._lattice._seeds import Layout, Seeds, SiteView, Visits
-from esper_fn._typing import Array, Bodies, Float32, Int32
+from esper_fn._layout._forward import NUM_CHANNELS, Statistics
+from esper_fn._layout._layout import Layout, bank_capacity, local_chunk
+from esper_fn._layout._probe import Moments, zero_moments
+from esper_fn._layout._rounds import BankView, Wiring
+from esper_fn._layout._seeds import Seeds, SeedsStructure, SiteView, Visits
+from esper_fn._typing import Adapters, Array, Float32, Int32
 from esper_fn.base import Implementation
 from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
 
@@ -22,22 +22,22 @@ Taps = tuple[Array, ...]
 Probes = tuple[Moments, ...]
 
 
-def zero_taps(lattice: Lattice) -> Taps:
+def zero_taps(layout: Layout) -> Taps:
     """The taps to differentiate with respect to; see `_forward`."""
     return tuple(
         jnp.zeros((*_stack(place.layers), place.chunks, NUM_CHANNELS), jnp.float32)
-        for place in lattice.sites
+        for place in layout.sites
     )
 
 
-def zero_probes(lattice: Lattice) -> Probes:
+def zero_probes(layout: Layout) -> Probes:
     """The survey's taps."""
     return tuple(
         jax.tree.map(
             lambda leaf, place=place: jnp.zeros((*_stack(place.layers), *leaf.shape), leaf.dtype),
             jax.eval_shape(lambda place=place: zero_moments(place.source, place.target)),
         )
-        for place in lattice.sites
+        for place in layout.sites
     )
 
 
@@ -50,7 +50,7 @@ def slot_gains(
 ) -> Float32[Array, "Q 4"]:
     """act, learn, feel and damping of every slot; zero for free ones.
 
-    A body that learns without acting is damped by `|dy| / (trust |x|)` of its chunk, from the
+    An adapter that learns without acting is damped by `|dy| / (trust |x|)` of its chunk, from the
     averages of the steps before. In its first step it needs none: `r` is 0 at birth.
     """
     seed = jnp.maximum(owner, 0)
@@ -64,10 +64,10 @@ def slot_gains(
 
 
 def view(
-    lattice: Lattice,
+    layout: Layout,
     owner: Int32[Array, "Q"],
     gains_of_slots: Float32[Array, "Q 4"],
-    bodies: Bodies,
+    adapters: Adapters,
     taps: Taps,
     *,
     at_once: int | None = None,
@@ -78,26 +78,26 @@ def view(
     """The `Seeds` for a loss function.
 
     Args:
-      lattice: the static layout.
+      layout: the static layout.
       owner: who holds each slot.
       gains_of_slots: see `slot_gains`.
-      bodies: parameters of all banks.
+      adapters: parameters of all banks.
       taps: see `zero_taps`.
-      at_once: bodies a site computes in one round over the live ones; None for every slot.
+      at_once: adapters a site computes in one round over the live ones; None for every slot.
       implementation: see `esper_fn.growth`.
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
     """
-    chunk = local_chunk(lattice, owner)
+    chunk = local_chunk(layout, owner)
     views, wirings = [], []
-    for index, place in enumerate(lattice.sites):
-        banks = [bank for bank in lattice.tables.banks if bank.site == index]
-        stack, size = _stack(place.layers), bank_capacity(place, lattice.capacity)
+    for index, place in enumerate(layout.sites):
+        banks = [bank for bank in layout.tables.banks if bank.site == index]
+        stack, size = _stack(place.layers), bank_capacity(place, layout.capacity)
         bank_views = []
         for bank in banks:
             here = slice(bank.start, bank.start + bank.num_slots)
             stacked = BankView(
-                bodies=bodies[place.name][lattice.names[bank.blueprint]],
+                adapters=adapters[place.name][layout.names[bank.blueprint]],
                 chunk=chunk[here],
                 gains=gains_of_slots[here],
             )
@@ -122,30 +122,30 @@ def view(
                 target=place.target,
                 is_span=place.is_span,
                 spec=place.spec,
-                blueprints=tuple(lattice.blueprints[bank.blueprint] for bank in banks),
+                blueprints=tuple(layout.blueprints[bank.blueprint] for bank in banks),
                 at_once=None if at_once is None else min(at_once, size),
                 implementation=implementation,
             )
         )
-    layout = Layout(
-        sites=lattice.sites,
+    structure = SeedsStructure(
+        sites=layout.sites,
         wirings=tuple(wirings),
-        is_stacked=tuple(place.layers is not None for place in lattice.sites),
+        is_stacked=tuple(place.layers is not None for place in layout.sites),
         visits=visits,
     )
-    return Seeds(layout, tuple(views))
+    return Seeds(structure, tuple(views))
 
 
-def readings_of(taps: Taps) -> Reading:
-    """The taps' cotangents as one `Reading` over the flat seed axis S."""
+def statistics_of(taps: Taps) -> Statistics:
+    """The taps' cotangents as one `Statistics` over the flat seed axis S."""
     flat = jnp.concatenate([tap.reshape(-1, NUM_CHANNELS) for tap in taps])
-    return Reading(*(flat[:, channel] for channel in range(NUM_CHANNELS)))
+    return Statistics(*(flat[:, channel] for channel in range(NUM_CHANNELS)))
 
 
-def per_slot_tree(lattice: Lattice, values: Array) -> Mapping[str, Mapping[str, Array]]:
-    """`[Q, ...]` in the shape of the bodies: site -> blueprint -> `[P, ...]`."""
-    tree: dict[str, dict[str, Array]] = {place.name: {} for place in lattice.sites}
-    for bank in lattice.tables.banks:
-        site, name = lattice.sites[bank.site].name, lattice.names[bank.blueprint]
+def per_slot_tree(layout: Layout, values: Array) -> Mapping[str, Mapping[str, Array]]:
+    """`[Q, ...]` in the shape of the adapters: site -> blueprint -> `[P, ...]`."""
+    tree: dict[str, dict[str, Array]] = {place.name: {} for place in layout.sites}
+    for bank in layout.tables.banks:
+        site, name = layout.sites[bank.site].name, layout.names[bank.blueprint]
         tree[site][name] = values[bank.start : bank.start + bank.num_slots]
     return tree

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import cond, once_if
-from esper_fn._lattice._directions import Memory, of_slots
-from esper_fn._lattice._lattice import Lattice, fresh_bank
-from esper_fn._typing import Array, Bodies, Bool, Int8, Int32, Key, Params
+from esper_fn._layout._directions import Memory, of_slots
+from esper_fn._layout._layout import Layout, fresh_bank
+from esper_fn._typing import Adapters, Array, Bool, Int8, Int32, Key, Params
 from esper_fn.lifecycle import NONE
 
 UNSERVED = -2
@@ -16,7 +16,7 @@ UNSERVED = -2
 
 
 def allocate(
-    lattice: Lattice,
+    layout: Layout,
     owner: Int32[Array, "Q"],
     is_requested: Bool[Array, "S"],
     blueprint: Int8[Array, "S"],
@@ -27,7 +27,7 @@ def allocate(
     rank k among the pool's free slots.
 
     Args:
-      lattice: the static layout.
+      layout: the static layout.
       owner: the seed that holds each slot, or `NONE`.
       is_requested: who asks.
       blueprint: for which blueprint.
@@ -38,20 +38,20 @@ def allocate(
     """
     slot: Int32[Array, "S"] = cond(
         jnp.any(is_requested),
-        lambda: _allocate(lattice, owner, is_requested, blueprint),
+        lambda: _allocate(layout, owner, is_requested, blueprint),
         lambda: jnp.full(is_requested.shape, NONE, jnp.int32),
     )
     return slot
 
 
 def _allocate(
-    lattice: Lattice,
+    layout: Layout,
     owner: Int32[Array, "Q"],
     is_requested: Bool[Array, "S"],
     blueprint: Int8[Array, "S"],
 ) -> Int32[Array, "S"]:
-    tables = lattice.tables
-    num_slots = lattice.num_slots
+    tables = layout.tables
+    num_slots = layout.num_slots
     slots = jnp.arange(num_slots, dtype=jnp.int32)
 
     is_free = owner == NONE
@@ -64,14 +64,14 @@ def _allocate(
         .set(slots, mode="drop")
     )
 
-    group_start = lattice.per_seed(tables.group_start)
-    is_known = (blueprint >= 0) & (blueprint < len(lattice.blueprints))
+    group_start = layout.per_seed(tables.group_start)
+    is_known = (blueprint >= 0) & (blueprint < len(layout.blueprints))
     slot = jnp.where(is_requested & ~is_known, UNSERVED, NONE).astype(jnp.int32)
-    for index in range(len(lattice.blueprints)):
+    for index in range(len(layout.blueprints)):
         asks = is_requested & (blueprint == index)
         asked_before = jnp.cumsum(asks, dtype=jnp.int32) - asks.astype(jnp.int32)
         rank = asked_before - asked_before[group_start]
-        pool = lattice.per_seed(tables.pool_start[:, index])
+        pool = layout.per_seed(tables.pool_start[:, index])
         end = jnp.minimum(pool + rank, num_slots - 1)
         # The place `end` may lie in the next pool: then it belongs to somebody else.
         is_own = (pool >= 0) & (pool_of_slot[end] == pool) & (pool + rank == end)
@@ -93,54 +93,54 @@ def give(
     return taken
 
 
-def release(owner: Int32[Array, "Q"], holds_body: Bool[Array, "S"]) -> Int32[Array, "Q"]:
-    """`owner` without the seeds that hold no body any more."""
-    keeps = holds_body[jnp.maximum(owner, 0)]
+def release(owner: Int32[Array, "Q"], holds_adapter: Bool[Array, "S"]) -> Int32[Array, "Q"]:
+    """`owner` without the seeds that hold no adapter any more."""
+    keeps = holds_adapter[jnp.maximum(owner, 0)]
     return jnp.where((owner != NONE) & keeps, owner, NONE)
 
 
 def give_birth(
-    lattice: Lattice,
-    bodies: Bodies,
+    layout: Layout,
+    adapters: Adapters,
     is_born: Bool[Array, "Q"],
     key: Key,
     *,
     owner: Int32[Array, "Q"] | None = None,
     memory: Memory | None = None,
-) -> Bodies:
+) -> Adapters:
     """Fresh parameters in the slots where `is_born`; the others keep theirs, bit for bit.
 
     Args:
-      lattice: the static layout.
-      bodies: parameters of all banks.
+      layout: the static layout.
+      adapters: parameters of all banks.
       is_born: which slots.
       key: for the drawn parameters; the same ones with and without a memory.
       owner: who holds each slot, for `memory`.
-      memory: directions of some seeds; their bodies begin along them where the blueprint can.
+      memory: directions of some seeds; their adapters begin along them where the blueprint can.
     """
 
-    def bear(bodies: Bodies) -> Bodies:
-        born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in bodies.items()}
-        for index, bank in enumerate(lattice.tables.banks):
-            site = lattice.sites[bank.site].name
-            name = lattice.names[bank.blueprint]
+    def bear(adapters: Adapters) -> Adapters:
+        born: dict[str, dict[str, object]] = {site: dict(banks) for site, banks in adapters.items()}
+        for index, bank in enumerate(layout.tables.banks):
+            site = layout.sites[bank.site].name
+            name = layout.names[bank.blueprint]
             here = jax.lax.slice_in_dim(is_born, bank.start, bank.start + bank.num_slots)
 
             def renew(old: object, here: Bool[Array, "P"] = here, index: int = index) -> object:
-                bank, own_key = lattice.tables.banks[index], jax.random.fold_in(key, index)
-                fresh = fresh_bank(lattice, bank, own_key)
+                bank, own_key = layout.tables.banks[index], jax.random.fold_in(key, index)
+                fresh = fresh_bank(layout, bank, own_key)
                 told = None if memory is None else memory[bank.site]
-                can = lattice.blueprints[bank.blueprint].init_along is not None
+                can = layout.blueprints[bank.blueprint].init_along is not None
                 if can and told is not None and owner is not None:
                     is_told, along = of_slots(bank, owner, told)
-                    directed = fresh_bank(lattice, bank, jax.random.clone(own_key), along)
+                    directed = fresh_bank(layout, bank, jax.random.clone(own_key), along)
                     fresh = _choose(is_told, directed, fresh)
                 return _choose(here, fresh, old)
 
-            born[site][name] = once_if(jnp.any(here), renew, bodies[site][name])
+            born[site][name] = once_if(jnp.any(here), renew, adapters[site][name])
         return born
 
-    return once_if(jnp.any(is_born), bear, bodies)
+    return once_if(jnp.any(is_born), bear, adapters)
 
 
 def _choose(is_first: Bool[Array, "P"], first: Params, second: Params) -> Params:

@@ -1,4 +1,4 @@
-"""What a survey remembers for bodies to come."""
+"""What a survey remembers for adapters to come."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._lattice._lattice import Bank, Lattice, serves
-from esper_fn._lattice._site import Site
+from esper_fn._layout._layout import Bank, Layout, serves
+from esper_fn._layout._site import Site
 from esper_fn._typing import Array, Bool, Float32, Int32
 from esper_fn.lifecycle import NONE
 
 
 class Directions(NamedTuple):
-    """Where bodies of a few seeds of one site may begin to look, one row a layer."""
+    """Where adapters of a few seeds of one site may begin to look, one row a layer."""
 
     seed: Int32[Array, "L N"]
     """Whose directions these are, or `NONE`."""
@@ -25,16 +25,16 @@ Memory = tuple[Directions | None, ...]
 """One entry a site; None where no blueprint that serves it is born along directions."""
 
 
-def has_directed(lattice: Lattice, site: Site) -> bool:
+def has_directed(layout: Layout, site: Site) -> bool:
     """Whether some blueprint at the site is born along directions."""
-    return any(b.init_along is not None and serves(b, site) for b in lattice.blueprints)
+    return any(b.init_along is not None and serves(b, site) for b in layout.blueprints)
 
 
-def no_directions(lattice: Lattice, num_seeds: int, num_directions: int) -> Memory:
+def no_directions(layout: Layout, num_seeds: int, num_directions: int) -> Memory:
     """An empty memory.
 
     Args:
-      lattice: the static layout.
+      layout: the static layout.
       num_seeds: N, or as many as a layer has chunks if those are fewer.
       num_directions: U, or as many as the chunk reads or writes features if those are fewer.
     """
@@ -47,7 +47,7 @@ def no_directions(lattice: Lattice, num_seeds: int, num_directions: int) -> Memo
             along=jnp.zeros((*rows, inputs, min(num_directions, inputs, outputs)), jnp.float32),
         )
 
-    return tuple(empty(site) if has_directed(lattice, site) else None for site in lattice.sites)
+    return tuple(empty(site) if has_directed(layout, site) else None for site in layout.sites)
 
 
 def of_slots(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice._chunks import read
-from esper_fn._lattice._site import Chunking
+from esper_fn._layout._chunks import read
+from esper_fn._layout._site import Chunking
 from esper_fn._typing import Array, Float32
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esper_fn.base import TOPOLOGIES, BodySpec, Topology
-from esper_fn.errors import LatticeError
+from esper_fn.base import TOPOLOGIES, AdapterSpec, Topology
+from esper_fn.errors import LayoutError
 
 
 class Chunking(NamedTuple):
@@ -65,23 +65,23 @@ class Site:
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
-            raise LatticeError(f"a site needs a non-empty name, got {self.name!r}")
+            raise LayoutError(f"a site needs a non-empty name, got {self.name!r}")
         sizes = {"features": self.features, "chunks": self.chunks, "positions": self.positions}
         optional = {"source_features": self.source_features, "layers": self.layers}
         sizes |= {field: value for field, value in optional.items() if value is not None}
         for field, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise LatticeError(
+                raise LayoutError(
                     f"site {self.name!r}: {field} must be a positive int, got {value!r}"
                 )
         narrowest = min(self.features, self.source_features or self.features)
         if self.chunks > narrowest:
-            raise LatticeError(
+            raise LayoutError(
                 f"site {self.name!r}: {self.chunks} chunks do not fit {narrowest} features; "
                 f"choose at most {narrowest} chunks"
             )
         if self.topology not in TOPOLOGIES:
-            raise LatticeError(
+            raise LayoutError(
                 f"site {self.name!r}: topology must be one of {TOPOLOGIES}, got {self.topology!r}; "
                 "it is `image` for [..., H, W, D] (convolutions too), `sequence` for [..., T, D], "
                 "else `vector`"
@@ -103,9 +103,9 @@ class Site:
         return Chunking(self.source_features or self.features, self.chunks)
 
     @property
-    def spec(self) -> BodySpec:
-        """What a body here reads and writes."""
-        return BodySpec(self.source.widest, self.target.widest, self.topology)
+    def spec(self) -> AdapterSpec:
+        """What an adapter here reads and writes."""
+        return AdapterSpec(self.source.widest, self.target.widest, self.topology)
 
     @property
     def num_layers(self) -> int:
@@ -135,7 +135,7 @@ def site(
     layers: int | None = None,
     positions: int = 1,
 ) -> Site:
-    """A site whose bodies read and write the same activation. See `Site`.
+    """A site whose adapters read and write the same activation. See `Site`.
 
     >>> site("hidden", features=10, chunks=3).target.sizes.tolist()
     [4, 3, 3]
@@ -160,10 +160,10 @@ def span(
     layers: int | None = None,
     positions: int = 1,
 ) -> Site:
-    """A site whose bodies read one activation and write into a later one.
+    """A site whose adapters read one activation and write into a later one.
 
-    Around a hidden layer, from its input to its successor's pre-activation, a `bottleneck` body is
-    exactly "more neurons in that layer".
+    Around a hidden layer, from its input to its successor's pre-activation, a `bottleneck` adapter
+    is exactly "more neurons in that layer".
 
     >>> span("hidden", source_features=64, features=32).spec.outputs
     32

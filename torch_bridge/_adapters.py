@@ -1,6 +1,6 @@
-"""The bodies of the blueprints in torch, many at once.
+"""The adapters of the blueprints in torch, many at once.
 
-Every function takes parameters with a leading axis of n bodies and an input `u` of `[n, ..., F]`,
+Every function takes parameters with a leading axis of n adapters and an input `u` of `[n, ..., F]`,
 and computes in the dtype of `u`. `form_of` chooses the one that computes what a blueprint computes
 in JAX, and tries it out before it is trusted.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from esper_fn.base import Blueprint, BodySpec, Topology
+from esper_fn.base import AdapterSpec, Blueprint, Topology
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 
@@ -59,7 +59,7 @@ class Form(NamedTuple):
 
     apply: Apply
     activation: str | None
-    """Names `phi` where the body is `phi(u down + bias) up`, whose derivative is written out."""
+    """Names `phi` where the adapter is `phi(u down + bias) up`, whose derivative is written out."""
     kernel: str | None = None
     """What `esper_kernels` calls it, where it can compute it."""
 
@@ -210,10 +210,10 @@ def register_blueprint(name: str, apply: Apply) -> None:
 
     Args:
       name: the blueprint's `name`.
-      apply: `(parameters, u, mask, topology) -> r`: a dict of tensors `[n, ...]` of n bodies, their
-        inputs `[n, ..., F]`, which features are real `[n, F]`, and the site's topology. It must
-        compute, in `u`'s dtype, what the blueprint's `apply` does in JAX for each body, and is
-        tried out against it when a model is grown.
+      apply: `(parameters, u, mask, topology) -> r`: a dict of tensors `[n, ...]` of n adapters,
+        their inputs `[n, ..., F]`, which features are real `[n, F]`, and the site's topology. It
+        must compute, in `u`'s dtype, what the blueprint's `apply` does in JAX for each adapter, and
+        is tried out against it when a model is grown.
 
     Raises:
       BridgeError: the name is taken by another function.
@@ -225,7 +225,7 @@ def register_blueprint(name: str, apply: Apply) -> None:
 
 
 @lru_cache(maxsize=256)
-def form_of(blueprint: Blueprint, spec: BodySpec) -> Form:
+def form_of(blueprint: Blueprint, spec: AdapterSpec) -> Form:
     """The torch form of a blueprint, tried out on random parameters.
 
     Raises:

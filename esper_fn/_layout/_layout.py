@@ -1,4 +1,4 @@
-"""All sites of a host, the blueprints that may grow there, and the room for their bodies."""
+"""All sites of a host, the blueprints that may grow there, and the room for their adapters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import check_kind, described
-from esper_fn._lattice._site import Site
-from esper_fn._typing import Array, Bodies, DType, Float32, Int32, Key
+from esper_fn._layout._site import Site
+from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
 from esper_fn.base import Blueprint, Cost
-from esper_fn.errors import LatticeError, UnknownNameError
+from esper_fn.errors import LayoutError, UnknownNameError
 
 
 class Bank(NamedTuple):
-    """Room for the bodies of one blueprint at one site: slots `start : start + num_slots` of Q."""
+    """Room for the adapters of one blueprint at one site: slots `start : start + num_slots` of
+    Q.
+    """
 
     site: int
     blueprint: int
@@ -29,7 +31,7 @@ class Bank(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Static look-up tables of a lattice. A group is one layer of one site, a pool its bank's part.
+    """Static look-up tables of a layout. A group is one layer of one site, a pool its bank's part.
 
     `G` groups, `B` blueprints, `Q` slots.
     """
@@ -50,21 +52,21 @@ class Tables(NamedTuple):
     slot_pool_start: np.ndarray
     """int32[Q]: first slot of the slot's own pool."""
     costs: np.ndarray
-    """float32[G, B]: parameters of a body."""
+    """float32[G, B]: parameters of an adapter."""
     flops: np.ndarray
-    """float32[G, B]: forward operations of a body on one example."""
+    """float32[G, B]: forward operations of an adapter on one example."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lattice:
-    """Sites, blueprints and capacity; static and hashable. Make one with `lattice`.
+class Layout:
+    """Sites, blueprints and capacity; static and hashable. Make one with `layout`.
 
     Attributes:
       sites: in the order of the flat seed axis S.
       names: the blueprints' names here, in the order of their indices.
       blueprints: the blueprints themselves.
       capacity: slots P per bank and layer.
-      dtype: dtype of the bodies' parameters.
+      dtype: dtype of the adapters' parameters.
     """
 
     sites: tuple[Site, ...]
@@ -106,12 +108,12 @@ class Lattice:
 
         Raises:
           UnknownNameError: no such site.
-          LatticeError: a chunk or layer that the site does not have.
+          LayoutError: a chunk or layer that the site does not have.
         """
         index = self.site_index(site)
         place = self.sites[index]
         if not 0 <= chunk < place.chunks or not 0 <= layer < place.num_layers:
-            raise LatticeError(
+            raise LayoutError(
                 f"site {site!r} has chunks 0..{place.chunks - 1} and layers "
                 f"0..{place.num_layers - 1}, got chunk {chunk!r} of layer {layer!r}"
             )
@@ -121,7 +123,7 @@ class Lattice:
     def locate(self, seed: int) -> tuple[Site, int, int]:
         """`(site, layer, chunk)` of a flat index."""
         if not 0 <= seed < self.num_seeds:
-            raise LatticeError(f"seed must be in 0..{self.num_seeds - 1}, got {seed!r}")
+            raise LayoutError(f"seed must be in 0..{self.num_seeds - 1}, got {seed!r}")
         tables = self.tables
         group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
         site = self.sites[tables.group_site[group]]
@@ -130,7 +132,7 @@ class Lattice:
         return site, group - first, within
 
     def cost(self, site: str, blueprint: str) -> Cost:
-        """What one body of `blueprint` costs at `site`."""
+        """What one adapter of `blueprint` costs at `site`."""
         place = self.sites[self.site_index(site)]
         chosen = self.blueprints[self.blueprint_index(blueprint)]
         return chosen.cost(place.spec, place.positions)
@@ -152,25 +154,25 @@ def serves(blueprint: Blueprint, site: Site) -> bool:
     return site.topology in blueprint.topologies and (blueprint.can_span or not site.is_span)
 
 
-def lattice(
+def layout(
     *,
     sites: Iterable[Site],
     blueprints: Mapping[str, Blueprint],
     capacity: int,
     dtype: DType = jnp.float32,
-) -> Lattice:
-    """Puts sites, blueprints and the room for bodies together.
+) -> Layout:
+    """Puts sites, blueprints and the room for adapters together.
 
     Args:
       sites: the places; their order is the order of the seeds.
       blueprints: name -> blueprint; each is offered at the sites whose topology it serves.
-      capacity: bodies that may be alive at once, per site, layer and blueprint; a site with fewer
+      capacity: adapters that may be alive at once, per site, layer and blueprint; a site with fewer
         chunks has room for as many as it has chunks.
-      dtype: dtype of the bodies' parameters.
+      dtype: dtype of the adapters' parameters.
 
     Raises:
       TypeError: a site or a blueprint is none, its factory for instance.
-      LatticeError: no site, a name given twice, a blueprint that serves no site, a site no
+      LayoutError: no site, a name given twice, a blueprint that serves no site, a site no
         blueprint serves, a capacity below one, a dtype that is not floating.
     """
     places = tuple(sites) if isinstance(sites, Iterable) else (sites,)
@@ -185,32 +187,32 @@ def lattice(
         remedy = f"call its factory: `{{{name!r}: ef.blueprints.low_rank()}}` for instance"
         check_kind(f"blueprints[{name!r}]", blueprint, Blueprint, remedy)
     if not places:
-        raise LatticeError("a lattice needs at least one site; make one with `site` or `span`")
+        raise LayoutError("a layout needs at least one site; make one with `site` or `span`")
     doubled = {p.name for p in places if sum(q.name == p.name for q in places) > 1}
     if doubled:
-        raise LatticeError(f"site names must differ, given twice: {sorted(doubled)}")
+        raise LayoutError(f"site names must differ, given twice: {sorted(doubled)}")
     if not blueprints:
-        raise LatticeError("a lattice needs at least one blueprint")
+        raise LayoutError("a layout needs at least one blueprint")
     if len(blueprints) > np.iinfo(np.int8).max:
-        raise LatticeError(f"at most 127 blueprints, got {len(blueprints)}")
+        raise LayoutError(f"at most 127 blueprints, got {len(blueprints)}")
     for name, blueprint in blueprints.items():
         if not any(serves(blueprint, place) for place in places):
-            raise LatticeError(
+            raise LayoutError(
                 f"blueprint {name!r} serves {blueprint.topologies} "
                 f"{'with' if blueprint.can_span else 'without'} spans, which is none of the sites "
                 f"{[(p.name, p.topology, 'span' if p.is_span else 'plain') for p in places]}"
             )
     for place in places:
         if not any(serves(blueprint, place) for blueprint in blueprints.values()):
-            raise LatticeError(
+            raise LayoutError(
                 f"no blueprint serves site {place.name!r} ({place.topology}"
                 f"{', a span' if place.is_span else ''}); given: {sorted(blueprints)}"
             )
     if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-        raise LatticeError(f"capacity must be a positive int, got {capacity!r}")
+        raise LayoutError(f"capacity must be a positive int, got {capacity!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise LatticeError(f"dtype must be a floating type, got {dtype!r}")
-    return Lattice(
+        raise LayoutError(f"dtype must be a floating type, got {dtype!r}")
+    return Layout(
         sites=places,
         names=tuple(blueprints),
         blueprints=tuple(blueprints.values()),
@@ -225,7 +227,7 @@ def bank_capacity(place: Site, capacity: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _tables(self: Lattice) -> Tables:
+def _tables(self: Layout) -> Tables:
     num_blueprints = len(self.blueprints)
     group_site = np.repeat(
         np.arange(len(self.sites)), [place.num_layers for place in self.sites]
@@ -271,19 +273,19 @@ def _tables(self: Lattice) -> Tables:
     )
 
 
-def init_bodies(self: Lattice, key: Key) -> Bodies:
+def init_adapters(self: Layout, key: Key) -> Adapters:
     """Fresh parameters for every slot of every bank."""
-    bodies: dict[str, dict[str, object]] = {place.name: {} for place in self.sites}
+    adapters: dict[str, dict[str, object]] = {place.name: {} for place in self.sites}
     keys = jax.random.split(key, len(self.tables.banks))
     for bank, bank_key in zip(self.tables.banks, keys, strict=True):
-        bodies[self.sites[bank.site].name][self.names[bank.blueprint]] = fresh_bank(
+        adapters[self.sites[bank.site].name][self.names[bank.blueprint]] = fresh_bank(
             self, bank, bank_key
         )
-    return bodies
+    return adapters
 
 
 def fresh_bank(
-    self: Lattice, bank: Bank, key: Key, along: Float32[Array, "P F U"] | None = None
+    self: Layout, bank: Bank, key: Key, along: Float32[Array, "P F U"] | None = None
 ) -> object:
     """Newborn parameters for every slot of one bank, `[P, ...]`; along directions, if given."""
     blueprint, place = self.blueprints[bank.blueprint], self.sites[bank.site]
@@ -293,7 +295,7 @@ def fresh_bank(
     return jax.vmap(lambda k, d: init_along(k, place.spec, self.dtype, d))(keys, along)
 
 
-def local_chunk(self: Lattice, owner: Int32[Array, "Q"]) -> Int32[Array, "Q"]:
+def local_chunk(self: Layout, owner: Int32[Array, "Q"]) -> Int32[Array, "Q"]:
     """The chunk, counted within its site and layer, that each slot serves; negative for free ones.
 
     A free slot has owner -1, which stays negative after subtracting its group's first seed.

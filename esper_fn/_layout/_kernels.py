@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 import esper_kernels.jax as kernels
-from esper_fn._lattice._chunks import place
-from esper_fn._lattice._rounds import Banks, BankView, Wiring, is_live
+from esper_fn._layout._chunks import place
+from esper_fn._layout._rounds import Banks, BankView, Wiring, is_live
 from esper_fn._typing import Array, Float32, Int32, Params
-from esper_fn.errors import LatticeError
-from esper_kernels import Body
+from esper_fn.errors import LayoutError
+from esper_kernels import Adapter
 
 
 def divide(wiring: Wiring, banks: Banks, x: Array) -> tuple[list[int], list[int]]:
@@ -35,10 +35,10 @@ def divide(wiring: Wiring, banks: Banks, x: Array) -> tuple[list[int], list[int]
 def _is_served(wiring: Wiring, index: int, bank: BankView, x: Array) -> bool:
     if wiring.blueprints[index].activation is None:
         return False
-    if not isinstance(bank.bodies, dict) or not set(bank.bodies) <= set(Body._fields):
-        raise LatticeError(
+    if not isinstance(bank.adapters, dict) or not set(bank.adapters) <= set(Adapter._fields):
+        raise LayoutError(
             f"blueprint {wiring.blueprints[index].name!r} names an activation, so its parameters "
-            f"must be a dict of some of {Body._fields}; see `esper_fn.blueprints.check`"
+            f"must be a dict of some of {Adapter._fields}; see `esper_fn.blueprints.check`"
         )
     arrays, options = _call(wiring, index, bank)
     rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
@@ -48,8 +48,8 @@ def _is_served(wiring: Wiring, index: int, bank: BankView, x: Array) -> bool:
 
 def _call(
     wiring: Wiring, index: int, bank: BankView
-) -> tuple[tuple[Body, Int32[Array, "C"], Float32[Array, "C 3"]], dict[str, Any]]:
-    """A kernel's arguments that describe the bodies: matrices, each chunk's slot and gains."""
+) -> tuple[tuple[Adapter, Int32[Array, "C"], Float32[Array, "C 3"]], dict[str, Any]]:
+    """A kernel's arguments that describe the adapters: matrices, each chunk's slot and gains."""
     placed = place(wiring.target, jnp.where(is_live(bank), bank.chunk, -1))
     slot = jnp.where(placed.is_served, placed.slot, -1)
     gains = jnp.where(placed.is_served[:, None], bank.gains[placed.slot], 0.0)
@@ -57,7 +57,7 @@ def _call(
         "activation": wiring.blueprints[index].activation,
         "implementation": wiring.implementation,
     }
-    return (Body(**bank.bodies), slot, gains), options
+    return (Adapter(**bank.adapters), slot, gains), options
 
 
 def _rows(x: Array) -> Array:
@@ -67,7 +67,7 @@ def _rows(x: Array) -> Array:
 def forward(
     wiring: Wiring, banks: Banks, served: list[int], x: Array
 ) -> tuple[Array, Float32[Array, "C 5"] | None]:
-    """`x` with the served banks' bodies added, and what the first of them measured of `x`.
+    """`x` with the served banks' adapters added, and what the first of them measured of `x`.
 
     The first bank's kernel copies and measures all of `x`; the others work in place.
     """
@@ -84,19 +84,19 @@ def forward(
 def backward(
     wiring: Wiring, banks: Banks, served: list[int], x: Array, watched: Array, dy: Array
 ) -> tuple[Array, Float32[Array, "C 5"], tuple[Params, ...]]:
-    """`d x`, the channels that need a gradient, and the gradients of all banks' bodies."""
-    d_bodies = [jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks]
+    """`d x`, the channels that need a gradient, and the gradients of all banks' adapters."""
+    d_adapters = [jax.tree.map(jnp.zeros_like, bank.adapters) for bank in banks]
     first, *others = served
 
-    def fill(index: int, d_body: Body) -> None:
-        d_bodies[index] = {name: getattr(d_body, name) for name in d_bodies[index]}
+    def fill(index: int, d_adapter: Adapter) -> None:
+        d_adapters[index] = {name: getattr(d_adapter, name) for name in d_adapters[index]}
 
     arrays, options = _call(wiring, first, banks[first])
-    d_x, d_body, channels = kernels.backward(_rows(x), _rows(dy), *arrays, watched, **options)
-    fill(first, d_body)
+    d_x, d_adapter, channels = kernels.backward(_rows(x), _rows(dy), *arrays, watched, **options)
+    fill(first, d_adapter)
     for index in others:
         arrays, options = _call(wiring, index, banks[index])
-        d_x, d_body, more = kernels.backward_in_place(_rows(x), d_x, *arrays, watched, **options)
-        fill(index, d_body)
+        d_x, d_adapter, more = kernels.backward_in_place(_rows(x), d_x, *arrays, watched, **options)
+        fill(index, d_adapter)
         channels = channels.at[:, 1:].add(more[:, 1:])
-    return d_x.reshape(dy.shape), channels, tuple(d_bodies)
+    return d_x.reshape(dy.shape), channels, tuple(d_adapters)

@@ -1,7 +1,7 @@
 """The forward of four gains with its exact derivative, and the measurements it makes on the way.
 
-For the chunk `x` a seed writes to, the chunk `u` it reads (`u = x` but over a span), the body's
-output `r = body(u)` and the incoming gradient `dy`::
+For the chunk `x` a seed writes to, the chunk `u` it reads (`u = x` but over a span), the adapter's
+output `r = adapter(u)` and the incoming gradient `dy`::
 
     y       = x + act * r
     d theta = learn * (d r / d theta)^T (dy + damping * r)
@@ -9,13 +9,13 @@ output `r = body(u)` and the incoming gradient `dy`::
     d u     = feel * (d r / d u)^T dy
     utility = -<dy, r>
 
-`damping` belongs to bodies that learn without acting: the loss does not answer to them, so
+`damping` belongs to adapters that learn without acting: the loss does not answer to them, so
 `<dy, r>` alone is linear in `r` and has no minimum.
 
 A gain of exactly 0 selects the other operand instead of multiplying, so `y` is `x` and `d x` is
-`dy` bit for bit, NaN and -0.0 included, and a body that is not finite reaches nothing.
+`dy` bit for bit, NaN and -0.0 included, and an adapter that is not finite reaches nothing.
 
-So that time and memory follow the bodies alive, each site runs a loop over them, a few at a time,
+So that time and memory follow the adapters alive, each site runs a loop over them, a few at a time,
 that changes the activation in place. The host's own operations stand outside the loop, compiled
 once, and a gain of 0 selects element by element: the host's bits cannot depend on its dormant or
 learning seeds.
@@ -23,8 +23,8 @@ learning seeds.
 **How the measurements leave a pure loss function.** Every call takes a *tap*, a zero array with one
 row a chunk, on which its output does not depend. The derivative rule returns the measurements as
 the tap's cotangent. Cotangents add up over every use of an input, and all channels are sums, so
-readings are right under `jax.checkpoint`, `scan`, `vmap` and `shard_map`, and a site that the loss
-does not reach reads zero rows: not measured.
+statistics are right under `jax.checkpoint`, `scan`, `vmap` and `shard_map`, and a site that the
+loss does not reach reads zero rows: not measured.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import cond
-from esper_fn._lattice import _kernels
-from esper_fn._lattice._bodies import add, bits, is_finite, outputs, pull
-from esper_fn._lattice._chunks import read, split
-from esper_fn._lattice._rounds import Banks, BankView, Live, Wiring, if_any_live, is_live, rounds
+from esper_fn._layout import _kernels
+from esper_fn._layout._adapters import add, bits, is_finite, outputs, pull
+from esper_fn._layout._chunks import read, split
+from esper_fn._layout._rounds import Banks, BankView, Live, Wiring, if_any_live, is_live, rounds
 from esper_fn._typing import Array, Float, Float32, Params
 from esper_fn.base import Blueprint
 
 
-class Reading(NamedTuple):
+class Statistics(NamedTuple):
     """What one step measured, summed over all calls of a site; the channels K of a tap."""
 
     num_values: Float32[Array, "*"]
@@ -61,16 +61,16 @@ class Reading(NamedTuple):
     gradient_square: Float32[Array, "*"]
     """Sum of dy^2."""
     num_live: Float32[Array, "*"]
-    """Calls in which the seed had a body at work."""
+    """Calls in which the seed had an adapter at work."""
     output_square: Float32[Array, "*"]
     """Sum of r^2."""
     utility: Float32[Array, "*"]
     """Sum of -dy * r."""
     num_errors: Float32[Array, "*"]
-    """Calls in which finite input gave non-finite output or body gradients."""
+    """Calls in which finite input gave non-finite output or adapter gradients."""
 
 
-NUM_CHANNELS = len(Reading._fields)
+NUM_CHANNELS = len(Statistics._fields)
 
 
 def _forward(
@@ -85,7 +85,7 @@ def _forward(
 
             def act(live: Live, y: Array, blueprint: Blueprint = wiring.blueprints[index]) -> Array:
                 u = read(source, wiring.source, live.chunk)
-                r = outputs(blueprint, wiring, live, live.bodies, u)
+                r = outputs(blueprint, wiring, live, live.adapters, u)
                 gain = jnp.where(is_finite(r), live.gains[:, 0], 0.0)
                 return add(y, wiring.target, live.chunk, gain, r)
 
@@ -102,18 +102,18 @@ class _Pulling(NamedTuple):
 
     d_source: Array
     channels: Float32[Array, "C 5"]
-    d_bodies: tuple[Params, ...]
+    d_adapters: tuple[Params, ...]
     """Of each bank."""
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: Array) -> _Pulling:
-    """Gradients of the bodies and of what they read, and the channels that need a gradient."""
+    """Gradients of the adapters and of what they read, and the channels that need a gradient."""
     served, rest = _kernels.divide(wiring, banks, dy)
     begun = _Pulling(
         d_source=jnp.zeros_like(source) if wiring.is_span else dy,
         channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
-        d_bodies=tuple(jax.tree.map(jnp.zeros_like, bank.bodies) for bank in banks),
+        d_adapters=tuple(jax.tree.map(jnp.zeros_like, bank.adapters) for bank in banks),
     )
     if not dy.size:
         return begun
@@ -133,7 +133,7 @@ def _backward(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: A
         # The kernel measured all of `dy`, the loops once more what they serve.
         slopes = begun.channels[:, 0]
         return pulled._replace(channels=pulled.channels.at[:, 0].set(slopes))
-    # Where no body lives `d_source` still is `dy`, and measuring it here, after the loop, leaves
+    # Where no adapter lives `d_source` still is `dy`, and measuring it here, after the loop, leaves
     # XLA free to work in the buffer of `dy` and to go on with the host meanwhile.
     still = dy if wiring.is_span else pulled.d_source
     slopes = jnp.sum(split(_over_rows(still, jnp.square), wiring.target), axis=-1)
@@ -147,11 +147,11 @@ def _backward_tangent(wiring: Wiring, primals: Any, tangents: Any) -> Any:
     pulled = _backward(wiring, *primals)
     banks, source, _, dy = primals
     d_banks, d_source, _, d_dy = tangents
-    _, (moved, d_bodies) = jax.jvp(
+    _, (moved, d_adapters) = jax.jvp(
         partial(_pull_slots, wiring), (banks, source, dy), (d_banks, d_source, d_dy)
     )
     still = jnp.zeros_like(pulled.channels)
-    return pulled, _Pulling(d_source=moved, channels=still, d_bodies=d_bodies)
+    return pulled, _Pulling(d_source=moved, channels=still, d_adapters=d_adapters)
 
 
 def _pull_slots(
@@ -159,11 +159,11 @@ def _pull_slots(
 ) -> tuple[Array, tuple[Params, ...]]:
     """The gradients of `_backward` by a loop over all slots, which has a reverse derivative.
 
-    A body that is not alive, or breaks, is left out by a conditional: selecting afterwards would
-    leave `0 * inf` in its derivative.
+    An adapter that is not alive, or breaks, is left out by a conditional: selecting afterwards
+    would leave `0 * inf` in its derivative.
     """
     d_source = jnp.zeros_like(source) if wiring.is_span else dy
-    all_bodies = []
+    all_adapters = []
     for blueprint, bank in zip(wiring.blueprints, banks, strict=True):
 
         def step(
@@ -172,29 +172,29 @@ def _pull_slots(
             slot = jnp.zeros((1,), jnp.int32)
             live = Live(slot, *jax.tree.map(lambda leaf: leaf[None], at))
             u = read(source, wiring.source, live.chunk)
-            given = (live.bodies, u, read(dy, wiring.target, live.chunk))
-            bodies, u, slope = jax.lax.stop_gradient(given)
-            checked = pull(wiring, blueprint, live._replace(bodies=bodies), u, slope)
+            given = (live.adapters, u, read(dy, wiring.target, live.chunk))
+            adapters, u, slope = jax.lax.stop_gradient(given)
+            checked = pull(wiring, blueprint, live._replace(adapters=adapters), u, slope)
             moves = checked.is_flowing[0] & (at.chunk >= 0)
             # Safe numbers where it does not: under `vmap` the conditional computes both sides.
             given = jax.tree.map(lambda leaf: jnp.where(moves, leaf, 0), given)
 
             def move(d_source: Array, given: Any) -> tuple[Array, Params]:
-                bodies, u, slope = given
-                pulled = pull(wiring, blueprint, live._replace(bodies=bodies), u, slope)
+                adapters, u, slope = given
+                pulled = pull(wiring, blueprint, live._replace(adapters=adapters), u, slope)
                 moved = add(d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u)
-                return moved, pulled.bodies
+                return moved, pulled.adapters
 
             def rest(d_source: Array, given: Any) -> tuple[Array, Params]:
                 return d_source, jax.tree.map(jnp.zeros_like, given[0])
 
-            d_source, d_bodies = cond(moves, move, rest, d_source, given)
-            return d_source, jax.tree.map(lambda leaf: leaf[0], d_bodies)
+            d_source, d_adapters = cond(moves, move, rest, d_source, given)
+            return d_source, jax.tree.map(lambda leaf: leaf[0], d_adapters)
 
         at_work = bank._replace(chunk=jnp.where(is_live(bank), bank.chunk, -1))
-        d_source, d_bodies = jax.lax.scan(step, d_source, at_work)
-        all_bodies.append(d_bodies)
-    return d_source, tuple(all_bodies)
+        d_source, d_adapters = jax.lax.scan(step, d_source, at_work)
+        all_adapters.append(d_adapters)
+    return d_source, tuple(all_adapters)
 
 
 def _pull_into(
@@ -208,13 +208,13 @@ def _pull_into(
     rows = jnp.where(live.chunk >= 0, live.chunk, wiring.target.chunks)
     filled = jax.tree.map(
         lambda old, new: old.at[live.slot].set(new, mode="drop"),
-        so_far.d_bodies[index],
-        pulled.bodies,
+        so_far.d_adapters[index],
+        pulled.adapters,
     )
     return _Pulling(
         d_source=add(so_far.d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u),
         channels=so_far.channels.at[rows].add(pulled.channels, mode="drop"),
-        d_bodies=(*so_far.d_bodies[:index], filled, *so_far.d_bodies[index + 1 :]),
+        d_adapters=(*so_far.d_adapters[:index], filled, *so_far.d_adapters[index + 1 :]),
     )
 
 
@@ -269,8 +269,8 @@ def _pull_site(wiring: Wiring, kept: Any, dy: Array) -> Any:
     banks, source, watched = kept
     pulled = _backward(wiring, banks, source, watched, dy)
     d_banks = tuple(
-        BankView(bodies=leaves, chunk=None, gains=jnp.zeros_like(bank.gains))  # type: ignore[arg-type]
-        for leaves, bank in zip(pulled.d_bodies, banks, strict=True)
+        BankView(adapters=leaves, chunk=None, gains=jnp.zeros_like(bank.gains))  # type: ignore[arg-type]
+        for leaves, bank in zip(pulled.d_adapters, banks, strict=True)
     )
     return d_banks, pulled.d_source, jnp.concatenate([watched, pulled.channels], axis=-1)
 
@@ -318,7 +318,7 @@ _span.defvjp(_span_fwd, _span_bwd)
 def grow_in_place(
     wiring: Wiring, banks: Banks, x: Float[Array, "... D"], tap: Float32[Array, "C K"]
 ) -> Float[Array, "... D"]:
-    """`y` for a site whose bodies read what they write to."""
+    """`y` for a site whose adapters read what they write to."""
     return _in_place(wiring, banks, x, tap)[0]
 
 
@@ -329,5 +329,5 @@ def grow_span(
     target: Float[Array, "... D"],
     tap: Float32[Array, "C K"],
 ) -> Float[Array, "... D"]:
-    """`y` for a site whose bodies read `source` and write to `target`."""
+    """`y` for a site whose adapters read `source` and write to `target`."""
     return _span(wiring, banks, source, target, tap)[0]

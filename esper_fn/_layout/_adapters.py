@@ -1,4 +1,4 @@
-"""What the bodies of one bank compute, forward and backward."""
+"""What the adapters of one bank compute, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._lattice._chunks import lay_out, per_feature, place, window
-from esper_fn._lattice._rounds import Live, Wiring
-from esper_fn._lattice._site import Chunking, chunk_mask
+from esper_fn._layout._chunks import lay_out, per_feature, place, window
+from esper_fn._layout._rounds import Live, Wiring
+from esper_fn._layout._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Float32, Params
 from esper_fn.base import Blueprint
-from esper_fn.errors import LatticeError
+from esper_fn.errors import LayoutError
 
 
 def _column(values: Array, like: Array) -> Array:
@@ -32,15 +32,17 @@ def is_finite(values: Array) -> Bool[Array, "n"]:
 
 
 def outputs(
-    blueprint: Blueprint, wiring: Wiring, live: Live, bodies: Params, u: Float[Array, "n ... F"]
+    blueprint: Blueprint, wiring: Wiring, live: Live, adapters: Params, u: Float[Array, "n ... F"]
 ) -> Float[Array, "n ... G"]:
-    """The bodies' outputs, zero in the padding of narrow chunks."""
+    """The adapters' outputs, zero in the padding of narrow chunks."""
     chunk = jnp.maximum(live.chunk, 0)
     mask = jnp.asarray(chunk_mask(wiring.source))[chunk]
-    r = jax.vmap(lambda body, x, real: blueprint.apply(body, x, wiring.spec, real))(bodies, u, mask)
+    r = jax.vmap(lambda adapter, x, real: blueprint.apply(adapter, x, wiring.spec, real))(
+        adapters, u, mask
+    )
     wanted = (*u.shape[:-1], wiring.spec.outputs)
     if r.shape != wanted or r.dtype != u.dtype:
-        raise LatticeError(
+        raise LayoutError(
             f"blueprint {blueprint.name!r}: apply must return {wanted[1:]} {u.dtype}, its input's "
             f"dtype whatever the parameters' is, got {r.shape[1:]} {r.dtype}"
         )
@@ -102,7 +104,7 @@ def add(base: Array, chunking: Chunking, chunk: Array, gain: Array, values: Arra
 class Pulled(NamedTuple):
     """One bank's share of the backward pass."""
 
-    bodies: Params
+    adapters: Params
     feel: Float32[Array, "n"]
     """How much of `d_u` the host feels."""
     d_u: Float[Array, "n ... F"]
@@ -119,14 +121,14 @@ def _damped(dy: Array, damping: Float32[Array, "n"], r: Array) -> Array:
 
 
 def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) -> Pulled:
-    """The bodies' gradients, and what the step measured of them."""
-    r, pull_back = jax.vjp(partial(outputs, blueprint, wiring, live), live.bodies, u)
+    """The adapters' gradients, and what the step measured of them."""
+    r, pull_back = jax.vjp(partial(outputs, blueprint, wiring, live), live.adapters, u)
     learn, feel, damping = live.gains[:, 1], live.gains[:, 2], live.gains[:, 3]
-    # A damped body is not felt: nobody reads its `d_u`.
-    d_bodies, d_u = pull_back(_damped(dy, damping, r))
+    # A damped adapter is not felt: nobody reads its `d_u`.
+    d_adapters, d_u = pull_back(_damped(dy, damping, r))
     is_sound = is_finite(r)
     is_flowing = is_sound & is_finite(d_u)
-    for leaf in jax.tree.leaves(d_bodies):
+    for leaf in jax.tree.leaves(d_adapters):
         is_flowing = is_flowing & is_finite(leaf)
 
     def learned(leaf: Array) -> Array:
@@ -147,7 +149,7 @@ def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) 
         axis=-1,
     )
     return Pulled(
-        bodies=jax.tree.map(learned, d_bodies),
+        adapters=jax.tree.map(learned, d_adapters),
         feel=jnp.where(is_flowing, feel, 0.0),
         d_u=d_u,
         channels=jnp.where((live.chunk >= 0)[:, None], channels, 0.0),
