@@ -36,9 +36,9 @@ test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25 --durations-min 2 $(PYTEST_ARGS)
 
-test-all: lint ## the same with the long tests
+test-all: lint ## the same with the long tests, and programs compiled as for users
 	@echo "==> pytest, long tests included"
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
+	TEST_OPTIMISED=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: install-dev ## check format, lint, types and layers
 	@echo "==> ruff, mypy, import-linter"

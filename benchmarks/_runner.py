@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, str] = {
     "bridge": "benchmarks.bridge",
     "bus": "benchmarks.bus",
     "growth": "benchmarks.growth",
+    "compile": "benchmarks.compile",
 }
 """Every benchmark and the module whose ``measure`` takes its figures."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -266,6 +270,15 @@ def test_the_same_inputs_give_the_same_bits_again() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_population_in_loops_keeps_every_bit_of_16(dtype: str) -> None:
+    """In a process of its own, as XLA's quick compilation loses payloads of NaN by itself."""
+    program = f"import test_bits; test_bits.keep_every_bit({dtype!r})"
+    folder = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=os.environ | {"XLA_FLAGS": ""}, check=True
+    )
+
+
+def keep_every_bit(dtype: str) -> None:
     """Subnormal numbers and the payloads of NaN, which a select by way of float32 would lose."""
     layout = ef.layout(
         sites=[ef.site("hidden", features=256, chunks=4)],
