@@ -1,4 +1,4 @@
-"""The runner that all benchmarks share: ``list``, ``NAME run`` and ``NAME check``."""
+"""The runner that all benchmarks share: `list`, `pages`, `NAME run` and `NAME check`."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
+from benchmarks._pages import newest_records, write_pages
 from benchmarks._records import (
     BenchmarkError,
     Record,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, str] = {
 _FOLDER = Path(__file__).resolve().parent
 TARGETS = _FOLDER / "targets.toml"
 RESULTS = _FOLDER / "results"
+PAGES = _FOLDER.parent / "docs" / "benchmarks"
 
 
 class Measure(Protocol):
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, module in BENCHMARKS.items():
             print(f"{name}  {module}")
         return 0
+    if chosen.name == "pages":
+        return _write_pages(chosen.results)
     results = chosen.results / f"{chosen.name}.jsonl"
     try:
         if chosen.action == "run":
@@ -91,18 +95,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Measure ours and the rivals in one run, or hold the record to its targets.",
     )
-    parser.add_argument("name", choices=["list", *BENCHMARKS], help="a benchmark, or list")
+    parser.add_argument(
+        "name", choices=["list", "pages", *BENCHMARKS], help="a benchmark, list or pages"
+    )
     parser.add_argument("action", nargs="?", choices=["run", "check"])
     parser.add_argument("--quick", action="store_true", help="few samples (run only)")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records"
     )
     chosen = parser.parse_args(arguments)
-    if (chosen.name == "list") != (chosen.action is None):
-        parser.error("`list` takes no action; a benchmark needs one of run, check")
+    if (chosen.name in {"list", "pages"}) != (chosen.action is None):
+        parser.error("`list` and `pages` take no action; a benchmark needs one of run, check")
     if chosen.quick and chosen.action != "run":
         parser.error("--quick belongs to run")
     return chosen
+
+
+def _write_pages(results: Path) -> int:
+    try:
+        files = write_pages(list(BENCHMARKS), results=results, targets=TARGETS, docs=PAGES)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {len(files)} pages to {PAGES}")
+    return 0
 
 
 def _run(name: str, *, results: Path, quick: bool, command: str) -> int:
@@ -129,16 +145,13 @@ def _check(name: str, *, results: Path) -> int:
     targets = read_targets(TARGETS).get(name)
     if not targets:
         raise BenchmarkError(f"{TARGETS} holds no target; add [{name}.ROW] before checking {name}.")
-    records = read_records(results)
+    records = newest_records(results)
     if not records:
         raise BenchmarkError(
             f"nothing is recorded in {results}; run `python -m benchmarks {name} run` first."
         )
-    # Some rows are a GPU's and some a CPU's: the newest record of each kind of device counts.
-    newest = {record.device.get("platform"): record for record in records}
-    used = [record for record in records if record in newest.values()]
     rows: dict[str, Row] = {}
-    for record in used:
+    for record in records:
         _print_heading(record)
         rows |= record.rows
     lines, num_short = [], 0

@@ -20,7 +20,7 @@ from benchmarks._timing import Row, ratio, summarise, time_interleaved
 
 WIDTH = 16
 BATCH = 8
-FACTORIES = {
+FACTORIES: dict[str, Callable[[], Any]] = {
     "low_rank": partial(ef.blueprints.low_rank, rank=2),
     "bottleneck": partial(ef.blueprints.bottleneck, width=2),
     "scale_shift": ef.blueprints.scale_shift,

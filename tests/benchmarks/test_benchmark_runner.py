@@ -301,7 +301,7 @@ class TestUsage:
             (["nothing", "run"], "lifecycle"),
             (["lifecycle"], "needs one of run, check"),
             (["lifecycle", "walk"], "choose from"),
-            (["list", "run"], "`list` takes no action"),
+            (["list", "run"], "`list` and `pages` take no action"),
             (["lifecycle", "check", "--quick"], "--quick belongs to run"),
         ],
     )
