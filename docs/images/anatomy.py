@@ -10,6 +10,7 @@ INK, QUIET, HOST, LIVE = "#1c1c1c", "#6b6b6b", "#dfe7f1", "#f3b061"
 
 
 def box(axes, x, y, width, height, text, color="white", size=10):
+    """A rounded box with a text in its middle."""
     axes.add_patch(
         FancyBboxPatch(
             (x, y),
@@ -25,6 +26,7 @@ def box(axes, x, y, width, height, text, color="white", size=10):
 
 
 def arrow(axes, start, end, color=INK, style="-|>", curve=0.0):
+    """An arrow, straight or bent by `curve`."""
     axes.annotate(
         "",
         end,
@@ -41,10 +43,12 @@ def arrow(axes, start, end, color=INK, style="-|>", curve=0.0):
 
 
 def note(axes, x, y, text, **options):
+    """A small text."""
     axes.text(x, y, text, **{"fontsize": 9, "color": QUIET, "va": "center", **options})
 
 
 def draw(path: Path) -> None:
+    """Writes the picture."""
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "anatomy", "font.family": "sans-serif"}
     figure, axes = plt.subplots(figsize=(10, 5.2))
     axes.set_xlim(0, 10)
