@@ -33,6 +33,11 @@ def test_examples_run_as_printed(name: str, monkeypatch, tmp_path) -> None:
     if name.startswith(NEEDS_TORCH) and find_spec("torch") is None:
         pytest.skip("needs torch")
     monkeypatch.chdir(tmp_path)
+    if name.startswith("esper_kernels") and find_spec("torch") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     # Examples that need a server or a trainer are marked; all others run.
