@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from esper_fn._typing import Array, Bool, DType, Float, Float32, Key, Params
+from esper_kernels import Activation
 
 Topology: TypeAlias = Literal["vector", "sequence", "image"]
 TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
 
-Activation: TypeAlias = Literal["none", "relu", "gelu", "silu", "gated"]
 Implementation: TypeAlias = Literal["auto", "loops", "pallas", "reference"]
 
 

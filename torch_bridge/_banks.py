@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper_kernels import NUM_GAINS
 from torch_bridge._adapters import Form
 from torch_bridge._optim import Partial, Watcher
-from torch_bridge._plan import NUM_GAINS, BankPlan, plan_bank
+from torch_bridge._plan import BankPlan, plan_bank
 from torch_bridge._settle import Learning
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds

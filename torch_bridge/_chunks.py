@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_kernels import NUM_FORWARD_STATISTICS, NUM_STATISTICS, Chunking
 from torch_bridge._adapters import Leaves
-from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, BankPlan, Cut
+from torch_bridge._plan import BankPlan
 
 
 class Sums(NamedTuple):
@@ -40,7 +41,7 @@ class Sums(NamedTuple):
         return Sums(self.rows, *(of if of is None else of.clone() for of in self[1:]))
 
 
-def told_of(cuts: Sequence[Cut], sums: Sequence[Sums]) -> np.ndarray:
+def told_of(cuts: Sequence[Chunking], sums: Sequence[Sums]) -> np.ndarray:
     """float32[S, 10]: `Pulled.told` of some sites, one behind the other."""
     every = zip(*((of.total, of.square, of.slope_square) for of in sums), strict=True)
     total, square, slope_square = (np.concatenate([of.numpy() for of in row]) for row in every)
@@ -49,7 +50,7 @@ def told_of(cuts: Sequence[Cut], sums: Sequence[Sums]) -> np.ndarray:
     of_features = np.stack([total, square, square == 0, slope_square])
     with np.errstate(over="ignore", invalid="ignore"):
         of_chunks = np.add.reduceat(of_features, np.cumsum(sizes) - sizes, axis=1)
-    found = np.zeros((len(sizes), NUM_CHANNELS), np.float32)
+    found = np.zeros((len(sizes), NUM_STATISTICS), np.float32)
     for channel, column in enumerate([sizes * rows, *of_chunks[:2], sizes, *of_chunks[2:]]):
         found[:, channel] = column
     found[rows == 0] = 0
@@ -57,16 +58,16 @@ def told_of(cuts: Sequence[Cut], sums: Sequence[Sums]) -> np.ndarray:
     for cut, of in zip(cuts, sums, strict=True):
         start, end = end, end + cut.chunks
         if of.r_square is not None and of.utility is not None:
-            found[start:end, NUM_WATCHED + 1] = 1
-            found[start:end, NUM_WATCHED + 2] = of.r_square.numpy()
-            found[start:end, NUM_WATCHED + 3] = of.utility.numpy()
+            found[start:end, NUM_FORWARD_STATISTICS + 1] = 1
+            found[start:end, NUM_FORWARD_STATISTICS + 2] = of.r_square.numpy()
+            found[start:end, NUM_FORWARD_STATISTICS + 3] = of.utility.numpy()
     return found
 
 
-def summed(cut: Cut, told: Tensor | Sums | None, place: torch.device) -> Tensor:
+def summed(cut: Chunking, told: Tensor | Sums | None, place: torch.device) -> Tensor:
     """float32[C, 10]: `Pulled.told` within the chunks; zeros where nothing was measured."""
     if told is None:
-        return torch.zeros((cut.chunks, NUM_CHANNELS), device=place, dtype=torch.float32)
+        return torch.zeros((cut.chunks, NUM_STATISTICS), device=place, dtype=torch.float32)
     return torch.from_numpy(told_of([cut], [told])) if isinstance(told, Sums) else told
 
 
@@ -80,7 +81,7 @@ class Pulled(NamedTuple):
     d_adapters: Mapping[str, Leaves]
 
 
-def take(cut: Cut, bank: BankPlan, x: Tensor) -> Tensor:
+def take(cut: Chunking, bank: BankPlan, x: Tensor) -> Tensor:
     """[..., D] as [n, ..., F], zero where padded; a view where every chunk is served."""
     if bank.columns is not None:
         padded = torch.nn.functional.pad(x, (0, 1))
@@ -92,7 +93,7 @@ def take(cut: Cut, bank: BankPlan, x: Tensor) -> Tensor:
     return split.movedim(-2, 0)
 
 
-def put_(cut: Cut, bank: BankPlan, y: Tensor, values: Tensor) -> None:
+def put_(cut: Chunking, bank: BankPlan, y: Tensor, values: Tensor) -> None:
     """Writes [n, ..., F] into the chunks of `y`."""
     laid = values.movedim(0, -2)
     if bank.columns is not None:
@@ -135,7 +136,7 @@ def totals(x: Tensor) -> Tensor:
     return x.sum(_over_rows(x), dtype=torch.float32)
 
 
-def per_chunk(cut: Cut, of_features: Tensor) -> Tensor:
+def per_chunk(cut: Chunking, of_features: Tensor) -> Tensor:
     """float32 [D] summed within the chunks, [C]."""
     if of_features.device.type == "cpu":  # where NumPy takes a tenth of the time for so few numbers
         with np.errstate(over="ignore", invalid="ignore"):
@@ -148,32 +149,32 @@ def per_chunk(cut: Cut, of_features: Tensor) -> Tensor:
     return torch.cat([wide, narrow])
 
 
-def watch(cut: Cut, x: Tensor) -> Tensor:
+def watch(cut: Chunking, x: Tensor) -> Tensor:
     """float32[C, 5]: num_values, total, square, num_features, num_dead."""
     return watched_of(cut, x.numel() // cut.features, totals(x), squares(x))
 
 
-def watched_of(cut: Cut, rows: int, total: Tensor, square: Tensor) -> Tensor:
+def watched_of(cut: Chunking, rows: int, total: Tensor, square: Tensor) -> Tensor:
     """`watch` from sums of [D]."""
     device = total.device
     sizes = torch.from_numpy(cut.sizes).to(device=device, dtype=torch.float32, non_blocking=True)
     is_dead = (square == 0).to(torch.float32)
     if not rows:
-        return torch.zeros((cut.chunks, NUM_WATCHED), device=device)
+        return torch.zeros((cut.chunks, NUM_FORWARD_STATISTICS), device=device)
     sums = [per_chunk(cut, of) for of in (total, square, is_dead)]
     return torch.stack([sizes * rows, sums[0], sums[1], sizes, sums[2]], dim=1)
 
 
-def slopes(cut: Cut, dy: Tensor) -> Tensor:
+def slopes(cut: Chunking, dy: Tensor) -> Tensor:
     """float32[C]: the gradient's sums of squares."""
     return per_chunk(cut, squares(dy))
 
 
 def tell(watched: Tensor, slope_square: Tensor) -> Tensor:
     """float32[C, 10]: `Pulled.told` with no adapter alive."""
-    told = watched.new_zeros((watched.shape[0], NUM_CHANNELS))
-    told[:, :NUM_WATCHED] = watched
-    told[:, NUM_WATCHED] = slope_square
+    told = watched.new_zeros((watched.shape[0], NUM_STATISTICS))
+    told[:, :NUM_FORWARD_STATISTICS] = watched
+    told[:, NUM_FORWARD_STATISTICS] = slope_square
     return told
 
 

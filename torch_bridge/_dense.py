@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_kernels import Chunking
 from torch_bridge._adapters import PHI, Leaves, inner, through
 from torch_bridge._chunks import Pulled, Sums, per_slot_square, squares, totals
-from torch_bridge._plan import Cut, SitePlan
+from torch_bridge._plan import SitePlan
 
 _FAR = 1e6
 """The norm of activations and of a parameter below which all that the forward pass computes is far
@@ -128,7 +129,7 @@ def _only(plan: SitePlan, adapters: Mapping[str, Leaves]) -> tuple[str, Leaves]:
     return str(bank.form.activation), adapters[bank.bank]
 
 
-def _rows(cut: Cut, x: Tensor) -> Tensor:
+def _rows(cut: Chunking, x: Tensor) -> Tensor:
     """[..., D] as [C, N, F], a view where it can be."""
     return x.reshape(-1, cut.chunks, cut.widest).transpose(0, 1)
 
@@ -160,7 +161,7 @@ def _is_merged(name: str, leaves: Leaves, u: Tensor) -> bool:
     return u.shape[1] * (2 * rank - width) > rank * width
 
 
-def _write(cut: Cut, out: Tensor, base: Tensor, gain: Tensor, values: Tensor) -> None:
+def _write(cut: Chunking, out: Tensor, base: Tensor, gain: Tensor, values: Tensor) -> None:
     """`out = base + gain * values` of [C, N, F], in one pass where the features are adjacent."""
     if out.is_contiguous():
         torch.addcmul(base, gain, values, out=_rows(cut, out))

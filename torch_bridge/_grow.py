@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.base import Topology
+from esper_kernels import NUM_GAINS, Chunking
 from torch_bridge import _load
 from torch_bridge._adapters import form_of
 from torch_bridge._banks import banks_of, tell_copy
@@ -20,7 +21,7 @@ from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._plan import NUM_GAINS, BankSlots, Cut, SitePlan
+from torch_bridge._plan import BankSlots, SitePlan
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 from torch_bridge._targets import Place, Targets, by_pattern, find
@@ -265,7 +266,7 @@ def _seeds(
             for slot in range(count)
         ]
         banks[name] = each or [{}]
-    cut = Cut(site.features, site.chunks)
+    cut = Chunking(site.features, site.chunks)
     plan = SitePlan(
         cut=cut,
         topology=site.topology,

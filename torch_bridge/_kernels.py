@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import esper_kernels.torch as kernels
-from esper_kernels import Adapter
+from esper_kernels import Adapter, Chunking
 from torch_bridge._adapters import Leaves
 from torch_bridge._chunks import Pulled
-from torch_bridge._plan import Cut, SitePlan
+from torch_bridge._plan import SitePlan
 
 DEVICES = {"cuda"}
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -57,7 +57,7 @@ def calls_for(plan: SitePlan, adapters: Mapping[str, Leaves], x: Tensor) -> kern
     return found
 
 
-def watch(cut: Cut, x: Tensor) -> Tensor | None:
+def watch(cut: Chunking, x: Tensor) -> Tensor | None:
     """As `_chunks.watch`, if a kernel can."""
     is_known = x.device.type in DEVICES and x.dtype in _DTYPES and x.is_contiguous()
     if not is_known or cut.widest > MAX_SIDE or x.ndim < 2:

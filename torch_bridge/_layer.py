@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from esper_kernels import NUM_FORWARD_STATISTICS, Chunking
 from torch_bridge._adapters import PHI, Leaves, inner, through
 from torch_bridge._chunks import Pulled, column, per_slot_square, put_, slopes, take, tell
-from torch_bridge._plan import NUM_WATCHED, BankPlan, Cut, SitePlan
+from torch_bridge._plan import BankPlan, SitePlan
 
 
 def outputs(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def backward(
     if not dy.numel():
         grads = {b.bank: _zeros(adapters[b.bank]) for b in plan.banks}
         return Pulled(dy, told, grads)
-    fed = told[:, NUM_WATCHED].isfinite() & watched[:, 2].isfinite()
+    fed = told[:, NUM_FORWARD_STATISTICS].isfinite() & watched[:, 2].isfinite()
     for bank in plan.banks:
         u, slope = take(plan.cut, bank, x), take(plan.cut, bank, dy)
         leaves = adapters[bank.bank]
@@ -117,7 +118,7 @@ def backward(
             ],
             dim=1,
         )
-        told[:, NUM_WATCHED + 1 :].index_copy_(0, bank.chunk, measured)
+        told[:, NUM_FORWARD_STATISTICS + 1 :].index_copy_(0, bank.chunk, measured)
     return Pulled(dy if d_x is None else d_x, told, d_adapters)
 
 
@@ -189,7 +190,7 @@ def scatter(bank: BankPlan, grad: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).index_copy_(0, bank.rows, grad)
 
 
-def moments(cut: Cut, x: Tensor, dy: Tensor) -> list[Tensor]:
+def moments(cut: Chunking, x: Tensor, dy: Tensor) -> list[Tensor]:
     """What a survey gathers: rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk, float32.
 
     Rows and chunks as in `esper_fn._layout.Moments`: [C], and three times [C, F, F].

@@ -38,7 +38,7 @@ class _Told(NamedTuple):
     """What the host learns of a step."""
 
     gains: Any
-    """float32[Q, 4]: act, learn, feel and damping of every slot."""
+    """float32[Q, 4]: the columns of `Gains` of every slot."""
     owner: Any
     """int32[Q]."""
     stage: Any
@@ -124,7 +124,7 @@ class Lifecycle:
         return jax.default_device(self.device)
 
     def gains(self) -> np.ndarray:
-        """float32[Q, 4]: act, learn, feel and damping of every slot."""
+        """float32[Q, 4]: the columns of `Gains` of every slot."""
         return np.asarray(self._told.gains)
 
     def owner(self) -> np.ndarray:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
+from esper_kernels import NUM_STATISTICS
 from torch_bridge._chunks import Sums, summed, told_of
 from torch_bridge._distributed import Group
 from torch_bridge._optim import Watcher
-from torch_bridge._plan import NUM_CHANNELS
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
@@ -92,9 +92,9 @@ def read(of: Measured, group: Group, layout: ef.Layout) -> Read:
     """What arrived; adapters that broke get their old numbers back."""
     told = of.told.finish()
     num_seeds, num_slots = layout.num_seeds, layout.num_slots
-    size = num_seeds * NUM_CHANNELS
+    size = num_seeds * NUM_STATISTICS
     statistics, loss = group.of_mean(
-        told[:size].reshape(num_seeds, NUM_CHANNELS), float(told[size])
+        told[:size].reshape(num_seeds, NUM_STATISTICS), float(told[size])
     )
     if of.scale != 1:
         statistics[:, _UTILITY] /= of.scale
@@ -118,7 +118,9 @@ def _statistics_and_loss(
     value = torch.as_tensor(loss, dtype=torch.float32).detach().reshape(1)
     if all(of is None for of in heard):
         told = torch.zeros(
-            (sum(cut.chunks for cut in cuts) * NUM_CHANNELS + 1,), device=place, dtype=torch.float32
+            (sum(cut.chunks for cut in cuts) * NUM_STATISTICS + 1,),
+            device=place,
+            dtype=torch.float32,
         )
         told[-1:].copy_(value)
         return told

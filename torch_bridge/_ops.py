@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from esper_kernels import NUM_FORWARD_STATISTICS, NUM_STATISTICS, Chunking
 from torch_bridge import _chunks, _dense, _kernels, _layer
 from torch_bridge._adapters import Leaves
 from torch_bridge._chunks import Pulled, Sums
-from torch_bridge._plan import NUM_CHANNELS, NUM_WATCHED, Cut, SitePlan
+from torch_bridge._plan import SitePlan
 
 if TYPE_CHECKING:
     from torch_bridge._site import Seeds
@@ -77,7 +78,7 @@ def _forward(
         return y, watch(plan.cut, last) if watches else (), None
 
 
-def watch(cut: Cut, x: Tensor) -> Stats:
+def watch(cut: Chunking, x: Tensor) -> Stats:
     """What is measured of `x`, by a kernel where one can."""
     if not _is_summed_up(x):
         return _chunks.totals(x), _chunks.squares(x)
@@ -85,7 +86,7 @@ def watch(cut: Cut, x: Tensor) -> Stats:
     return (_chunks.watch(cut, x) if found is None else found,)
 
 
-def tell(cut: Cut, stats: Stats, dy: Tensor) -> Tensor | Sums:
+def tell(cut: Chunking, stats: Stats, dy: Tensor) -> Tensor | Sums:
     """What both passes measured of a site without adapters."""
     if not _is_summed_up(dy):
         total, square = stats
@@ -244,7 +245,9 @@ def _compute(
 def _shapes(x: Tensor, tap: Tensor, axis: int) -> list[tuple[int, ...]]:
     """Of `Stats` with nothing left out."""
     chunks, features = tap.shape[0], x.shape[axis]
-    return [(chunks, NUM_WATCHED)] if _is_summed_up(x) else [(features,), (features,), (chunks,)]
+    if _is_summed_up(x):
+        return [(chunks, NUM_FORWARD_STATISTICS)]
+    return [(features,), (features,), (chunks,)]
 
 
 def _promise(
@@ -291,7 +294,7 @@ def _compute_backward(
         ]
         d_x = _own(pulled.d_x, x, dy)
     if for_tap:
-        grads.append(stats[-1].new_zeros((plan.cut.chunks, NUM_CHANNELS)))
+        grads.append(stats[-1].new_zeros((plan.cut.chunks, NUM_STATISTICS)))
     return d_x, grads
 
 
@@ -306,7 +309,7 @@ def _promise_backward(
     del dy, handle
     grads = [torch.empty_like(leaf) for leaf in stacked]
     if for_tap:
-        grads.append(stats[-1].new_empty((stats[-1].shape[0], NUM_CHANNELS)))
+        grads.append(stats[-1].new_empty((stats[-1].shape[0], NUM_STATISTICS)))
     return torch.empty_like(x), grads
 
 

@@ -11,42 +11,8 @@ import torch
 from torch import Tensor
 
 from esper_fn.base import Topology
+from esper_kernels import Chunking, Gains
 from torch_bridge._adapters import Form
-
-NUM_GAINS = 4
-"""act, learn, feel, damping."""
-NUM_WATCHED = 5
-NUM_CHANNELS = 10
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a site's features are split: as `numpy.array_split` does."""
-
-    features: int
-    chunks: int
-
-    @property
-    def widest(self) -> int:
-        """F."""
-        return -(-self.features // self.chunks)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all chunks are equally wide."""
-        return self.features % self.chunks == 0
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """int64[C]."""
-        narrow, num_wide = divmod(self.features, self.chunks)
-        return narrow + (np.arange(self.chunks) < num_wide).astype(np.int64)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """int64[C]."""
-        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
-        return starts
 
 
 @dataclass(frozen=True)
@@ -96,7 +62,7 @@ class BankPlan:
 
 
 def plan_bank(
-    cut: Cut,
+    cut: Chunking,
     bank: str,
     form: Form,
     leaves: tuple[str, ...],
@@ -117,11 +83,11 @@ def plan_bank(
     """
     order = np.argsort(chunks, kind="stable")
     slots, chunks = slots[order].astype(np.int64), chunks[order].astype(np.int64)
-    mask = np.arange(cut.widest)[None, :] < cut.sizes[chunks][:, None]
+    mask = cut.mask[chunks]
     columns = None
     if not cut.is_even:
-        at = cut.starts[chunks][:, None] + np.arange(cut.widest)[None, :]
-        columns = torch.from_numpy(np.where(mask, at, cut.features).reshape(-1))
+        columns = torch.from_numpy(cut.columns[chunks].reshape(-1).astype(np.int64))
+    named = Gains.from_columns(gains)
     return BankPlan(
         bank=bank,
         form=form,
@@ -133,12 +99,15 @@ def plan_bank(
         mask=torch.from_numpy(mask),
         columns=columns,
         is_all=cut.is_even and len(chunks) == cut.chunks,
-        acts=bool(np.any(gains[:, 0] != 0)),
-        feels=bool(np.any(gains[:, 2] != 0)),
+        acts=bool(np.any(named.output_scale != 0)),
+        feels=bool(np.any(named.input_grad_scale != 0)),
         is_full=bool(
-            np.all(gains[:, :3] != 0) and np.all(gains[:, 1] == 1) and np.all(gains[:, 3] == 0)
+            np.all(named.output_scale != 0)
+            and np.all(named.param_grad_scale == 1)
+            and np.all(named.input_grad_scale != 0)
+            and np.all(named.output_damping == 0)
         ),
-        is_damped=bool(np.any(gains[:, 3] != 0)),
+        is_damped=bool(np.any(named.output_damping != 0)),
     )
 
 
@@ -157,12 +126,12 @@ class BankSlots(NamedTuple):
 class SitePlan:
     """What a site computes until the next `bridge.step`."""
 
-    cut: Cut
+    cut: Chunking
     topology: Topology
     banks: tuple[BankPlan, ...]
     """Those in which an adapter lives."""
     gains: Tensor
-    """float32[C, 4]: act, learn, feel, damping."""
+    """float32[C, 4]: the columns of `Gains`."""
     row: Tensor
     """int32[C]: the row of the chunk's adapter in the one live bank, -1 for none."""
     is_watching: bool
@@ -173,12 +142,12 @@ class SitePlan:
     @cached_property
     def act(self) -> Tensor:
         """[C, 1, 1] of `gains`."""
-        return self.gains[:, 0, None, None]
+        return Gains.from_columns(self.gains).output_scale[:, None, None]
 
     @cached_property
     def feel(self) -> Tensor:
         """[C, 1, 1] of `gains`."""
-        return self.gains[:, 2, None, None]
+        return Gains.from_columns(self.gains).input_grad_scale[:, None, None]
 
     def to(self, device: torch.device) -> SitePlan:
         """The same on another device."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from esper_kernels import Chunking
 from torch_bridge._adapters import Leaves
 from torch_bridge._chunks import column, take
 from torch_bridge._layer import outputs
-from torch_bridge._plan import BankPlan, Cut, SitePlan
+from torch_bridge._plan import BankPlan, SitePlan
 
 
 def is_transformed() -> bool:
@@ -75,7 +76,7 @@ class _Damped(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         return dr.clone()
 
 
-def _laid(cut: Cut, bank: BankPlan, values: Tensor, like: Tensor) -> Tensor:
+def _laid(cut: Chunking, bank: BankPlan, values: Tensor, like: Tensor) -> Tensor:
     """`[n, ..., F]` at the features of its chunks, zero elsewhere."""
     laid = values.movedim(0, -2)
     if bank.columns is not None:

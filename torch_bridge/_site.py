@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from esper_fn import Layout
+from esper_kernels import NUM_STATISTICS
 from torch_bridge import _kernels, _layer, _nested, _ops, _pure, _record
 from torch_bridge._chunks import Sums, summed
 from torch_bridge._errors import BridgeError
-from torch_bridge._plan import NUM_CHANNELS, BankPlan, BankSlots, SitePlan
+from torch_bridge._plan import BankPlan, BankSlots, SitePlan
 from torch_bridge._shared import NO_PICKLE, Shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +75,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """int32[C]: the slot of the chunk's adapter in the only bank, -1 for none."""
         self.gains = plan.gains
         """float32[C, 4]. Beside the plan, as compiled programs read the two."""
-        self.tap = torch.zeros((plan.cut.chunks, NUM_CHANNELS), requires_grad=True)
+        self.tap = torch.zeros((plan.cut.chunks, NUM_STATISTICS), requires_grad=True)
         """Requires a gradient where nothing else does; where inductor launches the kernels, its
         gradient is what they measured."""
         self.heard: list[Tensor | Sums] = []

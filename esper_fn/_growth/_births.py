@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import telemetry
-from esper_fn._layout import Directions, Layout, Memory, Moments, chunk_mask
+from esper_fn._layout import Directions, Layout, Memory, Moments
 from esper_fn._typing import Array, Bool, DType, Float32, Int8, Int32, Key, Params
 from esper_fn.base import AdapterSpec, Blueprint
 from esper_fn.lifecycle import NONE
@@ -47,7 +47,7 @@ def remember(
                 & jnp.all(jnp.isfinite(along), axis=(-2, -1))
                 & jnp.any(along != 0, axis=(-2, -1))
             )
-            is_real = jnp.asarray(chunk_mask(site.source))[chunk] & is_found[..., None]
+            is_real = jnp.asarray(site.source.mask)[chunk] & is_found[..., None]
             layer = site.chunks * jnp.arange(site.num_layers, dtype=jnp.int32)[:, None]
             seed = first + layer + chunk.astype(jnp.int32)
             found = Directions(

@@ -9,12 +9,11 @@ from esper_fn._layout._allocate import (
     select_slots,
 )
 from esper_fn._layout._directions import Directions, Memory, has_directed, no_directions
-from esper_fn._layout._forward import Statistics
 from esper_fn._layout._layout import Layout, init_adapters, layout
 from esper_fn._layout._probe import Moments
 from esper_fn._layout._scope import Mark, marked
 from esper_fn._layout._seeds import NoSeeds, Seeds, Visits
-from esper_fn._layout._site import Site, chunk_mask, site, span
+from esper_fn._layout._site import Site, site, span
 from esper_fn._layout._view import (
     per_slot_tree,
     slot_gains,
@@ -23,6 +22,7 @@ from esper_fn._layout._view import (
     zero_probes,
     zero_taps,
 )
+from esper_kernels import Statistics
 
 __all__ = [
     "UNSERVED",
@@ -37,7 +37,6 @@ __all__ = [
     "Statistics",
     "Visits",
     "allocate",
-    "chunk_mask",
     "give",
     "give_birth",
     "has_directed",

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from esper_fn._layout._chunks import lay_out, per_feature, place, window
 from esper_fn._layout._rounds import Live, Wiring
-from esper_fn._layout._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Float32, Params
 from esper_fn.base import Blueprint
 from esper_fn.errors import LayoutError
+from esper_kernels import BackwardStatistics, Chunking, Gains
 
 
 def _column(values: Array, like: Array) -> Array:
@@ -36,7 +36,7 @@ def outputs(
 ) -> Float[Array, "n ... G"]:
     """The adapters' outputs, zero in the padding of narrow chunks."""
     chunk = jnp.maximum(live.chunk, 0)
-    mask = jnp.asarray(chunk_mask(wiring.source))[chunk]
+    mask = jnp.asarray(wiring.source.mask)[chunk]
     r = jax.vmap(lambda adapter, x, real: blueprint.apply(adapter, x, wiring.spec, real))(
         adapters, u, mask
     )
@@ -48,7 +48,7 @@ def outputs(
         )
     if wiring.target.is_even:
         return r
-    is_real = jnp.asarray(chunk_mask(wiring.target))[chunk]
+    is_real = jnp.asarray(wiring.target.mask)[chunk]
     return jnp.where(is_real.reshape(-1, *(1,) * (r.ndim - 2), r.shape[-1]), r, jnp.zeros_like(r))
 
 
@@ -105,8 +105,8 @@ class Pulled(NamedTuple):
     """One bank's share of the backward pass."""
 
     adapters: Params
-    feel: Float32[Array, "n"]
-    """How much of `d_u` the host feels."""
+    input_grad_scale: Float32[Array, "n"]
+    """How much of `d_u` reaches the host; 0 where the adapter breaks."""
     d_u: Float[Array, "n ... F"]
     channels: Float32[Array, "n 5"]
     is_flowing: Bool[Array, "n"]
@@ -123,35 +123,33 @@ def _damped(dy: Array, damping: Float32[Array, "n"], r: Array) -> Array:
 def pull(wiring: Wiring, blueprint: Blueprint, live: Live, u: Array, dy: Array) -> Pulled:
     """The adapters' gradients, and what the step measured of them."""
     r, pull_back = jax.vjp(partial(outputs, blueprint, wiring, live), live.adapters, u)
-    learn, feel, damping = live.gains[:, 1], live.gains[:, 2], live.gains[:, 3]
-    # A damped adapter is not felt: nobody reads its `d_u`.
-    d_adapters, d_u = pull_back(_damped(dy, damping, r))
+    gains = Gains.from_columns(live.gains)
+    # The host gets nothing of a damped adapter: nobody reads its `d_u`.
+    d_adapters, d_u = pull_back(_damped(dy, gains.output_damping, r))
     is_sound = is_finite(r)
     is_flowing = is_sound & is_finite(d_u)
     for leaf in jax.tree.leaves(d_adapters):
         is_flowing = is_flowing & is_finite(leaf)
 
     def learned(leaf: Array) -> Array:
-        is_taught = _column((learn != 0) & is_flowing, leaf)
-        return jnp.where(is_taught, leaf * _column(learn, leaf).astype(leaf.dtype), 0)
+        scale = gains.param_grad_scale
+        learns = _column((scale != 0) & is_flowing, leaf)
+        return jnp.where(learns, leaf * _column(scale, leaf).astype(leaf.dtype), 0)
 
     was_fed_soundly = is_finite(u) & is_finite(dy)
     wide = jnp.where(_column(is_sound, r), r.astype(jnp.float32), 0.0)
     worth = jnp.where(wide != 0, -dy.astype(jnp.float32) * wide, 0.0)
-    channels = jnp.stack(
-        [
-            _per_slot(jnp.square(dy.astype(jnp.float32)), jnp.sum),
-            jnp.ones_like(learn),
-            _per_slot(jnp.square(wide), jnp.sum),
-            _per_slot(worth, jnp.sum),
-            (was_fed_soundly & ~is_flowing).astype(jnp.float32),
-        ],
-        axis=-1,
+    channels = BackwardStatistics(
+        gradient_square=_per_slot(jnp.square(dy.astype(jnp.float32)), jnp.sum),
+        num_live=jnp.ones_like(gains.param_grad_scale),
+        output_square=_per_slot(jnp.square(wide), jnp.sum),
+        utility=_per_slot(worth, jnp.sum),
+        num_errors=(was_fed_soundly & ~is_flowing).astype(jnp.float32),
     )
     return Pulled(
         adapters=jax.tree.map(learned, d_adapters),
-        feel=jnp.where(is_flowing, feel, 0.0),
+        input_grad_scale=jnp.where(is_flowing, gains.input_grad_scale, 0.0),
         d_u=d_u,
-        channels=jnp.where((live.chunk >= 0)[:, None], channels, 0.0),
+        channels=jnp.where((live.chunk >= 0)[:, None], jnp.stack(channels, axis=-1), 0.0),
         is_flowing=is_flowing,
     )

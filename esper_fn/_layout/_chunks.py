@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._layout._site import Chunking, chunk_mask
 from esper_fn._typing import Array, Bool, Float, Int32
+from esper_kernels import Chunking
 
 
 def read(
@@ -20,10 +20,7 @@ def read(
     if chunking.is_even:
         split = x.reshape(*x.shape[:-1], chunking.chunks, chunking.widest)
         return jnp.moveaxis(jnp.take(split, safe, axis=-2, mode="clip"), -2, 0)
-    starts = jnp.asarray(chunking.starts)[safe]
-    columns = starts[:, None] + jnp.arange(chunking.widest, dtype=jnp.int32)[None, :]
-    is_real = jnp.asarray(chunk_mask(chunking))[safe]
-    columns = jnp.where(is_real, columns, chunking.features)
+    columns = jnp.asarray(chunking.columns)[safe]
     return jnp.moveaxis(jnp.take(x, columns, axis=-1, mode="fill", fill_value=0), -2, 0)
 
 
@@ -39,7 +36,7 @@ def window(
     if chunking.is_even:
         return safe * chunking.widest, jnp.ones((), bool), values
     first, last = jnp.asarray(chunking.starts)[safe], chunking.features - chunking.widest
-    start, is_real = jnp.minimum(first, last), jnp.asarray(chunk_mask(chunking))[safe]
+    start, is_real = jnp.minimum(first, last), jnp.asarray(chunking.mask)[safe]
     # A narrow chunk at the very end: its window begins one feature early.
     is_late = first > last
     moved = jnp.roll(values, 1, axis=-1), jnp.roll(is_real, 1)

@@ -3,13 +3,13 @@
 For the chunk `x` a seed writes to, the chunk `u` it reads (`u = x` but over a span), the adapter's
 output `r = adapter(u)` and the incoming gradient `dy`::
 
-    y       = x + act * r
-    d theta = learn * (d r / d theta)^T (dy + damping * r)
-    d x     = dy                            (+ feel * (d r / d u)^T dy where u = x)
-    d u     = feel * (d r / d u)^T dy
+    y       = x + output_scale * r
+    d theta = param_grad_scale * (d r / d theta)^T (dy + output_damping * r)
+    d x     = dy                    (+ input_grad_scale * (d r / d u)^T dy where u = x)
+    d u     = input_grad_scale * (d r / d u)^T dy
     utility = -<dy, r>
 
-`damping` belongs to adapters that learn without acting: the loss does not answer to them, so
+`output_damping` belongs to adapters that learn without acting: the loss does not answer to them, so
 `<dy, r>` alone is linear in `r` and has no minimum.
 
 A gain of exactly 0 selects the other operand instead of multiplying, so `y` is `x` and `d x` is
@@ -43,34 +43,12 @@ from esper_fn._layout._chunks import read, split
 from esper_fn._layout._rounds import Banks, BankView, Live, Wiring, if_any_live, is_live, rounds
 from esper_fn._typing import Array, Float, Float32, Params
 from esper_fn.base import Blueprint
-
-
-class Statistics(NamedTuple):
-    """What one step measured, summed over all calls of a site; the channels K of a tap."""
-
-    num_values: Float32[Array, "*"]
-    """Entries of the chunk seen; 0 means the site was not reached."""
-    total: Float32[Array, "*"]
-    """Sum of x."""
-    square: Float32[Array, "*"]
-    """Sum of x^2."""
-    num_features: Float32[Array, "*"]
-    """Features times calls."""
-    num_dead: Float32[Array, "*"]
-    """Features that were zero for a whole call."""
-    gradient_square: Float32[Array, "*"]
-    """Sum of dy^2."""
-    num_live: Float32[Array, "*"]
-    """Calls in which the seed had an adapter at work."""
-    output_square: Float32[Array, "*"]
-    """Sum of r^2."""
-    utility: Float32[Array, "*"]
-    """Sum of -dy * r."""
-    num_errors: Float32[Array, "*"]
-    """Calls in which finite input gave non-finite output or adapter gradients."""
-
-
-NUM_CHANNELS = len(Statistics._fields)
+from esper_kernels import (
+    NUM_BACKWARD_STATISTICS,
+    NUM_FORWARD_STATISTICS,
+    ForwardStatistics,
+    Gains,
+)
 
 
 def _forward(
@@ -86,7 +64,8 @@ def _forward(
             def act(live: Live, y: Array, blueprint: Blueprint = wiring.blueprints[index]) -> Array:
                 u = read(source, wiring.source, live.chunk)
                 r = outputs(blueprint, wiring, live, live.adapters, u)
-                gain = jnp.where(is_finite(r), live.gains[:, 0], 0.0)
+                scale = Gains.from_columns(live.gains).output_scale
+                gain = jnp.where(is_finite(r), scale, 0.0)
                 return add(y, wiring.target, live.chunk, gain, r)
 
             y = rounds(wiring, banks[index], act, y)
@@ -112,7 +91,9 @@ def _backward(wiring: Wiring, banks: Banks, source: Array, watched: Array, dy: A
     served, rest = _kernels.divide(wiring, banks, dy)
     begun = _Pulling(
         d_source=jnp.zeros_like(source) if wiring.is_span else dy,
-        channels=jnp.zeros_like(dy, shape=(wiring.target.chunks, 5), dtype=jnp.float32),
+        channels=jnp.zeros_like(
+            dy, shape=(wiring.target.chunks, NUM_BACKWARD_STATISTICS), dtype=jnp.float32
+        ),
         d_adapters=tuple(jax.tree.map(jnp.zeros_like, bank.adapters) for bank in banks),
     )
     if not dy.size:
@@ -182,7 +163,9 @@ def _pull_slots(
             def move(d_source: Array, given: Any) -> tuple[Array, Params]:
                 adapters, u, slope = given
                 pulled = pull(wiring, blueprint, live._replace(adapters=adapters), u, slope)
-                moved = add(d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u)
+                moved = add(
+                    d_source, wiring.source, live.chunk, pulled.input_grad_scale, pulled.d_u
+                )
                 return moved, pulled.adapters
 
             def rest(d_source: Array, given: Any) -> tuple[Array, Params]:
@@ -212,10 +195,16 @@ def _pull_into(
         pulled.adapters,
     )
     return _Pulling(
-        d_source=add(so_far.d_source, wiring.source, live.chunk, pulled.feel, pulled.d_u),
+        d_source=add(
+            so_far.d_source, wiring.source, live.chunk, pulled.input_grad_scale, pulled.d_u
+        ),
         channels=so_far.channels.at[rows].add(pulled.channels, mode="drop"),
         d_adapters=(*so_far.d_adapters[:index], filled, *so_far.d_adapters[index + 1 :]),
     )
+
+
+def _zeros(like: Array, *shape: int) -> Array:
+    return jnp.zeros_like(like, shape=shape, dtype=jnp.float32)
 
 
 def _over_rows(x: Float[Array, "... D"], measure: Callable[[Array], Array]) -> Float32[Array, "D"]:
@@ -238,20 +227,20 @@ def _watch(wiring: Wiring, target: Array) -> Float32[Array, "C 5"]:
     chunking = wiring.target
     rows = target.size // chunking.features
     if not rows:
-        return jnp.zeros_like(target, shape=(chunking.chunks, 5), dtype=jnp.float32)
+        return jnp.zeros_like(
+            target, shape=(chunking.chunks, NUM_FORWARD_STATISTICS), dtype=jnp.float32
+        )
     sizes = jnp.asarray(chunking.sizes, jnp.float32)
     square = _over_rows(target, jnp.square)
     dead = split((square == 0).astype(jnp.float32), chunking)
-    return jnp.stack(
-        [
-            sizes * rows,
-            jnp.sum(split(_over_rows(target, lambda x: x), chunking), axis=-1),
-            jnp.sum(split(square, chunking), axis=-1),
-            sizes,
-            jnp.sum(dead, axis=-1),
-        ],
-        axis=-1,
+    statistics = ForwardStatistics(
+        num_values=sizes * rows,
+        total=jnp.sum(split(_over_rows(target, lambda x: x), chunking), axis=-1),
+        square=jnp.sum(split(square, chunking), axis=-1),
+        num_features=sizes,
+        num_dead=jnp.sum(dead, axis=-1),
     )
+    return jnp.stack(statistics, axis=-1)
 
 
 def _grow(

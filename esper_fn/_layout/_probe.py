@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._layout._chunks import read
-from esper_fn._layout._site import Chunking
 from esper_fn._typing import Array, Float32
+from esper_kernels import Chunking
 
 
 class Moments(NamedTuple):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import once_if
-from esper_fn._layout._site import Chunking
 from esper_fn._typing import Array, Bool, Float32, Int32, Params
 from esper_fn.base import AdapterSpec, Blueprint, Implementation
+from esper_kernels import Chunking
 
 
 class Wiring(NamedTuple):
@@ -35,7 +35,7 @@ class BankView(NamedTuple):
     chunk: Int32[Array, "P"]
     """The chunk each slot serves; negative for a free slot."""
     gains: Float32[Array, "P 4"]
-    """act, learn, feel, damping; all zero for a free slot."""
+    """The columns of `Gains`; all zero for a free slot."""
 
 
 Banks = tuple[BankView, ...]

@@ -3,42 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
-
-import numpy as np
 
 from esper_fn.base import TOPOLOGIES, AdapterSpec, Topology
 from esper_fn.errors import LayoutError
-
-
-class Chunking(NamedTuple):
-    """How a feature axis is split: as `numpy.array_split` does, the first chunks one wider."""
-
-    features: int
-    chunks: int
-
-    @property
-    def widest(self) -> int:
-        """Features of the widest chunk, F."""
-        return -(-self.features // self.chunks)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all chunks are equally wide."""
-        return self.features % self.chunks == 0
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int32[C]: features of each chunk."""
-        narrow, num_wide = divmod(self.features, self.chunks)
-        return (narrow + (np.arange(self.chunks) < num_wide)).astype(np.int32)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """int32[C]: first feature of each chunk."""
-        starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
-        return starts.astype(np.int32)
+from esper_kernels import Chunking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,14 +84,6 @@ class Site:
     def num_seeds(self) -> int:
         """Seeds of all layers."""
         return self.num_layers * self.chunks
-
-
-@lru_cache(maxsize=256)
-def chunk_mask(chunking: Chunking) -> np.ndarray:
-    """bool[C, F]: which features of each chunk are real rather than padding."""
-    mask = np.arange(chunking.widest)[None, :] < chunking.sizes[:, None]
-    mask.setflags(write=False)
-    return mask
 
 
 def site(

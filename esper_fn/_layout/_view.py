@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from esper_fn._layout._forward import NUM_CHANNELS, Statistics
 from esper_fn._layout._layout import Layout, bank_capacity, local_chunk
 from esper_fn._layout._probe import Moments, zero_moments
 from esper_fn._layout._rounds import BankView, Wiring
@@ -15,6 +14,7 @@ from esper_fn._layout._seeds import Seeds, SeedsStructure, SiteView, Visits
 from esper_fn._typing import Adapters, Array, Float32, Int32
 from esper_fn.base import Implementation
 from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
+from esper_kernels import NUM_STATISTICS, Gains, Statistics
 
 Taps = tuple[Array, ...]
 """One `[C, K]` (or `[L, C, K]`) zero array a site."""
@@ -25,7 +25,7 @@ Probes = tuple[Moments, ...]
 def zero_taps(layout: Layout) -> Taps:
     """The taps to differentiate with respect to; see `_forward`."""
     return tuple(
-        jnp.zeros((*_stack(place.layers), place.chunks, NUM_CHANNELS), jnp.float32)
+        jnp.zeros((*_stack(place.layers), place.chunks, NUM_STATISTICS), jnp.float32)
         for place in layout.sites
     )
 
@@ -48,19 +48,25 @@ def _stack(layers: int | None) -> tuple[int, ...]:
 def slot_gains(
     seeds: SeedState, owner: Int32[Array, "Q"], settings: Settings
 ) -> Float32[Array, "Q 4"]:
-    """act, learn, feel and damping of every slot; zero for free ones.
+    """The `Gains` of every slot as columns; zero for free slots.
 
     An adapter that learns without acting is damped by `|dy| / (trust |x|)` of its chunk, from the
     averages of the steps before. In its first step it needs none: `r` is 0 at birth.
     """
     seed = jnp.maximum(owner, 0)
     stage = seeds.stage[seed]
-    act, learn, feel = jnp.unstack(gains(stage, seeds.alpha[seed]), axis=-1)
-    learn = jnp.where(settings.is_frozen[stage.astype(jnp.int32)], 0.0, learn)
-    scale = seeds.telemetry.gradient_scale[seed]
-    damping = jnp.where(stage == Stage.TRAINING, scale / settings.trust, 0.0)
-    of_slot = jnp.stack([act, learn, feel, damping], axis=-1)
-    return jnp.where((owner != NONE)[:, None], of_slot, 0.0)
+    output_scale, param_grad_scale, input_grad_scale = jnp.unstack(
+        gains(stage, seeds.alpha[seed]), axis=-1
+    )
+    is_frozen = settings.is_frozen[stage.astype(jnp.int32)]
+    size = seeds.telemetry.gradient_scale[seed]
+    columns = Gains(
+        output_scale=output_scale,
+        param_grad_scale=jnp.where(is_frozen, 0.0, param_grad_scale),
+        input_grad_scale=input_grad_scale,
+        output_damping=jnp.where(stage == Stage.TRAINING, size / settings.trust, 0.0),
+    )
+    return jnp.where((owner != NONE)[:, None], jnp.stack(columns, axis=-1), 0.0)
 
 
 def view(
@@ -138,8 +144,9 @@ def view(
 
 def statistics_of(taps: Taps) -> Statistics:
     """The taps' cotangents as one `Statistics` over the flat seed axis S."""
-    flat = jnp.concatenate([tap.reshape(-1, NUM_CHANNELS) for tap in taps])
-    return Statistics(*(flat[:, channel] for channel in range(NUM_CHANNELS)))
+    return Statistics.from_columns(
+        jnp.concatenate([tap.reshape(-1, NUM_STATISTICS) for tap in taps])
+    )
 
 
 def per_slot_tree(layout: Layout, values: Array) -> Mapping[str, Mapping[str, Array]]:

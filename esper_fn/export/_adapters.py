@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._growth import Growth, GrowthState
-from esper_fn._layout import Layout, chunk_mask
+from esper_fn._layout import Layout
 from esper_fn._typing import Array, Params
 from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage, gains
@@ -103,7 +103,7 @@ class FixedSeeds:
                 adapter = jax.tree.map(lambda leaf, n=n: leaf[n], placed.params)
                 chunk, act = placed.chunk[n], placed.act[n].astype(x.dtype)
                 u = _read(read, place.source, chunk)
-                mask = jnp.asarray(chunk_mask(place.source))[chunk]
+                mask = jnp.asarray(place.source.mask)[chunk]
                 r = blueprint.apply(adapter, u, place.spec, mask)
                 r = jnp.where(act != 0, act * r, jnp.zeros_like(r))
                 columns, is_real = _columns(place.target, chunk)
@@ -123,7 +123,7 @@ class FixedSeeds:
 
 def _columns(chunking: Any, chunk: Array) -> tuple[Array, Array]:
     offsets = jnp.arange(chunking.widest, dtype=jnp.int32)
-    return jnp.asarray(chunking.starts)[chunk] + offsets, jnp.asarray(chunk_mask(chunking))[chunk]
+    return jnp.asarray(chunking.starts)[chunk] + offsets, jnp.asarray(chunking.mask)[chunk]
 
 
 def _read(x: Array, chunking: Any, chunk: Array) -> Array:

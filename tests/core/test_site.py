@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
-from esper_fn._layout import chunk_mask
 from esper_fn.errors import LayoutError, UnknownNameError
 
 LOW_RANK = {"low_rank": ef.blueprints.low_rank(2)}
@@ -31,8 +30,8 @@ def test_chunks_are_those_of_array_split(features: int) -> None:
         assert chunking.starts.tolist() == [part[0] for part in split]
         assert chunking.widest == max(map(len, split))
         assert chunking.is_even == (len(set(map(len, split))) == 1)
-        assert chunk_mask(chunking).sum(1).tolist() == chunking.sizes.tolist()
-        for row, size in zip(chunk_mask(chunking), chunking.sizes, strict=True):
+        assert chunking.mask.sum(1).tolist() == chunking.sizes.tolist()
+        for row, size in zip(chunking.mask, chunking.sizes, strict=True):
             assert row[:size].all()
 
 

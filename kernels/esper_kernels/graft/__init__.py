@@ -3,6 +3,7 @@
 `esper_kernels.graft.jax` and `esper_kernels.graft.torch` are its two faces.
 """
 
-from esper_kernels.graft._case import ACTIVATIONS, Activation, Adapter, Case, check
+from esper_kernels._records import ACTIVATIONS, Activation, Adapter
+from esper_kernels.graft._case import Case, check
 
 __all__ = ["ACTIVATIONS", "Activation", "Adapter", "Case", "check"]

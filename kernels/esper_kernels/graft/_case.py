@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from esper_kernels._chunking import Chunking
 from esper_kernels._errors import ArgumentError
+from esper_kernels._records import ACTIVATIONS, NUM_GAINS, Adapter
 
-Activation = Literal["none", "relu", "gelu", "silu", "gated"]
-ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "silu", "gated")
 DTYPES = ("bfloat16", "float32")
-
-NUM_GAINS = 4
-"""act, learn, feel, damping."""
-NUM_WATCHED = 5
-NUM_CHANNELS = 5
-
-
-class Adapter(NamedTuple):
-    """The matrices of P slots, or their gradients; arrays of jax or of torch."""
-
-    down: Any
-    """[P, F, R]"""
-    up: Any
-    """[P, R, F]"""
-    bias: Any = None
-    """[P, R], or None"""
-    gate: Any = None
-    """[P, F, R] exactly for `gated`, else None"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,30 +31,24 @@ class Case:
     device: str
 
     @property
+    def chunking(self) -> Chunking:
+        """How the features are split."""
+        return Chunking(self.features, self.chunks)
+
+    @property
     def width(self) -> int:
         """F, the width of the widest chunk."""
-        return -(-self.features // self.chunks)
+        return self.chunking.widest
 
     @property
     def is_even(self) -> bool:
         """Whether all chunks are F wide."""
-        return self.features % self.chunks == 0
+        return self.chunking.is_even
 
     @property
     def num_wide(self) -> int:
         """How many chunks, the first ones, are one wider than the rest; 0 when even."""
-        return self.features % self.chunks
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The width of each chunk, as `numpy.array_split` cuts.
-
-        >>> Case(rows=1, features=8, chunks=3, slots=1, rank=1, dtype="float32",
-        ...      adapter_dtype="float32", has_bias=False, activation="none", device="cpu").widths
-        (3, 3, 2)
-        """
-        narrow, wide = divmod(self.features, self.chunks)
-        return (narrow + 1,) * wide + (narrow,) * (self.chunks - wide)
+        return self.chunking.num_wide
 
 
 def _name(dtype: object) -> str:

@@ -19,8 +19,14 @@ import torch._higher_order_ops.triton_kernel_wrap as kernel_wrap
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from esper_kernels._records import (
+    NUM_BACKWARD_STATISTICS,
+    NUM_FORWARD_STATISTICS,
+    NUM_STATISTICS,
+    Adapter,
+)
 from esper_kernels.graft._blocks import NARROW, backward_tiles, forward_tiles, without_engine
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Adapter, Case
+from esper_kernels.graft._case import Case
 from esper_kernels.graft._operations import backward_op, check_call, choose_for, forward_op
 from esper_kernels.graft._triton_backward import backward_kernel
 from esper_kernels.graft._triton_forward import forward_kernel
@@ -98,7 +104,7 @@ def graft_open(
     tiles = without_engine(forward_tiles(case))
     main, finish, room = forward_launches(case, tiles, False, False, False)
     y = torch.empty_like(x)
-    watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+    watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
     left = x.new_empty((room,), dtype=torch.float32) if room else watched
     sizes = case.rows, case.features, case.chunks, case.slots
     bank = down, up, x if bias is None else bias, x if gate is None else gate
@@ -138,7 +144,7 @@ def graft_open_backward(
     main, reduce, room = backward_launches(case, tiles, False, is_beside, is_open=True)
     dx, d_down, d_up = torch.empty_like(x), torch.empty_like(down), torch.empty_like(up)
     d_bias, d_gate = (x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate))
-    columns = NUM_WATCHED + NUM_CHANNELS if is_beside else NUM_CHANNELS
+    columns = NUM_STATISTICS if is_beside else NUM_BACKWARD_STATISTICS
     told = x.new_empty((case.chunks, columns), dtype=torch.float32)
     left = x.new_empty((room,), dtype=torch.float32)
     sizes = case.rows, case.features, case.chunks, case.slots
@@ -163,7 +169,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
     del d_watched  # statistics have no derivative
     x, down, up, bias, gate, slot, gains, watched = ctx.saved_tensors
-    is_beside = ctx.columns == NUM_WATCHED + NUM_CHANNELS
+    is_beside = ctx.columns == NUM_STATISTICS
     dx, d_down, d_up, d_bias, d_gate, told = graft_open_backward(
         x, dy.contiguous(), down, up, bias, gate, slot, gains, watched, *ctx.static, is_beside
     )

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
+from esper_kernels._records import (
+    NUM_BACKWARD_STATISTICS,
+    NUM_FORWARD_STATISTICS,
+    NUM_STATISTICS,
+    Adapter,
+)
 from esper_kernels._torch_choice import check_places, device_name, refuses_triton
 from esper_kernels.graft import reference_torch
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_WATCHED, Adapter, Case, check
+from esper_kernels.graft._case import Case, check
 
 TRITON = "esper_kernels.graft.triton_cuda"
 
@@ -40,7 +46,7 @@ def check_call(
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
     case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
-    shapes = [(case.chunks, NUM_CHANNELS), (case.chunks, NUM_WATCHED + NUM_CHANNELS)]
+    shapes = [(case.chunks, NUM_BACKWARD_STATISTICS), (case.chunks, NUM_STATISTICS)]
     if tap is not None and (tuple(tap.shape) not in shapes or tap.dtype != torch.float32):
         raise ArgumentError(
             f"tap is {tuple(tap.shape)} {tap.dtype}; it must be float32, {shapes[0]} or {shapes[1]}"
@@ -100,7 +106,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
     choose_for(case, x, implementation)
-    return torch.empty_like(x), of_chunks(x, slot, NUM_WATCHED)
+    return torch.empty_like(x), of_chunks(x, slot, NUM_FORWARD_STATISTICS)
 
 
 def of_chunks(x: Tensor, slot: Tensor, columns: int) -> Tensor:
@@ -140,7 +146,7 @@ def _(
 ) -> Tensor:
     case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
     choose_for(case, x, implementation)
-    return of_chunks(x, slot, NUM_WATCHED)
+    return of_chunks(x, slot, NUM_FORWARD_STATISTICS)
 
 
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
@@ -182,7 +188,7 @@ def _(
     check_call(x, Adapter(down, up, bias, gate), slot, gains, activation, dy)
     leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
     bank = torch.empty_like(down), torch.empty_like(up), *leaves
-    return torch.empty_like(x), *bank, of_chunks(x, slot, NUM_CHANNELS)
+    return torch.empty_like(x), *bank, of_chunks(x, slot, NUM_BACKWARD_STATISTICS)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -199,7 +205,8 @@ def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
     )
     told = None
     if ctx.columns:
-        told = channels if ctx.columns == NUM_CHANNELS else torch.cat([watched, channels], dim=1)
+        is_alone = ctx.columns == NUM_BACKWARD_STATISTICS
+        told = channels if is_alone else torch.cat([watched, channels], dim=1)
     d_bank = d_down, d_up, None if bias is None else d_bias, None if gate is None else d_gate
     return dx, *d_bank, None, None, told, None, None
 

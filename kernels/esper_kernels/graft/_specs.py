@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from esper_kernels._chunking import Chunking
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
@@ -26,7 +28,7 @@ class Spec:
     @property
     def width(self) -> int:
         """F, the width of the widest chunk."""
-        return -(-self.features // self.chunks)
+        return Chunking(self.features, self.chunks).widest
 
     @property
     def is_small(self) -> bool:

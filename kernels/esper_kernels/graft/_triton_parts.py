@@ -8,7 +8,7 @@ import os
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._case import NUM_GAINS
+from esper_kernels._records import NUM_GAINS
 
 GAINS = tl.constexpr(NUM_GAINS)
 """From the gains of one chunk to those of the next."""
@@ -37,13 +37,14 @@ def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
 def find(slot_ptr, gains_ptr, chunk, SLOTS):
     """Slot, gains and whether an adapter is at work in the chunk."""
     slot = tl.load(slot_ptr + chunk)
-    act = tl.load(gains_ptr + chunk * GAINS)
-    learn = tl.load(gains_ptr + chunk * GAINS + 1)
-    feel = tl.load(gains_ptr + chunk * GAINS + 2)
-    damping = tl.load(gains_ptr + chunk * GAINS + 3)
+    output_scale = tl.load(gains_ptr + chunk * GAINS)
+    param_grad_scale = tl.load(gains_ptr + chunk * GAINS + 1)
+    input_grad_scale = tl.load(gains_ptr + chunk * GAINS + 2)
+    output_damping = tl.load(gains_ptr + chunk * GAINS + 3)
     is_served = (slot >= 0) & (slot < SLOTS)
-    is_live = is_served & ((act != 0) | (learn != 0) | (feel != 0) | (damping != 0))
-    return slot, act, learn, feel, damping, is_live
+    acts_or_learns = (output_scale != 0) | (param_grad_scale != 0)
+    is_live = is_served & (acts_or_learns | (input_grad_scale != 0) | (output_damping != 0))
+    return slot, output_scale, param_grad_scale, input_grad_scale, output_damping, is_live
 
 
 @triton.jit

@@ -13,8 +13,9 @@ import numpy as np
 from esper_kernels._dispatch import Choice, choose
 from esper_kernels._errors import ArgumentError
 from esper_kernels._jax_device import device_name
+from esper_kernels._records import Adapter
 from esper_kernels.graft import reference_jax
-from esper_kernels.graft._case import Adapter, Case, check
+from esper_kernels.graft._case import Case, check
 
 Array = jax.Array
 _PALLAS = "esper_kernels.graft.pallas_mosaic_gpu"
@@ -158,7 +159,7 @@ def graft(
       x: [N, D], bfloat16 or float32.
       adapter: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
-      gains: [C, 4] float32: act, learn, feel, damping.
+      gains: [C, 4] float32, the columns of `Gains`.
       tap: [C, 5] float32 zeros, or None; `channels` arrive as its cotangent.
       activation: `none`, `relu`, `gelu`, `silu` or `gated`.
       implementation: `auto`, `pallas` or `reference`.

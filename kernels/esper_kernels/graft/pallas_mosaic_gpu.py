@@ -11,8 +11,9 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
+from esper_kernels._records import Adapter, BackwardStatistics, ForwardStatistics, Gains
 from esper_kernels.graft import reference_jax
-from esper_kernels.graft._case import Adapter, Case
+from esper_kernels.graft._case import Case
 from esper_kernels.graft.reference_jax import is_live
 
 Array = jax.Array
@@ -37,7 +38,8 @@ def refuses(case: Case) -> str | None:
             f"takes a positive multiple of 8 rows, as the copy engine's tiles do, not {case.rows}"
         )
     if not case.is_even or case.width % 64 or case.width > MOST_COLUMNS:
-        return f"takes chunks of 64, 128, 192 or 256 features each, not {sorted({*case.widths})}"
+        widths = sorted({*case.chunking.sizes.tolist()})
+        return f"takes chunks of 64, 128, 192 or 256 features each, not {widths}"
     if case.activation == "gated":
         return "has no gated form"
     from esper_kernels.graft.pallas_mosaic_gpu_parts import padded_rank
@@ -177,8 +179,13 @@ def _damp(
 
     None of them is felt, so `dx` is `dy` there. All else keeps its bits.
     """
-    learn, feel, damping = gains[:, 1], gains[:, 2], gains[:, 3]
-    is_damped = is_live(case, slot, gains) & (damping != 0) & (learn != 0) & (feel == 0)
+    named = Gains.from_columns(gains)
+    is_damped = (
+        is_live(case, slot, gains)
+        & (named.output_damping != 0)
+        & (named.param_grad_scale != 0)
+        & (named.input_grad_scale == 0)
+    )
 
     def damp(undamped: tuple[Adapter, Array]) -> tuple[Adapter, Array]:
         d_adapter, channels = undamped
@@ -210,26 +217,27 @@ def _learned(
     is_flowing = is_sound & jnp.isfinite(sums[:, 3]) & jnp.all(jnp.isfinite(grads), axis=(1, 2, 3))
     if case.has_bias:
         is_flowing &= jnp.all(jnp.isfinite(bias), axis=1)
-    fed = jnp.isfinite(sums[:, 0]) & jnp.isfinite(watched[:, 2])
-    channels = [
-        sums[:, 0],
-        live.astype(jnp.float32),
-        jnp.where(live & is_sound, sums[:, 1], 0.0),
-        jnp.where(live & is_sound, -sums[:, 2], 0.0),
-        (live & fed & ~is_flowing).astype(jnp.float32),
-    ]
+    fed = jnp.isfinite(sums[:, 0]) & jnp.isfinite(ForwardStatistics(*watched.T).square)
+    channels = BackwardStatistics(
+        gradient_square=sums[:, 0],
+        num_live=live.astype(jnp.float32),
+        output_square=jnp.where(live & is_sound, sums[:, 1], 0.0),
+        utility=jnp.where(live & is_sound, -sums[:, 2], 0.0),
+        num_errors=(live & fed & ~is_flowing).astype(jnp.float32),
+    )
 
-    learns = live & is_flowing & (gains[:, 1] != 0)
+    scale = Gains.from_columns(gains).param_grad_scale
+    learns = live & is_flowing & (scale != 0)
     rows = jnp.where(learns, slot, case.slots)
     chunks = jnp.arange(case.chunks, dtype=jnp.int32)
     nobody = jnp.full((case.slots,), case.chunks, jnp.int32)
     chunk = nobody.at[rows].set(chunks, mode="drop")
     served, chunk = chunk < case.chunks, jnp.minimum(chunk, case.chunks - 1)
-    learn = gains[:, 1][chunk]
+    scale = scale[chunk]
 
     def learned(leaf: Array, like: Array) -> Array:
         shape = (-1, *(1,) * (leaf.ndim - 1))
-        share = jnp.where(served.reshape(shape), leaf[chunk] * learn.reshape(shape), 0.0)
+        share = jnp.where(served.reshape(shape), leaf[chunk] * scale.reshape(shape), 0.0)
         return share.astype(like.dtype)
 
     d_adapter = Adapter(

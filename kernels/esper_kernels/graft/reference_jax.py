@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_kernels.graft._case import Adapter, Case
+from esper_kernels._records import Adapter
+from esper_kernels.graft._case import Case
 
 Array = jax.Array
 
@@ -24,24 +25,16 @@ def split(case: Case, x: Array) -> Array:
     """[N, D] as [N, C, F], zero where a narrow chunk is padded."""
     if case.is_even:
         return x.reshape(x.shape[0], case.chunks, case.width)
-    columns, is_real = _columns(case)
-    return jnp.where(is_real[None], x[:, columns], jnp.zeros((), x.dtype))
+    chunking = case.chunking
+    columns = np.where(chunking.mask, chunking.columns, 0)
+    return jnp.where(chunking.mask[None], x[:, columns], jnp.zeros((), x.dtype))
 
 
 def _join(case: Case, parts: Array) -> Array:
     flat = parts.reshape(parts.shape[0], case.chunks * case.width)
     if case.is_even:
         return flat
-    _, is_real = _columns(case)
-    return flat[:, np.flatnonzero(is_real)]
-
-
-def _columns(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    widths = np.asarray(case.widths)
-    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
-    offsets = np.arange(case.width)
-    is_real = offsets[None, :] < widths[:, None]
-    return np.where(is_real, starts[:, None] + offsets, 0), is_real
+    return flat[:, np.flatnonzero(case.chunking.mask)]
 
 
 def _wide(dtype: Any) -> Any:
@@ -81,7 +74,7 @@ def _gather(case: Case, adapter: Adapter, slot: Array, dtype: Any) -> Adapter:
     if case.is_even:
         return own
     # What a slot holds beyond a narrow chunk's width is nobody's.
-    is_real, zero = jnp.asarray(_columns(case)[1]), jnp.zeros((), dtype)
+    is_real, zero = jnp.asarray(case.chunking.mask), jnp.zeros((), dtype)
     return own._replace(
         down=jnp.where(is_real[:, :, None], own.down, zero),
         up=jnp.where(is_real[:, None, :], own.up, zero),
@@ -100,8 +93,8 @@ def watch(case: Case, x: Array) -> Array:
     """[C, 5]: `num_values, total, square, num_features, num_dead`."""
     wide = x.astype(_wide(x.dtype))
     square, total = jnp.sum(wide * wide, axis=0)[None], jnp.sum(wide, axis=0)[None]
-    widths = jnp.asarray(case.widths, wide.dtype)
-    real = jnp.asarray(_columns(case)[1], wide.dtype)
+    widths = jnp.asarray(case.chunking.sizes, wide.dtype)
+    real = jnp.asarray(case.chunking.mask, wide.dtype)
     is_dead = (split(case, square)[0] == 0).astype(wide.dtype) * real
     return jnp.stack(
         [

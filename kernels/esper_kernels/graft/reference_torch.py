@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esper_kernels.graft._case import Adapter, Case
+from esper_kernels._records import Adapter
+from esper_kernels.graft._case import Case
 
 
 def refuses(case: Case) -> str | None:

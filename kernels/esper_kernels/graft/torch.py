@@ -13,8 +13,9 @@ from torch import Tensor
 
 from esper_kernels._dispatch import Choice
 from esper_kernels._errors import ArgumentError
+from esper_kernels._records import Adapter
 from esper_kernels._torch_choice import check_places, device_name
-from esper_kernels.graft._case import Adapter, check_watched
+from esper_kernels.graft._case import check_watched
 from esper_kernels.graft._operations import (
     backend_of,
     check_call,
@@ -63,7 +64,7 @@ def graft(
       x: [N, D], contiguous, bfloat16 or float32.
       adapter: matrices of P slots.
       slot: [C] int32, the slot that serves each chunk, -1 for none.
-      gains: [C, 4] float32: act, learn, feel, damping.
+      gains: [C, 4] float32, the columns of `Gains`.
       tap: float32 zeros, or None. [C, 5]: `channels` arrive as its gradient; [C, 10]: `watched`
         and `channels` beside each other.
       activation: `none`, `relu`, `gelu`, `silu` or `gated`.

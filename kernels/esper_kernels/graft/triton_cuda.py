@@ -9,6 +9,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from esper_kernels._records import (
+    NUM_BACKWARD_STATISTICS,
+    NUM_FORWARD_STATISTICS,
+    NUM_GAINS,
+    NUM_STATISTICS,
+    Adapter,
+)
 from esper_kernels.graft import reference_torch
 from esper_kernels.graft._blocks import (
     NARROW,
@@ -19,7 +26,7 @@ from esper_kernels.graft._blocks import (
     padded,
     without_engine,
 )
-from esper_kernels.graft._case import NUM_CHANNELS, NUM_GAINS, NUM_WATCHED, Adapter, Case
+from esper_kernels.graft._case import Case
 from esper_kernels.graft._stream import Stream, arrivals, current_stream, floats
 from esper_kernels.graft._triton_launch import Layout, Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
@@ -127,7 +134,7 @@ class Calls:
         dx = torch.empty_like(x)
         d_adapter = Adapter(*(None if leaf is None else torch.empty_like(leaf) for leaf in adapter))
         learned = _bank(x, d_adapter)
-        columns = NUM_WATCHED + NUM_CHANNELS if is_beside else NUM_CHANNELS
+        columns = NUM_STATISTICS if is_beside else NUM_BACKWARD_STATISTICS
         channels = x.new_empty((case.chunks, columns), dtype=torch.float32)
         with on_device_of(x):
             stream = current_stream(x)
@@ -198,7 +205,7 @@ class Calls:
         if launches is None:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
         main, finish, room = launches
-        watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+        watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
         left = self._room(x, room, stream, is_alone=finish is None) if room else watched
         views, plain = self._views(tiles, x, y)
         counted = slot if counters is None else counters
@@ -220,7 +227,7 @@ class Calls:
             launches = self._watched[key] = in_place_launches(case, tiles, key[2])
         main, finish, room = launches
         left = self._room(x, room, stream, is_alone=finish is None)
-        watched = x.new_empty((case.chunks, NUM_WATCHED), dtype=torch.float32)
+        watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
         views, plain = self._views(tiles, x)
         counted = slot if counters is None else counters
         sizes = case.rows, case.features, case.slots
