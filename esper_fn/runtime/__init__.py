@@ -12,14 +12,13 @@ from esper_fn.runtime._carry import Carried, carry_over, enlarge
 from esper_fn.runtime._compilations import CompilationCount, count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import (
-    Fit,
-    Segment,
     compile_fit,
     compile_fit_host,
     fit,
     fit_host,
     segment_length,
 )
+from esper_fn.runtime._records import Fit, Segment
 from esper_fn.runtime._ring import live_form, saved_form, saved_parts
 from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
@@ -14,12 +14,10 @@ from esper_fn.bus import Outcome, SeedOutcome, Taken
 from esper_fn.commands import Code
 from esper_fn.errors import EsperError, RunStoppedError
 from esper_fn.runtime._positions import SavedPositions
+from esper_fn.runtime._records import Segment
+from esper_fn.runtime._saving import Checkpoints
 from esper_fn.runtime._telling import Teller
 from esper_fn.runtime._translate import WORDS, stage_name, to_core
-
-if TYPE_CHECKING:
-    from esper_fn.runtime._fit import Segment
-    from esper_fn.runtime._saving import Checkpoints
 
 _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from esper_fn import bus
 from esper_fn.runtime._events import stage_counts
+from esper_fn.runtime._records import Segment
 from esper_fn.runtime._translate import lifecycle_event
-
-if TYPE_CHECKING:
-    from esper_fn.runtime._fit import Segment
 
 
 class Told(NamedTuple):
