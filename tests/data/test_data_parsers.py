@@ -62,7 +62,7 @@ class TestIdx:
             (idx_gz(IMAGES, shape=(0, 2, 4)), r"dimensions are \(0, 2, 4\)"),
             (idx_gz(IMAGES, shape=(6, 2, 2)), r"dimensions are \(6, 2, 2\)"),
             (idx_gz(IMAGES, shape=(2**32 - 1,) * 3), r"dimensions are \(4294967295, "),
-            (idx_gz(IMAGES, shape=(5, 2, 4)), "adapter ends after 24 of 40 bytes"),
+            (idx_gz(IMAGES, shape=(5, 2, 4)), "payload ends after 24 of 40 bytes"),
             (idx_gz(IMAGES, shape=(2, 2, 4)), "goes on after 16 bytes"),
             (idx_gz(IMAGES)[:-9], "not a sound gzip"),
             (idx_gz(IMAGES)[:-5], "not a sound gzip"),
