@@ -43,12 +43,10 @@ class Training:
     """A run of some size, whose steps are timed."""
 
     def __init__(self) -> None:
-        self.growth = ef.growth(
-            ef.layout(
-                sites=[ef.site("hidden", features=_WIDTH, chunks=_SEEDS)],
-                blueprints={"scale": ef.blueprints.scale_shift()},
-                capacity=4,
-            ),
+        self.growth = ef.Growth(
+            sites=[ef.site("hidden", features=_WIDTH, chunks=_SEEDS)],
+            blueprints={"scale": ef.blueprints.scale_shift()},
+            capacity=4,
             policy=policies.never(),
         )
         source = np.random.default_rng(0)

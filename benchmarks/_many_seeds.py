@@ -26,11 +26,10 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
     host = hosts.transformer(
         vocabulary=VOCABULARY, length=LENGTH, width=64, blocks=24, hidden=4200, chunks=4200
     )
-    layout = ef.layout(
-        sites=host.sites, blueprints={"scale_shift": ef.blueprints.scale_shift()}, capacity=8
-    )
-    growth = ef.growth(
-        layout,
+    growth = ef.Growth(
+        sites=host.sites,
+        blueprints={"scale_shift": ef.blueprints.scale_shift()},
+        capacity=8,
         policy=policies.chain(policies.periodic(every=2, count=8), policies.concurrency(32)),
         adapters_at_once=1,
         max_ablations=2,
@@ -62,7 +61,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
         segment_steps=1,
         listener=lambda _: stamps.append(time.perf_counter()),
     )
-    return layout.num_seeds, np.diff(stamps).tolist(), fitted
+    return growth.layout.num_seeds, np.diff(stamps).tolist(), fitted
 
 
 if __name__ == "__main__":

@@ -43,13 +43,10 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 def _job(num_snapshots: int = 2) -> tuple[Any, Any, runtime.TrainState]:
     """10,000 seeds over a host of 2.7 million parameters: with Adam and two snapshots, 100 MB."""
     host = ef.hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("many", features=NUM_SEEDS, chunks=NUM_SEEDS), *host.sites[:1]],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=64,
-    )
-    growth = ef.growth(
-        layout,
         policy=policies.chain(policies.plateau(patience=10**6), policies.budget(10**6)),
         adapters_at_once=None,
     )

@@ -136,12 +136,10 @@ def _programs(
     num_sites: int, num_blueprints: int, *, adapters_at_once: int | None = 1
 ) -> dict[str, Program]:
     names = list(FACTORIES)[:num_blueprints]
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site(f"hidden{i}", features=WIDTH, chunks=4) for i in range(num_sites)],
-            blueprints={name: FACTORIES[name]() for name in names},
-            capacity=2,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site(f"hidden{i}", features=WIDTH, chunks=4) for i in range(num_sites)],
+        blueprints={name: FACTORIES[name]() for name in names},
+        capacity=2,
         adapters_at_once=adapters_at_once,
     )
     host = optax.adamw(1e-3)

@@ -54,18 +54,19 @@ _WAYS: tuple[tuple[str, Implementation, int], ...] = (
 
 def _site_rows(*, repeats: int) -> dict[str, Row]:
     """Forward and backward of one site, 16,384 x 4,096 bfloat16, 64 chunks of 64, R = 16."""
-    layout = ef.layout(
-        sites=[ef.site("here", features=WIDTH, chunks=64)],
-        blueprints={"bottleneck": ef.blueprints.bottleneck(16)},
-        capacity=64,
-    )
     source = np.random.default_rng(0)
     x, dy = (jnp.asarray(source.standard_normal((4 * ROWS, WIDTH)), jnp.bfloat16) for _ in range(2))
     samples: dict[str, list[float]] = {}
     for name, seeds in {"all": range(64), "4": range(0, 64, 16), "none": range(0)}.items():
         runners = {}
         for kind, implementation, at_once in _WAYS:
-            growth = ef.growth(layout, implementation=implementation, adapters_at_once=at_once)
+            growth = ef.Growth(
+                sites=[ef.site("here", features=WIDTH, chunks=64)],
+                blueprints={"bottleneck": ef.blueprints.bottleneck(16)},
+                capacity=64,
+                implementation=implementation,
+                adapters_at_once=at_once,
+            )
             state = with_live(growth, growth.init(jax.random.key(0)), list(seeds))
 
             def loss(x: Any, seeds: Any, dy: Any) -> jax.Array:
@@ -123,12 +124,12 @@ def _deep_rows(chunks: int, *, repeats: int) -> dict[str, Row]:
         source.standard_normal((DEPTH, WIDTH, WIDTH), np.float32) * WIDTH**-0.5, jnp.bfloat16
     )
     x = jnp.asarray(source.standard_normal((ROWS, WIDTH)), jnp.bfloat16)
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("deep", features=WIDTH, chunks=chunks, layers=DEPTH)],
         blueprints={"bottleneck": ef.blueprints.bottleneck(16)},
         capacity=4,
+        policy=policies.never(),
     )
-    growth = ef.growth(layout, policy=policies.never())
     optimizer = ef.optim.per_adapter(optax.sgd(1e-3))
     live = [layer * chunks + at for layer in range(DEPTH) for at in range(4)]
     blank = growth.init(jax.random.key(0))
@@ -150,8 +151,8 @@ def _deep_rows(chunks: int, *, repeats: int) -> dict[str, Row]:
         name: _ready(partial(grown, weights, state, opt_state, x)) for name, state in states.items()
     } | {"bare": _ready(partial(bare, weights, x))}
     samples = time_interleaved(runners, repeats=repeats, warmup=2)
-    told = {"seeds": layout.num_seeds, "layers": DEPTH, "rows": ROWS, "width": WIDTH}
-    label = f"deep_{layout.num_seeds}_seeds"
+    told = {"seeds": growth.layout.num_seeds, "layers": DEPTH, "rows": ROWS, "width": WIDTH}
+    label = f"deep_{growth.layout.num_seeds}_seeds"
     rows = {
         f"{label}_bare": summarise(samples["bare"], "ms", **told),
         f"{label}_dormant_over_bare": ratio(samples["dormant"], samples["bare"], **told),

@@ -1,7 +1,7 @@
 """Does growth pay as it is shipped? Three scenes, each against its honest rivals.
 
-- *digits*: `ef.growth(layout)` alone on the task of `make demo`, against a static network of as
-  many parameters, paired by seed.
+- *digits*: `ef.Growth` with its defaults on the task of `make demo`, against a static network of
+  as many parameters, paired by seed.
 - *labels*: the same 1,200 images with new random labels every 200 steps, against the same network
   without growth. The default must not make Adam worse.
 - *adapt*: a small character GPT, trained on one text, frozen, and adapted to another by low-rank
@@ -64,7 +64,7 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
     transformation = optax.adamw(schedule)
     optimizer = ef.optim.per_adapter(transformation)
     loss_fn = experiments.loss_of(host)
-    growth = ef.growth(experiments.layout_of(job, host))  # and nothing else
+    growth = ef.Growth(**experiments.growth_arguments(job, host))  # and nothing else
     segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=experiments.SURVEY_EVERY)
     evaluate = experiments.evaluator(host, data.test_inputs, data.test_targets)
     rivals: dict[int, Any] = {}
@@ -132,13 +132,13 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
     images = jnp.asarray(data.train_inputs[:_IMAGES].reshape(_IMAGES, -1), jnp.float32)
     widths = (images.shape[1], _WIDTH, _WIDTH, _WIDTH, 10)
     host = hosts.mlp(widths, spans=2)
-    layout = ef.layout(
+    loss_fn = experiments.loss_of(host)
+    growth = ef.Growth(
         sites=host.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(width=16, activation="gelu")},
         capacity=1,
     )
-    loss_fn = experiments.loss_of(host)
-    growth, optimizer = ef.growth(layout), ef.optim.per_adapter(optax.adam(_RATE))
+    optimizer = ef.optim.per_adapter(optax.adam(_RATE))
     step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
     grow = jax.jit(
         runtime.scan_steps(

@@ -38,12 +38,10 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
     """`Growth.update` in a run with births every ten steps; steps with a birth in a row apart."""
     num_sites = 10
     width = num_seeds // num_sites
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site(f"s{i}", features=width, chunks=width) for i in range(num_sites)],
-            blueprints={"scale": ef.blueprints.scale_shift()},
-            capacity=64,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site(f"s{i}", features=width, chunks=width) for i in range(num_sites)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=64,
         policy=policies.chain(
             policies.periodic(every=10, count=4),
             policies.cooldown(5),
@@ -125,15 +123,13 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
     """One optimiser step: the bare host, and the host with 0, 1 and 64 live chunks of 64."""
     host = ef.hosts.conv((28, 28, 1), (32, 64), hidden=128, classes=10, chunks=64)
     second = next(site for site in host.sites if site.name == "conv2")
-    growth = ef.growth(
-        ef.layout(
-            sites=host.sites,
-            blueprints={
-                "bottleneck_conv": ef.blueprints.bottleneck_conv(width=8),
-                "bottleneck": ef.blueprints.bottleneck(width=8),
-            },
-            capacity=64,
-        ),
+    growth = ef.Growth(
+        sites=host.sites,
+        blueprints={
+            "bottleneck_conv": ef.blueprints.bottleneck_conv(width=8),
+            "bottleneck": ef.blueprints.bottleneck(width=8),
+        },
+        capacity=64,
         policy=policies.chain(policies.plateau(patience=10**6), policies.budget(10**6)),
         settings=ef.lifecycle.settings(
             min_steps={Stage.FINE_TUNING: 10**6}, max_steps={Stage.FINE_TUNING: 10**6}

@@ -1,12 +1,12 @@
 """Esper-fn: networks that grow while they train.
 
 >>> import esper_fn as ef
->>> layout = ef.layout(
+>>> growth = ef.Growth(
 ...     sites=[ef.site("hidden", features=256, chunks=16)],
 ...     blueprints={"low_rank": ef.blueprints.low_rank(rank=8)},
 ...     capacity=16,
+...     policy=ef.policies.plateau(patience=200),
 ... )
->>> growth = ef.growth(layout, policy=ef.policies.plateau(patience=200))
 
 Names are loaded when they are first used, so importing the package is quick and the parts that
 need no JAX (`data`, `report`, `errors`) do not load it.
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
         telemetry,
     )
     from esper_fn._ambient import discover_sites, use_seeds
-    from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo, growth
-    from esper_fn._layout import Layout, NoSeeds, Seeds, Site, Statistics, layout, site, span
+    from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo
+    from esper_fn._layout import Layout, NoSeeds, Seeds, Site, Statistics, site, span
     from esper_fn.lifecycle import Seed, SeedState, Stage
 
 _MODULES = (
@@ -87,8 +87,6 @@ _NAMES = {
     "SurveyInfo": "_growth",
     "discover_sites": "_ambient",
     "use_seeds": "_ambient",
-    "growth": "_growth",
-    "layout": "_layout",
     "site": "_layout",
     "span": "_layout",
 }
@@ -136,9 +134,7 @@ __all__ = [
     "export",
     "governors",
     "grafting",
-    "growth",
     "hosts",
-    "layout",
     "lifecycle",
     "linen",
     "monitoring",

@@ -254,7 +254,7 @@ def pack_on_host(
                     "blueprint",
                     command.blueprint,
                     layout.names,
-                    "give it to `layout(blueprints=...)` so that it has a bank",
+                    "give it to `Growth(blueprints=...)` so that it has a bank",
                 )
             rows[2, column] = layout.blueprint_index(command.blueprint)
         if command.graft is not None:
@@ -263,7 +263,7 @@ def pack_on_host(
                     "grafting strategy",
                     command.graft,
                     grafts,
-                    "give it to `growth(graft=...)` so that it is compiled in",
+                    "give it to `Growth(graft=...)` so that it is compiled in",
                 )
             rows[3, column] = grafts.index(command.graft)
         if command.target is not None:

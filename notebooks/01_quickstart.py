@@ -127,7 +127,7 @@ growing = GrowingClassifier(nnx.Rngs(0))
 structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
 
 # %% [markdown]
-# **What.** `ef.discover_sites` runs the model in the abstract and finds the sites. The layout puts
+# **What.** `ef.discover_sites` runs the model in the abstract and finds the sites. `ef.Growth` puts
 # together sites, **blueprints** (the kinds of small network that may grow; here 8 hidden units),
 # and the room for live **adapters** (networks made from a blueprint). Memory follows this capacity.
 #
@@ -138,13 +138,10 @@ structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
 
 # %%
 sites = ef.discover_sites(growing, train_x[:1])
-layout = ef.layout(
+growth = ef.Growth(
     sites=sites,
     blueprints={"units": ef.blueprints.bottleneck(width=8, activation="gelu")},
     capacity=2,
-)
-growth = ef.growth(
-    layout,
     adapters_at_once=None,  # one compiled variant: quick to compile, and small adapters cost little anyway
 )
 optimizer = ef.optim.per_adapter(adam)  # the host's Adam, and one of its own for every adapter
@@ -274,7 +271,7 @@ for event in events:
 # the dwell limit, because no stage may last for ever. A single seed can be read at any time:
 
 # %%
-growth.seed(state, layout.seed_index("middle", chunk=0))
+growth.seed(state, growth.layout.seed_index("middle", chunk=0))
 
 # %% [markdown]
 # ## 3. The ready loop, with pictures
@@ -336,7 +333,7 @@ grown = ef.runtime.fit(
     survey_batch=held_out,
     listener=record_grown,
 )
-folder.finish({"steps": 600, "seeds_total": layout.num_seeds, "task": data.task})
+folder.finish({"steps": 600, "seeds_total": growth.layout.num_seeds, "task": data.task})
 run = ef.report.read(folder.path)
 print(f"programs compiled after the first segment: {grown.num_compiled}")
 
@@ -368,7 +365,7 @@ ef.report.figures.accuracy_curves(run)
 # survey saw little to gain.
 
 # %%
-seed = layout.seed_index("hidden", chunk=0)
+seed = growth.layout.seed_index("hidden", chunk=0)
 germinate = growth.commands([ef.commands.germinate(seed, "units")])
 
 params, state, opt_state, infos = train(params, state, opt_state, order[:20], germinate)

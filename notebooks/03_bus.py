@@ -42,12 +42,13 @@ from esper_fn import bus, runtime
 server = bus.PrivateServer()
 server.start()
 
-layout = ef.layout(
+growth = ef.Growth(
     sites=[ef.site("hidden", features=16, chunks=4)],
     blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
     capacity=4,
+    policy=ef.policies.never(),
+    graft=ef.grafting.linear(num_steps=50),
 )
-growth = ef.growth(layout, policy=ef.policies.never(), graft=ef.grafting.linear(num_steps=50))
 
 key_in, key_out, key_data, key_run = jax.random.split(jax.random.key(0), 4)
 params = {

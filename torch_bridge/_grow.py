@@ -71,7 +71,7 @@ def grow(
         those with fewer features have one seed a feature; a mapping says it by pattern, exactly.
       blueprints: what may grow, by name; `{"low_rank": ef.blueprints.low_rank()}` if left out.
       capacity: adapters alive at once, for each target and blueprint.
-      policy: as in `esper_fn.growth`, and so are `graft`, `governor`, `settings`,
+      policy: as in `esper_fn.Growth`, and so are `graft`, `governor`, `settings`,
         `max_ablations` and `directed_births`.
       graft: see there.
       governor: see there.
@@ -116,13 +116,10 @@ def grow(
             raise BridgeError(f"{name} must be True or False, got {flag!r}")
     places, skipped = find(model, targets, features, exclude)
     sites = _sites(places, chunks, topology)
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=sites,
         blueprints=blueprints or {"low_rank": ef.blueprints.low_rank()},
         capacity=capacity,
-    )
-    growth = ef.growth(
-        layout,
         policy=policy,
         graft=graft,
         governor=governor,
@@ -130,6 +127,7 @@ def grow(
         max_ablations=max_ablations,
         directed_births=directed_births,
     )
+    layout = growth.layout
     # Before anything is changed: a blueprint without a torch form must leave the model as it was.
     forms = [
         form_of(layout.blueprints[bank.blueprint], sites[bank.site].spec)

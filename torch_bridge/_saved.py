@@ -188,11 +188,9 @@ def layout_of(saved: Saved, growth: ef.Growth) -> ef.Layout:
         )
     if own[:3] == saved[:3]:
         return layout  # averages come here in every step
-    return ef.layout(
-        sites=layout.sites,
+    return layout.replace(
         blueprints={n: layout.blueprints[layout.names.index(n)] for n in saved.blueprints},
         capacity=saved.capacity,
-        dtype=layout.dtype,
     )
 
 

@@ -6,14 +6,12 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import esper_fn as ef
 from torch_bridge._errors import BridgeError
 
 if TYPE_CHECKING:
@@ -75,18 +73,13 @@ class Shared:
         layout, age = self.lifecycle.growth.layout, self.lifecycle.age
         if capacity <= layout.capacity:
             return
-        larger = ef.layout(
-            sites=layout.sites,
-            blueprints=dict(zip(layout.names, layout.blueprints, strict=True)),
-            capacity=capacity,
-            dtype=layout.dtype,
-        )
+        larger = self.lifecycle.growth.replace(capacity=capacity)
         before = self.lifecycle.pack()
-        self.lifecycle.begin(replace(self.lifecycle.growth, layout=larger))
+        self.lifecycle.begin(larger)
         self.lifecycle.restore(before)
         self.lifecycle.age = age
         for site in self.living_sites():
-            site.make_room(larger)
+            site.make_room(larger.layout)
         for copied in list(self.copies):
             if not copied.lifecycle.is_driven:
                 copied.lifecycle.make_room(capacity)

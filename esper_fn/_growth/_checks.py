@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ import numpy as np
 from esper_fn import governors, grafting, lifecycle, policies
 from esper_fn._arguments import check_kind, described
 from esper_fn._growth._state import GrowthState
-from esper_fn._layout import Layout, Statistics, Visits, init_adapters
+from esper_fn._layout import Layout, Statistics, Visits, has_directed, init_adapters
 from esper_fn._typing import Adapters, Array, Scalar
+from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands
 from esper_fn.errors import LayoutError
+from esper_fn.lifecycle import Stage
+from esper_fn.policies._base import check_order
 
 if TYPE_CHECKING:
     from esper_fn._growth._growth import Growth
@@ -187,25 +190,75 @@ def check_reached(layout: Layout, visits: Visits) -> None:
         )
 
 
-def check_parts(layout: Any, policy: Any, graft: Any, governor: Any, settings: Any) -> None:
-    """Raises `TypeError` where `growth` got something else than a part; None stands for a default.
+def check_parts(policy: Any, graft: Any, governor: Any, settings: Any) -> None:
+    """Raises `TypeError` where `Growth` got something else than a part; None stands for a default.
 
-    Arguments as of `growth`.
+    Arguments as of `Growth`.
     """
-    check_kind("layout", layout, Layout, "make one with `ef.layout(sites=..., ...)`")
     grafts = () if graft is None else (graft,)
     if isinstance(graft, Sequence) and not isinstance(graft, str | grafting.Graft):
         grafts = tuple(graft)
     for name, value, kind, factory in (
         ("policy", policy, policies.Policy, "policies.grow"),
-        *(("graft", one, grafting.Graft, "grafting.linear") for one in grafts),
+        *(("graft", schedule, grafting.Graft, "grafting.linear") for schedule in grafts),
         ("governor", governor, governors.Governor, "governors.standard"),
         ("settings", settings, lifecycle.Settings, "lifecycle.settings"),
     ):
         if value is not None or name == "graft":
-            room, _, usual = factory.partition(".")
+            module, _, usual = factory.partition(".")
             called = getattr(value, "__name__", usual) if callable(value) else usual
-            check_kind(name, value, kind, f"make one with `ef.{room}.{called}(...)`")
+            check_kind(name, value, kind, f"make one with `ef.{module}.{called}(...)`")
+
+
+def check_policy(layout: Layout, policy: policies.Policy) -> None:
+    """Raises where a policy does not fit the layout, or limits what nothing asks for."""
+    jax.eval_shape(lambda: policy.init(layout))
+    check_order(policy)
+
+
+def checked_grafts(graft: Any, settings: lifecycle.Settings) -> tuple[grafting.Graft, ...]:
+    """The alpha schedules that an argument `graft` stands for; raises `ValueError`."""
+    if graft is None:
+        graft = grafting.linear() if settings.train_first else grafting.linear(1)
+    grafts = (graft,) if isinstance(graft, grafting.Graft) else tuple(graft)
+    names = [schedule.name for schedule in grafts]
+    if not grafts or len(set(names)) != len(grafts):
+        raise ValueError(f"graft needs strategies of different names, got {names}")
+    longest = int(settings.max_steps[Stage.GRAFTING])
+    for schedule in grafts:
+        if float(schedule.max_step) * longest < 1 - grafting.ROUNDING:
+            raise ValueError(
+                f"graft {schedule.name!r} needs {1 / float(schedule.max_step):.0f} steps at least, "
+                f"but every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer "
+                "num_steps, or "
+                "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
+            )
+    return grafts
+
+
+def check_options(
+    layout: Layout,
+    adapters_at_once: Any,
+    implementation: Any,
+    max_ablations: Any,
+    directed_births: Any,
+) -> None:
+    """Raises `ValueError`; arguments as of `Growth`."""
+    if adapters_at_once is not None:
+        check_count("adapters_at_once", adapters_at_once, 1, ", or None for every slot")
+    if max_ablations is not None:
+        check_count("max_ablations", max_ablations, 1, ", or None for every slot")
+    check_count("directed_births", directed_births, 0)
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
+        )
+    if directed_births and not any(has_directed(layout, site) for site in layout.sites):
+        raise ValueError(
+            f"directed_births={directed_births}, but none of the blueprints {list(layout.names)} "
+            "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
+            "leave it at 0"
+        )
 
 
 def check_count(name: str, value: object, least: int, also: str = "") -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,12 @@ from esper_fn._arguments import check_function, check_key
 from esper_fn._control import vary_alike
 from esper_fn._growth._births import newborn
 from esper_fn._growth._checks import (
-    check_count,
+    check_options,
     check_parts,
+    check_policy,
     check_reached,
     check_state,
+    checked_grafts,
     loss_of,
     no_gradient,
 )
@@ -29,10 +31,11 @@ from esper_fn._layout import (
     Memory,
     Moments,
     Seeds,
+    Site,
     Statistics,
     Visits,
-    has_directed,
     init_adapters,
+    make_layout,
     no_directions,
     per_slot_tree,
     slot_gains,
@@ -41,19 +44,71 @@ from esper_fn._layout import (
     zero_taps,
 )
 from esper_fn._leaves import check_leaves, join, part
-from esper_fn._typing import Adapters, Array, Bool, Float32, Int32, Key, Params, Scalar
-from esper_fn.base import Implementation
+from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
+from esper_fn.base import Blueprint, Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.optim import AdapterGradients, Slots
-from esper_fn.policies._base import check_order
+
+# The program runs once: it takes less time to run it slowly than to optimise it.
+_INIT_OPTIONS: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, init=False, slots=True, eq=False)
 class Growth:
-    """The static part of a growing network; its methods are pure. Make one with `growth`.
+    """A growing network: where it may grow, what, and who decides. Its methods are pure.
 
-    Equal only to itself, so it may be a static argument of `jit`.
+    It holds no arrays that change: those are in a `GrowthState`, which `init` makes. Immutable, and
+    equal only to itself, so it may be a static argument of `jit`.
+
+    Args:
+      sites: where seeds sit (`ef.site`, `ef.discover_sites`); their order is that of the seeds.
+      blueprints: name -> blueprint; each is offered at the sites whose topology it serves.
+      capacity: adapters that may be alive at once, for each site, layer and blueprint; a site with
+        fewer chunks has a slot for each of them.
+      dtype: dtype of the adapters' parameters.
+      policy: decides where and when to grow; `policies.grow()` when left out.
+      graft: the alpha schedule, or several of different names, of which the first is the default
+        and a command may choose another. When left out, adapters act fully at once
+        (`grafting.linear(1)`), or, if the settings let them train first, by `grafting.linear()`.
+      governor: the guard; `governors.standard()` when left out.
+      settings: the gates' thresholds; `lifecycle.settings()` when left out.
+      adapters_at_once: live adapters of a bank that a site computes in one round of its loop. One
+        at a time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for
+        the host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
+        whole states.
+      implementation: what computes the adapters of a site. `auto`: a GPU kernel where one can, else
+        `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
+        every bank of the form that a blueprint's `activation` names, except over spans.
+      max_ablations: seeds measured by ablation in one survey; None for all that are to be judged.
+      directed_births: N, the dormant seeds of highest potential in each layer of each site whose
+        directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
+        the next survey, with a blueprint that offers `init_along`, its adapter begins along them;
+        any other adapter begins as the blueprint's `init` says. A survey replaces what an earlier
+        one remembered; one that did not reach a site, or found nothing finite there, forgets it,
+        and so does a roll-back. With 0, the default, there is no memory and no cost.
+
+    Attributes:
+      layout: the sites, blueprints and slots, with the indices of seeds and slots.
+
+    Raises:
+      TypeError: an argument of another kind, a factory that was not called for instance.
+      LayoutError: no site, a name given twice, a blueprint that serves no site, a site no
+        blueprint serves, a capacity below one, a dtype that is not floating.
+      ValueError: adapters_at_once or max_ablations no int or below 1, directed_births no int, below
+        0, or above it where no blueprint offers `init_along`; schedules of one name; a schedule
+        that cannot end within the longest stay in GRAFTING; a policy that limits what no rule
+        before it asks for.
+      UnknownNameError: the policy asks for a blueprint that is not offered.
+
+    >>> import esper_fn as ef
+    >>> growth = ef.Growth(
+    ...     sites=[ef.site("hidden", features=256, chunks=16)],
+    ...     blueprints={"low_rank": ef.blueprints.low_rank(rank=8)},
+    ...     capacity=4,
+    ... )
+    >>> growth.layout.num_seeds, growth.layout.num_slots
+    (16, 4)
     """
 
     layout: Layout
@@ -62,12 +117,70 @@ class Growth:
     governor: governors.Governor
     settings: lifecycle.Settings
     adapters_at_once: int | None
-    """Adapters of a bank computed in one round over the live ones; None for every slot."""
     implementation: Implementation
-    """What computes the adapters; see `growth`."""
     max_ablations: int
     directed_births: int
-    """Seeds of each layer whose directions a survey remembers for their next adapter."""
+    _arguments: Mapping[str, Any] = field(repr=False)
+    _compiled_init: Callable[[Key], GrowthState] = field(repr=False)
+
+    def __init__(
+        self,
+        *,
+        sites: Iterable[Site],
+        blueprints: Mapping[str, Blueprint],
+        capacity: int,
+        dtype: DType = jnp.float32,
+        policy: policies.Policy | None = None,
+        graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
+        governor: governors.Governor | None = None,
+        settings: lifecycle.Settings | None = None,
+        adapters_at_once: int | None = 1,
+        implementation: Implementation = "auto",
+        max_ablations: int | None = None,
+        directed_births: int = 0,
+    ) -> None:
+        check_parts(policy, graft, governor, settings)
+        layout = make_layout(sites=sites, blueprints=blueprints, capacity=capacity, dtype=dtype)
+        check_options(layout, adapters_at_once, implementation, max_ablations, directed_births)
+        limits = lifecycle.settings() if settings is None else settings
+        policy = policies.grow() if policy is None else policy
+        check_policy(layout, policy)
+        parts = {
+            "layout": layout,
+            "policy": policy,
+            "grafts": checked_grafts(graft, limits),
+            "governor": governors.standard() if governor is None else governor,
+            "settings": limits,
+            "adapters_at_once": adapters_at_once,
+            "implementation": implementation,
+            "max_ablations": layout.num_slots if max_ablations is None else max_ablations,
+            "directed_births": directed_births,
+            "_arguments": {
+                **layout.arguments,
+                "policy": policy,
+                "graft": graft,
+                "governor": governor,
+                "settings": settings,
+                "adapters_at_once": adapters_at_once,
+                "implementation": implementation,
+                "max_ablations": max_ablations,
+                "directed_births": directed_births,
+            },
+            "_compiled_init": jax.jit(self._init, compiler_options=_INIT_OPTIONS),
+        }
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+
+    def replace(self, **changes: Any) -> Growth:
+        """Another growth, with these arguments of the constructor changed.
+
+        Args:
+          **changes: see `Growth`.
+
+        Raises:
+          TypeError, ValueError, LayoutError: as the constructor.
+        """
+        return Growth(**{**self._arguments, **changes})
 
     def init(self, key: Key) -> GrowthState:
         """All seeds dormant, all slots free.
@@ -76,9 +189,12 @@ class Growth:
           TypeError: `key` is no random key.
         """
         check_key(key)
+        return self._init(key) if isinstance(key, jax.core.Tracer) else self._compiled_init(key)
+
+    def _init(self, key: Key) -> GrowthState:
         adapter_key, key = jax.random.split(key)
         num_slots = self.layout.num_slots
-        state = GrowthState(
+        return GrowthState(
             seeds=lifecycle.seed_state(self.layout.num_seeds),
             adapters=init_adapters(self.layout, adapter_key),
             owner=jnp.full((num_slots,), NONE, jnp.int32),
@@ -94,9 +210,6 @@ class Growth:
             if self.directed_births
             else None,
         )
-        # A buffer of its own for every leaf, so that a step may donate the state.
-        own: GrowthState = jax.tree.map(jnp.copy, state)
-        return own
 
     def seeds(self, state: GrowthState) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
@@ -326,97 +439,3 @@ class Growth:
           missing: the loss without each of them.
         """
         return conclude(self, state, moments, loss, chosen, is_chosen, missing)
-
-
-def growth(
-    layout: Layout,
-    *,
-    policy: policies.Policy | None = None,
-    graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
-    governor: governors.Governor | None = None,
-    settings: lifecycle.Settings | None = None,
-    adapters_at_once: int | None = 1,
-    implementation: Implementation = "auto",
-    max_ablations: int | None = None,
-    directed_births: int = 0,
-) -> Growth:
-    """Assembles a growing network.
-
-    Args:
-      layout: where and what can grow.
-      policy: who asks for growth; `policies.grow()` when left out.
-      graft: the grafting strategy, or several of different names of which the first is the default
-        and a command may choose another. When left out, adapters act fully at once
-        (`grafting.linear(1)`), or, if the settings let them train first, by `grafting.linear()`.
-      governor: the guard; `governors.standard()` when left out.
-      settings: the gates' thresholds; `lifecycle.settings()` when left out.
-      adapters_at_once: live adapters of a bank that a site computes in one round of its loop. One
-        at a time needs the least memory and is fastest on a CPU; on a GPU, where a round waits for
-        the host, try more. None computes every slot, dead or alive, without a loop: for `vmap` over
-        whole states.
-      implementation: what computes the adapters of a site. `auto`: a GPU kernel where one can, else
-        `loops`. `pallas` and `reference` (the kernels' definition, every chunk at once) must serve
-        every bank of the form that a blueprint's `activation` names, except over spans.
-      max_ablations: seeds measured by ablation in one survey; None for all that are to be judged.
-      directed_births: N, the dormant seeds of highest potential in each layer of each site whose
-        directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
-        the next survey, with a blueprint that offers `init_along`, its adapter begins along them;
-        any other adapter begins as the blueprint's `init` says. A survey replaces what an earlier
-        one remembered; one that did not reach a site, or found nothing finite there, forgets it,
-        and so does a roll-back. With 0, the default, there is no memory and no cost.
-
-    Raises:
-      TypeError: an argument of another kind, a factory that was not called for instance.
-      ValueError: adapters_at_once or max_ablations no int or below 1, directed_births no int, below
-        0, or above it where no blueprint offers `init_along`; strategies of one name; a grafting
-        strategy that cannot end within the longest stay in GRAFTING; a policy that limits what
-        no rule before it asks for.
-      UnknownNameError: the policy asks for a blueprint that the layout does not offer.
-    """
-    check_parts(layout, policy, graft, governor, settings)
-    limits = lifecycle.settings() if settings is None else settings
-    if graft is None:
-        graft = grafting.linear() if limits.train_first else grafting.linear(1)
-    grafts = (graft,) if isinstance(graft, grafting.Graft) else tuple(graft)
-    if not grafts or len({one.name for one in grafts}) != len(grafts):
-        raise ValueError(
-            f"graft needs strategies of different names, got {[one.name for one in grafts]}"
-        )
-    longest = int(limits.max_steps[Stage.GRAFTING])
-    for one in grafts:
-        if float(one.max_step) * longest < 1 - grafting.ROUNDING:
-            raise ValueError(
-                f"graft {one.name!r} needs {1 / float(one.max_step):.0f} steps at least, but "
-                f"every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer "
-                "num_steps, or "
-                "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"
-            )
-    if adapters_at_once is not None:
-        check_count("adapters_at_once", adapters_at_once, 1, ", or None for every slot")
-    if max_ablations is not None:
-        check_count("max_ablations", max_ablations, 1, ", or None for every slot")
-    check_count("directed_births", directed_births, 0)
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation must be one of {get_args(Implementation)}, got {implementation!r}"
-        )
-    if directed_births and not any(has_directed(layout, place) for place in layout.sites):
-        raise ValueError(
-            f"directed_births={directed_births}, but none of the blueprints {list(layout.names)} "
-            "can be born along directions (`init_along`); offer low_rank, bottleneck or gated, or "
-            "leave it at 0"
-        )
-    chosen = policies.grow() if policy is None else policy
-    jax.eval_shape(lambda: chosen.init(layout))  # a policy that does not fit says so here
-    check_order(chosen)
-    return Growth(
-        layout=layout,
-        policy=chosen,
-        grafts=grafts,
-        governor=governors.standard() if governor is None else governor,
-        settings=limits,
-        adapters_at_once=adapters_at_once,
-        implementation=implementation,
-        max_ablations=layout.num_slots if max_ablations is None else max_ablations,
-        directed_births=directed_births,
-    )

@@ -9,7 +9,7 @@ from esper_fn._layout._allocate import (
     select_slots,
 )
 from esper_fn._layout._directions import Directions, Memory, has_directed, no_directions
-from esper_fn._layout._layout import Layout, init_adapters, layout
+from esper_fn._layout._layout import Layout, init_adapters, make_layout
 from esper_fn._layout._probe import Moments
 from esper_fn._layout._scope import Mark, marked
 from esper_fn._layout._seeds import NoSeeds, Seeds, Visits
@@ -41,7 +41,7 @@ __all__ = [
     "give_birth",
     "has_directed",
     "init_adapters",
-    "layout",
+    "make_layout",
     "marked",
     "no_directions",
     "per_slot_tree",

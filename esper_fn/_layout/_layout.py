@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Sites, blueprints and capacity; static and hashable. Make one with `layout`.
+    """Sites, blueprints and capacity; static and hashable.
 
     Attributes:
       sites: in the order of the flat seed axis S.
@@ -74,6 +75,20 @@ class Layout:
     blueprints: tuple[Blueprint, ...]
     capacity: int
     dtype: DType
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Growth` that lead to this layout."""
+        return {
+            "sites": self.sites,
+            "blueprints": dict(zip(self.names, self.blueprints, strict=True)),
+            "capacity": self.capacity,
+            "dtype": self.dtype,
+        }
+
+    def replace(self, **changes: Any) -> Layout:
+        """Another layout, with these of its `arguments` changed; raises as `Growth` does."""
+        return make_layout(**{**self.arguments, **changes})
 
     @property
     def num_seeds(self) -> int:
@@ -154,7 +169,7 @@ def serves(blueprint: Blueprint, site: Site) -> bool:
     return site.topology in blueprint.topologies and (blueprint.can_span or not site.is_span)
 
 
-def layout(
+def make_layout(
     *,
     sites: Iterable[Site],
     blueprints: Mapping[str, Blueprint],
@@ -273,14 +288,29 @@ def _tables(self: Layout) -> Tables:
     )
 
 
+def alike_banks(self: Layout) -> list[list[int]]:
+    """Indices of the banks; those of one blueprint, form of site and size are together."""
+    alike: dict[object, list[int]] = {}
+    for index, bank in enumerate(self.tables.banks):
+        form = (bank.blueprint, self.sites[bank.site].spec, bank.num_slots)
+        alike.setdefault(form, []).append(index)
+    return list(alike.values())
+
+
 def init_adapters(self: Layout, key: Key) -> Adapters:
-    """Fresh parameters for every slot of every bank."""
-    adapters: dict[str, dict[str, object]] = {place.name: {} for place in self.sites}
-    keys = jax.random.split(key, len(self.tables.banks))
-    for bank, bank_key in zip(self.tables.banks, keys, strict=True):
-        adapters[self.sites[bank.site].name][self.names[bank.blueprint]] = fresh_bank(
-            self, bank, bank_key
-        )
+    """Fresh parameters for every slot of every bank.
+
+    Alike banks are drawn together: that is one generator to compile.
+    """
+    adapters: dict[str, dict[str, object]] = {site.name: {} for site in self.sites}
+    banks = self.tables.banks
+    bank_keys = jax.random.split(key, len(banks))
+    for alike in alike_banks(self):
+        first = banks[alike[0]]
+        fresh = jax.vmap(partial(fresh_bank, self, first))(bank_keys[np.asarray(alike)])
+        for row, index in enumerate(alike):
+            site, name = self.sites[banks[index].site].name, self.names[banks[index].blueprint]
+            adapters[site][name] = jax.tree.map(itemgetter(row), fresh)
     return adapters
 
 

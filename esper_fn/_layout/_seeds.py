@@ -77,7 +77,10 @@ class Seeds:
             if place.name == name:
                 return index
         raise UnknownNameError(
-            "site", name, [place.name for place in self._layout.sites], "declare it in `layout`"
+            "site",
+            name,
+            [place.name for place in self._layout.sites],
+            "give it to `Growth(sites=...)`",
         )
 
     def grow(

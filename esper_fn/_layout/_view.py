@@ -90,7 +90,7 @@ def view(
       adapters: parameters of all banks.
       taps: see `zero_taps`.
       at_once: adapters a site computes in one round over the live ones; None for every slot.
-      implementation: see `esper_fn.growth`.
+      implementation: see `esper_fn.Growth`.
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
     """

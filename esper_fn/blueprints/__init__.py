@@ -1,6 +1,6 @@
 """Small networks that can grow at a seed.
 
-A blueprint is a value: make one with a factory and hand it to `esper_fn.layout`. One of your own
+A blueprint is a value: make one with a factory and hand it to `esper_fn.Growth`. One of your own
 is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract,
 and `register` gives its factory a name for the command line.
 """

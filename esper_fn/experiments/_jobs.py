@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper_fn import blueprints, hosts, policies
-from esper_fn._growth import Growth, growth
-from esper_fn._layout import Layout, layout
+from esper_fn._growth import Growth
 from esper_fn.data import Dataset
 from esper_fn.errors import UnknownNameError
 from esper_fn.hosts import Host, count_parameters
@@ -164,18 +163,19 @@ def policy(
     )
 
 
-def layout_of(job: Job, host: Host) -> Layout:
-    """Where and what can grow in a job."""
-    return layout(
-        sites=host.sites,
-        blueprints={name: blueprints.get(name, **job.sizes) for name in job.blueprints},
-        capacity=job.capacity,
-    )
+def growth_arguments(job: Job, host: Host) -> dict[str, Any]:
+    """Where and what can grow in a job: arguments of `Growth`."""
+    return {
+        "sites": host.sites,
+        "blueprints": {name: blueprints.get(name, **job.sizes) for name in job.blueprints},
+        "capacity": job.capacity,
+    }
 
 
 def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
     """The growing network of a job: the defaults, and a policy."""
-    return growth(layout_of(job, host), policy=policy(policy_name, job, steps=steps))
+    chosen = policy(policy_name, job, steps=steps)
+    return Growth(**growth_arguments(job, host), policy=chosen)
 
 
 def equal_parameters(job: Job, data: Dataset, count: int) -> Host:

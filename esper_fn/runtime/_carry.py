@@ -10,7 +10,7 @@ import numpy as np
 
 from esper_fn import checkpoint, rollback
 from esper_fn._growth import Growth, GrowthState
-from esper_fn._layout import Layout, Site, layout
+from esper_fn._layout import Layout, Site, make_layout
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
@@ -126,7 +126,7 @@ class _Before(NamedTuple):
 def _check_growth(name: str, growth: Any) -> None:
     if not isinstance(growth, Growth):
         raise CheckpointError(
-            f"{name} must be a growth, made by `esper_fn.growth`, got {type(growth).__name__}"
+            f"{name} must be a growth, an `esper_fn.Growth`, got {type(growth).__name__}"
         )
 
 
@@ -357,7 +357,7 @@ def _layout_of(settings: dict[str, Any], larger: Layout) -> Layout:
         raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
     fields = ("name", *_FORM, "positions")
     try:
-        return layout(
+        return make_layout(
             sites=[Site(**dict(zip(fields, row, strict=True))) for row in settings["sites"]],
             blueprints={name: larger.blueprints[larger.names.index(name)] for name in names},
             capacity=settings["capacity"],

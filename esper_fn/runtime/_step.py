@@ -110,7 +110,7 @@ def make_step_parts(
     """
     if survey_every is not None and survey_every < 1:
         raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
-    check_kind("growth", growth, Growth, "pass what `ef.growth(layout, ...)` returns")
+    check_kind("growth", growth, Growth, "make one with `ef.Growth(sites=..., ...)`")
     measure = growth.survey(loss_fn)
 
     def learn(state: TrainState, batch: Any, survey_batch: Any) -> Learned:

@@ -89,8 +89,14 @@ class InJax:
             ef.site("fc1", features=30, chunks=4),
             ef.site("fc2", features=16, chunks=4),
         ]
-        layout = ef.layout(sites=sites, blueprints=BLUEPRINTS, capacity=3)
-        self.growth = growth = ef.growth(layout, policy=policy(), settings=settings, **OPTIONS)
+        self.growth = growth = ef.Growth(
+            sites=sites,
+            blueprints=BLUEPRINTS,
+            capacity=3,
+            policy=policy(),
+            settings=settings,
+            **OPTIONS,
+        )
         self.state = growth.init(jax.random.key(seed))
         self.params = {
             name: jnp.asarray(p.detach().numpy().copy()) for name, p in model.named_parameters()

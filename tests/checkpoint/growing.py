@@ -66,8 +66,10 @@ def _job(
         logits = host.apply(params, seeds, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    growth = ef.growth(
-        ef.layout(sites=host.sites, blueprints={"bottleneck": blueprint}, capacity=capacity),
+    growth = ef.Growth(
+        sites=host.sites,
+        blueprints={"bottleneck": blueprint},
+        capacity=capacity,
         policy=P.chain(P.periodic(every=10, start=10, **options), P.quota(4), P.until(200)),
         graft=ef.grafting.linear(12),
         settings=QUICK,

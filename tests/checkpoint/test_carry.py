@@ -46,15 +46,13 @@ def numbers(tree: Any) -> Any:
 def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
     """A site in front of the old ones, one behind, more room, one blueprint and strategy more."""
     host = ef.hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
-    return ef.growth(
-        ef.layout(
-            sites=[ef.site("first", features=6, chunks=3), *host.sites],
-            blueprints={
-                "scale": ef.blueprints.scale_shift(),
-                "bottleneck": job.growth.layout.blueprints[0],
-            },
-            capacity=5,
-        ),
+    return ef.Growth(
+        sites=[ef.site("first", features=6, chunks=3), *host.sites],
+        blueprints={
+            "scale": ef.blueprints.scale_shift(),
+            "bottleneck": job.growth.layout.blueprints[0],
+        },
+        capacity=5,
         policy=job.growth.policy,
         graft=[ef.grafting.momentum(), ef.grafting.linear(12)],
         settings=job.growth.settings,
@@ -175,7 +173,7 @@ def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
             "capacity": 2,
             **changes,
         }
-        return ef.growth(ef.layout(**given), policy=job.growth.policy, graft=ef.grafting.linear(12))
+        return ef.Growth(**given, policy=job.growth.policy, graft=ef.grafting.linear(12))
 
     wide = [ef.site(job.growth.layout.sites[0].name, features=8, chunks=4)]
     for growth, message in (

@@ -37,8 +37,11 @@ def growth(job: Job, capacity: int = 2, sites: Any = None, **options: Any) -> ef
     layout = job.growth.layout
     sites = layout.sites if sites is None else sites
     blueprints = dict(zip(layout.names, layout.blueprints, strict=True))
-    return ef.growth(
-        ef.layout(sites=sites, blueprints=blueprints, capacity=capacity, **options),
+    return ef.Growth(
+        sites=sites,
+        blueprints=blueprints,
+        capacity=capacity,
+        **options,
         policy=job.growth.policy,
         graft=ef.grafting.linear(12),
         settings=job.growth.settings,

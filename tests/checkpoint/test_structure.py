@@ -87,12 +87,10 @@ def test_a_state_of_every_policy_and_strategy_comes_back_without_an_example(tmp_
     others = {"Observation", "Policy", "Requests", "Score"}
     others |= {"chain", "no_requests", "rule", "strike"}
     assert len(rules) == len(set(ef.policies.__all__) - others)
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("h", features=4)],
-            blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
-            capacity=1,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site("h", features=4)],
+        blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
+        capacity=1,
         policy=ef.policies.chain(*rules),
         graft=[ef.grafting.get(name) for name in ef.grafting.names()],
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 import esper_fn as ef
 from esper_fn import Statistics
+from esper_fn._layout import make_layout
 from esper_fn.governors import Alarm, Governor, Verdict
 
 NONE = -1
@@ -114,14 +115,14 @@ def rig(layout: Any, *, rows: int, **parts: Any) -> Rig:
         "settings": ef.lifecycle.settings(train_first=True),
         **parts,
     }
-    growth = ef.growth(layout, adapters_at_once=None, **parts)
+    growth = ef.Growth(**layout.arguments, adapters_at_once=None, **parts)
     return Rig(growth=growth, update=jax.jit(growth.update), rows=rows)
 
 
 @lru_cache(maxsize=1)
 def wide() -> Rig:
     """128 seeds of one site, a slot for each, a governor that obeys, two grafting strategies."""
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.site("all", features=128, chunks=128)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=128,
@@ -142,7 +143,7 @@ def small_layout() -> Any:
     Two slots a pool, so the vector site's bank holds 2 of its 3 seeds. Slots 0-1 are the vector
     site's, 2-5 `scale` and 6-9 `conv` of the sequence, layer by layer.
     """
-    return ef.layout(
+    return make_layout(
         sites=[
             ef.site("vector", features=6, chunks=3),
             ef.site("sequence", features=4, chunks=2, topology="sequence", layers=2, positions=3),

@@ -15,15 +15,6 @@ from support import QUICK, blank, place, standard
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
 
-LAYOUT = ef.layout(
-    sites=[
-        ef.site("hidden", features=12, chunks=5),
-        ef.span("over", source_features=12, features=6, chunks=2),
-        ef.site("deep", features=6, chunks=2, layers=2),
-    ],
-    blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
-    capacity=3,
-)
 ROWS = {
     0: ("gelu", Stage.TRAINING, 0.0),
     2: ("gelu", Stage.GRAFTING, 0.5),
@@ -33,8 +24,14 @@ ROWS = {
 }
 WHOLE = PartitionSpec()
 STEPS, EVERY = 5, 2
-GROWTH = ef.growth(
-    LAYOUT,
+GROWTH = ef.Growth(
+    sites=[
+        ef.site("hidden", features=12, chunks=5),
+        ef.span("over", source_features=12, features=6, chunks=2),
+        ef.site("deep", features=6, chunks=2, layers=2),
+    ],
+    blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
+    capacity=3,
     policy=ef.policies.chain(ef.policies.periodic(every=1), ef.policies.budget(300)),
     directed_births=1,
 )

@@ -12,9 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import QUICK, blank, place, standard
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
 
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=11, chunks=3),
         ef.span("over", source_features=11, features=6, chunks=2),
@@ -35,7 +36,9 @@ def local_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 
 def setting() -> Any:
-    growth = ef.growth(LAYOUT, adapters_at_once=1, policy=ef.policies.never(), directed_births=1)
+    growth = ef.Growth(
+        **LAYOUT.arguments, adapters_at_once=1, policy=ef.policies.never(), directed_births=1
+    )
     state = place(growth, blank(growth), ROWS)
     rng = np.random.default_rng(0)
     params = {

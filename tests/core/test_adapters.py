@@ -12,7 +12,7 @@ import pytest
 from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
-from esper_fn._layout import init_adapters
+from esper_fn._layout import init_adapters, make_layout
 from esper_fn.base import AdapterSpec, Cost
 from esper_fn.lifecycle import Cause, Stage
 
@@ -38,7 +38,7 @@ def _root() -> ef.blueprints.Blueprint:
     return ef.blueprints.Blueprint("root", init, apply, cost, ("vector",), can_span=False)
 
 
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=CHUNKS * WIDTH, chunks=CHUNKS),
         ef.span("over", source_features=CHUNKS * WIDTH, features=9, chunks=CHUNKS),
@@ -57,8 +57,8 @@ def loss_fn(params: Any, seeds: ef.Seeds, x: jax.Array) -> Any:
 
 @cache
 def setting(at_once: int | None = None) -> Any:
-    growth = ef.growth(
-        LAYOUT,
+    growth = ef.Growth(
+        **LAYOUT.arguments,
         adapters_at_once=at_once,
         policy=ef.policies.never(),
         graft=ef.grafting.linear(100),
@@ -275,7 +275,7 @@ def test_adapters_are_stacked_over_slots_and_differ() -> None:
     assert down.shape == (CHUNKS, WIDTH, 3)
     assert len({row.tobytes() for row in down}) == CHUNKS
     assert not np.asarray(adapters["hidden"]["relu"]["up"]).any()
-    half = ef.layout(
+    half = make_layout(
         sites=LAYOUT.sites[:1],
         blueprints={"relu": LAYOUT.blueprints[0]},
         capacity=1,

@@ -19,6 +19,7 @@ from esper_fn._layout import (
     give,
     give_birth,
     init_adapters,
+    make_layout,
     release,
     select_slots,
 )
@@ -103,7 +104,7 @@ def test_a_release_leaves_holes_that_are_filled_again() -> None:
 @pytest.fixture(scope="module")
 def low_rank() -> Any:
     """A layout whose newborn adapters are random, so that each birth can be told from the last."""
-    return ef.layout(
+    return make_layout(
         sites=[ef.site("a", features=4, chunks=4), ef.site("b", features=4, chunks=2)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(rank=2),

@@ -14,7 +14,7 @@ from support import QUICK, adapter_of, same_bits
 
 import esper_fn as ef
 from esper_fn import commands as cmd
-from esper_fn._layout import Moments
+from esper_fn._layout import Moments, make_layout
 from esper_fn.base import AdapterSpec
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import directions
@@ -189,7 +189,7 @@ NAMES = {
 
 @cache
 def layout_of(dtype: str = "float32") -> ef.Layout:
-    return ef.layout(sites=SITES, blueprints=NAMES, capacity=2, dtype=jnp.dtype(dtype))
+    return make_layout(sites=SITES, blueprints=NAMES, capacity=2, dtype=jnp.dtype(dtype))
 
 
 def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -206,8 +206,8 @@ def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 @cache
 def setting(directed: int = 2, dtype: str = "float32") -> Any:
     """growth, params, fresh state, x, survey and update, both compiled."""
-    growth = ef.growth(
-        layout_of(dtype),
+    growth = ef.Growth(
+        **layout_of(dtype).arguments,
         policy=ef.policies.never(),
         directed_births=directed,
         settings=ef.lifecycle.settings(embargo_steps=1),

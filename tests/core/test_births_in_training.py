@@ -15,6 +15,7 @@ from support import QUICK, mean_square, same_bits, standard
 
 import esper_fn as ef
 from esper_fn import commands as cmd
+from esper_fn._layout import make_layout
 from esper_fn.base import AdapterSpec
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import Stage
@@ -40,7 +41,7 @@ def planted() -> Any:
     host = jnp.asarray(rng.standard_normal((FEATURES, OUTPUTS)) * 0.3, jnp.float32)
     noise = jnp.asarray(rng.standard_normal((ROWS, OUTPUTS)) * 0.1, jnp.float32)
     batch = x, x @ host + jnp.sin(x @ missing) + noise
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.span("here", source_features=FEATURES, features=OUTPUTS)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(4),
@@ -87,8 +88,8 @@ def planted() -> Any:
     out: dict[str, Any] = {"bare": float(loss_fn(host, ef.NoSeeds(), batch))}
     for name in layout.names:
         for directed in (0, 1):
-            growth = ef.growth(
-                layout,
+            growth = ef.Growth(
+                **layout.arguments,
                 policy=ef.policies.never(),
                 adapters_at_once=None,
                 directed_births=directed,
@@ -129,16 +130,13 @@ def loss_fn(params: jax.Array, seeds: Any, batch: Any) -> jax.Array:
 
 
 def _quick(directed: int, every: int = 3) -> Any:
-    layout = ef.layout(
+    return ef.Growth(
         sites=[ef.site("a", features=8, chunks=4)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(2),
             "paired": ef.blueprints.bottleneck(4, birth="paired"),
         },
         capacity=2,
-    )
-    return ef.growth(
-        layout,
         policy=ef.policies.periodic(every=every),
         directed_births=directed,
         graft=ef.grafting.linear(2),
@@ -192,23 +190,23 @@ def test_without_directed_births_nothing_is_there() -> None:
         # N seeds of F U numbers and their names: whatever the number of chunks.
         assert kept == 4 * directed * (1 + 2 * 2)
         assert (state.memory is None) == (directed == 0)
-    many = ef.layout(
+    many = make_layout(
         sites=[ef.site("a", features=40_000, chunks=20_000)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=4,
     )
-    state = jax.eval_shape(ef.growth(many, directed_births=8).init, jax.random.key(0))
+    state = jax.eval_shape(ef.Growth(**many.arguments, directed_births=8).init, jax.random.key(0))
     kept = jax.tree.leaves((state.seeds, state.memory))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) < 200 * many.num_seeds
     with pytest.raises(ValueError, match="directed_births must be an int, at least 0, got -1"):
-        ef.growth(layout, directed_births=-1)
-    alone = ef.layout(
-        sites=[ef.site("a", features=8)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=1,
-    )
+        ef.Growth(**layout.arguments, directed_births=-1)
     with pytest.raises(ValueError, match=r"none of the blueprints \['scale'\] can be born along"):
-        ef.growth(alone, directed_births=1)
+        ef.Growth(
+            sites=[ef.site("a", features=8)],
+            blueprints={"scale": ef.blueprints.scale_shift()},
+            capacity=1,
+            directed_births=1,
+        )
 
 
 def test_a_roll_back_forgets() -> None:

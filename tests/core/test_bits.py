@@ -16,6 +16,7 @@ import pytest
 from support import blank, place, same_bits
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
 
 
@@ -53,7 +54,7 @@ def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 def mlp(dtype: str = "float32") -> Host:
     """Layer norms, scalings and sums around every site; uneven chunks; a span."""
     width = 50
-    layout = ef.layout(
+    layout = make_layout(
         sites=[
             ef.site("first", features=width, chunks=6),
             ef.site("second", features=width, chunks=5),
@@ -93,7 +94,7 @@ def mlp(dtype: str = "float32") -> Host:
 def conv() -> Host:
     """Two convolutions with batch statistics between, and a sum over the second site."""
     width = 22
-    layout = ef.layout(
+    layout = make_layout(
         sites=[
             ef.site(name, features=width, chunks=5, topology="image", positions=36)
             for name in ("first", "second")
@@ -131,7 +132,7 @@ def conv() -> Host:
 def transformer() -> Host:
     """Two blocks under a scan, each with seeds of its own, a residual sum right after each site."""
     width, length, layers, heads = 24, 8, 2, 3
-    layout = ef.layout(
+    layout = make_layout(
         sites=[
             ef.site(
                 name, features=width, chunks=4, topology="sequence", layers=layers, positions=length
@@ -191,7 +192,7 @@ HOSTS: dict[str, Any] = {
 @cache
 def compiled(name: str, at_once: int | None) -> Any:
     host = HOSTS[name]()
-    growth = ef.growth(host.layout, adapters_at_once=at_once)
+    growth = ef.Growth(**host.layout.arguments, adapters_at_once=at_once)
     run = jax.jit(growth.value_and_grad(host.loss))
     return host, growth, blank(growth), run
 
@@ -280,12 +281,12 @@ def test_a_population_in_loops_keeps_every_bit_of_16(dtype: str) -> None:
 
 def keep_every_bit(dtype: str) -> None:
     """Subnormal numbers and the payloads of NaN, which a select by way of float32 would lose."""
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("hidden", features=256, chunks=4)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=4,
+        adapters_at_once=1,
     )
-    growth = ef.growth(layout, adapters_at_once=1)
     rows = [{}, {1: ("low_rank", Stage.TRAINING, 0.0)}, {0: ("low_rank", Stage.TRAINING, 0.0)}]
     members = [place(growth, blank(growth), row) for row in rows]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)

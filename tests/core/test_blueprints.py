@@ -35,12 +35,12 @@ def _newborn(topology: Any) -> Any:
     """One site with a chunk for every blueprint of a topology; the later half is padded."""
     names = _of(topology)
     features = 4 * len(names) - len(names) // 2
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("here", features=features, chunks=len(names), topology=topology)],
         blueprints={name: ef.blueprints.get(name) for name in names},
         capacity=1,
+        adapters_at_once=None,
     )
-    growth = ef.growth(layout, adapters_at_once=None)
     return names, growth, growth.init(jax.random.key(3))
 
 

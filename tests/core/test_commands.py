@@ -270,8 +270,8 @@ def assert_same(after: Any, control: Any) -> None:
 def test_commands_come_before_policies() -> None:
     policy = ef.policies.scripted([(0, cull(0)), (0, cull(1))])
     layout = small().growth.layout
-    growth = ef.growth(
-        layout, policy=policy, governor=ef.governors.lenient(), adapters_at_once=None
+    growth = ef.Growth(
+        **layout.arguments, policy=policy, governor=ef.governors.lenient(), adapters_at_once=None
     )
     state = place(growth, growth.init(jax.random.key(0)), [2, 2, 0, 0, 0, 0, 0])
     commands = growth.commands([roll_back(0)])
@@ -335,14 +335,14 @@ def test_commands_may_be_left_out() -> None:
             UnknownNameError,
             "'rope'",
             "conv, scale",
-            "layout(blueprints=...)",
+            "Growth(blueprints=...)",
         ),
         (
             [set_graft(0, "cubic")],
             UnknownNameError,
             "'cubic'",
             "linear, stability",
-            "growth(graft=...)",
+            "Growth(graft=...)",
         ),
     ],
 )

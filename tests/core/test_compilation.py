@@ -25,15 +25,13 @@ def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: Any) -> jax.Array:
 
 
 def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step() -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("a", features=6, chunks=6)],
-            blueprints={
-                "low_rank": ef.blueprints.low_rank(1),
-                "scale": ef.blueprints.scale_shift(),
-            },
-            capacity=6,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site("a", features=6, chunks=6)],
+        blueprints={
+            "low_rank": ef.blueprints.low_rank(1),
+            "scale": ef.blueprints.scale_shift(),
+        },
+        capacity=6,
         policy=ef.policies.chain(ef.policies.periodic(every=7), ef.policies.concurrency(2)),
         graft=(ef.grafting.linear(3), ef.grafting.adaptive(3)),
         governor=ef.governors.lenient(),
@@ -91,12 +89,10 @@ def test_the_counter_counts() -> None:
 
 
 def test_new_thresholds_and_numbers_compile_nothing() -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("a", features=6, chunks=2)],
-            blueprints={"scale": ef.blueprints.scale_shift()},
-            capacity=1,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site("a", features=6, chunks=2)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=1,
         policy=ef.policies.periodic(every=5),
         adapters_at_once=None,
     )
@@ -120,12 +116,12 @@ def test_temporaries_follow_the_live_adapters_and_not_the_capacity() -> None:
     """Promise 7; computing every slot at once is what the loop is held against."""
 
     def temporaries(capacity: int, at_once: int | None) -> int:
-        layout = ef.layout(
+        growth = ef.Growth(
             sites=[ef.site("hidden", features=64, chunks=64)],
             blueprints={"bottleneck": ef.blueprints.bottleneck(width=8)},
             capacity=capacity,
+            adapters_at_once=at_once,
         )
-        growth = ef.growth(layout, adapters_at_once=at_once)
 
         def loss_fn(params: Any, seeds: Any, x: Any) -> Any:
             return jnp.mean(jnp.square(seeds.grow("hidden", x * params)))

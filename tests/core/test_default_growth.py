@@ -59,12 +59,10 @@ class Run(NamedTuple):
 @cache
 def default(survey_every: int | None) -> Run:
     with strict():
-        growth = ef.growth(
-            ef.layout(
-                sites=[ef.site("h", features=WIDTH, chunks=CHUNKS)],
-                blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
-                capacity=CHUNKS,
-            )
+        growth = ef.Growth(
+            sites=[ef.site("h", features=WIDTH, chunks=CHUNKS)],
+            blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
+            capacity=CHUNKS,
         )
         optimizer = ef.optim.per_adapter(standard(optax.adam(1e-2)))
         first = runtime.init(optimizer, host_params(), growth.init(jax.random.key(0)))
@@ -188,12 +186,10 @@ class Overshoot(NamedTuple):
 @cache
 def trained_first(chunks: int) -> Any:
     with strict():
-        growth = ef.growth(
-            ef.layout(
-                sites=[ef.site("x", features=FEATURES, chunks=chunks)],
-                blueprints={"low_rank": ef.blueprints.low_rank(2)},
-                capacity=chunks,
-            ),
+        growth = ef.Growth(
+            sites=[ef.site("x", features=FEATURES, chunks=chunks)],
+            blueprints={"low_rank": ef.blueprints.low_rank(2)},
+            capacity=chunks,
             graft=ef.grafting.linear(1),
             governor=ef.governors.lenient(),
             settings=ef.lifecycle.settings(
@@ -265,12 +261,10 @@ RATES = np.asarray([0.7, 0.0, 2.5, 0.4, 1.3, 0.0], np.float32)
 @cache
 def weighed(at_once: int | None) -> Any:
     with strict():
-        growth = ef.growth(
-            ef.layout(
-                sites=list(SITES),
-                blueprints={"silu": ef.blueprints.bottleneck(3, activation="silu")},
-                capacity=3,
-            ),
+        growth = ef.Growth(
+            sites=list(SITES),
+            blueprints={"silu": ef.blueprints.bottleneck(3, activation="silu")},
+            capacity=3,
             adapters_at_once=at_once,
             settings=ef.lifecycle.settings(train_first=True, trust=0.2),
         )

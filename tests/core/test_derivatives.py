@@ -13,9 +13,10 @@ from support import QUICK, blank, place, same_bits, standard
 
 import esper_fn as ef
 from esper_fn._control import once_if
+from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
 
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=7, chunks=3),
         ef.span("over", source_features=7, features=5, chunks=2),
@@ -55,7 +56,7 @@ def penalised(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 
 def setting(at_once: int | None, rows: Any = None) -> tuple[ef.Growth, ef.GrowthState]:
-    growth = ef.growth(LAYOUT, adapters_at_once=at_once, policy=ef.policies.never())
+    growth = ef.Growth(**LAYOUT.arguments, adapters_at_once=at_once, policy=ef.policies.never())
     return growth, place(growth, blank(growth), ROWS if rows is None else rows)
 
 

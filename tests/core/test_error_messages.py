@@ -17,13 +17,14 @@ from flax import nnx
 import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn import runtime
+from esper_fn._layout import make_layout
 from esper_fn.base import Cost
 
 X = jnp.ones((4, 6))
 
 
 def layout(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Layout:
-    return ef.layout(
+    return make_layout(
         sites=[ef.site(name, features=6, chunks=chunks)],
         blueprints={"low_rank": ef.blueprints.low_rank(rank)},
         capacity=2,
@@ -31,15 +32,17 @@ def layout(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Layout:
 
 
 LAYOUT = layout()
-GROWTH = ef.growth(LAYOUT, policy=ef.policies.never())
+GROWTH = ef.Growth(**LAYOUT.arguments, policy=ef.policies.never())
 OTHERS = {
-    "seeds": ef.growth(layout(chunks=3), policy=ef.policies.never()),
-    "site": ef.growth(layout(name="b"), policy=ef.policies.never()),
-    "rank": ef.growth(layout(rank=2), policy=ef.policies.never()),
-    "policy": ef.growth(LAYOUT, policy=ef.policies.periodic(every=3)),
-    "governor": ef.growth(LAYOUT, policy=ef.policies.never(), governor=ef.governors.lenient()),
-    "grafts": ef.growth(
-        LAYOUT,
+    "seeds": ef.Growth(**layout(chunks=3).arguments, policy=ef.policies.never()),
+    "site": ef.Growth(**layout(name="b").arguments, policy=ef.policies.never()),
+    "rank": ef.Growth(**layout(rank=2).arguments, policy=ef.policies.never()),
+    "policy": ef.Growth(**LAYOUT.arguments, policy=ef.policies.periodic(every=3)),
+    "governor": ef.Growth(
+        **LAYOUT.arguments, policy=ef.policies.never(), governor=ef.governors.lenient()
+    ),
+    "grafts": ef.Growth(
+        **LAYOUT.arguments,
         policy=ef.policies.never(),
         graft=[ef.grafting.linear(), ef.grafting.adaptive()],
     ),
@@ -296,7 +299,7 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
 
 
 def grow(**options: Any) -> Any:
-    return ef.growth(LAYOUT, **options)
+    return ef.Growth(**LAYOUT.arguments, **options)
 
 
 BAD_PARTS: dict[str, tuple[Builder, str]] = {
@@ -324,10 +327,6 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         "settings must be a Settings, got the function settings, not called",
     ),
     "settings, a dict": (lambda: grow(settings={"max_training": 3}), "settings .* got a dict"),
-    "layout": (
-        lambda: ef.growth(ef.layout),  # type: ignore[arg-type]
-        r"layout must be a Layout, got the function layout, not called; make one with",
-    ),
     "chain": (
         lambda: ef.policies.chain(ef.policies.plateau),  # type: ignore[arg-type]
         "a link of the chain must be a Policy, got the function plateau, not called",
@@ -349,7 +348,7 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"'budget' only limits .*so it would limit nothing of \['plateau'\]",
     ),
     "blueprint": (
-        lambda: ef.layout(
+        lambda: make_layout(
             sites=LAYOUT.sites,
             blueprints={"x": ef.blueprints.low_rank},  # type: ignore[dict-item]
             capacity=1,
@@ -357,7 +356,7 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"blueprints\['x'\] must be a Blueprint, got the function low_rank, not called; call",
     ),
     "blueprints, a list": (
-        lambda: ef.layout(
+        lambda: make_layout(
             sites=LAYOUT.sites,
             blueprints=[ef.blueprints.low_rank()],  # type: ignore[arg-type]
             capacity=1,
@@ -365,11 +364,11 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         "blueprints must be a dict of names and blueprints, got a list",
     ),
     "one site": (
-        lambda: ef.layout(sites="a", blueprints={}, capacity=1),  # type: ignore[arg-type]
+        lambda: make_layout(sites="a", blueprints={}, capacity=1),  # type: ignore[arg-type]
         "sites: each must be a Site, got 'a'; make a list",
     ),
     "site": (
-        lambda: ef.layout(sites=[ef.site], blueprints={}, capacity=1),  # type: ignore[list-item]
+        lambda: make_layout(sites=[ef.site], blueprints={}, capacity=1),  # type: ignore[list-item]
         "sites: each must be a Site, got the function site, not called",
     ),
     "topology": (
@@ -548,12 +547,10 @@ def test_a_loss_of_another_type_changes_no_type_of_the_state(loss: Any) -> None:
 
 @pytest.mark.parametrize("made", [optax.adam, optax.sgd, optax.adamw])
 def test_a_plain_optimiser_in_a_loop_of_ones_own_is_refused_with_the_remedy(made: Any) -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("a", features=4)],
-            blueprints={"low_rank": ef.blueprints.low_rank(2)},
-            capacity=1,
-        )
+    growth = ef.Growth(
+        sites=[ef.site("a", features=4)],
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=1,
     )
     params, optimizer = jnp.ones((4, 2)), made(1e-3)
     state = growth.init(jax.random.key(0))

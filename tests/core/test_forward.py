@@ -13,6 +13,7 @@ import pytest
 from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn._layout._site import Site
 from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage
@@ -47,8 +48,8 @@ class Case(NamedTuple):
 def case(at_once: int | None = None, names: tuple[str, ...] = FEW) -> Case:
     """The blueprints at every kind of site, each seed acting with another alpha."""
     blueprints = {name: DENSE[name] for name in names}
-    layout = ef.layout(sites=SITES, blueprints=blueprints, capacity=8 // len(names) + 1)
-    growth = ef.growth(layout, adapters_at_once=at_once)
+    layout = make_layout(sites=SITES, blueprints=blueprints, capacity=8 // len(names) + 1)
+    growth = ef.Growth(**layout.arguments, adapters_at_once=at_once)
     rows = {}
     for seed in range(layout.num_seeds):
         site, _, chunk = layout.locate(seed)
@@ -212,12 +213,12 @@ def test_an_adapter_reads_and_writes_its_own_chunk_alone() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, None])
 def test_an_empty_batch_is_no_measurement(at_once: int | None) -> None:
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("hidden", features=7, chunks=3)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=3,
+        adapters_at_once=at_once,
     )
-    growth = ef.growth(layout, adapters_at_once=at_once)
     state = place(growth, blank(growth), {1: ("low_rank", Stage.TRAINING, 0.0)})
 
     def loss(_: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -237,12 +238,11 @@ def test_a_blueprint_that_returns_another_dtype_is_named() -> None:
     def apply(params: Any, x: jax.Array, spec: Any, mask: jax.Array) -> jax.Array:
         return good.apply(params, x, spec, mask).astype(jnp.float32)
 
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("hidden", features=4)],
         blueprints={"mine": good._replace(name="mine", apply=apply, activation=None)},
         capacity=1,
     )
-    growth = ef.growth(layout)
     seeds = growth.seeds(blank(growth))
     with pytest.raises(LayoutError, match=r"'mine': apply must return \(2, 4\) bfloat16.*float32"):
         seeds.grow("hidden", jnp.ones((2, 4), jnp.bfloat16))

@@ -18,12 +18,10 @@ X = jax.random.normal(jax.random.key(0), (16, 6))
 @pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("stage", [stage for stage in Stage if ef.lifecycle.ACTS[stage]])
 def test_an_acting_adapter_learns_unless_its_stage_is_frozen(stage: Stage, is_frozen: bool) -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("a", features=6)],
-            blueprints={"low_rank": ef.blueprints.low_rank(2)},
-            capacity=1,
-        ),
+    growth = ef.Growth(
+        sites=[ef.site("a", features=6)],
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=1,
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(freeze=(stage,) if is_frozen else ()),
         adapters_at_once=None,

@@ -13,7 +13,7 @@ import pytest
 from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
-from esper_fn._layout import Statistics
+from esper_fn._layout import Statistics, make_layout
 from esper_fn.lifecycle import NUM_STAGES, Stage, gains
 
 ALPHA = 0.6
@@ -23,7 +23,7 @@ SITES = (
     ef.site("here", features=INPUTS, chunks=NUM_STAGES),
     ef.span("across", source_features=INPUTS, features=OUTPUTS, chunks=NUM_STAGES),
 )
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=SITES,
     blueprints={"silu": ef.blueprints.bottleneck(4, activation="silu")},
     capacity=NUM_STAGES,
@@ -62,7 +62,7 @@ def loss_fn(inputs: Any, seeds: ef.Seeds, weights: Any) -> jax.Array:
 
 @cache
 def compiled(at_once: int | None) -> Any:
-    growth = ef.growth(LAYOUT, adapters_at_once=at_once)
+    growth = ef.Growth(**LAYOUT.arguments, adapters_at_once=at_once)
     return growth, jax.jit(growth.value_and_grad(loss_fn), compiler_options=QUICK)
 
 
@@ -272,7 +272,7 @@ def test_against_finite_differences_in_float64() -> None:
 # --- who gets a gradient in which stage ------------------------------------------------------
 
 CHAIN_SITES = ("below", "middle", "above")
-CHAIN = ef.layout(
+CHAIN = make_layout(
     sites=[ef.site(name, features=8) for name in CHAIN_SITES],
     blueprints={"silu": ef.blueprints.bottleneck(4, activation="silu")},
     capacity=1,
@@ -288,7 +288,7 @@ def chain_host(params: Any, grow: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def chain() -> Any:
-    growth = ef.growth(CHAIN, adapters_at_once=None)
+    growth = ef.Growth(**CHAIN.arguments, adapters_at_once=None)
     run = jax.jit(
         growth.value_and_grad(lambda p, seeds, x: chain_host(p, seeds.grow, x)),
         compiler_options=QUICK,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.commands import set_graft
 from esper_fn.errors import UnknownNameError
 from esper_fn.grafting import ROUNDING, Evidence, names, ramp, start_memory
@@ -194,14 +195,14 @@ def test_wrong_numbers_are_refused(wrong: Any) -> None:
 
 
 def test_a_graft_longer_than_its_stage_is_refused() -> None:
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.site("a", features=2)], blueprints={"b": ef.blueprints.noop()}, capacity=1
     )
     with pytest.raises(ValueError, match=r"'linear' needs 601 steps.*GRAFTING\] = 600"):
-        ef.growth(layout, graft=ef.grafting.linear(601))
+        ef.Growth(**layout.arguments, graft=ef.grafting.linear(601))
     longer = ef.lifecycle.settings(max_steps={Stage.GRAFTING: 601})
-    ef.growth(layout, graft=ef.grafting.linear(601), settings=longer)
-    ef.growth(layout, graft=ef.grafting.momentum(601))
+    ef.Growth(**layout.arguments, graft=ef.grafting.linear(601), settings=longer)
+    ef.Growth(**layout.arguments, graft=ef.grafting.momentum(601))
 
 
 # --- all six in one driven run -------------------------------------------------------------------
@@ -247,7 +248,7 @@ def plant(at: int, **values: float) -> Plan:
 @pytest.fixture(scope="module")
 def drive_all() -> Any:
     """A function from a plan to what the six seeds, one a strategy, made of it."""
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.site("six", features=12, chunks=6)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=6,
@@ -431,7 +432,7 @@ def test_a_strategy_changed_on_the_way_leaves_alpha_continuous(changing: Any, se
 
 @pytest.fixture(scope="module")
 def changing() -> Any:
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.site("two", features=2, chunks=2)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=2,

@@ -16,6 +16,7 @@ from support import QUICK, blank, make_step, place, same_bits, standard
 
 import esper_fn as ef
 import esper_kernels
+from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
 
 
@@ -25,7 +26,7 @@ def _normal(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def layout(features: int, chunks: int, **options: Any) -> ef.Layout:
-    return ef.layout(
+    return make_layout(
         sites=[ef.site("here", features=features, chunks=chunks, topology="sequence", **options)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(2),
@@ -49,7 +50,7 @@ ROWS = {
 
 def ran(implementation: Any, features: int, dtype: Any, rows: Any = None) -> Any:
     """Loss, gradients and statistics of one site."""
-    growth = ef.growth(layout(features, 7), implementation=implementation)
+    growth = ef.Growth(**layout(features, 7).arguments, implementation=implementation)
     state = place(growth, blank(growth), ROWS if rows is None else rows)
     # Known, as after some steps: an adapter in TRAINING learns, damped by 0.25 over the default
     # trust.
@@ -89,7 +90,7 @@ def test_a_forced_kernel_says_why_it_cannot_run() -> None:
 
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'auto', 'loops', 'pallas', 'reference'.*got 'fast'"):
-        ef.growth(layout(28, 7), implementation="fast")  # type: ignore[arg-type]
+        ef.Growth(**layout(28, 7).arguments, implementation="fast")  # type: ignore[arg-type]
 
 
 def test_the_hosts_bits_do_not_depend_on_quiet_seeds() -> None:
@@ -117,8 +118,8 @@ def test_a_run_takes_the_same_decisions() -> None:
         return jnp.mean(jnp.square(h @ params["out"] - jnp.sin(3 * x[..., :1])))
 
     def drive(implementation: Any) -> Any:
-        growth = ef.growth(
-            chosen,
+        growth = ef.Growth(
+            **chosen.arguments,
             policy=ef.policies.periodic(every=5, score="gradient"),
             graft=ef.grafting.linear(num_steps=8),
             settings=ef.lifecycle.settings(

@@ -563,18 +563,18 @@ class Surveyed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def surveyed() -> Surveyed:
-    layout = ef.layout(
-        sites=[ef.site("hidden", features=4, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=2,
-    )
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> Any:
         return mean_square(seeds.grow("hidden", batch @ params), batch)
 
     with strict():
-        growth = ef.growth(
-            layout, policy=ef.policies.never(), adapters_at_once=None, max_ablations=2
+        growth = ef.Growth(
+            sites=[ef.site("hidden", features=4, chunks=2)],
+            blueprints={"scale": ef.blueprints.scale_shift()},
+            capacity=2,
+            policy=ef.policies.never(),
+            adapters_at_once=None,
+            max_ablations=2,
         )
         key = jax.random.key(1)
         batch = jax.random.normal(key, (8, 4))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.commands import Kind
 from esper_fn.lifecycle import Stage, loss_track, seed_state
 from esper_fn.policies import (
@@ -34,7 +35,7 @@ BIG, SMALL, TINY = 0, 1, 2
 @lru_cache(maxsize=1)
 def layout() -> Any:
     """Three places whose adapters, `scale` or `rank`, cost 512, 64 and 8 parameters."""
-    return ef.layout(
+    return make_layout(
         sites=[
             ef.site("big", features=256),
             ef.site("small", features=32),
@@ -109,7 +110,7 @@ def test_a_budget_is_greedy_by_order() -> None:
     """Against a loop over the requests, with more prices than one and many ties."""
     rng = np.random.default_rng(0)
     sizes = rng.permutation(np.repeat([2, 4, 6, 16, 40], 6))
-    wide = ef.layout(
+    wide = make_layout(
         sites=[ef.site(str(i), features=int(size)) for i, size in enumerate(sizes)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -174,7 +175,7 @@ def test_a_cheaper_blueprint_of_the_place_is_asked_for() -> None:
     # A `rank` adapter costs 64 in `small`, as a `scale` does; 512 and 8 in the others.
     told = ask(chain(periodic(every=1, blueprint="rank"), budget(64)), observe())[2]
     assert (told.kind.tolist(), int(told.blueprint[SMALL])) == ([0, 1, 0], 1)
-    two = ef.layout(
+    two = make_layout(
         sites=[ef.site("only", features=32)],
         blueprints={"dear": ef.blueprints.low_rank(rank=4), "scale": ef.blueprints.scale_shift()},
         capacity=1,
@@ -244,7 +245,7 @@ def test_a_cooldown_begins_with_a_birth() -> None:
 def test_growth_under_a_budget_goes_on() -> None:
     """Whole steps: of 512, 64 and 8 parameters, 100 hold the two that fit, and the second waits."""
     policy = chain(periodic(every=1), cooldown(2), quota(2), budget(100))
-    growth = ef.growth(layout(), policy=policy, adapters_at_once=None)
+    growth = ef.Growth(**layout().arguments, policy=policy, adapters_at_once=None)
 
     def loss_fn(params: Any, seeds: Any) -> jax.Array:
         total = jnp.float32(0)

@@ -18,11 +18,12 @@ import sharded
 from support import QUICK, blank, make_step, place, same_bits, standard
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage
 
 LAYERS = 2
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[
         ef.site("shared", features=8, chunks=3),
         ef.site("deep", features=8, chunks=2, layers=LAYERS),
@@ -118,7 +119,7 @@ def with_parts_of_the_batch(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def setting(at_once: int | None) -> Any:
-    growth = ef.growth(LAYOUT, adapters_at_once=at_once)
+    growth = ef.Growth(**LAYOUT.arguments, adapters_at_once=at_once)
     rng = np.random.default_rng(2)
     params = {
         name: jnp.asarray(rng.standard_normal((LAYERS, 8, 8)) * 0.5, jnp.float32)
@@ -198,8 +199,10 @@ def test_evaluation_seeds_enter_a_jit_without_tracing_it_anew() -> None:
 def test_a_population_under_vmap_is_a_loop_over_its_members(at_once: int | None) -> None:
     """Whole training steps: parameters, states, optimiser states and statistics of four
     networks."""
-    growth = ef.growth(
-        LAYOUT, adapters_at_once=at_once, policy=ef.policies.periodic(every=1, score="gradient")
+    growth = ef.Growth(
+        **LAYOUT.arguments,
+        adapters_at_once=at_once,
+        policy=ef.policies.periodic(every=1, score="gradient"),
     )
     optimizer = ef.optim.per_adapter(standard(optax.sgd(0.05)))
     step = make_step(growth, plainly, optimizer)
@@ -274,4 +277,4 @@ def test_a_layer_that_is_not_there(index: Any) -> None:
 @pytest.mark.parametrize("value", [1.5, True, -1, "many"])
 def test_counts_are_whole_numbers(name: str, least: int, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an int, at least {least}.*got {value!r}"):
-        ef.growth(LAYOUT, **{name: value})
+        ef.Growth(**LAYOUT.arguments, **{name: value})

@@ -235,13 +235,10 @@ def test_extra_arguments_reach_host_and_adapters() -> None:
 
 
 def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("h", features=6, chunks=2)],
         blueprints={"noop": ef.blueprints.noop(), "low_rank": ef.blueprints.low_rank(2)},
         capacity=1,
-    )
-    growth = ef.growth(
-        layout,
         adapters_at_once=None,
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(
@@ -286,13 +283,10 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
 
 def test_a_birth_is_noticed_however_many_updates_were_left_out() -> None:
     """As with gradients summed up by hand, or steps that are skipped where a loss overflows."""
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("h", features=6, chunks=2)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=1,
-    )
-    growth = ef.growth(
-        layout,
         adapters_at_once=None,
         policy=ef.policies.never(),
         settings=ef.lifecycle.settings(

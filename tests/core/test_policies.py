@@ -13,6 +13,7 @@ import pytest
 from drive import NONE, place, rig, strict
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.commands import Code, Kind, cull, germinate, pause
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import Cause, Stage, loss_track, seed_state
@@ -44,7 +45,7 @@ def layout() -> Any:
     Slots 0-1, 2-3 are `a`'s `scale` and `rank`, 4-5, 6-7 `b`'s, 8 `c`'s `scale`, 9 its `rank`, 10
     its `conv`. Parameters: scale 2 F, rank 4 F, conv 4 F.
     """
-    return ef.layout(
+    return make_layout(
         sites=[
             ef.site("a", features=6, chunks=3),
             ef.site("b", features=8, chunks=2),
@@ -737,10 +738,10 @@ def test_policies_ask_only_of_seeds_that_can(name: str) -> None:
     ids=["plateau", "chain"],
 )
 def test_growth_refuses_a_policy_with_an_unknown_blueprint(policy):
-    layout = ef.layout(
-        sites=[ef.site("s", features=4, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=2,
-    )
     with pytest.raises(UnknownNameError, match="unknown blueprint 'x'; allowed: scale"):
-        ef.growth(layout, policy=policy)
+        ef.Growth(
+            sites=[ef.site("s", features=4, chunks=2)],
+            blueprints={"scale": ef.blueprints.scale_shift()},
+            capacity=2,
+            policy=policy,
+        )

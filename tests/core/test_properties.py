@@ -32,8 +32,8 @@ POLICY = ef.policies.chain(
     ef.policies.budget(1000),
     ef.policies.quota(100),
 )
-GROWTH = ef.growth(
-    small_layout(),
+GROWTH = ef.Growth(
+    **small_layout().arguments,
     policy=POLICY,
     graft=[
         ef.grafting.linear(3),

@@ -69,13 +69,10 @@ PHASE, PHASES = 1000, 3
 
 def test_adapters_come_back_in_a_stream_whose_task_changes() -> None:
     """Each change is taken for a divergence at first, and each time growth goes on."""
-    layout = ef.layout(
+    growth = ef.Growth(
         sites=[ef.site("h", features=4, chunks=4)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=4,
-    )
-    growth = ef.growth(
-        layout,
         policy=ef.policies.periodic(every=5, score="gradient", count=4),
         graft=ef.grafting.linear(20),
         # Nothing is surveyed, so that an adapter goes on acting until its task is gone.

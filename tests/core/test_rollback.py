@@ -21,12 +21,10 @@ from esper_fn import rollback, runtime
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.runtime import SnapshotClock
 
-GROWTH = ef.growth(
-    ef.layout(
-        sites=[ef.site("hidden", features=4, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=2,
-    ),
+GROWTH = ef.Growth(
+    sites=[ef.site("hidden", features=4, chunks=2)],
+    blueprints={"scale": ef.blueprints.scale_shift()},
+    capacity=2,
     policy=ef.policies.never(),
 )
 STATE = GROWTH.init(jax.random.key(0))
@@ -280,12 +278,10 @@ def test_snapshots_are_divided_among_devices_as_the_parameters_are() -> None:
         import esper_fn as ef
         from esper_fn import rollback
         from esper_fn.governors import Verdict
-        growth = ef.growth(
-            ef.layout(
-                sites=[ef.site("hidden", features=4, chunks=2)],
-                blueprints={"scale": ef.blueprints.scale_shift()},
-                capacity=2,
-            )
+        growth = ef.Growth(
+            sites=[ef.site("hidden", features=4, chunks=2)],
+            blueprints={"scale": ef.blueprints.scale_shift()},
+            capacity=2,
         )
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
         wanted = NamedSharding(mesh, P(None, "data"))

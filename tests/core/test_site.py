@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
+from esper_fn._layout import make_layout
 from esper_fn.errors import LayoutError, UnknownNameError
 
 LOW_RANK = {"low_rank": ef.blueprints.low_rank(2)}
@@ -18,7 +19,7 @@ CONV = {"conv": ef.blueprints.depthwise_conv()}
 
 def _layout(*sites: ef.Site, **changes: Any) -> ef.Layout:
     given: dict[str, Any] = {"sites": sites, "blueprints": LOW_RANK, "capacity": 2, **changes}
-    return ef.layout(**given)
+    return make_layout(**given)
 
 
 @pytest.mark.parametrize("features", range(1, 13))
@@ -127,7 +128,7 @@ SITES = (
 
 def _grow(*calls: Any) -> Any:
     """Shapes of what a loss of these calls would return."""
-    growth = ef.growth(_layout(*SITES))
+    growth = ef.Growth(**_layout(*SITES).arguments)
     state = growth.init(jax.random.key(0))
 
     def loss(params: Any, seeds: ef.Seeds) -> Any:
@@ -174,7 +175,7 @@ X = jnp.ones((3, 6))
             r"'deep' has layers 0\.\.1, got 2; declare more with `layers=`",
         ),
         (lambda s: s.layer("deep", -1), r"'deep' has layers 0\.\.1, got -1"),
-        (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*declare it in `layout`"),
+        (lambda s: s.layers("nowhere"), "unknown site 'nowhere'.*give it to `Growth"),
         (lambda s: s.layer("deep", 0).grow("plain", X), "unknown site 'plain'; allowed: deep"),
     ],
 )
@@ -201,7 +202,7 @@ def test_right_use_keeps_shape_and_dtype() -> None:
 
 
 def test_a_site_that_the_loss_never_reaches_is_named() -> None:
-    growth = ef.growth(_layout(ef.site("near", features=6), ef.site("far", features=6)))
+    growth = ef.Growth(**_layout(ef.site("near", features=6), ef.site("far", features=6)).arguments)
     state = growth.init(jax.random.key(0))
 
     def loss(params: Any, seeds: ef.Seeds) -> Any:

@@ -14,7 +14,7 @@ import pytest
 from support import QUICK, blank, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn._layout import Moments
+from esper_fn._layout import Moments, make_layout
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import potentials
 
@@ -81,7 +81,7 @@ def test_nothing_to_gain_scores_zero() -> None:
 
 # --- through a loss function -----------------------------------------------------------------
 
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=11, chunks=2),
         ef.span("over", source_features=11, features=6),
@@ -112,7 +112,7 @@ def loss_fn(params: Any, seeds: Any, x: jax.Array) -> Any:
 
 @cache
 def setting(max_ablations: int = 8) -> Any:
-    growth = ef.growth(LAYOUT, max_ablations=max_ablations)
+    growth = ef.Growth(**LAYOUT.arguments, max_ablations=max_ablations)
     rng = np.random.default_rng(0)
     params = {
         "in": jnp.asarray(rng.standard_normal((5, 11)) * 0.5, jnp.float32),
@@ -242,7 +242,6 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
         ef.span(f"layer {i}", source_features=widths[i - 1], features=widths[i + 1])
         for i in (1, 2, 3)
     ]
-    layout = ef.layout(sites=spans, blueprints={"more": ef.blueprints.bottleneck(8)}, capacity=1)
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
         below, h = batch[0], jax.nn.relu(batch[0] @ params[0])
@@ -270,7 +269,12 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
         return params
 
     params = jax.jit(train, compiler_options=QUICK)(params)
-    growth = ef.growth(layout, adapters_at_once=None)
+    growth = ef.Growth(
+        sites=spans,
+        blueprints={"more": ef.blueprints.bottleneck(8)},
+        capacity=1,
+        adapters_at_once=None,
+    )
     survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
     _, info = survey(params, blank(growth), batch)
     assert float(info.loss) < 1.6  # it did learn something

@@ -16,12 +16,10 @@ import pytest
 import esper_fn as ef
 from esper_fn import bus, runtime
 
-GROWTH = ef.growth(
-    ef.layout(
-        sites=[ef.site("a", features=6, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=1,
-    ),
+GROWTH = ef.Growth(
+    sites=[ef.site("a", features=6, chunks=2)],
+    blueprints={"scale": ef.blueprints.scale_shift()},
+    capacity=1,
     policy=ef.policies.never(),
 )
 X = jnp.ones((4, 6))
@@ -171,7 +169,7 @@ NUMBERS: list[tuple[Callable[..., Any], str, Any, str]] = [
     (ef.grafting.stability, "hold_steps", None, "hold_steps must be a number, got None"),
     (ef.grafting.grad_norm_gated, "high", "4", "high must be a number, got '4'"),
     (
-        partial(ef.growth, GROWTH.layout),
+        partial(ef.Growth, **GROWTH.layout.arguments),
         "graft",
         "linear",
         r"graft must be a Graft, got 'linear'; make one with `ef\.grafting\.linear\(",

@@ -53,9 +53,7 @@ def case(name: str) -> tuple[Any, ef.Growth, ef.GrowthState, np.ndarray]:
     blueprints = {"bottleneck": ef.blueprints.bottleneck(4, "gelu")}
     if name == "conv":
         blueprints["conv"] = ef.blueprints.bottleneck_conv(3)
-    growth = ef.growth(
-        ef.layout(sites=host.sites, blueprints=blueprints, capacity=3), adapters_at_once=None
-    )
+    growth = ef.Growth(sites=host.sites, blueprints=blueprints, capacity=3, adapters_at_once=None)
     stages = {
         seed: (
             *LIVE[i % 3],
@@ -105,12 +103,10 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("birth", ["zero", "paired"])
 def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=MLP.sites,
-            blueprints={"bottleneck": ef.blueprints.bottleneck(4, "gelu", birth)},
-            capacity=3,
-        ),
+    growth = ef.Growth(
+        sites=MLP.sites,
+        blueprints={"bottleneck": ef.blueprints.bottleneck(4, "gelu", birth)},
+        capacity=3,
         adapters_at_once=None,
     )
     spans = [s for s in range(growth.layout.num_seeds) if growth.layout.locate(s)[0].is_span]
@@ -132,10 +128,8 @@ def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
 
 
 def test_relu_neurons_are_not_folded_into_a_gelu_layer() -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=MLP.sites, blueprints={"b": ef.blueprints.bottleneck(4, "relu")}, capacity=3
-        )
+    growth = ef.Growth(
+        sites=MLP.sites, blueprints={"b": ef.blueprints.bottleneck(4, "relu")}, capacity=3
     )
     span = growth.layout.seed_index("layer1.0", 0)
     state = alive(growth, {span: (Stage.FOSSILIZED, 1.0, "b")})

@@ -64,12 +64,10 @@ def test_discover_finds_the_sites_in_order(model: tuple[Any, Any]) -> None:
 
 def test_a_model_grows(model: tuple[Any, Any]) -> None:
     params, apply = model
-    growth = ef.growth(
-        ef.layout(
-            sites=ef.discover_sites(apply, params, X),
-            blueprints={"low_rank": ef.blueprints.low_rank(2)},
-            capacity=2,
-        ),
+    growth = ef.Growth(
+        sites=ef.discover_sites(apply, params, X),
+        blueprints={"low_rank": ef.blueprints.low_rank(2)},
+        capacity=2,
         adapters_at_once=None,
     )
 

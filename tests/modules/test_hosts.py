@@ -28,12 +28,10 @@ HOSTS = {
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_host_reaches_all_its_sites_and_is_itself_while_they_sleep(name: str) -> None:
     host, inputs, shape = HOSTS[name]
-    growth = ef.growth(
-        ef.layout(
-            sites=host.sites,
-            blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
-            capacity=1,
-        ),
+    growth = ef.Growth(
+        sites=host.sites,
+        blueprints={"bottleneck": ef.blueprints.bottleneck(2)},
+        capacity=1,
         adapters_at_once=None,
     )
     params = host.init(jax.random.key(0))

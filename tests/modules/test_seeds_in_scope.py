@@ -20,12 +20,10 @@ from esper_fn import runtime
 from esper_fn.errors import LayoutError
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
-GROWTH = ef.growth(
-    ef.layout(
-        sites=[ef.site("hidden", features=6, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=2,
-    ),
+GROWTH = ef.Growth(
+    sites=[ef.site("hidden", features=6, chunks=2)],
+    blueprints={"scale": ef.blueprints.scale_shift()},
+    capacity=2,
     policy=ef.policies.never(),
     adapters_at_once=None,
 )

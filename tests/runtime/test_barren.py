@@ -12,6 +12,7 @@ import pytest
 
 import esper_fn as ef
 from esper_fn import runtime
+from esper_fn._layout import make_layout
 
 ALIVE = 2
 
@@ -22,13 +23,14 @@ def batches(first: int, count: int) -> Any:
 
 
 def test_dead_chunks_are_left_alone_and_named_once() -> None:
-    layout = ef.layout(
+    policy = ef.policies.periodic(every=1, count=3)
+    growth = ef.Growth(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
+        policy=policy,
+        adapters_at_once=None,
     )
-    policy = ef.policies.periodic(every=1, count=3)
-    growth = ef.growth(layout, policy=policy, adapters_at_once=None)
     # Chunk 0 is always zero, and of chunk 1 nothing reaches the loss.
     reads, counts = np.repeat([0.0, 1.0, 1.0], 2), np.repeat([1.0, 0.0, 1.0], 2)
 
@@ -59,7 +61,7 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
-    layout = ef.layout(
+    layout = make_layout(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
@@ -70,7 +72,7 @@ def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
 
     def run(survey_batch: Any) -> runtime.Fit:
         return runtime.fit(
-            ef.growth(layout),
+            ef.Growth(**layout.arguments),
             loss_fn,
             ef.optim.per_adapter(optax.sgd(0.1)),
             jnp.ones((6,)),

@@ -32,13 +32,10 @@ def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
 
 
 def grow(policy: P.Policy, **options: Any) -> ef.Growth:
-    layout = ef.layout(
+    return ef.Growth(
         sites=HOST.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(4)},
         capacity=2,
-    )
-    return ef.growth(
-        layout,
         policy=policy,
         graft=ef.grafting.linear(8),
         settings=QUICK,

@@ -13,9 +13,10 @@ import pytest
 
 import esper_fn as ef
 from esper_fn import runtime
+from esper_fn._layout import make_layout
 
 X = np.ones((8, 6), np.float32)
-LAYOUT = ef.layout(
+LAYOUT = make_layout(
     sites=[ef.site("h", features=6, chunks=2)],
     blueprints={"scale": ef.blueprints.scale_shift()},
     capacity=2,
@@ -31,7 +32,7 @@ def fit(**options: Any) -> Any:
     arguments = {**arguments, "num_steps": 6, "key": jax.random.key(0), **options}
     batches = arguments.pop("batches")
     optimizer = ef.optim.per_adapter(optax.sgd(0.1))
-    growth = ef.growth(LAYOUT)
+    growth = ef.Growth(**LAYOUT.arguments)
     return runtime.fit(growth, loss_fn, optimizer, jnp.ones((6,)), batches, **arguments)
 
 
@@ -45,7 +46,7 @@ def too_few(first: int, count: int) -> Any:
 
 def surveys_twice() -> Any:
     optimizer = ef.optim.per_adapter(optax.sgd(0.1))
-    growth = ef.growth(LAYOUT)
+    growth = ef.Growth(**LAYOUT.arguments)
     step = runtime.make_step(growth, loss_fn, optimizer)
     survey = runtime.make_survey(growth, loss_fn)
     return runtime.scan_steps(step, survey=survey, survey_every=25)
@@ -53,7 +54,7 @@ def surveys_twice() -> Any:
 
 def without_slots() -> Any:
     optimizer = ef.optim.per_adapter(optax.sgd(0.1))
-    state = ef.growth(LAYOUT).init(jax.random.key(0))
+    state = ef.Growth(**LAYOUT.arguments).init(jax.random.key(0))
     pair = (jnp.ones((6,)), state.adapters)
     return optimizer.update(pair, optimizer.init(pair), pair)
 

@@ -39,12 +39,10 @@ def batches(first: int, count: int) -> Any:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_adapter_that_is_zero_at_birth_grows_by_the_defaults(name: str) -> None:
-    growth = ef.growth(
-        ef.layout(
-            sites=[ef.site("h", features=6, chunks=2)],
-            blueprints={"scale": ef.blueprints.scale_shift()},
-            capacity=2,
-        )
+    growth = ef.Growth(
+        sites=[ef.site("h", features=6, chunks=2)],
+        blueprints={"scale": ef.blueprints.scale_shift()},
+        capacity=2,
     )
     optimizer = ef.optim.per_adapter(OPTIMIZERS[name])
     run = runtime.scan_steps(runtime.make_step(growth, loss_fn, optimizer, survey_every=None))

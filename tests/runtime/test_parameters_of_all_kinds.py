@@ -15,12 +15,10 @@ from esper_fn import commands as cmd
 from esper_fn import runtime
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
-GROWTH = ef.growth(
-    ef.layout(
-        sites=[ef.site("a", features=6, chunks=2)],
-        blueprints={"scale": ef.blueprints.scale_shift()},
-        capacity=1,
-    ),
+GROWTH = ef.Growth(
+    sites=[ef.site("a", features=6, chunks=2)],
+    blueprints={"scale": ef.blueprints.scale_shift()},
+    capacity=1,
     adapters_at_once=None,
 )
 W = np.linspace(-1, 1, 6, dtype=np.float32)
@@ -165,12 +163,10 @@ def test_the_host_alone_takes_the_same_parameters_and_optimisers() -> None:
     assert int(result.state["n"]) == 3
 
 
-DIRECTED = ef.growth(
-    ef.layout(
-        sites=[ef.site("a", features=6)],
-        blueprints={"low_rank": ef.blueprints.low_rank(1)},
-        capacity=1,
-    ),
+DIRECTED = ef.Growth(
+    sites=[ef.site("a", features=6)],
+    blueprints={"low_rank": ef.blueprints.low_rank(1)},
+    capacity=1,
     policy=ef.policies.periodic(every=1),
     adapters_at_once=None,
     directed_births=1,

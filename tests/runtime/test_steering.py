@@ -16,13 +16,14 @@ import pytest
 
 import esper_fn as ef
 from esper_fn import bus, checkpoint, policies, runtime
+from esper_fn._layout import make_layout
 from esper_fn.errors import RunStoppedError
 from esper_fn.runtime._positions import SavedPositions
 
 SITE = ef.site("hidden", features=8, chunks=4)
-LAYOUT = ef.layout(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
-GROWTH = ef.growth(
-    LAYOUT, policy=policies.never(), graft=ef.grafting.linear(8), adapters_at_once=None
+LAYOUT = make_layout(sites=[SITE], blueprints={"scale": ef.blueprints.scale_shift()}, capacity=2)
+GROWTH = ef.Growth(
+    **LAYOUT.arguments, policy=policies.never(), graft=ef.grafting.linear(8), adapters_at_once=None
 )
 OPTIMIZER = ef.optim.per_adapter(optax.sgd(1e-2))
 

@@ -40,14 +40,17 @@ def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
 
 @cache
 def growth() -> ef.Growth:
-    layout = ef.layout(
+    # Nothing is asked for before it is surveyed.
+    policy = P.chain(P.periodic(every=3, start=1), P.quota(2))
+    return ef.Growth(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},
         capacity=3,
+        policy=policy,
+        settings=SHORT,
+        adapters_at_once=None,
+        max_ablations=1,
     )
-    # Nothing is asked for before it is surveyed.
-    policy = P.chain(P.periodic(every=3, start=1), P.quota(2))
-    return ef.growth(layout, policy=policy, settings=SHORT, adapters_at_once=None, max_ablations=1)
 
 
 def batches(first: int, count: int) -> Any:
