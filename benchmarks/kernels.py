@@ -24,7 +24,6 @@ import torch
 from benchmarks._device_timing import time_jax, time_torch
 from benchmarks._kernel_checks import (
     Arguments,
-    error_of,
     forward,
     hold,
     hold_in_place,
@@ -36,10 +35,6 @@ from benchmarks._timing import Row, exact, ratio, summarise
 from esper_kernels.graft import Adapter, Case, check, reference_jax, reference_torch, triton_cuda
 from esper_kernels.graft._specs import Spec
 from esper_kernels.graft.jax import explain as explain_jax
-from esper_kernels.potential._case import check as check_potential
-from esper_kernels.potential.jax import potential as potential_jax
-from esper_kernels.potential.reference_torch import potential as potential_eager
-from esper_kernels.potential.triton_cuda import potential as potential_triton
 
 NUM_SETS = 3
 ACTIVATION_PASSES = 2.5
@@ -56,7 +51,6 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
         rows |= _headline(rank, repeats=repeats)
     rows |= _in_place(repeats=repeats)
     rows |= _small(repeats=repeats)
-    rows |= _potential(repeats=repeats)
     rows |= _many_seeds(repeats=repeats)
     return rows
 
@@ -281,40 +275,6 @@ def _small(*, repeats: int) -> Rows:
     for name in ("xla", "pallas"):
         if f"forward_{name}" in seconds:
             rows[f"small_forward_{name}"] = summarise(seconds[f"forward_{name}"], "us")
-    return rows
-
-
-def _potential(*, repeats: int) -> Rows:
-    spec = Spec(name="potential", rows=16384, features=4096, chunks=64, slots=64, rank=16)
-    sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
-    asked = torch.ones(spec.chunks, dtype=torch.bool, device="cuda")
-    case = check_potential(sets[0].x, sets[0].dy, asked, device=torch.cuda.get_device_name())
-    first = sets[0]
-    true = potential_eager(case, first.x.double(), first.dy.double(), asked)
-    error = error_of(potential_triton(case, first.x, first.dy, asked), true)
-    if not error <= 1e-5:
-        raise BenchmarkError(f"potential in triton: error {error:.2g}, at most 1e-5 is right.")
-
-    def each(function: Any) -> list[Callable[[], object]]:
-        return [lambda of=of: function(case, of.x, of.dy, asked) for of in sets]  # type: ignore[misc]
-
-    samples = time_torch(
-        {"triton": each(potential_triton)},
-        {"eager": each(potential_eager), "compile": each(torch.compile(potential_eager))},
-        repeats=repeats,
-    )
-    inputs = [tuple(map(jnp.from_dlpack, (of.x, of.dy))) for of in sets]
-    every = jnp.ones((spec.chunks,), bool)
-    samples["xla"] = time_jax(
-        jax.jit(lambda x, dy: potential_jax(x, dy, every)), inputs, repeats=repeats
-    )
-    read = 2 * spec.rows * spec.features * 2
-    rows: Rows = {}
-    for name, seconds in samples.items():
-        per_second = read / sorted(seconds)[len(seconds) // 2]
-        rows[f"potential_{name}"] = summarise(
-            seconds, "us", counted_bytes=read, bytes_per_second=per_second
-        )
     return rows
 
 

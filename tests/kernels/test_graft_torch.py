@@ -5,7 +5,6 @@ from contextvars import copy_context
 from dataclasses import replace
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -387,29 +386,3 @@ class TestDispatch:
     def test_names_that_torch_does_not_have(self, name):
         with pytest.raises((UnavailableError, ArgumentError), match=r"torch has|must be one of"):
             kernels.explain(*arguments(), activation="gelu", implementation=name)
-
-
-class TestPotential:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize(("rows", "features", "chunks"), [(70, 64, 4), (33, 47, 3), (0, 8, 2)])
-    def test_size_of_x_dy(self, implementation, rows, features, chunks, dtype):
-        x, dy = torch.randn(2, rows, features, device=DEVICE).to(dtype)
-        asked = torch.arange(chunks, device=DEVICE) != 1
-        sizes = kernels.potential(x, dy, asked, implementation=implementation)
-        for chunk, (u, slope) in enumerate(
-            zip(
-                np.array_split(x.double().cpu().numpy(), chunks, axis=1),
-                np.array_split(dy.double().cpu().numpy(), chunks, axis=1),
-                strict=True,
-            )
-        ):
-            right = np.square(u.T @ slope).sum() * (chunk != 1)
-            np.testing.assert_allclose(sizes[chunk].item(), right, rtol=1e-4)
-
-    def test_nan_stays_in_its_chunk(self, implementation):
-        x, dy = torch.randn(2, 32, 64, device=DEVICE)
-        x[3, 5] = torch.nan
-        sizes = kernels.potential(
-            x, dy, torch.ones(4, dtype=torch.bool, device=DEVICE), implementation=implementation
-        )
-        assert sizes.isnan().tolist() == [True, False, False, False]

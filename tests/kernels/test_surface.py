@@ -48,20 +48,16 @@ def test_public_surface():
         "backward",
         "backward_in_place",
         "explain",
-        "explain_potential",
         "forward",
         "forward_in_place",
         "graft",
-        "potential",
     }
     assert set(esper_kernels.torch.__all__) == {
         "Calls",
         "bind",
         "explain",
-        "explain_potential",
         "graft",
         "graft_",
-        "potential",
         "watch",
     }
 
@@ -99,24 +95,6 @@ def test_headline_tiles_are_the_measured_ones():
     ]
 
 
-def test_potential_for_jax():
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from implementations import strictly
-
-    from esper_kernels.jax import potential
-
-    source = np.random.default_rng(0)
-    x, dy = source.standard_normal((2, 20, 11)).astype(np.float32)
-    asked = np.array([True, True, False])
-    with strictly():
-        sizes = jax.jit(potential)(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(asked))
-    chunks = zip(np.array_split(x, 3, axis=1), np.array_split(dy, 3, axis=1), strict=True)
-    right = [np.square(u.T @ slope).sum() for u, slope in chunks]
-    np.testing.assert_allclose(sizes, right * asked, rtol=1e-4)
-
-
 def _jax_arguments():
     import jax
     import jax.numpy as jnp
@@ -130,26 +108,20 @@ def _jax_arguments():
 
 def test_explain_for_jax_while_tracing():
     import jax
-    import jax.numpy as jnp
 
-    from esper_kernels.jax import explain, explain_potential
+    from esper_kernels.jax import explain
 
     chosen = []
 
     def trace(x, adapter, slot, gains):
         chosen.append(explain(x, adapter, slot, gains))
-        chosen.append(explain_potential(x, x, slot == 0))
         return x
 
     given = _jax_arguments()
     jax.eval_shape(trace, *given)
     chosen.append(explain(*given))
-    asked = jax.ShapeDtypeStruct((2,), jnp.bool_)
-    chosen.append(explain_potential(given[0], given[0], asked))
-    assert [choice.operation for choice in chosen] == ["graft", "potential"] * 2
-    assert chosen[0] == chosen[2]
-    assert chosen[1] == chosen[3]
-    assert chosen[1].refusals == {"pallas": "no kernel is built"}
+    assert [choice.operation for choice in chosen] == ["graft"] * 2
+    assert chosen[0] == chosen[1]
 
 
 def test_jax_chooses_for_the_device_that_runs_the_call(monkeypatch):
@@ -171,28 +143,16 @@ def test_jax_chooses_for_the_device_that_runs_the_call(monkeypatch):
             assert device_name(shape) == "cpu"
 
 
-def test_explain_potential_for_torch():
-    torch = pytest.importorskip("torch")
-    from esper_kernels import UnavailableError
-    from esper_kernels.torch import explain_potential
-
-    x, asked = torch.ones(4, 600), torch.ones(2, dtype=torch.bool)
-    choice = explain_potential(x, x, asked)
-    assert choice.implementation == "reference"
-    with pytest.raises(UnavailableError, match="potential"):
-        explain_potential(x, x, asked, implementation="triton")
-
-
-def test_triton_refuses_old_gpus_for_both_operations(monkeypatch):
+def test_triton_refuses_old_gpus(monkeypatch):
     torch = pytest.importorskip("torch")
     from esper_kernels._torch_choice import refuses_triton
     from esper_kernels.graft import _operations
-    from esper_kernels.potential import torch as potential_torch
 
     class Old:
         device = torch.device("cuda", 0)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     case = replace(HEADLINE, device="Tesla T4")
-    for module in (_operations.TRITON, potential_torch._TRITON):
-        assert "Tesla T4 has no bfloat16 matrix units" in refuses_triton(module, case, Old())
+    assert "Tesla T4 has no bfloat16 matrix units" in refuses_triton(
+        _operations.TRITON, case, Old()
+    )
