@@ -194,52 +194,34 @@ def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) ->
 
 
 def _in_place(*, repeats: int) -> Rows:
+    """Pallas's forms in place, which sites of several banks use."""
     spec = Spec(name="in_place", rows=16384, features=4096, chunks=64, slots=64, rank=16)
     # Four chunks alone would stay in the cache of three sets.
     whole, few = ([_draw(spec, seed, live) for seed in range(3 * NUM_SETS)] for live in (None, 4))
     case, pallas = _case(whole[0]), _pallas(whole[0])
+    if pallas is None:
+        return {}
     hold_in_place(case, few[0], pallas)
     torch.cuda.empty_cache()
 
-    def small(of: Arguments) -> Arguments:
+    def small(arguments: Arguments) -> Arguments:
         """In place again and again: gains so small that x stays what it is."""
-        return of._replace(gains=1e-4 * of.gains)
+        return arguments._replace(gains=1e-4 * arguments.gains)
 
-    sets = {"all": whole, "all_in_place": [*map(small, whole)], "four": [*map(small, few)]}
-    works: dict[str, list[Callable[[], object]]] = {}
-    for name, arguments in sets.items():
-        function = triton_cuda.forward if name == "all" else triton_cuda.forward_in_place
-        works[name] = [
-            lambda of=of, function=function: function(case, of.x, of.adapter, of.slot, of.gains)  # type: ignore[misc]
-            for of in arguments
-        ]
-    works["warm"] = works["four"][:1]
     # Four chunks read and written 16 bytes at a time, and nothing else done.
-    wide = [of.x.view(torch.complex128).view(spec.rows, 4, 16, -1)[:, :, 0] for of in whole]
-    works["touch"] = [partial(of.add_, 0) for of in wide]
-    samples = {"triton": time_torch(works, {}, repeats=repeats)}
-    if pallas is not None:
-        samples["pallas"] = {
-            "all": time_jax(
-                jax.jit(partial(forward, pallas, case)),
-                [(to_jax(of),) for of in whole],
-                repeats=repeats,
-            ),
-            **{
-                name: _time_in_place(pallas, case, sets[name], repeats)
-                for name in ("all_in_place", "four")
-            },
-        }
-    ours = samples["triton"]
-    rows = {
-        "in_place_triton_in_cache_4_of_64_r16": summarise(ours["warm"], "us"),
-        "in_place_touch_4_of_64": summarise(ours["touch"], "us"),
+    wide = [s.x.view(torch.complex128).view(spec.rows, 4, 16, -1)[:, :, 0] for s in whole]
+    touch = time_torch({"touch": [partial(x.add_, 0) for x in wide]}, {}, repeats=repeats)["touch"]
+    program = jax.jit(partial(forward, pallas, case))
+    every = time_jax(program, [(to_jax(s),) for s in whole], repeats=repeats)
+    all_live, four = (
+        _time_in_place(pallas, case, [*map(small, sets)], repeats) for sets in (whole, few)
+    )
+    return {
+        "in_place_touch_4_of_64": summarise(touch, "us"),
+        "in_place_pallas_4_of_64_r16": summarise(four, "us"),
+        "in_place_pallas_all_r16": summarise(all_live, "us"),
+        "in_place_pallas_4_of_64_over_all_live_r16": ratio(four, every),
     }
-    for name, of in samples.items():
-        rows[f"in_place_{name}_4_of_64_r16"] = summarise(of["four"], "us")
-        rows[f"in_place_{name}_all_r16"] = summarise(of["all_in_place"], "us")
-        rows[f"in_place_{name}_4_of_64_over_all_live_r16"] = ratio(of["four"], of["all"])
-    return rows
 
 
 def _time_in_place(

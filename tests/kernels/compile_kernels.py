@@ -68,7 +68,6 @@ def compile_all(spec, dtype):
     for counters in (triton_cuda.arrivals, lambda x, chunks, stream: None):
         triton_cuda.arrivals = counters
         watched = triton_cuda.forward(case, x, adapter, slot, gains)[1]
-        triton_cuda.forward_in_place(case, x, adapter, slot, gains)
         triton_cuda.watch(case, x)
         triton_cuda.backward(case, x, x, adapter, slot, gains, watched)
     # As a compiler starts it: with arrays, whose tiles the kernel describes.

@@ -119,19 +119,6 @@ def run_jax(implementation: str) -> Runner:
     return run
 
 
-def run_torch_in_place(implementation: str) -> Runner:
-    """An implementation for torch in place, which has no backward."""
-
-    def run(spec: Spec, inputs: Inputs, dtype: str) -> Outcome:
-        x, adapter, slot, gains = torch_arguments(spec, inputs, dtype)
-        x = x.clone()  # in float32 it is the memory of `inputs`
-        static = {"activation": spec.activation, "implementation": implementation}
-        watched = graft_torch.graft_(x, adapter, slot, gains, **static)
-        return Outcome(_wide(x), _wide(watched), *(None,) * 6)
-
-    return run
-
-
 @partial(jax.jit, donate_argnums=0, static_argnames=("activation", "implementation"))
 def _forward_in_place(x: Any, adapter: Adapter, slot: Any, gains: Any, **static: str) -> Any:
     return graft_jax.forward_in_place(x, adapter, slot, gains, **static)
@@ -172,8 +159,6 @@ RUNNERS: dict[str, Runner] = {
 
 
 IN_PLACE: dict[str, Runner] = {
-    "torch-reference": run_torch_in_place("reference"),
-    "torch-triton": run_torch_in_place("triton"),
     "jax-reference": run_jax_in_place("reference"),
     "jax-pallas": run_jax_in_place("pallas"),
 }

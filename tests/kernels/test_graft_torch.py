@@ -136,29 +136,7 @@ def _everything(x, adapter, slot, gains):
     case = kernels_case(x, adapter, slot, gains)
     y, watched = triton_cuda.forward(case, x, adapter, slot, gains)
     dx, d_adapter, channels = triton_cuda.backward(case, x, x + 1, adapter, slot, gains, watched)
-    z, live = triton_cuda.forward_in_place(case, x.clone(), adapter, slot, gains)
-    return [y, watched, dx, *d_adapter[:3], channels, z, live]
-
-
-class TestInPlace:
-    @pytest.mark.parametrize("num_live", [0, 1, 3])
-    @pytest.mark.parametrize("rows", [40, 300])
-    def test_equals_graft_and_leaves_dormant_chunks_alone(self, implementation, rows, num_live):
-        spec = Spec(name="s", rows=rows, features=64, chunks=4, slots=3, rank=4, num_live=num_live)
-        x, adapter, slot, gains = arguments(spec)
-        static = {"activation": "relu", "implementation": implementation}
-        y, watched = kernels.graft(x, adapter, slot, gains, **static)
-        watched_live = kernels.graft_(x, adapter, slot, gains, **static)
-        torch.testing.assert_close(x, y)
-        is_live = slot >= 0
-        torch.testing.assert_close(watched_live[is_live], watched[is_live])
-        assert not watched_live[~is_live].any()
-
-    def test_refuses_where_a_gradient_would_pass(self):
-        x, adapter, slot, gains = arguments()
-        adapter.up.requires_grad_()
-        with pytest.raises(ArgumentError, match="no_grad"):
-            kernels.graft_(x, adapter, slot, gains, activation="gelu")
+    return [y, watched, dx, *d_adapter[:3], channels]
 
 
 class TestWatch:
@@ -213,8 +191,7 @@ class TestCounters:
         dy = torch.flip(x, (0,))
         pulled = triton_cuda.backward(case, x, dy, adapter, slot, gains, watched, tiles=tiles)
         grads = [of for of in pulled[1] if of is not None]
-        watched_in_place = triton_cuda.forward_in_place(case, x, adapter, slot, gains)[1]
-        return [watched, watched_in_place, pulled[2], *grads]
+        return [watched, pulled[2], *grads]
 
     def test_are_zero_after_every_call(self):
         self.run()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from esper_kernels.graft import Case
-from esper_kernels.graft._blocks import backward_tiles, forward_tiles, in_place_tiles
+from esper_kernels.graft._blocks import backward_tiles, forward_tiles
 from esper_kernels.graft._specs import SPECS
 
 HEADLINE = Case(
@@ -57,12 +57,11 @@ def test_public_surface():
         "bind",
         "explain",
         "graft",
-        "graft_",
         "watch",
     }
 
 
-@pytest.mark.parametrize("choose", [forward_tiles, backward_tiles, in_place_tiles])
+@pytest.mark.parametrize("choose", [forward_tiles, backward_tiles])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_tiles_cover_any_shape(choose, spec):
     case = replace(

@@ -30,7 +30,7 @@ class Tiles:
     rows: int
     """Rows of a tile."""
     splits: int
-    """Row ranges, each one program a chunk; in place, programs in all."""
+    """Row ranges, each one program a chunk."""
     warps: int
     stages: int
     """Tiles in flight in a program."""
@@ -57,7 +57,6 @@ class _Line(NamedTuple):
 
 _FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
 _BACKWARD = (_Line(16, 64, 4, 3, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
-_IN_PLACE = (_Line(64, 128, 4, 3, 2), _Line(256, 64, 8, 2, 2))
 _NARROW_FORWARD = (_Line(16, 256, 4, 6, 2), *_FORWARD)
 _NARROW_BACKWARD = (_Line(16, 128, 4, 3, 2), *_BACKWARD)
 """Where chunks are at most 16 wide; measured at 16,384 rows of 64 chunks."""
@@ -126,11 +125,3 @@ def forward_tiles(case: Case) -> Tiles:
 def backward_tiles(case: Case) -> Tiles:
     """Of the backward pass; each split costs a share of the adapter's gradients."""
     return _choose(case, _BACKWARD if padded(case)[0] > 16 else _NARROW_BACKWARD)
-
-
-def in_place_tiles(case: Case) -> Tiles:
-    """Of the forward pass in place; here `splits` is programs in all, for the live chunks."""
-    tiles = _choose(case, _IN_PLACE)
-    rank = padded(case)[1]
-    line = next(line for line in _IN_PLACE if rank <= line.rank)
-    return replace(tiles, splits=multiprocessors(case) * line.programs)

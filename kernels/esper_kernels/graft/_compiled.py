@@ -102,7 +102,7 @@ def graft_open(
         )
         return y, watched
     tiles = without_engine(forward_tiles(case))
-    main, finish, room = forward_launches(case, tiles, False, False, False)
+    main, finish, room = forward_launches(case, tiles, False, False)
     y = torch.empty_like(x)
     watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
     left = x.new_empty((room,), dtype=torch.float32) if room else watched

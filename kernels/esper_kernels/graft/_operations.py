@@ -113,42 +113,6 @@ def of_chunks(x: Tensor, slot: Tensor, columns: int) -> Tensor:
     return x.new_empty((slot.shape[0], columns), dtype=torch.float32)
 
 
-@torch.library.custom_op("esper::graft_", mutates_args=("x",))
-def in_place_op(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    activation: str,
-    implementation: str,
-) -> Tensor:
-    adapter = Adapter(down, up, bias, gate)
-    case = check_call(x, adapter, slot, gains, activation)
-    backend = backend_of(case, x, implementation)
-    watched: Tensor = backend.forward_in_place(case, x, adapter, slot, gains)[1]
-    return watched
-
-
-@in_place_op.register_fake
-def _(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    slot: Tensor,
-    gains: Tensor,
-    activation: str,
-    implementation: str,
-) -> Tensor:
-    case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
-    choose_for(case, x, implementation)
-    return of_chunks(x, slot, NUM_FORWARD_STATISTICS)
-
-
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
 def backward_op(
     x: Tensor,

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
-    GAINS,
     activate,
     blend,
     dot,
@@ -23,8 +22,6 @@ from esper_kernels.graft._triton_parts import (
 from esper_kernels.graft._triton_watch import (
     finish,
     leave_sums,
-    live_chunks,
-    store_nothing,
     store_watched,
 )
 
@@ -153,8 +150,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    WATCHES: tl.constexpr,  # dormant chunks too, in place
+    IN_PLACE: tl.constexpr,  # only measured: no adapter acts and nothing is written
     BULK: tl.constexpr,
     CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
     ALL_ROWS: tl.constexpr,
@@ -168,10 +164,6 @@ def forward_kernel(
     chunk = pid % CHUNKS
     split = pid // CHUNKS
     slot, act, _, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
-    if IN_PLACE and not WATCHES and not is_live:
-        if split == 0:
-            store_nothing(watched_ptr, chunk)
-        return
     start, width = locate(chunk, NARROW, NUM_WIDE)
     total, squares = _graft_range(
         x_ptr,
@@ -226,102 +218,3 @@ def forward_kernel(
                 BF,
                 PAD,
             )
-
-
-@triton.jit
-def in_place_kernel(
-    x_ptr,
-    down_ptr,
-    up_ptr,
-    bias_ptr,
-    gate_ptr,
-    slot_ptr,
-    gains_ptr,
-    sums_ptr,  # [programs, BF + PAD]
-    watched_ptr,  # [C, 5]
-    arrivals_ptr,  # [C], zeros before and after
-    N,
-    D,
-    SLOTS,
-    CHUNKS: tl.constexpr,
-    BC: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # at least CHUNKS
-    MOST: tl.constexpr,  # parts of a chunk
-    TILES: tl.constexpr,  # of a chunk
-    NARROW: tl.constexpr,
-    NUM_WIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BR: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BULK: tl.constexpr,
-    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
-    ALL_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BS: tl.constexpr,
-    PAD: tl.constexpr,
-    IS_COUNTED: tl.constexpr,
-):
-    """The programs share the rows of the L live chunks: p has a part of number p % L."""
-    pid = tl.program_id(0)
-    chunks = tl.arange(0, BC)
-    live = live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS)
-    num_live = tl.sum(live, axis=0)
-    release(CHAINED)
-    if IS_COUNTED:
-        is_dormant = tl.sum(tl.where(chunks == pid, live, 0), axis=0) == 0
-        if is_dormant & (pid < CHUNKS):
-            store_nothing(watched_ptr, pid)
-    many = tl.maximum(num_live, 1)
-    parts = tl.minimum(PROGRAMS // many, MOST)
-    place = pid % many
-    part = pid // many
-    if (num_live == 0) | (part >= parts):
-        return
-    is_it = (live != 0) & (tl.cumsum(live, axis=0) == place + 1)
-    chunk = tl.sum(tl.where(is_it, chunks, 0), axis=0)
-    slot = tl.load(slot_ptr + chunk)
-    act = tl.load(gains_ptr + chunk * GAINS)
-    start, width = locate(chunk, NARROW, NUM_WIDE)
-    total, squares = _graft_range(
-        x_ptr,
-        x_ptr,
-        down_ptr,
-        up_ptr,
-        bias_ptr,
-        gate_ptr,
-        slot,
-        act,
-        start,
-        width,
-        part * BM,
-        act != 0,
-        N,
-        D,
-        WIDTH,
-        RANK,
-        (TILES - part + parts - 1) // parts,
-        parts * BM,
-        BM,
-        BF,
-        BR,
-        GROUP,
-        STAGES,
-        ACTIVATION,
-        HAS_BIAS,
-        True,
-        BULK,
-        ALL_ROWS,
-        (NUM_WIDE == 0) and (BF == NARROW),
-        PRECISION,
-    )
-    leave_sums(sums_ptr, pid, total, squares, BF, PAD)
-    if IS_COUNTED:
-        finish(
-            sums_ptr, watched_ptr, arrivals_ptr, chunk, place, many, parts, N, width, BS, BF, PAD
-        )

@@ -9,13 +9,11 @@ import triton
 from esper_kernels.graft._blocks import Tiles, padded
 from esper_kernels.graft._case import Case
 from esper_kernels.graft._triton_backward import backward_kernel
-from esper_kernels.graft._triton_forward import forward_kernel, in_place_kernel
+from esper_kernels.graft._triton_forward import forward_kernel
 from esper_kernels.graft._triton_launch import Launch
 from esper_kernels.graft._triton_reduce import reduce_kernel
-from esper_kernels.graft._triton_watch import watch_in_place_kernel, watch_kernel
+from esper_kernels.graft._triton_watch import watch_kernel
 
-MAX_PARTS = 64
-"""Row ranges of a chunk in place: sums that one program adds up at once."""
 PAD = 32
 """Floats behind the sums of squares by feature; the first is the sum of values."""
 
@@ -90,7 +88,6 @@ def forward_launches(
     case: Case,
     tiles: Tiles,
     is_in_place: bool,
-    watches: bool,
     is_counted: bool,
 ) -> Watching:
     """Of the forward pass.
@@ -99,7 +96,6 @@ def forward_launches(
       case: what is computed.
       tiles: how it is cut.
       is_in_place: whether `y` is `x`.
-      watches: whether dormant chunks are measured in place too.
       is_counted: whether counters tell who adds up.
     """
     is_chained = tiles.is_bulk and not is_counted
@@ -107,7 +103,6 @@ def forward_launches(
     rest = {"BS": triton.next_power_of_2(tiles.splits), "PAD": PAD}
     constants = {
         "IN_PLACE": is_in_place,
-        "WATCHES": watches,
         "IS_COUNTED": is_counted,
         "CHAINED": is_chained,
         **_common(case, tiles),
@@ -121,37 +116,6 @@ def forward_launches(
         added_up = Launch(watch_kernel, case.chunks, added | _chain(is_chained))
     room = programs * (width + PAD) if tiles.splits > 1 else 0
     return Watching(Launch(forward_kernel, programs, constants), added_up, room)
-
-
-def in_place_launches(case: Case, tiles: Tiles, is_counted: bool) -> Watching:
-    """Of the forward pass in place."""
-    is_chained = tiles.is_bulk and not is_counted
-    num_tiles = triton.cdiv(case.rows, tiles.rows)
-    most = min(num_tiles, MAX_PARTS)
-    programs = max(case.chunks, min(case.chunks * most, tiles.splits))
-    rest = {
-        "CHUNKS": case.chunks,
-        "BC": triton.next_power_of_2(case.chunks),
-        "PROGRAMS": programs,
-        "MOST": most,
-        "BS": triton.next_power_of_2(most),
-        "PAD": PAD,
-    }
-    constants = {
-        "IS_COUNTED": is_counted,
-        "CHAINED": is_chained,
-        "TILES": num_tiles,
-        "ALL_ROWS": case.rows % tiles.rows == 0,
-        **_common(case, tiles),
-        **_folded(case, tiles),
-        **rest,
-    }
-    added_up = None
-    if not is_counted:
-        added = _cut(case, tiles) | rest | _chain(is_chained)
-        added_up = Launch(watch_in_place_kernel, case.chunks, added)
-    room = programs * (padded(case)[0] + PAD)
-    return Watching(Launch(in_place_kernel, programs, constants), added_up, room)
 
 
 def share_of(case: Case) -> int:

@@ -6,14 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._triton_parts import GAINS, await_release, locate
-
-
-@triton.jit
-def store_nothing(watched_ptr, chunk):
-    """The row of a chunk that is not measured."""
-    k = tl.arange(0, 8)
-    tl.store(watched_ptr + chunk * 5 + k, tl.zeros([8], tl.float32), mask=k < 5)
+from esper_kernels.graft._triton_parts import await_release, locate
 
 
 @triton.jit
@@ -85,18 +78,6 @@ def finish(
 
 
 @triton.jit
-def live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS: tl.constexpr):
-    """Which of `chunks` have an adapter at work, as 0 and 1."""
-    inside = chunks < CHUNKS
-    slots = tl.load(slot_ptr + chunks, mask=inside, other=-1)
-    gain = tl.load(gains_ptr + chunks * GAINS, mask=inside, other=0.0) != 0
-    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 1, mask=inside, other=0.0) != 0)
-    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 2, mask=inside, other=0.0) != 0)
-    gain = gain | (tl.load(gains_ptr + chunks * GAINS + 3, mask=inside, other=0.0) != 0)
-    return ((slots >= 0) & (slots < SLOTS) & gain).to(tl.int32)
-
-
-@triton.jit
 def watch_kernel(
     sums_ptr,
     watched_ptr,
@@ -115,37 +96,3 @@ def watch_kernel(
     _, width = locate(chunk, NARROW, NUM_WIDE)
     await_release(CHAINED)
     add_up(sums_ptr, watched_ptr, chunk, chunk, CHUNKS, SPLITS, N, width, BS, BF, PAD)
-
-
-@triton.jit
-def watch_in_place_kernel(
-    sums_ptr,
-    watched_ptr,
-    slot_ptr,
-    gains_ptr,
-    N,
-    SLOTS,
-    CHUNKS: tl.constexpr,
-    BC: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    MOST: tl.constexpr,  # parts of a chunk
-    NARROW: tl.constexpr,
-    NUM_WIDE: tl.constexpr,
-    BS: tl.constexpr,
-    BF: tl.constexpr,
-    PAD: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """The same in place."""
-    chunk = tl.program_id(0)
-    chunks = tl.arange(0, BC)
-    live = live_chunks(slot_ptr, gains_ptr, chunks, SLOTS, CHUNKS)
-    if tl.sum(tl.where(chunks == chunk, live, 0), axis=0) == 0:
-        store_nothing(watched_ptr, chunk)
-        return
-    num_live = tl.sum(live, axis=0)
-    place = tl.sum(tl.where(chunks < chunk, live, 0), axis=0)
-    parts = tl.minimum(PROGRAMS // num_live, MOST)
-    _, width = locate(chunk, NARROW, NUM_WIDE)
-    await_release(CHAINED)
-    add_up(sums_ptr, watched_ptr, chunk, place, num_live, parts, N, width, BS, BF, PAD)

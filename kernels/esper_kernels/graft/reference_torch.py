@@ -109,15 +109,6 @@ def forward(
     return _join(case, _add(u, act, r)), watch(case, x)
 
 
-def forward_in_place(
-    case: Case, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same into the memory of `x`, with `watched` for live chunks only."""
-    y, watched = forward(case, x, adapter, slot, gains)
-    live = is_live(case, slot, gains)[:, None]
-    return x.copy_(y), torch.where(live, watched, 0.0)
-
-
 def backward(
     case: Case,
     x: Tensor,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from esper_kernels._dispatch import Choice
-from esper_kernels._errors import ArgumentError
 from esper_kernels._records import Adapter
 from esper_kernels._torch_choice import check_places, device_name
 from esper_kernels.graft._case import check_watched
@@ -21,7 +20,6 @@ from esper_kernels.graft._operations import (
     check_call,
     choose_for,
     forward_op,
-    in_place_op,
 )
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -93,35 +91,6 @@ def graft(
     else:
         y, watched = forward_op(x, *adapter, slot, gains, tap, activation, implementation)
     return y, watched
-
-
-def graft_(
-    x: Tensor,
-    adapter: Adapter,
-    slot: Tensor,
-    gains: Tensor,
-    *,
-    activation: str = "none",
-    implementation: str = "auto",
-) -> Tensor:
-    """`graft` into the memory of `x`: dormant chunks cost nothing. Not differentiable.
-
-    Returns:
-      watched: [C, 5] float32; zero rows, not measured, for dormant chunks.
-
-    Raises:
-      ArgumentError: also when a gradient would have to pass, whose derivative needs the `x` that
-        is lost.
-    """
-    if torch.is_grad_enabled() and any(
-        of is not None and of.requires_grad for of in (x, gains, *adapter)
-    ):
-        raise ArgumentError(
-            "graft_ overwrites the x that its derivative needs; call it under torch.no_grad(), or "
-            "call graft"
-        )
-    watched: Tensor = in_place_op(x, *adapter, slot, gains, activation, implementation)
-    return watched
 
 
 def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:

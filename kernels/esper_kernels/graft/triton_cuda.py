@@ -22,7 +22,6 @@ from esper_kernels.graft._blocks import (
     Tiles,
     backward_tiles,
     forward_tiles,
-    in_place_tiles,
     padded,
     without_engine,
 )
@@ -35,7 +34,6 @@ from esper_kernels.graft._triton_plan import (
     Watching,
     backward_launches,
     forward_launches,
-    in_place_launches,
     share_of,
 )
 
@@ -44,8 +42,6 @@ MAX_MATRIX = 16384
 MAX_SHARE = 1024
 """Entries of a share of gradients up to which the last program of a chunk adds up; beyond, the
 programs of a second kernel do so side by side."""
-MAX_SEARCHED = 1024
-"""Chunks among which each program in place looks for the live ones itself."""
 
 
 def refuses(case: Case) -> str | None:
@@ -82,10 +78,7 @@ class Calls:
         self._forward_tiles = tiles or forward_tiles(case)
         if self._opens:
             self._forward_tiles = without_engine(self._forward_tiles)
-        self._in_place_tiles = tiles or in_place_tiles(case)
         self._backward_tiles = tiles or backward_tiles(case)
-        if case.chunks > MAX_SEARCHED:
-            self._in_place_tiles = replace(forward_tiles(case), splits=1)
         self._sizes = case.rows, case.features, case.chunks, case.slots
         self._layouts: dict[int, Layout] = {}
         self._watched: dict[tuple[bool, ...], Watching] = {}
@@ -101,19 +94,11 @@ class Calls:
         with on_device_of(x):
             return y, self._watch(x, y, adapter, slot, gains, self._forward_tiles)
 
-    def forward_in_place(self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor) -> Tensor:
-        """`watched`, with the live chunks of `x` rewritten."""
-        tiles = self._in_place_tiles
-        with on_device_of(x):
-            if self.case.chunks > MAX_SEARCHED:
-                return self._watch(x, x, adapter, slot, gains, tiles)
-            return self._watch_in_place(x, adapter, slot, gains, tiles)
-
     def watch(self, x: Tensor) -> Tensor:
         """`watched` of all chunks, whatever lives there."""
         with on_device_of(x):
             nobody = self._nobody or self._made_nobody(x)
-            return self._watch(x, x, Adapter(x, x), *nobody, self._forward_tiles, watches=True)
+            return self._watch(x, x, Adapter(x, x), *nobody, self._forward_tiles)
 
     def backward(
         self,
@@ -193,14 +178,12 @@ class Calls:
         slot: Tensor,
         gains: Tensor,
         tiles: Tiles,
-        *,
-        watches: bool = False,
     ) -> Tensor:
         case, bank = self.case, _bank(x, adapter)
         tiles = tiles if are_aligned(x, y) else _without_engine(tiles)
         stream = current_stream(x)
         counters = arrivals(x, case.chunks, stream) if tiles.splits > 1 else None
-        key = tiles.is_bulk, y is x, watches, counters is not None
+        key = tiles.is_bulk, y is x, counters is not None
         launches = self._watched.get(key)
         if launches is None:
             launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
@@ -212,29 +195,6 @@ class Calls:
         main(views, (*plain, *bank, slot, gains, left, watched, counted), self._sizes, stream.name)
         if finish is not None:
             finish((), (left, watched), (case.rows,), stream.name)
-        return watched
-
-    def _watch_in_place(
-        self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor, tiles: Tiles
-    ) -> Tensor:
-        case, bank = self.case, _bank(x, adapter)
-        tiles = tiles if are_aligned(x) else _without_engine(tiles)
-        stream = current_stream(x)
-        counters = arrivals(x, case.chunks, stream)
-        key = tiles.is_bulk, True, counters is not None
-        launches = self._watched.get(key)
-        if launches is None:
-            launches = self._watched[key] = in_place_launches(case, tiles, key[2])
-        main, finish, room = launches
-        left = self._room(x, room, stream, is_alone=finish is None)
-        watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
-        views, plain = self._views(tiles, x)
-        counted = slot if counters is None else counters
-        sizes = case.rows, case.features, case.slots
-        main(views, (*plain, *bank, slot, gains, left, watched, counted), sizes, stream.name)
-        if finish is not None:
-            told = left, watched, slot, gains
-            finish((), told, (case.rows, case.slots), stream.name)
         return watched
 
 
@@ -283,21 +243,6 @@ def forward(
 def watch(case: Case, x: Tensor) -> Tensor:
     """`watched` of all chunks of an activation; nothing else of the case matters."""
     return calls(case, x.device).watch(x) if case.rows else reference_torch.watch(case, x)
-
-
-def forward_in_place(
-    case: Case,
-    x: Tensor,
-    adapter: Adapter,
-    slot: Tensor,
-    gains: Tensor,
-    *,
-    tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same into the memory of `x`; dormant chunks are neither read nor written."""
-    if case.rows == 0:
-        return reference_torch.forward_in_place(case, x, adapter, slot, gains)
-    return x, calls(case, x.device, tiles).forward_in_place(x, adapter, slot, gains)
 
 
 def backward(
