@@ -106,7 +106,7 @@ def execute(
       seeds: rows before the step's moves.
       owner: who holds each slot.
       requests: what is asked.
-      num_grafts: grafting strategies there are.
+      num_grafts: alpha schedules there are.
       guarded: moves already decided by guard edges.
       is_vetoing: the governor allows no germination.
 

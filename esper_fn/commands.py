@@ -101,7 +101,7 @@ class Commands(NamedTuple):
 
     @property
     def graft(self) -> Int8[Array, "M"]:
-        """The grafting strategy's index, or NONE."""
+        """The alpha schedule's index, or NONE."""
         return self._narrow(3)
 
     @property
@@ -185,7 +185,7 @@ def release(seed: int) -> Command:
 
 
 def set_graft(seed: int, graft: str) -> Command:
-    """Change a seed's grafting strategy."""
+    """Change a seed's alpha schedule."""
     return Command(kind=Kind.SET_GRAFT, seed=seed, graft=graft)
 
 
@@ -215,13 +215,13 @@ def pack(
 
     Args:
       layout: names the seeds and blueprints there are.
-      grafts: names of the grafting strategies, in order.
+      grafts: names of the alpha schedules, in order.
       commands: of which the first one for a seed counts.
       size: rows.
 
     Raises:
       CommandError: more commands than rows, or a seed that does not exist.
-      UnknownNameError: a blueprint or grafting strategy the layout was not given.
+      UnknownNameError: a blueprint or alpha schedule the layout was not given.
     """
     return Commands(jax.device_put(pack_on_host(layout, grafts, commands, size)))
 
@@ -260,7 +260,7 @@ def pack_on_host(
         if command.graft is not None:
             if command.graft not in grafts:
                 raise UnknownNameError(
-                    "grafting strategy",
+                    "alpha schedule",
                     command.graft,
                     grafts,
                     "give it to `Growth(graft=...)` so that it is compiled in",

@@ -18,6 +18,7 @@ from esper_fn._typing import Adapters, Array, Scalar
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands
 from esper_fn.errors import LayoutError
+from esper_fn.grafting._select import ROUNDING
 from esper_fn.lifecycle import Stage
 from esper_fn.policies._base import check_order
 
@@ -59,7 +60,7 @@ def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = 
             )
     if len(state.grafts) != len(growth.grafts):
         raise LayoutError(
-            f"state.grafts has {len(state.grafts)} strategies, this growth has "
+            f"state.grafts has {len(state.grafts)} alpha schedules, this growth has "
             f"{[graft.name for graft in growth.grafts]}; {_OTHER}"
         )
     if with_adapters:
@@ -196,11 +197,11 @@ def check_parts(policy: Any, graft: Any, governor: Any, settings: Any) -> None:
     Arguments as of `Growth`.
     """
     grafts = () if graft is None else (graft,)
-    if isinstance(graft, Sequence) and not isinstance(graft, str | grafting.Graft):
+    if isinstance(graft, Sequence) and not isinstance(graft, str | grafting.AlphaSchedule):
         grafts = tuple(graft)
     for name, value, kind, factory in (
         ("policy", policy, policies.Policy, "policies.grow"),
-        *(("graft", schedule, grafting.Graft, "grafting.linear") for schedule in grafts),
+        *(("graft", schedule, grafting.AlphaSchedule, "grafting.linear") for schedule in grafts),
         ("governor", governor, governors.Governor, "governors.standard"),
         ("settings", settings, lifecycle.Settings, "lifecycle.settings"),
     ):
@@ -216,19 +217,19 @@ def check_policy(layout: Layout, policy: policies.Policy) -> None:
     check_order(policy)
 
 
-def checked_grafts(graft: Any, settings: lifecycle.Settings) -> tuple[grafting.Graft, ...]:
+def checked_grafts(graft: Any, settings: lifecycle.Settings) -> tuple[grafting.AlphaSchedule, ...]:
     """The alpha schedules that an argument `graft` stands for; raises `ValueError`."""
     if graft is None:
         graft = grafting.linear() if settings.train_first else grafting.linear(1)
-    grafts = (graft,) if isinstance(graft, grafting.Graft) else tuple(graft)
+    grafts = (graft,) if isinstance(graft, grafting.AlphaSchedule) else tuple(graft)
     names = [schedule.name for schedule in grafts]
     if not grafts or len(set(names)) != len(grafts):
         raise ValueError(f"graft needs strategies of different names, got {names}")
     longest = int(settings.max_steps[Stage.GRAFTING])
     for schedule in grafts:
-        if float(schedule.max_step) * longest < 1 - grafting.ROUNDING:
+        if schedule.max_step * longest < 1 - ROUNDING:
             raise ValueError(
-                f"graft {schedule.name!r} needs {1 / float(schedule.max_step):.0f} steps at least, "
+                f"graft {schedule.name!r} needs {1 / schedule.max_step:.0f} steps at least, "
                 f"but every seed is culled after max_steps[GRAFTING] = {longest}; give it fewer "
                 "num_steps, or "
                 "settings=lifecycle.settings(max_steps={Stage.GRAFTING: ...}) more"

@@ -47,6 +47,7 @@ from esper_fn._leaves import check_leaves, join, part
 from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Blueprint, Implementation
 from esper_fn.commands import Command, Commands, pack
+from esper_fn.grafting._select import init_states
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.optim import AdapterGradients, Slots
 
@@ -113,7 +114,7 @@ class Growth:
 
     layout: Layout
     policy: policies.Policy
-    grafts: tuple[grafting.Graft, ...]
+    grafts: tuple[grafting.AlphaSchedule, ...]
     governor: governors.Governor
     settings: lifecycle.Settings
     adapters_at_once: int | None
@@ -131,7 +132,7 @@ class Growth:
         capacity: int,
         dtype: DType = jnp.float32,
         policy: policies.Policy | None = None,
-        graft: grafting.Graft | Sequence[grafting.Graft] | None = None,
+        graft: grafting.AlphaSchedule | Sequence[grafting.AlphaSchedule] | None = None,
         governor: governors.Governor | None = None,
         settings: lifecycle.Settings | None = None,
         adapters_at_once: int | None = 1,
@@ -201,7 +202,7 @@ class Growth:
             generation=jnp.zeros((num_slots,), jnp.int32),
             loss=lifecycle.loss_track(),
             settings=self.settings,
-            grafts=tuple(graft.hyper for graft in self.grafts),
+            grafts=init_states(self.grafts, self.layout.num_seeds),
             policy=self.policy.init(self.layout),
             governor=self.governor.state,
             key=key,

@@ -26,7 +26,7 @@ class GrowthState(NamedTuple):
     loss: lifecycle.LossTrack
     settings: lifecycle.Settings
     grafts: tuple[Any, ...]
-    """The grafting strategies' numbers."""
+    """The alpha schedules' states."""
     policy: Any
     governor: Any
     key: Key

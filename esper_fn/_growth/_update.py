@@ -21,6 +21,7 @@ from esper_fn._growth._state import GrowthState, StepInfo
 from esper_fn._layout import Statistics, give, give_birth, release, select_slots, slot_gains
 from esper_fn._typing import Adapters, Array, Bool, Float32, Key, Params, Scalar
 from esper_fn.commands import Commands, no_commands
+from esper_fn.grafting._select import restart, start_alpha, update_alpha
 from esper_fn.lifecycle import NONE, OWNS_ADAPTER, Gate, Move, SeedState, Stage, is_in
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def advance(
         governors.Evidence(seeds=seeds, loss=loss, track=track, drift=drift),
     )
     variation = lifecycle.loss_variation(track)
-    seeds = _ramp(growth, seeds, state.grafts, track, is_spike, drift, shown)
+    grafts, seeds = _move_alpha(growth, state.grafts, seeds, track, is_spike, drift, shown)
     signals = lifecycle.Signals(
         has_error=shown.has_error,
         is_quarantined=verdict.is_quarantined,
@@ -131,18 +132,11 @@ def advance(
     seeds = seeds._replace(
         alpha=jnp.where(
             move.target == Stage.GRAFTING,
-            grafting.start_alpha(growth.grafts, seeds.graft),
+            start_alpha(growth.grafts, seeds.graft),
             seeds.alpha,
         ),
-        graft_memory=cond(
-            jnp.any(begins_to_graft),
-            lambda of: jnp.where(
-                begins_to_graft[:, None], grafting.start_memory(growth.grafts, seeds.graft), of
-            ),
-            lambda of: of,
-            seeds.graft_memory,
-        ),
     )
+    grafts = restart(growth.grafts, grafts, choice=seeds.graft, begins=begins_to_graft)
     holds = is_in(seeds.stage, OWNS_ADAPTER)
     owner = give(release(state.owner, holds), done.slot, done.is_born)
     seeds = seeds._replace(
@@ -158,6 +152,7 @@ def advance(
         owner=owner,
         generation=state.generation + is_born.astype(jnp.int32),
         loss=track,
+        grafts=grafts,
         policy=policy,
         governor=judged,
         key=key,
@@ -229,33 +224,33 @@ def _settle(
     return kept, drift, error
 
 
-def _ramp(
+def _move_alpha(
     growth: Growth,
+    states: tuple[Any, ...],
     seeds: SeedState,
-    hypers: tuple[Any, ...],
     track: lifecycle.LossTrack,
     is_spike: Bool[Array, ""],
     drift: Float32[Array, "S"],
     shown: telemetry.SeedEvidence,
-) -> SeedState:
+) -> tuple[tuple[Any, ...], SeedState]:
+    """One step of the alpha schedule of every seed that is grafted."""
     shape = seeds.stage.shape
     trend = (track.fast - track.slow) / (jnp.abs(track.slow) + 1e-12)
-    alpha, memory = grafting.ramp(
+    states, alpha = update_alpha(
         growth.grafts,
-        hypers,
-        grafting.Evidence(
+        states,
+        grafting.Observation(
             is_spike=jnp.broadcast_to(is_spike, shape),
             loss_trend=jnp.broadcast_to(trend, shape),
             drift=drift,
             gradient_ratio=shown.gradient_ratio,
             stability=seeds.stability,
         ),
-        chosen=seeds.graft,
-        memory=seeds.graft_memory,
+        choice=seeds.graft,
         alpha=seeds.alpha,
         is_moving=(seeds.stage == Stage.GRAFTING) & ~seeds.is_paused & ~shown.has_error,
     )
-    return seeds._replace(alpha=alpha, graft_memory=memory)
+    return states, seeds._replace(alpha=alpha)
 
 
 def _square(leaf: Array) -> Float32[Array, "P"]:

@@ -1,14 +1,12 @@
 """Small networks that can grow at a seed.
 
 A blueprint is a value: make one with a factory and hand it to `esper_fn.Growth`. One of your own
-is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract,
-and `register` gives its factory a name for the command line.
+is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract.
 """
 
 from esper_fn.base import AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._check import check
 from esper_fn.blueprints._dense import bottleneck, gated, low_rank, noop, normalised, scale_shift
-from esper_fn.blueprints._registry import get, names, register
 from esper_fn.blueprints._spatial import (
     bottleneck_conv,
     depthwise_conv,
@@ -25,12 +23,9 @@ __all__ = [
     "check",
     "depthwise_conv",
     "gated",
-    "get",
     "low_rank",
-    "names",
     "noop",
     "normalised",
-    "register",
     "scale_shift",
     "self_attention",
     "squeeze_excite",

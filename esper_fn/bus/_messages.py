@@ -98,7 +98,7 @@ class Transition(SeedCommand, frozen=True, kw_only=True, tag="transition/1"):
 
 
 class SetGraft(SeedCommand, frozen=True, kw_only=True, tag="set_graft/1"):
-    """Change a seed's grafting strategy."""
+    """Change a seed's alpha schedule."""
 
     graft: Name
 

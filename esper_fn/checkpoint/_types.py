@@ -18,7 +18,7 @@ from esper_fn import governors, optim, rollback
 from esper_fn._growth import GrowthState
 from esper_fn._layout import _directions
 from esper_fn.errors import CheckpointError
-from esper_fn.grafting import _strategies
+from esper_fn.grafting import _schedules
 from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import Telemetry
 from esper_fn.policies import _grow, _limit, _propose
@@ -98,7 +98,7 @@ register(rollback.Anchor, "esper_fn.rollback.Ring")
 register(rollback.Snapshot, "esper_fn.rollback.Snapshot")
 for _module, _prefix in (
     (_directions, "esper_fn.telemetry"),
-    (_strategies, "esper_fn.grafting"),
+    (_schedules, "esper_fn.grafting"),
     (_propose, "esper_fn.policies"),
     (_grow, "esper_fn.policies"),
     (_limit, "esper_fn.policies"),

@@ -21,7 +21,7 @@ class Job:
       data: name of the data set.
       host: makes the host.
       family: hosts of the same kind by size, none of them with a narrow place: the static rival.
-      blueprints: names of registered blueprints that may grow.
+      blueprints: names of the factories in `esper_fn.blueprints` of what may grow.
       sizes: keyword arguments of their factories.
       batch_size: examples a step.
       learning_rate: of AdamW, decayed to zero by a cosine.
@@ -167,7 +167,7 @@ def growth_arguments(job: Job, host: Host) -> dict[str, Any]:
     """Where and what can grow in a job: arguments of `Growth`."""
     return {
         "sites": host.sites,
-        "blueprints": {name: blueprints.get(name, **job.sizes) for name in job.blueprints},
+        "blueprints": {name: getattr(blueprints, name)(**job.sizes) for name in job.blueprints},
         "capacity": job.capacity,
     }
 

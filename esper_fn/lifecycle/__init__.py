@@ -37,7 +37,6 @@ from esper_fn.lifecycle._stages import (
 )
 from esper_fn.lifecycle._state import (
     FAST_STEPS,
-    GRAFT_MEMORY,
     NONE,
     SLOW_STEPS,
     Seed,
@@ -55,7 +54,6 @@ __all__ = [
     "FAST_STEPS",
     "GAIN_CONSTANT",
     "GAIN_OF_ALPHA",
-    "GRAFT_MEMORY",
     "GUARD_EDGES",
     "NONE",
     "NUM_STAGES",

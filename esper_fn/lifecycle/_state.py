@@ -16,8 +16,6 @@ from esper_fn.lifecycle._stages import GAIN_CONSTANT, GAIN_OF_ALPHA, Stage
 NONE = -1
 """Marks "no slot", "no blueprint", "nobody"."""
 
-GRAFT_MEMORY = 4
-"""Numbers a grafting strategy may remember per seed."""
 
 FAST_STEPS = 10
 SLOW_STEPS = 50
@@ -60,7 +58,6 @@ class SeedState(NamedTuple):
     """Index on the flat slot axis Q, or `NONE`."""
     alpha: Float32[Array, "S"]
     graft: Int8[Array, "S"]
-    graft_memory: Float32[Array, "S 4"]
     embargo_steps: Int32[Array, "S"]
     error_count: Int32[Array, "S"]
     stability: Float32[Array, "S"]
@@ -99,7 +96,6 @@ def seed_state(num_seeds: int) -> SeedState:
         slot=full(NONE, jnp.int32),
         alpha=zeros(),
         graft=full(0, jnp.int8),
-        graft_memory=jnp.zeros((num_seeds, GRAFT_MEMORY), jnp.float32),
         embargo_steps=counter(),
         error_count=counter(),
         stability=full(1.0, jnp.float32),

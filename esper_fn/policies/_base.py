@@ -35,7 +35,7 @@ class Requests(NamedTuple):
     """A `Kind`; NONE asks nothing."""
     blueprint: Int8[Array, "S"]
     graft: Int8[Array, "S"]
-    """Index of a grafting strategy; NONE takes the first."""
+    """Index of an alpha schedule; NONE takes the first."""
     target: Int8[Array, "S"]
     priority: Float32[Array, "S"]
     """Who is kept where a later rule has no room for all; larger is sooner."""

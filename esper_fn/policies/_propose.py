@@ -338,7 +338,7 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
 
     Args:
       events: `(step, command)`, with commands made by `esper_fn.commands`; one a seed and step.
-      grafts: names of the growth's strategies, in order, where a command names one.
+      grafts: names of the growth's alpha schedules, in order, where a command names one.
 
     Raises:
       TypeError: an event that is no such pair.

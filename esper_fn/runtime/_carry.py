@@ -38,7 +38,7 @@ def carry_over(
     key: Key,
     before: Growth | None = None,
 ) -> Carried:
-    """Puts what was saved into a growth with more capacity, sites, blueprints or strategies.
+    """Puts what was saved into a growth with more capacity, sites, blueprints or alpha schedules.
 
     Args:
       restored: a step read back whole. `fit` saved it, or a loop of your own: its value is a
@@ -78,7 +78,7 @@ def enlarge(
     *,
     key: Key,
 ) -> Carried:
-    """Puts a state into a growth with more capacity, sites, blueprints or strategies.
+    """Puts a state into a growth with more capacity, sites, blueprints or alpha schedules.
 
     | leaves | rule |
     |---|---|
@@ -88,7 +88,8 @@ def enlarge(
     blueprint, \
 layer and position; a new slot is fresh |
     | `growth.owner`, `seeds.slot`, `.blueprint`, `.graft` | renumbered to name the same things |
-    | `growth.grafts` | numbers of a strategy of the same name as before, others the growth's own |
+    | `growth.grafts` | of a schedule of the same name: numbers as before, rows as \
+`growth.seeds`; others the growth's own |
     | `growth.policy`, `growth.governor` | as before where structure and shapes are the growth's, \
 else its own, from their beginning |
     | `growth.memory` | forgotten until the next survey |
@@ -261,13 +262,23 @@ def _growth_state(
         loss=jax.tree.map(jnp.asarray, saved.loss),
         settings=jax.tree.map(jnp.asarray, saved.settings),
         grafts=tuple(
-            jax.tree.map(jnp.asarray, saved_grafts.get(graft.name, own))
+            _schedule_state(maps.seed, saved_grafts.get(graft.name), own)
             for graft, own in zip(growth.grafts, fresh.grafts, strict=True)
         ),
         policy=as_before("policy"),
         governor=as_before("governor"),
         key=saved.key,
         step=jnp.asarray(saved.step),
+    )
+
+
+def _schedule_state(seed: np.ndarray, old: Any, own: Any) -> Any:
+    """An alpha schedule's numbers as before, and the rows of the seeds where they are now."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (old, own)]
+    if structures[0] != structures[1]:
+        return own
+    return jax.tree.map(
+        lambda a, b: jnp.asarray(a) if np.ndim(b) == 0 else _rows.merged(seed, a, b), old, own
     )
 
 

@@ -189,8 +189,8 @@ def check_alike(fresh: Any, state: Any, where: str) -> None:
         if name not in of_fresh or name not in of_state:
             side = "now" if name in of_fresh else "in the checkpoint"
             raise ResumeError(
-                f"{where}: {name} exists only {side}; host, optimizer, policy or strategies are "
-                "not the ones of the run that was stopped"
+                f"{where}: {name} exists only {side}; host, optimizer, policy or alpha schedules "
+                "are not the ones of the run that was stopped"
             )
         if of_fresh[name] != of_state[name]:
             raise ResumeError(

@@ -15,7 +15,7 @@ WORDS = {
     Code.UNKNOWN_SEED: "no such seed",
     Code.ILLEGAL_TRANSITION: "the seed's stage does not allow it",
     Code.BLUEPRINT_NOT_SERVED: "this site's bank has no such blueprint",
-    Code.UNKNOWN_GRAFT: "no such grafting strategy",
+    Code.UNKNOWN_GRAFT: "no such alpha schedule",
     Code.BANK_FULL: "no free slot; cull a seed, or build the layout with more capacity",
     Code.EMBARGOED: "the seed waits for its embargo to end",
     Code.VETOED: "the governor allows no germination now",

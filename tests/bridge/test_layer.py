@@ -141,7 +141,7 @@ def test_blueprints_of_every_kind_agree_with_jax() -> None:
     from torch_bridge._adapters import form_of
 
     every = [
-        ef.blueprints.get(name, **sizes)
+        getattr(ef.blueprints, name)(**sizes)
         for name, sizes in {
             "noop": {},
             "scale_shift": {},

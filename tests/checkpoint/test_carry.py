@@ -44,7 +44,7 @@ def numbers(tree: Any) -> Any:
 
 
 def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
-    """A site in front of the old ones, one behind, more room, one blueprint and strategy more."""
+    """A site in front of the old ones, one behind, more room, one blueprint and schedule more."""
     host = ef.hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
     return ef.Growth(
         sites=[ef.site("first", features=6, chunks=3), *host.sites],

@@ -121,7 +121,7 @@ def rig(layout: Any, *, rows: int, **parts: Any) -> Rig:
 
 @lru_cache(maxsize=1)
 def wide() -> Rig:
-    """128 seeds of one site, a slot for each, a governor that obeys, two grafting strategies."""
+    """128 seeds of one site, a slot for each, a governor that obeys, two alpha schedules."""
     layout = make_layout(
         sites=[ef.site("all", features=128, chunks=128)],
         blueprints={"scale": ef.blueprints.scale_shift()},
@@ -313,7 +313,7 @@ def step_faults(growth: Any, before: Any, after: Any, info: Any) -> list[str]:
         faults.append("steps miscounted")
     moved = np.abs(np.asarray(new.alpha) - np.asarray(old.alpha))
     stays_acting = np.isin(was, ACTING) & np.isin(now, ACTING)
-    largest = np.asarray([float(graft.max_step) for graft in growth.grafts])
+    largest = np.asarray([graft.max_step for graft in growth.grafts])
     most = np.where(was == 3, largest[np.asarray(old.graft)] + 2e-5, 0.0)
     if (moved > most)[stays_acting].any():
         faults.append("alpha jumps")

@@ -292,7 +292,7 @@ def test_paired_adapters_compute_what_bottlenecks_compute_and_learn_at_once() ->
         slopes = both(plain, still)[1](dy)[0]
         assert not np.any(slopes["down"])
         assert not np.any(slopes["bias"])
-    ef.blueprints.check(ef.blueprints.get("bottleneck", width=6, birth="paired"))
+    ef.blueprints.check(ef.blueprints.bottleneck(width=6, birth="paired"))
     counted = ef.blueprints.bottleneck(4, birth="paired").cost(AdapterSpec(8, 6, "vector"), 1)
     assert counted.parameters == 4 * 8 + 4 + 4 * 6
 

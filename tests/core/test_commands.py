@@ -159,7 +159,7 @@ def test_unknown_graft(graft: int) -> None:
     after, info = send_raw(state, both)
     assert np.asarray(info.outcomes.code)[:2].tolist() == [Code.UNKNOWN_GRAFT] * 2
     assert_same(after, control)
-    # A germination without one takes the first strategy, SET_GRAFT must name one.
+    # A germination without one takes the first schedule, SET_GRAFT must name one.
     neither = raw(seed=[0, 1], kind=[Kind.SET_GRAFT, Kind.GERMINATE], blueprint=[0, 0])
     _, info = send_raw(state, neither)
     assert np.asarray(info.outcomes.code)[:2].tolist() == [Code.UNKNOWN_GRAFT, Code.DONE]

@@ -103,11 +103,11 @@ def test_new_thresholds_and_numbers_compile_nothing() -> None:
     step = make_step(growth, loss_fn, optimizer)
     none = growth.commands()
     other = ef.lifecycle.settings(max_training=1, min_contribution=0.5)
-    ramp = ef.grafting.linear(7).hyper
+    tuned = (ef.grafting.linear(7).init(growth.layout.num_seeds),)
     rival = ef.policies.periodic(every=9, score="random").init(growth.layout)
     params, state, opt_state, _ = step(params, state, opt_state, (X, Y), none)
     with count_compilations() as count:
-        state = state._replace(settings=other, grafts=(ramp,), policy=rival)
+        state = state._replace(settings=other, grafts=tuned, policy=rival)
         step(params, state, opt_state, (X, Y), none)
     assert count.num_compiled == 0
 

@@ -191,7 +191,7 @@ BAD_STATES: dict[str, tuple[Builder, str]] = {
                 r"state\.adapters\['a'\]\['low_rank'\] has leaves of shapes \[\(2, 3, 2\), ",
                 r"state\.policy belongs to another policy than this growth's",
                 r"state\.governor belongs to another governor than this growth's",
-                r"state\.grafts has 2 strategies, this growth has \['linear'\]",
+                r"state\.grafts has 2 alpha schedules, this growth has \['linear'\]",
             ),
             strict=True,
         )
@@ -315,7 +315,7 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
     "policies": (lambda: grow(policy=[ef.policies.never()]), "policy must be a Policy, got a list"),
     "graft": (
         lambda: grow(graft=ef.grafting.linear),
-        "graft must be a Graft, got the function linear, not called",
+        "graft must be an AlphaSchedule, got the function linear, not called",
     ),
     "grafts": (lambda: grow(graft=[ef.grafting.linear]), "got the function linear, not called"),
     "governor": (

@@ -1,4 +1,4 @@
-"""The six strategies: each rule alone, and all six side by side in the same driven run."""
+"""The six alpha schedules: each alone, and all six side by side in the same driven run."""
 
 from __future__ import annotations
 
@@ -15,64 +15,117 @@ from hypothesis import strategies as st
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.commands import set_graft
-from esper_fn.errors import UnknownNameError
-from esper_fn.grafting import ROUNDING, Evidence, names, ramp, start_memory
+from esper_fn.grafting import AlphaSchedule, Observation
+from esper_fn.grafting._select import ROUNDING, restart, update_alpha
 from esper_fn.lifecycle import Gate, Stage
 
 NAMES = ("linear", "drift_controlled", "momentum", "adaptive", "stability", "grad_norm_gated")
 MONOTONE = ("linear", "drift_controlled", "momentum", "grad_norm_gated")
 NUM_STEPS = 50
+SCHEDULES = {name: getattr(ef.grafting, name)(NUM_STEPS) for name in NAMES}
 LARGEST = dict.fromkeys(NAMES, 1 / NUM_STEPS) | dict.fromkeys(
     ("momentum", "adaptive"), 3 / NUM_STEPS
 )
 
 
-# --- each rule alone -----------------------------------------------------------------------------
+# --- each schedule alone -------------------------------------------------------------------------
 
 
-def evidence(size: int = 1, **told: Any) -> Evidence:
+def observe(size: int = 1, **values: Any) -> Observation:
     usual = {
         "is_spike": False,
         "loss_trend": 0.0,
         "drift": 0.0,
         "gradient_ratio": 1.0,
         "stability": 1.0,
-        **told,
+        **values,
     }
-    return Evidence(**{name: jnp.full((size,), value) for name, value in usual.items()})
+    return Observation(**{name: jnp.full((size,), value) for name, value in usual.items()})
 
 
-def run(graft: Any, steps: list[dict[str, Any]], alpha: float = 0.0) -> list[float]:
-    """Alphas of one seed that starts with the strategy's memory."""
-    memory, now = start_memory((graft,), jnp.zeros((1,), jnp.int8)), jnp.full((1,), alpha)
-    update = jax.jit(graft.update)
-    told = []
+def move(schedule: AlphaSchedule, state: Any, observation: Observation, alpha: Any) -> Any:
+    """One step of one seed, as a growth makes it."""
+    (state,), alpha = update_alpha(
+        [schedule],
+        [state],
+        observation,
+        choice=jnp.zeros((1,), jnp.int8),
+        alpha=alpha,
+        is_moving=jnp.ones((1,), bool),
+    )
+    return state, alpha
+
+
+def run(schedule: AlphaSchedule, steps: list[dict[str, Any]], alpha: float = 0.0) -> list[float]:
+    """Alphas of one seed that begins to graft."""
+    state, now = schedule.init(1), jnp.full((1,), alpha)
+    update = jax.jit(lambda *args: move(schedule, *args))
+    alphas = []
     for step in steps:
-        now, memory = update(graft.hyper, memory, now, evidence(**step))
-        told.append(float(now[0]))
-    return told
+        state, now = update(state, observe(**step), now)
+        alphas.append(float(now[0]))
+    return alphas
 
 
-def test_names_and_get() -> None:
-    assert names() == NAMES
-    for name in NAMES:
-        graft = ef.grafting.get(name, 7)
-        assert graft.name == name
-        assert float(graft.max_step) == pytest.approx(LARGEST[name] * NUM_STEPS / 7)
-    with pytest.raises(UnknownNameError, match=r"'cubic'.*adaptive, drift_controlled"):
-        ef.grafting.get("cubic")
+def test_every_schedule_is_tested() -> None:
+    others = {"AlphaSchedule", "Init", "Observation", "Update", "check"}
+    assert set(NAMES) == set(ef.grafting.__all__) - others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_keeps_the_contract(name: str) -> None:
+    schedule = getattr(ef.grafting, name)(7)
+    assert schedule.name == name
+    assert schedule.max_step == pytest.approx(LARGEST[name] * NUM_STEPS / 7)
+    ef.grafting.check(schedule)
+
+
+def altered(update: Any = None, init: Any = None, **fields: Any) -> AlphaSchedule:
+    """`linear` with a fault."""
+    plain = ef.grafting.linear(10)
+    return plain._replace(init=init or plain.init, update=update or plain.update, **fields)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (altered(max_step=0.0), "max_step must be positive"),
+        (altered(max_step=0.05), "alpha moves by 0.1"),
+        (altered(init=lambda num_seeds: 0.1), "must be a JAX array, got float"),
+        (altered(init=lambda num_seeds: jnp.zeros((3,))), "one row for each of the 5 seeds"),
+        (altered(lambda state, seen, alpha: (state, alpha)), "must reach 1 in calm steps"),
+        (
+            altered(lambda state, seen, alpha: (state, alpha.mean())),
+            r"float32\[S\], got float32\[\]",
+        ),
+        (
+            altered(lambda state, seen, alpha: (state, alpha.at[0].add(0.1))),
+            "must depend on that seed's row alone",
+        ),
+        (
+            altered(lambda state, seen, alpha: (state._replace(step=state.step / 2), alpha)),
+            "must leave its numbers",
+        ),
+        (altered(lambda state, seen, alpha: ((state, alpha), alpha)), "update turns a state"),
+    ],
+)
+def test_check_finds_what_breaks_the_contract(wrong: AlphaSchedule, message: str) -> None:
+    with pytest.raises(ValueError, match=f"'linear'.*{message}"):
+        ef.grafting.check(wrong)
+    with pytest.raises(TypeError, match="must be an AlphaSchedule, got the function linear"):
+        ef.grafting.check(ef.grafting.linear)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 64, 100, 333, 1000])
 def test_linear_ends_at_exactly_one_after_its_steps(num_steps: int) -> None:
-    graft = ef.grafting.linear(num_steps)
+    schedule = ef.grafting.linear(num_steps)
 
-    def adapter(carry: Any, _: Any) -> Any:
-        alpha, memory = graft.update(graft.hyper, carry[1], carry[0], evidence())
-        return (alpha, memory), alpha[0]
+    def step(carry: Any, _: Any) -> Any:
+        state, alpha = move(schedule, carry[0], observe(), carry[1])
+        return (state, alpha), alpha[0]
 
-    start = (jnp.zeros((1,)), jnp.zeros((1, 4)))
-    told = np.asarray(jax.lax.scan(adapter, start, length=num_steps)[1])
+    start = (schedule.init(1), jnp.zeros((1,)))
+    told = np.asarray(jax.lax.scan(step, start, length=num_steps)[1])
     assert told[-1] == 1.0
     assert (told[:-1] < 1.0).all()
     np.testing.assert_allclose(told, np.arange(1, num_steps + 1) / num_steps, atol=1e-4)
@@ -124,7 +177,7 @@ def test_adaptive_switches_on_evidence() -> None:
 
 
 ANY = st.floats(-10, 10, width=32)
-EVIDENCE = st.fixed_dictionaries(
+OBSERVATIONS = st.fixed_dictionaries(
     {
         "is_spike": st.booleans(),
         "loss_trend": ANY,
@@ -133,44 +186,74 @@ EVIDENCE = st.fixed_dictionaries(
         "stability": st.floats(0, 1, width=32),
     }
 )
-_UPDATES = {name: ef.grafting.get(name, NUM_STEPS) for name in NAMES}
-_JITTED = {name: jax.jit(graft.update) for name, graft in _UPDATES.items()}
+_JITTED = {
+    name: jax.jit(lambda *args, schedule=schedule: move(schedule, *args))
+    for name, schedule in SCHEDULES.items()
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
-    st.lists(EVIDENCE, min_size=1, max_size=12),
+    st.lists(OBSERVATIONS, min_size=1, max_size=12),
     st.sampled_from([0.0, 1.0, 0.5, 0.99, 0.015]),
 )
 def test_alpha_stays_in_range_and_within_the_stated_step(
     name: str, steps: list[dict[str, Any]], alpha: float
 ) -> None:
-    graft = _UPDATES[name]
-    memory, now = start_memory((graft,), jnp.zeros((1,), jnp.int8)), jnp.full((1,), alpha)
+    schedule = SCHEDULES[name]
+    state, now = schedule.init(1), jnp.full((1,), alpha)
+    shapes = jax.tree.map(jnp.shape, state)
     for step in steps:
-        new, memory = _JITTED[name](graft.hyper, memory, now, evidence(**step))
+        state, new = _JITTED[name](state, observe(**step), now)
         assert 0.0 <= float(new[0]) <= 1.0
-        assert abs(float(new[0] - now[0])) <= float(graft.max_step) + ROUNDING
+        assert abs(float(new[0] - now[0])) <= schedule.max_step + ROUNDING
         if name in MONOTONE:
             assert float(new[0]) >= float(now[0])
-        assert memory.shape == (1, 4)
+        assert jax.tree.map(jnp.shape, state) == shapes
         now = new
 
 
-def test_ramp_moves_each_seed_by_its_own_strategy_and_the_others_not_at_all() -> None:
-    grafts = (ef.grafting.linear(10), ef.grafting.momentum(10, gain=1.0))
-    alpha, memory = ramp(
-        grafts,
-        tuple(graft.hyper for graft in grafts),
-        evidence(4, loss_trend=-1.0),
-        chosen=jnp.asarray([0, 1, 1, 5], jnp.int8),
-        memory=jnp.ones((4, 4)) * 1.5,
+def test_each_seed_moves_by_its_own_schedule_and_the_others_not_at_all() -> None:
+    schedules = (ef.grafting.linear(10), ef.grafting.momentum(10, gain=1.0))
+    fast = schedules[1].init(4)._replace(speed=jnp.full((4,), 1.5))
+    choice = jnp.asarray([0, 1, 1, 5], jnp.int8)
+    states, alpha = update_alpha(
+        schedules,
+        (schedules[0].init(4), fast),
+        observe(4, loss_trend=-1.0),
+        choice=choice,
         alpha=jnp.full((4,), 0.25),
         is_moving=jnp.asarray([True, True, False, True]),
     )
     assert alpha.tolist() == pytest.approx([0.35, 0.55, 0.25, 0.25])
-    assert memory[:, 0].tolist() == [1.5, 3.0, 1.5, 1.5]
+    assert states[1].speed.tolist() == [1.5, 3.0, 1.5, 1.5]
+    states = restart(
+        schedules, states, choice=choice, begins=jnp.asarray([True, True, False, True])
+    )
+    assert states[1].speed.tolist() == [1.5, 1.0, 1.5, 1.5]
+
+
+def test_a_state_may_be_any_tree_and_its_numbers_are_tuned_without_a_restart() -> None:
+    """Rows of several axes, whole numbers, a dict; a tuned number outlives the restart."""
+
+    def init(num_seeds: int) -> Any:
+        history = jnp.zeros((num_seeds, 3), jnp.float32)
+        return {"step": jnp.float32(0.1), "history": history, "n": jnp.zeros((num_seeds,), int)}
+
+    def update(state: Any, observation: Observation, alpha: Any) -> Any:
+        history = jnp.roll(state["history"], 1, axis=1).at[:, 0].set(observation.drift)
+        is_calm = history.max(axis=1) < 1
+        state = {**state, "history": history, "n": state["n"] + 1}
+        return state, alpha + jnp.where(is_calm, state["step"], 0.0)
+
+    schedule = AlphaSchedule("patient", init, update, max_step=0.1)
+    ef.grafting.check(schedule)
+    tuned = {**init(2), "step": jnp.float32(0.05), "n": jnp.asarray([7, 7])}
+    choice, begins = jnp.zeros((2,), jnp.int8), jnp.asarray([True, False])
+    (state,) = restart([schedule], [tuned], choice=choice, begins=begins)
+    assert state["n"].tolist() == [0, 7]
+    assert float(state["step"]) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(
@@ -254,15 +337,13 @@ def drive_all() -> Any:
         capacity=6,
     )
     with strict():
-        grafts = tuple(ef.grafting.get(name, NUM_STEPS) for name in NAMES)
-        made = rig(layout, rows=1, graft=grafts)
+        made = rig(layout, rows=1, graft=tuple(SCHEDULES.values()))
         state = place(
             made.growth,
             made.fresh(),
             np.full(6, Stage.GRAFTING),
             alpha=0.0,
             graft=np.arange(6),
-            graft_memory=np.asarray([graft.start for graft in grafts]),
             gradient_norm=1.0,
             num_steps=100,
         )
@@ -347,7 +428,7 @@ def test_calm_runs_end_in_time(driven: dict[str, Driven]) -> None:
         assert NUM_STEPS / 3 <= told[name] < NUM_STEPS
 
 
-# The most updates that one spike may cost: what the strategy's docstring says.
+# The most updates that one spike may cost: what the schedule's docstring says.
 COST = {
     ("drift", "drift_controlled"): 1,
     ("drift", "adaptive"): 1,
@@ -373,7 +454,7 @@ def test_one_spike_costs_a_bounded_time(driven: dict[str, Driven], planted: str,
     assert (0 < lost <= most) if most else lost == 0
 
 
-def test_strategies_differ_measurably(drive_all: Any) -> None:
+def test_schedules_differ_measurably(drive_all: Any) -> None:
     told = plan()
     told.loss[12] = 5.0
     told.gradient[6:9] = 10.0
@@ -397,29 +478,30 @@ def test_persistent_trouble_ends_with_the_dwell_limit(drive_all: Any) -> None:
     assert run.stage[LONGEST, column] == Stage.CULLED
 
 
-# --- changing the strategy on the way ------------------------------------------------------------
+# --- changing the schedule on the way ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", NAMES)
-def test_a_strategy_changed_on_the_way_leaves_alpha_continuous(changing: Any, second: str) -> None:
+def test_a_schedule_changed_on_the_way_leaves_alpha_continuous(changing: Any, second: str) -> None:
     state = place(
         changing.growth,
         changing.fresh(),
         [Stage.GRAFTING, Stage.GRAFTING],
         alpha=[0.42, 0.42],
         graft=NAMES.index("momentum"),
-        graft_memory=2.5,
     )
+    state = with_rows(state, "momentum", speed=2.5)
+    state = with_rows(state, second, **({"countdown": 9.0} if second == "stability" else {}))
     shown = silent(2)
     before, _ = changing.step(state, reading=shown)
     changed, info = changing.step(before, [set_graft(0, second)], reading=shown)
     assert int(changed.seeds.graft[0]) == NAMES.index(second)
-    # The step of the command itself is still the old strategy's.
+    # The step of the command itself is still the old schedule's.
     assert float(changed.seeds.alpha[0]) == float(changed.seeds.alpha[1])
-    start = changing.growth.grafts[NAMES.index(second)].start
-    if second != "momentum":
-        assert changed.seeds.graft_memory[0].tolist() == list(start)
-    assert changed.seeds.graft_memory[1, 1] == 2.5
+    speed = changed.grafts[NAMES.index("momentum")].speed
+    assert speed.tolist() == pytest.approx([2.5 / 1.1**2] * 2)
+    if second == "stability":
+        assert changed.grafts[NAMES.index(second)].countdown.tolist() == [0.0, 9.0]
     alpha = [float(changed.seeds.alpha[0])]
     after = changed
     for _ in range(5):
@@ -438,11 +520,18 @@ def changing() -> Any:
         capacity=2,
     )
     with strict():
-        grafts = tuple(ef.grafting.get(name, NUM_STEPS) for name in NAMES)
-        return rig(layout, rows=1, graft=grafts)
+        return rig(layout, rows=1, graft=tuple(SCHEDULES.values()))
 
 
-def test_a_graft_begins_at_zero_with_its_own_memory(changing: Any) -> None:
+def with_rows(state: Any, name: str, **rows: float) -> Any:
+    """`state` with other rows of one schedule's state."""
+    index = NAMES.index(name)
+    own = state.grafts[index]
+    own = own._replace(**{row: jnp.full_like(getattr(own, row), rows[row]) for row in rows})
+    return state._replace(grafts=(*state.grafts[:index], own, *state.grafts[index + 1 :]))
+
+
+def test_a_graft_begins_at_zero_with_its_own_rows(changing: Any) -> None:
     from esper_fn.commands import transition
 
     state = place(
@@ -450,10 +539,10 @@ def test_a_graft_begins_at_zero_with_its_own_memory(changing: Any) -> None:
         changing.fresh(),
         [Stage.TRAINING, 0],
         graft=NAMES.index("adaptive"),
-        graft_memory=9.0,
     )
+    state = with_rows(state, "adaptive", countdown=9.0)
     state, _ = changing.step(state, [transition(0, Stage.GRAFTING)])
     assert float(state.seeds.alpha[0]) == 0.0
-    assert state.seeds.graft_memory[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert state.grafts[NAMES.index("adaptive")].countdown.tolist() == [0.0, 9.0]
     state, _ = changing.step(state)
     assert 0 < float(state.seeds.alpha[0]) <= LARGEST["adaptive"]

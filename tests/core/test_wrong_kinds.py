@@ -172,7 +172,7 @@ NUMBERS: list[tuple[Callable[..., Any], str, Any, str]] = [
         partial(ef.Growth, **GROWTH.layout.arguments),
         "graft",
         "linear",
-        r"graft must be a Graft, got 'linear'; make one with `ef\.grafting\.linear\(",
+        r"graft must be an AlphaSchedule, got 'linear'; make one with `ef\.grafting\.linear\(",
     ),
 ]
 
