@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import esper_fn as ef
 import torch_bridge
 from benchmarks._timing import Row, exact, summarise
-from esper_fn.experiments import mean_interval
+from esper_fn.demo.data import load as load_data
+from esper_fn.demo.jobs import mean_interval
 
 RATES = (1e-3, 1e-2, 1e-1)
 """Learning rates, a factor of 10 apart."""
@@ -65,7 +66,7 @@ def _texts() -> tuple[list[np.ndarray], int, str]:
     code = "".join(path.read_text(errors="ignore") for path in sorted(folder.glob("*.py")))
     code = "".join(letter for letter in code if ord(letter) < 127)[:2_000_000]
     try:
-        source = ef.data.load("shakespeare")
+        source = load_data("shakespeare")
         letters = "".join(source.vocabulary or ())
         plain, name = "".join(letters[i] for i in source.train_inputs.reshape(-1)), source.name
     except ef.errors.MissingDataError:  # Python's own help pages, which every Python brings along

@@ -22,7 +22,7 @@ LINEAR = ("qkv", "proj", "fc", "out")
 
 
 class Cnn(nn.Module):  # type: ignore[misc] # torch is untyped here
-    """3 x 3 convolutions with relu and pooling, for 28 x 28 images; as `esper_fn.hosts.conv`."""
+    """3 x 3 convolutions with relu and pooling, for 28 x 28 images, as `hosts.conv` has them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from esper_fn import hosts, policies, runtime
+from esper_fn import policies, runtime
+from esper_fn.demo import hosts
 
 LENGTH, VOCABULARY, BATCH = 16, 64, 2
 

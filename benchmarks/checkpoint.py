@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import esper_fn as ef
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import checkpoint, policies, runtime
+from esper_fn.demo import hosts
 
 NUM_SEEDS = 10_000
 WIDTH = 576
@@ -42,7 +43,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 
 def _job(num_snapshots: int = 2) -> tuple[Any, Any, runtime.TrainState]:
     """10,000 seeds over a host of 2.7 million parameters: with Adam and two snapshots, 100 MB."""
-    host = ef.hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
+    host = hosts.mlp((784, *(WIDTH,) * 8, 10), chunks=WIDTH)
     growth = ef.Growth(
         sites=[ef.site("many", features=NUM_SEEDS, chunks=NUM_SEEDS), *host.sites[:1]],
         blueprints={"scale": ef.blueprints.scale_shift()},

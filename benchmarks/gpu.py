@@ -15,8 +15,9 @@ import esper_fn as ef
 from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from benchmarks.lifecycle import lifecycle_rows, with_live
-from esper_fn import data, experiments, policies
+from esper_fn import policies
 from esper_fn.base import Implementation
+from esper_fn.demo import data, jobs
 
 WIDTH, DEPTH, ROWS = 4096, 48, 4096
 
@@ -170,11 +171,11 @@ def _deep_rows(chunks: int, *, repeats: int) -> dict[str, Row]:
 
 def _decisions() -> dict[str, Row]:
     """Steps of the demo before the decisions of a CPU and of this GPU part."""
-    job, loaded = experiments.job("digits"), data.load("digits")
+    job, loaded = jobs.job("digits"), data.load("digits")
 
     def run(device: Any) -> tuple[list[tuple[Any, ...]], float]:
         with jax.default_device(device):
-            arm = experiments.prepare(job, loaded).grown(0)
+            arm = jobs.prepare(job, loaded).grown(0)
         told = [(event["step"], event["seed"], event["to"], event["cause"]) for event in arm.events]
         return told, arm.accuracy
 

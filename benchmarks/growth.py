@@ -25,8 +25,10 @@ import optax
 
 import esper_fn as ef
 from benchmarks._timing import Row, exact
-from esper_fn import experiments, hosts, runtime
-from esper_fn.experiments import mean_interval
+from esper_fn import runtime
+from esper_fn.demo import hosts, jobs
+from esper_fn.demo.data import load as load_data
+from esper_fn.demo.jobs import mean_interval
 
 
 def measure(*, quick: bool) -> Mapping[str, Row]:
@@ -58,15 +60,15 @@ def difference(ours: list[float], theirs: list[float], unit: str, **extra: objec
 
 
 def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
-    job, data = experiments.job("digits"), ef.data.load("digits")
+    job, data = jobs.job("digits"), load_data("digits")
     host = job.host(data)
     schedule = optax.cosine_decay_schedule(job.learning_rate, steps)
     transformation = optax.adamw(schedule)
     optimizer = ef.optim.per_adapter(transformation)
-    loss_fn = experiments.loss_of(host)
-    growth = ef.Growth(**experiments.growth_arguments(job, host))  # and nothing else
-    segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=experiments.SURVEY_EVERY)
-    evaluate = experiments.evaluator(host, data.test_inputs, data.test_targets)
+    loss_fn = jobs.loss_of(host)
+    growth = ef.Growth(**jobs.growth_arguments(job, host))  # and nothing else
+    segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=jobs.SURVEY_EVERY)
+    evaluate = jobs.evaluator(host, data.test_inputs, data.test_targets)
     rivals: dict[int, Any] = {}
     grown, static, sizes = [], [], []
     for seed in range(num_seeds):
@@ -88,27 +90,27 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
             num_steps=steps,
             key=jax.random.fold_in(key, 1),
             survey_batch=(data.validation_inputs[:count], data.validation_targets[:count]),
-            survey_every=experiments.SURVEY_EVERY,
+            survey_every=jobs.SURVEY_EVERY,
             segment=segment,
-            segment_steps=experiments.SURVEY_EVERY,
+            segment_steps=jobs.SURVEY_EVERY,
         )
         accuracy, _ = evaluate(fitted.state.params, growth.seeds(fitted.state.growth))
         size = hosts.count_parameters(host) + fitted.num_parameters
-        rival = experiments.equal_parameters(job, data, size)
+        rival = jobs.equal_parameters(job, data, size)
         size = hosts.count_parameters(rival)
         if size not in rivals:
             rivals[size] = (
-                runtime.compile_fit_host(experiments.loss_of(rival), transformation),
-                experiments.evaluator(rival, data.test_inputs, data.test_targets),
+                runtime.compile_fit_host(jobs.loss_of(rival), transformation),
+                jobs.evaluator(rival, data.test_inputs, data.test_targets),
             )
         trained = runtime.fit_host(
-            experiments.loss_of(rival),
+            jobs.loss_of(rival),
             transformation,
             rival.init(key),
             batches,
             num_steps=steps,
             segment=rivals[size][0],
-            segment_steps=experiments.SURVEY_EVERY,
+            segment_steps=jobs.SURVEY_EVERY,
         )
         theirs, _ = rivals[size][1](trained.state, ef.NoSeeds())
         grown.append(100 * float(accuracy))
@@ -126,13 +128,13 @@ _IMAGES, _WIDTH, _TASK_STEPS, _BATCH, _RATE = 1200, 100, 200, 64, 1e-3
 
 def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
     try:
-        data = ef.data.load("fashion-mnist")
+        data = load_data("fashion-mnist")
     except ef.errors.MissingDataError:
-        data = ef.data.load("digits")
+        data = load_data("digits")
     images = jnp.asarray(data.train_inputs[:_IMAGES].reshape(_IMAGES, -1), jnp.float32)
     widths = (images.shape[1], _WIDTH, _WIDTH, _WIDTH, 10)
     host = hosts.mlp(widths, spans=2)
-    loss_fn = experiments.loss_of(host)
+    loss_fn = jobs.loss_of(host)
     growth = ef.Growth(
         sites=host.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(width=16, activation="gelu")},
@@ -142,7 +144,7 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
     step = runtime.make_step(growth, loss_fn, optimizer, survey_every=None)
     grow = jax.jit(
         runtime.scan_steps(
-            step, survey=runtime.make_survey(growth, loss_fn), survey_every=experiments.SURVEY_EVERY
+            step, survey=runtime.make_survey(growth, loss_fn), survey_every=jobs.SURVEY_EVERY
         )
     )
     plain_step = runtime.compile_fit_host(loss_fn, optax.adam(_RATE))

@@ -16,6 +16,7 @@ import optax
 import esper_fn as ef
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import policies, runtime
+from esper_fn.demo import hosts
 from esper_fn.lifecycle import Stage, state_bytes_per_seed
 
 Runner = Callable[[], object]
@@ -121,7 +122,7 @@ def with_live(growth: ef.Growth, state: ef.GrowthState, seeds: list[int]) -> ef.
 
 def _training_rows(*, repeats: int) -> dict[str, Row]:
     """One optimiser step: the bare host, and the host with 0, 1 and 64 live chunks of 64."""
-    host = ef.hosts.conv((28, 28, 1), (32, 64), hidden=128, classes=10, chunks=64)
+    host = hosts.conv((28, 28, 1), (32, 64), hidden=128, classes=10, chunks=64)
     second = next(site for site in host.sites if site.name == "conv2")
     growth = ef.Growth(
         sites=host.sites,

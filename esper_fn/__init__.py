@@ -9,7 +9,7 @@
 ... )
 
 Names are loaded when they are first used, so importing the package is quick and the parts that
-need no JAX (`data`, `report`, `errors`) do not load it.
+need no JAX (`report`, `errors`) do not load it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ if TYPE_CHECKING:
         bus,
         checkpoint,
         commands,
-        data,
         errors,
-        experiments,
         export,
         governors,
         grafting,
-        hosts,
         lifecycle,
         linen,
         monitoring,
@@ -54,13 +51,10 @@ _MODULES = (
     "bus",
     "checkpoint",
     "commands",
-    "data",
     "errors",
-    "experiments",
     "export",
     "governors",
     "grafting",
-    "hosts",
     "lifecycle",
     "linen",
     "monitoring",
@@ -127,14 +121,11 @@ __all__ = [
     "bus",
     "checkpoint",
     "commands",
-    "data",
     "discover_sites",
     "errors",
-    "experiments",
     "export",
     "governors",
     "grafting",
-    "hosts",
     "lifecycle",
     "linen",
     "monitoring",

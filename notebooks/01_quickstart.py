@@ -37,6 +37,8 @@ import optax
 from flax import nnx
 
 import esper_fn as ef
+from esper_fn.demo import jobs
+from esper_fn.demo.data import batch_indices, load
 
 # %% [markdown]
 # ## 1. A plain loop, and a network that is too narrow
@@ -46,7 +48,7 @@ import esper_fn as ef
 # single unit**.
 
 # %%
-data = ef.data.load("digits")
+data = load("digits")
 train_x, train_y = data.train_inputs, data.train_targets
 test_x, test_y = data.test_inputs, data.test_targets
 held_out = (data.validation_inputs, data.validation_targets)
@@ -88,7 +90,7 @@ def plain_step(params, opt_state, batch):
 
 
 opt_state = adam.init(params)
-for rows in ef.data.batch_indices(train_x, train_y, batch_size=64, num_steps=400, seed=0):
+for rows in batch_indices(train_x, train_y, batch_size=64, num_steps=400, seed=0):
     params, opt_state, loss = plain_step(params, opt_state, (train_x[rows], train_y[rows]))
 
 host = params  # the starting point of everything below
@@ -223,7 +225,7 @@ def train(params, state, opt_state, order, commands=nothing):
     return params, state, opt_state, infos
 
 
-order = ef.data.batch_indices(train_x, train_y, batch_size=64, num_steps=600, seed=1)
+order = batch_indices(train_x, train_y, batch_size=64, num_steps=600, seed=1)
 opt_state = optimizer.init((host, state.adapters))
 train(host, state, opt_state, order[:1])
 before = accuracy(host, growth.seeds(state))
@@ -413,16 +415,16 @@ print(f"programs compiled: {count.num_compiled}")
 # %% [markdown]
 # ## 5. What is it worth? An honest comparison
 #
-# `ef.experiments` runs five ways to spend the same steps on the same data: the host alone, the host
+# `esper_fn.demo.jobs` runs five ways to spend the same steps on the same data: the host alone, the host
 # that grows where the survey says, evenly in every layer, or at random places, and a static network
 # without a narrow place and with as many parameters as the grown one. This job's host has two units
 # in the middle; everything starts from scratch, and growth is that of the defaults.
 
 # %%
-job = ef.experiments.job("digits")
-comparison = ef.experiments.prepare(job, data, steps=600)
-rows = [ef.experiments.run(comparison, seed) for seed in range(4)]
-summary = ef.experiments.summary(comparison, rows)
+job = jobs.job("digits")
+comparison = jobs.prepare(job, data, steps=600)
+rows = [jobs.run(comparison, seed) for seed in range(4)]
+summary = jobs.summary(comparison, rows)
 ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
 
 # %% [markdown]

@@ -45,6 +45,7 @@ from torch.nn.functional import cross_entropy
 
 import esper_fn as ef
 import torch_bridge
+from esper_fn.demo.data import batch_indices, load
 from torch_bridge.transformers import GrowthCallback
 
 transformers.logging.set_verbosity_error()
@@ -59,9 +60,9 @@ _ = torch.manual_seed(0)
 
 # %%
 try:
-    data = ef.data.load("fashion-mnist")
+    data = load("fashion-mnist")
 except ef.errors.MissingDataError:
-    data = ef.data.load("digits")
+    data = load("digits")
 side = int(np.prod(data.input_shape) ** 0.5)
 
 
@@ -96,7 +97,7 @@ class SmallNet(nn.Module):
 
 
 def batches(num_steps, seed):
-    return ef.data.batch_indices(
+    return batch_indices(
         data.train_inputs, data.train_targets, batch_size=64, num_steps=num_steps, seed=seed
     )
 
@@ -225,7 +226,7 @@ print("torch.export agrees:", torch.allclose(exported.module()(test_x[:4]), plai
 # %%
 CONTEXT = 32
 try:
-    text_data = ef.data.load("shakespeare", context_length=CONTEXT)
+    text_data = load("shakespeare", context_length=CONTEXT)
     windows, held = text_data.train_inputs, text_data.validation_inputs
     num_characters = text_data.num_classes
     print("tiny Shakespeare")

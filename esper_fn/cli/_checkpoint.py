@@ -8,8 +8,8 @@ from operator import or_
 from pathlib import Path
 
 from esper_fn import checkpoint
-from esper_fn import experiments as ex
 from esper_fn.cli._say import say
+from esper_fn.demo import jobs
 from esper_fn.errors import CheckpointError, NoCheckpointError
 
 _MAX_KEY_BYTES = 2**20
@@ -109,7 +109,7 @@ def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Writes, reads back and tests."""
     del parser
     run = Path(options.folder)
-    told = ex.export_run(
+    told = jobs.export_run(
         run,
         Path(options.out) if options.out else run / "export",
         format=options.format,

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from esper_fn import checkpoint, data, report, runtime
-from esper_fn import experiments as ex
+from esper_fn import checkpoint, report, runtime
 from esper_fn.cli import MAX_SEED
 from esper_fn.cli._say import complain
 from esper_fn.cli._show import Screen
+from esper_fn.demo import data, jobs
 from esper_fn.errors import RunFolderError
 
 CHECKPOINTS = "checkpoints"
@@ -30,14 +30,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             f"most {MAX_SEED}; lower --seed or --repeat"
         )
     for kind, name, allowed in (
-        ("--data", options.data, ex.names()),
-        ("--policy", options.policy, ex.POLICIES),
+        ("--data", options.data, jobs.names()),
+        ("--policy", options.policy, jobs.POLICIES),
     ):
         if name not in allowed:
             parser.error(f"argument {kind}: unknown {name!r}; allowed: {', '.join(allowed)}")
     # All that can be refused is refused before a folder is made.
     dataset = data.load(options.data, folder=options.data_folder)
-    job = ex.job(options.data)
+    job = jobs.job(options.data)
     target = Path(options.out or f"runs/{options.data}-{options.seed}")
     failures: list[BaseException] = []
     steering: runtime.Steering | None = None
@@ -49,7 +49,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             steering.checkpoint_failed(error)
 
     with runtime.termination() as is_asked:
-        keeping = ex.Keeping(
+        keeping = jobs.Keeping(
             folder=target / CHECKPOINTS,
             every_steps=options.save_every,
             settings={
@@ -60,7 +60,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             should_stop=is_asked,
             on_failure=told,
         )
-        comparison = ex.prepare(
+        comparison = jobs.prepare(
             job, dataset, steps=options.steps, policy=options.policy, keeping=keeping
         )
         if options.bus is not None:
@@ -69,19 +69,19 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             steering = comparison.steering = _steer.prepare(options, comparison.growth)
         try:
             return _run(options, comparison, target)
-        except ex.StoppedError as stop:
+        except jobs.StoppedError as stop:
             complain(f"{stop}; `--resume auto` with the same options goes on")
             return 0 if stop.is_saved else 1
 
 
-def _run(options: argparse.Namespace, comparison: ex.Comparison, target: Path) -> int:
+def _run(options: argparse.Namespace, comparison: jobs.Comparison, target: Path) -> int:
     with _open(target, options.overwrite, is_resumed=options.resume == "auto") as folder:
         screen = Screen(comparison, num_repeats=options.repeat, is_quiet=options.json)
         rows = []
         for repeat in range(options.repeat):
             is_first = repeat == 0
 
-            def listen(progress: ex.Progress, is_first: bool = is_first) -> None:
+            def listen(progress: jobs.Progress, is_first: bool = is_first) -> None:
                 screen.show(progress, is_first=is_first)
                 if not is_first:
                     return
@@ -89,10 +89,10 @@ def _run(options: argparse.Namespace, comparison: ex.Comparison, target: Path) -
                     folder.append_event(event)
                 folder.append_metrics(_metrics(progress))
 
-            row = ex.run(comparison, options.seed + repeat, listen, screen.announce)
+            row = jobs.run(comparison, options.seed + repeat, listen, screen.announce)
             screen.finish(row)
             rows.append(row)
-        summary = ex.summary(comparison, rows)
+        summary = jobs.summary(comparison, rows)
         folder.finish(summary)
     page = report.write_report(target)
     if options.json:
@@ -117,7 +117,7 @@ def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolde
         raise RunFolderError(str(error).replace("overwrite=True", "--overwrite")) from None
 
 
-def _metrics(progress: ex.Progress) -> dict[str, Any]:
+def _metrics(progress: jobs.Progress) -> dict[str, Any]:
     row = progress._asdict()
     del row["events"]
     return {name: value for name, value in row.items() if value is not None or name == "loss"}

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from esper_fn import experiments as ex
 from esper_fn._text import plain
-from esper_fn.hosts import count_parameters
+from esper_fn.demo import jobs
+from esper_fn.demo.hosts import count_parameters
 
 _ARMS = {
     "host": "host, no growth",
@@ -40,7 +40,7 @@ _SECONDS_BETWEEN_LINES = 0.5
 class Screen:
     """Progress and summary; goes to stderr where stdout is for JSON."""
 
-    def __init__(self, comparison: ex.Comparison, *, num_repeats: int, is_quiet: bool) -> None:
+    def __init__(self, comparison: jobs.Comparison, *, num_repeats: int, is_quiet: bool) -> None:
         self._console = Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False)
         self._steps = comparison.steps
         self._repeats = num_repeats
@@ -61,7 +61,7 @@ class Screen:
         if self._done == 0:
             self._console.print(f"  {_ARMS[arm]}: compiling ...", soft_wrap=True)
 
-    def show(self, progress: ex.Progress, *, is_first: bool) -> None:
+    def show(self, progress: jobs.Progress, *, is_first: bool) -> None:
         """One line a report, but only the arms' starts and ends where runs repeat."""
         is_last = progress.step == self._steps
         if progress.test_accuracy is not None:

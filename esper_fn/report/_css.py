@@ -5,7 +5,7 @@ from typing import Final
 CSS: Final = """
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
-adapter{margin:0;background:var(--paper);color:var(--ink);
+body{margin:0;background:var(--paper);color:var(--ink);
  font:16px/1.55 Inter,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1000px;margin:0 auto;padding:56px 24px 80px}
 h1{font-size:34px;line-height:1.15;letter-spacing:-.02em;margin:0 0 6px;overflow-wrap:anywhere}
@@ -23,8 +23,8 @@ p{margin:8px 0;max-width:44em}
 .grown{--tone:var(--arm-grown)}.host{--tone:var(--arm-host)}
 .uniform{--tone:var(--arm-uniform)}.random{--tone:var(--arm-random)}.static{--tone:var(--arm-static)}
 .card.grown{background:color-mix(in srgb,var(--arm-grown) 7%,transparent)}
-.arm{color:var(--tone);font-weight:600} .facts{list-style:none;display:flex;flex-wrap:wrap;gap:6px
-28px;margin:18px 0 0;padding:0;
+.arm{color:var(--tone);font-weight:600}
+.facts{list-style:none;display:flex;flex-wrap:wrap;gap:6px 28px;margin:18px 0 0;padding:0;
  color:var(--muted);font-size:14px}
 .facts b{color:var(--ink);font-variant-numeric:tabular-nums}
 .verdict{border-left:3px solid var(--arm-grown);padding:2px 0 2px 18px;margin:34px 0 0}

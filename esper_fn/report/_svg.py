@@ -50,15 +50,13 @@ def to_svg(figure: "Figure", name: str, description: str) -> str:
         figure.savefig(
             buffer, format="svg", facecolor="none", edgecolor="none", metadata={"Date": None}
         )
-    adapter = buffer.getvalue()
-    adapter = adapter[adapter.index("<svg") :]
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
     # Comments and metadata first: nothing else that matplotlib writes there concerns the page.
-    adapter = re.sub(
-        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", adapter, flags=re.S
-    )
-    adapter = _TAG.sub(_page_tag, adapter)
-    view_box = re.search(r'viewBox="[-0-9. ]+"', adapter)
-    _, _, content = adapter.partition(">")
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    svg = _TAG.sub(_page_tag, svg)
+    view_box = re.search(r'viewBox="[-0-9. ]+"', svg)
+    _, _, content = svg.partition(">")
     label = escape(description, quote=True)
     box = "" if view_box is None else view_box[0]
     return f'<svg {box} role="img" aria-label="{label}">{content.strip()}\n'

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from esper_fn._arguments import described
-from esper_fn.data import batch_indices
+from esper_fn._order import batch_indices
 
 Batches = Callable[[int, int], Any]
 """`batches(first_step, count)`: a pytree of arrays with a leading axis of `count` steps."""

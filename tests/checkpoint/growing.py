@@ -14,9 +14,9 @@ import numpy as np
 import optax
 
 import esper_fn as ef
-from esper_fn import checkpoint, data, hosts, runtime
-from esper_fn import experiments as ex
+from esper_fn import checkpoint, runtime
 from esper_fn import policies as P  # noqa: N812 -- short in tables
+from esper_fn.demo import data, hosts, jobs
 from esper_fn.lifecycle import Stage
 
 # Through every stage, the optional one too.
@@ -121,7 +121,7 @@ def transformer() -> Job:
 
 def main_job() -> Job:
     """The grown arm of `esper grow --data digits --steps 300`."""
-    made = ex.prepare(ex.job("digits"), data.load("digits"), steps=300)
+    made = jobs.prepare(jobs.job("digits"), data.load("digits"), steps=300)
     batches = runtime.in_memory(
         made.data.train_inputs,
         made.data.train_targets,
@@ -132,7 +132,7 @@ def main_job() -> Job:
     held_out = made.data.validation_inputs[:128], made.data.validation_targets[:128]
     return Job(
         growth=made.growth,
-        loss_fn=ex.loss_of(made.host),
+        loss_fn=jobs.loss_of(made.host),
         optimizer=made.optimizer,
         params=made.host.init(jax.random.key(0)),
         batches=batches,

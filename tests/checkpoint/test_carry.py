@@ -18,6 +18,7 @@ from growing import Job, mlp
 
 import esper_fn as ef
 from esper_fn import checkpoint, runtime
+from esper_fn.demo import hosts
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import Stage
 
@@ -45,7 +46,7 @@ def numbers(tree: Any) -> Any:
 
 def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
     """A site in front of the old ones, one behind, more room, one blueprint and schedule more."""
-    host = ef.hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
+    host = hosts.mlp((6, 8, 2, 4), spans=spans, chunks=chunks)
     return ef.Growth(
         sites=[ef.site("first", features=6, chunks=3), *host.sites],
         blueprints={

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
-from esper_fn import checkpoint, data, export, runtime
-from esper_fn import experiments as ex
+from esper_fn import checkpoint, export, runtime
+from esper_fn.demo import data, hosts, jobs
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import Stage
 
@@ -41,9 +41,9 @@ def alive(growth: ef.Growth, stages: dict[int, tuple[Stage, float, str]]) -> ef.
     )
 
 
-MLP = ef.hosts.mlp((6, 8, 5, 7, 3), spans=2, chunks=2)
-CONV = ef.hosts.conv((8, 8, 1), (6, 7), hidden=5, classes=3, chunks=3)
-TRANSFORMER = ef.hosts.transformer(vocabulary=11, length=6, width=8, blocks=3, hidden=10, chunks=3)
+MLP = hosts.mlp((6, 8, 5, 7, 3), spans=2, chunks=2)
+CONV = hosts.conv((8, 8, 1), (6, 7), hidden=5, classes=3, chunks=3)
+TRANSFORMER = hosts.transformer(vocabulary=11, length=6, width=8, blocks=3, hidden=10, chunks=3)
 LIVE = (Stage.FOSSILIZED, 1.0), (Stage.GRAFTING, 0.3), (Stage.FINE_TUNING, 1.0)
 
 
@@ -192,7 +192,7 @@ def test_lineage_tells_every_life() -> None:
 def test_a_run_folder(tmp_path: Path) -> None:
     """A folder as `esper grow` writes it, without the training that fills it."""
     dataset = data.load("digits")
-    comparison = ex.prepare(ex.job("digits"), dataset, steps=400)
+    comparison = jobs.prepare(jobs.job("digits"), dataset, steps=400)
     growth = comparison.growth
     live = {
         growth.layout.seed_index("layer2.0", 0): (Stage.FOSSILIZED, 1.0, "bottleneck"),
@@ -210,14 +210,14 @@ def test_a_run_folder(tmp_path: Path) -> None:
         "settings": settings, "note": None, "record": {"events": events, "rollbacks": []},
     }  # fmt: skip
     checkpoint.save(folder, 400, {"state": state, "losses": np.zeros(400)}, record=record)
-    for kind in ex.FORMATS:
-        told = ex.export_run(tmp_path / "run", tmp_path / kind, format=kind)
+    for kind in jobs.FORMATS:
+        told = jobs.export_run(tmp_path / "run", tmp_path / kind, format=kind)
         assert (told["adapters"], told["folded"], told["step"]) == (1, 1, 400)
         assert told["exported_test_accuracy"] == pytest.approx(told["test_accuracy"], abs=0.003)
         lives = json.loads((tmp_path / kind / "lineage.json").read_text())
         assert lives["note"]["seed"] == 3
         assert lives["lives"][0]["germinated_step"] == 1
     with pytest.raises(CheckpointError, match=r"no seed 4; there are \[3\]"):
-        ex.export_run(tmp_path / "run", tmp_path / "out", seed=4)
+        jobs.export_run(tmp_path / "run", tmp_path / "out", seed=4)
     with pytest.raises(CheckpointError, match="no checkpoint of the arm 'random'"):
-        ex.export_run(tmp_path / "run", tmp_path / "out", arm="random")
+        jobs.export_run(tmp_path / "run", tmp_path / "out", arm="random")

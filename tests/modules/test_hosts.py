@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import esper_fn as ef
-from esper_fn import hosts
+from esper_fn.demo import hosts
 
 HOSTS = {
     "mlp": (hosts.mlp((6, 8, 3, 5), spans=2, chunks=4), jnp.ones((4, 6)), (4, 5)),

@@ -101,9 +101,10 @@ def test_the_page_holds_every_part(html: str) -> None:
 
 def test_colours_follow_light_and_dark(html: str) -> None:
     assert "@media(prefers-color-scheme:dark)" in html
+    assert "\nbody{margin:0;background:var(--paper)" in html
     assert "var(--stage-FOSSILIZED)" in html
-    adapter = html[html.index("</style>") :]
-    assert re.findall(r"(?:fill|stroke): #(?!0{6})[0-9a-f]{6}", adapter) == []
+    page = html[html.index("</style>") :]
+    assert re.findall(r"(?:fill|stroke): #(?!0{6})[0-9a-f]{6}", page) == []
 
 
 def test_the_same_run_gives_the_same_page(html: str, run: report.Run) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 import esper_fn as ef
 from esper_fn import commands as cmd
-from esper_fn import hosts, runtime
 from esper_fn import policies as P  # noqa: N812 -- short in tables
+from esper_fn import runtime
+from esper_fn.demo import hosts
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
 

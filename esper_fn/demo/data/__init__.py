@@ -3,8 +3,8 @@
 This package knows numpy only; JAX is not imported.
 """
 
-from esper_fn.data._dataset import Dataset, Task
-from esper_fn.data._load import load, names
-from esper_fn.data._order import batch_indices
+from esper_fn._order import batch_indices
+from esper_fn.demo.data._dataset import Dataset, Task
+from esper_fn.demo.data._load import load, names
 
 __all__ = ["Dataset", "Task", "batch_indices", "load", "names"]

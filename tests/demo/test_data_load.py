@@ -1,6 +1,5 @@
 """Loading: what comes out, where files are looked for, and every way it can fail."""
 
-import doctest
 import hashlib
 import os
 import subprocess
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 from data_files import fashion_arrays, idx_gz, mnist1d_arrays, npz
 
-from esper_fn import data, errors
-from esper_fn.data import _files, _load, _order, _text
+from esper_fn import errors
+from esper_fn.demo import data
+from esper_fn.demo.data import _files
 
 WITH_FILES = ("fashion-mnist", "mnist1d", "shakespeare")
 FILES_OF = {
@@ -51,17 +51,11 @@ class TestSurface:
         assert data.names() == ("digits", *WITH_FILES)
 
     def test_jax_stays_out(self) -> None:
-        code = "import esper_fn.data, sys; print('jax' in sys.modules)"
+        code = "import esper_fn.demo.data, sys; print('jax' in sys.modules)"
         printed = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
         ).stdout
         assert printed.strip() == "False"
-
-    @pytest.mark.parametrize("module", [_load, _order, _text])
-    def test_examples_in_the_docstrings(self, module: object) -> None:
-        result = doctest.testmod(module)
-        assert result.attempted
-        assert not result.failed
 
     def test_errors_are_one_tree(self) -> None:
         assert issubclass(errors.DataError, errors.EsperError)

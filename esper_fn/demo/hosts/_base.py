@@ -46,7 +46,7 @@ class Host(NamedTuple):
 def count_parameters(host: Host) -> int:
     """Parameters of the host alone.
 
-    >>> from esper_fn import hosts
+    >>> from esper_fn.demo import hosts
     >>> count_parameters(hosts.mlp((2, 3, 2)))
     17
     """

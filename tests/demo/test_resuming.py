@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from esper_fn import checkpoint, cli, data, report
-from esper_fn import experiments as ex
+from esper_fn import checkpoint, cli, report
+from esper_fn.demo import data, jobs
 from esper_fn.errors import ResumeError
 
 STEPS = 80
 
 
 @pytest.fixture(scope="module")
-def comparison() -> ex.Comparison:
-    return ex.prepare(ex.job("digits"), data.load("digits"), steps=STEPS)
+def comparison() -> jobs.Comparison:
+    return jobs.prepare(jobs.job("digits"), data.load("digits"), steps=STEPS)
 
 
 @contextmanager
-def kept(comparison: ex.Comparison, keeping: ex.Keeping) -> Iterator[None]:
+def kept(comparison: jobs.Comparison, keeping: jobs.Keeping) -> Iterator[None]:
     comparison.keeping = keeping
     try:
         yield
@@ -41,7 +41,7 @@ def timeless(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stopped_again_and_again(
-    comparison: ex.Comparison, folder: Path, run: Callable[[], Any]
+    comparison: jobs.Comparison, folder: Path, run: Callable[[], Any]
 ) -> tuple[Any, int]:
     """What `run` gives when it is stopped ever later and taken up each time; and how often."""
     for num_stops in range(40):
@@ -52,20 +52,20 @@ def stopped_again_and_again(
             asked += 1
             return asked > limit
 
-        keeping = ex.Keeping(folder, every_steps=1000, should_stop=should_stop)
+        keeping = jobs.Keeping(folder, every_steps=1000, should_stop=should_stop)
         with kept(comparison, keeping):
             try:
                 return run(), num_stops
-            except ex.StoppedError as stop:
+            except jobs.StoppedError as stop:
                 is_saved = stop.is_saved
         assert is_saved
     raise AssertionError("never finished")
 
 
 @pytest.mark.slow
-def test_an_arm_stopped_and_its_listener(comparison: ex.Comparison, tmp_path: Path) -> None:
-    def run() -> tuple[ex.Arm, list[ex.Progress]]:
-        told: list[ex.Progress] = []
+def test_an_arm_stopped_and_its_listener(comparison: jobs.Comparison, tmp_path: Path) -> None:
+    def run() -> tuple[jobs.Arm, list[jobs.Progress]]:
+        told: list[jobs.Progress] = []
         return comparison.grown(0, told.append), told
 
     wanted, told = run()
@@ -77,10 +77,10 @@ def test_an_arm_stopped_and_its_listener(comparison: ex.Comparison, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None:
-    def run() -> tuple[dict[str, Any], list[ex.Progress]]:
-        told: list[ex.Progress] = []
-        return ex.run(comparison, 0, told.append), told
+def test_stopped_in_every_arm(comparison: jobs.Comparison, tmp_path: Path) -> None:
+    def run() -> tuple[dict[str, Any], list[jobs.Progress]]:
+        told: list[jobs.Progress] = []
+        return jobs.run(comparison, 0, told.append), told
 
     wanted, told = run()
     (row, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
@@ -93,10 +93,10 @@ def test_stopped_in_every_arm(comparison: ex.Comparison, tmp_path: Path) -> None
     assert row["wall_seconds"] > 0
 
 
-def test_another_job_is_refused_by_name(comparison: ex.Comparison, tmp_path: Path) -> None:
-    with kept(comparison, ex.Keeping(tmp_path, settings={"policy": "periodic"})):
+def test_another_job_is_refused_by_name(comparison: jobs.Comparison, tmp_path: Path) -> None:
+    with kept(comparison, jobs.Keeping(tmp_path, settings={"policy": "periodic"})):
         comparison.plain(0)
-        comparison.keeping = ex.Keeping(tmp_path, settings={"policy": "plateau"})
+        comparison.keeping = jobs.Keeping(tmp_path, settings={"policy": "plateau"})
         with pytest.raises(ResumeError, match="policy is 'plateau' now and was 'periodic'"):
             comparison.plain(0)
 
@@ -159,9 +159,9 @@ def test_overwriting_forgets_old_checkpoints(
     checkpoint.save(folder / "checkpoints" / "seed-0" / "host", 1, {})
 
     def stop(*_: Any, **__: Any) -> Any:
-        raise ex.StoppedError("host", 0, is_saved=True)
+        raise jobs.StoppedError("host", 0, is_saved=True)
 
-    monkeypatch.setattr(ex, "run", stop)
+    monkeypatch.setattr(jobs, "run", stop)
     assert cli.main(["grow", "--out", str(folder), "--resume", "auto"]) == 0
     assert (folder / "checkpoints" / "seed-0" / "host").exists()
     assert cli.main(["grow", "--out", str(folder)]) == 1

@@ -11,7 +11,7 @@ import numpy as np
 
 from esper_fn._layout import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
-from esper_fn.hosts._base import Host, dense, dense_init
+from esper_fn.demo.hosts._base import Host, dense, dense_init
 
 
 def _convolve(layer: dict[str, Array], x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from esper_fn._layout import NoSeeds, Seeds, Site, site, span
 from esper_fn._typing import Array, Key, Params
 from esper_fn.base import Blueprint
-from esper_fn.hosts._base import Host, dense, dense_init
+from esper_fn.demo.hosts._base import Host, dense, dense_init
 
 
 def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:

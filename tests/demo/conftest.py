@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_files import fashion_arrays, idx_gz, mnist1d_arrays, npz
 
-from esper_fn.data import _files
+from esper_fn.demo.data import _files
 
 
 @pytest.fixture

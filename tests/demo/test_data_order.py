@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from esper_fn.data import batch_indices
-from esper_fn.data._order import stratified_split
+from esper_fn.demo.data import batch_indices
+from esper_fn.demo.data._split import stratified_split
 
 
 class TestBatchIndices:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from data_files import idx_gz, npz
 
-from esper_fn.data._idx import parse_idx
-from esper_fn.data._npz import Member, parse_npz
-from esper_fn.data._text import encode_text, next_character_windows
+from esper_fn.demo.data._idx import parse_idx
+from esper_fn.demo.data._npz import Member, parse_npz
+from esper_fn.demo.data._text import encode_text, next_character_windows
 
 IMAGES = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(3, 2, 4)
 MEMBERS = {
@@ -134,7 +134,7 @@ class TestNpz:
         with pytest.raises(ValueError, match=reason):
             parse_npz(content, MEMBERS)
 
-    def test_a_flipped_byte_of_an_adapter_is_seen(self) -> None:
+    def test_a_flipped_byte_of_the_payload_is_seen(self) -> None:
         stored = io.BytesIO()
         np.savez(stored, **ARRAYS)
         content = stored.getvalue()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_fn.experiments._compare import Comparison
+from esper_fn.demo.jobs._compare import Comparison
 
 _ACCURACIES = {
     "host": "host_accuracy",

@@ -16,11 +16,11 @@ from esper_fn import optim, policies, runtime
 from esper_fn._growth import Growth
 from esper_fn._layout import NoSeeds
 from esper_fn._typing import Array, Params
-from esper_fn.data import Dataset
-from esper_fn.experiments._jobs import Job, equal_parameters, make_growth, policy
-from esper_fn.experiments._keeping import Keeping
-from esper_fn.experiments._progress import Listener, Teller
-from esper_fn.hosts import Host, count_parameters
+from esper_fn.demo.data import Dataset
+from esper_fn.demo.hosts import Host, count_parameters
+from esper_fn.demo.jobs._checkpoints import Keeping
+from esper_fn.demo.jobs._jobs import Job, equal_parameters, make_growth, policy
+from esper_fn.demo.jobs._progress import Listener, Teller
 from esper_fn.lifecycle import Stage
 
 SURVEY_EVERY = 25
@@ -296,7 +296,7 @@ def prepare(
     """Makes a job ready to run.
 
     Args:
-      job: from `experiments.job`.
+      job: from `jobs.job`.
       data: from `data.load`.
       steps: of every arm; the job's own number when left out.
       policy: one of `POLICIES`.

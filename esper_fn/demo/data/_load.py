@@ -10,12 +10,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from esper_fn.data._dataset import Dataset
-from esper_fn.data._files import corrupt, locate, read_verified
-from esper_fn.data._idx import parse_idx
-from esper_fn.data._npz import Member, parse_npz
-from esper_fn.data._order import stratified_split
-from esper_fn.data._text import encode_text, next_character_windows
+from esper_fn.demo.data._dataset import Dataset
+from esper_fn.demo.data._files import corrupt, locate, read_verified
+from esper_fn.demo.data._idx import parse_idx
+from esper_fn.demo.data._npz import Member, parse_npz
+from esper_fn.demo.data._split import stratified_split
+from esper_fn.demo.data._text import encode_text, next_character_windows
 from esper_fn.errors import MissingDataError, UnknownDatasetError
 
 _SPLIT_SEED = 0

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from esper_fn import blueprints, hosts, policies
+from esper_fn import blueprints, policies
 from esper_fn._growth import Growth
-from esper_fn.data import Dataset
+from esper_fn.demo import hosts
+from esper_fn.demo.data import Dataset
+from esper_fn.demo.hosts import Host, count_parameters
 from esper_fn.errors import UnknownNameError
-from esper_fn.hosts import Host, count_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Ready jobs that compare growth with its honest rivals."""
 
-from esper_fn.experiments._compare import (
+from esper_fn.demo.jobs._checkpoints import Keeping, StoppedError
+from esper_fn.demo.jobs._compare import (
     SURVEY_EVERY,
     Arm,
     Comparison,
@@ -9,8 +10,8 @@ from esper_fn.experiments._compare import (
     prepare,
     run,
 )
-from esper_fn.experiments._export import FORMATS, export_run
-from esper_fn.experiments._jobs import (
+from esper_fn.demo.jobs._export import FORMATS, export_run
+from esper_fn.demo.jobs._jobs import (
     POLICIES,
     Job,
     equal_parameters,
@@ -19,9 +20,8 @@ from esper_fn.experiments._jobs import (
     names,
     policy,
 )
-from esper_fn.experiments._keeping import Keeping, StoppedError
-from esper_fn.experiments._progress import Progress
-from esper_fn.experiments._summary import intervals, mean_interval, summary
+from esper_fn.demo.jobs._progress import Progress
+from esper_fn.demo.jobs._summary import intervals, mean_interval, summary
 
 __all__ = [
     "FORMATS",

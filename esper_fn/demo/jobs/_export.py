@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from esper_fn import checkpoint, data, export
+from esper_fn import checkpoint, export
+from esper_fn.demo import data
+from esper_fn.demo.jobs._compare import evaluator
+from esper_fn.demo.jobs._jobs import job, make_growth
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
-from esper_fn.experiments._compare import evaluator
-from esper_fn.experiments._jobs import job, make_growth
 
 FORMATS = ("safetensors", "stablehlo")
 

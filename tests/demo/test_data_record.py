@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from esper_fn.data import Dataset
+from esper_fn.demo.data import Dataset
 
 CLASSIFICATION = Dataset(
     name="planted",

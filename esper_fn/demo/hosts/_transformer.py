@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from esper_fn._layout import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
-from esper_fn.hosts._base import Host
+from esper_fn.demo.hosts._base import Host
 
 AnySeeds = Seeds | NoSeeds
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-import esper_fn as ef
 from esper_fn import cli, report
-from esper_fn import experiments as ex
+from esper_fn.demo import data, hosts, jobs
 
 PROMISED = (
     "host_accuracy",
@@ -129,7 +128,7 @@ def test_intervals_against_a_hand_computation() -> None:
         }
         for a in (0.1, 0.2, 0.3)
     ]
-    of = ex.intervals(rows)
+    of = jobs.intervals(rows)
     # mean 0.2, deviation 0.1, t(2) = 4.303: half width 4.303 * 0.1 / sqrt(3)
     assert of["host_accuracy"]["mean"] == pytest.approx(0.2)
     assert of["host_accuracy"]["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5)
@@ -137,10 +136,10 @@ def test_intervals_against_a_hand_computation() -> None:
 
 
 def test_the_static_rival_has_about_as_many_parameters() -> None:
-    job, data = ex.job("digits"), ef.data.load("digits")
+    job, digits = jobs.job("digits"), data.load("digits")
     for count in (1000, 5000, 50000):
-        host = ex.equal_parameters(job, data, count)
-        assert abs(ef.hosts.count_parameters(host) / count - 1) < 0.1
+        host = jobs.equal_parameters(job, digits, count)
+        assert abs(hosts.count_parameters(host) / count - 1) < 0.1
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""A split of labelled examples that stays the same in every release of numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+
+def stratified_split(
+    labels: Integer[np.ndarray, "N"], *, num_held_out: int, seed: int
+) -> tuple[Int32[np.ndarray, "A"], Int32[np.ndarray, "B"]]:
+    """Split examples in two so that each class keeps its share to within one example.
+
+    Class ``k`` with ``n_k`` examples gives ``floor(n_k B / N)`` to the held-out part; the places
+    that rounding leaves open go to the largest remainders.
+
+    Args:
+        labels: The class of each example.
+        num_held_out: ``B``, between 1 and ``N - 1``.
+        seed: At least 0; the same seed gives the same split everywhere.
+
+    Returns:
+        The indices kept (``A = N - B``) and those held out, both ascending and disjoint.
+
+    Raises:
+        ValueError: When ``num_held_out`` is out of bounds.
+    """
+    if not 0 < num_held_out < len(labels):
+        raise ValueError(f"num_held_out={num_held_out} must be in [1, {len(labels) - 1}].")
+    shuffled = np.random.PCG64(seed).random_raw(len(labels)).argsort(kind="stable")
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    quota, remainder = np.divmod(counts * num_held_out, len(labels))
+    most_wanting = np.argsort(-remainder, kind="stable")[: num_held_out - quota.sum()]
+    quota[most_wanting] += 1
+    is_held_out = np.zeros(len(labels), bool)
+    for k, share in enumerate(quota):
+        members = shuffled[classes[shuffled] == k]
+        is_held_out[members[:share]] = True
+    kept, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return kept.astype(np.int32), held_out.astype(np.int32)

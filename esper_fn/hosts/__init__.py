@@ -1,8 +1,0 @@
-"""Example hosts, in plain JAX: an MLP, a convolutional network and a transformer."""
-
-from esper_fn.hosts._base import Host, count_parameters
-from esper_fn.hosts._conv import conv
-from esper_fn.hosts._mlp import mlp
-from esper_fn.hosts._transformer import transformer
-
-__all__ = ["Host", "conv", "count_parameters", "mlp", "transformer"]
