@@ -31,7 +31,7 @@ class Kind(IntEnum):
     """Go to a named stage: the table holds, gates and dwell do not."""
     SET_GRAFT = 3
     PAUSE = 4
-    """Keep the stage and alpha as they are until RESUME; the adapter goes on as its stage says."""
+    """Freeze the seed's stage and alpha until RESUME; its adapter trains as the stage says."""
     RESUME = 5
 
 
@@ -111,7 +111,7 @@ class Commands(NamedTuple):
 
     @property
     def batch(self) -> Int32[Array, "M"]:
-        """Those of the same number take force together or not at all; NONE for one on its own."""
+        """Commands of one number are applied together or not at all; NONE for a single one."""
         return self.columns[..., 5, :]
 
     def _narrow(self, row: int) -> Int8[Array, "M"]:
@@ -138,17 +138,17 @@ class Command:
     graft: str | None = None
     target: Stage | None = None
     batch: str | None = None
-    """Commands of the same name take force together or not at all; see `together`."""
+    """Commands with the same name are applied together or not at all; see `batch`."""
 
 
 # Without leaves, so that one passed into a `jit` in place of `Commands` reaches our message.
 jax.tree_util.register_static(Command)
 
 
-def together(commands: Sequence[Command], name: str = "batch") -> list[Command]:
-    """Commands of one step that take force together, or none of them does.
+def batch(commands: Sequence[Command], name: str = "batch") -> list[Command]:
+    """Commands of one step that are applied together or not at all.
 
-    >>> [c.batch for c in together([cull(1), cull(2)])]
+    >>> [c.batch for c in batch([cull(1), cull(2)])]
     ['batch', 'batch']
     """
     return [replace(command, batch=name) for command in commands]
@@ -189,13 +189,13 @@ def set_graft(seed: int, graft: str) -> Command:
     return Command(kind=Kind.SET_GRAFT, seed=seed, graft=graft)
 
 
-def pause(seed: int) -> Command:
-    """Hold a seed where it is."""
+def pause_seed(seed: int) -> Command:
+    """Freeze a seed's stage and alpha until `resume_seed`; its adapter goes on training."""
     return Command(kind=Kind.PAUSE, seed=seed)
 
 
-def resume(seed: int) -> Command:
-    """End a pause."""
+def resume_seed(seed: int) -> Command:
+    """End the pause of a seed."""
     return Command(kind=Kind.RESUME, seed=seed)
 
 

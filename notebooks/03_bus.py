@@ -144,7 +144,7 @@ plt.show()
 # ## Several seeds at once, pausing, stopping
 #
 # A batch takes force whole or not at all. Paused, the run stands still at a step boundary. An
-# emergency stop overtakes whatever waits.
+# stop overtakes whatever waits.
 
 # %%
 both = bus.Batch(
@@ -158,7 +158,7 @@ print(outcome.code, [seed.code for seed in outcome.seeds])
 
 print(client.send(bus.Pause()).words)
 print(client.send(bus.Resume()).words)
-print(client.send(bus.EmergencyStop(reason="seen enough", sender="notebook")).words)
+print(client.send(bus.Stop(reason="seen enough", sender="notebook")).words)
 run.join()
 
 # %%

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import msgspec
 import numpy as np
@@ -72,6 +72,16 @@ class Command(Message, frozen=True, kw_only=True):
     sender: Name = ""
 
 
+def verb(command: Command | type[Command]) -> str:
+    """The verb of a command, as `esper_fn.commands` and the command line name it.
+
+    >>> verb(Cull(seed=3))
+    'cull'
+    """
+    kind = command if isinstance(command, type) else type(command)
+    return str(kind.__struct_config__.tag).partition("/")[0]
+
+
 class SeedCommand(Command, frozen=True, kw_only=True):
     """What is asked of one seed.
 
@@ -83,9 +93,16 @@ class SeedCommand(Command, frozen=True, kw_only=True):
     seed: Count
     site: Name | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """The fields that say what to do to which seed, by name."""
+        envelope = Command.__struct_fields__
+        return {
+            name: getattr(self, name) for name in self.__struct_fields__ if name not in envelope
+        }
+
 
 class Germinate(SeedCommand, frozen=True, kw_only=True, tag="germinate/1"):
-    """Give a dormant seed a newborn adapter."""
+    """Give a dormant seed an adapter."""
 
     blueprint: Name
     graft: Name | None = None
@@ -108,31 +125,31 @@ class Cull(SeedCommand, frozen=True, kw_only=True, tag="cull/1"):
 
 
 class Cancel(SeedCommand, frozen=True, kw_only=True, tag="cancel/1"):
-    """Call off a seed that does not act yet."""
+    """Remove an adapter that does not act yet."""
 
 
 class RollBack(SeedCommand, frozen=True, kw_only=True, tag="roll_back/1"):
-    """Remove a seed's adapter and keep the seed out until it is released."""
+    """Remove a seed's adapter and quarantine the seed."""
 
 
 class Release(SeedCommand, frozen=True, kw_only=True, tag="release/1"):
-    """Let a rolled-back seed sleep and grow again."""
+    """End a quarantine or a fossil; the seed becomes dormant."""
 
 
-class HoldSeed(SeedCommand, frozen=True, kw_only=True, tag="hold_seed/1"):
-    """Keep a seed in its stage until it is let go."""
+class PauseSeed(SeedCommand, frozen=True, kw_only=True, tag="pause_seed/1"):
+    """Freeze the stage and alpha of a seed; its adapter goes on training."""
 
 
-class LetSeedGo(SeedCommand, frozen=True, kw_only=True, tag="let_seed_go/1"):
-    """End a hold."""
+class ResumeSeed(SeedCommand, frozen=True, kw_only=True, tag="resume_seed/1"):
+    """End the pause of a seed."""
 
 
 class Pause(Command, frozen=True, kw_only=True, tag="pause/1"):
-    """Stand still at the next step boundary, until Resume."""
+    """Halt the run at its next step boundary, until `Resume`."""
 
 
 class Resume(Command, frozen=True, kw_only=True, tag="resume/1"):
-    """End a pause."""
+    """End the pause of the run."""
 
 
 class Checkpoint(Command, frozen=True, kw_only=True, tag="checkpoint/1"):
@@ -142,18 +159,18 @@ class Checkpoint(Command, frozen=True, kw_only=True, tag="checkpoint/1"):
 
 
 OneSeed = (
-    Germinate | Transition | SetGraft | Cull | Cancel | RollBack | Release | HoldSeed | LetSeedGo
+    Germinate | Transition | SetGraft | Cull | Cancel | RollBack | Release | PauseSeed | ResumeSeed
 )
 
 
 class Batch(Command, frozen=True, kw_only=True, tag="batch/1"):
-    """Commands to different seeds that all take force in one step, or none does."""
+    """Commands to different seeds that are applied in one step, or none of them is."""
 
     commands: Annotated[tuple[OneSeed, ...], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
-class EmergencyStop(Command, frozen=True, kw_only=True, tag="emergency_stop/1"):
-    """End the run at the next step boundary; overtakes everything that waits."""
+class Stop(Command, frozen=True, kw_only=True, tag="stop/1"):
+    """End the run at its next step boundary, ahead of all other commands."""
 
     topic: ClassVar[Topic] = Topic.URGENT
     reason: Words = ""
@@ -327,21 +344,12 @@ class DeadLetter(Message, frozen=True, kw_only=True, tag="dead_letter/1"):
     signature: bytes = b""
 
 
-class Probe(Message, frozen=True, kw_only=True, tag="probe/1"):
-    """Carries a time and ballast: for measuring a bus."""
-
-    topic: ClassVar[Topic] = Topic.TELEMETRY
-    sent_ns: int
-    ballast: bytes = b""
-
+AnyCommand = OneSeed | Batch | Pause | Resume | Checkpoint | Stop
+COMMANDS: tuple[type[Command], ...] = get_args(AnyCommand)
+"""All classes of commands; `esper_fn._verbs` describes them."""
 
 AnyMessage = (
-    OneSeed
-    | Pause
-    | Resume
-    | Checkpoint
-    | Batch
-    | EmergencyStop
+    AnyCommand
     | Outcome
     | Frame
     | StepMetrics
@@ -351,5 +359,4 @@ AnyMessage = (
     | Announcement
     | Heartbeat
     | DeadLetter
-    | Probe
 )

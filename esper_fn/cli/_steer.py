@@ -16,28 +16,14 @@ from esper_fn.errors import BusError, NobodyListensError
 
 _MOST_LETTERS = 2_000
 _LETTERS_AT_ONCE = 20
-_CLASSES: dict[str, type[bus.Command]] = {
-    "germinate": bus.Germinate,
-    "transition": bus.Transition,
-    "set-graft": bus.SetGraft,
-    "cull": bus.Cull,
-    "cancel": bus.Cancel,
-    "roll-back": bus.RollBack,
-    "release": bus.Release,
-    "hold": bus.HoldSeed,
-    "let-go": bus.LetSeedGo,
-    "pause": bus.Pause,
-    "resume": bus.Resume,
-    "checkpoint": bus.Checkpoint,
-    "batch": bus.Batch,
-}
+_CLASSES = {bus.verb(kind).replace("_", "-"): kind for kind in bus.COMMANDS}
 _OPTIONS = ("site", "seed", "blueprint", "graft", "target", "file")
 _MAX_BATCH_BYTES = 256 * 1024
 DONE, NOT_DONE = 0, 1
 
 
 def prepare(options: argparse.Namespace, growth: Any) -> Any:
-    """The steering of `esper grow --bus`; whatever is wrong with the bus is said at once."""
+    """Prepares the steering of `esper grow --bus`; raises at once if the bus cannot be used."""
     from esper_fn import runtime
 
     name = options.run_name or f"{options.data}-{options.seed}"
@@ -52,7 +38,7 @@ def prepare(options: argparse.Namespace, growth: Any) -> Any:
 
 
 def connect(options: argparse.Namespace) -> bus.Client:
-    """A client to the named run, or to the only one there is."""
+    """Connects to the named run, or to the only active one."""
     if bus.parse_address(options.bus).is_memory:
         raise BusError(
             "the bus `memory` lies inside the process of its run; start the run with --bus "
@@ -86,42 +72,40 @@ def send(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 def stop(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Stops a run."""
     del parser
-    command = bus.EmergencyStop(reason=options.reason, sender=_sender())
+    command = bus.Stop(reason=options.reason, sender=_sender())
     with connect(options) as client:
         outcome = client.send(command, wait_seconds=options.wait)
     return _show(outcome)
 
 
 def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Shows and handles dead letters."""
-    if options.what != "list" and not options.letters:
-        parser.error(f"dlq {options.what}: name the letters; `esper dlq list` shows them")
+    """Lists, shows, replays or drops dead letters."""
+    if options.action != "list" and not options.letters:
+        parser.error(f"dlq {options.action}: name the letters; `esper dlq list` shows them")
     with connect(options) as client:
-        if options.what == "list":
+        if options.action == "list":
             count = 0
             for name, letter in _letters(client):
                 count += 1
                 say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
             say(f"{count} dead letters")
             return DONE
-        wanted = set(options.letters)
-        known = {name: letter for name, letter in _letters(client) if name in wanted}
-        if unknown := [name for name in options.letters if name not in known]:
+        letters = {name: letter for name, letter in _letters(client) if name in options.letters}
+        if unknown := [name for name in options.letters if name not in letters]:
             raise BusError(f"no dead letter {unknown[0]!r}; `esper dlq list` shows them")
         for name in options.letters:
-            if options.what == "show":
-                letter = known[name]
-                for key in letter.__struct_fields__:
-                    say(f"{key}: {getattr(letter, key)!r}")
-            elif options.what == "replay":
+            if options.action == "show":
+                for field, value in msgspec.structs.asdict(letters[name]).items():
+                    say(f"{field}: {value!r}")
+            elif options.action == "replay":
                 say(f"{name} sent again: {', '.join(client.replay(name))}")
-        if options.what == "drop":
+        if options.action == "drop":
             say(f"{client.drop(options.letters)} dropped")
     return DONE
 
 
 def _letters(client: bus.Client) -> Iterator[tuple[str, bus.DeadLetter]]:
-    """Dead letters, oldest first, a few at a time, since each may be large."""
+    """Reads dead letters, oldest first, a few at a time, since each may be large."""
     after: dict[str, str] = {}
     for _ in range(_MOST_LETTERS // _LETTERS_AT_ONCE):
         page = client.dead_letters(**after, limit=_LETTERS_AT_ONCE)
@@ -141,31 +125,27 @@ def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bus.Command:
-    kind = options.kind
-    taken = {field.name: field for field in msgspec.structs.fields(_CLASSES[kind])}
-    if kind == "batch":
-        taken["file"] = taken["id"]
+    """The command that the options describe; a wrong or missing option ends the program."""
+    verb, kind = options.verb, _CLASSES[options.verb]
+    allowed = {field.name: field.required for field in msgspec.structs.fields(kind)}
+    if verb == "batch":
+        allowed["file"] = True
     for name in _OPTIONS:
-        given = getattr(options, name) is not None
-        if given and name not in taken:
-            parser.error(f"send {kind}: --{name} does not belong to it")
-        is_needed = name in taken and (name == "file" or taken[name].required)
-        if is_needed and not given:
-            parser.error(f"send {kind}: --{name} is missing")
-    fields: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS if name in taken}
-    fields.pop("file", None)
-    if kind == "batch":
-        fields["commands"] = [_tagged(parser, part) for part in _read_batch(parser, options.file)]
+        is_set = getattr(options, name) is not None
+        if is_set and name not in allowed:
+            parser.error(f"send {verb}: --{name} does not belong to it")
+        if not is_set and allowed.get(name, False):
+            parser.error(f"send {verb}: --{name} is missing")
+    fields = {name: getattr(options, name) for name in _OPTIONS if name in allowed}
+    if verb == "batch":
+        parts = _read_batch(parser, fields.pop("file"))
+        fields["commands"] = [_tagged(parser, part) for part in parts]
+    fields |= {"id": options.id, "expires_after_seconds": options.expires, "sender": _sender()}
     fields = {name: value for name, value in fields.items() if value is not None}
-    if options.id is not None:
-        fields["id"] = options.id
-    if options.expires is not None:
-        fields["expires_after_seconds"] = options.expires
-    tag = _CLASSES[kind].__struct_config__.tag
     try:
-        return msgspec.convert({"kind": tag, "sender": _sender(), **fields}, _CLASSES[kind])
+        return msgspec.convert({"kind": kind.__struct_config__.tag, **fields}, kind)
     except msgspec.ValidationError as error:
-        parser.error(f"send {kind}: {error}")
+        parser.error(f"send {verb}: {error}")
 
 
 def _read_batch(parser: argparse.ArgumentParser, name: str) -> list[Any]:

@@ -130,7 +130,7 @@ def fit(
       should_stop: asked after each segment; True ends the run there, saved if there are
         `checkpoints`. See `termination`.
       steering: from `steer`, opened: commands come in and the run is told of over a bus, between
-        segments. It takes the place of `commands`; an emergency stop ends the run as `should_stop`
+        segments. It takes the place of `commands`; a stop ends the run as `should_stop`
         does.
 
     Returns:

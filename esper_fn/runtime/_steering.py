@@ -70,7 +70,7 @@ class Steering:
         self._rows: list[_Rows] | None = None
         self._running: list[_Rows] = []
         self._deferred: list[Taken] = []
-        self._stopped_by: bus.EmergencyStop | None = None
+        self._stopped_by: bus.Stop | None = None
         self._is_paused = False
         self._should_save = False
         self._saved: SavedPositions | None = None
@@ -153,7 +153,7 @@ class Steering:
         return not (self._is_paused and self._should_end())
 
     def should_stop(self) -> bool:
-        """Takes what waits; stands still while paused; True after an emergency stop.
+        """Takes what waits; stands still while paused; True after a stop.
 
         Raises:
           FencedError: another process drives the run now.
@@ -205,7 +205,7 @@ class Steering:
         self.station.offer([event])
 
     def check_stopped(self) -> None:
-        """Raises after an emergency stop.
+        """Raises after a stop.
 
         Raises:
           RunStoppedError: with who and why.
@@ -219,7 +219,7 @@ class Steering:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether an emergency stop is in force."""
+        """Whether a stop is in force."""
         return self._stopped_by is not None
 
     # --- parts ---------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Steering:
             self._is_paused = isinstance(command, bus.Pause)
             self.station.set_paused(self._is_paused)
             self._finish(taken, "DONE", f"before step {self._step}")
-        elif isinstance(command, bus.EmergencyStop):
+        elif isinstance(command, bus.Stop):
             self._stopped_by = command
             self._finish(taken, "DONE", f"stopped before step {self._step}")
         elif isinstance(command, bus.Checkpoint) and self._saved is not None:
@@ -310,7 +310,7 @@ class Steering:
             if len({row.seed for row in rows}) < len(rows):
                 raise ValueError("a batch names a seed twice; send the second command after it")
             if isinstance(command, bus.Batch):
-                rows = commands.together(rows, command.id)
+                rows = commands.batch(rows, command.id)
             # It knows every name; what it refuses must not reach the loop.
             commands.pack_on_host(self._growth.layout, self._grafts, rows, self.max_commands)
         except (EsperError, ValueError) as error:

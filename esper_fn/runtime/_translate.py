@@ -1,4 +1,4 @@
-"""From the words of the bus to those of the core, and back."""
+"""Translates commands from the bus to the core, and events back."""
 
 from __future__ import annotations
 
@@ -27,48 +27,39 @@ WORDS = {
 
 
 def to_core(growth: Growth, command: bus.Command) -> commands.Command:
-    """A command of the bus as one of the core.
+    """Translates a command of the bus to one of the core, by the verb that both share.
+
+    Args:
+      growth: the static part of the run, for its names.
+      command: a command to one seed.
 
     Raises:
-      ValueError: a seed, site or stage that does not exist.
+      ValueError: the command is for no seed, or names a seed, site or stage that does not exist.
     """
     if not isinstance(command, bus.SeedCommand):
         raise ValueError(f"{type(command).__name__} is not for a seed")
-    seed = _seed(growth, command)
-    match command:
-        case bus.Germinate():
-            return commands.germinate(seed, command.blueprint, command.graft)
-        case bus.SetGraft():
-            return commands.set_graft(seed, command.graft)
-        case bus.Transition():
-            if command.target not in Stage.__members__:
-                raise UnknownNameError("target", command.target, Stage.__members__)
-            return commands.transition(seed, Stage[command.target])
-    return _PLAIN[type(command)](seed)
+    fields = command.arguments()
+    seed = _seed(growth, fields.pop("site"), fields.pop("seed"))
+    if "target" in fields:
+        if fields["target"] not in Stage.__members__:
+            raise UnknownNameError("target", fields["target"], Stage.__members__)
+        fields["target"] = Stage[fields["target"]]
+    build: Callable[..., commands.Command] = getattr(commands, bus.verb(command))
+    return build(seed, **fields)
 
 
-_PLAIN: dict[type[bus.Command], Callable[[int], commands.Command]] = {
-    bus.Cull: commands.cull,
-    bus.Cancel: commands.cancel,
-    bus.RollBack: commands.roll_back,
-    bus.Release: commands.release,
-    bus.HoldSeed: commands.pause,
-    bus.LetSeedGo: commands.resume,
-}
-
-
-def _seed(growth: Growth, command: bus.SeedCommand) -> int:
+def _seed(growth: Growth, name: str | None, number: int) -> int:
+    """The number among all seeds of a seed of a site, or `number` itself without a site."""
     layout = growth.layout
-    if command.site is None:
-        return command.seed
-    place = layout.sites[layout.site_index(command.site)]
-    if command.seed >= place.num_seeds:
+    if name is None:
+        return number
+    site = layout.sites[layout.site_index(name)]
+    if number >= site.num_seeds:
         raise ValueError(
-            f"seed={command.seed} of site {command.site!r} does not exist; it has seeds "
-            f"0..{place.num_seeds - 1}"
+            f"seed={number} of site {name!r} does not exist; it has seeds 0..{site.num_seeds - 1}"
         )
-    layer, chunk = divmod(command.seed, place.chunks)
-    return layout.seed_index(command.site, chunk, layer)
+    layer, chunk = divmod(number, site.chunks)
+    return layout.seed_index(name, chunk, layer)
 
 
 def stage_name(value: Any) -> str | None:

@@ -114,7 +114,7 @@ SHAPES = {
 def test_a_run_takes_the_neighbours_of_a_large_entry(place, topic, shape):
     loop, client = place.loop(), place.client()
     first, second = (
-        bus.Cull(seed=seed) if topic is Topic.COMMANDS else bus.EmergencyStop() for seed in range(2)
+        bus.Cull(seed=seed) if topic is Topic.COMMANDS else bus.Stop() for seed in range(2)
     )
     assert client.send(first, wait_seconds=10).is_done
     with small():
@@ -166,7 +166,7 @@ def test_an_urgent_command_does_not_wait_for_large_entries(place):
         place.add(Topic.COMMANDS, "m", "LONG")
     client = place.client()
     with small():
-        loop, stop = place.loop(), bus.EmergencyStop()
+        loop, stop = place.loop(), bus.Stop()
         began = time.monotonic()
         assert client.send(stop, wait_seconds=10).is_done
         assert time.monotonic() - began < 5  # two seconds on a quiet machine
@@ -386,7 +386,7 @@ def test_large_values_in_the_runs_keys_reach_nobody(place, what):
     with small():
         place.on_server(command, place.key(name), *rest)
         began = time.monotonic()
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         assert client.send(stop, wait_seconds=10, must_listen=False).is_done
         assert time.monotonic() - began < 4
         loop.close()

@@ -119,7 +119,7 @@ def test_a_flood_is_refused_to_its_sender_and_a_stop_still_comes_first(server, r
         assert refused > 10_000
         assert done + refused == limit + 20_000
         assert limit - 200 <= done <= limit + 3_000  # what the run has read already waits there
-        stop = bus.EmergencyStop(reason="enough")
+        stop = bus.Stop(reason="enough")
         client.send(stop, wait_seconds=None)
         until(lambda: loop.station._desk._intake._ready[Topic.URGENT])
         loop.one_step()

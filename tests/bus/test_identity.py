@@ -68,7 +68,7 @@ class Site:
 def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
     first = site.loop()
     with site.connect() as client:
-        for command in (bus.EmergencyStop(), bus.Pause(), bus.Cull(seed=1)):
+        for command in (bus.Stop(), bus.Pause(), bus.Cull(seed=1)):
             assert client.send(command, wait_seconds=10).is_done
     captured = site.captured()
     assert len(captured) == 3
@@ -93,7 +93,7 @@ def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
 def test_captured_commands_do_not_act_in_a_run_that_begins_with_them(site):
     first = site.loop()
     with site.connect() as client:
-        assert client.send(bus.EmergencyStop(), wait_seconds=10).is_done
+        assert client.send(bus.Stop(), wait_seconds=10).is_done
     captured = site.captured()
     first.close()
     site.empty()
@@ -178,7 +178,7 @@ def test_emptied_while_it_runs_a_run_refuses_what_was_captured_before(site):
             captured = site.captured()
             site.empty()
             site.put(captured)
-            stop = bus.EmergencyStop()
+            stop = bus.Stop()
             assert client.send(stop, wait_seconds=10, must_listen=False).is_done
             time.sleep(0.2)
             assert loop.effects == [*(command.id for command in done), stop.id]

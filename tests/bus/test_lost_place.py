@@ -118,7 +118,7 @@ def test_a_stop_is_in_force_at_once_though_the_runs_place_was_removed(place, fau
     for command in before:
         assert client.send(command, wait_seconds=10).is_done
     fault(place)
-    stop = bus.EmergencyStop(reason="now")
+    stop = bus.Stop(reason="now")
     began = time.monotonic()
     assert client.send(stop, wait_seconds=20, must_listen=False).is_done
     assert time.monotonic() - began < 4  # two seconds on a quiet machine
@@ -221,7 +221,7 @@ def test_a_stop_is_in_force_at_once_whatever_the_server_did(own_server, raw, run
         for command in before:
             assert place.client.send(command, wait_seconds=10).is_done
         fault(raw, run_name)
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         began = time.monotonic()
         assert place.client.send(stop, wait_seconds=20, must_listen=False).is_done
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
@@ -265,7 +265,7 @@ def test_streams_that_begin_anew_under_an_earlier_clock_are_read(own_server, raw
             assert raw.xinfo_stream(place.key(topic))["last-generated-id"] == b"0-0"
             raw.execute_command("XADD", place.key(topic), "1-1", "other", "fields")
             until(lambda: len(place.client.dead_letters()) >= 1)
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         assert place.client.send(stop, wait_seconds=20).is_done
         assert place.loop.effects == [done.id, stop.id]
         until(lambda: len(place.client.dead_letters()) == 2)
@@ -283,7 +283,7 @@ def test_a_failover_to_a_server_that_lags_behind_loses_no_command(own_server, ra
         raw.flushall()
         for key, value in copy.items():
             raw.restore(key, 5_000 if key.endswith(b":lease") else 0, value, replace=True)
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         began = time.monotonic()
         assert place.client.send(stop, wait_seconds=20).is_done
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
@@ -300,7 +300,7 @@ def test_a_place_removed_again_and_again_costs_the_server_little(own_server, raw
             streams_deleted(place)
             time.sleep(0.002)
         assert place.calls() - before < 10_000  # 1,000 are the test's own
-        assert place.client.send(bus.EmergencyStop(), wait_seconds=20).is_done
+        assert place.client.send(bus.Stop(), wait_seconds=20).is_done
         assert len(place.alerts()) <= 6
     finally:
         place.close()
@@ -351,7 +351,7 @@ def test_garbage_in_the_runs_keys_ends_nothing(own_server, raw, run_name, what):
         place.client.send(bus.Cull(seed=1), wait_seconds=10)
         fault.func(place, fault.keywords["name"], *fault.keywords["command"])
         began = time.monotonic()
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         assert place.client.send(stop, wait_seconds=20, must_listen=False).is_done
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
         time.sleep(0.5)  # several renewals
@@ -421,7 +421,7 @@ def test_a_bus_that_refuses_the_run_ends_nothing(own_server, raw, run_name, chan
         assert said
         assert "other" not in "".join(record.getMessage() for record in said).split()
         allow()
-        stop = bus.EmergencyStop()
+        stop = bus.Stop()
         began = time.monotonic()
         assert place.client.send(stop, wait_seconds=10, must_listen=False).is_done
         assert time.monotonic() - began < 4  # two seconds on a quiet machine

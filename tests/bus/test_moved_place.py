@@ -101,7 +101,7 @@ def test_renewals_amid_many_commands_find_nothing_amiss(server, run_name):
     place = Place(server.url, run_name, None, None, lease_seconds=0.03, limit=64)
     try:
         for seed in range(1_500):
-            command = bus.EmergencyStop() if seed % 2 else bus.Cull(seed=seed)
+            command = bus.Stop() if seed % 2 else bus.Cull(seed=seed)
             place.client.send(command, wait_seconds=None, must_listen=False)
         until(lambda: len(place.loop.effects) == 1_500)
         assert place.alerts() == []
@@ -117,10 +117,10 @@ def exhaust(place, topic):
 @pytest.mark.parametrize("topic", [Topic.URGENT, Topic.COMMANDS])
 def test_a_command_stream_that_takes_no_more_is_told_to_both_sides(place, topic, remove):
     assert place.client.send(bus.Cull(seed=1), wait_seconds=20).is_done
-    assert place.client.send(bus.EmergencyStop(), wait_seconds=20).is_done
+    assert place.client.send(bus.Stop(), wait_seconds=20).is_done
     exhaust(place, topic)
     until(lambda: "bus_stream_exhausted" in place.alerts())
-    command = bus.EmergencyStop() if topic is Topic.URGENT else bus.Cull(seed=2)
+    command = bus.Stop() if topic is Topic.URGENT else bus.Cull(seed=2)
     with pytest.raises(BusUnavailableError) as caught:
         place.client.send(command, wait_seconds=0.5)
     assert f"{place.key(topic)} can take no more entries" in str(caught.value)
@@ -138,7 +138,7 @@ def test_a_command_stream_that_takes_no_more_is_told_to_both_sides(place, topic,
 def test_an_outcome_stream_that_takes_no_more_is_told(place):
     assert place.client.send(bus.Cull(seed=1), wait_seconds=20).is_done
     exhaust(place, Topic.OUTCOMES)
-    stop = bus.EmergencyStop()
+    stop = bus.Stop()
     place.client.send(stop, wait_seconds=None)
     until(lambda: stop.id in place.loop.effects)
     until(lambda: "bus_refuses" in place.alerts())

@@ -173,7 +173,7 @@ def test_the_order_of_one_sender_is_kept(loop, connect):
     assert running.station.counts == {}
 
 
-def test_an_emergency_stop_overtakes_ten_thousand_commands(loop, connect):
+def test_an_stop_overtakes_ten_thousand_commands(loop, connect):
     running, client = loop(start=False), connect()
 
     async def many():
@@ -184,7 +184,7 @@ def test_an_emergency_stop_overtakes_ten_thousand_commands(loop, connect):
 
     client._thread.call(many(), 60)
     until(lambda: running.station.num_waiting > 1_000)
-    stop = bus.EmergencyStop(reason="smoke")
+    stop = bus.Stop(reason="smoke")
     client.send(stop, wait_seconds=None)
     until(lambda: running.station._desk._intake._ready[Topic.URGENT])
     running.one_step()

@@ -89,15 +89,15 @@ def test_send_waits_for_the_outcome_and_shows_it(esper, loop):
 
 def test_a_batch_comes_from_a_file(esper, loop, tmp_path):
     path = tmp_path / "batch.json"
-    path.write_text(json.dumps([{"kind": "cull", "seed": 1}, {"kind": "hold", "seed": 2}]))
+    path.write_text(json.dumps([{"kind": "cull", "seed": 1}, {"kind": "pause-seed", "seed": 2}]))
     assert esper("send", "batch", "--file", str(path), "--wait")[0] == 0
-    assert [type(part) for part in loop[0].commands] == [bus.Cull, bus.HoldSeed]
+    assert [type(part) for part in loop[0].commands] == [bus.Cull, bus.PauseSeed]
 
 
-def test_stop_sends_an_emergency_stop(esper, loop):
+def test_stop_sends_an_stop(esper, loop):
     status, _, _ = esper("stop", "--reason", "enough")
     assert status == 0
-    assert isinstance(loop[0], bus.EmergencyStop)
+    assert isinstance(loop[0], bus.Stop)
     assert loop[0].reason == "enough"
 
 
@@ -212,7 +212,7 @@ def test_grow_is_steered_and_stopped_from_another_process(server, tmp_path):
             time.sleep(0.1)
         born = client.send(bus.Germinate(seed=0, blueprint="bottleneck"), wait_seconds=200)
         assert born.is_done
-        assert client.send(bus.EmergencyStop(reason="e2e", sender="t"), wait_seconds=60).is_done
+        assert client.send(bus.Stop(reason="e2e", sender="t"), wait_seconds=60).is_done
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "by t: e2e" in told

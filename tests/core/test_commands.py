@@ -16,16 +16,16 @@ from esper_fn.commands import (
     Command,
     Commands,
     Kind,
+    batch,
     cancel,
     cull,
     germinate,
     no_commands,
-    pause,
+    pause_seed,
     release,
-    resume,
+    resume_seed,
     roll_back,
     set_graft,
-    together,
     transition,
 )
 from esper_fn.errors import CommandError, UnknownNameError
@@ -83,8 +83,8 @@ def test_done_by_every_kind() -> None:
         cull(1),
         cancel(3),
         release(4),
-        pause(5),
-        resume(6),
+        pause_seed(5),
+        resume_seed(6),
     )
     assert codes == [Code.DONE] * 6 + [Code.NOT_ASKED] * 2
     assert np.asarray(after.seeds.stage).tolist() == [1, 8, 0, 9, 0, 3, 3]
@@ -231,7 +231,7 @@ def test_overruled_by_a_broken_adapter_and_by_the_governor() -> None:
         governor=state.governor._replace(quarantine=jnp.zeros((7,), bool).at[1].set(True))
     )
     broken = silent(7)._replace(num_errors=jnp.zeros((7,)).at[0].set(1.0))
-    after, info, codes = send(state, transition(0, S.STABILIZATION), pause(1), reading=broken)
+    after, info, codes = send(state, transition(0, S.STABILIZATION), pause_seed(1), reading=broken)
     assert codes[:2] == [Code.OVERRULED] * 2
     assert np.asarray(after.seeds.stage)[:2].tolist() == [S.ROLLED_BACK] * 2
     assert np.asarray(info.cause)[:2].tolist() == [Cause.NON_FINITE, Cause.GOVERNOR]
@@ -243,7 +243,7 @@ def test_overruled_by_a_broken_adapter_and_by_the_governor() -> None:
 def test_no_adapter(stage: int) -> None:
     state = at(*[stage] * 2, embargo_steps=5)
     control, _, _ = send(state)
-    after, _, codes = send(state, pause(0), resume(1))
+    after, _, codes = send(state, pause_seed(0), resume_seed(1))
     assert codes[:2] == [Code.NO_ADAPTER] * 2
     after, _, codes = send(state, set_graft(0, "stability"))
     assert codes[0] == Code.NO_ADAPTER
@@ -299,7 +299,7 @@ def pack(*commands: Command, size: int = 4) -> Commands:
 
 
 def test_pack_fills_rows() -> None:
-    told = pack(germinate(4, "conv", "stability"), cull(2), pause(3))
+    told = pack(germinate(4, "conv", "stability"), cull(2), pause_seed(3))
     assert told.seed.tolist() == [4, 2, 3, NONE]
     assert told.kind.tolist() == [Kind.GERMINATE, Kind.TRANSITION, Kind.PAUSE, Kind.NONE]
     assert told.blueprint.tolist() == [1, NONE, NONE, NONE]
@@ -327,9 +327,9 @@ def test_commands_may_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("commands", "error", "value", "allowed", "remedy"),
     [
-        ([pause(0)] * 5, CommandError, "5 commands", "4 rows", "size="),
-        ([pause(7)], CommandError, "seed 7", "0..6", "seed_index"),
-        ([pause(-1)], CommandError, "seed -1", "0..6", "seed_index"),
+        ([pause_seed(0)] * 5, CommandError, "5 commands", "4 rows", "size="),
+        ([pause_seed(7)], CommandError, "seed 7", "0..6", "seed_index"),
+        ([pause_seed(-1)], CommandError, "seed -1", "0..6", "seed_index"),
         (
             [germinate(0, "rope")],
             UnknownNameError,
@@ -365,12 +365,12 @@ def test_a_transition_names_a_real_stage() -> None:
 
 def test_a_batch_takes_force_whole_or_not_at_all():
     state = at(S.DORMANT, S.DORMANT, S.TRAINING, S.GRAFTING)
-    whole = together([germinate(0, "scale"), cull(2)])
+    whole = batch([germinate(0, "scale"), cull(2)])
     after, _, codes = send(state, *whole)
     assert codes[:2] == [Code.DONE, Code.DONE]
     assert after.seeds.stage[:3].tolist() == [S.GERMINATED, S.DORMANT, S.CULLED]
     # Seed 1 sleeps and cannot be culled; seed 3 is asked for on its own.
-    after, _, codes = send(state, *together([germinate(0, "scale"), cull(1), cull(2)]), cull(3))
+    after, _, codes = send(state, *batch([germinate(0, "scale"), cull(1), cull(2)]), cull(3))
     assert codes[:4] == [
         Code.BATCH_REFUSED,
         Code.ILLEGAL_TRANSITION,

@@ -52,8 +52,8 @@ def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step(
     script: dict[int, list[cmd.Command]] = {
         2: [cmd.germinate(5, "low_rank", "adaptive"), cmd.germinate(4, "scale")],
         3: [cmd.cancel(4)],
-        4: [cmd.pause(5), cmd.set_graft(5, "linear")],
-        6: [cmd.resume(5)],
+        4: [cmd.pause_seed(5), cmd.set_graft(5, "linear")],
+        6: [cmd.resume_seed(5)],
         7: [cmd.transition(5, Stage.GRAFTING)],
         8: [cmd.roll_back(5), cmd.cull(3)],
         9: [cmd.release(5), cmd.germinate(0, "scale"), cmd.germinate(1, "scale")],

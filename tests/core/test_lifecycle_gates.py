@@ -28,9 +28,9 @@ from esper_fn.commands import (
     Code,
     cull,
     germinate,
-    pause,
+    pause_seed,
     release,
-    resume,
+    resume_seed,
     roll_back,
     set_graft,
     transition,
@@ -393,7 +393,7 @@ def test_pause_freezes_alpha_dwell_and_edges_and_alpha_goes_on_without_a_jump() 
     rig = small()
     state = place(rig.growth, rig.fresh(), [S.GRAFTING, S.GRAFTING, *[0] * 5], alpha=0.0)
     state, _ = rig.step(state)
-    state, info = rig.step(state, [pause(0)])
+    state, info = rig.step(state, [pause_seed(0)])
     assert int(info.outcomes.code[0]) == Code.DONE
     held = float(state.seeds.alpha[0])
     told = drive(rig, state, 20)
@@ -403,7 +403,7 @@ def test_pause_freezes_alpha_dwell_and_edges_and_alpha_goes_on_without_a_jump() 
         assert int(after.seeds.stage[0]) == S.GRAFTING
         assert int(info.waiting_for[0]) == G.PAUSED
     assert int(told[-1][0].seeds.stage[1]) > S.GRAFTING  # its neighbour went on
-    state, _ = rig.step(told[-1][0], [resume(0)])
+    state, _ = rig.step(told[-1][0], [resume_seed(0)])
     assert float(state.seeds.alpha[0]) == held
     assert int(state.seeds.steps_in_stage[0]) == 2
     state, _ = rig.step(state)
@@ -428,7 +428,7 @@ def test_pause_stops_every_edge_but_the_guards(stage: Stage) -> None:
     assert int(after.seeds.stage[0]) == stage
     assert int(after.seeds.steps_in_stage[0]) == 1000
     assert int(info.cause[0]) == C.NONE
-    resumed, info = rig.step(state, [resume(0)])
+    resumed, info = rig.step(state, [resume_seed(0)])
     assert int(resumed.seeds.stage[0]) != stage
     assert int(info.cause[0]) in {C.GATE, C.DWELL_LIMIT}
     broken = silent(7)._replace(num_errors=jnp.zeros((7,)).at[0].set(1.0))
@@ -440,7 +440,7 @@ def test_pause_stops_every_edge_but_the_guards(stage: Stage) -> None:
 def test_a_commanded_move_keeps_the_pause_until_the_way_ends() -> None:
     rig = small()
     state = place(rig.growth, rig.fresh(), [S.EVALUATING, *[0] * 6])
-    state, info = rig.step(state, [pause(0)])
+    state, info = rig.step(state, [pause_seed(0)])
     state, info = rig.step(state, [transition(0, S.FINE_TUNING)])
     assert int(info.outcomes.code[0]) == Code.DONE
     assert bool(state.seeds.is_paused[0])

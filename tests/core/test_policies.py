@@ -14,7 +14,7 @@ from drive import NONE, place, rig, strict
 
 import esper_fn as ef
 from esper_fn._layout import make_layout
-from esper_fn.commands import Code, Kind, cull, germinate, pause
+from esper_fn.commands import Code, Kind, cull, germinate, pause_seed
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import Cause, Stage, loss_track, seed_state
 from esper_fn.policies import (
@@ -292,7 +292,7 @@ def test_scripted_asks_what_is_written_when_it_is_written() -> None:
         (1, germinate(4, "rank", "slow")),
         (1, germinate(0, "scale")),
         (3, cull(4)),
-        (3, pause(0)),
+        (3, pause_seed(0)),
     ]
     player = Player(scripted(events, grafts=("fast", "slow")))
     told = [player.ask(observe(step)) for step in range(5)]
@@ -309,7 +309,7 @@ def test_scripted_asks_what_is_written_when_it_is_written() -> None:
 
 def test_scripts_that_cannot_be_played_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[\(1, 0\)\]"):
-        scripted([(1, cull(0)), (2, cull(0)), (1, pause(0))])
+        scripted([(1, cull(0)), (2, cull(0)), (1, pause_seed(0))])
     with pytest.raises(UnknownNameError, match="'slow'"):
         scripted([(0, germinate(0, "scale", "slow"))], grafts=("fast",)).init(layout())
     with pytest.raises(UnknownNameError, match="'rope'"):

@@ -140,7 +140,7 @@ def test_commands_are_taken_between_segments() -> None:
     seed = GROWTH.layout.seed_index("layer2.0", 0)
 
     def ask(step: int) -> list[cmd.Command]:
-        return {0: [cmd.germinate(seed, "bottleneck")], 20: [cmd.pause(seed)]}.get(step, [])
+        return {0: [cmd.germinate(seed, "bottleneck")], 20: [cmd.pause_seed(seed)]}.get(step, [])
 
     done = fit(commands=ask, num_steps=60)
     births = [e for e in done.events if e["seed"] == seed and e["to"] == "GERMINATED"]

@@ -118,7 +118,7 @@ def running(url, name, **options):
             yield run, client
         finally:
             if run.thread.is_alive():
-                client.send(bus.EmergencyStop(reason="the test is over"), wait_seconds=None)
+                client.send(bus.Stop(reason="the test is over"), wait_seconds=None)
             run.thread.join(30)
             assert not run.thread.is_alive()
     if run.error is not None:
@@ -225,7 +225,7 @@ def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
     with running(url, name) as (run, client):
         client.send(bus.Pause())
         count = len(run.steps)
-        stop = client.send(bus.EmergencyStop(reason="enough", sender="me"))
+        stop = client.send(bus.Stop(reason="enough", sender="me"))
         assert stop.is_done
         run.thread.join(30)
         assert len(run.steps) == count
