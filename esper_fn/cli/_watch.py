@@ -127,5 +127,5 @@ def _exported(
     messages: Iterator[bus.Message], exporter: monitoring.Exporter
 ) -> Iterator[bus.Message]:
     for message in messages:
-        exporter.take(message)
+        exporter.update(message)
         yield message

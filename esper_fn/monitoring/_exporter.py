@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from esper_fn import bus
-from esper_fn.monitoring._metrics import METRICS, Kind, Metric
+from esper_fn.monitoring._metrics import METRICS, Metric
 
 _LOOPBACK = "127.0.0.1"
 MAX_SERIES = 10_000
@@ -16,7 +16,7 @@ MAX_SERIES = 10_000
 
 
 class _Counter(Counter):
-    """Without the time of its birth, which would be one more series for each."""
+    """A counter without its time of creation, which would be one more series for each."""
 
     def _child_samples(self) -> Iterable[Any]:
         return [sample for sample in super()._child_samples() if sample.name != "_created"]
@@ -26,12 +26,12 @@ class Exporter:
     """Keeps the metrics of one run up to date from its messages.
 
     Args:
-      run: its name, the label `run` of every metric.
-      registry: where they are registered; one registry serves one exporter.
+      run: name of the run, the label `run` of every metric.
+      registry: of Prometheus; one registry serves one exporter.
 
     >>> registry = CollectorRegistry()
     >>> exporter = Exporter("demo", registry)
-    >>> exporter.take(bus.StepMetrics(step=7, loss=0.5))
+    >>> exporter.update(bus.StepMetrics(step=7, loss=0.5))
     >>> registry.get_sample_value("esper_step", {"run": "demo"})
     7.0
     """
@@ -42,23 +42,24 @@ class Exporter:
         self._series: set[tuple[str, ...]] = set()
         self.num_refused_series = 0
         for metric in METRICS:
-            make = _Counter if metric.kind is Kind.COUNTER else Gauge
-            made = make(metric.name, metric.help, ("run", *metric.labels), registry=registry)
-            self._by_type.setdefault(metric.of, []).append((metric, made))
+            collector_type = _Counter if metric.kind == "counter" else Gauge
+            labels = ("run", *metric.labels)
+            collector = collector_type(metric.name, metric.help, labels, registry=registry)
+            self._by_type.setdefault(metric.message_type, []).append((metric, collector))
 
-    def take(self, message: bus.Message) -> None:
-        """Takes a message in; one that no metric comes from changes nothing."""
-        for metric, made in self._by_type.get(type(message), ()):
+    def update(self, message: bus.Message) -> None:
+        """Updates the metrics that come from a message; of another message none does."""
+        for metric, collector in self._by_type.get(type(message), ()):
             samples = dict(metric.read(message))
-            if metric.kind is Kind.GAUGE and metric.labels:
+            if metric.kind == "gauge" and metric.labels:
                 # What a message no longer names is zero, not what it was.
                 before = (name[1:] for name in self._series if name[0] == metric.name)
                 samples = {**dict.fromkeys(before, 0.0), **samples}
             for labels, value in samples.items():
                 if not self._admit(metric.name, labels):
                     continue
-                child = made.labels(self._run, *labels)
-                if metric.kind is Kind.COUNTER:
+                child = collector.labels(self._run, *labels)
+                if metric.kind == "counter":
                     child.inc(value)
                 else:
                     child.set(value)
@@ -77,12 +78,15 @@ class Exporter:
 
 
 def serve(registry: CollectorRegistry, port: int, *, host: str = _LOOPBACK) -> Callable[[], None]:
-    """Serves a registry at `http://host:port/metrics`; returns what ends it.
+    """Serves a registry at `http://host:port/metrics`.
 
     Args:
       registry: of the exporter.
       port: to listen on.
-      host: the loopback interface unless told otherwise; metrics are not signed.
+      host: address to listen on; the loopback interface by default, as metrics are not signed.
+
+    Returns:
+      A function that ends the service.
     """
     server, thread = start_http_server(port, addr=host, registry=registry)
 

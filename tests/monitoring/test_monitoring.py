@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from esper_fn import bus, monitoring
@@ -35,7 +36,7 @@ def exported():
     registry = CollectorRegistry()
     exporter = monitoring.Exporter("r", registry)
     for message in MESSAGES:
-        exporter.take(message)
+        exporter.update(message)
     return registry, exporter
 
 
@@ -45,7 +46,7 @@ def emitted(registry):
 
 def test_every_metric_has_an_emitter_that_emits(exported):
     registry, _ = exported
-    assert {metric.exposed for metric in monitoring.METRICS} <= emitted(registry)
+    assert {metric.exposed_name for metric in monitoring.METRICS} <= emitted(registry)
     assert registry.get_sample_value("esper_seeds", {"run": "r", "stage": "DORMANT"}) == 3
     labels = {"run": "r", "cause": "policy"}
     assert registry.get_sample_value("esper_decisions_total", labels) == 1
@@ -54,23 +55,24 @@ def test_every_metric_has_an_emitter_that_emits(exported):
 
 def test_a_stage_without_seeds_is_zero(exported):
     registry, exporter = exported
-    exporter.take(bus.StepMetrics(step=8, loss=0.5, stages={"DORMANT": 4}))
+    exporter.update(bus.StepMetrics(step=8, loss=0.5, stages={"DORMANT": 4}))
     assert registry.get_sample_value("esper_seeds", {"run": "r", "stage": "TRAINING"}) == 0
 
 
 def test_panels_and_alerts_show_only_what_is_emitted(exported):
     names = emitted(exported[0])
-    panels = [panel for panel in monitoring.dashboard()["panels"] if panel["type"] != "row"]
-    assert len(panels) == len(monitoring.METRICS)
-    shown = json.dumps(panels) + json.dumps(monitoring.alert_rules())
-    assert set(re.findall(r"\besper_\w+", shown)) <= names
-
-
-def test_the_files_are_those_the_table_makes(tmp_path):
-    for path in monitoring.write(tmp_path):
-        assert path.read_text() == (ROOT / "monitoring" / path.name).read_text(), (
-            "run `python -m esper_fn.monitoring monitoring`"
-        )
+    dashboard = json.loads((ROOT / "monitoring" / "dashboard.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    titles = {panel["title"] for panel in panels}
+    assert titles == {metric.help for metric in monitoring.METRICS}
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    in_panels = {name for text in expressions for name in re.findall(r"\besper_\w+", text)}
+    assert in_panels == {metric.exposed_name for metric in monitoring.METRICS}
+    alerts = yaml.safe_load((ROOT / "monitoring" / "alerts.yml").read_text())
+    (group,) = alerts["groups"]
+    for rule in group["rules"]:
+        assert {"alert", "expr", "for", "labels", "annotations"} == rule.keys()
+        assert set(re.findall(r"\besper_\w+", rule["expr"])) <= names
 
 
 def test_series_are_bounded(monkeypatch):
@@ -80,7 +82,7 @@ def test_series_are_bounded(monkeypatch):
     registry = CollectorRegistry()
     exporter = monitoring.Exporter("r", registry)
     for number in range(50):
-        exporter.take(bus.Outcome(command_id="c", code=f"code{number}"))
+        exporter.update(bus.Outcome(command_id="c", code=f"code{number}"))
     assert exporter.num_refused_series == 45
     assert generate_latest(registry).count(b"esper_outcomes_total{") == 5
 
