@@ -57,7 +57,7 @@ class Training:
         self.inputs = jnp.asarray(source.normal(size=(1, _ROWS, _WIDTH)), jnp.float32)
         self.targets = jnp.asarray(source.integers(10, size=(1, _ROWS)), jnp.int32)
         self.optimizer = ef.optim.per_adapter(optax.sgd(1e-3))
-        self.segment = runtime.compile_fit(self.growth, _loss, self.optimizer, survey_every=None)
+        self.program = runtime.compile_fit(self.growth, _loss, self.optimizer, survey_every=None)
 
     def fit(
         self, steering: Any, num_steps: int, should_stop: Callable[[], bool] | None = None
@@ -68,8 +68,9 @@ class Training:
             self.growth, _loss, self.optimizer, self.params,
             lambda first, count: (self.inputs, self.targets),
             num_steps=num_steps, key=jax.random.key(0),
-            survey_batch=(self.inputs[0], self.targets[0]), survey_every=None, segment_steps=1,
-            segment=self.segment, max_commands=16, steering=steering, should_stop=should_stop,
+            survey_batch=(self.inputs[0], self.targets[0]),
+            options=runtime.FitOptions(survey_every=None, segment_steps=1, max_commands=16),
+            program=self.program, steering=steering, should_stop=should_stop,
             listener=lambda _: at.append(time.perf_counter()),
         )  # fmt: skip
         return np.diff(at[_FIRST:]).tolist()
@@ -244,11 +245,11 @@ def _two_programs(training: Training) -> Row:
     silence = training.growth.commands((), size=16)
 
     def two() -> None:
-        states[0], infos = training.segment(states[0], batch, survey, lambda: silence)
+        states[0], infos = training.program(states[0], batch, survey, lambda: silence)
         jax.device_get(infos)
 
     def one() -> None:
-        states[1], infos = training.segment.whole(states[1], batch, survey, silence)
+        states[1], infos = training.program(states[1], batch, survey, silence)
         jax.device_get(infos)
 
     times = time_interleaved({"two": two, "one": one}, repeats=200, warmup=20)

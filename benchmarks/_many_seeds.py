@@ -57,9 +57,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
         num_steps=steps,
         key=jax.random.key(1),
         survey_batch=tuple(leaf[0] for leaf in batches(0, 1)),
-        survey_every=4,
-        anchor_every=None,
-        segment_steps=1,
+        options=runtime.FitOptions(survey_every=4, snapshot_every=None, segment_steps=1),
         listener=lambda _: stamps.append(time.perf_counter()),
     )
     return growth.layout.num_seeds, np.diff(stamps).tolist(), fitted

@@ -124,8 +124,7 @@ def _training(folder: Path, *, saves: int) -> dict[str, Row]:
     with checkpoint.Writer(folder, keep=checkpoint.latest(2)) as writer:
 
         def save(index: int) -> None:
-            form = runtime.saved_form(state)
-            writer.save(index, {"state": form}, parts=runtime.saved_parts(state))
+            runtime.save_state(writer, index, state)
 
         save(0)
         writer.wait()

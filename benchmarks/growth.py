@@ -67,13 +67,16 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
     optimizer = ef.optim.per_adapter(transformation)
     loss_fn = jobs.loss_of(host)
     growth = ef.Growth(**jobs.growth_arguments(job, host))  # and nothing else
-    segment = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=jobs.SURVEY_EVERY)
+    program = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=jobs.SURVEY_EVERY)
+    options = runtime.FitOptions(
+        survey_every=jobs.SURVEY_EVERY, segment_steps=jobs.SURVEY_EVERY
+    )
     evaluate = jobs.evaluator(host, data.test_inputs, data.test_targets)
     rivals: dict[int, Any] = {}
     grown, static, sizes = [], [], []
     for seed in range(num_seeds):
         key = jax.random.key(seed)
-        batches = runtime.in_memory(
+        batches = runtime.array_batches(
             data.train_inputs,
             data.train_targets,
             batch_size=job.batch_size,
@@ -90,9 +93,8 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
             num_steps=steps,
             key=jax.random.fold_in(key, 1),
             survey_batch=(data.validation_inputs[:count], data.validation_targets[:count]),
-            survey_every=jobs.SURVEY_EVERY,
-            segment=segment,
-            segment_steps=jobs.SURVEY_EVERY,
+            options=options,
+            program=program,
         )
         accuracy, _ = evaluate(fitted.state.params, growth.seeds(fitted.state.growth))
         size = hosts.count_parameters(host) + fitted.num_parameters
@@ -109,7 +111,7 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
             rival.init(key),
             batches,
             num_steps=steps,
-            segment=rivals[size][0],
+            program=rivals[size][0],
             segment_steps=jobs.SURVEY_EVERY,
         )
         theirs, _ = rivals[size][1](trained.state, ef.NoSeeds())

@@ -170,7 +170,7 @@ def _training_rows(*, repeats: int) -> dict[str, Row]:
             optimizer,
             jax.tree.map(jnp.copy, params),
             with_live(growth, blank, [first + chunk for chunk in chunks]),
-            anchor_every=None,
+            snapshot_every=None,
         )
         for name, chunks in {
             "dormant": [],

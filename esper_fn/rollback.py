@@ -1,4 +1,4 @@
-"""Going back to parameters that were good, inside jit."""
+"""Going back to parameters that were good, inside jit: `(init, update)` of a ring of snapshots."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from esper_fn._growth import Growth, GrowthState, forget
 from esper_fn._layout import per_slot_tree, select_slots
 from esper_fn._typing import Adapters, Array, Int32, Params
 from esper_fn.governors import Alarm, Verdict
-from esper_fn.lifecycle import LossTrack
+from esper_fn.lifecycle import NONE, LossTrack
 
 NUM_SNAPSHOTS = 3
-"""Default of the ring: the fewest with which a second emergency can go back further."""
+"""Default size of the ring: the fewest with which a second emergency can go back further."""
 
 
 class Snapshot(NamedTuple):
@@ -26,26 +26,21 @@ class Snapshot(NamedTuple):
     adapters: Adapters
     loss: LossTrack
     generation: Int32[Array, "Q"]
-    """Adapters that were born in each slot by then; never restored."""
+    """How many adapters each slot had had by then; never restored."""
 
 
-class Anchor(NamedTuple):
-    """A ring of H snapshots, and which of them a roll-back restores.
+class Ring(NamedTuple):
+    """H snapshots, and when each of them was taken.
 
-    The `num_held` snapshots that count stand at `newest`, `newest - 1`, ... around the ring. What
-    the other places hold is never read.
+    The newest has the largest of `steps`; older ones stand before it around the ring.
     """
 
     snapshots: Snapshot
     """Every leaf has a leading axis H."""
-    newest: Int32[Array, ""]
-    """Place of the newest snapshot in the ring."""
-    num_held: Int32[Array, ""]
-    """Snapshots there are to go back to, at least 1."""
-    age: Int32[Array, ""]
-    """Steps since the newest one was taken or restored."""
-    due: Int32[Array, ""]
-    """The age at which the next one is taken."""
+    steps: Int32[Array, "H"]
+    """`GrowthState.step` when each was taken, or `NONE` where nothing is to go back to."""
+    next_step: Int32[Array, ""]
+    """The step from which the next one may be taken."""
     every: Int32[Array, ""]
 
     @property
@@ -54,15 +49,15 @@ class Anchor(NamedTuple):
         return int(self.snapshots.generation.shape[-2])
 
 
-def anchor(
+def init(
     params: Params,
     opt_state: Any,
     state: GrowthState,
     *,
     every: int = 50,
     num_snapshots: int = NUM_SNAPSHOTS,
-) -> Anchor:
-    """An anchor at the present.
+) -> Ring:
+    """A ring that holds the present.
 
     With H snapshots a roll-back restores the newest but one, since the newest may have been taken
     while things went wrong already: it goes back at least `every` and less than `2 * every` calm
@@ -80,31 +75,33 @@ def anchor(
       opt_state: of the optimiser.
       state: of the growth.
       every: steps between snapshots. Take more than the governor needs to see a divergence.
-      num_snapshots: H, static, at least 1. For none, keep no anchor.
+      num_snapshots: H, static, at least 1. For none, keep no ring.
+
+    Returns:
+      The ring for the first `update`.
 
     Raises:
       ValueError: `every` or `num_snapshots` is no int of at least 1.
     """
-    for name, given in (("every", every), ("num_snapshots", num_snapshots)):
-        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+    for name, value in (("every", every), ("num_snapshots", num_snapshots)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"{name} must be an int, at least 1, got {given!r}; to do without roll-backs, keep "
-                "no anchor (`anchor_every=None` or `num_snapshots=0` in `runtime`)"
+                f"{name} must be an int, at least 1, got {value!r}; to do without roll-backs, keep "
+                "no ring (`snapshot_every=None` or `num_snapshots=0` in `runtime`)"
             )
-    now = snapshot(params, opt_state, state)
-    return Anchor(
+    now = take_snapshot(params, opt_state, state)
+    step = jnp.asarray(state.step, jnp.int32)
+    return Ring(
         # A stack is divided among devices as what it is made of.
         snapshots=jax.tree.map(lambda leaf: jnp.stack([leaf] * num_snapshots), now),
-        newest=jnp.int32(0),
-        num_held=jnp.int32(1),
-        age=jnp.int32(0),
-        due=jnp.int32(every),
+        steps=jnp.where(jnp.arange(num_snapshots) == 0, step, jnp.int32(NONE)),
+        next_step=step + every,
         every=jnp.int32(every),
     )
 
 
-def snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapshot:
-    """The present."""
+def take_snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapshot:
+    """The numbers of the present."""
     return Snapshot(
         params=params,
         opt_state=opt_state,
@@ -114,15 +111,15 @@ def snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapshot:
     )
 
 
-def guard(
+def update(
     growth: Growth,
-    held: Anchor,
+    ring: Ring,
     params: Params,
     opt_state: Any,
     state: GrowthState,
     verdict: Verdict,
-) -> tuple[Params, Any, GrowthState, Anchor]:
-    """Restores what the verdict wants restored, and renews the anchor in calm times.
+) -> tuple[Params, Any, GrowthState, Ring, Int32[Array, ""]]:
+    """Restores a snapshot where the verdict says so, and takes new ones in calm times.
 
     Host parameters, optimiser state, adapters and loss averages go back together. Seeds keep their
     stages, which follow the table alone: those the verdict quarantines are ROLLED_BACK already. An
@@ -130,68 +127,96 @@ def guard(
 
     Args:
       growth: the static part.
-      held: the anchor before the step.
+      ring: from before the step.
       params: after the step.
       opt_state: after the step.
       state: after `Growth.update`.
       verdict: `info.verdict` of that update.
 
     Returns:
-      params, optimiser state, growth state and anchor for the next step.
+      `(params, opt_state, state, ring, steps_undone)`: the first four are for the next step. The
+      last says how many steps back the restored snapshot lies, 0 where nothing was restored; it
+      belongs into `StepInfo.steps_undone`.
     """
-    places = held.num_snapshots
     goes_back = verdict.should_roll_back
-    now = snapshot(params, opt_state, state)
-
     is_calm = (verdict.alarm == Alarm.CALM) & ~jnp.asarray(verdict.is_uneasy) & ~goes_back
-    is_due = (held.age + 1 >= held.due) & is_calm
-    into = (held.newest + 1) % places
-    restored = jnp.where(held.num_held > 1, (held.newest - 1) % places, held.newest)
+    is_due = (state.step >= ring.next_step) & is_calm
+    places = _places(ring)
+    now = take_snapshot(params, opt_state, state)
 
-    def renew(ring: Snapshot) -> Snapshot:
+    def renew(snapshots: Snapshot) -> Snapshot:
         return jax.tree.map(
-            lambda kept, leaf: jax.lax.dynamic_update_index_in_dim(
-                kept, jnp.asarray(leaf), into, 0
+            lambda rows, leaf: jax.lax.dynamic_update_index_in_dim(
+                rows, jnp.asarray(leaf), places.after, 0
             ),
-            ring,
+            snapshots,
             now,
         )
 
-    ring = once_if(is_due, renew, held.snapshots)
+    snapshots = once_if(is_due, renew, ring.snapshots)
 
-    def go_back(now: Snapshot) -> Snapshot:
+    def restore(now: Snapshot) -> Snapshot:
         old = jax.tree.map(
-            lambda kept: jax.lax.dynamic_index_in_dim(kept, restored, 0, keepdims=False), ring
+            lambda rows: jax.lax.dynamic_index_in_dim(rows, places.target, 0, keepdims=False),
+            snapshots,
         )
-        young = per_slot_tree(growth.layout, now.generation != old.generation)
-        adapters = {
-            site: {
-                name: jax.tree.map(
-                    lambda new, kept, of=young[site][name]: select_slots(of, new, kept),
-                    bank,
-                    old.adapters[site][name],
-                )
-                for name, bank in at_site.items()
-            }
-            for site, at_site in now.adapters.items()
-        }
+        adapters = _with_newborns(growth, now, old)
         return old._replace(adapters=adapters, generation=now.generation)
 
-    chosen = once_if(goes_back, go_back, now)
+    chosen = once_if(goes_back, restore, now)
     memory = state.memory
     if memory is not None:
         memory = forget(memory, goes_back)
+    steps_undone = jnp.where(goes_back, state.step - ring.steps[places.target], 0)
+    ring = _dated(ring._replace(snapshots=snapshots), places, state.step, is_due, goes_back)
     state = state._replace(adapters=chosen.adapters, loss=chosen.loss, memory=memory)
-    held = Anchor(
-        snapshots=ring,
-        newest=jnp.where(goes_back, restored, jnp.where(is_due, into, held.newest)),
-        num_held=jnp.where(
-            goes_back,
-            jnp.maximum(held.num_held - 1, 1),
-            jnp.where(is_due, jnp.minimum(held.num_held + 1, places), held.num_held),
-        ),
-        age=jnp.where(goes_back | is_due, 0, held.age + 1),
-        due=jnp.where(goes_back, places * held.every, jnp.where(is_due, held.every, held.due)),
-        every=held.every,
+    return chosen.params, chosen.opt_state, state, ring, steps_undone
+
+
+class _Places(NamedTuple):
+    """Places around the ring."""
+
+    newest: Int32[Array, ""]
+    after: Int32[Array, ""]
+    """Where the next snapshot goes."""
+    target: Int32[Array, ""]
+    """Which a roll-back restores: the newest but one, if there is one."""
+
+
+def _places(ring: Ring) -> _Places:
+    size = ring.num_snapshots
+    newest = jnp.argmax(ring.steps).astype(jnp.int32)
+    before = (newest - 1) % size
+    return _Places(
+        newest=newest,
+        after=(newest + 1) % size,
+        target=jnp.where(ring.steps[before] == NONE, newest, before),
     )
-    return chosen.params, chosen.opt_state, state, held
+
+
+def _dated(ring: Ring, places: _Places, step: Any, is_due: Any, goes_back: Any) -> Ring:
+    """The ring with the steps that its snapshots have after this step."""
+    size, index = ring.num_snapshots, jnp.arange(ring.num_snapshots)
+    is_taken = is_due & (index == places.after)
+    is_dropped = goes_back & (index == places.newest) & (places.target != places.newest)
+    wait = jnp.where(goes_back, size * ring.every, ring.every)
+    return ring._replace(
+        steps=jnp.where(is_dropped, NONE, jnp.where(is_taken, step, ring.steps)),
+        next_step=jnp.where(goes_back | is_due, step + wait, ring.next_step),
+    )
+
+
+def _with_newborns(growth: Growth, now: Snapshot, old: Snapshot) -> Adapters:
+    """The old adapters, and the present one in each slot where one was born since."""
+    is_newborn = per_slot_tree(growth.layout, now.generation != old.generation)
+
+    def choose(is_new: Array, new: Any, previous: Any) -> Any:
+        return jax.tree.map(lambda a, b: select_slots(is_new, a, b), new, previous)
+
+    return {
+        site: {
+            name: choose(is_newborn[site][name], bank, old.adapters[site][name])
+            for name, bank in banks.items()
+        }
+        for site, banks in now.adapters.items()
+    }

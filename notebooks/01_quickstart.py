@@ -286,7 +286,7 @@ growth.seed(state, growth.layout.seed_index("middle", chunk=0))
 # A listener for each writes what it is told to a run folder, from which the pictures are drawn.
 
 # %%
-batches = ef.runtime.in_memory(train_x, train_y, batch_size=64, num_steps=600, seed=1)
+batches = ef.runtime.array_batches(train_x, train_y, batch_size=64, num_steps=600, seed=1)
 folder = ef.report.create(Path(tempfile.mkdtemp()) / "quickstart")
 host_size = sum(leaf.size for leaf in jax.tree.leaves(host))
 

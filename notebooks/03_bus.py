@@ -81,7 +81,7 @@ def train():
             num_steps=1_000_000,
             key=key_run,
             survey_batch=(inputs[:128], targets[:128]),
-            segment_steps=5,
+            options=runtime.FitOptions(segment_steps=5),
             steering=steering,
         )
 

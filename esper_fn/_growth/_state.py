@@ -62,6 +62,8 @@ class StepInfo(NamedTuple):
     vetoed_by: Int8[Array, "S"]
     outcomes: Outcomes
     verdict: governors.Verdict
+    steps_undone: Int32[Array, ""]
+    """Steps that `rollback.update` undid; 0 for none, and from `Growth.update` itself."""
     num_live: Int32[Array, ""]
     """Adapters that compute in the next step."""
     num_parameters: Float32[Array, ""]

@@ -178,6 +178,7 @@ def advance(
         vetoed_by=requests.vetoed_by,
         outcomes=_execute.answer(growth.layout, commands, done.code, before, seeds.stage),
         verdict=verdict,
+        steps_undone=jnp.int32(0),
         num_live=jnp.sum(is_live, dtype=jnp.int32),
         num_parameters=jnp.sum(
             jnp.where(gains[:, 0] != 0, jnp.asarray(tables.costs[of_slot]), 0.0)

@@ -94,7 +94,7 @@ def _register_all(module: ModuleType, prefix: str) -> None:
 
 for _kind in (GrowthState, SeedState, Telemetry, LossTrack, Settings, Stage, optim.PerAdapterState):
     register(_kind, f"esper_fn.{_kind.__name__}")
-register(rollback.Anchor, "esper_fn.rollback.Ring")
+register(rollback.Ring, "esper_fn.rollback.Ring")
 register(rollback.Snapshot, "esper_fn.rollback.Snapshot")
 for _module, _prefix in (
     (_directions, "esper_fn.telemetry"),

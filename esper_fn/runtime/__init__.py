@@ -7,35 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from esper_fn.runtime._batches import Batches, in_memory
-from esper_fn.runtime._carry import Carried, carry_over, enlarge
-from esper_fn.runtime._compilations import CompilationCount, count_compilations
+from esper_fn.runtime._batches import array_batches
+from esper_fn.runtime._carry import carry_over, enlarge
+from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._events import lifecycle_events, stage_counts
-from esper_fn.runtime._fit import (
-    compile_fit,
-    compile_fit_host,
-    fit,
-    fit_host,
-    segment_length,
-)
+from esper_fn.runtime._fit import fit, fit_host
+from esper_fn.runtime._options import FitOptions
+from esper_fn.runtime._packing import restore_state, save_state
+from esper_fn.runtime._program import compile_fit, compile_fit_host
 from esper_fn.runtime._records import Fit, Segment
-from esper_fn.runtime._ring import live_form, saved_form, saved_parts
-from esper_fn.runtime._rollbacks import SnapshotClock, rollback_reports
 from esper_fn.runtime._saving import Checkpoints
+from esper_fn.runtime._scan import scan_steps
 from esper_fn.runtime._signals import termination
-from esper_fn.runtime._step import (
-    CompiledFit,
-    Learned,
-    Step,
-    StepParts,
-    Survey,
-    TrainState,
-    init,
-    make_step,
-    make_step_parts,
-    make_survey,
-    scan_steps,
-)
+from esper_fn.runtime._step import TrainState, init, make_step, make_survey
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steer import steer
@@ -52,20 +36,13 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Batches",
-    "Carried",
     "Checkpoints",
-    "CompilationCount",
-    "CompiledFit",
     "Fit",
-    "Learned",
+    "FitOptions",
     "Segment",
-    "SnapshotClock",
     "Steering",
-    "Step",
-    "StepParts",
-    "Survey",
     "TrainState",
+    "array_batches",
     "carry_over",
     "compile_fit",
     "compile_fit_host",
@@ -73,18 +50,13 @@ __all__ = [
     "enlarge",
     "fit",
     "fit_host",
-    "in_memory",
     "init",
     "lifecycle_events",
-    "live_form",
     "make_step",
-    "make_step_parts",
     "make_survey",
-    "rollback_reports",
-    "saved_form",
-    "saved_parts",
+    "restore_state",
+    "save_state",
     "scan_steps",
-    "segment_length",
     "stage_counts",
     "steer",
     "termination",

@@ -15,7 +15,9 @@ Batches = Callable[[int, int], Any]
 """`batches(first_step, count)`: a pytree of arrays with a leading axis of `count` steps."""
 
 
-def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, seed: int) -> Batches:
+def array_batches(
+    inputs: Any, targets: Any, *, batch_size: int, num_steps: int, seed: int
+) -> Batches:
     """Batches `(inputs, targets)` drawn from arrays in memory, epoch by epoch without replacement.
 
     Args:
@@ -24,6 +26,9 @@ def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, see
       batch_size: examples a step.
       num_steps: of the whole run.
       seed: of the order.
+
+    Returns:
+      `batches(first_step, count)`, a function of the step, so a run that goes on gets the same.
     """
     order = batch_indices(inputs, targets, batch_size=batch_size, num_steps=num_steps, seed=seed)
 
@@ -35,15 +40,15 @@ def in_memory(inputs: Any, targets: Any, *, batch_size: int, num_steps: int, see
 
 
 def checked_batches(batches: Batches) -> Batches:
-    """The same, held to giving as many steps as were asked for.
+    """The same, which raises `ValueError` where it returns another number of steps.
 
     Raises:
       TypeError: it is no function.
     """
     if not callable(batches):
         raise TypeError(
-            "batches must be a function of (first_step, count), which `runtime.in_memory` makes of "
-            f"arrays, got {described(batches)}; see `runtime.Batches`"
+            "batches must be a function of (first_step, count), which `runtime.array_batches` "
+            f"makes of arrays, got {described(batches)}"
         )
 
     def take(first: int, count: int) -> Any:

@@ -16,8 +16,8 @@ from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
 from esper_fn.optim import PerAdapter, PerAdapterState
 from esper_fn.runtime import _rows
+from esper_fn.runtime._packing import num_snapshots
 from esper_fn.runtime._plain import decoded
-from esper_fn.runtime._ring import num_saved
 from esper_fn.runtime._step import TrainState
 
 
@@ -42,7 +42,7 @@ def carry_over(
 
     Args:
       restored: a step read back whole. `fit` saved it, or a loop of your own: its value is a
-        `TrainState` (as it is or in `saved_form`) or a `GrowthState`, or a dict that has one, or
+        `TrainState` or a `GrowthState`, or a dict that has one, or
         one with `params`, `opt_state` and `growth`.
       growth: the larger one; blueprints are recognised by their names.
       optimizer: the one of the run; needless for a `GrowthState`.
@@ -93,7 +93,7 @@ layer and position; a new slot is fresh |
     | `growth.policy`, `growth.governor` | as before where structure and shapes are the growth's, \
 else its own, from their beginning |
     | `growth.memory` | forgotten until the next survey |
-    | `anchor` | taken now: no roll-back goes back beyond this moment |
+    | `ring` | snapshots begin now: no roll-back goes back beyond this moment |
 
     Shapes are larger then, so programs compile again. Arrays lie on the default device.
 
@@ -153,7 +153,7 @@ def _state_of(value: Any, where: str) -> TrainState | GrowthState:
             params=inner["params"],
             opt_state=inner["opt_state"],
             growth=inner["growth"],
-            anchor=inner.get("anchor"),
+            ring=inner.get("ring"),
         )
     for kind in (TrainState, GrowthState):
         states = [one for one in inner.values() if isinstance(one, kind)]
@@ -194,17 +194,17 @@ def _carried(
         return Carried(state=jax.tree.map(jnp.copy, grown), changes=tuple(changes))
     params = jax.tree.map(jnp.asarray, old.params)
     opt_state = _optimizer_state(old, params, fresh, before.layout, growth.layout, optimizer)
-    anchor = None
-    if old.anchor is not None:
-        anchor = rollback.anchor(
+    ring = None
+    if old.ring is not None:
+        ring = rollback.init(
             params,
             opt_state,
             grown,
-            every=int(old.anchor.every),
-            num_snapshots=num_saved(old.anchor),
+            every=int(old.ring.every),
+            num_snapshots=num_snapshots(old.ring),
         )
-        changes.append("anchor: taken now")
-    state = TrainState(params=params, opt_state=opt_state, growth=grown, anchor=anchor)
+        changes.append("ring: snapshots begin now")
+    state = TrainState(params=params, opt_state=opt_state, growth=grown, ring=ring)
     return Carried(state=jax.tree.map(jnp.copy, state), changes=tuple(changes))
 
 

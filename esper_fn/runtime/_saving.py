@@ -15,8 +15,8 @@ import numpy as np
 from esper_fn import checkpoint
 from esper_fn._growth import Growth
 from esper_fn.errors import ResumeError
+from esper_fn.runtime._packing import example, pack, parts_of, unpack
 from esper_fn.runtime._plain import decoded, encoded, is_alike
-from esper_fn.runtime._ring import example, live_form, saved_form, saved_parts
 from esper_fn.runtime._step import TrainState
 
 
@@ -29,13 +29,16 @@ class Checkpoints:
       every_steps: a step is saved at the end of the first segment that reaches a multiple of it,
         and at the end of the run.
       resume: go on from the newest sound step of the writer's folder, if it has one. With False, a
-        folder that holds steps is refused.
+        folder that has steps is refused.
       note: gives JSON that is saved along, whatever the caller needs to go on. Also called before
-        the first step, to say then what cannot be saved. Infinities, NaN, NumPy numbers and arrays
-        (as numbers and lists) and keys that are numbers come back too; tuples are lists then.
-      recall: told the note of the step the run goes on from, before its first segment.
+        the first step, to find out then what cannot be saved. Infinities, NaN, NumPy numbers and
+        arrays (as numbers and lists) and keys that are numbers come back too; tuples as lists.
+      recall: gets the note of the step the run goes on from, before its first segment.
       settings: anything else that must be the same when the run goes on, under names of its own;
         of the same kinds as a note.
+
+    Raises:
+      ValueError: `every_steps` is no int of at least 1.
     """
 
     writer: checkpoint.Writer
@@ -54,6 +57,10 @@ class Checkpoints:
             raise ValueError(f"every_steps must be an int, at least 1, got {self.every_steps!r}")
         object.__setattr__(self, "every_steps", every)
 
+    def is_due(self, first: int, last: int) -> bool:
+        """Whether a multiple of `every_steps` lies in `(first, last]`."""
+        return last // self.every_steps > first // self.every_steps
+
 
 class Progress(NamedTuple):
     """Where a run stands."""
@@ -65,52 +72,58 @@ class Progress(NamedTuple):
     """JSON: totals and events."""
 
 
-def save(to: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss: float) -> None:
-    """Saves asynchronously."""
-    state = progress.state
-    to.writer.save(
+def save(
+    checkpoints: Checkpoints, progress: Progress, settings: Mapping[str, Any], loss: float
+) -> None:
+    """Saves asynchronously.
+
+    Args:
+      checkpoints: where to.
+      progress: what to save.
+      settings: of the run, which must be the same when it goes on.
+      loss: a metric for `checkpoint.best`.
+    """
+    note, state = checkpoints.note, progress.state
+    checkpoints.writer.save(
         progress.step,
         _value(progress),
         record={
-            "settings": encoded({**to.settings, **settings}, "settings"),
+            "settings": encoded({**checkpoints.settings, **settings}, "settings"),
             "record": encoded(progress.record, "record"),
-            "note": None if to.note is None else encoded(to.note(), "note"),
+            "note": None if note is None else encoded(note(), "note"),
         },
         metrics={"loss": loss},
-        parts=saved_parts(state) if isinstance(state, TrainState) else (),
+        parts=parts_of(state) if isinstance(state, TrainState) else (),
     )
 
 
 def _value(progress: Progress) -> dict[str, Any]:
     state = progress.state
-    form = saved_form(state) if isinstance(state, TrainState) else state
-    return {"state": form, "losses": progress.losses}
+    packed = pack(state) if isinstance(state, TrainState) else state
+    return {"state": packed, "losses": progress.losses}
 
 
-def _check(to: Checkpoints, fresh: Any, settings: Mapping[str, Any]) -> None:
-    """Says before the first step what could not be saved."""
-    record = {"settings": encoded({**to.settings, **settings}, "settings")}
-    if to.note is not None:
+def _check_can_save(checkpoints: Checkpoints, fresh: Any, settings: Mapping[str, Any]) -> None:
+    """Raises before the first step for what could not be saved."""
+    record = {"settings": encoded({**checkpoints.settings, **settings}, "settings")}
+    if checkpoints.note is not None:
         try:
-            note = to.note()
+            note = checkpoints.note()
         except Exception:  # it may need a segment first, and is called again then
             note = None
         record["note"] = encoded(note, "note")
     checkpoint.check(_value(Progress(0, fresh, np.zeros(0), {})), record=record)
 
 
-def is_due(to: Checkpoints, first: int, last: int) -> bool:
-    """Whether a multiple of `every_steps` lies in `(first, last]`."""
-    return last // to.every_steps > first // to.every_steps
-
-
 def load(
-    to: Checkpoints, fresh: Any, settings: Mapping[str, Any], num_steps: int
+    checkpoints: Checkpoints, fresh: Any, settings: Mapping[str, Any], num_steps: int
 ) -> Progress | None:
     """The newest sound step, or None where there is none.
 
+    Warns with a `CheckpointWarning` that names newer steps that are damaged.
+
     Args:
-      to: where to look.
+      checkpoints: where to look.
       fresh: the state a new run would begin with: structure, shapes and shardings must be its own.
       settings: of this run.
       num_steps: of this run.
@@ -119,86 +132,83 @@ def load(
       NoCheckpointError: there are steps, but none is sound.
       CheckpointError: the state, a setting or the note cannot be saved.
       ResumeError: saved with other settings, or longer than this run.
-
-    Warns with a `CheckpointWarning` that names newer steps that are damaged.
     """
-    path = to.writer.path
-    to.writer.wait()  # a save of an earlier run may still be under way
-    there = checkpoint.steps(path)
-    if not there:
-        _check(to, fresh, settings)
+    path = checkpoints.writer.path
+    checkpoints.writer.wait()  # a save of an earlier run may still be under way
+    steps = checkpoint.steps(path)
+    if not steps:
+        _check_can_save(checkpoints, fresh, settings)
         return None
-    if not to.resume:
+    if not checkpoints.resume:
         raise ResumeError(
-            f"{path}: it holds steps {there} of an earlier run; go on from them (resume=True), or "
+            f"{path}: it holds steps {steps} of an earlier run; go on from them (resume=True), or "
             "use another folder"
         )
-    is_grown = isinstance(fresh, TrainState)
-    restored = to.writer.restore(like={"state": example(fresh) if is_grown else fresh, "losses": 0})
-    step, record = restored.step, restored.record
+    like = example(fresh) if isinstance(fresh, TrainState) else fresh
+    restored = checkpoints.writer.restore(like={"state": like, "losses": 0})
     if restored.passed_over:
-        told = "; ".join(map(str, restored.passed_over))
+        damages = "; ".join(map(str, restored.passed_over))
         warnings.warn(
-            f"{path}: going on from step {step}, since newer ones are damaged: {told}",
+            f"{path}: going on from step {restored.step}, since newer ones are damaged: {damages}",
             checkpoint.CheckpointWarning,
             stacklevel=2,
         )
-    if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
-        raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
-    saved = decoded(record["settings"])
-    present = decoded(encoded({**to.settings, **settings}, "settings"))
-    _check_settings(path, saved, present)
-    if step > num_steps:
-        raise ResumeError(
-            f"{path}: step {step} lies beyond num_steps={num_steps}; ask for more, or prune it"
-        )
+    record = _checked_record(path, restored, {**checkpoints.settings, **settings}, num_steps)
     state, losses = restored.value["state"], restored.value["losses"]
-    if len(losses) != step:
-        raise ResumeError(f"{path}: step {step} holds {len(losses)} losses")
-    if is_grown and isinstance(state, TrainState):
-        state = live_form(state)
-    check_alike(fresh, state, str(path))
-    if to.recall is not None:
-        to.recall(decoded(record["note"]))
+    if len(losses) != restored.step:
+        raise ResumeError(f"{path}: step {restored.step} holds {len(losses)} losses")
+    if isinstance(fresh, TrainState) and isinstance(state, TrainState):
+        state = unpack(state)
+    _check_alike(fresh, state, str(path))
+    if checkpoints.recall is not None:
+        checkpoints.recall(decoded(record["note"]))
     return Progress(
-        step=step,
+        step=restored.step,
         state=jax.tree.map(_placed, fresh, state),
         losses=losses,
         record=decoded(record["record"]),
     )
 
 
-def _check_settings(path: object, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    # Older versions saved keys that are numbers as strings.
-    saved, present = ({str(n): v for n, v in of.items()} for of in (saved, present))
-    for name in sorted(saved.keys() | present.keys()):
+def _checked_record(
+    path: object, restored: checkpoint.Restored, settings: Mapping[str, Any], num_steps: int
+) -> dict[str, Any]:
+    """The record of a step that `fit` saved with the same settings."""
+    step, record = restored.step, restored.record
+    if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
+        raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
+    saved, present = decoded(record["settings"]), decoded(encoded(settings, "settings"))
+    for name in dict.fromkeys([*present, *saved]):
         if not is_alike(saved.get(name), present.get(name)):
             raise ResumeError(
                 f"{path}: {name} is {present.get(name)!r} now and was {saved.get(name)!r} when the "
                 "step was saved, so the run would not be the one that was stopped; set it back, or "
-                "begin a new run in another folder (`runtime.carry_over` moves a state to a "
-                "larger layout)"
+                "begin a new run in another folder (`runtime.enlarge` moves a state to a larger "
+                "layout)"
             )
+    if step > num_steps:
+        raise ResumeError(
+            f"{path}: step {step} lies beyond num_steps={num_steps}; ask for more, or prune it"
+        )
+    return record
 
 
-def check_alike(fresh: Any, state: Any, where: str) -> None:
-    """Raises `ResumeError`, naming the path, where structure, shape or dtype differ."""
-    of_fresh = dict(_leaves(fresh))
-    of_state = dict(_leaves(state))
-    for name in [*of_fresh, *(name for name in of_state if name not in of_fresh)]:
-        if name not in of_fresh or name not in of_state:
-            side = "now" if name in of_fresh else "in the checkpoint"
+def _check_alike(fresh: Any, state: Any, path: str) -> None:
+    """Raises `ResumeError`, naming the leaf, where structure, shape or dtype differ."""
+    now, saved = dict(_leaves(fresh)), dict(_leaves(state))
+    for name in [*now, *(name for name in saved if name not in now)]:
+        if name not in now or name not in saved:
+            side = "now" if name in now else "in the checkpoint"
             raise ResumeError(
-                f"{where}: {name} exists only {side}; host, optimizer, policy or alpha schedules "
+                f"{path}: {name} exists only {side}; host, optimizer, policy or alpha schedules "
                 "are not the ones of the run that was stopped"
             )
-        if of_fresh[name] != of_state[name]:
+        if now[name] != saved[name]:
             raise ResumeError(
-                f"{where}: {name} is {of_fresh[name]} now and {of_state[name]} in the checkpoint"
+                f"{path}: {name} is {now[name]} now and {saved[name]} in the checkpoint"
             )
-    structures = [str(jax.tree.structure(tree)) for tree in (fresh, state)]
-    if structures[0] != structures[1]:
-        raise ResumeError(f"{where}: the state has another structure now than in the checkpoint")
+    if str(jax.tree.structure(fresh)) != str(jax.tree.structure(state)):
+        raise ResumeError(f"{path}: the state has another structure now than in the checkpoint")
 
 
 def _leaves(tree: Any) -> list[tuple[str, str]]:
@@ -215,23 +225,19 @@ def _placed(fresh: Any, leaf: Any) -> Any:
     return jnp.array(leaf, copy=True)
 
 
-def describe(growth: Growth) -> dict[str, Any]:
+def settings_of(growth: Growth) -> dict[str, Any]:
     """What of a growth is no state and must be the same when a run goes on."""
+    layout = growth.layout
+    fields = ("name", "features", "chunks", "topology", "source_features", "layers", "positions")
     return {
-        "sites": [
-            [
-                place.name, place.features, place.chunks, place.topology,
-                place.source_features, place.layers, place.positions,
-            ]
-            for place in growth.layout.sites
-        ],
-        "blueprints": list(growth.layout.names),
-        "capacity": growth.layout.capacity,
-        "dtype": str(jnp.dtype(growth.layout.dtype)),
+        "sites": [[getattr(site, field) for field in fields] for site in layout.sites],
+        "blueprints": list(layout.names),
+        "capacity": layout.capacity,
+        "dtype": str(jnp.dtype(layout.dtype)),
         "policy_rules": list(growth.policy.rules),
         "grafts": [graft.name for graft in growth.grafts],
         "adapters_at_once": growth.adapters_at_once,
         "implementation": growth.implementation,
         "max_ablations": growth.max_ablations,
         "directed_births": growth.directed_births,
-    }  # fmt: skip
+    }

@@ -28,7 +28,7 @@ def warn_of_barren(growth: Growth, infos: StepInfo, first: int, record: dict[str
         "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
         "look for dead units or an unused output, or leave the site out of the layout",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -44,5 +44,5 @@ def warn_of_blind(growth: GrowthState, first: int, record: dict[str, Any]) -> No
         "nothing; the loss on survey_batch is not finite, or no site takes part in it: look for "
         "NaN or infinity in survey_batch",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import time
@@ -36,21 +37,29 @@ class Job(NamedTuple):
     params: Any
     batches: Any
     survey_batch: Any
-    segment: Any
+    program: Any
     survey_every: int = 5
 
     def fit(self, **options: Any) -> runtime.Fit:
-        given = {
+        arguments = {
             "num_steps": 120,
             "key": jax.random.key(1),
             "survey_batch": self.survey_batch,
             "survey_every": self.survey_every,
             "segment_steps": 5,
-            "segment": self.segment,
+            "program": self.program,
             **options,
         }
+        names = {field.name for field in dataclasses.fields(runtime.FitOptions)} & arguments.keys()
+        numbers = runtime.FitOptions(**{name: arguments.pop(name) for name in names})
         return runtime.fit(
-            self.growth, self.loss_fn, self.optimizer, self.params, self.batches, **given
+            self.growth,
+            self.loss_fn,
+            self.optimizer,
+            self.params,
+            self.batches,
+            options=numbers,
+            **arguments,
         )
 
 
@@ -83,7 +92,7 @@ def _job(
         params=host.init(jax.random.key(0)),
         batches=batches,
         survey_batch=jax.tree.map(lambda leaf: leaf[0], batches(20, 1)),
-        segment=runtime.compile_fit(growth, loss_fn, optimizer, survey_every=5),
+        program=runtime.compile_fit(growth, loss_fn, optimizer, survey_every=5),
     )
 
 
@@ -122,7 +131,7 @@ def transformer() -> Job:
 def main_job() -> Job:
     """The grown arm of `esper grow --data digits --steps 300`."""
     made = jobs.prepare(jobs.job("digits"), data.load("digits"), steps=300)
-    batches = runtime.in_memory(
+    batches = runtime.array_batches(
         made.data.train_inputs,
         made.data.train_targets,
         batch_size=made.job.batch_size,
@@ -137,7 +146,7 @@ def main_job() -> Job:
         params=made.host.init(jax.random.key(0)),
         batches=batches,
         survey_batch=held_out,
-        segment=made.grow_segment,
+        program=made.grow_segment,
         survey_every=25,
     )
 

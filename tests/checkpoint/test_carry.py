@@ -66,10 +66,10 @@ def test_into_the_same_layout_nothing_changes_but_the_anchor(
 ) -> None:
     carried = runtime.carry_over(restored, job.growth, job.optimizer, key=KEY)
     old = restored.value["state"]
-    assert carried.changes == ("anchor: taken now",)
+    assert carried.changes == ("ring: snapshots begin now",)
     for name in ("params", "opt_state", "growth"):
         assert_same(numbers(getattr(old, name)), numbers(getattr(carried.state, name)))
-    oldest = jax.tree.map(lambda leaf: leaf[0], carried.state.anchor.snapshots.params)
+    oldest = jax.tree.map(lambda leaf: leaf[0], carried.state.ring.snapshots.params)
     assert_same(numbers(oldest), numbers(old.params))
 
 
@@ -139,7 +139,8 @@ def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoin
     np.testing.assert_allclose(before, after, rtol=1e-6)
     done = runtime.fit(
         growth, loss_fn, job.optimizer, job.params, job.batches,
-        num_steps=10, key=KEY, start=state, survey_batch=batch, survey_every=None, segment_steps=5,
+        num_steps=10, key=KEY, start=state, survey_batch=batch,
+        options=runtime.FitOptions(survey_every=None, segment_steps=5),
     )  # fmt: skip
     assert int(done.state.growth.step) == 60
     assert np.isfinite(done.losses).all()

@@ -15,6 +15,7 @@ from growing import Job, mlp
 import esper_fn as ef
 from esper_fn import checkpoint, runtime
 from esper_fn.errors import CheckpointError
+from esper_fn.runtime._packing import pack
 
 KEY = jax.random.key(7)
 MORE = ef.site("more", features=6, chunks=3)
@@ -70,7 +71,7 @@ def test_more_capacity_in_memory_changes_nothing_that_lives(
         rtol=1e-6,
     )
     assert int(carried.growth.step) == 60
-    assert int(carried.anchor.every) == int(state.anchor.every)
+    assert int(carried.ring.every) == int(state.ring.every)
 
 
 def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState) -> None:
@@ -81,14 +82,14 @@ def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState
 
 def test_there_and_nothing_more_is_the_same(job: Job, state: runtime.TrainState) -> None:
     carried, changes = runtime.enlarge(state, job.growth, job.growth, job.optimizer, key=KEY)
-    assert changes == ("anchor: taken now",)
+    assert changes == ("ring: snapshots begin now",)
     assert_same(state[:3], carried[:3])
 
 
 FORMS = {
-    "the state alone": runtime.saved_form,
+    "the state alone": pack,
     "as it is in memory": lambda state: state,
-    "under a name": lambda state: {"state": runtime.saved_form(state), "losses": np.ones(3)},
+    "under a name": lambda state: {"state": pack(state), "losses": np.ones(3)},
     "under another name": lambda state: {"mine": state, "best": 0.5},
     "its parts": lambda state: {
         "params": state.params, "opt_state": state.opt_state, "growth": state.growth
@@ -107,8 +108,8 @@ def test_checkpoints_of_a_loop_of_ones_own(
     carried = runtime.carry_over(restored, larger, job.optimizer, key=KEY, before=job.growth)
     expected = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
     if name == "its parts":
-        assert carried.state.anchor is None
-        expected = expected._replace(state=expected.state._replace(anchor=None))
+        assert carried.state.ring is None
+        expected = expected._replace(state=expected.state._replace(ring=None))
     assert_same(expected.state, carried.state)
     with pytest.raises(CheckpointError, match=r"does not say with which growth .* pass `before=`"):
         runtime.carry_over(restored, larger, job.optimizer, key=KEY)

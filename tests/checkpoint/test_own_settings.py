@@ -28,14 +28,14 @@ def batches(first: int, count: int) -> Any:
 
 
 OPTIMIZER = optax.sgd(0.1)
-SEGMENT = runtime.compile_fit_host(loss_fn, OPTIMIZER)
+PROGRAM = runtime.compile_fit_host(loss_fn, OPTIMIZER)
 
 
 def train(folder: Path, num_steps: int, **options: Any) -> runtime.Fit:
     with checkpoint.Writer(folder, on_failure=fail) as writer:
         return runtime.fit_host(
             loss_fn, OPTIMIZER, PARAMS, batches, num_steps=num_steps, segment_steps=2,
-            segment=SEGMENT,
+            program=PROGRAM,
             checkpoints=runtime.Checkpoints(writer=writer, every_steps=2, **options),
         )  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_a_note_that_needs_a_segment_first_is_no_obstacle(tmp_path: Path) -> Non
     rows: list[float] = []
     with checkpoint.Writer(tmp_path, on_failure=fail) as writer:
         runtime.fit_host(
-            loss_fn, OPTIMIZER, PARAMS, batches, num_steps=4, segment_steps=2, segment=SEGMENT,
+            loss_fn, OPTIMIZER, PARAMS, batches, num_steps=4, segment_steps=2, program=PROGRAM,
             listener=lambda segment: rows.append(float(segment.losses[-1])),
             checkpoints=runtime.Checkpoints(
                 writer=writer, every_steps=2, note=lambda: {"last": rows[-1]}
@@ -151,13 +151,13 @@ def test_an_nnx_model_with_lists_trains_is_saved_and_goes_on(tmp_path: Path) -> 
             batch = layer(batch)
         return (model.adapter(batch) ** 2).mean()
 
-    segment = runtime.compile_fit_host(loss, OPTIMIZER)
+    program = runtime.compile_fit_host(loss, OPTIMIZER)
 
     def run(folder: Path, num_steps: int) -> runtime.Fit:
         with checkpoint.Writer(folder, on_failure=fail) as writer:
             return runtime.fit_host(
                 loss, OPTIMIZER, params, lambda *a: batches(*a) / 10, num_steps=num_steps,
-                segment_steps=2, segment=segment,
+                segment_steps=2, program=program,
                 checkpoints=runtime.Checkpoints(writer=writer),
             )  # fmt: skip
 

@@ -168,8 +168,8 @@ def test_a_note_comes_back_and_saved_numbers_win(job: Job, tmp_path: Path) -> No
     ("options", "message"),
     [
         ({"segment_steps": 4}, "segment_steps is 4 now and was 5"),
-        ({"survey_every": 10, "segment": None}, "survey_every is 10 now and was 5"),
-        ({"anchor_every": None}, "anchor_every is None now and was 50"),
+        ({"survey_every": 10, "program": None}, "survey_every is 10 now and was 5"),
+        ({"snapshot_every": None}, "snapshot_every is None now and was 50"),
         ({"num_snapshots": 4}, "num_snapshots is 4 now and was 3"),
         ({"max_commands": 5}, "max_commands is 5 now and was 4"),
         ({"num_steps": 10}, "step 20 lies beyond num_steps=10"),
@@ -193,7 +193,7 @@ def test_another_layout_host_or_optimizer_is_refused_by_name(job: Job, tmp_path:
         job.fit(num_steps=10, checkpoints=saving)
         with pytest.raises(ResumeError, match="capacity is 1 now and was 2"):
             mlp(capacity=1).fit(num_steps=20, checkpoints=saving)
-        other = job._replace(optimizer=ef.optim.per_adapter(optax.sgd(0.1)), segment=None)
+        other = job._replace(optimizer=ef.optim.per_adapter(optax.sgd(0.1)), program=None)
         with pytest.raises(ResumeError, match=r"opt_state.*exists only in the checkpoint"):
             other.fit(num_steps=20, checkpoints=saving)
         wider = job._replace(params=jax.tree.map(lambda x: np.repeat(x, 2, 0), job.params))
@@ -267,7 +267,7 @@ def test_rollbacks_are_reported_with_what_they_restored(job: Job, tmp_path: Path
     def listen(segment: runtime.Segment) -> None:
         states[segment.first_step + segment.num_steps] = jax.device_get(segment.state.params)
 
-    done = broken.fit(num_steps=80, anchor_every=25, listener=listen)
+    done = broken.fit(num_steps=80, snapshot_every=25, listener=listen)
     assert len(done.rollbacks) == done.num_rollbacks == 1
     report = done.rollbacks[0]
     assert (report["step"], report["alarm"], report["loss"]) == (79, "NON_FINITE_LOSS", None)
@@ -279,8 +279,8 @@ def test_rollbacks_are_reported_with_what_they_restored(job: Job, tmp_path: Path
     assert [row["seed"] for row in report["quarantined"]] == [event["seed"] for event in out]
     assert [row["stage"] for row in report["quarantined"]] == [event["from"] for event in out]
     assert_same_run(
-        broken.fit(num_steps=80, anchor_every=25),
-        stopped_at(broken, tmp_path, 65, num_steps=80, anchor_every=25),
+        broken.fit(num_steps=80, snapshot_every=25),
+        stopped_at(broken, tmp_path, 65, num_steps=80, snapshot_every=25),
     )
 
 
@@ -293,14 +293,14 @@ def test_emergencies_soon_after_one_another_go_back_further_also_when_stopped_be
     def listen(segment: runtime.Segment) -> None:
         states[segment.first_step + segment.num_steps] = jax.device_get(segment.state.params)
 
-    whole = broken.fit(num_steps=110, anchor_every=25, listener=listen)
+    whole = broken.fit(num_steps=110, snapshot_every=25, listener=listen)
     assert [(row["step"], row["restored_step"]) for row in whole.rollbacks] == [
         (79, 50), (84, 25), (92, 25),
     ]  # fmt: skip
     assert_same(jax.tree.map(np.asarray, states[50]), jax.tree.map(np.asarray, states[80]))
     assert_same(jax.tree.map(np.asarray, states[25]), jax.tree.map(np.asarray, states[85]))
     for step in (80, 85, 95):
-        again = stopped_at(broken, tmp_path / str(step), step, num_steps=110, anchor_every=25)
+        again = stopped_at(broken, tmp_path / str(step), step, num_steps=110, snapshot_every=25)
         assert_same_run(whole, again)
 
 
@@ -309,26 +309,20 @@ def test_a_snapshot_that_was_not_renewed_is_not_written_again(job: Job, tmp_path
     drawn = jax.random.normal(jax.random.key(0), (2, 400_000))
     grown = job.growth.init(jax.random.key(1))
     state = runtime.init(job.optimizer, {"w": drawn[0]}, grown)
-    held = state.anchor
-    assert held is not None
-    renewed = held.snapshots.params["w"].at[1].set(drawn[1])
-    snapshots = held.snapshots._replace(params={"w": renewed})
-    later = state._replace(params={"w": drawn[1]}, anchor=held._replace(snapshots=snapshots))
+    ring = state.ring
+    assert ring is not None
+    renewed = ring.snapshots.params["w"].at[1].set(drawn[1])
+    snapshots = ring.snapshots._replace(params={"w": renewed})
+    later = state._replace(params={"w": drawn[1]}, ring=ring._replace(snapshots=snapshots))
     sizes = [0.0]
     with checkpoint.Writer(tmp_path, keep=checkpoint.everything(), on_failure=fail) as writer:
         for step, value in enumerate((state, later, later)):
-            writer.save(
-                step, {"state": runtime.saved_form(value)}, parts=runtime.saved_parts(value)
-            )
+            runtime.save_state(writer, step, value)
             assert writer.wait()
             sizes.append(checkpoint.num_disk_bytes(tmp_path) / drawn[0].nbytes)
     # Parameters and two moments, once for state and ring; one renewed snapshot; nothing.
     np.testing.assert_allclose(np.diff(sizes), [3, 1, 0], atol=0.3)
-    assert_same(later, jax.tree.map(jax.numpy.asarray, restored(tmp_path)))
-
-
-def restored(folder: Path) -> runtime.TrainState:
-    return runtime.live_form(checkpoint.restore(folder).value["state"])
+    assert_same(later, jax.tree.map(jax.numpy.asarray, runtime.restore_state(tmp_path).value))
 
 
 def test_a_restored_state_may_start_a_run(job: Job, tmp_path: Path) -> None:
@@ -337,10 +331,10 @@ def test_a_restored_state_may_start_a_run(job: Job, tmp_path: Path) -> None:
     state = checkpoint.restore(tmp_path).value["state"]
     done = job.fit(num_steps=5, start=state)
     assert int(done.state.growth.step) == int(state.growth.step) + 5
-    assert_same(
-        jax.tree.map(jax.numpy.asarray, runtime.live_form(runtime.saved_form(first.state))),
-        first.state,
-    )
+    with checkpoint.Writer(tmp_path) as writer:
+        for source in (tmp_path, writer):
+            read = runtime.restore_state(source, 60, like=first.state)
+            assert_same(jax.tree.map(jax.numpy.asarray, read.value), first.state)
 
 
 # --- other processes ---------------------------------------------------------------------------

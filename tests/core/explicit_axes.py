@@ -75,7 +75,7 @@ def once(params: Any, state: Any, x: jax.Array) -> Any:
 def run(params: Any, state: Any, x: jax.Array) -> Any:
     """Whole steps with snapshots, one survey before every other."""
     step = ef.runtime.make_step(GROWTH, loss_fn, OPTIMIZER, survey_every=EVERY)
-    start = ef.runtime.init(OPTIMIZER, params, state, anchor_every=2)
+    start = ef.runtime.init(OPTIMIZER, params, state, snapshot_every=2)
     after, infos = ef.runtime.scan_steps(step)(start, x, x[0])
     return after.params, infos.loss, infos.stage, infos.request_code, infos.evidence
 

@@ -159,7 +159,7 @@ def test_births_compile_nothing_donate_and_repeat() -> None:
 
     def run() -> Any:
         params = jnp.ones((8, 3)) * 0.1
-        state = ef.runtime.init(optimizer, params, growth.init(jax.random.key(1)), anchor_every=7)
+        state = ef.runtime.init(optimizer, params, growth.init(jax.random.key(1)), snapshot_every=7)
         counts = []
         for index in range(8):
             given = state
@@ -221,8 +221,8 @@ def test_a_roll_back_forgets() -> None:
             should_roll_back=jnp.asarray(should),
             is_quarantined=jnp.zeros((4,), bool),
         )
-        held = ef.rollback.anchor(params, (), state)
-        _, _, after, _ = ef.rollback.guard(growth, held, params, (), state, verdict)
+        ring = ef.rollback.init(params, (), state)
+        _, _, after, _, _ = ef.rollback.update(growth, ring, params, (), state, verdict)
         assert np.all((np.asarray(after.memory[0].seed) < 0) == should)
 
 

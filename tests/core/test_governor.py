@@ -264,7 +264,7 @@ def test_data_that_changed_for_good_raise_one_alarm_and_a_new_level_is_learned(
     is_restored: bool,
 ) -> None:
     losses = np.concatenate([noisy(1.0, 0.02, 300), noisy(10.0, 0.02, 1500), noisy(100, 1, 300)])
-    # `rollback.guard` restores the loss averages too.
+    # `rollback.update` restores the loss averages too.
     kept = calm_track() if is_restored else None
     alarms = judge(standard(veto_steps=200), losses, restored=kept)
     found = np.flatnonzero(np.asarray(alarms) == Alarm.DIVERGENCE)

@@ -91,7 +91,7 @@ def test_adapters_come_back_in_a_stream_whose_task_changes() -> None:
     x = np.random.default_rng(0).standard_normal((steps.size, 16, 4)).astype(np.float32)
     level = (10.0 ** (steps // PHASE)).astype(np.float32)
     grown = growth.init(jax.random.key(0))
-    state = ef.runtime.init(optimizer, jnp.float32(0.5), grown, anchor_every=None)
+    state = ef.runtime.init(optimizer, jnp.float32(0.5), grown, snapshot_every=None)
     state, infos = run(state, (x, level), None)
 
     alarms = np.flatnonzero(np.asarray(infos.verdict.alarm) == Alarm.DIVERGENCE)

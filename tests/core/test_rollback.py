@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 import esper_fn as ef
 from esper_fn import rollback, runtime
 from esper_fn.governors import Alarm, Verdict
-from esper_fn.runtime import SnapshotClock
 
 GROWTH = ef.Growth(
     sites=[ef.site("hidden", features=4, chunks=2)],
@@ -50,28 +49,28 @@ DRIFT = Event(alarm=Alarm.DRIFT)
 
 def numbers(step: Any) -> tuple[Any, Any, Any]:
     """Parameters, optimiser state and adapters that say how many steps were done."""
-    told = jnp.asarray(step, jnp.float32)
-    adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0) * told, STATE.adapters)
-    return {"w": told, "b": jnp.full((3,), 1.0) * told}, (told.astype(jnp.int32),), adapters
+    count = jnp.asarray(step, jnp.float32)
+    adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0) * count, STATE.adapters)
+    return {"w": count, "b": jnp.full((3,), 1.0) * count}, (count.astype(jnp.int32),), adapters
 
 
-def start(every: int, places: int) -> rollback.Anchor:
+def start(every: int, places: int) -> rollback.Ring:
     params, opt_state, adapters = numbers(0)
     state = STATE._replace(adapters=adapters)
     opt_state = (*opt_state, state.generation)
-    return rollback.anchor(params, opt_state, state, every=every, num_snapshots=places)
+    return rollback.init(params, opt_state, state, every=every, num_snapshots=places)
 
 
 @jax.jit
-def play(held: rollback.Anchor, events: Event) -> Any:
+def play(ring: rollback.Ring, events: Event) -> Any:
     """For each step what stands after it, and the ring."""
 
     def one(carry: Any, event: Event) -> Any:
-        held, step, births = carry
+        ring, step, births = carry
         params, opt_state, adapters = numbers(step + 1)
         opt_state = (*opt_state, births)  # as the optimiser knew them, before the step's own
         births += (jnp.arange(births.shape[0]) == event.born).astype(jnp.int32)
-        state = STATE._replace(adapters=adapters, generation=births)
+        state = STATE._replace(adapters=adapters, generation=births, step=step + 1)
         verdict = Verdict(
             alarm=event.alarm.astype(jnp.int8),
             is_vetoing=jnp.zeros((), bool),
@@ -79,15 +78,15 @@ def play(held: rollback.Anchor, events: Event) -> Any:
             is_quarantined=jnp.zeros((2,), bool),
             is_uneasy=event.is_uneasy,
         )
-        params, opt_state, state, held = rollback.guard(
-            GROWTH, held, params, opt_state, state, verdict
+        params, opt_state, state, ring, undone = rollback.update(
+            GROWTH, ring, params, opt_state, state, verdict
         )
         is_new = state.generation != opt_state[1]
-        told = (params["w"], params["b"][2], opt_state[0], _of_slots(state.adapters), is_new)
-        return (held, step + 1, births), told
+        row = (params["w"], params["b"][2], opt_state[0], _of_slots(state.adapters), is_new, undone)
+        return (ring, step + 1, births), row
 
-    (held, _, _), told = jax.lax.scan(one, (held, jnp.int32(0), STATE.generation), events)
-    return held, told
+    (ring, _, _), rows = jax.lax.scan(one, (ring, jnp.int32(0), STATE.generation), events)
+    return ring, rows
 
 
 def _of_slots(adapters: Any) -> jax.Array:
@@ -97,8 +96,8 @@ def _of_slots(adapters: Any) -> jax.Array:
 def run(every: int, places: int, events: list[Event], length: int = 64) -> Any:
     """`play`, filled up to a length that is compiled already."""
     padded = [*events, *[CALM] * (length - len(events))]
-    held, told = play(start(every, places), Event(*map(jnp.asarray, zip(*padded, strict=True))))
-    return held, [np.asarray(row)[: len(events)] for row in told]
+    ring, rows = play(start(every, places), Event(*map(jnp.asarray, zip(*padded, strict=True))))
+    return ring, [np.asarray(row)[: len(events)] for row in rows]
 
 
 class Model:
@@ -127,13 +126,11 @@ class Model:
 
 
 def check(every: int, places: int, events: list[Event]) -> None:
-    model, clock = Model(every, places), SnapshotClock(every, places)
-    _, (w, b, count, adapters, is_new) = run(every, places, events)
+    model = Model(every, places)
+    _, (w, b, count, adapters, is_new, undone) = run(every, places, events)
     for step, event in enumerate(events):
         restored = model.step(step, event)
-        is_calm = event.alarm == Alarm.CALM and not event.is_uneasy
-        told = clock.tick(step, is_calm=is_calm, should_roll_back=event.goes_back)
-        assert told == (None if restored is None else restored[0])
+        assert undone[step] == (0 if restored is None else step + 1 - restored[0])
         stands, born, then = restored or (step + 1, {event.born} - {-1}, set())
         assert w[step] == b[step] == count[step] == stands, step
         assert set(np.flatnonzero(is_new[step]).tolist()) == born | then, step
@@ -208,8 +205,8 @@ def test_a_state_of_many_runs_goes_back_run_by_run() -> None:
         is_uneasy=jnp.asarray(drawn[..., 2] > 0),
         born=jnp.asarray(drawn[..., 3]),
     )
-    held = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), start(3, 3))
-    many = jax.vmap(play)(held, events)
+    ring = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), start(3, 3))
+    many = jax.vmap(play)(ring, events)
     for index in range(3):
         alone = play(start(3, 3), jax.tree.map(lambda leaf, at=index: leaf[at], events))
         for one, two in zip(jax.tree.leaves(many), jax.tree.leaves(alone), strict=True):
@@ -229,27 +226,27 @@ def of_entry(program: str, shape: str) -> list[str]:
 def test_a_step_copies_no_snapshot_and_works_in_place(num_steps: int | None) -> None:
     """Donated, the ring stays in its buffers; nothing of its size runs outside the loops."""
     params = {"w": jnp.zeros((64, 129))}
-    held = rollback.anchor(params, (), STATE, num_snapshots=5)
+    ring = rollback.init(params, (), STATE, num_snapshots=5)
     no = jnp.zeros((), bool)
     verdict = Verdict(jnp.int8(0), no, no, jnp.zeros((2,), bool), no)
 
     def step(carry: Any, verdict: Verdict) -> Any:
-        held, params, state = carry
+        ring, params, state = carry
         params = jax.tree.map(lambda leaf: leaf * 0.5 + 1, params)
-        params, _, state, held = rollback.guard(GROWTH, held, params, (), state, verdict)
-        return (held, params, state), state.loss.fast
+        params, _, state, ring, _ = rollback.update(GROWTH, ring, params, (), state, verdict)
+        return (ring, params, state), state.loss.fast
 
     def steps(carry: Any, verdicts: Verdict) -> Any:
         return jax.lax.scan(step, carry, verdicts)
 
-    call, told = step, verdict
+    call, verdicts = step, verdict
     if num_steps is not None:
-        call, told = steps, jax.tree.map(lambda leaf: jnp.stack([leaf] * num_steps), verdict)
-    compiled = jax.jit(call, donate_argnums=0).lower((held, params, STATE), told).compile()
+        call, verdicts = steps, jax.tree.map(lambda leaf: jnp.stack([leaf] * num_steps), verdict)
+    compiled = jax.jit(call, donate_argnums=0).lower((ring, params, STATE), verdicts).compile()
     ring_bytes, one_bytes = 5 * 64 * 129 * 4, 64 * 129 * 4
-    found = compiled.memory_analysis()
-    assert found.alias_size_in_bytes >= ring_bytes + one_bytes
-    assert found.temp_size_in_bytes < 2 * one_bytes
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= ring_bytes + one_bytes
+    assert memory.temp_size_in_bytes < 2 * one_bytes
     of_ring = re.findall(r"= f32\[5,64,129\]\S* ([\w-]+)\(", compiled.as_text())
     # One fusion writes one snapshot in place, inside the loop of one round or none.
     assert sorted(set(of_ring)) == [
@@ -288,16 +285,17 @@ def test_snapshots_are_divided_among_devices_as_the_parameters_are() -> None:
         rows = jnp.arange(12.0).reshape(6, 2)
         params = {"w": jax.device_put(rows, NamedSharding(mesh, P("data")))}
         state = growth.init(jax.random.key(0))
-        held = rollback.anchor(params, (), state, every=1, num_snapshots=3)
-        step = jax.jit(lambda *x: rollback.guard(growth, x[0], x[1], (), *x[2:]), donate_argnums=0)
+        ring = rollback.init(params, (), state, every=1, num_snapshots=3)
+        step = jax.jit(lambda *x: rollback.update(growth, x[0], x[1], (), *x[2:]), donate_argnums=0)
         no = jnp.zeros((), bool)
         for back in (False, False, False, True, True):
-            assert held.snapshots.params["w"].sharding.is_equivalent_to(wanted, 3)
+            assert ring.snapshots.params["w"].sharding.is_equivalent_to(wanted, 3)
             verdict = Verdict(jnp.int8(0), no, jnp.asarray(back), jnp.zeros((2,), bool))
-            params, _, state, held = step(held, params, state, verdict)
-            told = int(params["w"][0, 0])
+            state = state._replace(step=state.step + 1)
+            params, _, state, ring, _ = step(ring, params, state, verdict)
+            first = int(params["w"][0, 0])
             params = {"w": params["w"] + 1}
-        print(told, len(params["w"].sharding.device_set))
+        print(first, len(params["w"].sharding.device_set))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -317,14 +315,14 @@ def test_snapshots_are_divided_among_devices_as_the_parameters_are() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "3", None])
 def test_a_ring_of_no_snapshots_is_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"num_snapshots must be an int, at least 1, got .*anchor"):
-        rollback.anchor({}, (), STATE, num_snapshots=wrong)
+    with pytest.raises(ValueError, match=r"num_snapshots must be an int, at least 1, got .*ring"):
+        rollback.init({}, (), STATE, num_snapshots=wrong)
 
 
 @pytest.mark.parametrize("wrong", [0, -5, 1.5, False])
 def test_no_interval_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="every must be an int, at least 1, got"):
-        rollback.anchor({}, (), STATE, every=wrong)
+        rollback.init({}, (), STATE, every=wrong)
 
 
 def test_in_the_runtime_0_means_none() -> None:
@@ -332,11 +330,11 @@ def test_in_the_runtime_0_means_none() -> None:
 
     optimizer = ef.optim.per_adapter(optax.sgd(0.1))
     params = {"w": jnp.ones((2,))}
-    assert runtime.init(optimizer, params, STATE, num_snapshots=0).anchor is None
-    assert runtime.init(optimizer, params, STATE, anchor_every=None).anchor is None
-    held = runtime.init(optimizer, params, STATE).anchor
-    assert held is not None
-    assert held.num_snapshots == rollback.NUM_SNAPSHOTS == 3
+    assert runtime.init(optimizer, params, STATE, num_snapshots=0).ring is None
+    assert runtime.init(optimizer, params, STATE, snapshot_every=None).ring is None
+    ring = runtime.init(optimizer, params, STATE).ring
+    assert ring is not None
+    assert ring.num_snapshots == rollback.NUM_SNAPSHOTS == 3
     with pytest.raises(ValueError, match="num_snapshots must be an int, at least 1, got -2"):
         runtime.init(optimizer, params, STATE, num_snapshots=-2)
 
@@ -344,8 +342,8 @@ def test_in_the_runtime_0_means_none() -> None:
 def test_memory_is_that_many_copies() -> None:
     params, opt_state, adapters = numbers(0)
     state = STATE._replace(adapters=adapters)
-    now = rollback.snapshot(params, opt_state, state)
+    now = rollback.take_snapshot(params, opt_state, state)
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
     for places in (1, 2, 7):
-        held = rollback.anchor(params, opt_state, state, num_snapshots=places)
-        assert sum(leaf.nbytes for leaf in jax.tree.leaves(held.snapshots)) == places * one
+        ring = rollback.init(params, opt_state, state, num_snapshots=places)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(ring.snapshots)) == places * one

@@ -174,8 +174,7 @@ def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
         num_steps=12,
         key=jax.random.key(2),
         survey_batch=X,
-        survey_every=2,
-        segment_steps=3,
+        options=runtime.FitOptions(survey_every=2, segment_steps=3),
         commands=lambda step: [cmd.germinate(0, "scale")] if step == 0 else [],
     )
     assert result.events[0]["to"] == "GERMINATED"

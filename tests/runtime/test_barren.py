@@ -48,9 +48,7 @@ def test_dead_chunks_are_left_alone_and_named_once() -> None:
             num_steps=20,
             key=jax.random.key(0),
             survey_batch=batches(99, 1)[0],
-            survey_every=5,
-            segment_steps=5,
-            anchor_every=None,
+            options=runtime.FitOptions(survey_every=5, segment_steps=5, snapshot_every=None),
         )
     words = [str(one.message) for one in told if "exactly zero" in str(one.message)]
     assert len(words) == 1
@@ -80,8 +78,7 @@ def test_held_out_data_that_is_not_finite_is_named_once(bad: float) -> None:
             num_steps=10,
             key=jax.random.key(0),
             survey_batch=survey_batch,
-            survey_every=5,
-            segment_steps=5,
+            options=runtime.FitOptions(survey_every=5, segment_steps=5),
         )
 
     survey_batch = batches(99, 1)[0]

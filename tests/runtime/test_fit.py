@@ -17,6 +17,7 @@ from esper_fn import runtime
 from esper_fn.demo import hosts
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.lifecycle import Stage
+from esper_fn.runtime._loop import segment_length
 
 STEPS = 120
 HOST = hosts.mlp((6, 8, 2, 4), spans=1, chunks=2)
@@ -61,21 +62,20 @@ SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
 OPTIMIZER = ef.optim.per_adapter(optax.adamw(1e-2))
 PERIODIC = P.chain(P.periodic(every=10, start=10), P.quota(3), P.until(60))
 GROWTH = grow(PERIODIC)
-SEGMENT = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=5)
+PROGRAM = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=5)
 PARAMS = HOST.init(jax.random.key(0))
 
 
 def fit(**options: Any) -> runtime.Fit:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "num_steps": STEPS,
         "key": jax.random.key(1),
         "survey_batch": SURVEY,
-        "survey_every": 5,
-        "segment_steps": 20,
-        "segment": SEGMENT,
+        "options": runtime.FitOptions(survey_every=5, segment_steps=20),
+        "program": PROGRAM,
         **options,
     }
-    return runtime.fit(GROWTH, loss_fn, OPTIMIZER, PARAMS, batches, **given)
+    return runtime.fit(GROWTH, loss_fn, OPTIMIZER, PARAMS, batches, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,7 @@ def test_dormant_growth_trains_the_host_as_no_growth_does() -> None:
         num_steps=40,
         key=jax.random.key(1),
         survey_batch=SURVEY,
-        survey_every=None,
-        segment_steps=20,
+        options=runtime.FitOptions(survey_every=None, segment_steps=20),
     )
     bare = runtime.fit_host(
         loss_fn, optax.adamw(1e-2), PARAMS, batches, num_steps=40, segment_steps=20
@@ -210,10 +209,10 @@ def test_without_snapshots_a_non_finite_loss_is_an_error_at_once(
 
 
 def test_segment_length() -> None:
-    assert runtime.segment_length(1500, 25) == 25
-    assert runtime.segment_length(7, 5) == 1
+    assert segment_length(1500, 25) == 25
+    assert segment_length(7, 5) == 1
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        runtime.segment_length(0, 5)
+        segment_length(0, 5)
 
 
 def test_events_of_one_run_are_all_legal(finished: runtime.Fit) -> None:

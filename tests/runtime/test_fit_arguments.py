@@ -64,7 +64,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "too few batches": (lambda: fit(batches=too_few), FEW),
     "of a host": (lambda: fit_host(too_few), FEW),
     "none left": (
-        lambda: fit(batches=too_few, num_steps=12, segment_steps=6),
+        lambda: fit(batches=too_few, num_steps=12, options=runtime.FitOptions(segment_steps=6)),
         r"batches\(0, 6\) must give",
     ),
     "a list of batches": (
@@ -90,5 +90,5 @@ def test_what_is_wrong_is_named(what: str) -> None:
 
 
 def test_without_surveys_no_held_out_batch_is_needed() -> None:
-    done = fit(survey_batch=None, survey_every=None)
+    done = fit(survey_batch=None, options=runtime.FitOptions(survey_every=None))
     assert done.losses.shape == (6,)

@@ -46,7 +46,7 @@ def test_an_adapter_that_is_zero_at_birth_grows_by_the_defaults(name: str) -> No
     )
     optimizer = ef.optim.per_adapter(OPTIMIZERS[name])
     run = runtime.scan_steps(runtime.make_step(growth, loss_fn, optimizer, survey_every=None))
-    state = runtime.init(optimizer, PARAMS, growth.init(jax.random.key(1)), anchor_every=None)
+    state = runtime.init(optimizer, PARAMS, growth.init(jax.random.key(1)), snapshot_every=None)
     state, infos = jax.jit(run, compiler_options=QUICK)(state, batches(0, STEPS), batches(0, 1)[0])
     stages = np.asarray(infos.stage)
     assert (stages[-1] != Stage.DORMANT).all()

@@ -54,17 +54,15 @@ def batches(first: int, count: int) -> jax.Array:
 
 
 def fit(params: Any, optimizer: Any, **options: Any) -> runtime.Fit:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "num_steps": 9,
-        "segment_steps": 3,
         "survey_batch": X,
-        "survey_every": None,
-        "anchor_every": None,
+        "options": runtime.FitOptions(segment_steps=3, survey_every=None, snapshot_every=None),
         "key": jax.random.key(1),
         "commands": lambda step: [cmd.germinate(0, "scale")] if step == 0 else [],
         **options,
     }
-    return runtime.fit(GROWTH, loss_fn, optimizer, params, batches, **given)
+    return runtime.fit(GROWTH, loss_fn, optimizer, params, batches, **arguments)
 
 
 @pytest.mark.parametrize("kind", list(PARAMS))
@@ -186,10 +184,8 @@ def test_a_sound_run_is_sound_under_the_debugging_flags(flag: str) -> None:
             {"w": W, "b": np.float32(0.5)},
             batches,
             num_steps=4,
-            segment_steps=2,
             survey_batch=X,
-            survey_every=2,
-            anchor_every=2,
+            options=runtime.FitOptions(segment_steps=2, survey_every=2, snapshot_every=2),
             key=jax.random.key(1),
         )
     finally:

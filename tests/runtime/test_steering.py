@@ -44,7 +44,7 @@ def batches(first, count):
 
 
 SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
-SEGMENT = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=None)
+PROGRAM = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=None)
 PARAMS = {
     "in": jax.random.normal(jax.random.key(0), (6, 8)) / 3,
     "out": jax.random.normal(jax.random.key(1), (8, 4)) / 3,
@@ -61,9 +61,8 @@ def fit(steering, *, num_steps=1_000_000, batches=batches, segment_steps=1, **op
         num_steps=num_steps,
         key=jax.random.key(1),
         survey_batch=SURVEY,
-        survey_every=None,
-        segment_steps=segment_steps,
-        segment=SEGMENT,
+        options=runtime.FitOptions(survey_every=None, segment_steps=segment_steps),
+        program=PROGRAM,
         steering=steering,
         **options,
     )
@@ -212,9 +211,7 @@ def test_a_command_that_comes_during_a_step_takes_force_in_it(url, name):
 
 def test_a_segment_of_one_step_decides_as_a_longer_one_does():
     start = {"commands": lambda first: [ef.commands.germinate(1, "scale")] * (first == 0)}
-    one, many = (
-        fit(None, num_steps=60, segment_steps=length, max_commands=4, **start) for length in (1, 20)
-    )
+    one, many = (fit(None, num_steps=60, segment_steps=length, **start) for length in (1, 20))
     assert one.events == many.events
     assert [e["to"] for e in one.events][:2] == ["GERMINATED", "GRAFTING"]
     np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)

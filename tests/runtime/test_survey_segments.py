@@ -65,7 +65,7 @@ PARAMS = np.random.default_rng(1).standard_normal((6, 6)).astype(np.float32)
 
 def start(member: int = 0) -> runtime.TrainState:
     grown = growth().init(jax.random.key(member))
-    return runtime.init(OPTIMIZER, (1 + member) * jnp.asarray(PARAMS), grown, anchor_every=None)
+    return runtime.init(OPTIMIZER, (1 + member) * jnp.asarray(PARAMS), grown, snapshot_every=None)
 
 
 def conditional(loss: Any = loss_fn) -> Any:
@@ -143,9 +143,9 @@ def test_fit_decides_the_same_however_long_its_segments_are() -> None:
             num_steps=STEPS,
             key=jax.random.key(0),
             survey_batch=HELD_OUT,
-            survey_every=EVERY,
-            segment_steps=length,
-            anchor_every=None,
+            options=runtime.FitOptions(
+                survey_every=EVERY, segment_steps=length, snapshot_every=None
+            ),
         )
         assert done.num_compiled == 0
         told.append(done)

@@ -22,6 +22,8 @@ from esper_fn.demo.jobs._checkpoints import Keeping
 from esper_fn.demo.jobs._jobs import Job, equal_parameters, make_growth, policy
 from esper_fn.demo.jobs._progress import Listener, Teller
 from esper_fn.lifecycle import Stage
+from esper_fn.runtime._batches import Batches
+from esper_fn.runtime._loop import segment_length
 
 SURVEY_EVERY = 25
 _SCORES: Mapping[str, policies.Score] = {"uniform": "even", "random": "random"}
@@ -39,7 +41,7 @@ class Arm(NamedTuple):
     num_culled: int
     events: list[dict[str, Any]]
     rollbacks: list[dict[str, Any]]
-    """See `runtime.rollback_reports`."""
+    """See `runtime.Fit.rollbacks`."""
 
 
 def loss_of(host: Host) -> Callable[..., Array]:
@@ -149,10 +151,12 @@ class Comparison:
                 key=key,
                 start=start,
                 survey_batch=self._survey_batch(),
-                survey_every=SURVEY_EVERY,
+                options=runtime.FitOptions(
+                    survey_every=SURVEY_EVERY,
+                    segment_steps=self._segment_steps() if steering is None else 1,
+                ),
                 listener=listen,
-                segment=self.grow_segment,
-                segment_steps=self._segment_steps() if steering is None else 1,
+                program=self.grow_segment,
                 **options,
             ),
         )
@@ -220,7 +224,7 @@ class Comparison:
                 num_steps=self.steps,
                 segment_steps=self._segment_steps(),
                 listener=listen,
-                segment=segment,
+                program=segment,
                 **options,
             ),
         )
@@ -246,8 +250,8 @@ class Comparison:
         self.keeping.check_done(name, fitted, self.steps, saved)
         return fitted
 
-    def _batches(self, seed: int) -> runtime.Batches:
-        return runtime.in_memory(
+    def _batches(self, seed: int) -> Batches:
+        return runtime.array_batches(
             self.data.train_inputs,
             self.data.train_targets,
             batch_size=self.job.batch_size,
@@ -330,7 +334,7 @@ def prepare(
         ),
         host_segment=runtime.compile_fit_host(loss_of(host), host_optimizer),
         evaluate=evaluator(host, data.test_inputs, data.test_targets),
-        eval_every=max(runtime.segment_length(num_steps, 25), num_steps // 20 // 25 * 25 or 1),
+        eval_every=max(segment_length(num_steps, 25), num_steps // 20 // 25 * 25 or 1),
         static={},
         keeping=keeping,
     )

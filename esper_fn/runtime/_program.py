@@ -1,0 +1,159 @@
+"""The compiled programs of a `fit`, which several runs may share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from esper_fn._arguments import check_function
+from esper_fn._growth import Growth, LossFn, StepInfo
+from esper_fn._layout import NoSeeds
+from esper_fn._leaves import join as join_leaves
+from esper_fn._leaves import part, strong
+from esper_fn._typing import Params
+from esper_fn.commands import Commands
+from esper_fn.optim import PerAdapter
+from esper_fn.runtime._scan import scan_steps
+from esper_fn.runtime._step import Trained, TrainState, join, make_step_parts, make_survey
+
+
+class Program:
+    """The compiled segments of a growing run; each compiles when it is first used.
+
+    Attributes:
+      survey_every: steps between surveys, or None.
+    """
+
+    def __init__(
+        self, growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, survey_every: int | None
+    ) -> None:
+        self.survey_every = survey_every
+        parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
+        # To say where a NaN comes from, JAX runs the program again with the same arguments.
+        is_debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
+        first, both = ((), ()) if is_debugged else ((0,), (0, 1))
+        self._segment = jax.jit(scan_steps(join(parts)), donate_argnums=first)
+        self._surveyed = None
+        if survey_every is not None:
+            plain = join(make_step_parts(growth, loss_fn, optimizer, survey_every=None))
+            survey = make_survey(growth, loss_fn)
+            self._surveyed = jax.jit(
+                scan_steps(plain, survey=survey, survey_every=survey_every), donate_argnums=first
+            )
+        # What a half only hands on stays out of it: an array a program takes costs time each step.
+        self._train = jax.jit(
+            lambda params, opt_state, growth, batches, survey_batch: parts.train(
+                TrainState(params=params, opt_state=opt_state, growth=growth, ring=None),
+                jax.tree.map(lambda leaf: leaf[0], batches),
+                survey_batch,
+            ),
+            donate_argnums=both,
+        )
+        self._grow = jax.jit(
+            lambda trained, ring, adapters, commands: _as_segment(
+                *parts.grow(_with(trained, adapters=adapters, ring=ring), commands)
+            ),
+            donate_argnums=both,
+        )
+
+    def __call__(
+        self,
+        state: TrainState,
+        batches: Any,
+        survey_batch: Any,
+        commands: Commands | Callable[[], Commands],
+    ) -> tuple[TrainState, StepInfo]:
+        """Runs a segment, whose state it donates.
+
+        Args:
+          state: before the segment.
+          batches: with a leading axis of T steps.
+          survey_batch: held out, or None without surveys.
+          commands: of the first step. With a function, a segment of one step runs as two programs,
+            and the function is called between them, when the gradients are there; a longer segment
+            calls it at its beginning.
+
+        Returns:
+          The state after it, and the `StepInfo` of each step, `[T, ...]`.
+        """
+        num_steps = jax.tree.leaves(batches)[0].shape[0]
+        if isinstance(commands, Commands):
+            return self._run(num_steps, state)(state, batches, survey_batch, commands)
+        if num_steps > 1:
+            return self._run(num_steps, state)(state, batches, survey_batch, commands())
+        params, opt_state, growth, ring = state
+        trained = self._train(params, opt_state, growth, batches, survey_batch)
+        jax.block_until_ready(trained.loss)
+        # The adapters from before are only read: there is nothing to donate them to.
+        before = trained.state.growth.adapters
+        return self._grow(_with(trained, adapters=None, ring=None), ring, before, commands())
+
+    def _run(self, num_steps: int, state: TrainState) -> Any:
+        """The program with surveys between its steps, where they fit."""
+        every = self.survey_every
+        if every is None or num_steps % every or int(state.growth.step) % every:
+            return self._segment
+        return self._surveyed
+
+
+def _with(trained: Trained, *, adapters: Any, ring: Any) -> Trained:
+    state = trained.state
+    growth = state.growth._replace(adapters=adapters)
+    return trained._replace(state=state._replace(growth=growth, ring=ring))
+
+
+def _as_segment(state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:
+    return state, jax.tree.map(lambda leaf: leaf[None], info)
+
+
+def compile_fit(
+    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
+) -> Program:
+    """The compiled programs that several `fit` calls may share, as `fit(program=)`.
+
+    Args:
+      growth: the static part.
+      loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
+      optimizer: from `optim.per_adapter`.
+      survey_every: steps between surveys; None for none.
+
+    Returns:
+      Programs that compile when they are first used.
+    """
+    return Program(growth, loss_fn, optimizer, survey_every)
+
+
+def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Any:
+    """The compiled segment that several `fit_host` calls may share, as `fit_host(program=)`.
+
+    Args:
+      loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
+      optimizer: any transformation of Optax.
+
+    Returns:
+      `segment((params, opt_state), batches) -> ((params, opt_state), losses)`.
+    """
+    check_function("loss_fn", loss_fn, "loss_fn(params, seeds, batch)")
+    extended = optax.with_extra_args_support(optimizer)
+
+    def step(carry: tuple[Params, Any], batch: Any) -> tuple[Any, Any]:
+        params, opt_state = carry
+        learning, still = part(params)
+
+        def value_fn(variables: Params) -> Any:
+            return loss_fn(join_leaves(variables, still), NoSeeds(), batch)
+
+        loss, gradients = jax.value_and_grad(value_fn)(learning)
+        updates, opt_state = extended.update(
+            gradients, opt_state, learning, value=loss, grad=gradients, value_fn=value_fn
+        )
+        learning = optax.apply_updates(learning, updates)
+        return strong((join_leaves(learning, still), opt_state)), loss
+
+    def segment(carry: Any, batches: Any) -> Any:
+        return jax.lax.scan(step, carry, batches)
+
+    return jax.jit(segment, donate_argnums=0)
