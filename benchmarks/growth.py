@@ -68,9 +68,7 @@ def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
     loss_fn = jobs.loss_of(host)
     growth = ef.Growth(**jobs.growth_arguments(job, host))  # and nothing else
     program = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=jobs.SURVEY_EVERY)
-    options = runtime.FitOptions(
-        survey_every=jobs.SURVEY_EVERY, segment_steps=jobs.SURVEY_EVERY
-    )
+    options = runtime.FitOptions(survey_every=jobs.SURVEY_EVERY, segment_steps=jobs.SURVEY_EVERY)
     evaluate = jobs.evaluator(host, data.test_inputs, data.test_targets)
     rivals: dict[int, Any] = {}
     grown, static, sizes = [], [], []
