@@ -142,8 +142,8 @@ def backward(
     from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
 
     dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, adapter, gains), slot, gains)
-    sums = [jnp.sum(of, axis=0) for of in partial_sums]
-    undamped = _learned(case, adapter, slot, gains, watched, sums)
+    sums = [jnp.sum(ranges, axis=0) for ranges in partial_sums]
+    undamped = _gradients(case, adapter, slot, gains, watched, sums)
     return dx, *_damp(case, x, dx, adapter, slot, gains, watched, undamped)
 
 
@@ -161,7 +161,7 @@ def backward_in_place(
     kernel, words = backward_kernel(case, share=share), live_words(is_live(case, slot, gains))
     *partial_sums, where = kernel(x, ref, *_operands(case, adapter, gains), slot, gains, words)
     sums, dx = gather_sums(share, where, *partial_sums), jax.freeze(ref)
-    undamped = _learned(case, adapter, slot, gains, watched, sums)
+    undamped = _gradients(case, adapter, slot, gains, watched, sums)
     return dx, *_damp(case, x, dx, adapter, slot, gains, watched, undamped)
 
 
@@ -189,8 +189,8 @@ def _damp(
 
     def damp(undamped: tuple[Adapter, Array]) -> tuple[Adapter, Array]:
         d_adapter, channels = undamped
-        own = jnp.where(is_damped[:, None], gains, 0.0)
-        _, damped, measured = reference_jax.backward(case, x, dx, adapter, slot, own, watched)
+        theirs = jnp.where(is_damped[:, None], gains, 0.0)
+        _, damped, measured = reference_jax.backward(case, x, dx, adapter, slot, theirs, watched)
         slots = jnp.where(is_damped, slot, case.slots)
         is_theirs = jnp.zeros((case.slots,), bool).at[slots].set(True, mode="drop")
 
@@ -203,27 +203,27 @@ def _damp(
     return jax.lax.cond(jnp.any(is_damped), damp, lambda undamped: undamped, undamped)
 
 
-def _learned(
-    case: Case, adapter: Adapter, slot: Array, gains: Array, watched: Array, of_chunks: list[Array]
+def _gradients(
+    case: Case, adapter: Adapter, slot: Array, gains: Array, watched: Array, summed: list[Array]
 ) -> tuple[Adapter, Array]:
     """The adapter's gradients and `channels`.
 
-    `of_chunks` is `[C, 2, F, R]`, `[C, 4, 64]` and `[C, R]`: what `backward_kernel` leaves, summed.
+    `summed` is `[C, 2, F, R]`, `[C, 4, 64]` and `[C, R]`: what `backward_kernel` leaves, summed.
     """
-    grads, sums, bias = of_chunks
+    grads, sums, bias = summed
     bias, sums = bias[:, : case.rank], jnp.sum(sums, axis=2)
     live = is_live(case, slot, gains)
     is_sound = jnp.isfinite(sums[:, 1])
     is_flowing = is_sound & jnp.isfinite(sums[:, 3]) & jnp.all(jnp.isfinite(grads), axis=(1, 2, 3))
     if case.has_bias:
         is_flowing &= jnp.all(jnp.isfinite(bias), axis=1)
-    fed = jnp.isfinite(sums[:, 0]) & jnp.isfinite(ForwardStatistics(*watched.T).square)
+    is_input_finite = jnp.isfinite(sums[:, 0]) & jnp.isfinite(ForwardStatistics(*watched.T).square)
     channels = BackwardStatistics(
         gradient_square=sums[:, 0],
         num_live=live.astype(jnp.float32),
         output_square=jnp.where(live & is_sound, sums[:, 1], 0.0),
         utility=jnp.where(live & is_sound, -sums[:, 2], 0.0),
-        num_errors=(live & fed & ~is_flowing).astype(jnp.float32),
+        num_errors=(live & is_input_finite & ~is_flowing).astype(jnp.float32),
     )
 
     scale = Gains.from_columns(gains).param_grad_scale
@@ -232,17 +232,17 @@ def _learned(
     chunks = jnp.arange(case.chunks, dtype=jnp.int32)
     nobody = jnp.full((case.slots,), case.chunks, jnp.int32)
     chunk = nobody.at[rows].set(chunks, mode="drop")
-    served, chunk = chunk < case.chunks, jnp.minimum(chunk, case.chunks - 1)
+    is_serving, chunk = chunk < case.chunks, jnp.minimum(chunk, case.chunks - 1)
     scale = scale[chunk]
 
-    def learned(leaf: Array, like: Array) -> Array:
+    def gradient(leaf: Array, like: Array) -> Array:
         shape = (-1, *(1,) * (leaf.ndim - 1))
-        share = jnp.where(served.reshape(shape), leaf[chunk] * scale.reshape(shape), 0.0)
+        share = jnp.where(is_serving.reshape(shape), leaf[chunk] * scale.reshape(shape), 0.0)
         return share.astype(like.dtype)
 
     d_adapter = Adapter(
-        down=learned(grads[:, 0, :, : case.rank], adapter.down),
-        up=jnp.swapaxes(learned(grads[:, 1, :, : case.rank], adapter.up), 1, 2),
-        bias=None if adapter.bias is None else learned(bias, adapter.bias),
+        down=gradient(grads[:, 0, :, : case.rank], adapter.down),
+        up=jnp.swapaxes(gradient(grads[:, 1, :, : case.rank], adapter.up), 1, 2),
+        bias=None if adapter.bias is None else gradient(bias, adapter.bias),
     )
     return d_adapter, jnp.stack(channels, axis=1)

@@ -5,7 +5,7 @@ one chunk's matrices in shared memory and, over its range of rows, the gradients
 registers:
 
     h = x down + bias       g = dy up^T        a = phi(h)       da = g phi'(h)
-    r = a up                p = da down^T      dx = dy + feel * p
+    r = a up                p = da down^T      dx = dy + input_grad_scale * p
     d_down += x^T da        d_up^T += dy^T a   d_bias += sum of da's rows
 
 `a` and `da` feed `r` and `p` from registers, and the gradients from shared memory. The utility
@@ -15,8 +15,9 @@ needs no `r`: sum dy * r = sum a * g.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +46,14 @@ from esper_kernels.graft.pallas_mosaic_gpu_parts import (
 )
 
 NUM_SUMS = 4
-"""By row of a tile: dy^2, r^2, dy * r, and NaN where an entry of p is not finite (else 0)."""
+"""Sums by row of a tile: dy^2, r^2, dy * r, and NaN where an entry of p is not finite (else 0)."""
 
 
 @lru_cache(maxsize=256)
 def backward_kernel(
     case: Case, *, tuning: Tuning | None = None, share: Share | None = None
 ) -> Callable[..., Any]:
-    """The kernel of a case.
+    """Build the kernel of a case.
 
     Args:
       case: static part of the call; `pallas_mosaic_gpu.refuses` has passed it.
@@ -68,241 +69,431 @@ def backward_kernel(
       is one axis of programs; `where [C, 2]` is for `gather_sums`.
     """
     chosen = tuning or backward_tuning(case)
-    width, rank = case.width, padded_rank(case)
-    tiles, splits = num_tiles(case), chosen.splits
-    stages, x_stages = chosen.stages, max(2, chosen.stages - 1)
-    num_blocks, is_narrow = width // COLUMNS, rank < COLUMNS
-    has_bias, is_ragged = case.has_bias, case.rows % ROWS != 0
-    layout = plgpu.Layout.WGMMA
-
-    def separate(
-        x: Any, dy: Any, down: Any, up: Any, bias: Any, slot: Any, gains: Any, *rest: Any
-    ) -> None:
-        dx, grads, sums, d_bias, *scratch = rest
-        program = lax.axis_index("program")
-        chunk, part = lax.rem(program, case.chunks), lax.div(program, case.chunks)
-        live = is_live_at(case, slot, gains, chunk)
-        leave = grads.at[part, chunk], sums.at[part, chunk], d_bias.at[part, chunk]
-        own = slot[chunk], gains[chunk, 2], live
-        walk((x, dy, dx), (down, up, bias), own, (chunk, part, splits), leave, *scratch)
-
-    def in_place(
-        shared: Share,
-        x: Any,
-        dy: Any,
-        down: Any,
-        up: Any,
-        bias: Any,
-        slot: Any,
-        gains: Any,
-        words: Any,
-        *rest: Any,
-    ) -> None:
-        grads, sums, d_bias, where, *scratch = rest
-        program = lax.axis_index("program")
-        leave = grads.at[program], sums.at[program], d_bias.at[program]
-
-        def serve(chunk: Any, part: Any, parts: Any) -> None:
-            own = slot[chunk], gains[chunk, 2], None
-            walk((x, dy, dy), (down, up, bias), own, (chunk, part, parts), leave, *scratch)
-
-        share_out(case, shared, words, where, serve)
-
-    def walk(
-        activations: Any, bank: Any, of_chunk: Any, where: Any, leave: Any, *scratch: Any
-    ) -> None:
-        x, dy, dx = activations
-        down, up, bias = bank
-        own, feel, live = of_chunk
-        chunk, part, parts = where
-        grads, sums, d_bias = leave
-        x_s, dy_s, a_s, da_s, *weights = scratch[:-5]
-        bias_s, sums_s, x_here, dy_here, ready = scratch[-5:]
-        down_s, up_s = weights[:2]
-        # With few columns the products over R want them in another tiling.
-        down_n, up_n = weights[2:] if is_narrow else weights
-        first = lax.div(part * tiles, parts)
-        count = lax.div((part + 1) * tiles, parts) - first
-        columns = pl.ds(chunk * width, width)
-
-        def rows_of(ref: Any, step: Any) -> Any:
-            return ref.at[pl.ds((first + step) * ROWS, ROWS), columns]
-
-        def fetch_x(step: Any, buffer: Any) -> None:
-            plgpu.copy_gmem_to_smem(rows_of(x, step), x_s.at[buffer], x_here.at[buffer])
-
-        def fetch_dy(step: Any, buffer: Any) -> None:
-            plgpu.copy_gmem_to_smem(rows_of(dy, step), dy_s.at[buffer], dy_here.at[buffer])
-
-        def send(i: Any, tile: Any) -> None:
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, rows_of(dx, i))
-            refill = i - 1 + stages
-
-            @pl.when((i > 0) & (refill < count))
-            def _refill() -> None:
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                fetch_dy(refill, lax.rem(refill, stages))
-
-        def when_live(do: Callable[[], None]) -> None:
-            if live is None:
-                do()
-            else:
-                pl.when(live)(do)
-
-        @when_live
-        def _weights() -> None:
-            plgpu.copy_gmem_to_smem(down.at[own], down_s, ready)
-            plgpu.copy_gmem_to_smem(up.at[own], up_s, ready)
-            if is_narrow:
-                plgpu.copy_gmem_to_smem(down.at[own], down_n, ready)
-                plgpu.copy_gmem_to_smem(up.at[own], up_n, ready)
-            if has_bias:
-                plgpu.copy_gmem_to_smem(bias.at[own], bias_s, ready)
-
-        for ahead in range(stages):
-            pl.when(ahead < count)(partial(fetch_dy, ahead, ahead))
-        for ahead in range(x_stages):
-            is_there = ahead < count if live is None else live & (ahead < count)
-            pl.when(is_there)(partial(fetch_x, ahead, ahead))
-
-        def pass_on(i: Any, gradient_square: Any) -> Any:
-            buffer = lax.rem(i, stages)
-            plgpu.barrier_wait(dy_here.at[buffer])
-            for k in range(num_blocks):
-                slope = load(block(dy_s.at[buffer], k, width))
-                wide = slope.astype(jnp.float32)
-                gradient_square = gradient_square + jnp.sum(wide * wide, axis=1)
-            send(i, dy_s.at[buffer])
-            return gradient_square
-
-        def dormant() -> None:
-            sums_s[0] = lax.fori_loop(0, count, pass_on, zero_rows())
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums_s, sums)
-
-        if live is not None:
-            pl.when(jnp.logical_not(live))(dormant)
-
-        def step(i: Any, carry: Any, *, d_down: Any, d_up: Any) -> Any:
-            gradient_square, output_square, worth, flaw, d_bias_ = carry
-            buffer, x_buffer = lax.rem(i, stages), lax.rem(i, x_stages)
-            tile, slope = x_s.at[x_buffer], dy_s.at[buffer]
-            plgpu.barrier_wait(x_here.at[x_buffer])
-            plgpu.barrier_wait(dy_here.at[buffer])
-
-            def into(h_sums: Any, g_sums: Any) -> Any:
-                plgpu.wgmma(h_sums, tile, down_s.transpose((1, 0)))
-                plgpu.wgmma(g_sums, slope, up_s.transpose((1, 0)))
-                return h_sums[...], g_sums[...]
-
-            hidden = plgpu.WGMMAAccumulatorRef((ROWS, rank), jnp.float32)
-            h, g = pl.run_scoped(into, hidden, hidden)
-            if has_bias:
-                h = add_bias(h, bias_s)
-            a, da = activate_and_pull(case.activation, h, g)
-            if has_bias and is_ragged:
-                # Rows past the end are zero, but phi(bias) is not.
-                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, rank), 0, layout=layout)
-                a = jnp.where(row + (first + i) * ROWS < case.rows, a, 0.0)
-            worth = worth + jnp.sum(a * g, axis=1)
-            if has_bias:
-                d_bias_ = d_bias_ + da
-            a, da = a.astype(jnp.bfloat16), da.astype(jnp.bfloat16)
-            if is_narrow:
-                a_s.transpose((1, 0))[...] = a
-                da_s.transpose((1, 0))[...] = da
-            else:
-                a_s[...] = a
-                da_s[...] = da
-            plgpu.commit_smem()
-            a_b = a_s.transpose((1, 0)) if is_narrow else a_s
-            da_b = da_s.transpose((1, 0)) if is_narrow else da_s
-            plgpu.wgmma(d_up, slope.transpose((1, 0)), a_b)
-            plgpu.wgmma(d_down, tile.transpose((1, 0)), da_b)
-            moved = []
-            for k in range(num_blocks):
-
-                def out(r_sums: Any, p_sums: Any, k: int = k) -> Any:
-                    plgpu.wgmma(r_sums, a, block(up_n, k, width))
-                    plgpu.wgmma(p_sums, da, block(down_n, k, width))
-                    return r_sums[...], p_sums[...]
-
-                outer = plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32)
-                r, p = pl.run_scoped(out, outer, outer)
-                output_square = output_square + jnp.sum(r * r, axis=1)
-                flaw = flaw + jnp.sum(p * 0.0, axis=1)
-                narrow = load(block(slope, k, width))
-                wide = narrow.astype(jnp.float32)
-                gradient_square = gradient_square + jnp.sum(wide * wide, axis=1)
-                changed = (wide + feel * p).astype(jnp.bfloat16)
-                moved.append(jnp.where((jnp.abs(p) < jnp.inf) & (feel != 0.0), changed, narrow))
-            plgpu.wgmma_wait(0)
-            # All four warps have multiplied with all rows of the tiles before any is overwritten.
-            plgpu.commit_smem()
-            pl.when(i + x_stages < count)(partial(fetch_x, i + x_stages, x_buffer))
-            for k, part_of_tile in enumerate(moved):
-                block(slope, k, width)[...] = part_of_tile
-            send(i, slope)
-            return gradient_square, output_square, worth, flaw, d_bias_
-
-        @when_live
-        def _live() -> None:
-            plgpu.barrier_wait(ready)
-
-            def accumulate(d_down: Any, d_up: Any) -> Any:
-                start = (
-                    *(zero_rows() for _ in range(NUM_SUMS)),
-                    zero_tile(rank) if has_bias else 0,
-                )
-                of = partial(step, d_down=d_down, d_up=d_up)
-                carry = lax.fori_loop(0, count, of, start)
-                for k in range(NUM_SUMS):
-                    sums_s[k] = carry[k]
-                if has_bias:
-                    bias_s[...] = jnp.sum(carry[-1], axis=0)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(sums_s, sums)
-                if has_bias:
-                    plgpu.copy_smem_to_gmem(bias_s, d_bias)
-                return d_down[...], d_up[...]
-
-            of_adapter = plgpu.WGMMAAccumulatorRef((width, rank), jnp.float32)
-            grads[0], grads[1] = pl.run_scoped(accumulate, of_adapter, of_adapter)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    hidden = matrix(rank, ROWS) if is_narrow else matrix(ROWS, rank)
-    weight = matrix(rank, width)
-    again = (matrix(rank, width, minor=rank),) * 2 if is_narrow else ()
-    axes = (splits, case.chunks) if share is None else (share.programs,)
-    outputs = [
-        jax.ShapeDtypeStruct((*axes, 2, width, rank), jnp.float32),
-        jax.ShapeDtypeStruct((*axes, NUM_SUMS, ROWS), jnp.float32),
-        jax.ShapeDtypeStruct((*axes, rank), jnp.float32),
-    ]
     if share is None:
-        outputs.insert(0, jax.ShapeDtypeStruct((case.rows, case.features), jnp.bfloat16))
+        body, grid = partial(_separate, case, chosen), (case.chunks * chosen.splits,)
     else:
-        outputs.append(jax.ShapeDtypeStruct((case.chunks, 2), jnp.int32))
+        body, grid = partial(_in_place, case, chosen, share), (share.programs,)
     return plgpu.kernel(
-        separate if share is None else partial(in_place, share),
-        out_type=tuple(outputs),
-        grid=(case.chunks * splits if share is None else share.programs,),
+        body,
+        out_type=_outputs(case, chosen, share),
+        grid=grid,
         grid_names=("program",),
-        scratch_types=(
-            matrix(x_stages, ROWS, width),
-            matrix(stages, ROWS, width),
-            hidden,
-            hidden,
-            weight,
-            weight,
-            *again,
-            plgpu.SMEM((rank,), jnp.float32),
-            plgpu.SMEM((NUM_SUMS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=x_stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2 + 2 * is_narrow + has_bias),
-        ),
+        scratch_types=_scratch(case, chosen),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _separate(
+    case: Case,
+    tuning: Tuning,
+    x: Any,
+    dy: Any,
+    down: Any,
+    up: Any,
+    bias: Any,
+    slot: Any,
+    gains: Any,
+    dx: Any,
+    grads: Any,
+    sums: Any,
+    d_bias: Any,
+    *scratch: Any,
+) -> None:
+    """The kernel's body where `dx` has memory of its own: every chunk has the same programs."""
+    program = lax.axis_index("program")
+    chunk, part = lax.rem(program, case.chunks), lax.div(program, case.chunks)
+    live = is_live_at(case, slot, gains, chunk)
+    results = _Results(grads.at[part, chunk], sums.at[part, chunk], d_bias.at[part, chunk])
+    seed = _Seed(chunk, slot[chunk], gains[chunk, 2], live)
+    operands = _Operands(x, dy, dx, down, up, bias)
+    _walk(case, tuning, operands, seed, results, scratch, part, tuning.splits)
+
+
+def _in_place(
+    case: Case,
+    tuning: Tuning,
+    share: Share,
+    x: Any,
+    dy: Any,
+    down: Any,
+    up: Any,
+    bias: Any,
+    slot: Any,
+    gains: Any,
+    words: Any,
+    grads: Any,
+    sums: Any,
+    d_bias: Any,
+    where: Any,
+    *scratch: Any,
+) -> None:
+    """The kernel's body where `dx` is `dy`: the programs share the rows of the live chunks."""
+    program = lax.axis_index("program")
+    results = _Results(grads.at[program], sums.at[program], d_bias.at[program])
+
+    def serve(chunk: Any, part: Any, parts: Any) -> None:
+        seed = _Seed(chunk, slot[chunk], gains[chunk, 2], None)
+        operands = _Operands(x, dy, dy, down, up, bias)
+        _walk(case, tuning, operands, seed, results, scratch, part, parts)
+
+    share_out(case, share, words, where, serve)
+
+
+class _Operands(NamedTuple):
+    """References to what a kernel reads, and `dx`, which it writes."""
+
+    x: Any
+    dy: Any
+    dx: Any
+    down: Any
+    up: Any
+    bias: Any
+
+
+class _Results(NamedTuple):
+    """References to what one program leaves."""
+
+    grads: Any
+    sums: Any
+    d_bias: Any
+
+
+class _Seed(NamedTuple):
+    """The seed of a program's chunk."""
+
+    chunk: Any
+    slot: Any
+    input_grad_scale: Any
+    live: Any
+    """Whether an adapter is at work; None where only live chunks have programs."""
+
+
+class _Memory(NamedTuple):
+    """Shared memory of one program."""
+
+    x: Any
+    slope: Any
+    a: Any
+    da: Any
+    down: Any
+    up: Any
+    down_narrow: Any
+    """`down` as the products over R want it tiled, the same where there are many columns."""
+    up_narrow: Any
+    bias: Any
+    sums: Any
+    x_arrived: Any
+    slope_arrived: Any
+    matrices_arrived: Any
+
+
+def _is_narrow(case: Case) -> bool:
+    """Whether the hidden layer has fewer columns than the widest swizzle."""
+    return padded_rank(case) < COLUMNS
+
+
+def _x_stages(tuning: Tuning) -> int:
+    return max(2, tuning.stages - 1)
+
+
+def _scratch(case: Case, tuning: Tuning) -> tuple[Any, ...]:
+    """Shared memory in the order of `_Memory`, without matrices that would be there twice."""
+    width, rank, is_narrow = case.width, padded_rank(case), _is_narrow(case)
+    hidden = matrix(rank, ROWS) if is_narrow else matrix(ROWS, rank)
+    weight = matrix(rank, width)
+    return (
+        matrix(_x_stages(tuning), ROWS, width),
+        matrix(tuning.stages, ROWS, width),
+        hidden,
+        hidden,
+        weight,
+        weight,
+        *((matrix(rank, width, minor=rank),) * 2 if is_narrow else ()),
+        plgpu.SMEM((rank,), jnp.float32),
+        plgpu.SMEM((NUM_SUMS, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=_x_stages(tuning)),
+        plgpu.Barrier(num_barriers=tuning.stages),
+        plgpu.Barrier(num_arrivals=2 + 2 * is_narrow + case.has_bias),
+    )
+
+
+def _memory(case: Case, scratch: tuple[Any, ...]) -> _Memory:
+    """Name what `_scratch` describes."""
+    again = () if _is_narrow(case) else scratch[4:6]
+    return _Memory(*scratch[:6], *again, *scratch[6:])
+
+
+def _outputs(case: Case, tuning: Tuning, share: Share | None) -> tuple[Any, ...]:
+    rank = padded_rank(case)
+    axes = (tuning.splits, case.chunks) if share is None else (share.programs,)
+    sums = (
+        jax.ShapeDtypeStruct((*axes, 2, case.width, rank), jnp.float32),
+        jax.ShapeDtypeStruct((*axes, NUM_SUMS, ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((*axes, rank), jnp.float32),
+    )
+    if share is None:
+        return (jax.ShapeDtypeStruct((case.rows, case.features), jnp.bfloat16), *sums)
+    return (*sums, jax.ShapeDtypeStruct((case.chunks, 2), jnp.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """One program's range of rows of one chunk, and the tiles in flight for it."""
+
+    case: Case
+    tuning: Tuning
+    operands: _Operands
+    seed: _Seed
+    memory: _Memory
+    first: Any
+    """Number of its first tile."""
+    count: Any
+    """Tiles."""
+    columns: Any
+
+    def rows(self, ref: Any, step: Any) -> Any:
+        """The tile of an activation at a step."""
+        return ref.at[pl.ds((self.first + step) * ROWS, ROWS), self.columns]
+
+    def fetch_x(self, step: Any, buffer: Any) -> None:
+        """Start the copy of a tile of `x`."""
+        memory = self.memory
+        tile = self.rows(self.operands.x, step)
+        plgpu.copy_gmem_to_smem(tile, memory.x.at[buffer], memory.x_arrived.at[buffer])
+
+    def fetch_slope(self, step: Any, buffer: Any) -> None:
+        """Start the copy of a tile of `dy`."""
+        memory = self.memory
+        tile = self.rows(self.operands.dy, step)
+        plgpu.copy_gmem_to_smem(tile, memory.slope.at[buffer], memory.slope_arrived.at[buffer])
+
+    def send(self, step: Any, tile: Any) -> None:
+        """Start the copy of a tile into `dx`; the one before has left, so refill its buffer."""
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, self.rows(self.operands.dx, step))
+        refill = step - 1 + self.tuning.stages
+
+        @pl.when((step > 0) & (refill < self.count))
+        def _refill() -> None:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            self.fetch_slope(refill, lax.rem(refill, self.tuning.stages))
+
+    def when_live(self, do: Callable[[], None]) -> None:
+        """Do it where an adapter is at work."""
+        if self.seed.live is None:
+            do()
+        else:
+            pl.when(self.seed.live)(do)
+
+    def fetch_matrices(self) -> None:
+        """Start the copies of the adapter's matrices."""
+        memory, operands, slot = self.memory, self.operands, self.seed.slot
+        arrived = memory.matrices_arrived
+        plgpu.copy_gmem_to_smem(operands.down.at[slot], memory.down, arrived)
+        plgpu.copy_gmem_to_smem(operands.up.at[slot], memory.up, arrived)
+        if _is_narrow(self.case):
+            plgpu.copy_gmem_to_smem(operands.down.at[slot], memory.down_narrow, arrived)
+            plgpu.copy_gmem_to_smem(operands.up.at[slot], memory.up_narrow, arrived)
+        if self.case.has_bias:
+            plgpu.copy_gmem_to_smem(operands.bias.at[slot], memory.bias, arrived)
+
+    def fetch_first_tiles(self) -> None:
+        """Fill all buffers of tiles, those of `x` where an adapter is at work."""
+        live = self.seed.live
+        for ahead in range(self.tuning.stages):
+            pl.when(ahead < self.count)(partial(self.fetch_slope, ahead, ahead))
+        for ahead in range(_x_stages(self.tuning)):
+            is_needed = ahead < self.count if live is None else live & (ahead < self.count)
+            pl.when(is_needed)(partial(self.fetch_x, ahead, ahead))
+
+
+def _walk(
+    case: Case,
+    tuning: Tuning,
+    operands: _Operands,
+    seed: _Seed,
+    results: _Results,
+    scratch: tuple[Any, ...],
+    part: Any,
+    parts: Any,
+) -> None:
+    """Walk over the range `part` of `parts` of a chunk's rows."""
+    tiles = num_tiles(case)
+    first = lax.div(part * tiles, parts)
+    rows = _Range(
+        case=case,
+        tuning=tuning,
+        operands=operands,
+        seed=seed,
+        memory=_memory(case, scratch),
+        first=first,
+        count=lax.div((part + 1) * tiles, parts) - first,
+        columns=pl.ds(seed.chunk * case.width, case.width),
+    )
+    rows.when_live(rows.fetch_matrices)
+    rows.fetch_first_tiles()
+    if seed.live is not None:
+        pl.when(jnp.logical_not(seed.live))(partial(_pass_dormant, rows, results))
+    rows.when_live(partial(_pull, rows, results))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _load_slope(rows: _Range, slope: Any, k: int) -> tuple[Any, Any]:
+    """A block of `dy` as it is and in float32."""
+    narrow = load(block(slope, k, rows.case.width))
+    return narrow, narrow.astype(jnp.float32)
+
+
+def _pass_dormant(rows: _Range, results: _Results) -> None:
+    """`dx` is `dy`; only dy^2 is summed."""
+    memory = rows.memory
+
+    def pass_on(i: Any, gradient_square: Any) -> Any:
+        buffer = lax.rem(i, rows.tuning.stages)
+        plgpu.barrier_wait(memory.slope_arrived.at[buffer])
+        for k in range(rows.case.width // COLUMNS):
+            _, wide = _load_slope(rows, memory.slope.at[buffer], k)
+            gradient_square = gradient_square + jnp.sum(wide * wide, axis=1)
+        rows.send(i, memory.slope.at[buffer])
+        return gradient_square
+
+    memory.sums[0] = lax.fori_loop(0, rows.count, pass_on, zero_rows())
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(memory.sums, results.sums)
+
+
+class _Carry(NamedTuple):
+    """Sums that a live chunk's walk carries from tile to tile, by row of a tile."""
+
+    gradient_square: Any
+    output_square: Any
+    worth: Any
+    flaw: Any
+    """0, or NaN once an entry of p was not finite."""
+    d_bias: Any
+    """[64, R], or 0 without a bias."""
+
+
+def _pull(rows: _Range, results: _Results) -> None:
+    """Walk over a live chunk's tiles, and store its gradients and sums."""
+    case, memory, rank = rows.case, rows.memory, padded_rank(rows.case)
+    plgpu.barrier_wait(memory.matrices_arrived)
+
+    def accumulate(d_down: Any, d_up: Any) -> Any:
+        start = _Carry(
+            gradient_square=zero_rows(),
+            output_square=zero_rows(),
+            worth=zero_rows(),
+            flaw=zero_rows(),
+            d_bias=zero_tile(rank) if case.has_bias else 0,
+        )
+        step = partial(_pull_tile, rows, d_down, d_up)
+        carry = lax.fori_loop(0, rows.count, step, start)
+        for k in range(NUM_SUMS):
+            memory.sums[k] = carry[k]
+        if case.has_bias:
+            memory.bias[...] = jnp.sum(carry.d_bias, axis=0)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(memory.sums, results.sums)
+        if case.has_bias:
+            plgpu.copy_smem_to_gmem(memory.bias, results.d_bias)
+        return d_down[...], d_up[...]
+
+    gradient = plgpu.WGMMAAccumulatorRef((case.width, rank), jnp.float32)
+    results.grads[0], results.grads[1] = pl.run_scoped(accumulate, gradient, gradient)
+
+
+def _pull_tile(rows: _Range, d_down: Any, d_up: Any, i: Any, carry: _Carry) -> _Carry:
+    """One tile of a live chunk: its `dx`, and what it adds to gradients and sums."""
+    case, memory = rows.case, rows.memory
+    buffer, x_buffer = lax.rem(i, rows.tuning.stages), lax.rem(i, _x_stages(rows.tuning))
+    tile, slope = memory.x.at[x_buffer], memory.slope.at[buffer]
+    plgpu.barrier_wait(memory.x_arrived.at[x_buffer])
+    plgpu.barrier_wait(memory.slope_arrived.at[buffer])
+    h, g = _hidden(case, memory, tile, slope)
+    if case.has_bias:
+        h = add_bias(h, memory.bias)
+    a, da = activate_and_pull(case.activation, h, g)
+    if case.has_bias and case.rows % ROWS != 0:
+        # Rows past the end are zero, but phi(bias) is not.
+        layout = plgpu.Layout.WGMMA
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, padded_rank(case)), 0, layout=layout)
+        a = jnp.where(row + (rows.first + i) * ROWS < case.rows, a, 0.0)
+    carry = carry._replace(worth=carry.worth + jnp.sum(a * g, axis=1))
+    if case.has_bias:
+        carry = carry._replace(d_bias=carry.d_bias + da)
+    a, da = a.astype(jnp.bfloat16), da.astype(jnp.bfloat16)
+    _add_gradients(case, memory, (tile, slope), (a, da), (d_down, d_up))
+    moved = []
+    for k in range(case.width // COLUMNS):
+        carry, changed = _move_block(rows, slope, a, da, carry, k)
+        moved.append(changed)
+    plgpu.wgmma_wait(0)
+    # All four warps have multiplied with all rows of the tiles before any is overwritten.
+    plgpu.commit_smem()
+    refill = i + _x_stages(rows.tuning)
+    pl.when(refill < rows.count)(partial(rows.fetch_x, refill, x_buffer))
+    for k, changed in enumerate(moved):
+        block(slope, k, case.width)[...] = changed
+    rows.send(i, slope)
+    return carry
+
+
+def _hidden(case: Case, memory: _Memory, tile: Any, slope: Any) -> tuple[Any, Any]:
+    """`x down` and `dy up^T`."""
+
+    def multiply(h_sums: Any, g_sums: Any) -> Any:
+        plgpu.wgmma(h_sums, tile, memory.down.transpose((1, 0)))
+        plgpu.wgmma(g_sums, slope, memory.up.transpose((1, 0)))
+        return h_sums[...], g_sums[...]
+
+    hidden = plgpu.WGMMAAccumulatorRef((ROWS, padded_rank(case)), jnp.float32)
+    h, g = pl.run_scoped(multiply, hidden, hidden)
+    return h, g
+
+
+def _add_gradients(
+    case: Case,
+    memory: _Memory,
+    tiles: tuple[Any, Any],
+    hidden: tuple[Any, Any],
+    gradients: tuple[Any, Any],
+) -> None:
+    """Start `d_up^T += dy^T a` and `d_down += x^T da`."""
+    (tile, slope), (a, da), (d_down, d_up) = tiles, hidden, gradients
+    a_stored, da_stored = memory.a, memory.da
+    if _is_narrow(case):
+        a_stored.transpose((1, 0))[...] = a
+        da_stored.transpose((1, 0))[...] = da
+    else:
+        a_stored[...] = a
+        da_stored[...] = da
+    plgpu.commit_smem()
+    if _is_narrow(case):
+        a_stored, da_stored = a_stored.transpose((1, 0)), da_stored.transpose((1, 0))
+    plgpu.wgmma(d_up, slope.transpose((1, 0)), a_stored)
+    plgpu.wgmma(d_down, tile.transpose((1, 0)), da_stored)
+
+
+def _move_block(
+    rows: _Range, slope: Any, a: Any, da: Any, carry: _Carry, k: int
+) -> tuple[_Carry, Any]:
+    """The k-th block of columns of `dx`, and the sums with it."""
+    width, memory = rows.case.width, rows.memory
+
+    def multiply(r_sums: Any, p_sums: Any) -> Any:
+        plgpu.wgmma(r_sums, a, block(memory.up_narrow, k, width))
+        plgpu.wgmma(p_sums, da, block(memory.down_narrow, k, width))
+        return r_sums[...], p_sums[...]
+
+    outer = plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32)
+    r, p = pl.run_scoped(multiply, outer, outer)
+    output_square = carry.output_square + jnp.sum(r * r, axis=1)
+    flaw = carry.flaw + jnp.sum(p * 0.0, axis=1)
+    narrow, wide = _load_slope(rows, slope, k)
+    gradient_square = carry.gradient_square + jnp.sum(wide * wide, axis=1)
+    scale = rows.seed.input_grad_scale
+    changed = (wide + scale * p).astype(jnp.bfloat16)
+    changed = jnp.where((jnp.abs(p) < jnp.inf) & (scale != 0.0), changed, narrow)
+    carry = carry._replace(gradient_square=gradient_square, output_square=output_square, flaw=flaw)
+    return carry, changed

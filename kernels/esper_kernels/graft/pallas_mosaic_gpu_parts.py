@@ -34,8 +34,6 @@ class Tuning:
     """Row ranges of a chunk, each one program of one warpgroup."""
     stages: int
     """Tiles in flight in a program."""
-    group: int = 1
-    """Neighbouring chunks that a program of the forward kernel serves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +64,9 @@ def num_tiles(case: Case) -> int:
     return -(-case.rows // ROWS)
 
 
-def _splits(case: Case, per_multiprocessor: int, group: int = 1) -> int:
+def _splits(case: Case, per_multiprocessor: int) -> int:
     programs = multiprocessors(case) * per_multiprocessor
-    return max(1, min(programs * group // case.chunks, num_tiles(case) // 2))
+    return max(1, min(programs // case.chunks, num_tiles(case) // 2))
 
 
 def forward_tuning(case: Case) -> Tuning:
@@ -96,17 +94,17 @@ def backward_share(case: Case) -> Share:
 
 def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
     """Whether an adapter is at work in the chunk."""
-    own = slot[chunk]
+    slot_index = slot[chunk]
     is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (gains[chunk, 2] != 0.0)
     is_used |= gains[chunk, 3] != 0.0
-    return (own >= 0) & (own < case.slots) & is_used
+    return (slot_index >= 0) & (slot_index < case.slots) & is_used
 
 
 def live_words(live: jax.Array) -> jax.Array:
     """`live [C]` as bits, 32 chunks to an int32."""
     bits = jnp.pad(live, (0, -live.shape[0] % 32)).reshape(-1, 32).astype(jnp.uint32)
-    places = jnp.arange(32, dtype=jnp.uint32)[None]
-    words = jnp.sum(bits << places, axis=1, dtype=jnp.uint32)
+    positions = jnp.arange(32, dtype=jnp.uint32)[None]
+    words = jnp.sum(bits << positions, axis=1, dtype=jnp.uint32)
     return words.view(jnp.int32)
 
 
@@ -118,23 +116,23 @@ def _count_ones(word: Any) -> Any:
     return lax.shift_right_logical(word * 0x01010101, jnp.int32(24))
 
 
-def _find_one(word: Any, number: Any) -> Any:
-    """Where bit `number` of those that are set stands, by halves."""
-    at = jnp.int32(0)
+def _position(word: Any, number: Any) -> Any:
+    """The position of bit `number` of those that are set, found by halves."""
+    position = jnp.int32(0)
     for width in (16, 8, 4, 2, 1):
         low = word & jnp.int32((1 << width) - 1)
         count = _count_ones(low)
         is_high = number >= count
         number = jnp.where(is_high, number - count, number)
         word = jnp.where(is_high, lax.shift_right_logical(word, jnp.int32(width)), low)
-        at += jnp.where(is_high, jnp.int32(width), jnp.int32(0))
-    return at
+        position += jnp.where(is_high, jnp.int32(width), jnp.int32(0))
+    return position
 
 
 def share_out(
     case: Case, share: Share, words: Any, where: Any, serve: Callable[[Any, Any, Any], None]
 ) -> None:
-    """Calls `serve(chunk, part, parts)` in the programs that have a range of a live chunk.
+    """Call `serve(chunk, part, parts)` in the programs that have a range of a live chunk.
 
     With L live chunks, program p has range `p // L` of the live chunk that is number `p % L`.
 
@@ -145,65 +143,82 @@ def share_out(
       where: `[C, 2]` gets each chunk's number among the live ones, -1 for a dormant one, and L.
       serve: what to do.
     """
-    program, zero = lax.axis_index("program"), jnp.int32(0)
+    program = lax.axis_index("program")
+    num_live = _rank_chunk(case, program, words, where)
+    many = jnp.maximum(num_live, 1)
+    number, part = lax.rem(program, many), lax.div(program, many)
+    parts = jnp.minimum(lax.div(jnp.int32(share.programs), many), share.most)
+
+    @pl.when((num_live > 0) & (part < parts))
+    def _serve() -> None:
+        serve(_find_live(case, words, number), part, parts)
+
+
+def _unroll(num_words: int) -> int:
+    return num_words if num_words <= 8 else 1
+
+
+def _rank_chunk(case: Case, program: Any, words: Any, where: Any) -> Any:
+    """Count the live chunks; each of the first C programs writes its chunk's row of `where`."""
+    zero = jnp.int32(0)
     num_words = -(-case.chunks // 32)
-    unroll = num_words if num_words <= 8 else 1
-    own, bit = lax.div(program, jnp.int32(32)), lax.rem(program, jnp.int32(32))
+    index, bit = lax.div(program, jnp.int32(32)), lax.rem(program, jnp.int32(32))
     below = lax.shift_left(jnp.int32(1), bit) - 1
 
     def count(w: Any, carry: Any) -> Any:
         word, w = words[w], jnp.int32(w)
         ones = _count_ones(word)
-        before = jnp.where(w < own, ones, jnp.where(w == own, _count_ones(word & below), zero))
+        before = jnp.where(w < index, ones, jnp.where(w == index, _count_ones(word & below), zero))
         return carry[0] + ones, carry[1] + before
 
-    num_live, place = lax.fori_loop(0, num_words, count, (zero, zero), unroll=unroll)
+    num_live, number = lax.fori_loop(0, num_words, count, (zero, zero), unroll=_unroll(num_words))
 
     @pl.when(program < case.chunks)
-    def _tell() -> None:
-        is_mine = (lax.shift_right_logical(words[own], bit) & 1) == 1
-        where[program, 0] = jnp.where(is_mine, place, jnp.int32(-1))
+    def _write() -> None:
+        is_mine = (lax.shift_right_logical(words[index], bit) & 1) == 1
+        where[program, 0] = jnp.where(is_mine, number, jnp.int32(-1))
         where[program, 1] = num_live
 
-    many = jnp.maximum(num_live, 1)
-    number, part = lax.rem(program, many), lax.div(program, many)
-    parts = jnp.minimum(lax.div(jnp.int32(share.programs), many), share.most)
+    return num_live
+
+
+def _find_live(case: Case, words: Any, number: Any) -> Any:
+    """The live chunk of a number among them."""
+    zero, num_words = jnp.int32(0), -(-case.chunks // 32)
 
     def find(w: Any, carry: Any) -> Any:
-        left, at, word, first = carry
-        here, w = words[w], jnp.int32(w)
-        ones = _count_ones(here)
-        is_here = (left >= 0) & (left < ones)
-        at, word = jnp.where(is_here, left, at), jnp.where(is_here, here, word)
-        first = jnp.where(is_here, 32 * w, first)
-        return jnp.where(is_here, jnp.int32(-1), left - ones), at, word, first
+        left, bit, word, first = carry
+        current, w = words[w], jnp.int32(w)
+        ones = _count_ones(current)
+        is_match = (left >= 0) & (left < ones)
+        bit, word = jnp.where(is_match, left, bit), jnp.where(is_match, current, word)
+        first = jnp.where(is_match, 32 * w, first)
+        return jnp.where(is_match, jnp.int32(-1), left - ones), bit, word, first
 
-    @pl.when((num_live > 0) & (part < parts))
-    def _serve() -> None:
-        begin = (number, zero, zero, zero)
-        _, at, word, first = lax.fori_loop(0, num_words, find, begin, unroll=unroll)
-        serve(first + _find_one(word, at), part, parts)
+    begin = (number, zero, zero, zero)
+    _, bit, word, first = lax.fori_loop(0, num_words, find, begin, unroll=_unroll(num_words))
+    return first + _position(word, bit)
 
 
 def gather_sums(share: Share, where: jax.Array, *partial_sums: jax.Array) -> list[jax.Array]:
-    """Each chunk's sums over its ranges, 0 for dormant chunks; from `[programs, ...]`.
+    """Add up each chunk's sums over its ranges, from `[programs, ...]`; 0 for dormant chunks.
 
     Args:
       share: how the kernel shared its work out.
       where: [C, 2], see `share_out`.
       partial_sums: what each program left; not defined for programs without work.
     """
-    place, num_live = where[None, :, 0], where[None, :, 1]
+    number, num_live = where[None, :, 0], where[None, :, 1]
     part = jnp.arange(share.most, dtype=jnp.int32)[:, None]
     parts = jnp.minimum(lax.div(jnp.int32(share.programs), jnp.maximum(num_live, 1)), share.most)
-    is_real = (place >= 0) & (part < parts)
-    program = jnp.where(is_real, place + part * num_live, 0)
+    is_real = (number >= 0) & (part < parts)
+    program = jnp.where(is_real, number + part * num_live, 0)
 
-    def add(of: jax.Array) -> jax.Array:
-        mask = is_real.reshape(*is_real.shape, *(1,) * (of.ndim - 1))
-        return jnp.sum(jnp.where(mask, of[program], jnp.zeros((), of.dtype)), axis=0)
+    def add(sums: jax.Array) -> jax.Array:
+        mask = is_real.reshape(*is_real.shape, *(1,) * (sums.ndim - 1))
+        return jnp.sum(jnp.where(mask, sums[program], jnp.zeros((), sums.dtype)), axis=0)
 
-    return [add(of) for of in partial_sums]
+    return [add(sums) for sums in partial_sums]
 
 
 def matrix(*shape: int, minor: int = COLUMNS) -> Any:
@@ -218,19 +233,19 @@ def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     return whole(ref, layout=layout)
 
 
-def bring(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
-    """The same from global memory."""
+def load_global(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+    """The whole of a buffer in global memory, in registers."""
     whole: Any = plgpu.load
     return whole(ref, layout=layout, optimized=False)
 
 
 def zero_rows() -> jax.Array:
-    """A float32 for each row of a tile."""
+    """Zeros in float32, one for each row of a tile."""
     return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def zero_tile(columns: int = COLUMNS) -> jax.Array:
-    """A float32 for each entry of a tile."""
+    """Zeros in float32, one for each entry of a tile."""
     return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
