@@ -384,11 +384,3 @@ axes.plot(x.detach(), slope, color="#d1495b", label="its slope, by torch's autog
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False)
 plt.show()
-
-# %% [markdown]
-# and a torch module without side effects becomes a JAX function of its parameters:
-
-# %%
-apply, params = torch_bridge.from_torch(nn.Linear(3, 2))
-grads = jax.jit(jax.grad(lambda params: (apply(params, jax.numpy.ones((4, 3))) ** 2).sum()))(params)
-print({name: grad.shape for name, grad in grads.items()})

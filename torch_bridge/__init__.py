@@ -35,9 +35,7 @@ _os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from torch_bridge._adapters import register_blueprint
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert import (
-    JaxModule,
     TorchFunction,
-    from_torch,
     to_torch,
     tree_to_jax,
     tree_to_torch,
@@ -50,10 +48,8 @@ from torch_bridge._targets import blocks
 __all__ = [
     "Bridge",
     "BridgeError",
-    "JaxModule",
     "TorchFunction",
     "blocks",
-    "from_torch",
     "grow",
     "register_blueprint",
     "replicate_adapters",

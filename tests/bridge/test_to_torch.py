@@ -240,7 +240,7 @@ def test_bad_arguments_are_named(args, message):
 
 
 def test_bad_functions_are_named():
-    with pytest.raises(BridgeError, match="from_torch"):
+    with pytest.raises(BridgeError, match="fn is a Linear"):
         to_torch(torch.nn.Linear(2, 2))
     with pytest.raises(BridgeError, match="fn is a int"):
         to_torch(3)

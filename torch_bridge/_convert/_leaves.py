@@ -151,8 +151,8 @@ def to_tensor(
     """Return an array's values as a tensor on `device`, sharing memory if it can and may."""
     if isinstance(array, jax.core.Tracer):
         raise BridgeError(
-            f"{what} is a value that JAX is tracing, not one with numbers; call torch from jitted "
-            "JAX through torch_bridge.from_torch"
+            f"{what} is a value that JAX is tracing, not one with numbers; convert it outside of "
+            "jitted functions, or in a jax.pure_callback"
         )
     dtype = torch_dtype(array.dtype, what)
     if isinstance(array, jax.Array):
@@ -167,7 +167,7 @@ def to_tensor(
             _may_copy(copy, what, "is a numpy array that is read-only or has negative strides")
             array = array.copy()
             copy = None
-        bits = array if is_numpy_own(array.dtype) else array.view(f"u{array.dtype.itemsize}")
+        bits = array if _is_numpy_own(array.dtype) else array.view(f"u{array.dtype.itemsize}")
         tensor = torch.from_numpy(bits).view(dtype)
     if device is not None and _differ(tensor.device, device):
         _may_copy(copy, what, f"is on {tensor.device}, not on {device}")
@@ -175,7 +175,7 @@ def to_tensor(
     return tensor.clone() if copy else tensor
 
 
-def is_numpy_own(dtype: Any) -> bool:
+def _is_numpy_own(dtype: Any) -> bool:
     """Tell numpy's own dtypes from those that JAX added to it, as bfloat16."""
     return np.dtype(dtype).isbuiltin == 1
 

@@ -171,10 +171,7 @@ def to_torch(
       tensor([1., 1.])
     """
     if isinstance(fn, torch.nn.Module) or not callable(fn):
-        raise BridgeError(
-            f"fn is a {type(fn).__name__}; it must be a function of JAX arrays; for the other "
-            "direction take torch_bridge.from_torch"
-        )
+        raise BridgeError(f"fn is a {type(fn).__name__}; it must be a function of JAX arrays")
     names = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
     try:
         known = inspect.signature(fn).parameters
