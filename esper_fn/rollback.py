@@ -139,7 +139,7 @@ def update(
       belongs into `StepInfo.steps_undone`.
     """
     goes_back = verdict.should_roll_back
-    is_calm = (verdict.alarm == Alarm.CALM) & ~jnp.asarray(verdict.is_uneasy) & ~goes_back
+    is_calm = (verdict.alarm == Alarm.CALM) & ~jnp.asarray(verdict.is_elevated) & ~goes_back
     is_due = (state.step >= ring.next_step) & is_calm
     places = _places(ring)
     now = take_snapshot(params, opt_state, state)

@@ -52,7 +52,7 @@ def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = 
             raise LayoutError(
                 f"state has {jnp.shape(leaf)[-1:]} {name}, this growth has {size}; {_OTHER}"
             )
-    for name, own in (("policy", _policy(growth)), ("governor", growth.governor.state)):
+    for name, own in (("policy", _policy(growth)), ("governor", _governor(growth))):
         pair: list[Any] = [jax.tree.structure(tree) for tree in (getattr(state, name), own)]
         if pair[0] != pair[1]:
             raise LayoutError(
@@ -103,6 +103,11 @@ def _adapter_shapes(layout: Layout) -> Adapters:
 @lru_cache(maxsize=64)
 def _policy(growth: Growth) -> Any:
     return jax.eval_shape(lambda: growth.policy.init(growth.layout))
+
+
+@lru_cache(maxsize=64)
+def _governor(growth: Growth) -> Any:
+    return jax.eval_shape(lambda: growth.governor.init(growth.layout.num_seeds))
 
 
 def check_statistics(statistics: Any) -> None:
@@ -224,7 +229,7 @@ def checked_grafts(graft: Any, settings: lifecycle.Settings) -> tuple[grafting.A
     grafts = (graft,) if isinstance(graft, grafting.AlphaSchedule) else tuple(graft)
     names = [schedule.name for schedule in grafts]
     if not grafts or len(set(names)) != len(grafts):
-        raise ValueError(f"graft needs strategies of different names, got {names}")
+        raise ValueError(f"graft needs schedules of different names, got {names}")
     longest = int(settings.max_steps[Stage.GRAFTING])
     for schedule in grafts:
         if schedule.max_step * longest < 1 - ROUNDING:

@@ -204,7 +204,7 @@ class Growth:
             settings=self.settings,
             grafts=init_states(self.grafts, self.layout.num_seeds),
             policy=self.policy.init(self.layout),
-            governor=self.governor.state,
+            governor=self.governor.init(self.layout.num_seeds),
             key=key,
             step=jnp.int32(0),
             memory=no_directions(self.layout, self.directed_births, telemetry.NUM_DIRECTIONS)

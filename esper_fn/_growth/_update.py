@@ -76,9 +76,9 @@ def advance(
     loss, statistics = jax.lax.stop_gradient((jnp.asarray(loss, jnp.float32), statistics))
     track, is_spike = lifecycle.track_loss(state.loss, loss)
     seeds, shown = telemetry.take_in(state.seeds, statistics, is_spike, has_broken)
-    judged, verdict = growth.governor.judge(
+    judged, verdict = growth.governor.update(
         state.governor,
-        governors.Evidence(seeds=seeds, loss=loss, track=track, drift=drift),
+        governors.Observation(seeds=seeds, loss=loss, track=track, drift=drift),
     )
     variation = lifecycle.loss_variation(track)
     grafts, seeds = _move_alpha(growth, state.grafts, seeds, track, is_spike, drift, shown)
@@ -110,7 +110,7 @@ def advance(
         _execute.merge(growth.layout, commands, requests),
         num_grafts=len(growth.grafts),
         guarded=move,
-        is_vetoing=verdict.is_vetoing,
+        is_vetoing=verdict.forbids_germination,
     )
     seeds, move = done.seeds, done.move
     own = lifecycle.follow(move, seeds, signals, limits, lifecycle.EDGES)

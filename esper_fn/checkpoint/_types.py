@@ -14,10 +14,11 @@ import optax
 import optax.contrib
 import optax.transforms
 
-from esper_fn import governors, optim, rollback
+from esper_fn import optim, rollback
 from esper_fn._growth import GrowthState
 from esper_fn._layout import _directions
 from esper_fn.errors import CheckpointError
+from esper_fn.governors import _standard
 from esper_fn.grafting import _schedules
 from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import Telemetry
@@ -102,7 +103,7 @@ for _module, _prefix in (
     (_propose, "esper_fn.policies"),
     (_grow, "esper_fn.policies"),
     (_limit, "esper_fn.policies"),
-    (governors, "esper_fn.governors"),
+    (_standard, "esper_fn.governors"),
     (optax, "optax"),
     (optax.transforms, "optax.transforms"),
     (optax.contrib, "optax.contrib"),

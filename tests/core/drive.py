@@ -54,16 +54,19 @@ class Orders(NamedTuple):
 def obedient(num_seeds: int) -> Governor:
     """A governor that orders what its state says."""
 
-    def judge(state: Orders, evidence: Any) -> tuple[Orders, Verdict]:
-        del evidence
+    def update(state: Orders, observation: Any) -> tuple[Orders, Verdict]:
+        del observation
         return state, Verdict(
             alarm=jnp.int8(Alarm.CALM),
-            is_vetoing=state.veto,
+            forbids_germination=state.veto,
             should_roll_back=jnp.zeros((), bool),
             is_quarantined=state.quarantine,
         )
 
-    return Governor(state=Orders(jnp.zeros((num_seeds,), bool), jnp.zeros((), bool)), judge=judge)
+    def init(num_seeds: int) -> Orders:
+        return Orders(jnp.zeros((num_seeds,), bool), jnp.zeros((), bool))
+
+    return Governor(init=init, update=update)
 
 
 class Rig(NamedTuple):
@@ -111,7 +114,7 @@ def rig(layout: Any, *, rows: int, **parts: Any) -> Rig:
     """Adapters go through TRAINING, so that a seed's way leads through every stage."""
     parts = {
         "policy": ef.policies.never(),
-        "governor": ef.governors.lenient(),
+        "governor": ef.governors.disabled(),
         "settings": ef.lifecycle.settings(train_first=True),
         **parts,
     }

@@ -62,7 +62,7 @@ def setting(at_once: int | None = None) -> Any:
         adapters_at_once=at_once,
         policy=ef.policies.never(),
         graft=ef.grafting.linear(100),
-        governor=ef.governors.lenient(),
+        governor=ef.governors.disabled(),
     )
     run = jax.jit(growth.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICK)
     update = jax.jit(growth.update, compiler_options=QUICK)

@@ -140,7 +140,7 @@ def _quick(directed: int, every: int = 3) -> Any:
         policy=ef.policies.periodic(every=every),
         directed_births=directed,
         graft=ef.grafting.linear(2),
-        governor=ef.governors.lenient(),
+        governor=ef.governors.disabled(),
         settings=ef.lifecycle.settings(
             min_steps={Stage.TRAINING: 1, Stage.STABILIZATION: 0, Stage.FINE_TUNING: 1},
             max_steps={Stage.TRAINING: 3, Stage.STABILIZATION: 2, Stage.FINE_TUNING: 4},
@@ -217,7 +217,7 @@ def test_a_roll_back_forgets() -> None:
     for should in (False, True):
         verdict = Verdict(
             alarm=jnp.int8(Alarm.CALM),
-            is_vetoing=jnp.zeros((), bool),
+            forbids_germination=jnp.zeros((), bool),
             should_roll_back=jnp.asarray(should),
             is_quarantined=jnp.zeros((4,), bool),
         )

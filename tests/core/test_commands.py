@@ -271,7 +271,7 @@ def test_commands_come_before_policies() -> None:
     policy = ef.policies.scripted([(0, cull(0)), (0, cull(1))])
     layout = small().growth.layout
     growth = ef.Growth(
-        **layout.arguments, policy=policy, governor=ef.governors.lenient(), adapters_at_once=None
+        **layout.arguments, policy=policy, governor=ef.governors.disabled(), adapters_at_once=None
     )
     state = place(growth, growth.init(jax.random.key(0)), [2, 2, 0, 0, 0, 0, 0])
     commands = growth.commands([roll_back(0)])

@@ -34,7 +34,7 @@ def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step(
         capacity=6,
         policy=ef.policies.chain(ef.policies.periodic(every=7), ef.policies.concurrency(2)),
         graft=(ef.grafting.linear(3), ef.grafting.adaptive(3)),
-        governor=ef.governors.lenient(),
+        governor=ef.governors.disabled(),
         settings=ef.lifecycle.settings(
             min_steps={Stage.TRAINING: 2, Stage.STABILIZATION: 0, Stage.FINE_TUNING: 2},
             max_steps={Stage.TRAINING: 4, Stage.STABILIZATION: 2, Stage.FINE_TUNING: 9},

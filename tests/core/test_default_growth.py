@@ -191,7 +191,7 @@ def trained_first(chunks: int) -> Any:
             blueprints={"low_rank": ef.blueprints.low_rank(2)},
             capacity=chunks,
             graft=ef.grafting.linear(1),
-            governor=ef.governors.lenient(),
+            governor=ef.governors.disabled(),
             settings=ef.lifecycle.settings(
                 train_first=True, min_steps={Stage.TRAINING: 100}, trust=TRUST
             ),

@@ -39,7 +39,7 @@ OTHERS = {
     "rank": ef.Growth(**layout(rank=2).arguments, policy=ef.policies.never()),
     "policy": ef.Growth(**LAYOUT.arguments, policy=ef.policies.periodic(every=3)),
     "governor": ef.Growth(
-        **LAYOUT.arguments, policy=ef.policies.never(), governor=ef.governors.lenient()
+        **LAYOUT.arguments, policy=ef.policies.never(), governor=ef.governors.disabled()
     ),
     "grafts": ef.Growth(
         **LAYOUT.arguments,

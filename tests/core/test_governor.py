@@ -12,7 +12,7 @@ from drive import NONE, calm_track, place, rig, silent, small_layout, state_faul
 
 import esper_fn as ef
 from esper_fn.commands import Code, germinate, release
-from esper_fn.governors import Alarm, Evidence, lenient, standard
+from esper_fn.governors import Alarm, Observation, check, disabled, standard
 from esper_fn.lifecycle import FAST_STEPS, Cause, Stage, loss_track, track_loss
 
 S = Stage
@@ -100,7 +100,7 @@ def test_a_second_alarm_starts_the_veto_anew(guarded: Any) -> None:
     vetoes = []
     for loss in [np.nan, 1.0, np.nan, *[1.0] * VETO]:
         state, info = guarded.step(state, loss=loss)
-        vetoes.append(bool(info.verdict.is_vetoing))
+        vetoes.append(bool(info.verdict.forbids_germination))
     assert vetoes == [*[True] * (2 + VETO), False]
 
 
@@ -121,16 +121,16 @@ def test_divergence_rolls_back_after_patience(guarded: Any) -> None:
     assert int(info.verdict.alarm) == Alarm.CALM
 
 
-def test_it_is_uneasy_before_the_alarm_and_calm_before_that(guarded: Any) -> None:
+def test_it_is_elevated_before_the_alarm_and_calm_before_that(guarded: Any) -> None:
     state = start(guarded)
-    uneasy = []
+    elevated = []
     for loss in [1.0] * 10 + [100.0] * 120:
         state, info = guarded.step(state, loss=loss)
-        uneasy.append(bool(info.verdict.is_uneasy))
+        elevated.append(bool(info.verdict.is_elevated))
         if int(info.verdict.alarm) != Alarm.CALM:
             break
     assert int(info.verdict.alarm) == Alarm.DIVERGENCE
-    assert uneasy == [False] * (len(uneasy) - PATIENCE) + [True] * PATIENCE
+    assert elevated == [False] * (len(elevated) - PATIENCE) + [True] * PATIENCE
 
 
 def jumped(state: Any, seed: int) -> Any:
@@ -150,7 +150,7 @@ def test_an_adapter_that_jumps_is_quarantined_alone(guarded: Any) -> None:
     assert np.flatnonzero(np.asarray(info.verdict.is_quarantined)).tolist() == [3]
     assert int(after.seeds.stage[3]) == S.ROLLED_BACK
     assert int(after.seeds.stage[0]) == S.GRAFTING
-    assert bool(info.verdict.is_vetoing)
+    assert bool(info.verdict.forbids_germination)
 
 
 def test_the_first_steps_of_an_adapter_that_acts_are_no_jump(guarded: Any) -> None:
@@ -202,22 +202,22 @@ def test_a_broken_adapter_is_rolled_back_and_its_parameters_never_stand(
 # --- the judgement alone -------------------------------------------------------------------------
 
 
-def judge(governor: Any, losses: Any, *, restored: Any = None) -> list[Alarm]:
+def judge(governor: Any, losses: Any, *, restored: Any = None, state: Any = None) -> list[Alarm]:
     """Alarms over a run; `restored` is the loss track that a roll-back brings back."""
     seeds = ef.lifecycle.seed_state(2)
 
     def one(carry: Any, loss: Any) -> Any:
         state, track = carry
         track, _ = track_loss(track, loss)
-        evidence = Evidence(seeds=seeds, loss=loss, track=track, drift=jnp.zeros((2,)))
-        state, verdict = governor.judge(state, evidence)
+        observation = Observation(seeds=seeds, loss=loss, track=track, drift=jnp.zeros((2,)))
+        state, verdict = governor.update(state, observation)
         if restored is not None:
             track = jax.tree.map(
                 lambda old, new: jnp.where(verdict.should_roll_back, old, new), restored, track
             )
         return (state, track), verdict.alarm
 
-    start = (governor.state, loss_track())
+    start = (governor.init(2) if state is None else state, loss_track())
     _, alarms = jax.jit(lambda told: jax.lax.scan(one, start, told))(jnp.asarray(losses))
     return [Alarm(alarm) for alarm in np.asarray(alarms).tolist()]
 
@@ -279,10 +279,10 @@ def test_a_short_rise_is_forgiven() -> None:
     assert set(judge(standard(), losses)) == {Alarm.CALM}
 
 
-def test_lenient_never_interferes() -> None:
+def test_disabled_never_interferes() -> None:
     losses = np.asarray([1.0, np.nan, np.inf, 1e30, *[1e9] * 200], np.float32)
-    assert set(judge(lenient(), losses)) == {Alarm.CALM}
-    made = rig(small_layout(), rows=1, governor=lenient())
+    assert set(judge(disabled(), losses)) == {Alarm.CALM}
+    made = rig(small_layout(), rows=1, governor=disabled())
     state = start(made)
     after, info = made.step(state, [germinate(1, "scale")], loss=np.nan, reading=silent(7))
     assert int(info.outcomes.code[0]) == Code.DONE
@@ -292,9 +292,9 @@ def test_lenient_never_interferes() -> None:
 
 def test_thresholds_are_state() -> None:
     governor = standard(max_ratio=3.0)
-    wide = governor._replace(state=governor.state._replace(max_ratio=jnp.float32(1000.0)))
+    wide = governor.init(2)._replace(max_ratio=jnp.float32(1000.0))
     losses = np.concatenate([noisy(1.0, 0.02, 300), noisy(10.0, 0.02, 300)])
-    assert set(judge(wide, losses)) == {Alarm.CALM}
+    assert set(judge(governor, losses, state=wide)) == {Alarm.CALM}
 
 
 @pytest.mark.parametrize(
@@ -310,3 +310,38 @@ def test_calm_track_is_what_the_rigs_say() -> None:
     track, is_spike = track_loss(calm_track(), jnp.float32(1.0))
     assert not bool(is_spike)
     assert float(track.slow) == 1.0
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [standard, disabled])
+def test_every_governor_keeps_the_contract(make: Any) -> None:
+    check(make())
+
+
+def test_check_finds_what_breaks_the_contract() -> None:
+    plain = disabled()
+
+    def loud(state: Any, observation: Observation) -> Any:
+        state, verdict = plain.update(state, observation)
+        return state, verdict._replace(alarm=jnp.int8(9))
+
+    def wide(state: Any, observation: Observation) -> Any:
+        state, verdict = plain.update(state, observation)
+        return state, verdict._replace(is_quarantined=jnp.zeros((), bool))
+
+    def growing(state: Any, observation: Observation) -> Any:
+        return (state,), plain.update((), observation)[1]
+
+    for wrong, message in (
+        (plain._replace(update=loud), "must be an Alarm, got 9"),
+        (plain._replace(update=wide), r"is_quarantined must be bool\[5\], got bool\[\]"),
+        (plain._replace(update=growing), "update turns a state"),
+        (plain._replace(update=lambda state, observation: (state, 3)), r"must return \(state, Verdict\)"),
+        (plain._replace(init=lambda num_seeds: 3.0), "must be a JAX array, got float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(wrong)
+    with pytest.raises(TypeError, match="must be a Governor, got the function standard"):
+        check(standard)  # type: ignore[arg-type]

@@ -233,7 +233,7 @@ def test_whatever_comes_the_invariants_hold() -> None:
         assert (info.stage[ordered] == Stage.ROLLED_BACK).all()
         # A veto holds against commands and policies alike.
         is_birth = (info.before == Stage.DORMANT) & (info.stage == Stage.GERMINATED)
-        assert not is_birth[info.verdict.is_vetoing].any()
+        assert not is_birth[info.verdict.forbids_germination].any()
         changed = info.before != info.stage
         seen.update(zip(info.before[changed].tolist(), info.stage[changed].tolist(), strict=True))
         causes.update(info.cause.ravel().tolist())

@@ -36,14 +36,14 @@ class Event(NamedTuple):
 
     alarm: int = Alarm.CALM
     goes_back: bool = False
-    is_uneasy: bool = False
+    is_elevated: bool = False
     born: int = -1
     """A slot that gets a newborn adapter in this step."""
 
 
 CALM = Event()
 BACK = Event(alarm=Alarm.NON_FINITE_LOSS, goes_back=True)
-UNEASY = Event(is_uneasy=True)
+ELEVATED = Event(is_elevated=True)
 DRIFT = Event(alarm=Alarm.DRIFT)
 
 
@@ -73,10 +73,10 @@ def play(ring: rollback.Ring, events: Event) -> Any:
         state = STATE._replace(adapters=adapters, generation=births, step=step + 1)
         verdict = Verdict(
             alarm=event.alarm.astype(jnp.int8),
-            is_vetoing=jnp.zeros((), bool),
+            forbids_germination=jnp.zeros((), bool),
             should_roll_back=event.goes_back,
             is_quarantined=jnp.zeros((2,), bool),
-            is_uneasy=event.is_uneasy,
+            is_elevated=event.is_elevated,
         )
         params, opt_state, state, ring, undone = rollback.update(
             GROWTH, ring, params, opt_state, state, verdict
@@ -118,7 +118,7 @@ class Model:
                 self.ring.pop()
             self.age, self.due = 0, self.places * self.every
             return self.ring[-1]
-        is_calm = event.alarm == Alarm.CALM and not event.is_uneasy
+        is_calm = event.alarm == Alarm.CALM and not event.is_elevated
         if self.age >= self.due and is_calm:
             self.ring = [*self.ring, (step + 1, set(), now)][-self.places :]
             self.age, self.due = 0, self.every
@@ -140,7 +140,7 @@ def check(every: int, places: int, events: list[Event]) -> None:
 
 
 EVENTS = st.one_of(
-    st.just(CALM), st.just(CALM), st.sampled_from([BACK, UNEASY, DRIFT]),
+    st.just(CALM), st.just(CALM), st.sampled_from([BACK, ELEVATED, DRIFT]),
     st.integers(0, 1).map(lambda slot: Event(born=slot)),
     st.just(BACK._replace(born=1)),
 )  # fmt: skip
@@ -187,22 +187,22 @@ def test_emergencies_soon_after_one_another_go_back_further(
 
 def test_nothing_is_kept_while_things_go_wrong() -> None:
     """A divergence takes a while to become an alarm; its numbers never enter the ring."""
-    events = [*[CALM] * 32, *[UNEASY] * 25, BACK._replace(alarm=Alarm.DIVERGENCE)]
+    events = [*[CALM] * 32, *[ELEVATED] * 25, BACK._replace(alarm=Alarm.DIVERGENCE)]
     check(5, 3, events)
     assert int(run(5, 3, events)[1][0][-1]) == 25
     # The steps after a roll-back that are no better replace nothing that is older.
-    events = [*[CALM] * 32, BACK, *[UNEASY] * 25, BACK]
+    events = [*[CALM] * 32, BACK, *[ELEVATED] * 25, BACK]
     assert [int(run(5, 3, events)[1][0][step]) for step in (32, 58)] == [25, 20]
 
 
 def test_a_state_of_many_runs_goes_back_run_by_run() -> None:
     source = np.random.default_rng(0)
-    choice = np.asarray([CALM, CALM, CALM, BACK, DRIFT, UNEASY, Event(born=0)], np.int32)
+    choice = np.asarray([CALM, CALM, CALM, BACK, DRIFT, ELEVATED, Event(born=0)], np.int32)
     drawn = choice[source.integers(len(choice), size=(3, 64))]
     events = Event(
         alarm=jnp.asarray(drawn[..., 0]),
         goes_back=jnp.asarray(drawn[..., 1] > 0),
-        is_uneasy=jnp.asarray(drawn[..., 2] > 0),
+        is_elevated=jnp.asarray(drawn[..., 2] > 0),
         born=jnp.asarray(drawn[..., 3]),
     )
     ring = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), start(3, 3))
@@ -263,7 +263,7 @@ def test_a_step_copies_no_snapshot_and_works_in_place(num_steps: int | None) -> 
 def test_nothing_recompiles() -> None:
     run(3, 3, [])
     with runtime.count_compilations() as count:
-        run(3, 3, [CALM, BACK, UNEASY, BACK])
+        run(3, 3, [CALM, BACK, ELEVATED, BACK])
         run(7, 3, [DRIFT])
     assert count.num_compiled == 0
 
