@@ -31,7 +31,7 @@ def run(steps: int) -> tuple[int, list[float], runtime.Fit]:
         sites=host.sites,
         blueprints={"scale_shift": ef.blueprints.scale_shift()},
         capacity=8,
-        policy=policies.chain(policies.periodic(every=2, count=8), policies.concurrency(32)),
+        policy=policies.chain(policies.periodic(every=2, count=8), policies.max_concurrent(32)),
         adapters_at_once=1,
         max_ablations=2,
     )

@@ -46,7 +46,7 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
         policy=policies.chain(
             policies.periodic(every=10, count=4),
             policies.cooldown(5),
-            policies.concurrency(400),
+            policies.max_concurrent(400),
             policies.budget(2000),
         ),
         adapters_at_once=None,

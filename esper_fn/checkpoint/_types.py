@@ -22,7 +22,7 @@ from esper_fn.governors import _standard
 from esper_fn.grafting import _schedules
 from esper_fn.lifecycle import LossTrack, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import Telemetry
-from esper_fn.policies import _grow, _limit, _propose
+from esper_fn.policies import _grow, _limits, _rules
 
 _BY_NAME: dict[str, type[Any]] = {}
 _BY_TYPE: dict[type[Any], str] = {}
@@ -100,9 +100,9 @@ register(rollback.Snapshot, "esper_fn.rollback.Snapshot")
 for _module, _prefix in (
     (_directions, "esper_fn.telemetry"),
     (_schedules, "esper_fn.grafting"),
-    (_propose, "esper_fn.policies"),
+    (_rules, "esper_fn.policies"),
     (_grow, "esper_fn.policies"),
-    (_limit, "esper_fn.policies"),
+    (_limits, "esper_fn.policies"),
     (_standard, "esper_fn.governors"),
     (optax, "optax"),
     (optax.transforms, "optax.transforms"),

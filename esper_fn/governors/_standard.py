@@ -105,9 +105,8 @@ def _update(state: StandardState, observation: Observation) -> tuple[StandardSta
     is_non_finite = ~jnp.isfinite(observation.loss)
     should_roll_back = is_non_finite | has_diverged
 
-    acts_on_trial = is_in(observation.seeds.stage, ACTS & ON_ITS_WAY) & (
-        observation.seeds.alpha > 0
-    )
+    seeds = observation.seeds
+    acts_on_trial = is_in(seeds.stage, ACTS & ON_ITS_WAY) & (seeds.alpha > 0)
     # A newborn is zero where it matters, and learning rates warm up: its first steps are always
     # large beside what it is.
     is_newborn = seeds.telemetry.num_live_steps <= FAST_STEPS

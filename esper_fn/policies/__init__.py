@@ -1,33 +1,56 @@
-"""Rules that decide where and when to grow, and how they nest.
+"""Policies: rules that decide where and when to grow, and how they nest.
 
-A policy asks (`grow`, `plateau`, `periodic`, `random`, `scripted`, `never`) or holds back
-(`budget`, `cooldown`, `concurrency`, `quota`, `until`); `chain` puts several behind one another
-and notes which of them allowed or refused what.
+A policy asks (`grow`, `plateau`, `periodic`, `random`, `scripted`, `never`) or limits (`budget`,
+`cooldown`, `max_concurrent`, `max_total`, `stop_after`); `chain` puts several behind one another,
+and the decision log names the rule that asked or refused.
+
+One of your own is `rule(name, init, decide)`, where `request` and `refuse` add and remove requests;
+`check` tells whether it keeps the contract.
 """
 
-from esper_fn.policies._base import Observation, Policy, Requests, chain, no_requests, rule, strike
+from esper_fn.policies._base import (
+    Admit,
+    Decide,
+    Init,
+    Observation,
+    Policy,
+    Requests,
+    chain,
+    no_requests,
+    refuse,
+    request,
+    rule,
+)
+from esper_fn.policies._check import check
 from esper_fn.policies._grow import grow
-from esper_fn.policies._limit import budget, concurrency, cooldown, quota, until
-from esper_fn.policies._propose import Score, never, periodic, plateau, random, scripted
+from esper_fn.policies._limits import budget, cooldown, max_concurrent, max_total, stop_after
+from esper_fn.policies._rules import never, periodic, plateau, random, scripted
+from esper_fn.policies._select import Score, seed_blueprints
 
 __all__ = [
+    "Admit",
+    "Decide",
+    "Init",
     "Observation",
     "Policy",
     "Requests",
     "Score",
     "budget",
     "chain",
-    "concurrency",
+    "check",
     "cooldown",
     "grow",
+    "max_concurrent",
+    "max_total",
     "never",
     "no_requests",
     "periodic",
     "plateau",
-    "quota",
     "random",
+    "refuse",
+    "request",
     "rule",
     "scripted",
-    "strike",
-    "until",
+    "seed_blueprints",
+    "stop_after",
 ]

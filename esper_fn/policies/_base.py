@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,19 +17,20 @@ from esper_fn.lifecycle import NONE, LossTrack, SeedState, Stage
 
 
 class Observation(NamedTuple):
-    """All a policy sees."""
+    """What a policy may react to in a step."""
 
     step: Int32[Array, ""]
     seeds: SeedState
     owner: Int32[Array, "Q"]
+    """The seed that holds each slot, or `NONE`."""
     loss: LossTrack
     is_admitted: Bool[Array, "G B"] | None = None
-    """Which adapters the limits behind a rule still admit, by layer of a site and by blueprint,
-    each on its own. None where no limit stands behind it, or none that depends on the adapter."""
+    """Whether the limits behind a rule still have room for one adapter, by layer of a site and by
+    blueprint. None where no limit behind it depends on the adapter."""
 
 
 class Requests(NamedTuple):
-    """What the rules so far ask for, one row a seed, and who asked or refused."""
+    """What the rules so far ask for, one row a seed, and which rule asked or refused."""
 
     kind: Int8[Array, "S"]
     """A `Kind`; NONE asks nothing."""
@@ -37,8 +38,9 @@ class Requests(NamedTuple):
     graft: Int8[Array, "S"]
     """Index of an alpha schedule; NONE takes the first."""
     target: Int8[Array, "S"]
+    """The stage to go to, for a `Kind.TRANSITION`."""
     priority: Float32[Array, "S"]
-    """Who is kept where a later rule has no room for all; larger is sooner."""
+    """A later rule that has no room for all requests serves larger ones first."""
     requested_by: Int8[Array, "S"]
     """Index in `Policy.rules` of the rule that asked, or NONE."""
     vetoed_by: Int8[Array, "S"]
@@ -46,93 +48,129 @@ class Requests(NamedTuple):
 
 
 class Init(Protocol):
-    """The policy's state, tunable numbers included."""
+    """The state of a policy."""
 
     def __call__(self, layout: Layout) -> Any:
-        """A pytree of arrays."""
+        """Any pytree of arrays, tunable numbers included: a new value compiles nothing anew.
+
+        This is the place to refuse a layout that the policy does not fit.
+        """
         ...
 
 
 class Decide(Protocol):
-    """One decision."""
+    """One decision of a policy."""
 
     def __call__(
-        self, layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+        self, layout: Layout, state: Any, observation: Observation, requests: Requests, key: Key
     ) -> tuple[Any, Requests]:
-        """The next state, and `requests` with requests added or struck out.
+        """The next state, of the same shapes and dtypes, and `requests` with rows set or unset.
 
-        A rule adds by setting a row's `kind` (and what belongs to it) and strikes out by setting
-        it back to NONE; `requested_by` and `vetoed_by` are filled in for it.
+        A policy asks by setting a row's `kind` and what belongs to it, and refuses by setting the
+        `kind` back to `Kind.NONE`. `rule` fills in `requested_by` and `vetoed_by`.
         """
         ...
 
 
 class Admit(Protocol):
-    """What a limit still has room for."""
+    """What a limiting policy still has room for."""
 
-    def __call__(self, layout: Layout, state: Any, seen: Observation) -> Bool[Array, "G B"]:
-        """Whether one adapter of each blueprint at each layer of a site would pass on its own."""
+    def __call__(self, layout: Layout, state: Any, observation: Observation) -> Bool[Array, "G B"]:
+        """Whether the limit would let one adapter pass, by layer of a site and by blueprint."""
         ...
 
 
 class Policy(NamedTuple):
-    """Telemetry and seed states in, requests out: `(init, decide)`, which nest by `chain`."""
+    """Who asks for growth or limits it: `(init, decide)`, which nest by `chain`."""
 
     rules: tuple[str, ...]
-    """Names of the rules inside, for the decision log."""
+    """Names of the rules inside, for the decision log; `rule` makes a policy of one."""
     init: Init
     decide: Decide
     admit: Admit | None = None
-    """Shown to the rules before this one as `Observation.is_admitted`, so that they ask for what
-    fits; None where it does not depend on the adapter."""
+    """What the rules before this one see as `Observation.is_admitted`, so that they ask for what
+    fits; None where the adapter makes no difference."""
 
 
 def no_requests(num_seeds: int) -> Requests:
-    """Nothing is asked."""
-    nobody = jnp.full((num_seeds,), NONE, jnp.int8)
+    """Requests that ask for nothing.
+
+    Args:
+      num_seeds: S.
+
+    Returns:
+      Requests whose every `kind` is `Kind.NONE`.
+
+    >>> int(no_requests(3).kind.sum())
+    0
+    """
+    none = jnp.full((num_seeds,), NONE, jnp.int8)
     return Requests(
         kind=jnp.zeros((num_seeds,), jnp.int8),
-        blueprint=nobody,
-        graft=nobody,
-        target=nobody,
+        blueprint=none,
+        graft=none,
+        target=none,
         priority=jnp.zeros((num_seeds,), jnp.float32),
-        requested_by=nobody,
-        vetoed_by=nobody,
+        requested_by=none,
+        vetoed_by=none,
     )
 
 
 def rule(name: str, init: Init, decide: Decide, admit: Admit | None = None) -> Policy:
-    """A policy of one named rule, which has asked where a row differs from what it was given.
+    """Makes a policy of one rule, whose requests and refusals the decision log shows.
+
+    A row counts as requested by this rule where it asks for something else than before, and as
+    refused by it where it asked for something before and asks for nothing now.
 
     Args:
-      name: in the decision log.
+      name: the rule's name in the decision log.
       init: see `Init`.
       decide: see `Decide`.
-      admit: of a limit that some adapters may pass and others not; see `Admit`.
+      admit: see `Admit`; for a limit that lets some adapters pass and others not.
+
+    Returns:
+      The policy.
+
+    >>> def decide(layout, state, observation, requests, key):
+    ...     return state, requests
+    >>> rule("quiet", lambda layout: (), decide).rules
+    ('quiet',)
     """
 
-    def noted(
-        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+    def decide_and_note(
+        layout: Layout, state: Any, observation: Observation, requests: Requests, key: Key
     ) -> tuple[Any, Requests]:
-        state, after = decide(layout, state, seen, requests, key)
-        had, has = requests.kind != Kind.NONE, after.kind != Kind.NONE
-        asks = has & (
+        state, after = decide(layout, state, observation, requests, key)
+        is_set, was_set = after.kind != Kind.NONE, requests.kind != Kind.NONE
+        is_new = is_set & (
             (after.kind != requests.kind)
             | (after.blueprint != requests.blueprint)
             | (after.graft != requests.graft)
             | (after.target != requests.target)
         )
-        mine, nobody = jnp.zeros_like(after.kind), jnp.full_like(after.kind, NONE)
+        this, none = jnp.zeros_like(after.kind), jnp.full_like(after.kind, NONE)
         return state, after._replace(
-            requested_by=jnp.where(asks, mine, requests.requested_by),
-            vetoed_by=jnp.where(had & ~has, mine, jnp.where(asks, nobody, requests.vetoed_by)),
+            requested_by=jnp.where(is_new, this, requests.requested_by),
+            vetoed_by=jnp.where(
+                was_set & ~is_set, this, jnp.where(is_new, none, requests.vetoed_by)
+            ),
         )
 
-    return Policy(rules=(name,), init=init, decide=noted, admit=admit)
+    return Policy(rules=(name,), init=init, decide=decide_and_note, admit=admit)
 
 
 def chain(*policies: Policy) -> Policy:
-    """The policies in turn, each acting on what the ones before it ask.
+    """Puts policies behind one another: each acts on the requests of those before it.
+
+    Args:
+      *policies: first the ones that ask, then the ones that limit.
+
+    Returns:
+      One policy, whose rules are all of theirs.
+
+    Raises:
+      TypeError: one of them is no policy.
+      ValueError: there are more than 127 rules.
 
     >>> from esper_fn.policies import cooldown, periodic
     >>> chain(periodic(every=10), chain(cooldown(steps=5))).rules
@@ -148,98 +186,135 @@ def chain(*policies: Policy) -> Policy:
         return tuple(policy.init(layout) for policy in policies)
 
     def decide(
-        layout: Layout, state: Any, seen: Observation, requests: Requests, key: Key
+        layout: Layout, state: Any, observation: Observation, requests: Requests, key: Key
     ) -> tuple[Any, Requests]:
         states = []
         first = 0
-        admitted = _admitted_before(policies, layout, state, seen)
+        admitted = _admitted_before(policies, layout, state, observation)
         for index, policy in enumerate(policies):
-            nobody = jnp.full_like(requests.kind, NONE)
-            child, after = policy.decide(
+            none = jnp.full_like(requests.kind, NONE)
+            new_state, after = policy.decide(
                 layout,
                 state[index],
-                seen._replace(is_admitted=admitted[index + 1]),
-                requests._replace(requested_by=nobody, vetoed_by=nobody),
+                observation._replace(is_admitted=admitted[index + 1]),
+                requests._replace(requested_by=none, vetoed_by=none),
                 jax.random.fold_in(key, index),
             )
-            asked, vetoed = after.requested_by != NONE, after.vetoed_by != NONE
+            is_new, is_refused = after.requested_by != NONE, after.vetoed_by != NONE
             requests = after._replace(
                 requested_by=jnp.where(
-                    asked, after.requested_by + jnp.int8(first), requests.requested_by
+                    is_new, after.requested_by + jnp.int8(first), requests.requested_by
                 ),
                 vetoed_by=jnp.where(
-                    vetoed,
+                    is_refused,
                     after.vetoed_by + jnp.int8(first),
-                    jnp.where(asked, nobody, requests.vetoed_by),
+                    jnp.where(is_new, none, requests.vetoed_by),
                 ),
             )
-            states.append(child)
+            states.append(new_state)
             first += len(policy.rules)
         return tuple(states), requests
 
-    def admit(layout: Layout, state: Any, seen: Observation) -> Bool[Array, "G B"]:
+    def admit(layout: Layout, state: Any, observation: Observation) -> Bool[Array, "G B"]:
         everything = jnp.ones(layout.tables.costs.shape, bool)
-        seen = seen._replace(is_admitted=everything)
-        return jnp.asarray(_admitted_before(policies, layout, state, seen)[0])
+        observation = observation._replace(is_admitted=everything)
+        return jnp.asarray(_admitted_before(policies, layout, state, observation)[0])
 
     is_limiting = any(policy.admit is not None for policy in policies)
     return Policy(rules=rules, init=init, decide=decide, admit=admit if is_limiting else None)
 
 
 def _admitted_before(
-    policies: Sequence[Policy], layout: Layout, states: Any, seen: Observation
+    policies: Sequence[Policy], layout: Layout, states: Any, observation: Observation
 ) -> list[Bool[Array, "G B"] | None]:
-    """What the policies from each one on admit, and at last what stands behind all of them."""
-    admitted = [seen.is_admitted]
+    """What the policies from each one on admit; the last entry is what stands behind them all."""
+    admitted = [observation.is_admitted]
     for policy, state in zip(reversed(policies), reversed(states), strict=True):
         behind = admitted[-1]
         if policy.admit is not None:
-            own = policy.admit(layout, state, seen)
+            own = policy.admit(layout, state, observation)
             behind = own if behind is None else own & behind
         admitted.append(behind)
     return admitted[::-1]
 
 
-_LIMITS = frozenset({"budget", "concurrency", "cooldown", "quota", "until"})
+_LIMITS = frozenset({"budget", "cooldown", "max_concurrent", "max_total", "stop_after"})
 
 
 def check_order(policy: Policy) -> None:
     """Raises `ValueError` where a policy limits what no rule before it asks for."""
     first = next(iter(policy.rules), None)
     if first in _LIMITS:
-        asks = [name for name in policy.rules if name not in _LIMITS]
+        others = [name for name in policy.rules if name not in _LIMITS]
         raise ValueError(
             f"policy: its rules are {list(policy.rules)}, and {first!r} only limits what rules "
             "before it ask for, so "
-            + (f"it would limit nothing of {asks}" if asks else "nothing would ever grow")
+            + (f"it would limit nothing of {others}" if others else "nothing would ever grow")
             + f"; put a rule that asks first, `chain(plateau(), {first}(...))`, or `never()` for "
             "growth by commands alone"
         )
 
 
-def strike(requests: Requests, is_struck: Bool[Array, "S"]) -> Requests:
-    """The requests without the germinations in `is_struck`."""
-    is_struck = is_struck & (requests.kind == Kind.GERMINATE)
-    return requests._replace(kind=jnp.where(is_struck, jnp.int8(Kind.NONE), requests.kind))
+def request(
+    requests: Requests,
+    is_requested: Bool[Array, "S"],
+    blueprint: Int8[Array, "S"],
+    priority: Float32[Array, "S"] | float = 0.0,
+) -> Requests:
+    """The requests with some germinations more, in place of what these seeds were asked before.
+
+    Args:
+      requests: of the rules so far.
+      is_requested: seeds that are to germinate.
+      blueprint: index of what each of them is to grow; see `seed_blueprints`.
+      priority: rules that limit serve larger ones first.
+
+    Returns:
+      All requests.
+    """
+    none = jnp.int8(NONE)
+    return requests._replace(
+        kind=jnp.where(is_requested, jnp.int8(Kind.GERMINATE), requests.kind),
+        blueprint=jnp.where(is_requested, blueprint, requests.blueprint),
+        graft=jnp.where(is_requested, none, requests.graft),
+        target=jnp.where(is_requested, none, requests.target),
+        priority=jnp.where(is_requested, priority, requests.priority),
+    )
 
 
-def germinations(requests: Requests) -> Bool[Array, "S"]:
-    """Who is asked to germinate."""
+def refuse(requests: Requests, is_refused: Bool[Array, "S"]) -> Requests:
+    """The requests without some germinations; other kinds of requests stay.
+
+    Args:
+      requests: of the rules so far.
+      is_refused: seeds that are not to germinate.
+
+    Returns:
+      The requests that are left.
+    """
+    is_refused = is_refused & (requests.kind == Kind.GERMINATE)
+    return requests._replace(kind=jnp.where(is_refused, jnp.int8(Kind.NONE), requests.kind))
+
+
+def germinates(requests: Requests) -> Bool[Array, "S"]:
+    """The seeds that are asked to germinate."""
     return requests.kind == Kind.GERMINATE
 
 
-def servable(requests: Requests, seen: Observation) -> Bool[Array, "S"]:
-    """Who is asked to germinate and can; any other request is refused by the table in the end."""
-    return germinations(requests) & (seen.seeds.stage == Stage.DORMANT)
+def can_germinate(requests: Requests, observation: Observation) -> Bool[Array, "S"]:
+    """The seeds that are asked to germinate and can; the table refuses any other request later."""
+    return germinates(requests) & (observation.seeds.stage == Stage.DORMANT)
 
 
-def by_priority(requests: Requests, asks: Bool[Array, "S"]) -> Int32[Array, "S"]:
-    """Seeds in the order in which germinations are served; those not in `asks` come last."""
-    urgency = jnp.where(asks, -requests.priority, jnp.inf)
+def by_priority(requests: Requests, is_candidate: Bool[Array, "S"]) -> Int32[Array, "S"]:
+    """Seeds in the order in which germinations are served; the candidates come first."""
+    urgency = jnp.where(is_candidate, -requests.priority, jnp.inf)
     return jnp.argsort(urgency, stable=True).astype(jnp.int32)
 
 
-def when_asked(requests: Requests, narrow: Any) -> Requests:
-    """`narrow(requests)`, computed only in steps in which a germination is asked."""
-    result: Requests = cond(jnp.any(germinations(requests)), narrow, lambda same: same, requests)
+def if_germinating(requests: Requests, limit: Callable[[Requests], Requests]) -> Requests:
+    """`limit(requests)`, computed only in steps in which a germination is requested."""
+    result: Requests = cond(
+        jnp.any(germinates(requests)), limit, lambda requests: requests, requests
+    )
     return result

@@ -62,7 +62,9 @@ OPTIONS: dict[str, Any] = {
 
 
 def policy() -> ef.policies.Policy:
-    return ef.policies.chain(ef.policies.periodic(every=15, start=12), ef.policies.concurrency(4))
+    return ef.policies.chain(
+        ef.policies.periodic(every=15, start=12), ef.policies.max_concurrent(4)
+    )
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:

@@ -79,7 +79,9 @@ def _job(
         sites=host.sites,
         blueprints={"bottleneck": blueprint},
         capacity=capacity,
-        policy=P.chain(P.periodic(every=10, start=10, **options), P.quota(4), P.until(200)),
+        policy=P.chain(
+            P.periodic(every=10, start=10, **options), P.max_total(4), P.stop_after(200)
+        ),
         graft=ef.grafting.linear(12),
         settings=QUICK,
         adapters_at_once=at_once,

@@ -80,13 +80,12 @@ def test_a_state_of_every_policy_and_schedule_comes_back_without_an_example(tmp_
         ef.policies.scripted([]),
         ef.policies.budget(100),
         ef.policies.cooldown(5),
-        ef.policies.concurrency(2),
-        ef.policies.quota(3),
-        ef.policies.until(100),
+        ef.policies.max_concurrent(2),
+        ef.policies.max_total(3),
+        ef.policies.stop_after(100),
     ]
-    others = {"Observation", "Policy", "Requests", "Score"}
-    others |= {"chain", "no_requests", "rule", "strike"}
-    assert len(rules) == len(set(ef.policies.__all__) - others)
+    others = {"chain", "check", "no_requests", "refuse", "request", "rule", "seed_blueprints"}
+    assert len(rules) == len({name for name in ef.policies.__all__ if name.islower()} - others)
     growth = ef.Growth(
         sites=[ef.site("h", features=4)],
         blueprints={"bottleneck": ef.blueprints.bottleneck(2)},

@@ -32,7 +32,7 @@ def test_a_run_with_every_kind_of_command_compiles_nothing_after_the_first_step(
             "scale": ef.blueprints.scale_shift(),
         },
         capacity=6,
-        policy=ef.policies.chain(ef.policies.periodic(every=7), ef.policies.concurrency(2)),
+        policy=ef.policies.chain(ef.policies.periodic(every=7), ef.policies.max_concurrent(2)),
         graft=(ef.grafting.linear(3), ef.grafting.adaptive(3)),
         governor=ef.governors.disabled(),
         settings=ef.lifecycle.settings(

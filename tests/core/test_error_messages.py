@@ -340,8 +340,8 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"its rules are \['budget'\], and 'budget' only limits .*nothing would ever grow; put",
     ),
     "limits alone": (
-        lambda: grow(policy=ef.policies.chain(ef.policies.quota(1), ef.policies.until(9))),
-        "'quota' only limits what rules before it ask for, so nothing would ever grow",
+        lambda: grow(policy=ef.policies.chain(ef.policies.max_total(1), ef.policies.stop_after(9))),
+        "'max_total' only limits what rules before it ask for, so nothing would ever grow",
     ),
     "a limit first": (
         lambda: grow(policy=ef.policies.chain(ef.policies.budget(9), ef.policies.plateau())),

@@ -19,12 +19,12 @@ from esper_fn.policies import (
     Requests,
     budget,
     chain,
-    concurrency,
     cooldown,
+    max_concurrent,
+    max_total,
     no_requests,
     periodic,
     plateau,
-    quota,
     random,
     rule,
 )
@@ -153,8 +153,8 @@ def test_a_rule_that_asks_for_one_place_asks_for_one_that_fits(asker: str, arran
     policy = {
         "behind": chain(asks, budget(70)),
         "nested": chain(chain(asks), chain(cooldown(0), budget(70))),
-        "before others": chain(asks, concurrency(1), quota(1), budget(70)),
-        "inner": chain(chain(asks, budget(70)), concurrency(1)),
+        "before others": chain(asks, max_concurrent(1), max_total(1), budget(70)),
+        "inner": chain(chain(asks, budget(70)), max_concurrent(1)),
     }[arrange]
     state, told = None, []
     for step in range(12):
@@ -210,7 +210,9 @@ def asks_always(seed: int, priority: float = 9.0) -> Any:
     return rule("always", lambda layout: (), decide)
 
 
-@pytest.mark.parametrize("limit", [concurrency(2), budget(528), quota(1)], ids=["c", "b", "q"])
+@pytest.mark.parametrize(
+    "limit", [max_concurrent(2), budget(528), max_total(1)], ids=["c", "b", "q"]
+)
 def test_a_seed_that_cannot_germinate_takes_no_room(limit: Any) -> None:
     slots = (0, -1, -1)
     told = ask(chain(asks_always(BIG), asks_always(TINY, 1.0), limit), observe(slots=slots))[0]
@@ -219,18 +221,18 @@ def test_a_seed_that_cannot_germinate_takes_no_room(limit: Any) -> None:
 
 def test_a_quota_is_used_by_births_alone() -> None:
     """Refused behind it (by a budget, a veto, a full bank), a request costs no quota."""
-    policy = chain(asks_always(BIG), quota(1), budget(70))
+    policy = chain(asks_always(BIG), max_total(1), budget(70))
     state = None
     for step in range(5):
         told, state, _ = ask(policy, observe(step), state=state)
         assert told == []
-    free = chain(asks_always(SMALL), quota(1), budget(70))
+    free = chain(asks_always(SMALL), max_total(1), budget(70))
     told, state, _ = ask(free, observe(5), state=state)
     assert told == [SMALL]
     slots = (-1, layout().tables.banks[2].start, -1)
     for step in range(6, 9):
         told, state, _ = ask(
-            chain(asks_always(TINY), quota(1)), observe(step, slots), state=state[:2]
+            chain(asks_always(TINY), max_total(1)), observe(step, slots), state=state[:2]
         )
         assert told == [], step
 
@@ -244,7 +246,7 @@ def test_a_cooldown_begins_with_a_birth() -> None:
 
 def test_growth_under_a_budget_goes_on() -> None:
     """Whole steps: of 512, 64 and 8 parameters, 100 hold the two that fit, and the second waits."""
-    policy = chain(periodic(every=1), cooldown(2), quota(2), budget(100))
+    policy = chain(periodic(every=1), cooldown(2), max_total(2), budget(100))
     growth = ef.Growth(**layout().arguments, policy=policy, adapters_at_once=None)
 
     def loss_fn(params: Any, seeds: Any) -> jax.Array:

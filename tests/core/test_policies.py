@@ -22,19 +22,20 @@ from esper_fn.policies import (
     Requests,
     budget,
     chain,
-    concurrency,
     cooldown,
     grow,
+    max_concurrent,
+    max_total,
     never,
     no_requests,
     periodic,
     plateau,
-    quota,
     random,
+    refuse,
+    request,
     rule,
     scripted,
-    strike,
-    until,
+    stop_after,
 )
 
 
@@ -322,8 +323,8 @@ def test_scripts_that_cannot_be_played_are_refused() -> None:
 # --- rules that hold back ------------------------------------------------------------------------
 
 
-def test_concurrency_counts_every_stage_on_its_way() -> None:
-    player = Player(concurrency(2))
+def test_max_concurrent_counts_every_stage_on_its_way() -> None:
+    player = Player(max_concurrent(2))
     for stage in range(11):
         seen = observe(stage=(stage, 0, 0, 0, 0, 0))
         room = 1 if 1 <= stage <= 6 else 2
@@ -332,8 +333,8 @@ def test_concurrency_counts_every_stage_on_its_way() -> None:
     assert asked(player.ask(full, wish(3, 4, 5))) == []
 
 
-def test_concurrency_keeps_the_most_urgent() -> None:
-    player = Player(concurrency(2))
+def test_max_concurrent_keeps_the_most_urgent() -> None:
+    player = Player(max_concurrent(2))
     assert asked(player.ask(observe(), wish(0, 2, 4, 5, priority=(0.1, 0.9, 0.5, 0.5)))) == [2, 4]
     assert asked(player.ask(observe(), wish(0, 1, 5, priority=(-3.0, -2.0, -1.0)))) == [1, 5]
 
@@ -341,7 +342,7 @@ def test_concurrency_keeps_the_most_urgent() -> None:
 def test_limits_let_other_requests_pass() -> None:
     other = wish(0, 1)
     other = other._replace(kind=other.kind.at[1].set(jnp.int8(Kind.TRANSITION)))
-    for policy in (concurrency(1), budget(0), cooldown(5), quota(0), until(0)):
+    for policy in (max_concurrent(1), budget(0), cooldown(5), max_total(0), stop_after(0)):
         player = Player(policy)
         player.ask(observe(0), wish(3))
         busy = observe(1, stage=(0, 2, 2, 0, 0, 0), owner=[*[NONE] * 4, 3, *[NONE] * 6])
@@ -396,8 +397,8 @@ def test_a_cooldown_of_nothing_lets_all_pass() -> None:
     assert [len(asked(player.ask(observe(step), wish(0)))) for step in range(3)] == [1, 1, 1]
 
 
-def test_quota_counts_what_passes_and_takes_place() -> None:
-    player = Player(quota(3))
+def test_max_total_counts_what_passes_and_takes_place() -> None:
+    player = Player(max_total(3))
     told = []
     held = [NONE] * 11
     for step, wished in enumerate([wish(0, 1), None, wish(2, 3, priority=(0.1, 0.2)), wish(4)]):
@@ -409,12 +410,12 @@ def test_quota_counts_what_passes_and_takes_place() -> None:
 
 
 def test_until_ends_germination() -> None:
-    player = Player(until(2))
+    player = Player(stop_after(2))
     assert [asked(player.ask(observe(step), wish(0))) for step in range(4)] == [[0], [0], [], []]
 
 
 def test_numbers_of_rules_are_state() -> None:
-    player = Player(concurrency(1))
+    player = Player(max_concurrent(1))
     player.state = player.state._replace(limit=jnp.int32(4))
     assert len(asked(player.ask(observe(), wish(0, 1, 2)))) == 3
     assert player.decide._cache_size() == 1
@@ -427,10 +428,10 @@ def test_numbers_of_rules_are_state() -> None:
         lambda: periodic(every=1, count=0),
         lambda: periodic(every=1, score="luck"),  # type: ignore[arg-type]
         lambda: plateau(patience=0),
-        lambda: concurrency(0),
+        lambda: max_concurrent(0),
         lambda: budget(-1),
         lambda: cooldown(-1),
-        lambda: quota(-1),
+        lambda: max_total(-1),
         lambda: chain(*[never()] * 128),
     ],
 )
@@ -443,8 +444,8 @@ def test_wrong_numbers_are_refused(wrong: Any) -> None:
 
 
 def test_chain_notes_who_asked_and_who_refused() -> None:
-    policy = chain(periodic(every=2, count=3), concurrency(2), cooldown(3))
-    assert policy.rules == ("periodic", "concurrency", "cooldown")
+    policy = chain(periodic(every=2, count=3), max_concurrent(2), cooldown(3))
+    assert policy.rules == ("periodic", "max_concurrent", "cooldown")
     player = Player(policy)
     first = player.ask(observe(0, potential=ALL))
     assert asked(first) == [1, 3]
@@ -462,10 +463,10 @@ def test_nesting_changes_neither_decision_nor_log() -> None:
         return [
             scripted([(0, cull(2)), (1, germinate(2, "rank"))]),
             periodic(every=1, count=4),
-            concurrency(3),
+            max_concurrent(3),
             cooldown(2),
             periodic(every=2, count=1, name="again"),
-            until(3),
+            stop_after(3),
         ]
 
     a, b, c, d, e, f = rules()
@@ -487,7 +488,9 @@ def test_nesting_changes_neither_decision_nor_log() -> None:
 
 
 def test_a_later_rule_that_asks_anew_lifts_the_veto() -> None:
-    policy = chain(periodic(every=1), quota(0), periodic(every=1, blueprint="rank", name="again"))
+    policy = chain(
+        periodic(every=1), max_total(0), periodic(every=1, blueprint="rank", name="again")
+    )
     told = Player(policy).ask(observe(potential=ALL))
     assert asked(told) == [1]
     assert (int(told.requested_by[1]), int(told.vetoed_by[1])) == (2, NONE)
@@ -503,7 +506,7 @@ def test_a_rule_that_overwrites_a_request_has_asked_it() -> None:
 def test_what_was_struck_leaves_nothing_behind() -> None:
     policy = chain(
         scripted([(0, germinate(1, "rank", "slow"))], grafts=("fast", "slow")),
-        quota(0),
+        max_total(0),
         periodic(every=1),
     )
     told = Player(policy).ask(observe(potential=ALL))
@@ -514,7 +517,7 @@ def test_an_own_rule_nests_like_the_others() -> None:
     def decide(layout: Any, state: Any, seen: Any, requests: Any, key: Any) -> Any:
         del layout, seen, key
         odd = jnp.arange(6) % 2 == 1
-        return state + 1, strike(requests, odd)
+        return state + 1, refuse(requests, odd)
 
     policy = chain(periodic(every=1, count=6), rule("even", lambda layout: jnp.int32(0), decide))
     player = Player(policy)
@@ -531,13 +534,13 @@ def test_an_empty_chain_is_never() -> None:
 
 def test_a_decision_in_a_run_can_be_explained() -> None:
     policy = chain(
-        chain(periodic(every=1, count=2), concurrency(3)), scripted([(1, cull(5))]), cooldown(3)
+        chain(periodic(every=1, count=2), max_concurrent(3)), scripted([(1, cull(5))]), cooldown(3)
     )
     with strict():
         made = rig(layout(), rows=1, policy=policy)
     state = place(made.growth, made.fresh(), [0] * 6, potential=ALL, num_potentials=1)
     names = made.growth.policy.rules
-    assert names == ("periodic", "concurrency", "scripted", "cooldown")
+    assert names == ("periodic", "max_concurrent", "scripted", "cooldown")
     told = []
     for _ in range(3):
         state, info = made.step(state)
@@ -557,9 +560,9 @@ def test_a_decision_in_a_run_can_be_explained() -> None:
         # Two are on their way, so one of the next two is too many; a script overwrites the other.
         {
             5: ("scripted", None, Code.ILLEGAL_TRANSITION, Cause.NONE),
-            2: ("periodic", "concurrency", *silence),
+            2: ("periodic", "max_concurrent", *silence),
         },
-        {5: ("periodic", "cooldown", *silence), 2: ("periodic", "concurrency", *silence)},
+        {5: ("periodic", "cooldown", *silence), 2: ("periodic", "max_concurrent", *silence)},
     ]
 
 
@@ -676,19 +679,60 @@ POLICIES = {
     "scripted": lambda: scripted([(1, germinate(0, "scale")), (2, cull(1))]),
     "scripted_empty": lambda: scripted([]),
     "budget": lambda: budget(10),
-    "concurrency": lambda: concurrency(1),
+    "max_concurrent": lambda: max_concurrent(1),
     "cooldown": lambda: cooldown(2),
-    "quota": lambda: quota(1),
-    "until": lambda: until(3),
+    "max_total": lambda: max_total(1),
+    "stop_after": lambda: stop_after(3),
     "chain_empty": chain,
     "chain": lambda: chain(random(every=1), chain(plateau(patience=1), budget(9)), cooldown(2)),
 }
 
 
 def test_every_policy_is_in_the_matrix() -> None:
-    told = {name for name in ef.policies.__all__ if name[0].islower()}
-    helpers = {"no_requests", "rule", "strike"}
-    assert told - helpers <= {name.split("_")[0] for name in POLICIES}
+    helpers = {"check", "no_requests", "refuse", "request", "rule", "seed_blueprints"}
+    assert {name for name in ef.policies.__all__ if name.islower()} - helpers <= set(POLICIES)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_keeps_the_contract(name: str) -> None:
+    ef.policies.check(POLICIES[name](), layout())
+
+
+def test_check_finds_what_breaks_the_contract() -> None:
+    def policy(decide: Any, init: Any = lambda layout: ()) -> Any:
+        return rule("planted", init, decide)
+
+    def everywhere(layout: Any, state: Any, observation: Any, requests: Any, key: Any) -> Any:
+        everybody = jnp.ones((layout.num_seeds,), bool)
+        return state, request(requests, everybody, jnp.int8(9))
+
+    def by_chance(layout: Any, state: Any, observation: Any, requests: Any, key: Any) -> Any:
+        return state, request(requests, jnp.full((layout.num_seeds,), random_bit()), jnp.int8(0))
+
+    def random_bit() -> Any:
+        return jax.pure_callback(lambda: np.bool_(next(bits)), jax.ShapeDtypeStruct((), bool))
+
+    bits = iter([False, True] * 100)
+
+    def quiet(layout: Any, state: Any, observation: Any, requests: Any, key: Any) -> Any:
+        return state, requests
+
+    for wrong, message in (
+        (policy(quiet, lambda layout: 1.0), "must be an array, got float"),
+        (policy(everywhere), "requests.blueprint must be between -1 and 2, got"),
+        (policy(by_chance), "the same arguments lead to different decisions"),
+        (policy(lambda layout, state, seen, asks, key: ((state,), asks)), "decide turns a state"),
+        (ef.policies.Policy(("bare",), lambda layout: (), everywhere_once), "lacks the rule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ef.policies.check(wrong, layout())
+    with pytest.raises(TypeError, match="must be a Policy, got the function grow"):
+        ef.policies.check(grow)  # type: ignore[arg-type]
+
+
+def everywhere_once(layout: Any, state: Any, observation: Any, requests: Any, key: Any) -> Any:
+    everybody = jnp.ones((layout.num_seeds,), bool)
+    return state, request(requests, everybody, jnp.int8(0))
 
 
 @pytest.mark.parametrize("name", POLICIES)

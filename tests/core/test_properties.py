@@ -28,9 +28,9 @@ from esper_fn.lifecycle import Cause, Stage
 T, M, S, Q = 48, 4, 7, 10
 POLICY = ef.policies.chain(
     ef.policies.random(every=2, count=2),
-    ef.policies.chain(ef.policies.concurrency(3), ef.policies.cooldown(1)),
+    ef.policies.chain(ef.policies.max_concurrent(3), ef.policies.cooldown(1)),
     ef.policies.budget(1000),
-    ef.policies.quota(100),
+    ef.policies.max_total(100),
 )
 GROWTH = ef.Growth(
     **small_layout().arguments,

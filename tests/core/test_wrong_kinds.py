@@ -146,11 +146,11 @@ NUMBERS: list[tuple[Callable[..., Any], str, Any, str]] = [
         r"min_steps\[TRAINING\] must be a whole number, got '9'",
     ),
     (ef.policies.budget, "parameters", "50000", f"parameters must be a number, got .*{NUMBER}"),
-    (ef.policies.concurrency, "limit", [1], "limit must be a whole number, got a list"),
-    (ef.policies.quota, "germinations_allowed", "1", "germinations_allowed must be a whole number"),
-    (ef.policies.quota, "germinations_allowed", -1, "germinations_allowed must not be negative"),
+    (ef.policies.max_concurrent, "limit", [1], "limit must be a whole number, got a list"),
+    (ef.policies.max_total, "limit", "1", "limit must be a whole number"),
+    (ef.policies.max_total, "limit", -1, "limit must not be negative"),
     (ef.policies.cooldown, "steps", "9", "steps must be a whole number, got '9'"),
-    (ef.policies.until, "step", "9", "step must be a whole number, got '9'"),
+    (ef.policies.stop_after, "num_steps", "9", "num_steps must be a whole number, got '9'"),
     (ef.policies.grow, "every", "9", "every must be a whole number, got '9'"),
     (ef.policies.grow, "min_share", "0.3", "min_share must be a number, got '0.3'"),
     (ef.policies.plateau, "patience", None, "patience must be a whole number, got None"),
@@ -211,7 +211,7 @@ def test_a_number_may_be_of_any_type(number: Any) -> None:
     settings = ef.lifecycle.settings(max_errors=number, trust=number, train_first=np.True_)
     assert int(settings.max_errors) == float(settings.trust) == 3
     assert bool(settings.train_first)
-    for make in (ef.policies.budget, ef.policies.quota, ef.policies.until):
+    for make in (ef.policies.budget, ef.policies.max_total, ef.policies.stop_after):
         assert isinstance(make(number), ef.policies.Policy)
 
 

@@ -60,7 +60,7 @@ def batches(first: int, count: int) -> Any:
 
 SURVEY = tuple(leaf[0] for leaf in batches(20, 1))
 OPTIMIZER = ef.optim.per_adapter(optax.adamw(1e-2))
-PERIODIC = P.chain(P.periodic(every=10, start=10), P.quota(3), P.until(60))
+PERIODIC = P.chain(P.periodic(every=10, start=10), P.max_total(3), P.stop_after(60))
 GROWTH = grow(PERIODIC)
 PROGRAM = runtime.compile_fit(GROWTH, loss_fn, OPTIMIZER, survey_every=5)
 PARAMS = HOST.init(jax.random.key(0))

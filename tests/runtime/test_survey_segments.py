@@ -41,7 +41,7 @@ def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
 @cache
 def growth() -> ef.Growth:
     # Nothing is asked for before it is surveyed.
-    policy = P.chain(P.periodic(every=3, start=1), P.quota(2))
+    policy = P.chain(P.periodic(every=3, start=1), P.max_total(2))
     return ef.Growth(
         sites=[ef.site("h", features=6, chunks=3)],
         blueprints={"scale": ef.blueprints.scale_shift()},

@@ -144,7 +144,7 @@ def policy(
     """
     start, rest = max(1, steps // 10), max(1, steps // 40)
     if name == "grow":
-        return policies.chain(policies.grow(score=score), policies.quota(job.germinations))
+        return policies.chain(policies.grow(score=score), policies.max_total(job.germinations))
     if name == "plateau":
         asks = policies.plateau(patience=max(1, steps // 20), min_gain=0.5, score=score)
     elif name == "periodic":
@@ -158,9 +158,9 @@ def policy(
     return policies.chain(
         asks,
         policies.cooldown(rest),
-        policies.concurrency(job.germinations),
-        policies.quota(job.germinations),
-        policies.until(2 * steps // 5),
+        policies.max_concurrent(job.germinations),
+        policies.max_total(job.germinations),
+        policies.stop_after(2 * steps // 5),
     )
 
 
