@@ -1,4 +1,6 @@
-"""``python -m benchmarks``."""
+"""`python -m benchmarks`."""
+
+from __future__ import annotations
 
 import sys
 

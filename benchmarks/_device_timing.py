@@ -48,7 +48,7 @@ def time_torch(
 
     Args:
       graphed: by name, the same work on several inputs, together larger than the cache; captured
-        into one CUDA graph of `inner` calls.
+      into one CUDA graph of `inner` calls.
       queued: the same for work that is enqueued behind a sleeping kernel instead.
       repeats: samples of each.
       inner: calls in one sample.

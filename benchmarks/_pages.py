@@ -1,5 +1,7 @@
 """`docs/benchmarks/`: one page a benchmark, written from the newest records and the targets."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What is written down about a run, one JSON line each, and how it is read back."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -47,11 +49,11 @@ def describe_run(
     """Return the record of a run that has just ended on this machine.
 
     Args:
-        name: The benchmark.
-        rows: What it measured.
-        command: The command line that repeats it.
-        quick: Whether it was the short form.
-        root: A folder of the repository whose commit is noted.
+      name: The benchmark.
+      rows: What it measured.
+      command: The command line that repeats it.
+      quick: Whether it was the short form.
+      root: A folder of the repository whose commit is noted.
     """
     return Record(
         name=name,
@@ -69,7 +71,7 @@ def append_record(path: Path, record: Record) -> None:
     """Write a record as one line at the end of a file, in one write.
 
     Raises:
-        BenchmarkError: When a row holds what JSON cannot say.
+      BenchmarkError: When a row holds what JSON cannot say.
     """
     rows = {
         row_name: {key: getattr(row, key) for key in _FIGURES} | dict(row.extra)
@@ -106,7 +108,7 @@ def read_records(path: Path) -> list[Record]:
     """Return all records of a file, oldest first; none when there is no such file.
 
     Raises:
-        BenchmarkError: When a line is malformed; names the file, the line and what is wrong.
+      BenchmarkError: When a line is malformed; names the file, the line and what is wrong.
     """
     if not path.is_file():
         return []

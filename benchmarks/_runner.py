@@ -1,5 +1,7 @@
 """The runner that all benchmarks share: `list`, `pages`, `NAME run` and `NAME check`."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import shlex
@@ -41,7 +43,7 @@ BENCHMARKS: dict[str, str] = {
     "growth": "benchmarks.growth",
     "compile": "benchmarks.compile",
 }
-"""Every benchmark and the module whose ``measure`` takes its figures."""
+"""Every benchmark and the module whose `measure` takes its figures."""
 
 _FOLDER = Path(__file__).resolve().parent
 TARGETS = _FOLDER / "targets.toml"
@@ -50,13 +52,13 @@ PAGES = _FOLDER.parent / "docs" / "benchmarks"
 
 
 class Measure(Protocol):
-    """What a benchmark's module offers as ``measure``."""
+    """What a benchmark's module offers as `measure`."""
 
     def __call__(self, *, quick: bool) -> Mapping[str, Row]:
         """Return ours and the rivals' figures, all taken in this one call.
 
         Args:
-            quick: Take few samples: enough to see that it runs, not to hold a promise.
+          quick: Take few samples: enough to see that it runs, not to hold a promise.
         """
         ...
 
@@ -65,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: The command line after ``python -m benchmarks``; ``None`` reads ``sys.argv``.
+      arguments: The command line after `python -m benchmarks`; `None` reads `sys.argv`.
 
     Returns:
-        The exit status: 0 done, 1 something falls short or cannot be used. Wrong usage exits
-        with 2 at once.
+      The exit status: 0 done, 1 something falls short or cannot be used. Wrong usage exits
+      with 2 at once.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _parse(given)

@@ -1,5 +1,7 @@
 """The figures that were promised, and whether a record holds them."""
 
+from __future__ import annotations
+
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +19,11 @@ class Target:
     """A bound on one statistic of one row, and who promised it.
 
     Args:
-        bound: ``at_most`` or ``at_least``.
-        value: The bound, in ``unit``.
-        unit: Unit that the row must have too.
-        statistic: One of ``STATISTICS``.
-        source: The line that promises it.
+      bound: `at_most` or `at_least`.
+      value: The bound, in `unit`.
+      unit: Unit that the row must have too.
+      statistic: One of `STATISTICS`.
+      source: The line that promises it.
     """
 
     bound: str
@@ -34,7 +36,7 @@ class Target:
         return f"{self.statistic} {self.bound.replace('_', ' ')} {self.value:g} {self.unit}"
 
     def failure(self, row: Row | None) -> str | None:
-        """Return why a row falls short, or ``None`` when it holds the target."""
+        """Return why a row falls short, or `None` when it holds the target."""
         if row is None:
             return "not measured"
         if row.unit != self.unit:
@@ -48,7 +50,7 @@ def read_targets(path: Path) -> dict[str, dict[str, Target]]:
     """Return the targets of every benchmark, by benchmark and row.
 
     Raises:
-        BenchmarkError: When the file is missing or a target is malformed.
+      BenchmarkError: When the file is missing or a target is malformed.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 """Measured figures, and how to take them fairly on a machine that is not quiet."""
 
+from __future__ import annotations
+
 import gc
 import math
 import time
@@ -10,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 SECONDS: Mapping[str, float] = MappingProxyType({"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9})
-"""Units of time; ``summarise`` takes seconds and turns them into these."""
+"""Units of time; `summarise` takes seconds and turns them into these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,16 +20,16 @@ class Row:
     """One figure of a benchmark, ours or a rival's.
 
     Args:
-        median: Middle of the samples.
-        low: Their first quartile.
-        high: Their third quartile.
-        unit: Unit of these three.
-        count: Number of samples, at least 1.
-        extra: Whatever else a reader needs (shapes, dtypes, what was counted); values go to JSON.
+      median: Middle of the samples.
+      low: Their first quartile.
+      high: Their third quartile.
+      unit: Unit of these three.
+      count: Number of samples, at least 1.
+      extra: Whatever else a reader needs (shapes, dtypes, what was counted); values go to JSON.
 
     Raises:
-        ValueError: When a number is not finite, the three are not in order, or ``extra`` reuses a
-            name of this list.
+      ValueError: When a number is not finite, the three are not in order, or `extra` reuses a
+        name of this list.
     """
 
     median: float
@@ -63,22 +65,22 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Time functions in turns, so that a drift of the machine hits all of them equally.
 
-    In each repeat every function has one turn, and the one that goes first rotates. Sample ``i`` of
-    one function and sample ``i`` of another are neighbours in time: compare them with ``ratio``.
+    In each repeat every function has one turn, and the one that goes first rotates. Sample `i` of
+    one function and sample `i` of another are neighbours in time: compare them with `ratio`.
 
     Args:
-        functions: What to time, by name; each returns only when its work is done (call
-            ``jax.block_until_ready`` inside).
-        repeats: Samples of each function, at least 1.
-        warmup: Turns that are not timed, before the first sample.
-        inner: Calls in one turn; a sample is their mean.
-        clock: Returns seconds.
+      functions: What to time, by name; each returns only when its work is done (call
+        `jax.block_until_ready` inside).
+      repeats: Samples of each function, at least 1.
+      warmup: Turns that are not timed, before the first sample.
+      inner: Calls in one turn; a sample is their mean.
+      clock: Returns seconds.
 
     Returns:
-        Seconds a call, ``repeats`` samples for each name.
+      Seconds a call, `repeats` samples for each name.
 
     Raises:
-        ValueError: When there is no function or a number is out of bounds.
+      ValueError: When there is no function or a number is out of bounds.
     """
     if not functions or repeats < 1 or warmup < 0 or inner < 1:
         raise ValueError(
@@ -111,18 +113,18 @@ def summarise(samples: Sequence[float], unit: str, **extra: object) -> Row:
     """Return median and quartiles of samples.
 
     Args:
-        samples: At least one; in seconds where ``unit`` is a unit of time (s, ms, us, ns), as
-            ``time_interleaved`` gives them, else in ``unit``.
-        unit: Unit of the row.
-        **extra: ``Row.extra``.
+      samples: At least one; in seconds where `unit` is a unit of time (s, ms, us, ns), as
+        `time_interleaved` gives them, else in `unit`.
+      unit: Unit of the row.
+      **extra: `Row.extra`.
 
     Raises:
-        ValueError: When there is no sample or one is not finite.
+      ValueError: When there is no sample or one is not finite.
 
     Example:
-        >>> row = summarise([0.001, 0.002, 0.003], "ms")
-        >>> row.low, row.median, row.high
-        (1.5, 2.0, 2.5)
+      >>> row = summarise([0.001, 0.002, 0.003], "ms")
+      >>> row.low, row.median, row.high
+      (1.5, 2.0, 2.5)
     """
     if not len(samples):
         raise ValueError("samples must hold at least one figure.")
@@ -138,19 +140,19 @@ def summarise(samples: Sequence[float], unit: str, **extra: object) -> Row:
 
 
 def ratio(samples_a: Sequence[float], samples_b: Sequence[float], **extra: object) -> Row:
-    """Return median and quartiles of the pairwise ratios ``a_i / b_i``.
+    """Return median and quartiles of the pairwise ratios `a_i / b_i`.
 
     Args:
-        samples_a: Samples of the numerator, neighbours in time of those of the denominator.
-        samples_b: As many samples of the denominator, all positive.
-        **extra: ``Row.extra``.
+      samples_a: Samples of the numerator, neighbours in time of those of the denominator.
+      samples_b: As many samples of the denominator, all positive.
+      **extra: `Row.extra`.
 
     Raises:
-        ValueError: When the samples do not pair, or one of the denominator is not positive.
+      ValueError: When the samples do not pair, or one of the denominator is not positive.
 
     Example:
-        >>> ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]).median
-        3.0
+      >>> ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]).median
+      3.0
     """
     if len(samples_a) != len(samples_b):
         raise ValueError(f"{len(samples_a)} samples do not pair with {len(samples_b)}.")
@@ -163,9 +165,9 @@ def exact(value: float, unit: str, **extra: object) -> Row:
     """Return a figure that was counted, not sampled.
 
     Args:
-        value: The figure, in ``unit``.
-        unit: Unit of the row.
-        **extra: ``Row.extra``.
+      value: The figure, in `unit`.
+      unit: Unit of the row.
+      **extra: `Row.extra`.
     """
     return Row(median=value, low=value, high=value, unit=unit, count=1, extra=extra)
 

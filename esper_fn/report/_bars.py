@@ -1,10 +1,13 @@
-"""The figure of the comparison: final accuracy of every arm, and what growth changed."""
+"""Draws the comparison: final accuracy of every arm, and what growth changed."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from esper_fn.report._folder import Run
+from esper_fn.report._format import percent, percent_tick, points, points_tick
 from esper_fn.report._style import (
     ARM_COLOR,
     INK,
@@ -12,14 +15,13 @@ from esper_fn.report._style import (
     MUTED,
     PAPER,
     SMALL_POINTS,
+    TEXT_POINTS,
     Canvas,
     canvas,
     empty,
-    percent,
-    percent_tick,
+    name_x,
+    note,
     plain_ticks,
-    points,
-    points_tick,
     styled,
 )
 from esper_fn.report._words import (
@@ -42,7 +44,7 @@ _LEFT_INCHES: Final = 1.5
 
 
 class Score(NamedTuple):
-    """The final accuracy of one arm: the mean of its repeats with the interval, or one run."""
+    """The final accuracy of an arm: the mean of its repeats with the interval, or of one run."""
 
     arm: str
     value: float
@@ -51,27 +53,27 @@ class Score(NamedTuple):
 
 
 def scores(run: Run) -> list[Score]:
-    """The final accuracy of every arm that has one, in the order of `ARMS`."""
+    """Returns the final accuracy of every arm that has one, in the order of `ARMS`."""
     rows = _repeat_rows(run)
-    found = []
+    result = []
     for arm in ARMS:
         key = ACCURACY_KEY[arm]
         spread = interval(run.summary, key)
         value = number(run.summary, key) if spread is None else spread.mean
         if value is not None:
             each = tuple(v for row in rows if (v := number(row, key)) is not None)
-            found.append(Score(arm, value, spread, each))
-    return found
+            result.append(Score(arm, value, spread, each))
+    return result
 
 
 def differences(run: Run) -> list[Score]:
-    """Grown minus every other arm: from the paired repeats, else from this one run."""
+    """Returns grown minus every other arm, from the paired repeats or else from this one run."""
     rows = _repeat_rows(run)
     grown_key = ACCURACY_KEY["grown"]
-    found = []
+    result = []
     for arm, key in DIFFERENCE_KEY.items():
         spread = interval(run.summary, key)
-        here, there = (number(run.summary, k) for k in (grown_key, ACCURACY_KEY[arm]))
+        grown, rival = (number(run.summary, k) for k in (grown_key, ACCURACY_KEY[arm]))
         each = tuple(
             a - b
             for row in rows
@@ -79,14 +81,14 @@ def differences(run: Run) -> list[Score]:
             and (b := number(row, ACCURACY_KEY[arm])) is not None
         )
         if spread is not None:
-            found.append(Score(arm, spread.mean, spread, each))
-        elif here is not None and there is not None:
-            found.append(Score(arm, here - there, None, each))
-    return found
+            result.append(Score(arm, spread.mean, spread, each))
+        elif grown is not None and rival is not None:
+            result.append(Score(arm, grown - rival, None, each))
+    return result
 
 
 def num_repeats(run: Run) -> int:
-    """How many repeats stand behind the intervals; 0 for a single run."""
+    """Counts the repeats behind the intervals; 0 for a single run."""
     if not _is_repeated(run):
         return 0
     declared = number(run.summary, "repeats", "count")
@@ -104,16 +106,16 @@ def _repeat_rows(run: Run) -> list[dict[str, Any]]:
 
 
 @styled
-def baseline_bars(run: Run) -> "Figure":
-    """Draw the final accuracy of every arm as bars from zero, and grown minus each rival.
+def baseline_bars(run: Run) -> Figure:
+    """Draws the final accuracy of every arm as bars from zero, and grown minus each rival.
 
     With repeats, bars are means; 95 % intervals and the single repeats are drawn over them, and
     differences are paired by repeat.
     """
     name = accuracy_name(run.summary)
     title = f"Final {name}"
-    found = scores(run)
-    if not found:
+    arms = scores(run)
+    if not arms:
         return empty(title, "No accuracy was recorded in this run.")
     repeats = num_repeats(run)
     subtitle = (
@@ -122,28 +124,28 @@ def baseline_bars(run: Run) -> "Figure":
         if repeats
         else "One run each: without repeats, small differences may be luck."
     )
-    height = _ROW_INCHES * len(found)
-    made = canvas(_TOP_INCHES + height + 0.55, title, subtitle)
+    height = _ROW_INCHES * len(arms)
+    sheet = canvas(_TOP_INCHES + height + 0.55, title, subtitle)
     against = differences(run)
     words_width = 1.42 if repeats else 0.75
     bar_width = (4.75 if against else 8.4) - words_width
-    axes = made.axes(_LEFT_INCHES, _TOP_INCHES, bar_width, height)
-    _draw_scores(axes, found)
+    axes = sheet.axes(_LEFT_INCHES, _TOP_INCHES, bar_width, height)
+    _draw_scores(axes, arms)
     if against:
-        _head(made, _LEFT_INCHES, name)
+        _head(sheet, _LEFT_INCHES, name)
         left = _LEFT_INCHES + bar_width + words_width + 0.25
-        _head(made, left, "grown minus rival, in percentage points")
-        width = made.width - left - words_width - 0.05
-        _draw_differences(made.axes(left, _TOP_INCHES, width, height), found, against)
-    return made.figure
+        _head(sheet, left, "grown minus rival, in percentage points")
+        width = sheet.width - left - words_width - 0.05
+        _draw_differences(sheet.axes(left, _TOP_INCHES, width, height), arms, against)
+    return sheet.figure
 
 
-def _head(made: Canvas, left: float, words: str) -> None:
-    made.text(left, _TOP_INCHES - 0.08, words, color=MUTED, va="bottom", fontsize=SMALL_POINTS)
+def _head(sheet: Canvas, left: float, words: str) -> None:
+    sheet.text(left, _TOP_INCHES - 0.08, words, color=MUTED, va="bottom", fontsize=SMALL_POINTS)
 
 
-def _draw_scores(axes: Any, found: list[Score]) -> None:
-    for y, score in enumerate(found):
+def _draw_scores(axes: Any, arms: list[Score]) -> None:
+    for y, score in enumerate(arms):
         is_hero = score.arm == "grown"
         color = ARM_COLOR[score.arm]
         axes.barh(y, score.value, height=0.58, color=color, alpha=1.0 if is_hero else 0.55)
@@ -152,19 +154,19 @@ def _draw_scores(axes: Any, found: list[Score]) -> None:
         _row_name(axes, y, ARM_LABEL[score.arm], is_hero=is_hero)
         ends = score.interval and tuple(f"{100 * end:.1f}" for end in score.interval[1:])
         _row_value(axes, y, percent(score.value), ends, is_hero=is_hero)
-    largest = max(s.value if s.interval is None else s.interval.high for s in found)
+    largest = max(s.value if s.interval is None else s.interval.high for s in arms)
     axes.set_xlim(0, max(1e-9, 1.02 * largest))
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_yticks([])
     _few_ticks(axes)
     plain_ticks(axes.xaxis, percent_tick)
 
 
-def _draw_differences(axes: Any, found: list[Score], against: list[Score]) -> None:
-    rows = {score.arm: y for y, score in enumerate(found)}
-    shown = [score for score in against if score.arm in rows]
+def _draw_differences(axes: Any, arms: list[Score], against: list[Score]) -> None:
+    rows = {score.arm: y for y, score in enumerate(arms)}
+    rivals = [score for score in against if score.arm in rows]
     values = [0.0]
-    for score in shown:
+    for score in rivals:
         y = rows[score.arm]
         color = ARM_COLOR[score.arm]
         if score.interval is not None:
@@ -173,37 +175,19 @@ def _draw_differences(axes: Any, found: list[Score], against: list[Score]) -> No
             _whisker(axes, score.interval, y, color, width=1.8)
             values.extend((score.interval.low, score.interval.high, *score.repeats))
         values.append(score.value)
-        axes.plot(
-            [score.value],
-            [y],
-            "o",
-            color=color,
-            markersize=7,
-            markeredgecolor=PAPER,
-            markeredgewidth=1,
-            zorder=4,
-        )
+        look = {"markeredgecolor": PAPER, "markeredgewidth": 1, "zorder": 4}
+        axes.plot([score.value], [y], "o", color=color, markersize=7, **look)
         ends = score.interval and tuple(points(end) for end in score.interval[1:])
         _row_value(axes, y, points(score.value), ends)
     low, high = min(values), max(values)
     margin = 0.1 * (high - low) or 0.01
     axes.axvline(0, color=LINE, linewidth=1.2, zorder=1)
     axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_yticks([])
     _few_ticks(axes)
     plain_ticks(axes.xaxis, points_tick)
-    axes.annotate(
-        "grown is better →",
-        (1, 0),
-        (0, -24),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color=MUTED,
-        fontsize=SMALL_POINTS,
-    )
+    name_x(axes, "grown is better →")
 
 
 def _few_ticks(axes: Any) -> None:
@@ -213,48 +197,25 @@ def _few_ticks(axes: Any) -> None:
 
 
 def _row_name(axes: Any, y: float, words: str, *, is_hero: bool) -> None:
-    axes.annotate(
-        words,
-        (0, y),
-        (-8, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        va="center_baseline",
-        color=INK,
-        fontweight="bold" if is_hero else "normal",
-    )
+    weight = "bold" if is_hero else "normal"
+    look = {"ha": "right", "color": INK, "fontsize": TEXT_POINTS, "fontweight": weight}
+    note(axes, words, (0, y), (-8, 0), **look)
 
 
 def _row_value(
     axes: Any, y: float, words: str, ends: tuple[str, ...] | None, *, is_hero: bool = False
 ) -> None:
-    place: dict[str, Any] = {
-        "xycoords": ("axes fraction", "data"),
-        "textcoords": "offset points",
-        "va": "center_baseline",
-    }
     weight = "bold" if is_hero else "normal"
-    axes.annotate(words, (1, y), (8, 0), color=INK, fontweight=weight, **place)
+    note(axes, words, (1, y), (8, 0), color=INK, fontsize=TEXT_POINTS, fontweight=weight)
     if ends:
-        between = "\N{THIN SPACE}to\N{THIN SPACE}".join(ends)
-        axes.annotate(between, (1, y), (50, 0), color=MUTED, fontsize=SMALL_POINTS, **place)
+        note(axes, "\N{THIN SPACE}to\N{THIN SPACE}".join(ends), (1, y), (50, 0))
 
 
 def _dots(axes: Any, values: tuple[float, ...], y: float, color: str) -> None:
     # Spread vertically in a fixed pattern, so that equal values stay countable.
     offsets = 0.17 * np.sin(2.4 * np.arange(len(values)))
-    axes.plot(
-        values,
-        y + offsets,
-        "o",
-        markersize=3.2,
-        color=color,
-        alpha=0.75,
-        markeredgecolor=PAPER,
-        markeredgewidth=0.5,
-        zorder=3,
-    )
+    look = {"markeredgecolor": PAPER, "markeredgewidth": 0.5, "alpha": 0.75, "zorder": 3}
+    axes.plot(values, y + offsets, "o", color=color, markersize=3.2, **look)
 
 
 def _whisker(axes: Any, spread: Interval, y: float, color: str, *, width: float) -> None:

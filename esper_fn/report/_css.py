@@ -1,4 +1,4 @@
-"""The style sheet of the page; colours come from the variables of `_svg`."""
+"""Holds the style sheet of the page; its colours are the variables of `_svg`."""
 
 from typing import Final
 

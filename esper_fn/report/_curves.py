@@ -1,23 +1,21 @@
-"""Figures of arms over time: loss, accuracy and parameters, with what the seeds did below them."""
+"""Drawss arms over time: loss, accuracy and parameters, with what the seeds did below them."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from esper_fn.report._folder import Run
+from esper_fn.report._format import TIMES, count, percent, percent_tick
 from esper_fn.report._series import Curve, Floats, curves, events_of, last_step, smooth
 from esper_fn.report._style import (
     ARM_COLOR,
-    MUTED,
-    SMALL_POINTS,
-    TIMES,
     EndLabel,
     canvas,
-    count,
     empty,
     label_line_ends,
-    percent,
-    percent_tick,
+    note,
     plain_ticks,
     step_axis,
     styled,
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-# The moves worth a glyph, from top to bottom of the strip, and how they are called there.
+# The moves worth a glyph, from top to bottom of the strip, and their names there.
 GLYPHS: Final = {
     "GERMINATED": ("^", "germinated"),
     "GRAFTING": ("o", "graft began"),
@@ -44,48 +42,48 @@ _RIGHT_INCHES: Final = 1.95
 
 
 @styled
-def loss_curves(run: Run, *, is_held_out: bool = False) -> "Figure":
-    """Draw the loss of every arm, and below it when seeds of the grown arm moved.
+def loss_curves(run: Run, *, is_held_out: bool = False) -> Figure:
+    """Draws the loss of every arm, and below it when seeds of the grown arm moved.
 
     Args:
-        run: the run to draw.
-        is_held_out: draw the loss on held-out data instead of the training loss.
+      run: the run to draw.
+      is_held_out: whether to draw the loss on held-out data instead of the training loss.
 
     Returns:
-        A figure; noisy curves are drawn faint, with their running mean on top.
+      A figure; noisy curves are drawn faint, with their running mean on top.
     """
-    found = curves(run, "test_loss" if is_held_out else "loss")
+    lines = curves(run, "test_loss" if is_held_out else "loss")
     kind = "held-out loss" if is_held_out else "training loss"
-    return _over_time(run, found, kind.capitalize(), _loss_form, scale=_loss_scale(found))
+    return _over_time(run, lines, kind.capitalize(), _loss_form, scale=_loss_scale(lines))
 
 
 @styled
-def accuracy_curves(run: Run) -> "Figure":
-    """Draw the held-out accuracy of every arm, and below it when seeds of the grown arm moved."""
-    found = curves(run, "test_accuracy")
-    return _over_time(run, found, accuracy_name(run.summary).capitalize(), percent)
+def accuracy_curves(run: Run) -> Figure:
+    """Draws the held-out accuracy of every arm, and below it when seeds of the grown arm moved."""
+    lines = curves(run, "test_accuracy")
+    return _over_time(run, lines, accuracy_name(run.summary).capitalize(), percent)
 
 
 @styled
-def parameters_over_time(run: Run) -> "Figure":
-    """Draw how many parameters every arm trains with, over time."""
-    found = curves(run, "parameters")
-    return _over_time(run, found, "Parameters", count, is_stepped=True)
+def parameters_over_time(run: Run) -> Figure:
+    """Draws how many parameters every arm trains with, over time."""
+    lines = curves(run, "parameters")
+    return _over_time(run, lines, "Parameters", count, is_stepped=True)
 
 
 def _loss_form(value: float) -> str:
     return f"{value:#.3g}"
 
 
-_TICK_FORM: "Final[dict[Callable[[float], str], Callable[[float], str]]]" = {
+_TICK_FORM: Final[dict[Callable[[float], str], Callable[[float], str]]] = {
     percent: percent_tick,
     _loss_form: lambda value: f"{value:.3g}",
 }
 
 
-def _loss_scale(found: list[Curve]) -> str:
-    """Logarithmic where the (smoothed) loss falls by more than a factor of 20."""
-    values = np.concatenate([_main(curve) for curve in found]) if found else np.ones(1)
+def _loss_scale(lines: list[Curve]) -> str:
+    """Chooses a logarithmic scale where the (smoothed) loss falls by more than a factor of 20."""
+    values = np.concatenate([_main(curve) for curve in lines]) if lines else np.ones(1)
     is_wide = bool(values.min() > 0 and values.max() > 20 * values.min())
     return "log" if is_wide else "linear"
 
@@ -97,40 +95,40 @@ def _main(curve: Curve) -> Floats:
 
 def _over_time(
     run: Run,
-    found: list[Curve],
+    lines: list[Curve],
     title: str,
-    form: "Callable[[float], str]",
+    form: Callable[[float], str],
     *,
     scale: str = "linear",
     is_stepped: bool = False,
-) -> "Figure":
-    if not found:
+) -> Figure:
+    if not lines:
         return empty(title, "Nothing of this was measured in this run.")
     lanes = {} if is_stepped else _lanes(run)
     strip_inches = _LANE_INCHES * len(lanes)
-    is_smoothed = not is_stepped and any(smooth(curve.values) is not None for curve in found)
+    is_smoothed = not is_stepped and any(smooth(curve.values) is not None for curve in lines)
     subtitle = "Each line is one way to train the same task."
     if is_smoothed:
         subtitle += " Bold: running mean; faint: as measured."
     if scale == "log":
         subtitle += " Logarithmic scale."
-    made = canvas(3.75 + strip_inches + (0.12 if lanes else 0), title, subtitle)
-    width = made.width - _LEFT_INCHES - _RIGHT_INCHES
-    axes = made.axes(_LEFT_INCHES, 0.78, width, 2.5)
+    sheet = canvas(3.75 + strip_inches + (0.12 if lanes else 0), title, subtitle)
+    width = sheet.width - _LEFT_INCHES - _RIGHT_INCHES
+    axes = sheet.axes(_LEFT_INCHES, 0.78, width, 2.5)
     axes.set_yscale(scale)
-    for curve in found:
+    for curve in lines:
         _draw_curve(axes, curve, is_stepped=is_stepped)
-    _set_y(axes, found, scale)
+    _set_y(axes, lines, scale)
     plain_ticks(axes.yaxis, _TICK_FORM.get(form, form))
     end = last_step(run)
     step_axis(axes, end, name="" if lanes else "training step")
     if lanes:
         axes.tick_params(axis="x", labelbottom=False, length=0)
-        strip = made.axes(_LEFT_INCHES, 0.78 + 2.5 + 0.1, width, strip_inches)
+        strip = sheet.axes(_LEFT_INCHES, 0.78 + 2.5 + 0.1, width, strip_inches)
         _draw_lanes(strip, lanes)
         step_axis(strip, end)
-    label_line_ends(axes, [_end_label(curve, form) for curve in found])
-    return made.figure
+    label_line_ends(axes, [_end_label(curve, form) for curve in lines])
+    return sheet.figure
 
 
 def _draw_curve(axes: Any, curve: Curve, *, is_stepped: bool) -> None:
@@ -154,10 +152,10 @@ def _draw_curve(axes: Any, curve: Curve, *, is_stepped: bool) -> None:
     )
 
 
-def _set_y(axes: Any, found: list[Curve], scale: str) -> None:
+def _set_y(axes: Any, lines: list[Curve], scale: str) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    values = np.concatenate([_main(curve) for curve in found])
+    values = np.concatenate([_main(curve) for curve in lines])
     low, high = float(values.min()), float(values.max())
     if scale == "log":
         axes.set_ylim(low / 1.25, high * 1.25)
@@ -169,14 +167,14 @@ def _set_y(axes: Any, found: list[Curve], scale: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _end_label(curve: Curve, form: "Callable[[float], str]") -> EndLabel:
+def _end_label(curve: Curve, form: Callable[[float], str]) -> EndLabel:
     last = float(_main(curve)[-1])
     words = f"{ARM_LABEL[curve.arm]}  {form(last)}"
     return EndLabel(last, words, ARM_COLOR[curve.arm], is_bold=curve.arm == "grown")
 
 
 def _lanes(run: Run) -> dict[str, list[int]]:
-    """The steps of each kind of move of the grown arm's seeds that occurs at all."""
+    """Returns the steps of each kind of move that seeds of the grown arm made."""
     moves: dict[str, list[int]] = {stage: [] for stage in GLYPHS}
     for event in events_of(run, "grown"):
         if event["to"] in moves:
@@ -200,27 +198,7 @@ def _draw_lanes(strip: Any, lanes: dict[str, list[int]]) -> None:
             clip_on=False,
             label=stage,
         )
-        strip.annotate(
-            words,
-            (0, y),
-            (-8, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            va="center_baseline",
-            color=MUTED,
-            fontsize=SMALL_POINTS,
-        )
-        strip.annotate(
-            f"{count(len(steps))} {TIMES}",
-            (1, y),
-            (14, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="left",
-            va="center_baseline",
-            color=MUTED,
-            fontsize=SMALL_POINTS,
-        )
+        note(strip, words, (0, y), (-8, 0), ha="right")
+        note(strip, f"{count(len(steps))} {TIMES}", (1, y), (14, 0), ha="left")
     strip.set_ylim(len(lanes) - 0.4, -0.6)
     strip.set_yticks([])

@@ -1,4 +1,6 @@
-"""The folder of a run: written line by line while it trains, read back whole when it is done."""
+"""Writes the folder of a run line by line while it trains, and reads it when it is finished."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -9,10 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
+import numpy as np
+
 from esper_fn._lock import BusyFolderError, FolderLock
 from esper_fn.errors import RunFolderError
 from esper_fn.report._records import EVENT, MAX_LINE_BYTES, METRICS, Field, check, loads, plain
-from esper_fn.report._words import SCHEMA
+from esper_fn.report._words import SCHEMA, STAGES
 
 MARKER: Final = "esper-run.json"
 SUMMARY: Final = "summary.json"
@@ -29,9 +33,9 @@ class Run:
     """A finished run, as read from its folder.
 
     Attributes:
-        summary: the final numbers and the settings of the run.
-        events: every stage change of every seed, in the order in which they were written.
-        metrics: what was measured while training, one record per arm and measured step.
+      summary: the final numbers and the settings of the run.
+      events: every stage change of every seed, in the order in which they were written.
+      metrics: what was measured while training, one record per arm and measured step.
     """
 
     summary: dict[str, Any]
@@ -40,11 +44,11 @@ class Run:
 
 
 class RunFolder:
-    """The writer of one run folder; made by `create`.
+    """The writer of one run folder, from `create`.
 
     Lines are flushed as they are appended, so that a run that dies leaves what it had seen;
-    `summary.json` appears, whole, with `finish` and not before. Usable as a context manager, which
-    closes the files and finishes nothing.
+    `summary.json` appears, whole, with `finish` and not before. As a context manager it closes
+    the files and finishes nothing.
     """
 
     __slots__ = ("_events", "_is_finished", "_lock", "_metrics", "path")
@@ -57,28 +61,58 @@ class RunFolder:
         self._is_finished = False
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Append one stage change to `events.jsonl`.
+        """Appends one stage change to `events.jsonl`.
 
         Raises:
-            RunFolderError: the event does not hold what the schema asks for, or the folder is
-                finished or closed.
+          RunFolderError: the event does not hold what the schema requires, or the folder is
+            finished or closed.
         """
         self._append(self._events, EVENTS_FILE, event, EVENT)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append what one arm measured at one step to `metrics.jsonl`.
+        """Appends what one arm measured at one step to `metrics.jsonl`.
 
         Raises:
-            RunFolderError: as for `append_event`.
+          RunFolderError: as for `append_event`.
         """
         self._append(self._metrics, METRICS_FILE, metrics, METRICS)
 
-    def finish(self, summary: Mapping[str, Any]) -> Path:
-        """Write `summary.json` in one step, close the folder, and return the file's path.
+    def record(
+        self,
+        segment: Any,
+        *,
+        arm: str = "grown",
+        host_parameters: int = 0,
+        test_accuracy: float | None = None,
+        test_loss: float | None = None,
+    ) -> None:
+        """Appends the events of a segment of training and what it measured.
+
+        Args:
+          segment: a `runtime.Segment`, as the listener of `runtime.fit` or `fit_host` gets it.
+          arm: name of the arm, one of `host`, `grown`, `uniform`, `random`, `static`.
+          host_parameters: number of parameters of the host, without adapters.
+          test_accuracy: fraction of held-out targets that are predicted, where it was measured.
+          test_loss: loss on held-out data, where it was measured.
 
         Raises:
-            RunFolderError: `summary` has no form in JSON, is too large, or has another schema than
-                this version writes, or the folder is finished or closed.
+          RunFolderError: as for `append_event`.
+        """
+        for event in segment.events:
+            self.append_event({"arm": arm, **event})
+        scores = {"test_accuracy": test_accuracy, "test_loss": test_loss}
+        row = measure_segment(segment, arm=arm, host_parameters=host_parameters) | scores
+        self.append_metrics({key: row[key] for key in row if row[key] is not None or key == "loss"})
+
+    def finish(self, summary: Mapping[str, Any]) -> Path:
+        """Writes `summary.json` in one step and closes the folder.
+
+        Returns:
+          The path of the file.
+
+        Raises:
+          RunFolderError: `summary` has no form in JSON, is too large, or has another schema than
+            this version writes, or the folder is finished or closed.
         """
         target = self.path / SUMMARY
         self._require_open(SUMMARY)
@@ -106,7 +140,7 @@ class RunFolder:
         return target
 
     def close(self) -> None:
-        """Close the files and let another process have the folder.
+        """Closes the files and lets another process have the folder.
 
         What was appended stays; a folder without summary is unfinished.
         """
@@ -114,7 +148,7 @@ class RunFolder:
         self._metrics.close()
         self._lock.close()
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(
@@ -153,17 +187,43 @@ class RunFolder:
         file.flush()
 
 
+def measure_segment(segment: Any, *, arm: str, host_parameters: int) -> dict[str, Any]:
+    """Summarises a segment of training in one record of `metrics.jsonl`; see `RunFolder.record`."""
+    metrics = {
+        "arm": arm,
+        "step": segment.first_step + segment.num_steps,
+        "loss": float(np.mean(segment.losses)),
+        "parameters": host_parameters,
+        "stages": None,
+        "alpha": None,
+    }
+    if segment.infos is None:
+        return metrics
+    stage, alpha = segment.infos.stage[-1], segment.infos.alpha[-1]
+    names = tuple(STAGES)
+    counts = np.bincount(np.ravel(stage), minlength=len(names))
+    has_adapter = (stage >= names.index("GERMINATED")) & (stage <= names.index("FOSSILIZED"))
+    return metrics | {
+        "parameters": host_parameters + int(segment.infos.num_parameters[-1]),
+        "stages": {name: int(n) for name, n in zip(names, counts, strict=True) if n},
+        "alpha": {str(seed): float(alpha[seed]) for seed in np.flatnonzero(has_adapter).tolist()},
+    }
+
+
 def create(path: str | os.PathLike[str], *, overwrite: bool = False) -> RunFolder:
-    """Make a run folder, with its parents, and open it for writing.
+    """Makes a run folder, with its parents, and open it for writing.
 
     Args:
-        path: the folder; it may exist if it is empty.
-        overwrite: replace the run that `path` holds. Only files that a run folder owns are
-            removed; anything else in it stays.
+      path: the folder; it may exist if it is empty.
+      overwrite: replace the run that `path` holds. Only files that a run folder owns are
+        removed; anything else in it stays.
+
+    Returns:
+      The open folder.
 
     Raises:
-        RunFolderError: `path` is not a folder, holds files that are no run of ours, holds a run and
-            `overwrite` is False, or a living process writes a run there, which is named.
+      RunFolderError: `path` is not a folder, holds files that are no run of ours, holds a run and
+        `overwrite` is False, or a living process writes a run there, which is named.
     """
     folder = Path(path)
     try:
@@ -210,7 +270,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def write_atomically(target: Path, text: str) -> None:
-    """Write `text` to `target` so that a reader sees the old file or the new one, whole."""
+    """Writes `text` to `target` so that a reader sees the old file or the new one, whole."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -224,15 +284,18 @@ def write_atomically(target: Path, text: str) -> None:
 
 
 def read(path: str | os.PathLike[str], *, max_bytes: int = MAX_LINES_BYTES) -> Run:
-    """Read a finished run.
+    """Reads a finished run.
 
     Args:
-        path: the run folder.
-        max_bytes: the largest `events.jsonl` and `metrics.jsonl` to read, in bytes each.
+      path: the run folder.
+      max_bytes: the largest `events.jsonl` and `metrics.jsonl` to read, in bytes each.
+
+    Returns:
+      The run.
 
     Raises:
-        RunFolderError: a file is missing, too large, or holds something that a run does not; the
-            message names the file, the line, and what to do.
+      RunFolderError: a file is missing, too large, or holds something that a run does not; the
+        message names the file, the line, and what to do.
     """
     folder = Path(path)
     if not folder.is_dir():

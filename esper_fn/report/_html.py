@@ -1,4 +1,6 @@
-"""The report of a run: one page that needs nothing but itself."""
+"""Writes the report of a run: one page that needs nothing but itself."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from esper_fn.report import figures
 from esper_fn.report._bars import num_repeats, scores
 from esper_fn.report._css import CSS
 from esper_fn.report._folder import REPORT, Run, read, write_atomically
-from esper_fn.report._style import count
+from esper_fn.report._format import count
 from esper_fn.report._svg import css_variables, to_svg
 from esper_fn.report._verdict import verdict
 from esper_fn.report._words import accuracy_name, number
@@ -39,10 +41,10 @@ _SITES: Final = "Whether seeds stayed where the measured potential promised most
 
 
 def render(run: Run) -> str:
-    """The report of `run` as one self-contained HTML page: inline SVG and CSS, no script.
+    """Writes the report of `run` as one self-contained HTML page: inline SVG and CSS, no script.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+      ModuleNotFoundError: matplotlib is not installed.
     """
     title = f"{_setting(run, 'data')} · {_setting(run, 'host')}"
     sentences = "".join(f"<p>{tables.safe(sentence)}</p>" for sentence in verdict(run))
@@ -66,22 +68,33 @@ def render(run: Run) -> str:
 {_figures(run)}
 <h2>The stages of a seed</h2>
 <p>A seed is a place in the host where a small network, its adapter, can grow. It moves through
-these stages; rules measured during training decide each step.</p> <div
-class="wide">{tables.stage_table(run)}</div> <h2>What happened</h2> {tables.event_table(run)}
-{tables.rollback_section(run)}<h2>What it cost</h2> <div class="wide">{tables.cost_table(run)}</div>
-<div class="columns"> <section><h2>Settings</h2>{tables.settings_table(run)}</section>
-<section><h2>Versions</h2>{tables.versions_table(run)}</section> </div> <footer>Made by Esper-fn
-from <code>summary.json</code>, <code>events.jsonl</code> and <code>metrics.jsonl</code> in this
-folder.</footer> </main> </body> </html>
+these stages; rules measured during training decide each step.</p>
+<div class="wide">{tables.stage_table(run)}</div>
+<h2>What happened</h2>
+{tables.event_table(run)}
+{tables.rollback_section(run)}<h2>What it cost</h2>
+<div class="wide">{tables.cost_table(run)}</div>
+<div class="columns">
+<section><h2>Settings</h2>{tables.settings_table(run)}</section>
+<section><h2>Versions</h2>{tables.versions_table(run)}</section>
+</div>
+<footer>Made by Esper-fn from <code>summary.json</code>, <code>events.jsonl</code> and
+<code>metrics.jsonl</code> in this folder.</footer>
+</main>
+</body>
+</html>
 """
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
-    """Read the finished run in the folder `path`, write its `report.html`, and return the file.
+    """Reads the finished run in the folder `path` and writes its `report.html`.
+
+    Returns:
+      The path of the page.
 
     Raises:
-        RunFolderError: the folder does not hold a finished run.
-        ModuleNotFoundError: matplotlib is not installed.
+      RunFolderError: the folder does not hold a finished run.
+      ModuleNotFoundError: matplotlib is not installed.
     """
     target = Path(path) / REPORT
     write_atomically(target, render(read(path)))
@@ -110,7 +123,7 @@ def _lede(run: Run) -> str:
 
 
 def _figures(run: Run) -> str:
-    """The figures that have something to show, each with its caption."""
+    """Draws the figures that have something to show, each with its caption."""
     has = {
         key: any(number(record, key) is not None for record in run.metrics)
         for key in ("test_accuracy", "loss", "test_loss", "parameters")
@@ -134,11 +147,11 @@ def _figures(run: Run) -> str:
     return "\n".join(drawn)
 
 
-def _held_out_loss(run: Run) -> "Figure":
+def _held_out_loss(run: Run) -> Figure:
     return figures.loss_curves(run, is_held_out=True)
 
 
-def _figure(run: Run, name: str, draw: Callable[[Run], "Figure | None"], caption: str) -> str:
+def _figure(run: Run, name: str, draw: Callable[[Run], Figure | None], caption: str) -> str:
     figure = draw(run)
     if figure is None:
         return ""

@@ -1,26 +1,28 @@
-"""Figures of seeds: the stages they passed, how they were let in, and where they stayed."""
+"""Draws seeds: the stages they passed, how they were grafted, and where they stayed."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
 from esper_fn.report._folder import Run
+from esper_fn.report._format import MINUS, count, short_names
 from esper_fn.report._series import History, Ramp, events_of, histories, last_step, ramps
 from esper_fn.report._style import (
     ARM_COLOR,
     INK,
     LINE,
-    MINUS,
     MUTED,
     PAPER,
     SMALL_POINTS,
+    TEXT_POINTS,
     TITLE_INCHES,
     Key,
     canvas,
-    count,
     empty,
     legend,
     legend_height,
+    note,
     plain_ticks,
-    short_names,
     step_axis,
     styled,
 )
@@ -40,75 +42,69 @@ _OPEN: Final = STAGES["EVALUATING"].color
 
 
 @styled
-def stage_map(run: Run, *, arm: str = "grown") -> "Figure":
-    """Draw the stage of every seed over time: one row a seed, grouped by site.
+def stage_map(run: Run, *, arm: str = "grown") -> Figure:
+    """Draws the stage of every seed over time: one row a seed, grouped by site.
 
     Only seeds that ever left DORMANT get a row, at most `MAX_ROWS` of them, evenly spaced in the
     order of sites and seeds, so that failures show as often as they happened; the figure says how
     many it leaves out.
 
     Args:
-        run: the run to draw.
-        arm: "grown", "uniform" or "random".
+      run: the run to draw.
+      arm: "grown", "uniform" or "random".
 
     Returns:
-        A figure with one collection of bars for each stage that occurs.
+      A figure with one collection of bars for each stage that occurs.
     """
     title = "The life of every seed" if arm == "grown" else f"The life of every seed: {arm} growth"
-    every = histories(run, arm)
-    if not every:
+    seeds = histories(run, arm)
+    if not seeds:
         return empty(title, "No seed left DORMANT in this run.")
-    shown = _choose(every)
-    rows, span = _rows(shown)
+    drawn = _choose(seeds)
+    rows, span = _rows(drawn)
     row_inches = min(0.24, max(0.118, 5.4 / span))
-    stages = [stage for stage in STAGES if any(s.stage == stage for h in shown for s in h.stays)]
+    stages = [stage for stage in STAGES if any(s.stage == stage for h in drawn for s in h.stays)]
     keys = [Key("s", STAGES[stage].color, STAGES[stage].label) for stage in stages]
     top = 0.8 + legend_height(keys)
-    notes = _left_out(run, every, shown)
-    made = canvas(top + span * row_inches + 0.52 + 0.17 * len(notes), title, _subtitle(every))
-    legend(made, keys, 0.66)
-    axes = made.axes(_MARGIN_INCHES, top, made.width - _MARGIN_INCHES - 0.35, span * row_inches)
-    _draw_rows(axes, shown, rows)
+    notes = _left_out(run, seeds, drawn)
+    sheet = canvas(top + span * row_inches + 0.52 + 0.17 * len(notes), title, _subtitle(seeds))
+    legend(sheet, keys, 0.66)
+    axes = sheet.axes(_MARGIN_INCHES, top, sheet.width - _MARGIN_INCHES - 0.35, span * row_inches)
+    _draw_rows(axes, drawn, rows)
     axes.set_ylim(span - 0.5, -0.5)
     axes.set_yticks([])
     step_axis(axes, last_step(run))
-    _label_rows(axes, shown, rows, row_inches)
-    for i, note in enumerate(reversed(notes)):
-        made.text(
-            TITLE_INCHES,
-            made.height - 0.08 - 0.17 * i,
-            note,
-            fontsize=SMALL_POINTS,
-            color=MUTED,
-            va="bottom",
-        )
-    return made.figure
+    _label_rows(axes, drawn, rows, row_inches)
+    for i, line in enumerate(reversed(notes)):
+        top = sheet.height - 0.08 - 0.17 * i
+        sheet.text(TITLE_INCHES, top, line, fontsize=SMALL_POINTS, color=MUTED, va="bottom")
+    return sheet.figure
 
 
-def _choose(every: list[History]) -> list[History]:
-    """At most `MAX_ROWS` seeds, evenly spaced; seeds lie by site, so sites get their share."""
-    if len(every) <= MAX_ROWS:
-        return every
-    return [every[i * len(every) // MAX_ROWS] for i in range(MAX_ROWS)]
+def _choose(seeds: list[History]) -> list[History]:
+    """Chooses at most `MAX_ROWS` seeds, evenly spaced, so that every site gets its share."""
+    if len(seeds) <= MAX_ROWS:
+        return seeds
+    return [seeds[i * len(seeds) // MAX_ROWS] for i in range(MAX_ROWS)]
 
 
-def _rows(shown: list[History]) -> tuple[list[float], float]:
-    """The y of each row, and the height of all of them, both in rows."""
+def _rows(drawn: list[History]) -> tuple[list[float], float]:
+    """Returns the y of each row, and the height of all of them, both in rows."""
     rows: list[float] = []
     y = 0.0
-    for i, history in enumerate(shown):
-        if i and history.site != shown[i - 1].site:
+    for i, history in enumerate(drawn):
+        if i and history.site != drawn[i - 1].site:
             y += _GROUP_GAP
         rows.append(y)
         y += 1.0
     return rows, y
 
 
-def _draw_rows(axes: Any, shown: list[History], rows: list[float]) -> None:
+def _draw_rows(axes: Any, drawn: list[History], rows: list[float]) -> None:
     from matplotlib.collections import PolyCollection
 
     bars: dict[str, list[list[tuple[float, float]]]] = {}
-    for history, y in zip(shown, rows, strict=True):
+    for history, y in zip(drawn, rows, strict=True):
         for stay in history.stays:
             half = 0.07 if stay.stage == "DORMANT" else 0.38
             x0, x1 = float(stay.start), float(stay.end)
@@ -126,59 +122,39 @@ def _draw_rows(axes: Any, shown: list[History], rows: list[float]) -> None:
             )
 
 
-def _label_rows(axes: Any, shown: list[History], rows: list[float], row_inches: float) -> None:
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+def _label_rows(axes: Any, drawn: list[History], rows: list[float], row_inches: float) -> None:
     small = min(7.5, row_inches * 72 * 0.8)
-    sites = [h.site for h in shown]
+    sites = [h.site for h in drawn]
     names = short_names(dict.fromkeys(sites), limit=18)
-    for i, (history, y) in enumerate(zip(shown, rows, strict=True)):
-        axes.annotate(
-            f"#{history.seed}",
-            (0, y),
-            (-6, 0),
-            ha="right",
-            va="center_baseline",
-            fontsize=small,
-            color=MUTED,
-            **place,
-        )
+    for i, (history, y) in enumerate(zip(drawn, rows, strict=True)):
+        note(axes, f"#{history.seed}", (0, y), (-6, 0), ha="right", fontsize=small)
         if i == 0 or sites[i - 1] != history.site:
-            axes.annotate(
-                names[history.site],
-                (0, y),
-                (-72 * (_MARGIN_INCHES - TITLE_INCHES), 0),
-                ha="left",
-                va="center_baseline",
-                fontsize=8.5,
-                fontweight="bold",
-                color=INK,
-                parse_math=False,
-                annotation_clip=False,
-                **place,
-            )
+            offset = (-72 * (_MARGIN_INCHES - TITLE_INCHES), 0)
+            look = {"ha": "left", "color": INK, "fontsize": 8.5, "fontweight": "bold"}
+            note(axes, names[history.site], (0, y), offset, annotation_clip=False, **look)
 
 
-def _subtitle(every: list[History]) -> str:
-    fossils = sum(h.is_fossil for h in every)
-    sites = len({h.site for h in every})
+def _subtitle(seeds: list[History]) -> str:
+    fossils = sum(h.is_fossil for h in seeds)
+    sites = len({h.site for h in seeds})
     return (
-        f"{_seeds(len(every))} at {sites} {'site' if sites == 1 else 'sites'} left DORMANT;"
+        f"{_seeds(len(seeds))} at {sites} {'site' if sites == 1 else 'sites'} left DORMANT;"
         f" {fossils} ended as a permanent part of the network."
     )
 
 
-def _left_out(run: Run, every: list[History], shown: list[History]) -> list[str]:
+def _left_out(run: Run, seeds: list[History], drawn: list[History]) -> list[str]:
     notes = []
-    if len(shown) < len(every):
-        hidden = len(every) - len(shown)
-        fossils = sum(h.is_fossil for h in every) - sum(h.is_fossil for h in shown)
+    if len(drawn) < len(seeds):
+        hidden = len(seeds) - len(drawn)
+        fossils = sum(h.is_fossil for h in seeds) - sum(h.is_fossil for h in drawn)
         notes.append(
-            f"Drawn: {len(shown)} of these {_seeds(len(every))}, evenly spaced."
+            f"Drawn: {len(drawn)} of these {_seeds(len(seeds))}, evenly spaced."
             f" Left out: {_seeds(hidden)}, {fossils} of them fossilized."
         )
     total = number(run.summary, "seeds_total")
-    if total is not None and total >= len(every):
-        notes.append(f"Not drawn: {_seeds(int(total) - len(every))} that never left DORMANT.")
+    if total is not None and total >= len(seeds):
+        notes.append(f"Not drawn: {_seeds(int(total) - len(seeds))} that never left DORMANT.")
     return notes
 
 
@@ -187,45 +163,45 @@ def _seeds(num: int) -> str:
 
 
 @styled
-def alpha_curves(run: Run, *, arm: str = "grown") -> "Figure":
-    """Draw alpha, the share with which each adapter acts, over time; coloured by its fate.
+def alpha_curves(run: Run, *, arm: str = "grown") -> Figure:
+    """Draws alpha, the share with which each adapter acts, over time; coloured by its fate.
 
     Args:
-        run: the run to draw.
-        arm: "grown", "uniform" or "random".
+      run: the run to draw.
+      arm: "grown", "uniform" or "random".
 
     Returns:
-        A figure with one line for each life of an adapter, at most `MAX_RAMPS` of them.
+      A figure with one line for each life of an adapter, at most `MAX_RAMPS` of them.
     """
     title = "How adapters were let into the host"
-    every = ramps(run, arm)
-    if not every:
+    lives = ramps(run, arm)
+    if not lives:
         return empty(title, f"No adapter was recorded in the {ARM_LABEL.get(arm, arm)} run.")
-    shown = every if len(every) <= MAX_RAMPS else every[:: -(-len(every) // MAX_RAMPS)]
+    drawn = lives if len(lives) <= MAX_RAMPS else lives[:: -(-len(lives) // MAX_RAMPS)]
     subtitle = (
         "Alpha of every adapter until its fate was decided: 0 has no effect, 1 has its full effect."
     )
-    if len(shown) < len(every):
-        subtitle += f" {len(shown)} of {len(every)} adapters are drawn."
-    made = canvas(3.7, title, subtitle)
-    legend(made, _fate_keys(every), 0.66)
-    axes = made.axes(0.55, 1.05, made.width - 0.9, 2.12)
-    for ramp in shown:
-        _draw_ramp(axes, ramp, is_crowded=len(shown) > 40)
+    if len(drawn) < len(lives):
+        subtitle += f" {len(drawn)} of {len(lives)} adapters are drawn."
+    sheet = canvas(3.7, title, subtitle)
+    legend(sheet, _fate_keys(lives), 0.66)
+    axes = sheet.axes(0.55, 1.05, sheet.width - 0.9, 2.12)
+    for ramp in drawn:
+        _draw_ramp(axes, ramp, is_crowded=len(drawn) > 40)
     axes.set_ylim(-0.04, 1.06)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     plain_ticks(axes.yaxis, lambda value: f"{value:g}")
     step_axis(axes, last_step(run))
-    return made.figure
+    return sheet.figure
 
 
-def _fate_keys(every: list[Ramp]) -> list[Key]:
-    kept = sum(ramp.fate == "FOSSILIZED" for ramp in every)
-    still = sum(ramp.fate is None for ramp in every)
+def _fate_keys(lives: list[Ramp]) -> list[Key]:
+    fossils = sum(ramp.fate == "FOSSILIZED" for ramp in lives)
+    undecided = sum(ramp.fate is None for ramp in lives)
     keys = [
-        Key("D", _KEPT, f"kept: fossilized ({kept})"),
-        Key("x", _REMOVED, f"removed again ({len(every) - kept - still})"),
-        Key("-", _OPEN, f"undecided at the end ({still})"),
+        Key("D", _KEPT, f"kept: fossilized ({fossils})"),
+        Key("x", _REMOVED, f"removed again ({len(lives) - fossils - undecided})"),
+        Key("-", _OPEN, f"undecided at the end ({undecided})"),
     ]
     return [key for key in keys if not key.words.endswith("(0)")]
 
@@ -261,17 +237,17 @@ def _draw_ramp(axes: Any, ramp: Ramp, *, is_crowded: bool) -> None:
 
 
 @styled
-def where_it_grew(run: Run, *, arm: str = "grown") -> "Figure | None":
-    """Draw, for each site, the growth potential that was measured there and the seeds it kept.
+def where_it_grew(run: Run, *, arm: str = "grown") -> Figure | None:
+    """Draws, for each site, the growth potential that was measured there and the seeds it kept.
 
     The potential is the mean of `measured["potential"]` over the germinations of a site.
 
     Args:
-        run: the run to draw.
-        arm: "grown", "uniform" or "random".
+      run: the run to draw.
+      arm: "grown", "uniform" or "random".
 
     Returns:
-        A figure with one bar a site on each side, or None when no germination measured a potential.
+      A figure with one bar a site on each side, or None when no germination measured a potential.
     """
     potentials: dict[str, list[float]] = {}
     tried: dict[str, set[int]] = {}
@@ -283,49 +259,35 @@ def where_it_grew(run: Run, *, arm: str = "grown") -> "Figure | None":
                 potentials.setdefault(event["site"], []).append(potential)
     if not potentials:
         return None
-    means = {site: sum(found) / len(found) for site, found in potentials.items()}
+    means = {site: sum(values) / len(values) for site, values in potentials.items()}
     sites = sorted(tried, key=lambda site: -means.get(site, float("-inf")))
-    kept = dict.fromkeys(sites, 0)
+    fossils = dict.fromkeys(sites, 0)
     for history in histories(run, arm):
-        if history.site in kept and history.is_fossil:
-            kept[history.site] += 1
+        if history.site in fossils and history.is_fossil:
+            fossils[history.site] += 1
     height = max(0.6, 0.3 * len(sites))
-    made = canvas(
+    sheet = canvas(
         height + 1.12,
         "Where it grew",
         "Left: the growth potential measured when seeds germinated. Right: what stayed there.",
     )
-    half = (made.width - _MARGIN_INCHES - 0.5) / 2
-    left = made.axes(_MARGIN_INCHES, 1.0, half - 0.3, height)
-    right = made.axes(_MARGIN_INCHES + half, 1.0, half, height)
-    made.text(_MARGIN_INCHES, 0.94, "mean potential", color=MUTED, va="bottom")
-    made.text(_MARGIN_INCHES + half, 0.94, "seeds kept of those tried", color=MUTED, va="bottom")
+    half = (sheet.width - _MARGIN_INCHES - 0.5) / 2
+    left = sheet.axes(_MARGIN_INCHES, 1.0, half - 0.3, height)
+    right = sheet.axes(_MARGIN_INCHES + half, 1.0, half, height)
+    sheet.text(_MARGIN_INCHES, 0.94, "mean potential", color=MUTED, va="bottom")
+    sheet.text(_MARGIN_INCHES + half, 0.94, "seeds kept of those tried", color=MUTED, va="bottom")
     _site_bars(left, [means.get(site, 0.0) for site in sites], ARM_COLOR["grown"])
     _site_bars(right, [len(tried[site]) for site in sites], LINE)
-    _site_bars(right, [kept[site] for site in sites], _KEPT)
+    _site_bars(right, [fossils[site] for site in sites], _KEPT)
     names = short_names(sites, limit=22)
     for y, site in enumerate(sites):
-        look: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
-        left.annotate(
-            names[site],
-            (0, y),
-            (-8, 0),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            color=INK,
-            parse_math=False,
-            **look,
-        )
-        known = f"{means[site]:.3g}".replace("-", MINUS) if site in means else "not measured"
-        left.annotate(known, (max(means.get(site, 0.0), 0.0), y), (5, 0), color=MUTED, **look)
-        right.annotate(
-            f"{kept[site]} of {len(tried[site])}",
-            (len(tried[site]), y),
-            (5, 0),
-            color=MUTED,
-            **look,
-        )
-    return made.figure
+        note(left, names[site], (0, y), (-8, 0), ha="right", color=INK, fontsize=TEXT_POINTS)
+        mean = f"{means[site]:.3g}".replace("-", MINUS) if site in means else "not measured"
+        point = (max(means.get(site, 0.0), 0.0), y)
+        note(left, mean, point, (5, 0), "data", fontsize=TEXT_POINTS)
+        share = f"{fossils[site]} of {len(tried[site])}"
+        note(right, share, (len(tried[site]), y), (5, 0), "data", fontsize=TEXT_POINTS)
+    return sheet.figure
 
 
 def _site_bars(axes: Any, values: list[float] | list[int], color: str) -> None:

@@ -1,7 +1,9 @@
-"""Strict JSON, and the tables that say what a line of a run folder must hold.
+"""Reads and writes strict JSON, and checks each line of a run folder against a table.
 
-Strict means: a number that is not finite is written as null, and is refused when read.
+Strict means that a number that is not finite is written as null, and is refused when read.
 """
+
+from __future__ import annotations
 
 import enum
 import json
@@ -19,10 +21,10 @@ _MAX_DEPTH: Final = 32
 
 
 def plain(value: object, name: str = "value", depth: int = 0) -> Any:
-    """`value` as what JSON can hold: enums by name, arrays as lists, non-finite numbers as None.
+    """Turns `value` into JSON: enums by name, arrays as lists, non-finite numbers as None.
 
     Raises:
-        ValueError: `value` holds something that JSON has no form for, or nests too deeply.
+      ValueError: `value` holds something that JSON has no form for, or nests too deeply.
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name} nests deeper than {_MAX_DEPTH} levels; flatten it")
@@ -61,10 +63,10 @@ def _plain_mapping(value: Mapping[Any, object], name: str, depth: int) -> dict[s
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse strict JSON.
+    """Parses strict JSON.
 
     Raises:
-        ValueError: `text` is not JSON, or holds NaN, Infinity, or a number too large for a float.
+      ValueError: `text` is not JSON, or holds NaN, Infinity, or a number too large for a float.
     """
     data = text.encode() if isinstance(text, str) else text
     # Before it is parsed: an empty list takes 3 bytes here and 60 in memory.
@@ -152,15 +154,15 @@ METRICS: Final[Mapping[str, Field]] = {
 
 
 def check(record: Any, table: Mapping[str, Field]) -> dict[str, Any]:
-    """Return `record` when it holds what `table` asks for; a missing key counts as null.
+    """Returns `record` when it holds what `table` requires; a missing key counts as null.
 
     Raises:
-        ValueError: a key holds something else; the message names key, value and allowed set.
+      ValueError: a key holds something else; the message names key, value and allowed set.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a mapping, got {type(record).__name__}")
     for key, field in table.items():
         if not field.accepts(record.get(key)):
-            found = repr(record[key])[:80] if key in record else "missing"
-            raise ValueError(f"{key!r} is {found}; it must be {field.allowed}")
+            actual = repr(record[key])[:80] if key in record else "missing"
+            raise ValueError(f"{key!r} is {actual}; it must be {field.allowed}")
     return record

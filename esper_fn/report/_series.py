@@ -1,4 +1,6 @@
-"""What the figures draw, taken from the records of a run: curves, seed histories, fates."""
+"""Takes what the figures draw from the records of a run: curves, histories of seeds, fates."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ _MAX_POINTS: Final = 1_000
 
 
 class Curve(NamedTuple):
-    """One quantity of one arm at the training steps where it was measured and finite."""
+    """A quantity of an arm at the training steps where it was measured and finite."""
 
     arm: str
     steps: Floats
@@ -33,7 +35,7 @@ class Stay(NamedTuple):
 
 
 class History(NamedTuple):
-    """The way of one seed through the stages; seeds that never moved have none."""
+    """The path of a seed through the stages; seeds that never moved have none."""
 
     seed: int
     site: str
@@ -58,19 +60,19 @@ class Ramp(NamedTuple):
 
 
 def curves(run: Run, key: str) -> list[Curve]:
-    """`key` of every arm that measured it at least once, in the order of `ARMS`."""
-    found = []
+    """Returns `key` of every arm that measured it at least once, in the order of `ARMS`."""
+    result = []
     for arm in ARMS:
         records = sorted((m for m in run.metrics if m["arm"] == arm), key=lambda m: m["step"])
         pairs = [(m["step"], v) for m in records if (v := number(m, key)) is not None]
         if pairs:
             steps, values = np.array(pairs, dtype=np.float64).T
-            found.append(Curve(arm, *_thin(steps, values)))
-    return found
+            result.append(Curve(arm, *_thin(steps, values)))
+    return result
 
 
 def _thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """At most `_MAX_POINTS` points: the means of equal runs of points, first and last kept."""
+    """Thins a curve to `_MAX_POINTS` means of equal runs of points; first and last stay."""
     if len(steps) <= _MAX_POINTS:
         return steps, values
     edges = np.linspace(1, len(steps) - 1, _MAX_POINTS - 1).astype(int)
@@ -84,7 +86,7 @@ def _thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
 
 
 def smooth(values: Floats) -> Floats | None:
-    """A centred running mean over 1/40 of the points, or None where there are too few for one."""
+    """Returns a centred running mean over 1/40 of the points, or None where they are too few."""
     width = len(values) // 40
     if width < 2:
         return None
@@ -96,24 +98,24 @@ def smooth(values: Floats) -> Floats | None:
 
 
 def last_step(run: Run) -> int:
-    """The last training step that anything in the run speaks of; at least 1."""
+    """Returns the last training step that a record of the run names; at least 1."""
     steps: list[int] = [record["step"] for record in (*run.metrics, *run.events)]
     declared = number(run.summary, "steps")
     return max(1, *steps, int(declared or 0))
 
 
 def events_of(run: Run, arm: str) -> list[dict[str, Any]]:
-    """The events of one arm in the order of their steps."""
+    """Returns the events of one arm in the order of their steps."""
     return sorted((e for e in run.events if e["arm"] == arm), key=lambda e: e["step"])
 
 
 def histories(run: Run, arm: str) -> list[History]:
-    """The histories of all seeds that ever moved, by site (in order of seeds), then by seed."""
+    """Returns the histories of all seeds that moved, by site (in order of seeds), then by seed."""
     end = last_step(run)
     by_seed: dict[int, list[dict[str, Any]]] = {}
     for event in events_of(run, arm):
         by_seed.setdefault(event["seed"], []).append(event)
-    found = []
+    result = []
     for seed, events in sorted(by_seed.items()):
         stages = [events[0]["from"], *(event["to"] for event in events)]
         starts = [0, *(event["step"] for event in events), end]
@@ -123,14 +125,15 @@ def histories(run: Run, arm: str) -> list[History]:
             if starts[i] < starts[i + 1] or i == len(stages) - 1
         )
         first = events[0]
-        found.append(History(seed, first["site"], first["chunk"], stays, len(events)))
-    order = {site: i for i, site in enumerate(dict.fromkeys(h.site for h in found))}
-    return sorted(found, key=lambda h: (order[h.site], h.seed))
+        result.append(History(seed, first["site"], first["chunk"], stays, len(events)))
+    order = {site: i for i, site in enumerate(dict.fromkeys(h.site for h in result))}
+    return sorted(result, key=lambda h: (order[h.site], h.seed))
 
 
 def ramps(run: Run, arm: str) -> list[Ramp]:
-    """Alpha of every life of every adapter; a seed whose adapter was freed starts a new life
-    later.
+    """Returns alpha over every life of every adapter.
+
+    A seed whose adapter was freed starts a new life later.
     """
     records = sorted(
         (m for m in run.metrics if m["arm"] == arm and m.get("alpha") is not None),
@@ -148,16 +151,16 @@ def ramps(run: Run, arm: str) -> list[Ramp]:
     ended.extend((int(key), life) for key, life in open_lives.items())
     events = events_of(run, arm)
     fates = _fates(events)
-    found = [
+    result = [
         _ramp(seed, _anchored(life, seed, events), fates.get(seed, ())) for seed, life in ended
     ]
-    return sorted(found, key=lambda ramp: (ramp.steps[0], ramp.seed))
+    return sorted(result, key=lambda ramp: (ramp.steps[0], ramp.seed))
 
 
 def _anchored(
     life: list[tuple[int, float]], seed: int, events: Iterable[dict[str, Any]]
 ) -> list[tuple[int, float]]:
-    """A life with the steps between samples where its ramp began, at 0, and where it ended."""
+    """Adds to a life the steps between samples where its ramp began, at 0, and where it ended."""
     before, points = -1, dict(life)
     for event in events:
         step = event["step"]
@@ -169,7 +172,7 @@ def _anchored(
             points.setdefault(step, 0.0)
         elif event["from"] == "GRAFTING" and event["to"] == "STABILIZATION":
             # A sample's step counts the steps done, an event's is its own: at 275 it came before.
-            points[step] = next((alpha for at, alpha in life if at > step), life[-1][1])
+            points[step] = next((alpha for later, alpha in life if later > step), life[-1][1])
     return sorted((step, alpha) for step, alpha in points.items() if step > before)
 
 

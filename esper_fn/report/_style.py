@@ -1,17 +1,20 @@
-"""How every figure looks: colours, type, an own set of matplotlib settings, and small helpers.
+"""Gives every figure its looks: colours, type, matplotlib settings of its own, small helpers.
 
 Figures are made without pyplot. Matplotlib reads its settings from one global table, so each figure
 function runs with the defaults plus `_SETTINGS` and puts the table back: whatever style a notebook
 has chosen, a figure of a report looks the same.
 """
 
+from __future__ import annotations
+
 import functools
 import math
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
+
+from esper_fn.report._format import clean, count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +48,6 @@ DARK: Final = {
     ARM_COLOR["random"]: "#e3a13a",
     ARM_COLOR["static"]: "#e07fbe",
 }
-
-TIMES: Final = "\N{MULTIPLICATION SIGN}"
-MINUS: Final = "\N{MINUS SIGN}"
 
 WIDTH_INCHES: Final = 10.0
 TEXT_POINTS: Final = 9.0
@@ -86,10 +86,10 @@ _SETTINGS: Final = {
 
 @contextmanager
 def house_style(**settings: object) -> Iterator[None]:
-    """Matplotlib's defaults with the settings of the house, for the length of a `with` block.
+    """Sets matplotlib's defaults with the settings of the house, for the length of a `with` block.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+      ModuleNotFoundError: matplotlib is not installed.
     """
     try:
         import matplotlib as mpl
@@ -108,7 +108,7 @@ def house_style(**settings: object) -> Iterator[None]:
 
 
 def styled(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a figure function in the style of the house."""
+    """Runs a figure function in the style of the house."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -121,107 +121,80 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
 class Canvas(NamedTuple):
     """A figure measured in inches from its top left corner, with a title and a subtitle."""
 
-    figure: "Figure"
+    figure: Figure
     width: float
     height: float
 
-    def axes(self, left: float, top: float, width: float, height: float) -> "Axes":
-        """Axes whose box lies `left` and `top` inches from the corner."""
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Adds axes whose box lies `left` and `top` inches from the corner."""
         bottom = self.height - top - height
         return self.figure.add_axes(
             (left / self.width, bottom / self.height, width / self.width, height / self.height)
         )
 
     def text(self, left: float, top: float, words: str, **look: Any) -> None:
-        """Plain text at a place in inches; never read as mathematics."""
+        """Writes text at a position in inches; it is never read as mathematics."""
         self.figure.text(
             left / self.width, 1 - top / self.height, clean(words), parse_math=False, **look
         )
 
 
 def canvas(height: float, title: str, subtitle: str = "") -> Canvas:
-    """An empty figure of the house's width, `height` inches high."""
+    """Makes an empty figure of the house's width, `height` inches high."""
     from matplotlib.figure import Figure
 
-    made = Canvas(Figure(figsize=(WIDTH_INCHES, height)), WIDTH_INCHES, height)
-    made.text(TITLE_INCHES, 0.10, title, fontsize=12.5, fontweight="bold", va="top")
+    sheet = Canvas(Figure(figsize=(WIDTH_INCHES, height)), WIDTH_INCHES, height)
+    sheet.text(TITLE_INCHES, 0.10, title, fontsize=12.5, fontweight="bold", va="top")
     if subtitle:
-        made.text(TITLE_INCHES, 0.37, subtitle, fontsize=TEXT_POINTS, color=MUTED, va="top")
-    return made
+        sheet.text(TITLE_INCHES, 0.37, subtitle, fontsize=TEXT_POINTS, color=MUTED, va="top")
+    return sheet
 
 
-def empty(title: str, why: str) -> "Figure":
-    """A low figure that says why there is nothing to draw."""
+def empty(title: str, why: str) -> Figure:
+    """Makes a low figure that says why there is nothing to draw."""
     return canvas(0.75, title, why).figure
 
 
-def clean(words: str, limit: int | None = None) -> str:
-    """`words` without control characters or lone surrogates, cut to `limit` characters."""
-    printable = "".join("\N{REPLACEMENT CHARACTER}" if _is_control(c) else c for c in words)
-    if limit is not None and len(printable) > limit:
-        return printable[: limit - 1] + "…"
-    return printable
-
-
-def short_names(names: Iterable[str], limit: int) -> dict[str, str]:
-    """Each name cut to `limit` characters where it can be cut without meeting another one.
-
-    The cut lies in the middle, or else where it keeps the names apart; where no cut does, the
-    names are numbered.
-    """
-    printable = {name: clean(name) for name in names}
-
-    def cut(name: str, tail: int) -> str:
-        if len(name) <= limit:
-            return name
-        return f"{name[: limit - 1 - tail]}…{name[len(name) - tail :]}"
-
-    middle = (limit - 1) // 2
-    for tail in sorted(range(limit), key=lambda tail: abs(tail - middle)):
-        short = {name: cut(text, tail) for name, text in printable.items()}
-        if len(set(short.values())) == len(short):
-            return short
-    return {
-        name: f"{i}: {clean(text, limit - len(f'{i}: '))}"
-        for i, (name, text) in enumerate(printable.items())
-    }
-
-
-def _is_control(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category.startswith("C") or category in {"Zl", "Zp"}
-
-
 def plain_ticks(axis: Any, form: Callable[[float], str]) -> None:
-    """Write the ticks of `axis` with `form`."""
+    """Writes the ticks of `axis` with `form`."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _position: form(value)))
 
 
-def step_axis(axes: "Axes", end: float, *, name: str = "training step") -> None:
-    """Make x the training steps from 0 to `end`, named at its right end."""
+def step_axis(axes: Axes, end: float, *, name: str = "training step") -> None:
+    """Makes x the training steps from 0 to `end`, named at its right end."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     plain_ticks(axes.xaxis, count)
     if name:
-        axes.annotate(
-            name,
-            (1, 0),
-            (0, -24),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=MUTED,
-            fontsize=SMALL_POINTS,
-        )
+        name_x(axes, name)
+
+
+def name_x(axes: Axes, words: str) -> None:
+    """Writes `words` under the right end of the x axis."""
+    note(axes, words, (1, 0), (0, -24), "axes fraction", ha="right", va="top")
+
+
+def note(
+    axes: Axes,
+    words: str,
+    point: tuple[float, float],
+    offset: tuple[float, float],
+    frame: Any = ("axes fraction", "data"),
+    **look: Any,
+) -> None:
+    """Writes `words`, never read as mathematics, `offset` points from a point of `frame`."""
+    look = {"va": "center_baseline", "color": MUTED, "fontsize": SMALL_POINTS, **look}
+    axes.annotate(
+        words, point, offset, xycoords=frame, textcoords="offset points", parse_math=False, **look
+    )
 
 
 class EndLabel(NamedTuple):
-    """What is written beside the end of a line."""
+    """A label beside the end of a line."""
 
     y: float
     words: str
@@ -229,8 +202,8 @@ class EndLabel(NamedTuple):
     is_bold: bool = False
 
 
-def label_line_ends(axes: "Axes", labels: Sequence[EndLabel]) -> None:
-    """Write each label right of the axes at the height of its line, moved apart where they meet.
+def label_line_ends(axes: Axes, labels: Sequence[EndLabel]) -> None:
+    """Writes each label right of the axes at the height of its line, moved apart where they meet.
 
     Call it when the limits and the scale of the axes are final.
     """
@@ -239,20 +212,20 @@ def label_line_ends(axes: "Axes", labels: Sequence[EndLabel]) -> None:
     heights = [
         float(axes.transData.transform((axes.get_xlim()[1], label.y))[1]) for label in labels
     ]
-    places = spread(heights, gap=13.5 * pixels_per_point, low=box.y0, high=box.y1)
-    for label, height, place in zip(labels, heights, places, strict=True):
-        axes.annotate(
+    positions = spread(heights, gap=13.5 * pixels_per_point, low=box.y0, high=box.y1)
+    for label, height, position in zip(labels, heights, positions, strict=True):
+        note(
+            axes,
             label.words,
             (1, (height - box.y0) / box.height),
-            (14, (place - height) / pixels_per_point),
-            xycoords="axes fraction",
-            textcoords="offset points",
+            (14, (position - height) / pixels_per_point),
+            "axes fraction",
             ha="left",
             va="center",
             color=label.color,
+            fontsize=TEXT_POINTS,
             fontweight="bold" if label.is_bold else "normal",
             annotation_clip=False,
-            parse_math=False,
             arrowprops={
                 "arrowstyle": "-",
                 "color": label.color,
@@ -265,21 +238,21 @@ def label_line_ends(axes: "Axes", labels: Sequence[EndLabel]) -> None:
         )
 
 
-def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Move `places` as little as needed to lie `gap` apart, in their order, within the bounds.
+def spread(positions: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Moves `positions` as little as needed to lie `gap` apart, in their order, within the bounds.
 
-    Neighbours that come too close form a block around the mean of the places they wanted; blocks
+    Neighbours that come too close form a block around the mean of their own positions; blocks
     that meet merge. Where the bounds leave too little room, the gap shrinks.
     """
-    if not places:
+    if not positions:
         return []
-    gap = min(gap, (high - low) / max(1, len(places) - 1))
-    order = sorted(range(len(places)), key=lambda i: places[i])
+    gap = min(gap, (high - low) / max(1, len(positions) - 1))
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
     blocks: list[list[int]] = []
 
     def start(block: list[int]) -> float:
-        wanted = sum(places[i] - gap * k for k, i in enumerate(block)) / len(block)
-        return min(max(wanted, low), high - gap * (len(block) - 1))
+        mean = sum(positions[i] - gap * k for k, i in enumerate(block)) / len(block)
+        return min(max(mean, low), high - gap * (len(block) - 1))
 
     for i in order:
         blocks.append([i])
@@ -287,7 +260,7 @@ def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> l
             start(blocks[-2]) + gap * len(blocks[-2]) > start(blocks[-1]) + 1e-9
         ):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
-    moved = [0.0] * len(places)
+    moved = [0.0] * len(positions)
     for block in blocks:
         for k, i in enumerate(block):
             moved[i] = start(block) + gap * k
@@ -302,15 +275,15 @@ class Key(NamedTuple):
     words: str
 
 
-def legend(made: Canvas, keys: Sequence[Key], top: float) -> None:
-    """Write `keys` from left to right, in rows of about equally many, `top` inches down."""
+def legend(sheet: Canvas, keys: Sequence[Key], top: float) -> None:
+    """Writes `keys` from left to right, in rows of about equally many, `top` inches down."""
     for row, entries in enumerate(_legend_rows(keys)):
         x = TITLE_INCHES
-        y = 1 - (top + 0.1 + row * _LEGEND_ROW_INCHES) / made.height
+        y = 1 - (top + 0.1 + row * _LEGEND_ROW_INCHES) / sheet.height
         for key in entries:
-            made.figure.add_artist(_marker(key, (x + 0.06) / made.width, y))
-            made.figure.text(
-                (x + 0.19) / made.width,
+            sheet.figure.add_artist(_marker(key, (x + 0.06) / sheet.width, y))
+            sheet.figure.text(
+                (x + 0.19) / sheet.width,
                 y,
                 key.words,
                 va="center_baseline",
@@ -322,7 +295,7 @@ def legend(made: Canvas, keys: Sequence[Key], top: float) -> None:
 
 
 def legend_height(keys: Sequence[Key]) -> float:
-    """The height of the legend of `keys`, in inches."""
+    """Returns the height of the legend of `keys`, in inches."""
     return _LEGEND_ROW_INCHES * len(_legend_rows(keys))
 
 
@@ -355,30 +328,3 @@ def _marker(key: Key, x: float, y: float) -> Any:
         markeredgewidth=1.6 if is_stroke else 0,
         color=key.color,
     )
-
-
-def count(value: float) -> str:
-    """A whole number with narrow groups of three: 12 500."""
-    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """A fraction as a percentage: 91.3 %."""
-    return f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
-
-
-def percent_tick(value: float) -> str:
-    """A fraction as a percentage with the digits it needs: 80 %, 82.5 %."""
-    return f"{100 * value:.6g}\N{NARROW NO-BREAK SPACE}%"
-
-
-def points(value: float, digits: int = 1) -> str:
-    """A difference of fractions in percentage points, with its sign: +1.2."""
-    rounded = round(100 * value, digits) + 0.0
-    sign = "+" if rounded > 0 else MINUS if rounded < 0 else "±"
-    return f"{sign}{abs(rounded):.{digits}f}"
-
-
-def points_tick(value: float) -> str:
-    """A difference of fractions in percentage points with the digits it needs: +5, 0, −2.5."""
-    return "0" if abs(value) < 1e-12 else f"{100 * value:+.6g}".replace("-", MINUS)

@@ -1,4 +1,6 @@
-"""Figures as SVG for a page: text stays text, and colours follow the page's light or dark mode."""
+"""Writes figures as SVG: text stays text, and colours follow the page's light or dark mode."""
+
+from __future__ import annotations
 
 import io
 import re
@@ -31,19 +33,19 @@ VARIABLES: Final[Mapping[str, tuple[str, str, str]]] = {
 
 
 def css_variables() -> str:
-    """The CSS that defines every colour, for light and for dark pages."""
+    """Writes the CSS that defines every colour, for light and for dark pages."""
     light = "".join(f"{name}:{value};" for name, value, _ in VARIABLES.values())
     dark = "".join(f"{name}:{value};" for name, _, value in VARIABLES.values())
     return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def to_svg(figure: "Figure", name: str, description: str) -> str:
-    """`figure` as an `<svg>` element for a page.
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """Writes `figure` as an `<svg>` element for a page.
 
     Args:
-        figure: a figure of this package.
-        name: unique in the page; keeps the ids of two figures apart.
-        description: what a screen reader says in its place.
+      figure: a figure of this package.
+      name: unique in the page; keeps the ids of two figures apart.
+      description: what a screen reader says in its place.
     """
     buffer = io.StringIO()
     with house_style(**{"svg.hashsalt": f"esper-fn-{name}"}):
@@ -62,14 +64,14 @@ def to_svg(figure: "Figure", name: str, description: str) -> str:
     return f'<svg {box} role="img" aria-label="{label}">{content.strip()}\n'
 
 
-def _page_tag(match: "re.Match[str]") -> str:
-    """One tag as the page wants it: no namespaces, no ids that only name groups, CSS colours."""
+def _page_tag(match: re.Match[str]) -> str:
+    """Rewrites a tag for the page: no namespaces, no ids that only name groups, CSS colours."""
     tag = match[0].replace("xlink:href", "href")
     if tag.startswith("<g "):
         tag = re.sub(r' id="[^"]*"', "", tag)
     return _COLOR.sub(_variable, tag)
 
 
-def _variable(match: "re.Match[str]") -> str:
+def _variable(match: re.Match[str]) -> str:
     known = VARIABLES.get(match[0])
     return match[0] if known is None else f"var({known[0]})"

@@ -1,4 +1,6 @@
-"""The parts of the page around the figures: cards, tables and lists, every string escaped."""
+"""Writes what the page has besides figures: cards, tables and lists, every string escaped."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -6,7 +8,7 @@ from typing import Any, Final
 
 from esper_fn.report._bars import Score, scores
 from esper_fn.report._folder import Run
-from esper_fn.report._style import TIMES, clean, count, percent
+from esper_fn.report._format import TIMES, clean, count, percent
 from esper_fn.report._words import (
     ACCURACY_KEY,
     ARM_LABEL,
@@ -20,6 +22,13 @@ from esper_fn.report._words import (
 
 MAX_EVENTS: Final = 500
 NOTHING: Final = "\N{EN DASH}"
+_FACTS: Final = {
+    "seeds_total": "seeds",
+    "seeds_fossilized": "fossilized",
+    "seeds_culled": "culled",
+    "recompilations_after_first_step": "recompilations after the first step",
+    "wall_seconds": "wall time",
+}
 _SHOWN_ELSEWHERE: Final = {
     "schema",
     "versions",
@@ -28,22 +37,18 @@ _SHOWN_ELSEWHERE: Final = {
     "train_flops",
     *ACCURACY_KEY.values(),
     *PARAMS_KEY.values(),
-    "seeds_total",
-    "seeds_fossilized",
-    "seeds_culled",
-    "recompilations_after_first_step",
-    "wall_seconds",
+    *_FACTS,
 }
 _CARD_ORDER: Final = ("grown", "static", "uniform", "random", "host")
 
 
 def safe(value: object) -> str:
-    """`value` as text that a page shows as it is: no markup, no control characters."""
+    """Escapes `value` so that a page shows it as text: no markup, no control characters."""
     return escape(clean(str(value)), quote=True)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], numeric: Iterable[int] = ()) -> str:
-    """A table of cells that are already safe; the columns in `numeric` are set flush right."""
+    """Writes a table of cells that are already safe; columns in `numeric` are set flush right."""
     right = set(numeric)
 
     def line(cells: Iterable[str], tag: str) -> str:
@@ -57,9 +62,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], numeric: Iterable[
 
 
 def cards(run: Run) -> str:
-    """The headline numbers: the final accuracy of every arm."""
-    found = {score.arm: score for score in scores(run)}
-    return "".join(_card(run, arm, found.get(arm)) for arm in _CARD_ORDER)
+    """Writes the headline numbers: the final accuracy of every arm."""
+    by_arm = {score.arm: score for score in scores(run)}
+    return "".join(_card(run, arm, by_arm.get(arm)) for arm in _CARD_ORDER)
 
 
 def _card(run: Run, arm: str, score: Score | None) -> str:
@@ -80,33 +85,18 @@ def _card(run: Run, arm: str, score: Score | None) -> str:
 
 
 def facts(run: Run) -> str:
-    """The second row: seeds, recompilations and time, where they were recorded."""
-    total, kept, culled, recompilations, seconds = (
-        number(run.summary, key)
-        for key in (
-            "seeds_total",
-            "seeds_fossilized",
-            "seeds_culled",
-            "recompilations_after_first_step",
-            "wall_seconds",
-        )
-    )
-    entries = []
-    if total is not None:
-        entries.append((count(total), "seeds"))
-    if kept is not None:
-        entries.append((count(kept), "fossilized"))
-    if culled is not None:
-        entries.append((count(culled), "culled"))
-    if recompilations is not None:
-        entries.append((count(recompilations), "recompilations after the first step"))
-    if seconds is not None:
-        entries.append((duration(seconds), "wall time"))
+    """Writes the second row: seeds, recompilations and time, where they were recorded."""
+    values = {key: number(run.summary, key) for key in _FACTS}
+    entries = [
+        ((duration if key == "wall_seconds" else count)(value), _FACTS[key])
+        for key, value in values.items()
+        if value is not None
+    ]
     return "".join(f"<li><b>{value}</b> {name}</li>" for value, name in entries)
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 9.4 s, 3 min 12 s, 2 h 5 min."""
+    """Formats a time for people: 9.4 s, 3 min 12 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -116,7 +106,7 @@ def duration(seconds: float) -> str:
 
 
 def swatch(stage: str) -> str:
-    """The name of a stage with its colour."""
+    """Writes the name of a stage with its colour."""
     info = STAGES.get(stage)
     if info is None:
         return safe(stage)
@@ -124,7 +114,7 @@ def swatch(stage: str) -> str:
 
 
 def stage_table(run: Run) -> str:
-    """What each stage means, and how often seeds of the grown arm entered it."""
+    """Explains each stage and counts how often seeds of the grown arm entered it."""
     entered = dict.fromkeys(STAGES, 0)
     for event in run.events:
         if event["arm"] == "grown" and event["to"] in entered:
@@ -137,12 +127,12 @@ def stage_table(run: Run) -> str:
 
 
 def event_table(run: Run) -> str:
-    """The first `MAX_EVENTS` lifecycle events, with a sentence on how many there are."""
+    """Lists the first `MAX_EVENTS` lifecycle events and says how many there are."""
     if not run.events:
         return "<p>No seed changed its stage in this run.</p>"
-    every = sorted(run.events, key=lambda event: event["step"])
-    shown = every[:MAX_EVENTS]
-    has_arms = len({event["arm"] for event in every}) > 1
+    events = sorted(run.events, key=lambda event: event["step"])
+    listed = events[:MAX_EVENTS]
+    has_arms = len({event["arm"] for event in events}) > 1
     head = ["step", "arm", "site [chunk]", "seed", "from → to", "adapter", "cause", "measured"]
     rows = [
         [
@@ -153,9 +143,9 @@ def event_table(run: Run) -> str:
             f"{swatch(event['from'])} → {swatch(event['to'])}",
             NOTHING if event.get("blueprint") is None else safe(event["blueprint"]),
             safe(event["cause"]),
-            measured(event.get("measured")),
+            write_measurements(event.get("measured")),
         ]
-        for event in shown
+        for event in listed
     ]
     if not has_arms:
         head.pop(1)
@@ -163,16 +153,16 @@ def event_table(run: Run) -> str:
             row.pop(1)
     numeric = [0, 3] if has_arms else [0, 2]
     amount = (
-        f"All {count(len(every))} events."
-        if len(shown) == len(every)
-        else f"The first {count(len(shown))} of {count(len(every))} events;"
+        f"All {count(len(events))} events."
+        if len(listed) == len(events)
+        else f"The first {count(len(listed))} of {count(len(events))} events;"
         " the rest is in <code>events.jsonl</code>."
     )
     return f'<p>{amount}</p><div class="scroll" tabindex="0">{table(head, rows, numeric)}</div>'
 
 
-def measured(values: Mapping[str, Any] | None) -> str:
-    """Measured quantities by name; one that was not measured is told from zero."""
+def write_measurements(values: Mapping[str, Any] | None) -> str:
+    """Writes measured quantities by name; one that was not measured differs from zero."""
     if not values:
         return NOTHING
     parts = []
@@ -182,19 +172,19 @@ def measured(values: Mapping[str, Any] | None) -> str:
     return ", ".join(parts)
 
 
-def _spoken(name: str) -> str:
-    """A name of the code as words: `policy:periodic` is policy: periodic."""
+def _spaced(name: str) -> str:
+    """Spaces a name of the code into words: `policy:periodic` becomes policy: periodic."""
     return name.replace(":", ": ").replace("_", " ")
 
 
 def rollback_section(run: Run) -> str:
-    """What the governor rolled back and quarantined, under a heading; nothing where it did not."""
+    """Lists what the governor rolled back and quarantined, under a heading; may be empty."""
     by_arm = run.summary.get("rollbacks")
     rows = [
         [
             ARM_LABEL[arm],
             _amount(row, "step"),
-            safe(_spoken(str(row.get("alarm", NOTHING))).lower()),
+            safe(_spaced(str(row.get("alarm", NOTHING))).lower()),
             _restored(row),
             _quarantined(row.get("quarantined")),
         ]
@@ -208,7 +198,7 @@ def rollback_section(run: Run) -> str:
 
 
 def _mappings(value: object) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _amount(record: Mapping[str, Any], key: str) -> str:
@@ -234,14 +224,14 @@ def _quarantined(seeds: object) -> str:
 
 
 def cost_table(run: Run) -> str:
-    """Training FLOPs, parameters and final accuracy of every arm."""
-    found = {score.arm: score for score in scores(run)}
+    """Writes training FLOPs, parameters and final accuracy of every arm."""
+    by_arm = {score.arm: score for score in scores(run)}
     host = number(run.summary, "train_flops", "host")
     rows = []
     for arm in ARMS:
         flops = number(run.summary, "train_flops", arm)
         params = number(run.summary, PARAMS_KEY[arm])
-        if flops is None and params is None and arm not in found:
+        if flops is None and params is None and arm not in by_arm:
             continue
         ratio = f"{flops / host:.2f} {TIMES}" if flops is not None and host else NOTHING
         rows.append(
@@ -250,7 +240,7 @@ def cost_table(run: Run) -> str:
                 NOTHING if flops is None else si(flops, "FLOP"),
                 ratio,
                 NOTHING if params is None else count(params),
-                percent(found[arm].value) if arm in found else NOTHING,
+                percent(by_arm[arm].value) if arm in by_arm else NOTHING,
             ]
         )
     if not rows:
@@ -260,7 +250,7 @@ def cost_table(run: Run) -> str:
 
 
 def si(value: float, unit: str) -> str:
-    """A number with a metric prefix: 13.1 GFLOP."""
+    """Formats a number with a metric prefix: 13.1 GFLOP."""
     scaled, prefixes = value, iter(("", "k", "M", "G", "T", "P", "E"))
     prefix = next(prefixes)
     for larger in prefixes:
@@ -271,9 +261,9 @@ def si(value: float, unit: str) -> str:
 
 
 def settings_table(run: Run) -> str:
-    """Every plain entry of the summary that the page shows nowhere else."""
+    """Lists every plain entry of the summary that the page shows nowhere else."""
     rows = [
-        [safe(_spoken(key)), _plain_value(value)]
+        [safe(_spaced(key)), _plain_value(value)]
         for key, value in run.summary.items()
         if key not in _SHOWN_ELSEWHERE
     ]
@@ -281,7 +271,7 @@ def settings_table(run: Run) -> str:
 
 
 def versions_table(run: Run) -> str:
-    """The versions of the software that made the run."""
+    """Lists the versions of the software that made the run."""
     versions = run.summary.get("versions")
     rows = (
         [[safe(key), _plain_value(value)] for key, value in versions.items()]
@@ -296,13 +286,13 @@ def _plain_value(value: object) -> str:
 
 
 def _in_words(value: object) -> str:
-    """What JSON holds, without its signs: lists with commas, mappings with the names in front."""
+    """Writes a JSON value without brackets: lists with commas, mappings with names in front."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        parts = [f"{_spoken(str(key))} {_nested(inner)}" for key, inner in value.items()]
+        parts = [f"{_spaced(str(key))} {_nested(inner)}" for key, inner in value.items()]
         return ", ".join(parts) or NOTHING
     if isinstance(value, list):
         return ", ".join(map(_nested, value)) or NOTHING

@@ -1,10 +1,12 @@
-"""What the numbers of a run say, in sentences: better, worse, or not to be told apart."""
+"""Says in sentences what the numbers of a run mean: better, worse, or no difference."""
+
+from __future__ import annotations
 
 from typing import Final
 
 from esper_fn.report._bars import Score, differences, num_repeats
 from esper_fn.report._folder import Run
-from esper_fn.report._style import count, percent, points
+from esper_fn.report._format import count, percent, points
 from esper_fn.report._words import ACCURACY_KEY, PARAMS_KEY, accuracy_name, number
 
 _RIVAL: Final = {
@@ -16,13 +18,13 @@ _RIVAL: Final = {
 
 
 def verdict(run: Run) -> list[str]:
-    """Sentences on how growth compares with each rival; the static network comes first."""
-    found = {score.arm: score for score in differences(run)}
-    sentences = [_sentence(run, found[arm]) for arm in _RIVAL if arm in found]
-    missing = [words for arm, words in _RIVAL.items() if arm not in found]
+    """Compares growth with each rival in a sentence; the static network comes first."""
+    by_arm = {score.arm: score for score in differences(run)}
+    sentences = [_sentence(run, by_arm[arm]) for arm in _RIVAL if arm in by_arm]
+    missing = [words for arm, words in _RIVAL.items() if arm not in by_arm]
     if missing:
-        sentences.insert(0 if "static" not in found else len(sentences), _missing(missing))
-    if found and all(score.interval is None for score in found.values()):
+        sentences.insert(0 if "static" not in by_arm else len(sentences), _missing(missing))
+    if by_arm and all(score.interval is None for score in by_arm.values()):
         sentences.append(
             "These are single runs: a small difference may be luck, and repeats would tell."
         )
@@ -34,8 +36,9 @@ def _sentence(run: Run, score: Score) -> str:
     name = accuracy_name(run.summary)
     size = f"{points(abs(score.value)).lstrip('+±')} percentage points"
     if score.interval is None:
-        here = number(run.summary, ACCURACY_KEY["grown"])
-        values = "" if here is None else f" ({percent(here)} against {percent(here - score.value)})"
+        grown = number(run.summary, ACCURACY_KEY["grown"])
+        rival_value = "" if grown is None else percent(grown - score.value)
+        values = "" if grown is None else f" ({percent(grown)} against {rival_value})"
         if points(score.value).startswith("±"):
             return f"In {name} the grown network equals {rival}{values}."
         word = "above" if score.value > 0 else "below"
@@ -64,7 +67,7 @@ def _missing(rivals: list[str]) -> str:
 
 
 def _sizes(run: Run) -> list[str]:
-    """A warning when the static network, meant to be as large as the grown one, is not."""
+    """Warns when the static network, meant to be as large as the grown one, is not."""
     grown, static = (number(run.summary, PARAMS_KEY[arm]) for arm in ("grown", "static"))
     if grown is None or static is None or abs(grown - static) <= 0.05 * max(grown, static):
         return []

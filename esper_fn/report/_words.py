@@ -1,4 +1,6 @@
-"""The words of a run: arms, stages, and the keys under which a summary keeps their numbers."""
+"""Names the arms, the stages, and the keys of their numbers in a summary."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ PARAMS_KEY: Final = {arm: f"{arm}_params" for arm in ARMS}
 
 
 class StageInfo(NamedTuple):
-    """One lifecycle stage: how it is written, drawn, and explained to a newcomer."""
+    """A lifecycle stage: its name, colours and explanation for a newcomer."""
 
     label: str
     color: str
@@ -115,7 +117,7 @@ STAGES: Final[Mapping[str, StageInfo]] = {
 
 
 def number(record: Mapping[str, Any], *path: str) -> float | None:
-    """The finite number at `path` inside nested mappings, or None where there is none."""
+    """Returns the finite number at `path` inside nested mappings, or None where there is none."""
     value: Any = record
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -137,7 +139,7 @@ class Interval(NamedTuple):
 
 
 def interval(summary: Mapping[str, Any], key: str) -> Interval | None:
-    """The interval that a repeated run recorded under `key`, or None where it recorded none."""
+    """Returns the interval that a repeated run recorded under `key`, or None."""
     parts = [number(summary, "repeats", "intervals", key, part) for part in Interval._fields]
     if any(part is None for part in parts):
         return None
@@ -145,7 +147,7 @@ def interval(summary: Mapping[str, Any], key: str) -> Interval | None:
 
 
 def accuracy_name(summary: Mapping[str, Any]) -> str:
-    """What the accuracy of this run's task is called."""
+    """Names the accuracy of this run's task."""
     if summary.get("task") == "language_model":
         return "next-character accuracy"
     return "held-out accuracy"

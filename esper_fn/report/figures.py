@@ -1,4 +1,4 @@
-"""The figures of a run; each function returns a `matplotlib.figure.Figure` made without pyplot."""
+"""Draws the figures of a run; each function returns a `matplotlib.figure.Figure`."""
 
 from esper_fn.report._bars import baseline_bars
 from esper_fn.report._curves import accuracy_curves, loss_curves, parameters_over_time

@@ -1,5 +1,7 @@
 """Small files in the published formats, whose digests stand in for the published ones."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from esper_fn.demo.data import _files
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write a file below ``tmp_path/data`` and make its digest the published one."""
+    """Write a file below `tmp_path/data` and make its digest the published one."""
 
     def plant(name: str, content: bytes) -> Path:
         path = tmp_path / "data" / name
@@ -33,7 +35,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def data_folder(
     tmp_path: Path, plant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A folder with a sound small file for every loader; it is what ``$ESPER_DATA`` names."""
+    """A folder with a sound small file for every loader; it is what `$ESPER_DATA` names."""
     for name, array in fashion_arrays().items():
         plant(name, idx_gz(array))
     plant("mnist1d/mnist1d.npz", npz(**mnist1d_arrays()))

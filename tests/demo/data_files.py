@@ -1,5 +1,7 @@
 """Builders of small files in the published formats."""
 
+from __future__ import annotations
+
 import gzip
 import io
 import struct

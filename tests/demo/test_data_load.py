@@ -1,5 +1,7 @@
 """Loading: what comes out, where files are looked for, and every way it can fail."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """Batches and splits: every example exactly once, and the same ones everywhere."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

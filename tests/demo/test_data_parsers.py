@@ -1,5 +1,7 @@
 """The parsers, held against files that their formats allow and files that they must refuse."""
 
+from __future__ import annotations
+
 import gzip
 import io
 import struct

@@ -1,5 +1,7 @@
 """The record refuses splits that disagree with what it says of them."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, complains about nothing, and shows pictures."""
 
+from __future__ import annotations
+
 import base64
 import json
 import re

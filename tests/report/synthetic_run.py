@@ -1,5 +1,7 @@
 """Invented runs with every stage, for the tests of the report and for looking at it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from synthetic_run import synthetic
 
 from esper_fn import report
+from esper_fn.lifecycle import Stage
 from esper_fn.report import figures
+from esper_fn.report._format import points, points_tick, short_names
 from esper_fn.report._series import curves, histories, ramps, smooth
-from esper_fn.report._style import points, points_tick, short_names, spread
+from esper_fn.report._style import spread
 from esper_fn.report._words import STAGES
 
 ALWAYS: list[Callable[[report.Run], Figure]] = [
@@ -33,6 +35,10 @@ def words(figure: Figure) -> list[str]:
 
 def lines(figure: Figure, *, label: str) -> list[Any]:
     return [line for axes in figure.axes for line in axes.lines if line.get_label() == label]
+
+
+def test_stages_are_those_of_the_lifecycle() -> None:
+    assert tuple(STAGES) == tuple(stage.name for stage in Stage)
 
 
 @pytest.mark.parametrize("draw", ALWAYS)

@@ -2,6 +2,7 @@ import enum
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,37 @@ def finished(path: Path) -> Path:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    found = report.read(finished(tmp_path / "deep" / "er" / "run"))
-    assert found.summary == {"data": "digits", "schema": 1}
-    assert found.events == [EVENT]
-    assert found.metrics == [METRICS]
+    run = report.read(finished(tmp_path / "deep" / "er" / "run"))
+    assert run.summary == {"data": "digits", "schema": 1}
+    assert run.events == [EVENT]
+    assert run.metrics == [METRICS]
+
+
+def test_a_segment_of_training_is_recorded(tmp_path: Path) -> None:
+    event = {key: EVENT[key] for key in EVENT if key != "arm"}
+    infos = SimpleNamespace(
+        stage=np.array([[0, 0, 0], [0, 3, 7]]),
+        alpha=np.array([[0, 0, 0], [0, 0.25, 1]], np.float32),
+        num_parameters=np.array([0, 40]),
+    )
+    grown = SimpleNamespace(
+        first_step=2, num_steps=2, losses=np.array([2.0, 1.0]), infos=infos, events=[event]
+    )
+    host = SimpleNamespace(first_step=0, num_steps=5, losses=np.array([0.5]), infos=None, events=[])
+    with report.create(tmp_path / "run") as folder:
+        folder.record(grown, host_parameters=60, test_accuracy=0.5)
+        folder.record(host, arm="host", host_parameters=60)
+        folder.finish({})
+    run = report.read(tmp_path / "run")
+    assert run.events == [EVENT]
+    stages = {"DORMANT": 1, "GRAFTING": 1, "FOSSILIZED": 1}
+    assert run.metrics == [
+        {
+            "arm": "grown", "step": 4, "loss": 1.5, "parameters": 100, "stages": stages,
+            "alpha": {"1": 0.25, "2": 1.0}, "test_accuracy": 0.5,
+        },
+        {"arm": "host", "step": 5, "loss": 0.5, "parameters": 60},
+    ]  # fmt: skip
 
 
 def test_a_whole_run_survives_the_folder(tmp_path: Path, run: report.Run) -> None:

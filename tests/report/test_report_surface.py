@@ -10,6 +10,7 @@ def test_public_names() -> None:
         "RunFolder",
         "create",
         "figures",
+        "measure_segment",
         "read",
         "render",
         "write_report",

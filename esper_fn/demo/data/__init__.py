@@ -1,7 +1,4 @@
-"""Datasets for the benchmarks and the examples: verified files in, numpy arrays out.
-
-This package knows numpy only; JAX is not imported.
-"""
+"""Loads the data sets of the demonstration from verified files into numpy arrays; needs no JAX."""
 
 from esper_fn._order import batch_indices
 from esper_fn.demo.data._dataset import Dataset, Task

@@ -1,8 +1,10 @@
 """The record that every loader returns.
 
-Axis letters: ``N`` examples of one split, ``T`` characters of one window; ``...`` is the shape of
+Axis letters: `N` examples of one split, `T` characters of one window; `...` is the shape of
 one example.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -21,20 +23,20 @@ class Dataset:
     Two datasets are equal only when they are the same object: arrays have no truth value.
 
     Args:
-        name: The name it was loaded by.
-        task: ``classification`` or ``language_model``.
-        train_inputs: float32 of about unit range, or int32 characters for a language model.
-        train_targets: One class an example, or the next character at every position.
-        validation_inputs: As ``train_inputs``.
-        validation_targets: As ``train_targets``.
-        test_inputs: As ``train_inputs``.
-        test_targets: As ``train_targets``.
-        num_classes: Every target is in ``[0, num_classes)``.
-        input_shape: Shape of one example.
-        vocabulary: The character of each class of a language model, else ``None``.
+      name: name that `load` knows.
+      task: `classification` or `language_model`.
+      train_inputs: float32 of about unit range, or int32 characters for a language model.
+      train_targets: one class an example, or the next character at every position.
+      validation_inputs: as `train_inputs`.
+      validation_targets: as `train_targets`.
+      test_inputs: as `train_inputs`.
+      test_targets: as `train_targets`.
+      num_classes: every target is in `[0, num_classes)`.
+      input_shape: shape of one example.
+      vocabulary: the character of each class of a language model, else None.
 
     Raises:
-        ValueError: When a split disagrees with ``task``, ``num_classes`` or ``input_shape``.
+      ValueError: a split disagrees with `task`, `num_classes` or `input_shape`.
     """
 
     name: str
@@ -65,12 +67,12 @@ class Dataset:
     def _check(self, split: str, is_text: bool) -> None:
         inputs: np.ndarray = getattr(self, f"{split}_inputs")
         targets: np.ndarray = getattr(self, f"{split}_targets")
-        wanted = np.int32 if is_text else np.float32
-        if inputs.dtype != wanted or inputs.shape[1:] != self.input_shape:
+        dtype = np.int32 if is_text else np.float32
+        if inputs.dtype != dtype or inputs.shape[1:] != self.input_shape:
             raise ValueError(
                 f"{split}_inputs of {self.name!r} are {inputs.dtype}{list(inputs.shape)}; "
                 f"{self.task} with input_shape={self.input_shape} needs "
-                f"{np.dtype(wanted)}[N, {', '.join(map(str, self.input_shape))}]."
+                f"{np.dtype(dtype)}[N, {', '.join(map(str, self.input_shape))}]."
             )
         shape = inputs.shape if is_text else inputs.shape[:1]
         if targets.dtype != np.int32 or targets.shape != shape:

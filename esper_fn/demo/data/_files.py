@@ -1,4 +1,6 @@
-"""Which files a dataset needs, where they are looked for, and their digests. Nothing is fetched."""
+"""Finds the files of a data set and checks their digests; nothing is downloaded."""
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -13,7 +15,7 @@ FOLDER_VARIABLE = "ESPER_DATA"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedFile:
-    """One file as its authors publish it."""
+    """A file as its authors publish it."""
 
     sha256: str
     size_bytes: int
@@ -62,62 +64,62 @@ FILES: dict[str, PublishedFile] = {
 
 
 def folders(folder: str | os.PathLike[str] | None) -> tuple[Path, ...]:
-    """Return the folders that are tried, in order.
+    """Returns the folders to search, in order.
 
     Args:
-        folder: The only folder to try; ``None`` stands for ``$ESPER_DATA`` where it is set, then
-            the user's cache folder.
+      folder: the only folder to search; None stands for `$ESPER_DATA` where it is set, then
+        the user's cache folder.
 
     Returns:
-        At least one folder; none of them needs to exist.
+      At least one folder; none of them needs to exist.
     """
     if folder is not None:
         return (Path(folder).expanduser(),)
-    chosen = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(FOLDER_VARIABLE)
     # An XDG base folder that is not absolute is to be ignored, says its specification.
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
     cache = (base if base.is_absolute() else Path.home() / ".cache") / "esper-fn" / "data"
-    return (Path(chosen).expanduser(), cache) if chosen else (cache,)
+    return (Path(named).expanduser(), cache) if named else (cache,)
 
 
 def locate(names: Iterable[str], folder: str | os.PathLike[str] | None) -> dict[str, Path]:
-    """Return where each file lies, the first folder that has it winning.
+    """Returns the path of each file, in the first folder that has it.
 
     Args:
-        names: Keys of ``FILES``.
-        folder: As for ``folders``.
+      names: keys of `FILES`.
+      folder: as for `folders`.
 
     Raises:
-        MissingDataError: When some file lies in none of the folders; names all of them.
+      MissingDataError: some file lies in none of the folders; the message names all of them.
     """
-    tried = folders(folder)
-    found = {
-        name: next((base / name for base in tried if (base / name).is_file()), None)
+    candidates = folders(folder)
+    paths = {
+        name: next((base / name for base in candidates if (base / name).is_file()), None)
         for name in names
     }
-    missing = [name for name, path in found.items() if path is None]
+    missing = [name for name, path in paths.items() if path is None]
     if missing:
         published = "; ".join(dict.fromkeys(FILES[name].published_at for name in missing))
         raise MissingDataError(
-            f"{', '.join(missing)} not found in {' or '.join(map(str, tried))}. "
+            f"{', '.join(missing)} not found in {' or '.join(map(str, candidates))}. "
             f"Published at {published}. Put it, under that name, into one of these folders or "
             f"into a folder that ${FOLDER_VARIABLE} names; nothing is downloaded."
         )
-    return {name: path for name, path in found.items() if path is not None}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def read_verified(name: str, path: Path) -> bytes:
-    """Return a file's content once its SHA-256 digest is the published one.
+    """Returns a file's content once its SHA-256 digest is the published one.
 
     The bytes that are digested are the bytes that are returned, and no more than the published
-    size is ever held.
+    size is ever in memory.
 
     Args:
-        name: A key of ``FILES``.
-        path: Where the file lies.
+      name: a key of `FILES`.
+      path: where the file lies.
 
     Raises:
-        CorruptDataError: When the digest differs.
+      CorruptDataError: the digest differs.
     """
     published = FILES[name]
     with path.open("rb") as stream:
@@ -131,7 +133,7 @@ def read_verified(name: str, path: Path) -> bytes:
 
 
 def corrupt(path: Path, name: str, reason: str) -> CorruptDataError:
-    """Return the error for a file whose content is not what is published under ``name``."""
+    """Returns the error for a file whose content is not what is published under `name`."""
     published = FILES[name]
     return CorruptDataError(
         f"{path} is corrupt: {reason}; expected SHA-256 {published.sha256} of "

@@ -1,7 +1,9 @@
-"""The idx format of the MNIST family: a big-endian header and unsigned bytes, gzipped.
+"""Parses the idx format of the MNIST family: a big-endian header and unsigned bytes, gzipped.
 
 The header is four bytes (0, 0, type, number of dimensions) and one 32-bit size a dimension.
 """
+
+from __future__ import annotations
 
 import gzip
 import io
@@ -18,17 +20,17 @@ _UNSIGNED_BYTE = 0x08
 def parse_idx(
     content: bytes, *, max_examples: int, example_shape: tuple[int, ...]
 ) -> UInt8[np.ndarray, "N ..."]:
-    """Return the array in a gzipped idx file of unsigned bytes.
+    """Returns the array in a gzipped idx file of unsigned bytes.
 
-    Sizes are held against their bounds before any of the array is unpacked.
+    Sizes are checked against their bounds before any of the array is unpacked.
 
     Args:
-        content: The gzipped file.
-        max_examples: The largest first dimension.
-        example_shape: The other dimensions, exactly.
+      content: the gzipped file.
+      max_examples: the largest first dimension.
+      example_shape: the other dimensions, exactly.
 
     Raises:
-        ValueError: When the content is anything else; the message says what was found.
+      ValueError: the content is anything else; the message says what it is.
     """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:

@@ -1,4 +1,6 @@
-"""One loader a dataset, in one table."""
+"""Loads data sets by name: one loader a data set, in one table."""
+
+from __future__ import annotations
 
 import itertools
 import os
@@ -30,11 +32,10 @@ class _Loader(Protocol):
 
 
 def names() -> tuple[str, ...]:
-    """Return the names that ``load`` knows.
+    """Returns the names that `load` knows.
 
-    Example:
-        >>> names()
-        ('digits', 'fashion-mnist', 'mnist1d', 'shakespeare')
+    >>> names()
+    ('digits', 'fashion-mnist', 'mnist1d', 'shakespeare')
     """
     return tuple(_LOADERS)
 
@@ -42,31 +43,30 @@ def names() -> tuple[str, ...]:
 def load(
     name: str, *, folder: str | os.PathLike[str] | None = None, context_length: int = 64
 ) -> Dataset:
-    """Return a dataset, split the same way every time.
+    """Returns a dataset, split the same way every time.
 
-    Nothing is downloaded and nothing is unpickled: a file is looked for in ``folder``, or else in
-    ``$ESPER_DATA`` and then in ``$XDG_CACHE_HOME/esper-fn/data`` (``~/.cache/esper-fn/data``), and
-    its SHA-256 digest is checked before it is parsed. ``digits`` comes with scikit-learn and needs
+    Nothing is downloaded and nothing is unpickled: a file is looked for in `folder`, or else in
+    `$ESPER_DATA` and then in `$XDG_CACHE_HOME/esper-fn/data` (`~/.cache/esper-fn/data`), and
+    its SHA-256 digest is checked before it is parsed. `digits` comes with scikit-learn and needs
     no file.
 
     Args:
-        name: One of ``names()``.
-        folder: The only folder to look in.
-        context_length: ``T``, characters in a window; read by language models only.
+      name: one of `names()`.
+      folder: the only folder to look in.
+      context_length: `T`, characters in a window; read by language models only.
 
     Returns:
-        The dataset.
+      The dataset.
 
     Raises:
-        UnknownDatasetError: When no dataset has this name.
-        MissingDataError: When a file, or scikit-learn for ``digits``, is missing.
-        CorruptDataError: When a file is not the published one.
-        ValueError: When ``context_length`` is below 1 or longer than a split.
+      UnknownDatasetError: no dataset has this name.
+      MissingDataError: a file, or scikit-learn for `digits`, is missing.
+      CorruptDataError: a file is not the published one.
+      ValueError: `context_length` is below 1 or longer than a split.
 
-    Example:
-        >>> digits = load("digits")
-        >>> digits.train_inputs.shape, digits.validation_inputs.shape, digits.test_inputs.shape
-        ((1200, 64), (237, 64), (360, 64))
+    >>> digits = load("digits")
+    >>> digits.train_inputs.shape, digits.validation_inputs.shape, digits.test_inputs.shape
+    ((1200, 64), (237, 64), (360, 64))
     """
     if name not in _LOADERS:
         raise UnknownDatasetError(
@@ -230,12 +230,12 @@ def _classification(
         return values.astype(np.float32) / np.float32(unit)
 
     targets = labels.astype(np.int32)
-    kept, held_out = stratified_split(targets, num_held_out=num_validation, seed=_SPLIT_SEED)
+    train, held_out = stratified_split(targets, num_held_out=num_validation, seed=_SPLIT_SEED)
     return Dataset(
         name=name,
         task="classification",
-        train_inputs=scaled(inputs[kept]),
-        train_targets=targets[kept],
+        train_inputs=scaled(inputs[train]),
+        train_targets=targets[train],
         validation_inputs=scaled(inputs[held_out]),
         validation_targets=targets[held_out],
         test_inputs=scaled(test_inputs),

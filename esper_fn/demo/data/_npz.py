@@ -1,4 +1,6 @@
-"""Named arrays in a zip file, read without ever unpickling."""
+"""Reads named arrays from a zip file without ever unpickling."""
+
+from __future__ import annotations
 
 import io
 import math
@@ -12,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """What one array of an npz file has to be: at most ``max_examples`` of ``example_shape``."""
+    """What one array of an npz file has to be: at most `max_examples` of `example_shape`."""
 
     dtype: str
     max_examples: int
@@ -20,23 +22,23 @@ class Member:
 
 
 def parse_npz(content: bytes, members: Mapping[str, Member]) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file that holds exactly ``members``.
+    """Returns the arrays of an npz file that holds exactly `members`.
 
-    Each header is held against its bounds before the array is allocated.
+    Each header is checked against its bounds before the array is allocated.
 
     Args:
-        content: The file.
-        members: What is expected under each key.
+      content: the file.
+      members: what is expected under each key.
 
     Raises:
-        ValueError: When the content is anything else; the message says what was found.
+      ValueError: the content is anything else; the message says what it is.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            found = sorted(archive.namelist())
+            present = sorted(archive.namelist())
             expected = sorted(f"{key}.npy" for key in members)
-            if found != expected:
-                raise ValueError(f"npz holds {found}, not {expected}")
+            if present != expected:
+                raise ValueError(f"npz holds {present}, not {expected}")
             return {key: _read_member(archive, key, member) for key, member in members.items()}
     except ValueError:
         raise

@@ -9,21 +9,21 @@ from jaxtyping import Int32, Integer
 def stratified_split(
     labels: Integer[np.ndarray, "N"], *, num_held_out: int, seed: int
 ) -> tuple[Int32[np.ndarray, "A"], Int32[np.ndarray, "B"]]:
-    """Split examples in two so that each class keeps its share to within one example.
+    """Splits examples in two so that each class keeps its share to within one example.
 
-    Class ``k`` with ``n_k`` examples gives ``floor(n_k B / N)`` to the held-out part; the places
-    that rounding leaves open go to the largest remainders.
+    Class `k` with `n_k` examples gives `floor(n_k B / N)` to the held-out part; what
+    rounding leaves over goes to the largest remainders.
 
     Args:
-        labels: The class of each example.
-        num_held_out: ``B``, between 1 and ``N - 1``.
-        seed: At least 0; the same seed gives the same split everywhere.
+      labels: the class of each example.
+      num_held_out: `B`, between 1 and `N - 1`.
+      seed: at least 0; the same seed gives the same split everywhere.
 
     Returns:
-        The indices kept (``A = N - B``) and those held out, both ascending and disjoint.
+      The indices of the rest (`A = N - B`) and of the held-out part, both ascending and disjoint.
 
     Raises:
-        ValueError: When ``num_held_out`` is out of bounds.
+      ValueError: `num_held_out` is out of bounds.
     """
     if not 0 < num_held_out < len(labels):
         raise ValueError(f"num_held_out={num_held_out} must be in [1, {len(labels) - 1}].")
@@ -36,5 +36,5 @@ def stratified_split(
     for k, share in enumerate(quota):
         members = shuffled[classes[shuffled] == k]
         is_held_out[members[:share]] = True
-    kept, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    return kept.astype(np.int32), held_out.astype(np.int32)
+    rest, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return rest.astype(np.int32), held_out.astype(np.int32)

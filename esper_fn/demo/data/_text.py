@@ -1,20 +1,22 @@
-"""A text as characters, and characters as windows to predict the next one in."""
+"""Encodes a text as characters and cuts them into windows that predict the next one."""
+
+from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Int32
 
 
 def encode_text(content: bytes) -> tuple[Int32[np.ndarray, "L"], tuple[str, ...]]:
-    """Return a UTF-8 text as indices into its own vocabulary, and that vocabulary.
+    """Returns a UTF-8 text as indices into its own vocabulary, and that vocabulary.
 
     Args:
-        content: The text; ``L`` is its number of characters.
+      content: the text; `L` is its number of characters.
 
     Returns:
-        The class of each character, and the characters in the order of their code points.
+      The class of each character, and the characters in the order of their code points.
 
     Raises:
-        ValueError: When the content is not UTF-8.
+      ValueError: the content is not UTF-8.
     """
     try:
         text = content.decode("utf-8")
@@ -28,22 +30,21 @@ def encode_text(content: bytes) -> tuple[Int32[np.ndarray, "L"], tuple[str, ...]
 def next_character_windows(
     characters: Int32[np.ndarray, "L"], *, context_length: int
 ) -> tuple[Int32[np.ndarray, "N T"], Int32[np.ndarray, "N T"]]:
-    """Cut characters into windows that do not overlap, each with its next characters.
+    """Cuts characters into windows that do not overlap, each with its next characters.
 
-    ``targets[n, t]`` is the character after ``inputs[n, t]``; characters past the last whole
+    `targets[n, t]` is the character after `inputs[n, t]`; characters past the last whole
     window are left out.
 
     Args:
-        characters: Classes of ``L`` consecutive characters.
-        context_length: ``T``, characters in a window, at least 1.
+      characters: classes of `L` consecutive characters.
+      context_length: `T`, characters in a window, at least 1.
 
     Raises:
-        ValueError: When there are too few characters for one window.
+      ValueError: there are too few characters for one window.
 
-    Example:
-        >>> inputs, targets = next_character_windows(np.arange(6, dtype=np.int32), context_length=2)
-        >>> inputs.tolist(), targets.tolist()
-        ([[0, 1], [2, 3]], [[1, 2], [3, 4]])
+    >>> inputs, targets = next_character_windows(np.arange(6, dtype=np.int32), context_length=2)
+    >>> inputs.tolist(), targets.tolist()
+    ([[0, 1], [2, 3]], [[1, 2], [3, 4]])
     """
     if context_length < 1:
         raise ValueError(f"context_length={context_length} must be at least 1.")
