@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import esper_fn as ef
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import checkpoint, policies, runtime
+from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.demo import hosts
 
 NUM_SEEDS = 10_000
@@ -275,7 +276,7 @@ def _unchanged(folder: Path, *, saves: int) -> dict[str, Row]:
             writer.wait()
             if index:
                 taken.append(time.perf_counter() - begun)
-            now = checkpoint.num_disk_bytes(folder)
+            now = num_disk_bytes(folder)
             written.append(now - before)
             before = now
     buffer = io.BytesIO()

@@ -25,3 +25,13 @@ def plain(text: object, *, limit: int | None = None) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in words
     )
+
+
+def short(value: object) -> str:
+    """The `repr` of a value, cut after 80 characters.
+
+    >>> short("a" * 100)[-5:]
+    'aa...'
+    """
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

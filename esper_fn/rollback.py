@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from esper_fn._control import once_if
 from esper_fn._growth import Growth, GrowthState, forget
 from esper_fn._layout import per_slot_tree, select_slots
+from esper_fn._records import record
 from esper_fn._typing import Adapters, Array, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import NONE, LossTrack
@@ -18,6 +19,7 @@ NUM_SNAPSHOTS = 3
 """Default size of the ring: the fewest with which a second emergency can go back further."""
 
 
+@record
 class Snapshot(NamedTuple):
     """The numbers of one moment; stages are no part of it."""
 
@@ -29,6 +31,7 @@ class Snapshot(NamedTuple):
     """How many adapters each slot had had by then; never restored."""
 
 
+@record
 class Ring(NamedTuple):
     """H snapshots, and when each of them was taken.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from esper_fn import governors, lifecycle
 from esper_fn._layout import Memory
+from esper_fn._records import record
 from esper_fn._typing import Adapters, Array, Bool, Float32, Int8, Int32, Key
 from esper_fn.commands import Outcomes
 from esper_fn.lifecycle import SeedState
@@ -14,6 +15,7 @@ from esper_fn.lifecycle import SeedState
 LossFn = Callable[..., Any]
 
 
+@record
 class GrowthState(NamedTuple):
     """Everything that grows, as one pytree."""
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 from esper_fn._layout._layout import Bank, Layout, serves
 from esper_fn._layout._site import Site
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32
 from esper_fn.lifecycle import NONE
 
 
+@record
 class Directions(NamedTuple):
     """Where adapters of a few seeds of one site may begin to look, one row a layer."""
 

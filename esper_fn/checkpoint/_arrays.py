@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from esper_fn.checkpoint._leaf import Leaf, scalar_value, storage
 from esper_fn.checkpoint._manifest import PACKED, Part
-from esper_fn.checkpoint._structure import Leaf, scalar_value, storage
 from esper_fn.errors import CorruptCheckpointError
 
 SMALL_BYTES = 64 * 2**10
-"""Leaves below this share one array: an array of its own costs Orbax about a millisecond."""
+"""Leaves below this share one array, since each array costs Orbax some time."""
 
 PART_BYTES = 2**20
-"""Parts below this are put together: a folder of its own costs some fifty milliseconds."""
+"""Parts below this are put together, since each folder costs some time."""
 
 _ALIGN = 16
 
@@ -35,10 +35,16 @@ class Planned(NamedTuple):
 def fetch(
     arrays: Sequence[Any], leaves: Sequence[Leaf], pool: list[np.ndarray], copiers: Executor
 ) -> list[Any]:
-    """Copies of the arrays in host memory, in buffers of `pool` where they fit.
+    """Copies arrays to host memory, so that the program that owns them may donate them.
 
-    The program that owns the arrays may donate them as soon as this returns, and is waiting for
-    it: large arrays are copied by `copiers`, side by side.
+    Args:
+      arrays: of a value, None for scalars.
+      leaves: their descriptions.
+      pool: buffers to copy into where they fit.
+      copiers: copy large arrays side by side, as the caller waits.
+
+    Returns:
+      The copies as bits (see `storage`), None for scalars.
     """
     spare: dict[Any, list[np.ndarray]] = {}
     for buffer in pool:
@@ -46,7 +52,7 @@ def fetch(
     if jax.default_backend() != "cpu":
         arrays = jax.device_get(list(arrays))  # all transfers at once
     copies: list[Any] = []
-    waiting = []
+    copying = []
     for leaf, array in zip(leaves, arrays, strict=True):
         if leaf.is_scalar:
             copies.append(None)
@@ -55,12 +61,12 @@ def fetch(
         fitting = spare.get((bits.shape, bits.dtype))
         buffer = fitting.pop() if fitting else np.empty(bits.shape, bits.dtype)
         if bits.nbytes >= SMALL_BYTES:
-            waiting.append(copiers.submit(np.copyto, buffer, bits))
+            copying.append(copiers.submit(np.copyto, buffer, bits))
         else:
             np.copyto(buffer, bits)
         copies.append(buffer)
-    for copied in waiting:
-        copied.result()
+    for future in copying:
+        future.result()
     return copies
 
 
@@ -89,7 +95,7 @@ def plan(
     leaf_digests: Sequence[str | None],
     prefixes: Sequence[str],
 ) -> list[Planned]:
-    """Sorts leaves into parts by the longest of the prefixes that their path has."""
+    """Groups leaves into parts by the longest of the prefixes that their path has."""
     groups: dict[str, list[int]] = {}
     for index, leaf in enumerate(leaves):
         if leaf.is_scalar:
@@ -119,15 +125,15 @@ def _planned(
     content = hashlib.sha256()
     whole: dict[str, np.ndarray] = {}
     packed: list[np.ndarray] = []
-    offset, places = 0, []
+    offset, positions = 0, []
     for position, index in enumerate(indices):
         leaf, array = leaves[index], arrays[index]
         content.update(f"{storage(leaf.dtype)} {leaf.shape} {leaf_digests[index]}\n".encode())
         if leaf.num_bytes >= SMALL_BYTES:
             whole[f"leaf{position}"] = array
-            places.append((index, -1))
+            positions.append((index, -1))
             continue
-        places.append((index, offset))
+        positions.append((index, offset))
         padding = -leaf.num_bytes % _ALIGN
         if array.size:
             packed.append(array.reshape(-1).view(np.uint8))
@@ -137,7 +143,7 @@ def _planned(
         whole[PACKED] = np.concatenate([*packed, np.zeros(_ALIGN, np.uint8)])
     name = content.hexdigest()
     return Planned(
-        part=Part(folder=f"data/{name[:40]}", leaves=tuple(places)),
+        part=Part(folder=f"data/{name[:40]}", leaves=tuple(positions)),
         content=name[:40],
         arrays=whole,
         num_bytes=sum(array.nbytes for array in whole.values()),
@@ -146,36 +152,36 @@ def _planned(
 
 def expected(part: Part, leaves: Sequence[Leaf]) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of each of a part's arrays in Orbax."""
-    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {}
     end = -1
     for position, (index, offset) in enumerate(part.leaves):
         leaf = leaves[index]
         if offset < 0:
-            found[f"leaf{position}"] = (leaf.shape, storage(leaf.dtype))
+            arrays[f"leaf{position}"] = (leaf.shape, storage(leaf.dtype))
         else:
             end = max(end, offset + leaf.num_bytes + -leaf.num_bytes % _ALIGN)
-    if end >= 0 or not found:
-        found[PACKED] = ((max(end, 0) + _ALIGN,), np.dtype(np.uint8))
-    return found
+    if end >= 0 or not arrays:
+        arrays[PACKED] = ((max(end, 0) + _ALIGN,), np.dtype(np.uint8))
+    return arrays
 
 
 def take(
     part: Part, leaves: Sequence[Leaf], arrays: dict[str, np.ndarray]
 ) -> dict[int, np.ndarray]:
     """A part's leaves, by index, as bits."""
-    found = {}
+    bits = {}
     for position, (index, offset) in enumerate(part.leaves):
         leaf = leaves[index]
         if offset < 0:
-            found[index] = arrays[f"leaf{position}"]
+            bits[index] = arrays[f"leaf{position}"]
             continue
         piece = arrays[PACKED][offset : offset + leaf.num_bytes]
-        found[index] = piece.copy().view(storage(leaf.dtype)).reshape(leaf.shape)
-    return found
+        bits[index] = piece.copy().view(storage(leaf.dtype)).reshape(leaf.shape)
+    return bits
 
 
 def value_of(leaf: Leaf, bits: np.ndarray | None, digest: str | None) -> Any:
-    """The leaf itself, after a last look at its bytes.
+    """Makes the leaf's value, after comparing its bytes with the digest taken when it was saved.
 
     Raises:
       CorruptCheckpointError: other bytes than were saved.

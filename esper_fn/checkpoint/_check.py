@@ -1,4 +1,4 @@
-"""What can be saved and read back, said before anything is written."""
+"""Checks before anything is written whether it can be saved and read back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ import jax
 
 from esper_fn.checkpoint._folder import MAX_RECORD_BYTES
 from esper_fn.checkpoint._json import dumps
-from esper_fn.checkpoint._structure import (
-    Leaf,
-    build,
-    describe,
-    leaf_from_json,
-    leaf_to_json,
-    scalar_value,
-)
+from esper_fn.checkpoint._leaf import Leaf, leaf_from_json, leaf_to_json, scalar_value
+from esper_fn.checkpoint._structure import build, describe
 from esper_fn.errors import CheckpointError
 
 
 def check(value: Any, *, record: Any = None, metrics: Mapping[str, float] | None = None) -> None:
-    """Says before the first step whether `Writer.save` could store this, and `restore` read it.
+    """Finds out before the first step whether `Writer.save` and `restore` can cope with a value.
 
     `fit` does so by itself; call it in a loop of your own. Nothing is written.
 
@@ -32,7 +26,7 @@ def check(value: Any, *, record: Any = None, metrics: Mapping[str, float] | None
       metrics: as there.
 
     Raises:
-      CheckpointError: it could not; names the path of what is in the way, and the remedy.
+      CheckpointError: they cannot; names the path of what is in the way, and the remedy.
 
     >>> check({1: 2.0, "layers": [{"weight": None}]})
     """
@@ -67,13 +61,13 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def record_bytes(record: Any) -> bytes:
-    """As the file holds it; raises `CheckpointError` for what would not be read back."""
+    """The record's file; raises `CheckpointError` for what would not be read back."""
     try:
-        noted = dumps(record, is_checked=True)
+        data = dumps(record, is_checked=True)
     except ValueError as error:
         raise CheckpointError(f"record: {error}") from None
-    if len(noted) > MAX_RECORD_BYTES:
+    if len(data) > MAX_RECORD_BYTES:
         raise CheckpointError(
-            f"record takes {len(noted)} bytes, at most {MAX_RECORD_BYTES} are read back"
+            f"record takes {len(data)} bytes, at most {MAX_RECORD_BYTES} are read back"
         )
-    return noted
+    return data

@@ -47,26 +47,26 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def statuses(folder: Path) -> dict[str, os.stat_result]:
-    """`sizes`, and whatever else the system says of each file."""
-    found: dict[str, os.stat_result] = {}
-    waiting = [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
+    """What the system says of each plain file below a folder; raises as `sizes`."""
+    files: dict[str, os.stat_result] = {}
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(Path(entry.path))
+                    pending.append(Path(entry.path))
                     continue
                 status = entry.stat(follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
                     raise CorruptCheckpointError(f"{entry.path}: neither a plain file nor a folder")
-                found[Path(entry.path).relative_to(folder).as_posix()] = status
-                if len(found) > MAX_FILES:
+                files[Path(entry.path).relative_to(folder).as_posix()] = status
+                if len(files) > MAX_FILES:
                     raise CorruptCheckpointError(f"{folder}: more than {MAX_FILES} files")
-    return found
+    return files
 
 
 def sha256(path: Path) -> str:
-    """Of a plain file, which is not opened through a link."""
+    """The SHA-256 of a plain file, which is not opened through a link."""
     digest = hashlib.sha256()
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     with os.fdopen(handle, "rb", buffering=0) as file:
@@ -103,7 +103,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def sync(path: Path) -> None:
-    """Has the system put a file or a folder on the disk."""
+    """Waits until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,15 +112,15 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` of all files and folders, from the leaves up."""
-    for where, _, names in os.walk(folder, topdown=False):
+    """Waits until all files and folders below one are on the disk, from the leaves up."""
+    for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            sync(Path(where, name))
-        sync(Path(where))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """A file that appears whole under its name, and is on the disk when this returns."""
+    """Writes a file that appears whole under its name, and is on the disk on return."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -134,9 +134,9 @@ def share(source: Path, target: Path) -> bool:
     """Gives the files of a folder second names in another; False where the system cannot."""
     try:
         for relative in sizes(source):
-            place = target / relative
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.link(source / relative, place, follow_symlinks=False)
+            link = target / relative
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source / relative, link, follow_symlinks=False)
     except (OSError, NotImplementedError, CorruptCheckpointError):
         shutil.rmtree(target, ignore_errors=True)
         return False
@@ -146,10 +146,10 @@ def share(source: Path, target: Path) -> bool:
 def num_disk_bytes(folder: Path) -> int:
     """Bytes of all files below a folder, those with several names counted once."""
     seen: dict[tuple[int, int], int] = {}
-    for where, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                status = os.lstat(Path(where, name))
+                status = os.lstat(Path(parent, name))
             except OSError:  # gone meanwhile, or not to be read just now
                 continue
             seen[status.st_dev, status.st_ino] = status.st_size

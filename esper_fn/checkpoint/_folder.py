@@ -1,11 +1,11 @@
-"""A checkpoint folder: what is there, and what each step says of itself.
+"""A checkpoint folder: its steps, their manifests, and how a step leaves it.
 
 ::
 
     run.json                     identity of the run
     steps/000000000100/          a step; it came here by one rename, whole
         manifest.jsonl           every file's size and SHA-256, sealed
-        record.json              what the host remembered
+        record.json              what the caller wants back
         data/<content>/          an Orbax checkpoint of a part of the value
     .work/                       what is being written or removed; nobody reads it
     set_aside/                   what lay where a step had to go, and is not proven corrupt
@@ -16,6 +16,8 @@ from __future__ import annotations
 import operator
 import os
 import re
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from esper_fn.errors import (
 RUN = "run.json"
 STEPS = "steps"
 WORK = ".work"
+ASIDE = "set_aside"
 MAX_RECORD_BYTES = 1 << 30
 _STEP_NAME = re.compile(r"\d{12}")
 
@@ -55,12 +58,15 @@ def checked_step(step: Any) -> int:
 
 
 def step_name(step: int) -> str:
-    """The folder of a step."""
+    """The name of a step's folder."""
     return f"{step:012d}"
 
 
 def steps(path: PathLike) -> list[int]:
-    """Acknowledged steps of a checkpoint folder, oldest first; damaged ones too.
+    """The acknowledged steps of a checkpoint folder, oldest first; damaged ones too.
+
+    Args:
+      path: a checkpoint folder; one that does not exist has no steps.
 
     >>> steps("/nowhere")
     []
@@ -77,7 +83,7 @@ def steps(path: PathLike) -> list[int]:
 
 
 def run_identity(path: PathLike) -> str:
-    """Identity of the run a folder belongs to.
+    """The identity of the run that a folder belongs to.
 
     Raises:
       NoCheckpointError: not a checkpoint folder.
@@ -113,7 +119,7 @@ def exists(file: Path) -> bool:
 
 
 def inspect(path: PathLike, step: int, *, key: bytes | None = None) -> Manifest:
-    """The manifest of a step, its seal checked; no other file is looked at.
+    """Reads the manifest of a step and checks its seal; no other file is read.
 
     Raises:
       CorruptCheckpointError: damaged, forged, of another step or another run.
@@ -138,3 +144,19 @@ def inspect(path: PathLike, step: int, *, key: bytes | None = None) -> Manifest:
     if manifest.run != run_identity(path):
         raise CorruptCheckpointError(f"{file}: it is the manifest of another run, {manifest.run}")
     return manifest
+
+
+def drop(path: Path, step: int) -> None:
+    """Removes a step: unlisted by one rename first, so that no half of it is ever seen."""
+    work = path / WORK / f"drop-{step_name(step)}-{secrets.token_hex(4)}"
+    work.parent.mkdir(exist_ok=True)
+    os.rename(path / STEPS / step_name(step), work)
+    shutil.rmtree(work)
+
+
+def set_aside(path: Path, step: int) -> Path:
+    """Moves away whatever lies where a step has to go; returns where to."""
+    aside = path / ASIDE / f"{step_name(step)}-{secrets.token_hex(4)}"
+    aside.parent.mkdir(exist_ok=True)
+    os.rename(path / STEPS / step_name(step), aside)
+    return aside

@@ -10,12 +10,15 @@ MAX_DEPTH = 256
 
 
 def dumps(value: Any, *, is_checked: bool = False) -> bytes:
-    """One line of UTF-8; raises `ValueError` for NaN, infinities and what JSON cannot say.
+    """Writes a value as one line of UTF-8.
 
     Args:
       value: of dicts, lists, tuples, strings, numbers, None.
       is_checked: refuse also what `loads` would not read back: too deep, or two keys that JSON
         cannot tell apart.
+
+    Raises:
+      ValueError: NaN, infinities, and what else JSON cannot say.
     """
     try:
         data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
@@ -49,10 +52,10 @@ def loads(data: bytes, *, max_bytes: int) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    items = dict(pairs)
+    if len(items) != len(pairs):
         raise ValueError("a key is given twice")
-    return found
+    return items
 
 
 def _refuse(constant: str) -> float:
@@ -72,18 +75,18 @@ def _check_form(value: Any) -> None:
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH}")
         inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                _check_keys(one)
-                inner.extend(one.values())
-            elif isinstance(one, list | tuple):
-                inner.extend(one)
+        for node in level:
+            if isinstance(node, dict):
+                _check_keys(node)
+                inner.extend(node.values())
+            elif isinstance(node, list | tuple):
+                inner.extend(node)
         level, depth = inner, depth + 1
 
 
-def _check_keys(of: dict[Any, Any]) -> None:
-    if all(type(key) is str for key in of):
+def _check_keys(node: dict[Any, Any]) -> None:
+    if all(type(key) is str for key in node):
         return
-    texts = {key if isinstance(key, str) else json.dumps(key) for key in of}
-    if len(texts) != len(of):
-        raise ValueError(f"two of the keys {list(of)[:20]!r} are one in JSON")
+    texts = {key if isinstance(key, str) else json.dumps(key) for key in node}
+    if len(texts) != len(node):
+        raise ValueError(f"two of the keys {list(node)[:20]!r} are one in JSON")

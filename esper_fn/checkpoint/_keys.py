@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from esper_fn.checkpoint._types import enum_of, name_of, qualified
+from esper_fn._records import enum_type, name_of, qualified
+from esper_fn._text import short
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 MAX_TUPLE_DEPTH = 8
@@ -25,11 +26,20 @@ _NUMPY = frozenset(
 
 
 def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
-    """A string as it is, any other key as `{type: value}`; raises `CheckpointError`."""
+    """Turns a key into JSON: a string stays, any other key becomes `{type: value}`.
+
+    Args:
+      key: of a dictionary.
+      path: of the dictionary, for messages.
+      depth: of tuples around the key.
+
+    Raises:
+      CheckpointError: a key of a type that cannot be stored.
+    """
     row: Any = None
     if isinstance(key, enum.Enum):
         kind = type(key)
-        members = [one.name for one in key] if isinstance(key, enum.Flag) else [key.name]
+        members = [member.name for member in key] if isinstance(key, enum.Flag) else [key.name]
         row = {"enum": [name_of(kind) or qualified(kind), *members]}
     elif isinstance(key, np.generic) and str(key.dtype) in _NUMPY:
         value = key.item()
@@ -45,10 +55,10 @@ def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
     elif type(key) is bytes:
         row = {"bytes": key.hex()}
     elif type(key) is tuple and depth < MAX_TUPLE_DEPTH:
-        row = {"tuple": [key_to_json(one, path, depth + 1) for one in key]}
+        row = {"tuple": [key_to_json(part, path, depth + 1) for part in key]}
     if row is None:
         raise CheckpointError(
-            f"{path or 'the value'}: the dictionary key {_short(key)} is a {qualified(type(key))}; "
+            f"{path or 'the value'}: the dictionary key {short(key)} is a {qualified(type(key))}; "
             "a key may be a string, int, bool, float, None, bytes, NumPy number, enum member, or a "
             "tuple of these: convert it"
         )
@@ -56,7 +66,7 @@ def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
 
 
 def label(row: Any) -> str:
-    """What paths call a key: `5` for the int, the member's name for an enum."""
+    """Names a key in paths: `5` for the int, the member's name for an enum."""
     if isinstance(row, str):
         return row
     ((kind, value),) = row.items()
@@ -70,7 +80,7 @@ def label(row: Any) -> str:
 
 
 def keys_from_json(rows: list[Any], like: Any = None) -> list[Any]:
-    """The keys again.
+    """Turns the JSON of keys back into keys.
 
     Args:
       rows: from `key_to_json`, by way of a file.
@@ -88,9 +98,9 @@ def keys_from_json(rows: list[Any], like: Any = None) -> list[Any]:
     except CheckpointError:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
-        raise CorruptCheckpointError(f"keys of a node are {_short(rows)}") from None
+        raise CorruptCheckpointError(f"keys of a node are {short(rows)}") from None
     if len(dict.fromkeys(keys)) != len(keys):
-        raise CorruptCheckpointError(f"two keys of a node are equal: {_short(rows)}")
+        raise CorruptCheckpointError(f"two keys of a node are equal: {short(rows)}")
     return keys
 
 
@@ -117,7 +127,7 @@ def _from_json(row: Any, kinds: dict[str, type[Any]], depth: int) -> Any:
     if kind == "bytes":
         return bytes.fromhex(value)
     if kind == "tuple" and isinstance(value, list):
-        return tuple(_from_json(one, kinds, depth + 1) for one in value)
+        return tuple(_from_json(part, kinds, depth + 1) for part in value)
     if kind == "numpy":
         return _number(*value)
     if kind == "enum":
@@ -134,29 +144,24 @@ def _number(dtype: str, text: str) -> Any:
     return np.dtype(dtype).type(value)
 
 
-def _member(kinds: dict[str, type[Any]], name: str, *members: str) -> Any:
-    kind = enum_of(name) or kinds.get(name)
+def _member(kinds: dict[str, type[Any]], type_name: str, *members: str) -> Any:
+    kind = enum_type(type_name) or kinds.get(type_name)
     if kind is None:
         raise CheckpointError(
-            f"the checkpoint has dictionary keys of the enum {name!r}, which is not registered in "
-            "this process: call `checkpoint.register(TYPE, NAME)`, or pass `like=` a value with "
-            "such keys"
+            f"the checkpoint has dictionary keys of the enum {type_name!r}, which is not "
+            "registered in this process: call `checkpoint.register(TYPE, NAME)`, or pass `like=` a "
+            "value with such keys"
         )
-    missing = [one for one in members if one not in kind.__members__]
+    missing = [name for name in members if name not in kind.__members__]
     if missing:
         raise CheckpointError(
-            f"the checkpoint has a key {name}.{missing[0]}; here it has only "
+            f"the checkpoint has a key {type_name}.{missing[0]}; here it has only "
             f"{', '.join(kind.__members__)}: restore with the version that wrote it"
         )
     if issubclass(kind, enum.Flag):
-        found = kind(0)
-        for one in members:
-            found |= kind[one]
-        return found
-    (member,) = members
-    return kind[member]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        flags = kind(0)
+        for member in members:
+            flags |= kind[member]
+        return flags
+    (only,) = members
+    return kind[only]

@@ -10,18 +10,19 @@ import hashlib
 import hmac
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from esper_fn.checkpoint._files import MAX_FILES, is_safe
 from esper_fn.checkpoint._json import dumps, loads
-from esper_fn.checkpoint._structure import MAX_LEAVES, Leaf, leaf_from_json, leaf_to_json
+from esper_fn.checkpoint._leaf import Leaf, leaf_from_json, leaf_to_json
+from esper_fn.checkpoint._structure import MAX_LEAVES
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 NAME = "manifest.jsonl"
 RECORD = "record.json"
 FORMAT = "esper-fn checkpoint"
-VERSION = 3
+VERSION = 1
 MAX_BYTES = 256 * 2**20
 MAX_STEP = 10**12 - 1
 PACKED = "packed"
@@ -59,7 +60,7 @@ class Manifest:
       step: training steps done.
       structure: of the value, as JSON.
       leaves: of the value.
-      digests: SHA-256 of each leaf's bytes; None where version 1 did not keep it.
+      digests: SHA-256 of each leaf's bytes; None for a number or a string.
       parts: where the leaves' arrays lie.
       files: every file of the step but the manifest.
       metrics: finite numbers for retention.
@@ -80,12 +81,23 @@ class Manifest:
 
     @property
     def num_array_bytes(self) -> int:
-        """Memory that all arrays take."""
+        """The memory that all arrays take."""
         return sum(leaf.num_bytes for leaf in self.leaves)
 
 
 def encode(manifest: Manifest, key: bytes | None) -> bytes:
-    """The file's bytes."""
+    """Writes a manifest and its seal.
+
+    Args:
+      manifest: of a step.
+      key: for an HMAC, or None.
+
+    Returns:
+      The bytes of the file.
+
+    Raises:
+      CheckpointError: more than `MAX_BYTES`.
+    """
     content_line = dumps(
         {
             "format": FORMAT,
@@ -98,10 +110,10 @@ def encode(manifest: Manifest, key: bytes | None) -> bytes:
                 for leaf, digest in zip(manifest.leaves, manifest.digests, strict=True)
             ],
             "parts": [
-                {"folder": part.folder, "leaves": [list(place) for place in part.leaves]}
+                {"folder": part.folder, "leaves": [list(row) for row in part.leaves]}
                 for part in manifest.parts
             ],
-            "files": {path: [of.num_bytes, of.sha256] for path, of in manifest.files.items()},
+            "files": {path: list(astuple(info)) for path, info in manifest.files.items()},
             "metrics": dict(manifest.metrics),
             "versions": dict(manifest.versions),
         }
@@ -141,31 +153,33 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
         seal = loads(seal_line, max_bytes=1024)
     except ValueError as error:
         raise CorruptCheckpointError(f"its seal: {error}") from None
-    wanted = _seal(content_line, key)
-    if not isinstance(seal, dict) or seal.keys() - {"sha256", "hmac_sha256"}:
-        raise CorruptCheckpointError("its seal has another form")
+    _require(isinstance(seal, dict) and seal.keys() <= {"sha256", "hmac_sha256"}, "its seal")
     if key is not None and "hmac_sha256" not in seal:
         raise CorruptCheckpointError("it has no HMAC, but a key is given")
-    for name, digest in wanted.items():
-        said = seal.get(name)
-        if not _is_digest(said) or not hmac.compare_digest(str(said), digest):
+    for name, digest in _seal(content_line, key).items():
+        value = seal.get(name)
+        if not _is_digest(value) or not hmac.compare_digest(str(value), digest):
             raise CorruptCheckpointError(f"its {name.replace('_', '-')} does not match")
-    if dumps(seal) != seal_line:
-        raise CorruptCheckpointError("its seal has another form")
+    _require(dumps(seal) == seal_line, "its seal")
     try:
         content = loads(content_line, max_bytes=MAX_BYTES)
     except ValueError as error:
         raise CorruptCheckpointError(f"it is no JSON of ours: {error}") from None
+    _check_version(content)
     try:
-        return _parse(_migrated(content), is_signed="hmac_sha256" in seal)
+        return _parse(content, is_signed="hmac_sha256" in seal)
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"its content has another form: {error}") from error
 
 
-def _migrated(content: Any) -> dict[str, Any]:
-    """The content as the present version would have written it."""
+def _require(is_met: bool, name: str) -> None:
+    if not is_met:
+        raise CorruptCheckpointError(f"{name} has another form than a manifest's")
+
+
+def _check_version(content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CorruptCheckpointError(f"it is not an {FORMAT}'s")
     version = content.get("version")
@@ -176,66 +190,38 @@ def _migrated(content: Any) -> dict[str, Any]:
             f"the checkpoint has format version {version}, this version of esper-fn reads up to "
             f"{VERSION}; install the one that wrote it, or a newer one"
         )
-    for old in range(version, VERSION):
-        content = _MIGRATIONS[old](content)
-    return content
-
-
-def _from_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 kept no digests of leaves, no metrics and no versions."""
-    leaves = content.get("leaves")
-    if not isinstance(leaves, list) or not all(isinstance(leaf, dict) for leaf in leaves):
-        raise CorruptCheckpointError("its leaves have another form")
-    return {
-        **content,
-        "version": 2,
-        "leaves": [leaf | {"sha256": None} for leaf in leaves],
-        "metrics": {},
-        "versions": {},
-    }
-
-
-def _from_2(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had dictionaries with strings for keys only."""
-    return {**content, "version": 3}
-
-
-_MIGRATIONS = {1: _from_1, 2: _from_2}
 
 
 def _parse(content: dict[str, Any], *, is_signed: bool) -> Manifest:
     run, step = content.get("run"), content.get("step")
-    if not isinstance(run, str) or not 0 < len(run) <= 64:
-        raise CorruptCheckpointError("its run has no name")
-    if type(step) is not int or not 0 <= step <= MAX_STEP:
-        raise CorruptCheckpointError("its step is no number")
+    _require(isinstance(run, str) and 0 < len(run) <= 64, "its run")
+    _require(type(step) is int and 0 <= step <= MAX_STEP, "its step")
     rows, metrics, versions = (content.get(name) for name in ("leaves", "metrics", "versions"))
-    if not isinstance(rows, list) or len(rows) > MAX_LEAVES:
-        raise CorruptCheckpointError("its leaves have another form")
+    _require(isinstance(rows, list) and len(rows) <= MAX_LEAVES, "its list of leaves")
     leaves, digests = [], []
-    for row in rows:
-        if not isinstance(row, dict):
-            raise CorruptCheckpointError("a leaf has another form")
+    for row in rows:  # type: ignore[union-attr]
+        _require(isinstance(row, dict), "a leaf")
         digest = row.get("sha256")
-        if digest is not None and not _is_digest(digest):
-            raise CorruptCheckpointError("the digest of a leaf has another form")
+        leaf = leaf_from_json({name: row[name] for name in row.keys() - {"sha256"}})
+        _require(digest is None if leaf.is_scalar else _is_digest(digest), "the digest of a leaf")
         digests.append(digest)
-        leaves.append(leaf_from_json({k: v for k, v in row.items() if k != "sha256"}))
-    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
-        raise CorruptCheckpointError("its metrics are no numbers")
-    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-        raise CorruptCheckpointError("its versions have another form")
+        leaves.append(leaf)
+    _require(isinstance(metrics, dict) and all(map(_is_number, metrics.values())), "its metrics")
+    _require(
+        isinstance(versions, dict) and all(isinstance(text, str) for text in versions.values()),
+        "its list of versions",
+    )
     files = _files(content.get("files"))
     return Manifest(
-        run=run,
-        step=step,
+        run=str(run),
+        step=step,  # type: ignore[arg-type]
         structure=content.get("structure"),
         leaves=tuple(leaves),
         digests=tuple(digests),
         parts=_parts(content.get("parts"), leaves, files),
         files=files,
-        metrics=metrics,
-        versions=versions,
+        metrics=metrics,  # type: ignore[arg-type]
+        versions=versions,  # type: ignore[arg-type]
         is_signed=is_signed,
     )
 
@@ -252,46 +238,37 @@ def _is_digest(value: object) -> bool:
 
 
 def _files(content: Any) -> dict[str, FileInfo]:
-    if not isinstance(content, dict) or len(content) > MAX_FILES:
-        raise CorruptCheckpointError("its files have another form")
+    _require(isinstance(content, dict) and len(content) <= MAX_FILES, "its list of files")
     files = {}
     for path, row in content.items():
         if not is_safe(path) or path == NAME:
             raise CorruptCheckpointError(f"it lists a file {path[:80]!r}, which no step has")
-        if not (
-            isinstance(row, list)
-            and len(row) == 2
-            and type(row[0]) is int
-            and 0 <= row[0] < 2**62
-            and _is_digest(row[1])
-        ):
-            raise CorruptCheckpointError(f"size and digest of {path!r} have another form")
-        files[path] = FileInfo(num_bytes=row[0], sha256=row[1])
+        _require(isinstance(row, list) and len(row) == 2, f"the row of {path!r}")
+        size, digest = row
+        _require(type(size) is int and 0 <= size < 2**62, f"the size of {path!r}")
+        _require(_is_digest(digest), f"the digest of {path!r}")
+        files[path] = FileInfo(num_bytes=size, sha256=digest)
     return files
 
 
 def _parts(content: Any, leaves: list[Leaf], files: dict[str, FileInfo]) -> tuple[Part, ...]:
-    if not isinstance(content, list):
-        raise CorruptCheckpointError("its parts have another form")
-    parts, placed = [], set()
+    _require(isinstance(content, list), "its list of parts")
+    parts: list[Part] = []
+    used: set[int] = set()
     for row in content:
-        folder = row.get("folder") if isinstance(row, dict) else None
-        places = row.get("leaves") if isinstance(row, dict) else None
-        if not isinstance(folder, str) or not is_safe(folder) or not isinstance(places, list):
-            raise CorruptCheckpointError("a part has another form")
+        _require(isinstance(row, dict), "a part")
+        folder, pairs = row.get("folder"), row.get("leaves")
+        _require(is_safe(folder) and isinstance(pairs, list), "a part")
         if not any(path.startswith(f"{folder}/") for path in files):
             raise CorruptCheckpointError(f"part {folder!r} has no files")
-        for place in places:
-            if not (
-                isinstance(place, list) and len(place) == 2 and all(type(n) is int for n in place)
-            ):
-                raise CorruptCheckpointError("the place of a leaf has another form")
-            leaf, offset = place
-            if not 0 <= leaf < len(leaves) or leaf in placed or not -1 <= offset < 2**40:
-                raise CorruptCheckpointError("the place of a leaf is impossible")
-            placed.add(leaf)
-        parts.append(Part(folder=folder, leaves=tuple((leaf, at) for leaf, at in places)))
-    needed = {i for i, leaf in enumerate(leaves) if not leaf.is_scalar}
-    if placed != needed:
+        for pair in pairs:
+            is_pair = isinstance(pair, list) and [type(n) for n in pair] == [int, int]
+            _require(is_pair, "the position of a leaf")
+            index, offset = pair
+            if not 0 <= index < len(leaves) or index in used or not -1 <= offset < 2**40:
+                raise CorruptCheckpointError("the position of a leaf is impossible")
+            used.add(index)
+        parts.append(Part(folder=folder, leaves=tuple((index, offset) for index, offset in pairs)))
+    if used != {index for index, leaf in enumerate(leaves) if not leaf.is_scalar}:
         raise CorruptCheckpointError("its parts do not hold its leaves, each once")
     return tuple(parts)

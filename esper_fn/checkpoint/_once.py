@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from esper_fn.checkpoint import _folder, _retention, _verify
-from esper_fn.checkpoint._folder import PathLike
-from esper_fn.checkpoint._place import drop, take_lock
+from esper_fn.checkpoint._folder import PathLike, drop
+from esper_fn.checkpoint._locking import take_lock
 from esper_fn.checkpoint._writer import Writer
 
 
 def save(
     path: PathLike, step: int, value: Any, *, record: Any = None, key: bytes | None = None
 ) -> None:
-    """Saves one step and waits until it is on the disk; everything already there is kept.
+    """Saves one step and waits until it is on the disk; all other steps stay.
+
+    Args:
+      path: the folder, made if need be.
+      step: training steps done.
+      value: as for `Writer.save`.
+      record: JSON to have back.
+      key: for an HMAC; see `Writer`.
 
     Raises:
       CheckpointError: as for `Writer.save`.
-      OSError: or whatever went wrong beneath.
+      OSError: the disk is full, or refuses.
 
     >>> import tempfile, numpy as np
     >>> from esper_fn.checkpoint import restore
@@ -42,9 +49,10 @@ def prune(
     dry_run: bool = False,
     key: bytes | None = None,
 ) -> list[_retention.Decision]:
-    """Removes the steps of a folder that a retention does not keep; never the newest sound one.
+    """Removes the steps of a folder that a retention does not keep.
 
-    Nor one that cannot be judged: signed with another key, of a newer format, unreadable just now.
+    The newest sound step stays, and so does every step that cannot be judged: signed with another
+    key, of a newer format, unreadable just now.
 
     Args:
       path: a checkpoint folder that no writer has open (unless `dry_run`).
@@ -53,7 +61,11 @@ def prune(
       key: for the HMAC.
 
     Returns:
-      Every step's fate and why.
+      Every step's fate and why, oldest first.
+
+    Raises:
+      NoCheckpointError: not a checkpoint folder.
+      CheckpointError: a writer has it open.
     """
     root = Path(path)
     _folder.run_identity(root)

@@ -1,4 +1,4 @@
-"""The one place that imports Orbax: named arrays to a folder and back."""
+"""The one module that imports Orbax: named arrays to a folder and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def _checkpointer() -> Any:
-    # Trained floats do not compress (7 % of a float32 network for twice the time).
+    # Trained floats hardly compress.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
 
@@ -46,13 +46,13 @@ def read(
     """
     with _checkpointer() as reader:
         try:
-            found = reader.metadata(folder.absolute()).item_metadata.tree
-            told = {name: (tuple(of.shape), np.dtype(of.dtype)) for name, of in found.items()}
-            if told != dict(expected):
+            tree = reader.metadata(folder.absolute()).item_metadata.tree
+            listed = {name: (tuple(row.shape), np.dtype(row.dtype)) for name, row in tree.items()}
+            if listed != dict(expected):
                 raise CorruptCheckpointError(f"{folder}: Orbax holds other arrays than listed")
-            how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
+            options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
             restored = reader.restore(
-                folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how)
+                folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=options)
             )
         except CorruptCheckpointError:
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from esper_fn.checkpoint._folder import (
 from esper_fn.checkpoint._json import loads
 from esper_fn.checkpoint._keys import label as key_label
 from esper_fn.checkpoint._manifest import Manifest
-from esper_fn.checkpoint._structure import build
+from esper_fn.checkpoint._structure import build, check_structure
 from esper_fn.checkpoint._verify import Damage, first_damage, of_manifest, worst
 from esper_fn.errors import (
     CheckpointError,
@@ -38,10 +39,10 @@ class Restored(NamedTuple):
     value: Any
     """Arrays are NumPy's, on the host; typed random keys are JAX's."""
     record: Any
-    """What the host remembered, JSON."""
+    """JSON that was saved along."""
     metrics: Mapping[str, float]
     versions: Mapping[str, str]
-    """Of what wrote it."""
+    """Of the packages that wrote it."""
     passed_over: tuple[Damage, ...]
     """Newer steps that were damaged; empty when nothing was."""
 
@@ -57,8 +58,7 @@ def restore(
 ) -> Restored:
     """Reads a step back, after verifying every byte of it.
 
-    Needs no template: structure, dtypes, types of NamedTuples and random keys stand in the
-    manifest.
+    It needs no template: the manifest has structure, dtypes, types of NamedTuples and random keys.
 
     Args:
       path: a checkpoint folder.
@@ -70,6 +70,9 @@ def restore(
       key: for the HMAC of the manifest, which is required then.
       max_bytes: largest size of all arrays together; the machine's memory when left out.
 
+    Returns:
+      The step, its value on the host, and what was saved along.
+
     Raises:
       NoCheckpointError: no step, or no sound one.
       CorruptCheckpointError: the step asked for is damaged.
@@ -77,6 +80,7 @@ def restore(
       CheckpointError: a newer format, a type that is not registered, more than `max_bytes`, or
         `only` names nothing.
     """
+    reader = _Reader(Path(path), only, like, key, max_bytes)
     if step is not None:
         step = checked_step(step)
         damage = first_damage(path, step, key=key)
@@ -85,7 +89,7 @@ def restore(
             if damage.verdict == "unreadable":
                 raise UnreadableCheckpointError(message)
             raise CorruptCheckpointError(message)
-        return _read(Path(path), step, only, like, key, max_bytes, ())
+        return reader.read(step)
     passed: list[Damage] = []
     for candidate in reversed(steps(path)):
         damage = worst(path, candidate, key=key)
@@ -93,7 +97,7 @@ def restore(
             continue  # a writer has just collected it
         if damage is None:
             try:
-                return _read(Path(path), candidate, only, like, key, max_bytes, tuple(passed))
+                return reader.read(candidate)._replace(passed_over=tuple(passed))
             except (CorruptCheckpointError, UnreadableCheckpointError) as error:
                 damage = of_manifest(Path(path), candidate, error)
         passed.append(damage)
@@ -103,87 +107,85 @@ def restore(
     raise NoCheckpointError(f"{Path(path)}: nothing to restore: {problems}")
 
 
-def _read(
-    root: Path,
-    step: int,
-    only: str | None,
-    like: Any,
-    key: bytes | None,
-    max_bytes: int | None,
-    passed: Sequence[Damage],
-) -> Restored:
-    manifest = inspect(root, step, key=key)
-    folder = root / STEPS / step_name(step)
-    structure, wanted = _selected(manifest, only)
-    size = sum(manifest.leaves[index].num_bytes for index in wanted)
-    limit = _memory_bytes() if max_bytes is None else max_bytes
-    if size > limit:
-        raise CheckpointError(
-            f"{folder}: its arrays take {size} bytes, max_bytes is {limit}; pass a larger one, or "
-            "restore a part with `only=`"
-        )
-    bits = {}
-    for part in manifest.parts:
-        if wanted.isdisjoint(index for index, _ in part.leaves):
-            continue
-        stored = _orbax.read(folder / part.folder, _arrays.expected(part, manifest.leaves))
-        bits.update(_arrays.take(part, manifest.leaves, stored))
-    places = sorted(wanted)
-    values = [
-        _arrays.value_of(manifest.leaves[i], bits.get(i), manifest.digests[i]) for i in places
-    ]
-    record = None
-    if _manifest.RECORD in manifest.files:
-        try:
-            record = loads(
-                _files.read_bounded(folder / _manifest.RECORD, MAX_RECORD_BYTES),
-                max_bytes=MAX_RECORD_BYTES,
+@dataclass(frozen=True)
+class _Reader:
+    """Reads steps that are verified, as `restore` was called."""
+
+    root: Path
+    only: str | None
+    like: Any
+    key: bytes | None
+    max_bytes: int | None
+
+    def read(self, step: int) -> Restored:
+        manifest = inspect(self.root, step, key=self.key)
+        folder = self.root / STEPS / step_name(step)
+        structure, indices = _selected(manifest, self.only)
+        size = sum(manifest.leaves[index].num_bytes for index in indices)
+        limit = _memory_bytes() if self.max_bytes is None else self.max_bytes
+        if size > limit:
+            raise CheckpointError(
+                f"{folder}: its arrays take {size} bytes, max_bytes is {limit}; pass a larger one, "
+                "or restore a part with `only=`"
             )
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{folder / _manifest.RECORD}: {error}") from None
-    return Restored(
-        step=step,
-        value=build(_renumbered(structure, {i: n for n, i in enumerate(places)}), values, like),
-        record=record,
-        metrics=manifest.metrics,
-        versions=manifest.versions,
-        passed_over=tuple(passed),
-    )
+        bits = {}
+        for part in manifest.parts:
+            if not indices.isdisjoint(index for index, _ in part.leaves):
+                stored = _orbax.read(folder / part.folder, _arrays.expected(part, manifest.leaves))
+                bits.update(_arrays.take(part, manifest.leaves, stored))
+        order = sorted(indices)
+        values = [
+            _arrays.value_of(manifest.leaves[i], bits.get(i), manifest.digests[i]) for i in order
+        ]
+        structure = _renumbered(structure, {index: n for n, index in enumerate(order)})
+        return Restored(
+            step=step,
+            value=build(structure, values, self.like),
+            record=_record(folder) if _manifest.RECORD in manifest.files else None,
+            metrics=manifest.metrics,
+            versions=manifest.versions,
+            passed_over=(),
+        )
+
+
+def _record(folder: Path) -> Any:
+    file = folder / _manifest.RECORD
+    data = _files.read_bounded(file, MAX_RECORD_BYTES)
+    try:
+        return loads(data, max_bytes=MAX_RECORD_BYTES)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{file}: {error}") from None
 
 
 def _selected(manifest: Manifest, only: str | None) -> tuple[Any, set[int]]:
-    """The part of the structure that `only` names, and the leaves it has."""
+    """The part of the structure that `only` names, and its leaves."""
     node = manifest.structure
-    for label in only.split("/") if only else ():
-        of = node.get("of", []) if isinstance(node, dict) else []
-        keys = node.get("keys") if isinstance(node, dict) else None
-        labels = _labels(keys) if isinstance(keys, list) else [str(n) for n in range(len(of))]
-        if labels.count(label) > 1:
+    check_structure(node, len(manifest.leaves))
+    for name in only.split("/") if only else ():
+        children = [] if type(node) is int else node.get("children", [])
+        labels = [str(n) for n in range(len(children))]
+        if children and node["kind"] in ("dict", "named"):
+            labels = _labels(node["keys"])
+        if labels.count(name) > 1:
             raise CheckpointError(
-                f"only={only!r}: {labels.count(label)} keys of other types are called {label!r} "
+                f"only={only!r}: {labels.count(name)} keys of other types are called {name!r} "
                 "there; restore what lies above"
             )
-        if label not in labels or len(labels) != len(of):
+        if name not in labels:
             raise CheckpointError(
-                f"only={only!r}: the checkpoint has no {label!r} there; it has "
+                f"only={only!r}: the checkpoint has no {name!r} there; it has "
                 f"{', '.join(map(str, labels[:20])) or 'nothing'}"
             )
-        node = of[labels.index(label)]
-    wanted: set[int] = set()
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if type(one) is int:
-            if not 0 <= one < len(manifest.leaves):
-                raise CorruptCheckpointError(f"the structure names leaf {one}, which is none")
-            wanted.add(one)
-        elif isinstance(one, dict) and isinstance(one.get("of", []), list):
-            waiting.extend(one.get("of", []))
+        node = children[labels.index(name)]
+    indices: set[int] = set()
+    pending = [node]
+    while pending:
+        inner = pending.pop()
+        if type(inner) is int:
+            indices.add(inner)
         else:
-            raise CorruptCheckpointError("a node of the structure has another form")
-    return node, wanted
+            pending.extend(inner.get("children", []))
+    return node, indices
 
 
 def _labels(keys: list[Any]) -> list[str]:
@@ -193,12 +195,12 @@ def _labels(keys: list[Any]) -> list[str]:
         raise CorruptCheckpointError("the keys of a node have another form") from None
 
 
-def _renumbered(node: Any, places: Mapping[int, int]) -> Any:
+def _renumbered(node: Any, numbers: Mapping[int, int]) -> Any:
     if type(node) is int:
-        return places[node]
-    if "of" not in node:
+        return numbers[node]
+    if "children" not in node:
         return node
-    return node | {"of": [_renumbered(child, places) for child in node["of"]]}
+    return node | {"children": [_renumbered(child, numbers) for child in node["children"]]}
 
 
 def _memory_bytes() -> int:

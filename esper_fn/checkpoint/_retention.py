@@ -69,7 +69,7 @@ class Retention:
     def __and__(self, other: Retention) -> Retention:
         def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
             first = self.choose(history, context)
-            left = [one for one in history if one.step in first or one.step in context.protected]
+            left = [row for row in history if row.step in first or row.step in context.protected]
             second = other.choose(left, context)
             return {
                 step: f"{why} and {second[step]}" for step, why in first.items() if step in second
@@ -81,7 +81,7 @@ class Retention:
 
 
 def latest(num_steps: int) -> Retention:
-    """The newest N.
+    """Keeps the newest N steps.
 
     >>> latest(3).name
     'latest(3)'
@@ -90,26 +90,26 @@ def latest(num_steps: int) -> Retention:
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         del context
-        return {one.step: f"among the latest {num_steps}" for one in history[-num_steps:]}
+        return {row.step: f"among the latest {num_steps}" for row in history[-num_steps:]}
 
     return Retention(name=f"latest({num_steps})", choose=choose)
 
 
 def every(num_steps: int) -> Retention:
-    """Steps whose number is a multiple of K."""
+    """Keeps steps whose number is a multiple of `num_steps`."""
     _check("num_steps", num_steps, 1)
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         del context
         return {
-            one.step: f"a multiple of {num_steps}" for one in history if one.step % num_steps == 0
+            row.step: f"a multiple of {num_steps}" for row in history if row.step % num_steps == 0
         }
 
     return Retention(name=f"every({num_steps})", choose=choose)
 
 
 def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Retention:
-    """The N best by a metric; steps without it are never among them, the newest wins a tie.
+    """Keeps the N best steps by a metric; a step without it is none of them, the newest wins a tie.
 
     Args:
       num_steps: N.
@@ -123,31 +123,31 @@ def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Re
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         del context
-        known = [one for one in history if math.isfinite(one.metrics.get(metric, math.nan))]
-        ranked = sorted(known, key=lambda one: (sign * one.metrics[metric], -one.step))
+        known = [row for row in history if math.isfinite(row.metrics.get(metric, math.nan))]
+        ranked = sorted(known, key=lambda row: (sign * row.metrics[metric], -row.step))
         return {
-            one.step: f"among the {num_steps} best by {metric} ({one.metrics[metric]:.6g})"
-            for one in ranked[:num_steps]
+            row.step: f"among the {num_steps} best by {metric} ({row.metrics[metric]:.6g})"
+            for row in ranked[:num_steps]
         }
 
     return Retention(name=f"best({num_steps}, {metric!r}, {mode!r})", choose=choose)
 
 
 def pinned(steps: Iterable[int]) -> Retention:
-    """These steps, by number."""
-    wanted = frozenset(steps)
-    for step in wanted:
+    """Keeps these steps, by number."""
+    numbers = frozenset(steps)
+    for step in numbers:
         _check("a pinned step", step, 0)
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         del context
-        return {one.step: "pinned" for one in history if one.step in wanted}
+        return {row.step: "pinned" for row in history if row.step in numbers}
 
-    return Retention(name=f"pinned({sorted(wanted)})", choose=choose)
+    return Retention(name=f"pinned({sorted(numbers)})", choose=choose)
 
 
 def within_bytes(num_bytes: int) -> Retention:
-    """The newest steps that fit into a budget together with a step about to be written.
+    """Keeps the newest steps that fit into a budget together with a step about to be written.
 
     Files that several steps share count once. Protected steps are counted first, since they stay
     anyhow: a budget holds at all times only if it has room for two steps.
@@ -156,29 +156,29 @@ def within_bytes(num_bytes: int) -> Retention:
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         counted: dict[str, int] = {}
-        for one in history:
-            if one.step in context.protected:
-                counted.update(one.blobs)
-        kept = {}
-        for one in reversed(history):
-            wider = {**counted, **one.blobs}
+        for row in history:
+            if row.step in context.protected:
+                counted.update(row.blobs)
+        chosen = {}
+        for row in reversed(history):
+            wider = {**counted, **row.blobs}
             if sum(wider.values()) + context.incoming_bytes > num_bytes:
-                if one.step in context.protected:
+                if row.step in context.protected:
                     continue
                 break
             counted = wider
-            kept[one.step] = f"within {num_bytes} bytes"
-        return kept
+            chosen[row.step] = f"within {num_bytes} bytes"
+        return chosen
 
     return Retention(name=f"within_bytes({num_bytes})", choose=choose, max_bytes=num_bytes)
 
 
 def everything() -> Retention:
-    """All steps."""
+    """Keeps all steps."""
 
     def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
         del context
-        return {one.step: "everything is kept" for one in history}
+        return {row.step: "everything is kept" for row in history}
 
     return Retention(name="everything()", choose=choose)
 
@@ -198,7 +198,7 @@ def decide(
     protected: Mapping[int, str],
     incoming_bytes: int = 0,
 ) -> list[Decision]:
-    """Pure: what stays and what goes.
+    """Decides which steps stay and which go, without touching a disk.
 
     Damaged steps go as soon as a sound one is newer, and at once where there is a byte budget and
     any sound one. The protected ones never go, nor those that cannot be judged.
@@ -209,36 +209,38 @@ def decide(
       protected: steps that stay, and why: the one just written and the last good one.
       incoming_bytes: of a step about to be written.
 
+    Returns:
+      Every step's fate, oldest first.
+
     >>> steps = [Step(step=n, blobs={str(n): 1}, metrics={}) for n in range(4)]
-    >>> [one.step for one in decide(latest(2), steps, protected={0: "pinned"}) if one.is_kept]
+    >>> [row.step for row in decide(latest(2), steps, protected={0: "pinned"}) if row.is_kept]
     [0, 2, 3]
     """
-    steps = sorted(history, key=lambda one: one.step)
-    sound = [one for one in steps if one.is_sound and not one.doubt]
+    steps = sorted(history, key=lambda row: row.step)
+    sound = [row for row in steps if row.is_sound and not row.doubt]
     newest = sound[-1].step if sound else None
-    incoming_bytes += _own_bytes([one for one in steps if one.doubt], beside=sound)
-    kept = keep.choose(sound, Context(frozenset(protected), incoming_bytes))
+    incoming_bytes += _own_bytes([row for row in steps if row.doubt], beside=sound)
+    chosen = keep.choose(sound, Context(frozenset(protected), incoming_bytes))
     decisions = []
-    for one in steps:
-        if one.step in protected:
-            decisions.append(Decision(one.step, True, protected[one.step]))
-        elif one.doubt:
-            decisions.append(Decision(one.step, True, f"it cannot be judged: {one.doubt}"))
-        elif not one.is_sound:
-            is_kept = newest is None or (keep.max_bytes is None and newest < one.step)
+    for row in steps:
+        is_kept, why = False, f"not kept by {keep.name}"
+        if row.step in protected:
+            is_kept, why = True, protected[row.step]
+        elif row.doubt:
+            is_kept, why = True, f"it cannot be judged: {row.doubt}"
+        elif not row.is_sound:
+            is_kept = newest is None or (keep.max_bytes is None and newest < row.step)
             why = "damaged" + (", but no newer step is sound" if is_kept else "")
-            decisions.append(Decision(one.step, is_kept, why))
-        elif one.step in kept:
-            decisions.append(Decision(one.step, True, kept[one.step]))
-        else:
-            decisions.append(Decision(one.step, False, f"not kept by {keep.name}"))
+        elif row.step in chosen:
+            is_kept, why = True, chosen[row.step]
+        decisions.append(Decision(row.step, is_kept, why))
     return decisions
 
 
 def _own_bytes(steps: Sequence[Step], beside: Sequence[Step]) -> int:
     """What steps take that others do not share."""
-    others = {name for one in beside for name in one.blobs}
-    own = {name: size for one in steps for name, size in one.blobs.items() if name not in others}
+    others = {name for row in beside for name in row.blobs}
+    own = {name: size for row in steps for name, size in row.blobs.items() if name not in others}
     return sum(own.values())
 
 

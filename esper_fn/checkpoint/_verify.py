@@ -20,7 +20,7 @@ from esper_fn.checkpoint._folder import (
     steps,
 )
 from esper_fn.checkpoint._manifest import Manifest
-from esper_fn.checkpoint._structure import check_form
+from esper_fn.checkpoint._structure import check_structure
 from esper_fn.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -46,7 +46,7 @@ class Damage(NamedTuple):
 
 
 def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[Damage]:
-    """Everything that is wrong with a step, the manifest first; nothing for a sound one.
+    """Finds everything that is wrong with a step, the manifest first; nothing for a sound one.
 
     Raises:
       CheckpointError: of a newer format.
@@ -55,10 +55,10 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
     step = checked_step(step)
     root = Path(path)
     folder = root / STEPS / step_name(step)
-    where = f"{STEPS}/{step_name(step)}"
+    prefix = f"{STEPS}/{step_name(step)}"
     try:
         manifest = inspect(path, step, key=key)
-        check_form(manifest.structure, len(manifest.leaves))
+        check_structure(manifest.structure, len(manifest.leaves))
     except (CorruptCheckpointError, UnreadableCheckpointError) as error:
         yield of_manifest(root, step, error)
         return
@@ -70,40 +70,40 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
     try:
         present = _files.sizes(folder)
     except CorruptCheckpointError as error:
-        yield Damage(step, where, str(error))
+        yield Damage(step, prefix, str(error))
         return
     except OSError as error:
-        yield Damage(step, where, f"unreadable: {error.strerror}", "unreadable")
+        yield Damage(step, prefix, f"unreadable: {error.strerror}", "unreadable")
         return
     # A signed manifest proves nothing to a reader without the key.
     proof: Any = "doubtful" if manifest.is_signed and key is None else "corrupt"
     for name, listed in sorted(manifest.files.items()):
         if name not in present:
-            yield Damage(step, f"{where}/{name}", "missing", proof)
+            yield Damage(step, f"{prefix}/{name}", "missing", proof)
         elif present[name] != listed.num_bytes:
             problem = f"{present[name]} bytes instead of {listed.num_bytes}"
-            yield Damage(step, f"{where}/{name}", problem, proof)
+            yield Damage(step, f"{prefix}/{name}", problem, proof)
         else:
             try:
-                found = _files.sha256(folder / name)
+                digest = _files.sha256(folder / name)
             except OSError as error:
                 problem = f"unreadable: {error.strerror}"
-                yield Damage(step, f"{where}/{name}", problem, "unreadable")
+                yield Damage(step, f"{prefix}/{name}", problem, "unreadable")
                 continue
-            if found != listed.sha256:
-                yield Damage(step, f"{where}/{name}", "its SHA-256 does not match", proof)
+            if digest != listed.sha256:
+                yield Damage(step, f"{prefix}/{name}", "its SHA-256 does not match", proof)
     for name in sorted(present.keys() - manifest.files.keys() - {_manifest.NAME}):
-        yield Damage(step, f"{where}/{name}", "not listed in the manifest")
+        yield Damage(step, f"{prefix}/{name}", "not listed in the manifest")
 
 
 def of_manifest(root: Path, step: int, error: CheckpointError) -> Damage:
-    """What `inspect` raised, and the file it is about."""
-    where, text = f"{STEPS}/{step_name(step)}", str(error)
+    """Makes a damage of an error that `inspect` raised."""
+    prefix, text = f"{STEPS}/{step_name(step)}", str(error)
     verdict: Any = "unreadable" if isinstance(error, UnreadableCheckpointError) else "doubtful"
-    for name in (f"{where}/{_manifest.NAME}", RUN):
+    for name in (f"{prefix}/{_manifest.NAME}", RUN):
         if text.startswith(f"{root / name}: "):
             return Damage(step, name, text.removeprefix(f"{root / name}: "), verdict)
-    return Damage(step, f"{where}/{_manifest.NAME}", text, verdict)
+    return Damage(step, f"{prefix}/{_manifest.NAME}", text, verdict)
 
 
 def first_damage(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | None:
@@ -121,16 +121,20 @@ def judge(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | No
 
 def worst(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | None:
     """The first damage of a step that leaves a doubt, else the first; None for a sound one."""
-    found = list(damages(path, step, key=key))
-    return next((one for one in found if one.verdict != "corrupt"), found[0] if found else None)
+    all_damages = list(damages(path, step, key=key))
+    doubts = [damage for damage in all_damages if damage.verdict != "corrupt"]
+    return next(iter([*doubts, *all_damages]), None)
 
 
 def verify(path: PathLike, *, key: bytes | None = None) -> dict[int, Damage | None]:
-    """Reads every byte of every step: the first bad file of each, or None where it is sound.
+    """Reads every byte of every step.
 
     Args:
       path: a checkpoint folder.
       key: for the HMAC of the manifests.
+
+    Returns:
+      By step: its first damage, or None where it is sound.
 
     Raises:
       NoCheckpointError: not a checkpoint folder.
@@ -148,7 +152,7 @@ def history(
     unsound: frozenset[int] = frozenset(),
     doubtful: Mapping[int, str] = MappingProxyType({}),
 ) -> list[_retention.Step]:
-    """The steps on disk as a retention sees them. Only manifests are read.
+    """Lists the steps on disk as a retention sees them. Only manifests are read.
 
     Args:
       path: a checkpoint folder.
@@ -157,7 +161,7 @@ def history(
       doubtful: steps that cannot be judged, and why; so are those whose manifest cannot be read
         with this key and version, or does not list a file that is there.
     """
-    found = []
+    rows = []
     for step in steps(path):
         folder = Path(path) / STEPS / step_name(step)
         doubt = doubtful.get(step, "")
@@ -172,7 +176,7 @@ def history(
             doubt = doubt or str(error)
         except OSError as error:
             doubt = doubt or f"{folder}: unreadable: {error.strerror}"
-        found.append(
+        rows.append(
             _retention.Step(
                 step=step,
                 # A file that several steps share is one file with several names.
@@ -185,7 +189,7 @@ def history(
                 doubt=doubt,
             )
         )
-    return found
+    return rows
 
 
 def _doubt(manifest: Manifest, present: Mapping[str, Any], key: bytes | None) -> str:

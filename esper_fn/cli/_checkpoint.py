@@ -8,6 +8,7 @@ from operator import or_
 from pathlib import Path
 
 from esper_fn import checkpoint
+from esper_fn.checkpoint._folder import inspect
 from esper_fn.cli._say import say
 from esper_fn.demo import jobs
 from esper_fn.errors import CheckpointError, NoCheckpointError
@@ -60,7 +61,7 @@ def _folders(folder: Path) -> list[Path]:
 def _list(folder: Path, label: str, key: bytes | None) -> None:
     for step in checkpoint.steps(folder):
         try:
-            manifest = checkpoint.inspect(folder, step, key=key)
+            manifest = inspect(folder, step, key=key)
         except CheckpointError as error:
             say(f"{label}step {step}: {error}")
             continue

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from esper_fn import checkpoint, report, runtime
+from esper_fn import report, runtime
+from esper_fn.checkpoint._locking import exclusive
 from esper_fn.cli import MAX_SEED
 from esper_fn.cli._say import complain
 from esper_fn.cli._show import Screen
@@ -109,7 +110,7 @@ def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolde
         if is_resumed:
             return report.create(target, overwrite=True)
         # Both locks come first: a run that lives keeps its folder and its checkpoints.
-        with checkpoint.exclusive(target / CHECKPOINTS):
+        with exclusive(target / CHECKPOINTS):
             folder = report.create(target, overwrite=overwrite)
             shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
             return folder

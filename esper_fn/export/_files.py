@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, Params
-from esper_fn.checkpoint import from_structure, to_structure
+from esper_fn.checkpoint._structure import build, describe
 from esper_fn.errors import CheckpointError
 from esper_fn.export._adapters import Adapter
 
@@ -49,10 +49,12 @@ def write_safetensors(
     tensors: dict[str, Array] = {}
 
     def put(prefix: str, tree: Params) -> dict[str, Any]:
-        structure, names, arrays = to_structure(tree)
-        for name, array in zip(names, arrays, strict=True):
-            tensors[f"{prefix}/{name}"] = jnp.asarray(array)
-        return {"structure": structure, "names": names}
+        structure, leaves, arrays = describe(tree)
+        for leaf, array in zip(leaves, arrays, strict=True):
+            if leaf.is_scalar or leaf.key is not None:
+                raise CheckpointError(f"{leaf.path}: only plain arrays here, got {leaf.dtype}")
+            tensors[f"{prefix}/{leaf.path}"] = jnp.asarray(array)
+        return {"structure": structure, "names": [leaf.path for leaf in leaves]}
 
     content = {
         "format": FORMAT,
@@ -90,8 +92,8 @@ def read_safetensors(path: Path) -> Network:
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not readable: {error}") from None
 
-    def take(prefix: str, of: Mapping[str, Any]) -> Params:
-        return from_structure(of["structure"], [tensors[f"{prefix}/{n}"] for n in of["names"]])
+    def take(prefix: str, tree: Mapping[str, Any]) -> Params:
+        return build(tree["structure"], [tensors[f"{prefix}/{name}"] for name in tree["names"]])
 
     try:
         return Network(

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import check_counts, check_numbers
 from esper_fn._leaves import LARGEST
+from esper_fn._records import record
 from esper_fn._typing import Array, Float32, Int32
 from esper_fn.governors._base import Alarm, Governor, Observation, Verdict
 from esper_fn.lifecycle import ACTS, FAST_STEPS, ON_ITS_WAY, is_in
 
 
+@record
 class StandardState(NamedTuple):
     """Thresholds and counters of `standard`."""
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from esper_fn._arguments import check_numbers
+from esper_fn._records import record
 from esper_fn._typing import Array, Float32
 from esper_fn.grafting._base import AlphaSchedule, Observation
 from esper_fn.grafting._select import ROUNDING
@@ -26,6 +27,7 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive, got {value!r}")
 
 
+@record
 class LinearState(NamedTuple):
     """State of `linear`."""
 
@@ -63,6 +65,7 @@ def linear(num_steps: int = 100) -> AlphaSchedule:
     return AlphaSchedule("linear", init, update, 1 / num_steps, start_alpha=start)
 
 
+@record
 class DriftControlledState(NamedTuple):
     """State of `drift_controlled`."""
 
@@ -99,6 +102,7 @@ def drift_controlled(num_steps: int = 100, max_drift: float = 0.05) -> AlphaSche
     return AlphaSchedule("drift_controlled", init, update, 1 / num_steps)
 
 
+@record
 class MomentumState(NamedTuple):
     """State of `momentum`."""
 
@@ -152,6 +156,7 @@ def momentum(num_steps: int = 100, gain: float = 0.1, max_speed: float = 3.0) ->
     return AlphaSchedule("momentum", init, update, max_speed / num_steps)
 
 
+@record
 class StabilityState(NamedTuple):
     """State of `stability`."""
 
@@ -210,6 +215,7 @@ def stability(num_steps: int = 100, hold_steps: int = 10, back_steps: int = 5) -
     return AlphaSchedule("stability", init, update, 1 / num_steps)
 
 
+@record
 class GradNormGatedState(NamedTuple):
     """State of `grad_norm_gated`."""
 
@@ -253,6 +259,7 @@ def grad_norm_gated(num_steps: int = 100, low: float = 0.25, high: float = 4.0) 
     return AlphaSchedule("grad_norm_gated", init, update, 1 / num_steps)
 
 
+@record
 class AdaptiveState(NamedTuple):
     """State of `adaptive`."""
 

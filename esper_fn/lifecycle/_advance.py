@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._control import cond
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Scalar, UInt8
 from esper_fn.lifecycle._gates import EDGES, OPTIONS, TESTS, Cause, Edge, Gate, Settings, Signals
 from esper_fn.lifecycle._stages import ENDS_WITH_EMBARGO, ON_ITS_WAY, TRANSITIONS, Stage
@@ -192,6 +193,7 @@ def has_training_place(seeds: SeedState, limits: Settings) -> Bool[Array, "S"]:
     return places
 
 
+@record
 class LossTrack(NamedTuple):
     """Averages of the training loss."""
 

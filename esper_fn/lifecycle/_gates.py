@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import check_counts, check_numbers, described
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
 from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage, as_stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
@@ -63,6 +64,7 @@ class Cause(IntEnum):
     ERRORS = 8
 
 
+@record
 class Settings(NamedTuple):
     """Thresholds of the gates: arrays in the state, so tuning one never recompiles."""
 

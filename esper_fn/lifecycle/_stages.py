@@ -8,9 +8,11 @@ from types import MappingProxyType
 
 import numpy as np
 
+from esper_fn._records import record
 from esper_fn.errors import UnknownNameError
 
 
+@record
 class Stage(IntEnum):
     """Where a seed is in its life."""
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32
 from esper_fn.lifecycle._stages import GAIN_CONSTANT, GAIN_OF_ALPHA, Stage
 
@@ -22,6 +23,7 @@ SLOW_STEPS = 50
 """Memories of the averages. Up to `FAST_STEPS` steps the two are one: their gap says nothing."""
 
 
+@record
 class Telemetry(NamedTuple):
     """Exponential averages of what the steps measured; zero where `num_steps` is 0."""
 
@@ -44,6 +46,7 @@ class Telemetry(NamedTuple):
     """Steps since germination that measured an adapter; 0 means utility is not measured."""
 
 
+@record
 class SeedState(NamedTuple):
     """Everything the lifecycle knows of the seeds, one row a seed (under 200 bytes)."""
 

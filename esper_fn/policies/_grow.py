@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from esper_fn._arguments import check_numbers
 from esper_fn._control import cond
 from esper_fn._layout import Layout
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import OWNS_ADAPTER, is_in
 from esper_fn.policies._base import Observation, Policy, Requests, rule
@@ -21,6 +22,7 @@ from esper_fn.policies._select import (
 )
 
 
+@record
 class GrowState(NamedTuple):
     """State of `grow`."""
 

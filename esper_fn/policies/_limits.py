@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from esper_fn._arguments import check_counts, check_numbers
 from esper_fn._control import cond, vary_alike
 from esper_fn._layout import Layout
+from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
 from esper_fn.policies._base import (
@@ -24,6 +25,7 @@ from esper_fn.policies._base import (
 )
 
 
+@record
 class LimitState(NamedTuple):
     """State of `max_concurrent` and `stop_after`."""
 
@@ -78,6 +80,7 @@ def max_concurrent(limit: int) -> Policy:
     return rule("max_concurrent", lambda layout: LimitState(jnp.int32(limit)), decide)
 
 
+@record
 class BudgetState(NamedTuple):
     """State of `budget`."""
 
@@ -192,6 +195,7 @@ def _count_germinated(is_requested: Bool[Array, "S"], observation: Observation) 
     return jnp.sum((owner != NONE) & is_requested[jnp.maximum(owner, 0)], dtype=jnp.int32)
 
 
+@record
 class CooldownState(NamedTuple):
     """State of `cooldown`."""
 
@@ -238,6 +242,7 @@ def cooldown(steps: int) -> Policy:
     return rule("cooldown", init, decide)
 
 
+@record
 class MaxTotalState(NamedTuple):
     """State of `max_total`."""
 

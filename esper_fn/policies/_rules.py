@@ -11,6 +11,7 @@ from esper_fn._arguments import check_counts, check_numbers, described
 from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._leaves import LARGEST
+from esper_fn._records import record
 from esper_fn._typing import Array, Float32, Int32, Key
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.lifecycle import Stage
@@ -36,6 +37,7 @@ def never() -> Policy:
     return rule("never", lambda layout: (), decide)
 
 
+@record
 class PeriodicState(NamedTuple):
     """State of `periodic`."""
 
@@ -109,6 +111,7 @@ def random(*, every: int, start: int = 0, blueprint: str | None = None, count: i
     )
 
 
+@record
 class PlateauState(NamedTuple):
     """State of `plateau`."""
 
@@ -189,6 +192,7 @@ def plateau(
     return rule("plateau", init, decide)
 
 
+@record
 class ScriptState(NamedTuple):
     """State of `scripted`."""
 

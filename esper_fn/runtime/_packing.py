@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import checkpoint, rollback
+from esper_fn._records import record
 from esper_fn.checkpoint import Restored, Writer
 from esper_fn.runtime._step import TrainState
 
 
+@record
 class PackedRing(NamedTuple):
     """A `rollback.Ring` in which `snapshots` is a tuple, place by place."""
 
@@ -26,10 +28,6 @@ class PackedRing(NamedTuple):
     steps: Any
     next_step: Any
     every: Any
-
-
-checkpoint.register(TrainState, "esper_fn.TrainState")
-checkpoint.register(PackedRing, "esper_fn.rollback.PackedRing")
 
 
 def save_state(

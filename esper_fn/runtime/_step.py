@@ -12,11 +12,13 @@ from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
 from esper_fn._leaves import check_leaves, strong
+from esper_fn._records import record
 from esper_fn._typing import Params, Scalar
 from esper_fn.commands import Commands
 from esper_fn.optim import PerAdapter, apply_updates, check_optimizer
 
 
+@record
 class TrainState(NamedTuple):
     """All that a growing run carries from step to step."""
 

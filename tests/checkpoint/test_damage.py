@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_support import assert_same, fail, files_of, flip, step_folder, value
+from checkpoint_support import Pair, assert_same, fail, files_of, flip, step_folder, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_fn import checkpoint
-from esper_fn.checkpoint import _files, _manifest, _orbax
+from esper_fn.checkpoint import _files, _manifest, _orbax, _verify
 from esper_fn.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError
 
 KEY = b"0123456789abcdef"
@@ -98,7 +98,7 @@ def test_verify_names_the_first_bad_file(run: Path) -> None:
 def test_every_bad_file_is_named(run: Path) -> None:
     for file in files_of(step_folder(run, 2) / "data"):
         flip(file, 0) if file.stat().st_size else file.write_bytes(b"x")
-    bad = {damage.file for damage in checkpoint.damages(run, 2)}
+    bad = {damage.file for damage in _verify.damages(run, 2)}
     assert bad == {f.relative_to(run).as_posix() for f in files_of(step_folder(run, 2) / "data")}
 
 
@@ -195,7 +195,7 @@ def test_a_manifest_of_another_run_is_noticed(run: Path, tmp_path: Path) -> None
 
 
 def test_a_newer_format_is_refused_and_not_taken_for_damage(run: Path) -> None:
-    forge(run, lambda content: content.update(version=checkpoint.VERSION + 1))
+    forge(run, lambda content: content.update(version=_manifest.VERSION + 1))
     for call in (lambda: checkpoint.restore(run, 2), lambda: checkpoint.verify(run)):
         with pytest.raises(CheckpointError, match="install the one that wrote it") as error:
             call()
@@ -234,7 +234,7 @@ HOSTILE = {
     "an offset outside": lambda c: c["parts"][-1]["leaves"][0].__setitem__(1, 2**39),
     "no structure": lambda c: c.update(structure=None),
     "a structure that calls": lambda c: c.update(
-        structure={"kind": "named", "name": "os.system", "keys": ["command"], "of": [0]}
+        structure={"kind": "named", "name": "os.system", "keys": ["command"], "children": [0]}
     ),
     "files listed away": lambda c: c.update(files={}),
     "metrics of words": lambda c: c["metrics"].update(loss="low"),
@@ -330,25 +330,25 @@ def test_bytes_that_are_no_manifest(data: bytes) -> None:
 # --- formats -----------------------------------------------------------------------------------
 
 
-def test_version_1_is_migrated() -> None:
-    """`fixtures/version1` has the form of version 1; `fixtures/README.md` says how it was made."""
-    restored = checkpoint.restore(FIXTURES / "version1")
+FORMAT_1 = {
+    "weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
+    "count": 3,
+    "pair": (np.asarray([1, -2], np.int8), None),
+    "more": [{5: Pair(left=np.asarray([True]), right=0.1)}],
+}
+
+
+def test_the_format_of_files_is_still_that_of_the_fixture(tmp_path: Path) -> None:
+    """`fixtures/README.md` says what to do where a change of the format is meant."""
+    restored = checkpoint.restore(FIXTURES / "format1")
     assert restored.step == 40
     assert restored.record == {"note": "kept since version 1"}
-    assert restored.metrics == {}
-    expected = {
-        "weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
-        "count": 3,
-        "pair": (np.asarray([1, -2], np.int8), None),
-    }
-    assert_same(expected, restored.value)
-    assert checkpoint.verify(FIXTURES / "version1") == {40: None}
-
-
-def test_a_flip_in_version_1_is_noticed(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURES / "version1", tmp_path / "run")
-    for file in files_of(step_folder(tmp_path / "run", 40)):
-        if file.stat().st_size:
-            flip(file, file.stat().st_size // 2)
-            assert checkpoint.verify(tmp_path / "run")[40] is not None
-            flip(file, file.stat().st_size // 2)
+    assert_same(FORMAT_1, restored.value)
+    assert checkpoint.verify(FIXTURES / "format1") == {40: None}
+    checkpoint.save(tmp_path, 40, FORMAT_1, record=restored.record)
+    for name in ("structure", "leaves", "parts", "metrics", "format", "version"):
+        before, now = (
+            json.loads((step_folder(root, 40) / "manifest.jsonl").read_bytes().split(b"\n")[0])
+            for root in (FIXTURES / "format1", tmp_path)
+        )
+        assert before[name] == now[name], name

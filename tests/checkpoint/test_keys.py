@@ -15,6 +15,7 @@ from checkpoint_support import assert_same, bits
 from flax import nnx
 
 from esper_fn import checkpoint
+from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import Stage
 
@@ -111,7 +112,7 @@ def test_parts_below_keys_of_any_type_are_stored_apart(tmp_path: Path) -> None:
     with checkpoint.Writer(tmp_path) as writer:
         for step in range(2):
             writer.save(step, {5: host, "step": step}, parts=("5",))
-    assert checkpoint.num_disk_bytes(tmp_path) < 1.5 * host[1].nbytes
+    assert num_disk_bytes(tmp_path) < 1.5 * host[1].nbytes
     same(host, checkpoint.restore(tmp_path, only="5").value)
 
 

@@ -58,7 +58,7 @@ def structure(node: Any) -> Callable[[Path], Any]:
 
 def deep(content: Any) -> None:
     for _ in range(110):
-        content["structure"] = {"kind": "list", "of": [content["structure"]]}
+        content["structure"] = {"kind": "list", "children": [content["structure"]]}
 
 
 def instead(file: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -96,10 +96,12 @@ MALFORMED: dict[str, Callable[[Path], Any]] = {
     "shape of words": leaf("x", shape=["3"]),
     "dtype of a list": leaf("x", dtype=["int64"]),
     "structure too deep": sealed(deep),
-    "structure with a leaf twice": structure({"kind": "list", "of": [0, 0]}),
-    "structure without children": structure({"kind": "list", "of": None}),
-    "structure with strange keys": structure({"kind": "dict", "keys": [{}, []], "of": [0, 1]}),
-    "structure of no kind": structure({"kind": ["dict"], "of": [0]}),
+    "structure with a leaf twice": structure({"kind": "list", "children": [0, 0]}),
+    "structure without children": structure({"kind": "list", "children": None}),
+    "structure with strange keys": structure(
+        {"kind": "dict", "keys": [{}, []], "children": [0, 1]}
+    ),
+    "structure of no kind": structure({"kind": ["dict"], "children": [0]}),
     "files with half a character": sealed(lambda c: c["files"].update({"\ud800": [1, "0" * 64]})),
     "files with a zero byte": sealed(lambda c: c["files"].update({"a\0": [1, "0" * 64]})),
     "file that is a folder": sealed(lambda c: c["files"].update({"data": [1, "0" * 64]})),

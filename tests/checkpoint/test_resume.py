@@ -18,6 +18,7 @@ from growing import Job, digest, main_job, mlp, transformer
 
 import esper_fn as ef
 from esper_fn import checkpoint, runtime
+from esper_fn.checkpoint._files import num_disk_bytes
 from esper_fn.errors import NoCheckpointError, ResumeError
 from esper_fn.lifecycle import Stage
 
@@ -319,7 +320,7 @@ def test_a_snapshot_that_was_not_renewed_is_not_written_again(job: Job, tmp_path
         for step, value in enumerate((state, later, later)):
             runtime.save_state(writer, step, value)
             assert writer.wait()
-            sizes.append(checkpoint.num_disk_bytes(tmp_path) / drawn[0].nbytes)
+            sizes.append(num_disk_bytes(tmp_path) / drawn[0].nbytes)
     # Parameters and two moments, once for state and ring; one renewed snapshot; nothing.
     np.testing.assert_allclose(np.diff(sizes), [3, 1, 0], atol=0.3)
     assert_same(later, jax.tree.map(jax.numpy.asarray, runtime.restore_state(tmp_path).value))

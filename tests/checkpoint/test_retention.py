@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from esper_fn.checkpoint import (
     Retention,
-    Step,
     best,
-    decide,
     every,
     everything,
     latest,
     pinned,
     within_bytes,
 )
+from esper_fn.checkpoint._retention import Step, decide
 
 
 def history(*numbers: int, size: int = 10, **metrics: list[float]) -> list[Step]:

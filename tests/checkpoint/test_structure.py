@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esper_fn as ef
-from esper_fn import checkpoint
-from esper_fn.checkpoint import _json, _structure, _types
+from esper_fn import _records, checkpoint
+from esper_fn.checkpoint import _json, _leaf, _structure
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 
 def through_json(tree: Any, like: Any = None) -> Any:
     structure, leaves, arrays = _structure.describe(tree)
-    text = json.dumps([structure, [_structure.leaf_to_json(leaf) for leaf in leaves]])
+    text = json.dumps([structure, [_leaf.leaf_to_json(leaf) for leaf in leaves]])
     structure, rows = json.loads(text)
-    known = [_structure.leaf_from_json(row) for row in rows]
+    known = [_leaf.leaf_from_json(row) for row in rows]
     assert known == leaves
     values = [
-        _structure.scalar_value(leaf)
+        _leaf.scalar_value(leaf)
         if leaf.is_scalar
         else array
         if leaf.key is None
@@ -55,7 +55,7 @@ def test_a_type_that_is_not_registered_needs_an_example() -> None:
 
 def test_a_name_in_a_file_is_looked_up_and_never_imported() -> None:
     for name in ("os.system", "builtins.eval", "esper_fn.errors.EsperError", "__main__.X", ""):
-        node = {"kind": "named", "name": name, "keys": ["a"], "of": [0]}
+        node = {"kind": "named", "name": name, "keys": ["a"], "children": [0]}
         with pytest.raises(CheckpointError, match="not registered"):
             _structure.build(node, [1])
 
@@ -104,15 +104,15 @@ def test_a_state_of_every_policy_and_schedule_comes_back_without_an_example(tmp_
 
 def test_every_state_optax_offers_by_name_is_known() -> None:
     names = [name for name in vars(optax) if name.endswith("State") and name[0].isupper()]
-    kinds = [vars(optax)[n] for n in names if _types.is_named_tuple(vars(optax)[n])]
+    kinds = [vars(optax)[n] for n in names if _records.is_named_tuple(vars(optax)[n])]
     assert len(kinds) > 20
-    assert all(_types.name_of(kind) for kind in kinds)
+    assert all(_records.name_of(kind) for kind in kinds)
 
 
 def test_a_field_added_since_takes_its_default_and_one_removed_is_an_error() -> None:
-    node = {"kind": "named", "name": "tests.Pair", "keys": ["left"], "of": [0]}
+    node = {"kind": "named", "name": "tests.Pair", "keys": ["left"], "children": [0]}
     assert _structure.build(node, [5]) == Pair(left=5, right=None)
-    gone = {"kind": "named", "name": "tests.Pair", "keys": ["left", "middle"], "of": [0, 1]}
+    gone = {"kind": "named", "name": "tests.Pair", "keys": ["left", "middle"], "children": [0, 1]}
     with pytest.raises(CheckpointError, match="restore with the version that wrote it"):
         _structure.build(gone, [5, 6])
 
@@ -149,7 +149,7 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["kind", "of", "keys", "name", "path", "dtype", "shape", "x"]),
+            st.sampled_from(["kind", "children", "keys", "name", "path", "dtype", "shape", "x"]),
             inner | st.sampled_from(["dict", "named", "none", "opaque", "list", "tests.Pair"]),
             max_size=5,
         )
@@ -169,7 +169,7 @@ def test_no_structure_from_a_file_does_more_than_fail(content: Any) -> None:
 @settings(max_examples=300, deadline=None)
 def test_no_leaf_from_a_file_does_more_than_fail(content: Any) -> None:
     try:
-        leaf = _structure.leaf_from_json(content)
+        leaf = _leaf.leaf_from_json(content)
     except CorruptCheckpointError:
         return
     assert leaf.num_bytes >= 0

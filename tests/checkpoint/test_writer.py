@@ -17,7 +17,7 @@ import pytest
 from checkpoint_support import assert_same, fail, files_of, flip, step_folder, value
 
 from esper_fn import checkpoint
-from esper_fn.checkpoint import _orbax, _writer
+from esper_fn.checkpoint import _orbax, _store
 from esper_fn.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError
 
 KEY = b"0123456789abcdef"
@@ -91,7 +91,7 @@ def used(folder: Path) -> int:
 def test_sharing_is_bounded_and_damage_is_not_handed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writer, "MAX_SHARED", 2)
+    monkeypatch.setattr(_store, "MAX_SHARED", 2)
     host = np.random.default_rng(0).normal(size=(1 << 19,)).astype(np.float32)
     keep = checkpoint.everything()
     with checkpoint.Writer(tmp_path, keep=keep, on_failure=fail) as writer:
@@ -101,7 +101,7 @@ def test_sharing_is_bounded_and_damage_is_not_handed_on(
 
     largest = max(files_of(step_folder(tmp_path, 3)), key=lambda file: file.stat().st_size)
     with checkpoint.Writer(tmp_path, keep=keep, on_failure=fail) as writer:
-        monkeypatch.setattr(_writer, "MAX_SHARED", 9)
+        monkeypatch.setattr(_store, "MAX_SHARED", 9)
         flip(largest, 1000)
         writer.save(4, {"host": host}, parts=("host",))
     assert [step for step, bad in checkpoint.verify(tmp_path).items() if bad] == [2, 3]

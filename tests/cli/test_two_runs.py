@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from esper_fn import checkpoint, report
+from esper_fn.checkpoint._locking import exclusive
 from esper_fn.cli import main
 from esper_fn.errors import CheckpointError, RunFolderError
 
@@ -93,7 +94,7 @@ def test_what_a_dead_process_left_is_no_obstacle(living):
     process.send_signal(signal.SIGKILL)
     process.wait()
     with (
-        checkpoint.exclusive(path / "checkpoints"),
+        exclusive(path / "checkpoints"),
         report.create(path, overwrite=True) as folder,
     ):
         folder.append_event(EVENT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_fn import checkpoint, runtime
+from esper_fn.checkpoint._writer import warn
 from esper_fn.errors import EsperError
 
 
@@ -46,7 +47,7 @@ class Keeping:
     every_steps: int = 500
     settings: Mapping[str, Any] = field(default_factory=dict)
     should_stop: Callable[[], bool] = lambda: False
-    on_failure: Callable[[BaseException], None] = checkpoint.warn
+    on_failure: Callable[[BaseException], None] = warn
     seconds_before: float = 0.0
     """Spent on what was taken over from earlier processes."""
 

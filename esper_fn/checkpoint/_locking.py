@@ -1,4 +1,4 @@
-"""The folder itself: its lock, its leavings, and steps that go."""
+"""One writer for a folder: its lock, and what a killed writer left."""
 
 from __future__ import annotations
 
@@ -11,28 +11,11 @@ from pathlib import Path
 
 from esper_fn._lock import BusyFolderError, FolderLock
 from esper_fn.checkpoint import _files, _folder, _manifest
-from esper_fn.checkpoint._folder import STEPS, WORK, step_name
+from esper_fn.checkpoint._folder import STEPS, WORK
 from esper_fn.checkpoint._json import dumps
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 LOCK = "lock"
-ASIDE = "set_aside"
-
-
-def drop(path: Path, step: int) -> None:
-    """Removes a step: unlisted by one rename first, so that no half of it is ever seen."""
-    work = path / WORK / f"drop-{step_name(step)}-{secrets.token_hex(4)}"
-    work.parent.mkdir(exist_ok=True)
-    os.rename(path / STEPS / step_name(step), work)
-    shutil.rmtree(work)
-
-
-def set_aside(path: Path, step: int) -> Path:
-    """Takes away what lies where a step has to go, whatever it is; returns where to."""
-    aside = path / ASIDE / f"{step_name(step)}-{secrets.token_hex(4)}"
-    aside.parent.mkdir(exist_ok=True)
-    os.rename(path / STEPS / step_name(step), aside)
-    return aside
 
 
 def _clear(work: Path) -> None:
@@ -44,7 +27,19 @@ def _clear(work: Path) -> None:
 
 
 def open_folder(path: Path) -> tuple[str, FolderLock]:
-    """Makes a folder ready for a writer: the run's identity and the lock's handle."""
+    """Makes a folder ready for a writer.
+
+    Args:
+      path: the folder, made if need be.
+
+    Returns:
+      The run's identity, and the lock.
+
+    Raises:
+      CheckpointError: another process has the lock.
+      CorruptCheckpointError: it holds steps but no run.
+      OSError: it cannot be made or written.
+    """
     path.mkdir(parents=True, exist_ok=True)
     lock = take_lock(path)
     try:
@@ -65,7 +60,7 @@ def open_folder(path: Path) -> tuple[str, FolderLock]:
 
 
 def take_lock(path: Path) -> FolderLock:
-    """The one writer's lock; the system lets it go when the process ends, however it ends."""
+    """Takes the one writer's lock, which ends with the process however that ends."""
     try:
         return FolderLock(path / LOCK)
     except BusyFolderError as error:
