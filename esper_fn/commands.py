@@ -14,6 +14,7 @@ import numpy as np
 
 from esper_fn._arguments import described
 from esper_fn._layout import Layout
+from esper_fn._records import record
 from esper_fn._typing import Array, Int8, Int32
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
@@ -59,6 +60,7 @@ class Code(IntEnum):
     """Another command of the same batch was refused, so this one was not carried out."""
 
 
+@record
 class Commands(NamedTuple):
     """Up to M commands of one step, a column each; those of kind NONE are empty.
 
