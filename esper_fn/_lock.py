@@ -1,8 +1,8 @@
 """One process at a time for a folder.
 
-A lock of the system where there is one: it ends with the process, however that ends. A file system
-or a system without (some network folders, no `fcntl`) is served by the name of the process in the
-file: that process is asked for, if it runs on this machine.
+It is a lock of the system where there is one: it ends with the process, however that ends. Where
+there is none (some network folders, no `fcntl`), the file names the process, and on the same machine
+the lock finds out whether that process still runs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _MAX_BYTES = 4096
 
 
 class BusyFolderError(Exception):
-    """Another process has the lock; `str` names it."""
+    """Another process has the lock; the message names it."""
 
 
 class FolderLock:
-    """An exclusive lock on a file, which stays when the lock ends; its JSON names who has it.
+    """An exclusive lock on a file; the file stays when the lock ends, and its JSON names the owner.
 
     Args:
       path: the file; made if need be.
       content: further fields of the JSON.
 
     Raises:
-      BusyFolderError: a living process has it.
+      BusyFolderError: another process has it.
       OSError: the file cannot be made.
     """
 
@@ -56,7 +56,7 @@ class FolderLock:
             raise
 
     def _take(self) -> bool:
-        """Takes the system's lock; False where there is none to take."""
+        """Takes the system's lock; False where the system has none."""
         if fcntl is None:
             return False
         try:
@@ -83,7 +83,7 @@ class FolderLock:
         self._file.write(data)
 
     def close(self) -> None:
-        """Ends the lock; the file stays and names nobody."""
+        """Ends the lock; the file stays and names no process."""
         if self._file.closed:
             return
         with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, as the system counts: a number that is given again tells them apart."""
+    """When a process began, as the system counts: so two processes of one number differ."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]
     except (OSError, ValueError, IndexError):
@@ -108,7 +108,7 @@ def _began(pid: int) -> str | None:
 
 
 def _may_live(owner: dict[str, Any]) -> bool:
-    """Whether the process that wrote its name may still run; one of another machine may."""
+    """Whether the owner may still run; a process of another machine may."""
     pid = owner.get("pid")
     if type(pid) is not int or pid < 1:
         return False

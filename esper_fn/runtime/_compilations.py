@@ -20,7 +20,10 @@ class CompilationCount:
 
 @contextmanager
 def count_compilations() -> Iterator[CompilationCount]:
-    """Counts the programs XLA compiles inside the block, by JAX's own compile events.
+    """A block in which the programs that XLA compiles are counted, by JAX's own events.
+
+    Yields:
+      The count, whose `num_compiled` grows while the block is open.
 
     >>> import jax, jax.numpy as jnp
     >>> with count_compilations() as count:

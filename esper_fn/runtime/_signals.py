@@ -1,4 +1,4 @@
-"""Being asked to end."""
+"""Ending at a signal."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from types import FrameType
 
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into an answer: `is_asked()` is True once the signal has come.
+    """A block in which SIGTERM does not end the process, but is noted.
 
-    Give it to `fit(should_stop=...)`: the run ends after the segment under way, and with
-    `checkpoints=` saves first. A second SIGTERM ends the process at once, as it would have without
-    this. Only the main thread may open the block.
+    Pass what it yields to `fit(should_stop=...)`: the run ends after the segment under way, and
+    with `checkpoints=` saves first. A second SIGTERM ends the process at once, as it would have
+    without this. Only the main thread may open the block.
+
+    Yields:
+      `is_stopping()`, True once the signal has come.
 
     >>> import os, signal
-    >>> with termination() as is_asked:
-    ...     before = is_asked()
+    >>> with termination() as is_stopping:
+    ...     before = is_stopping()
     ...     os.kill(os.getpid(), signal.SIGTERM)
-    ...     before, is_asked()
+    ...     before, is_stopping()
     (False, True)
     """
-    asked = False
+    is_stopping = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal is_stopping
+        is_stopping = True
         signal.signal(number, signal.SIG_DFL)
 
-    former = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: asked
+        yield lambda: is_stopping
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)

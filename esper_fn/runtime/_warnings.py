@@ -1,4 +1,4 @@
-"""What `fit` says once a run when growth cannot help."""
+"""Warnings of `fit`, each at most once a run, where growth cannot help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper_fn.lifecycle import Stage
 
 
 def warn_of_barren(growth: Growth, infos: StepInfo, first: int, record: dict[str, Any]) -> None:
-    """Where nothing will be asked to grow, since all is zero there."""
+    """Warns where nothing will grow, since all is zero there."""
     steps = np.flatnonzero(np.asarray(infos.num_barren))
     if record.get("has_warned") or not steps.size:
         return
@@ -20,12 +20,12 @@ def warn_of_barren(growth: Growth, infos: StepInfo, first: int, record: dict[str
     row = int(steps[-1])
     is_dormant = infos.stage[row] == Stage.DORMANT
     seeds = np.flatnonzero(is_dormant & infos.is_measured[row] & (infos.evidence[row] == 0))
-    places = [growth.layout.locate(int(seed)) for seed in seeds[:5]]
-    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in places)
+    rows = [growth.layout.locate(int(seed)) for seed in seeds[:5]]
+    names = ", ".join(f"{site.name!r} chunk {chunk}" for site, _, chunk in rows)
     warnings.warn(
         f"step {first + row}: {int(infos.num_barren[row])} dormant seed(s) measure a growth "
         f"potential of exactly zero ({names}{', ...' if len(seeds) > 5 else ''}): the activation "
-        "is always zero there, or no gradient reaches it, so nothing will be asked to grow; "
+        "is always zero there, or no gradient reaches it, so nothing will grow there; "
         "look for dead units or an unused output, or leave the site out of the layout",
         RuntimeWarning,
         stacklevel=6,
@@ -33,7 +33,7 @@ def warn_of_barren(growth: Growth, infos: StepInfo, first: int, record: dict[str
 
 
 def warn_of_blind(growth: GrowthState, first: int, record: dict[str, Any]) -> None:
-    """Surveys that measure nothing at all, so that nothing is ever judged by them."""
+    """Warns of surveys that measure nothing at all, so that nothing is judged by them."""
     if record.get("has_looked"):
         return
     record["has_looked"] = True
