@@ -1,7 +1,7 @@
 """One process at a time for a folder.
 
 It is a lock of the system where there is one: it ends with the process, however that ends. Where
-there is none (some network folders, no `fcntl`), the file names the process, and on the same machine
+there is none (some network folders, no `fcntl`), the file names the process, and on that machine
 the lock finds out whether that process still runs.
 """
 
