@@ -197,7 +197,7 @@ def _blocks(
             server.kill()
         switch = _Switch(steering, num_pairs)
         training.fit(switch, 10**7)
-        steering.station.close(0.0 if is_killed else 2.0)
+        steering.worker.close(0.0 if is_killed else 2.0)
     return switch
 
 

@@ -21,7 +21,14 @@ import redis.asyncio as redis_asyncio
 
 from esper_fn import bus
 from esper_fn.bus import Topic
-from esper_fn.bus._connect import new_event_loop
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._connect import make_transport, new_event_loop
+from esper_fn.bus._envelope import SCHEMA
+from esper_fn.bus._outbox import Publisher
+from esper_fn.bus._redis import RedisTransport
+from esper_fn.bus._timing import ServerTime
+from esper_fn.bus._transport import Delivery
+from esper_fn.bus._worker import Worker
 from esper_fn.errors import BusyError
 
 Side = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -51,22 +58,20 @@ def _redis(options: dict[str, Any]) -> Any:
 
 async def publish_telemetry(options: dict[str, Any]) -> dict[str, Any]:
     """Publishes messages as fast as the server takes them, none dropped."""
-    transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
-    server_time = bus.ServerTime()
-    server_time.learn(await transport.open())
-    publisher = bus.Publisher(
-        transport, Topic.TELEMETRY, server_time=server_time, max_waiting=10**9
-    )
+    transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
+    server_time = ServerTime()
+    server_time.update(await transport.open())
+    publisher = Publisher(transport, Topic.TELEMETRY, server_time=server_time, max_queued=10**9)
     frames = options["kind"] == "frames"
     columns = {
-        name: bus.Column.of(np.arange(1000).astype(dtype))
+        name: bus.Column.from_array(np.arange(1000).astype(dtype))
         for name, dtype in (("stage", "u1"), ("alpha", "f4"), ("utility", "f4"), ("slot", "i4"))
     }
     began = time.perf_counter()
     sent = 0
     while sent < options["count"]:
         now = min(2_048 if not frames else 64, options["count"] - sent)
-        publisher.offer_all(
+        publisher.offer(
             [
                 bus.Frame(step=sent + i, columns=columns) if frames else metrics(sent + i)
                 for i in range(now)
@@ -82,7 +87,7 @@ async def publish_telemetry(options: dict[str, Any]) -> dict[str, Any]:
 
 async def consume_telemetry(options: dict[str, Any]) -> dict[str, Any]:
     """Reads as a group, verifies, decodes to structs, acknowledges."""
-    transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
+    transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
     seen, first, size = 0, None, 0
     last = time.perf_counter()
@@ -95,7 +100,7 @@ async def consume_telemetry(options: dict[str, Any]) -> dict[str, Any]:
         first = first or time.perf_counter()
         for delivery in found:
             size += len(delivery.payload)
-            seen += len(bus.SCHEMA.decode(delivery.payload).messages)
+            seen += len(SCHEMA.decode(delivery.payload).messages)
         await transport.acknowledge(Topic.TELEMETRY, "bench", [d.entry_id for d in found])
         last = time.perf_counter()
     await transport.close()
@@ -104,9 +109,9 @@ async def consume_telemetry(options: dict[str, Any]) -> dict[str, Any]:
 
 async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     """Offers commands at a rate, on a fixed timetable."""
-    transport = bus.make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
+    transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
-    publisher = bus.Publisher(transport, Topic.COMMANDS, max_waiting=10**9)
+    publisher = Publisher(transport, Topic.COMMANDS, max_queued=10**9)
     futures: deque[asyncio.Future[int]] = deque()
     busy = 0
 
@@ -126,14 +131,14 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     return {"busy": busy}
 
 
-class _Noting(bus.RedisTransport):
+class _Noting(RedisTransport):
     """Notes when each entry came out of the server."""
 
     def __init__(self, options: dict[str, Any], received: dict[str, int]) -> None:
-        super().__init__(bus.parse_address(options["url"]), options["run"], has_key=False)
+        super().__init__(parse_address(options["url"]), options["run"], has_key=False)
         self._received = received
 
-    async def read(self, *arguments: Any, **options: Any) -> list[bus.Delivery]:
+    async def read(self, *arguments: Any, **options: Any) -> list[Delivery]:
         found = await super().read(*arguments, **options)
         now = time.time_ns()
         self._received.update((delivery.entry_id, now) for delivery in found)
@@ -145,20 +150,20 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
     waits: list[float] = []
     announcement = bus.Announcement(run=options["run"], host="", pid=0, sites={})
     noted: dict[str, int] = {}
-    station = bus.Station(lambda: _Noting(options, noted), announcement)
+    worker = Worker(lambda: _Noting(options, noted), announcement)
 
     def work() -> None:
         last = time.monotonic()
         while len(waits) < options["count"] and time.monotonic() - last < _WAIT_SECONDS:
             time.sleep(0.005)
-            for item in station.take(0, 256):
+            for item in worker.take(0, 256):
                 last = time.monotonic()
                 received = noted.pop(item.delivery.entry_id)
                 waits.append((received - int(item.command.sender.rstrip("x"))) / 1e6)
-                station.finish(item, bus.Outcome(command_id=item.command.id, code="DONE"))
-            station.flush()
+                worker.finish(item, bus.Outcome(command_id=item.command.id, code="DONE"))
+            worker.flush()
 
-    with station:
+    with worker:
         _say_ready()
         await asyncio.to_thread(work)
     return _latencies(waits)
@@ -172,7 +177,7 @@ async def ask(options: dict[str, Any]) -> dict[str, Any]:
     source = np.random.default_rng(0)
     waits, steps = [], []
     async with bus.connect_async(options["url"], run=options["run"], keys=bus.NO_KEYS) as client:
-        while options["run"] not in await client.transport.living():
+        while options["run"] not in await client.transport.active_runs():
             await asyncio.sleep(0.05)
         await client.send(bus.Cull(seed=0), wait_seconds=60)
         for number in range(options["count"]):

@@ -22,6 +22,7 @@
     │   ├── BusUnavailableError   (also ConnectionError)
     │   ├── BusyError
     │   ├── FencedError
+    │   ├── LeaseHeldError
     │   ├── NobodyListensError
     │   ├── NoOutcomeError        (also TimeoutError)
     │   └── MessageError          (also ValueError)
@@ -144,6 +145,22 @@ class FencedError(BusError):
 
     def __init__(self, message: str, epoch: int = 0) -> None:
         super().__init__(message)
+        self.epoch = epoch
+
+
+class LeaseHeldError(BusError):
+    """Another process drives the run.
+
+    Args:
+      holder: name of that process.
+      seconds: time until its lease expires.
+      epoch: epoch of its lease.
+    """
+
+    def __init__(self, holder: str, seconds: float, epoch: int = 0) -> None:
+        super().__init__(f"the lease is held by {holder} for {seconds:.1f} s more")
+        self.holder = holder
+        self.seconds = seconds
         self.epoch = epoch
 
 

@@ -96,14 +96,14 @@ run.start()
 
 # %%
 client = bus.connect(server.url, run="notebook")
-while "notebook" not in client.living():
+while "notebook" not in client.active_runs():
     run.join(0.1)
 
 for seed in (0, 1):
     command = bus.Germinate(site="hidden", seed=seed, blueprint="bottleneck")
     print(client.send(command, wait_seconds=120))
 refused = client.send(bus.Germinate(site="hidden", seed=0, blueprint="bottleneck"))
-print(refused.code, "-", refused.words)
+print(refused.code, "-", refused.text)
 
 # %% [markdown]
 # The same command again, by its id, is answered and not repeated: whoever is unsure whether a
@@ -143,7 +143,7 @@ plt.show()
 # %% [markdown]
 # ## Several seeds at once, pausing, stopping
 #
-# A batch takes force whole or not at all. Paused, the run stands still at a step boundary. An
+# A batch is applied as a whole or not at all. Paused, the run stands still at a step boundary. An
 # stop overtakes whatever waits.
 
 # %%
@@ -156,9 +156,9 @@ both = bus.Batch(
 outcome = client.send(both)
 print(outcome.code, [seed.code for seed in outcome.seeds])
 
-print(client.send(bus.Pause()).words)
-print(client.send(bus.Resume()).words)
-print(client.send(bus.Stop(reason="seen enough", sender="notebook")).words)
+print(client.send(bus.Pause()).text)
+print(client.send(bus.Resume()).text)
+print(client.send(bus.Stop(reason="seen enough", sender="notebook")).text)
 run.join()
 
 # %%

@@ -1,15 +1,10 @@
-"""Steering and watching a running experiment from elsewhere. No JAX inside.
+"""Steer and watch a running experiment from other processes. Loads no JAX.
 
-See `docs/bus.md`. Needs the extra `bus`: `pip install 'esper-fn[bus]'`.
+See `docs/bus.md`. This room needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
-from esper_fn.bus._address import MEMORY, Address, hide_addresses, parse_address
 from esper_fn.bus._broker import Broker
 from esper_fn.bus._client import AsyncClient, connect_async
-from esper_fn.bus._codec import FORMAT, SCHEMA, Header, Parcel, Schema
-from esper_fn.bus._connect import make_transport
-from esper_fn.bus._intake import Intake, Taken
-from esper_fn.bus._memory import MemoryTransport
 from esper_fn.bus._messages import (
     COMMANDS,
     Alert,
@@ -39,108 +34,56 @@ from esper_fn.bus._messages import (
     SetGraft,
     StepMetrics,
     Stop,
+    Topic,
     Transition,
-    new_id,
     verb,
 )
-from esper_fn.bus._plain_client import Client, connect
 from esper_fn.bus._position import RunPosition
-from esper_fn.bus._publisher import Publisher, ServerTime
-from esper_fn.bus._redis import RedisTransport
-from esper_fn.bus._resilience import CircuitBreaker, RateLimiter, Retry
 from esper_fn.bus._server import PrivateServer
 from esper_fn.bus._signing import NO_KEYS, Keyring, new_key, read_keys
-from esper_fn.bus._station import Station
-from esper_fn.bus._topics import POLICIES, Guarantee, Topic, TopicPolicy, WhenFull
-from esper_fn.bus._transport import (
-    Attached,
-    Delivery,
-    Entry,
-    Lease,
-    LeaseHeldError,
-    OtherRunError,
-    Published,
-    Renewed,
-    Settlement,
-    Transport,
-)
+from esper_fn.bus._sync_client import Client, connect
 
 __all__ = [
     "COMMANDS",
-    "FORMAT",
-    "MEMORY",
     "NO_KEYS",
-    "POLICIES",
-    "SCHEMA",
-    "Address",
     "Alert",
     "Announcement",
     "AsyncClient",
-    "Attached",
     "Batch",
     "Broker",
     "Cancel",
     "Checkpoint",
     "CheckpointEvent",
-    "CircuitBreaker",
     "Client",
     "Column",
     "Command",
     "Cull",
     "DeadLetter",
-    "Delivery",
-    "Entry",
     "Frame",
     "Germinate",
-    "Guarantee",
-    "Header",
     "Heartbeat",
-    "Intake",
     "Keyring",
-    "Lease",
-    "LeaseHeldError",
     "LifecycleEvent",
-    "MemoryTransport",
     "Message",
-    "OtherRunError",
     "Outcome",
-    "Parcel",
     "Pause",
     "PauseSeed",
     "PrivateServer",
-    "Published",
-    "Publisher",
-    "RateLimiter",
-    "RedisTransport",
     "Release",
-    "Renewed",
     "Resume",
     "ResumeSeed",
-    "Retry",
     "RollBack",
     "RunPosition",
-    "Schema",
     "SeedCommand",
     "SeedOutcome",
-    "ServerTime",
     "SetGraft",
-    "Settlement",
-    "Station",
     "StepMetrics",
     "Stop",
-    "Taken",
     "Topic",
-    "TopicPolicy",
     "Transition",
-    "Transport",
-    "WhenFull",
     "connect",
     "connect_async",
-    "hide_addresses",
-    "make_transport",
-    "new_id",
     "new_key",
-    "parse_address",
     "read_keys",
     "verb",
 ]

@@ -1,4 +1,4 @@
-"""What the bus inside one process keeps: streams, groups, leases."""
+"""The streams, groups and leases of a bus inside one process."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dataclasses import dataclass, field
 from itertools import islice
 from secrets import token_hex
 
-from esper_fn.bus._topics import Topic
-from esper_fn.bus._transport import RUN_GROUP, Entry, order
+from esper_fn.bus._messages import Topic
+from esper_fn.bus._transport import RUN_GROUP, Entry, entry_key
 
 MAX_PRODUCERS = 4_096
 
 
 @dataclass(slots=True)
 class Pending:
-    """An entry handed out and not acknowledged."""
+    """An entry that was delivered and not acknowledged."""
 
     consumer: str
-    handed_at: float
+    delivered_at: float
     deliveries: int
 
 
 @dataclass(slots=True)
 class Group:
-    """A consumer group."""
+    """A consumer group of a stream."""
 
     last: tuple[int, int] = (0, 0)
     pending: dict[tuple[int, int], Pending] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Stream:
 
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     keys: list[tuple[int, int]] = field(default_factory=list)
-    """Of the entries, rising."""
+    """Keys of the entries, in order."""
     last: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Run:
     )
     holder: str | None = None
     owner: str | None = None
-    """Of the newest lease, also when it was given up."""
+    """Holder of the newest lease, even after its release."""
     identity: str = ""
     expires_at: float = 0.0
     epoch: int = 0
@@ -66,11 +66,11 @@ class Run:
 
 
 class Broker:
-    """What a server would be: the streams of several runs, for all threads of a process.
+    """Takes the part of a server: the streams of several runs, for all threads of a process.
 
     Args:
-      clock: seconds, rising, for leases and the idle time of claims.
-      wall: seconds since 1970, for the names of entries.
+      clock: seconds on a clock that never goes back, for leases and claims.
+      wall: seconds since 1970, for the ids of entries.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Broker:
         self.runs: dict[str, Run] = {}
         self._sleepers: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
 
-    def forget(self) -> None:
-        """Loses everything, like a server restarted without its files."""
+    def lose_all(self) -> None:
+        """Loses all data, like a server that is restarted without its files."""
         with self.lock:
             self.runs.clear()
             self.generation = token_hex(8)
@@ -94,8 +94,8 @@ class Broker:
         """Loses streams of a run with their groups, as by DEL or an eviction.
 
         Args:
-          run: whose.
-          topics: of the streams; where left out, they stay and all else that is known goes.
+          run: name of the run.
+          topics: topics of the streams; without any, all data but the streams is lost.
         """
         with self.lock:
             streams = self.run(run).streams
@@ -106,37 +106,37 @@ class Broker:
         self.wake()
 
     def lose_groups(self, run: str) -> None:
-        """Loses the consumer groups of a run's streams, as by XGROUP DESTROY."""
+        """Loses the consumer groups of a run, as by XGROUP DESTROY."""
         with self.lock:
             for stream in self.run(run).streams.values():
                 stream.groups.clear()
         self.wake()
 
     def add(self, run: str, topic: Topic, entry: Entry) -> str:
-        """Adds an entry past every check, as whoever writes to the server could."""
+        """Adds an entry without any check, as a foreign program could."""
         with self.lock:
             entry_id = self.append(self.run(run).streams[topic], entry)
         self.wake()
         return entry_id
 
     def run(self, name: str) -> Run:
-        """The streams of a run."""
+        """The data of a run; the caller has the lock."""
         return self.runs.setdefault(name, Run())
 
     def now_ms(self) -> int:
-        """The server's clock."""
+        """Milliseconds since 1970."""
         return int(self.wall() * 1000)
 
     def append(self, stream: Stream, entry: Entry) -> str:
-        """Puts an entry at a stream's end; the caller holds the lock."""
+        """Appends an entry to a stream; the caller has the lock."""
         now = self.now_ms()
         stream.last = (now, 0) if now > stream.last[0] else (stream.last[0], stream.last[1] + 1)
         stream.entries[stream.last] = entry
         stream.keys.append(stream.last)
-        return entry_name(stream.last)
+        return entry_id_of(stream.last)
 
     def sleep(self) -> asyncio.Future[None]:
-        """A future that the next change ends; the caller holds the lock."""
+        """A future that the next change resolves; the caller has the lock."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         item = (loop, future)
@@ -145,58 +145,58 @@ class Broker:
         return future
 
     def wake(self) -> None:
-        """Ends all sleep."""
+        """Wakes all sleepers."""
         for loop, future in list(self._sleepers):
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_finish, future)
+                loop.call_soon_threadsafe(_resolve, future)
 
 
-def _finish(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
 
 
-def entry_name(key: tuple[int, int]) -> str:
-    """As a server writes it."""
+def entry_id_of(key: tuple[int, int]) -> str:
+    """The entry id of a key."""
     return f"{key[0]}-{key[1]}"
 
 
 SHARED = Broker()
-"""The broker behind the address `memory`."""
+"""The default broker of the address `memory`."""
 
 
 def entries_after(
     stream: Stream, last: tuple[int, int], limit: int
 ) -> list[tuple[tuple[int, int], Entry]]:
-    """Entries after one."""
+    """Entries after a key, in order."""
     first = bisect_right(stream.keys, last)
     return [(key, stream.entries[key]) for key in stream.keys[first : first + limit]]
 
 
 def acknowledge(stream: Stream, group: str, entry_ids: Sequence[str]) -> int:
-    """Takes entries off a group's list; returns how many were on it."""
+    """Acknowledges entries of a group; returns how many were pending."""
     if group not in stream.groups:
         return 0
     pending = stream.groups[group].pending
-    return sum(pending.pop(order(name), None) is not None for name in entry_ids)
+    return sum(pending.pop(entry_key(name), None) is not None for name in entry_ids)
 
 
 def backlog(stream: Stream) -> int:
-    """Entries that no run has settled."""
+    """Counts the entries that no run has settled."""
     group = next((g for name, g in stream.groups.items() if name.startswith(RUN_GROUP)), None)
     if group is None:
         return len(stream.keys)
     return len(stream.keys) - bisect_right(stream.keys, group.last) + len(group.pending)
 
 
-def forget(stream: Stream, count: int) -> None:
-    """Drops the oldest entries."""
+def drop_oldest(stream: Stream, count: int) -> None:
+    """Removes the oldest entries of a stream."""
     for key in stream.keys[: max(0, count)]:
         del stream.entries[key]
     del stream.keys[: max(0, count)]
 
 
 def shorten(numbers: dict[str, int], limit: int) -> None:
-    """Drops the oldest of more than so many."""
+    """Removes the oldest numbers beyond a limit."""
     for name in list(islice(numbers, max(0, len(numbers) - limit))):
         del numbers[name]

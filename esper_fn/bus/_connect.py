@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 
 def make_transport(url: str, run: str, *, keys: Keyring, broker: Broker | None = None) -> Transport:
-    """The transport to an address.
+    """Makes the transport for an address.
 
     Args:
       url: `memory`, `redis://`, `rediss://` or `unix://`.
       run: name of the run.
-      keys: whether messages are signed decides which addresses are safe.
-      broker: for `memory`; the process's own where left out.
+      keys: without keys, only addresses that no other machine can reach are allowed.
+      broker: the broker of `memory`; by default the one that all of the process share.
 
     Raises:
-      BusAddressError: the address or the name is none.
+      BusAddressError: the address or the name is not valid.
     """
     if not RUN_NAME.fullmatch(run):
         raise BusAddressError(
@@ -42,7 +42,7 @@ def make_transport(url: str, run: str, *, keys: Keyring, broker: Broker | None =
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Uvloop's where it is installed."""
+    """Makes an event loop, from uvloop if it is installed."""
     try:
         import uvloop  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -55,7 +55,7 @@ class LoopThread:
     """An event loop in a daemon thread.
 
     Args:
-      name: of the thread.
+      name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -68,7 +68,7 @@ class LoopThread:
         self.loop.run_forever()
 
     def call(self, work: Coroutine[Any, Any, T], timeout_seconds: float | None = None) -> T:
-        """Runs a coroutine there and waits for it."""
+        """Runs a coroutine in the thread and waits for its result."""
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result(timeout_seconds)
@@ -77,12 +77,12 @@ class LoopThread:
             raise
 
     def soon(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Has a function called there."""
+        """Schedules a call in the thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(work, *arguments)
 
     def close(self) -> None:
-        """Cancels what runs there and ends the thread."""
+        """Cancels all tasks and ends the thread."""
         if self.loop.is_closed():
             return
 

@@ -1,4 +1,4 @@
-"""The bus inside one process: the same contract, without a server."""
+"""A transport inside one process: the same contract, without a server."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from esper_fn.bus._broker import (
     Stream,
     acknowledge,
     backlog,
+    drop_oldest,
     entries_after,
-    entry_name,
-    forget,
+    entry_id_of,
     shorten,
 )
-from esper_fn.bus._topics import COMMAND_TOPICS, POLICIES, Topic, WhenFull
+from esper_fn.bus._messages import COMMAND_TOPICS, LIMITS, Topic
 from esper_fn.bus._transport import (
     BEGINNING,
     RUN_GROUP,
-    Attached,
+    Attachment,
     Delivery,
     Entry,
     Lease,
-    LeaseHeldError,
     OtherRunError,
-    Published,
-    Renewed,
+    Publication,
+    Renewal,
     Settlement,
-    order,
+    entry_key,
 )
-from esper_fn.errors import BusUnavailableError, BusyError, FencedError
+from esper_fn.errors import BusUnavailableError, BusyError, FencedError, LeaseHeldError
 
 
 class MemoryTransport:
     """A `Transport` within this process.
 
     Args:
-      run: whose streams.
-      broker: what keeps them; the process's own where left out.
+      run: name of the run.
+      broker: the broker; by default the one that all of the process share.
     """
 
     def __init__(self, run: str, broker: Broker | None = None) -> None:
@@ -74,9 +73,9 @@ class MemoryTransport:
         entries: Sequence[Entry],
         *,
         identity: str | None = None,
-    ) -> Published:
+    ) -> Publication:
         """See `Transport`."""
-        policy = POLICIES[topic]
+        limits = LIMITS[topic]
         with self._broker.lock:
             run = self._run()
             stream = run.streams[topic]
@@ -84,13 +83,13 @@ class MemoryTransport:
             fresh = entries[skip:]
             if fresh and identity and identity != run.identity:
                 raise OtherRunError(run.identity)
-            if fresh and policy.when_full is WhenFull.REFUSE:
+            if fresh and limits.refuses:
                 waiting = backlog(stream)
-                kept = len(stream.keys) + len(fresh)
-                if waiting + len(fresh) > policy.max_entries or kept > 10 * policy.max_entries:
+                total = len(stream.keys) + len(fresh)
+                if waiting + len(fresh) > limits.max_entries or total > 10 * limits.max_entries:
                     raise BusyError(
                         f"{waiting:,} entries wait on {self.stream(topic)}, at most "
-                        f"{policy.max_entries:,}; send more slowly, or wait for outcomes"
+                        f"{limits.max_entries:,}; send more slowly, or wait for outcomes"
                     )
             for entry in fresh:
                 self._broker.append(stream, entry)
@@ -98,11 +97,11 @@ class MemoryTransport:
                 stream.sequences.pop(producer, None)
                 stream.sequences[producer] = first + len(entries) - 1
                 shorten(stream.sequences, MAX_PRODUCERS)
-            if policy.when_full is WhenFull.FORGET:
-                forget(stream, len(stream.keys) - policy.max_entries)
-            published = Published(len(fresh), self._broker.generation)
+            if not limits.refuses:
+                drop_oldest(stream, len(stream.keys) - limits.max_entries)
+            publication = Publication(len(fresh), self._broker.generation)
         self._broker.wake()
-        return published
+        return publication
 
     async def read(
         self,
@@ -115,38 +114,38 @@ class MemoryTransport:
     ) -> list[Delivery]:
         """See `Transport`."""
 
-        def take() -> list[Delivery]:
+        def read_new() -> list[Delivery]:
             out = []
             for topic in topics:
                 stream = self._run().streams[topic]
-                of = self._group(stream, group)
+                state = self._group(stream, group)
                 now = self._broker.clock()
-                for key, entry in entries_after(stream, of.last, limit):
-                    of.last = key
-                    of.pending[key] = Pending(consumer, now, 1)
-                    out.append(Delivery(topic, entry_name(key), *entry))
+                for key, entry in entries_after(stream, state.last, limit):
+                    state.last = key
+                    state.pending[key] = Pending(consumer, now, 1)
+                    out.append(Delivery(topic, entry_id_of(key), *entry))
             return out
 
-        return await self._wait_for(take, wait_seconds)
+        return await self._wait_for(read_new, wait_seconds)
 
     async def tail(
         self, after: Mapping[Topic, str], *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
         """See `Transport`."""
 
-        def take() -> list[Delivery]:
+        def read_new() -> list[Delivery]:
             return [
-                Delivery(topic, entry_name(key), *entry)
+                Delivery(topic, entry_id_of(key), *entry)
                 for topic, last in after.items()
-                for key, entry in entries_after(self._run().streams[topic], order(last), limit)
+                for key, entry in entries_after(self._run().streams[topic], entry_key(last), limit)
             ]
 
-        return await self._wait_for(take, wait_seconds)
+        return await self._wait_for(read_new, wait_seconds)
 
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
         """See `Transport`."""
         with self._broker.lock:
-            return {topic: entry_name(self._run().streams[topic].last) for topic in topics}
+            return {topic: entry_id_of(self._run().streams[topic].last) for topic in topics}
 
     async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
@@ -159,30 +158,21 @@ class MemoryTransport:
         """See `Transport`."""
         with self._broker.lock:
             stream = self._run().streams[topic]
-            of = self._group(stream, group)
+            pending = self._group(stream, group).pending
             now = self._broker.clock()
             out: list[Delivery] = []
-            for key, pending in sorted(of.pending.items()):
+            for key, item in sorted(pending.items()):
                 if len(out) == limit:
                     break
-                if now - pending.handed_at < idle_seconds:
+                if now - item.delivered_at < idle_seconds:
                     continue
                 if key not in stream.entries:
-                    del of.pending[key]
+                    del pending[key]
                     continue
-                of.pending[key] = Pending(consumer, now, pending.deliveries + 1)
-                out.append(
-                    Delivery(topic, entry_name(key), *stream.entries[key], pending.deliveries + 1)
-                )
+                count = item.deliveries + 1
+                pending[key] = Pending(consumer, now, count)
+                out.append(Delivery(topic, entry_id_of(key), *stream.entries[key], count))
             return out
-
-    async def bury(self, topic: Topic, group: str, entry_ids: Sequence[str], dead: Entry) -> None:
-        """See `Transport`."""
-        with self._broker.lock:
-            run = self._run()
-            if acknowledge(run.streams[topic], group, entry_ids):
-                self._add(run, Topic.DEAD, [dead])
-        self._broker.wake()
 
     async def attach(
         self,
@@ -194,7 +184,7 @@ class MemoryTransport:
         should_take_over: bool = False,
         identity: str = "",
         counts_attempts: bool = True,
-    ) -> Attached:
+    ) -> Attachment:
         """See `Transport`."""
         with self._broker.lock:
             run = self._run()
@@ -205,30 +195,30 @@ class MemoryTransport:
             run.holder = run.owner = holder
             run.number, run.identity = 0, identity
             run.expires_at = self._broker.clock() + lease_seconds
-            start, leftovers, emptied = {}, [], set()
+            start, leftovers, lost = {}, [], set()
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
                 start[topic] = (run.cursor if cursor is None else cursor).get(topic, BEGINNING)
-                if order(start[topic]) > stream.last:
+                if entry_key(start[topic]) > stream.last:
                     # This is not the stream that the cursor is of.
-                    emptied.add(topic)
+                    lost.add(topic)
                     start[topic] = BEGINNING
-                at, is_counted = order(start[topic]), not counts_attempts
+                cursor_key, is_counted = entry_key(start[topic]), not counts_attempts
                 for name in [name for name in stream.groups if name.startswith(RUN_GROUP)]:
                     for key, pending in sorted(stream.groups.pop(name).pending.items()):
-                        entry_id, entry = entry_name(key), stream.entries.get(key)
+                        entry_id, entry = entry_id_of(key), stream.entries.get(key)
                         if entry is None:
                             run.attempts.pop((topic, entry_id), None)
-                        elif key <= at:
+                        elif key <= cursor_key:
                             count = pending.deliveries + 1
                             leftovers.append(Delivery(topic, entry_id, *entry, count))
                         elif not is_counted:
                             is_counted = True
                             tried = run.attempts.get((topic, entry_id), 0)
                             run.attempts[topic, entry_id] = tried + 1
-                stream.groups[f"{RUN_GROUP}{run.epoch}"] = Group(last=at)
+                stream.groups[f"{RUN_GROUP}{run.epoch}"] = Group(last=cursor_key)
             self._broker.wake()
-            return Attached(
+            return Attachment(
                 lease=Lease(holder, run.epoch),
                 generation=self._broker.generation,
                 cursor=start,
@@ -236,7 +226,7 @@ class MemoryTransport:
                 leftovers=leftovers,
                 attempts=dict(run.attempts),
                 server_ms=self._broker.now_ms(),
-                emptied=frozenset(emptied),
+                lost=frozenset(lost),
             )
 
     async def renew(
@@ -245,17 +235,17 @@ class MemoryTransport:
         *,
         lease_seconds: float,
         identity: str = "",
-        taken: Mapping[Topic, str] | None = None,
-    ) -> Renewed:
+        last_read: Mapping[Topic, str] | None = None,
+    ) -> Renewal:
         """See `Transport`."""
-        del taken  # nobody can move a group here
+        del last_read  # nothing moves a group in memory
         with self._broker.lock:
             run = self._check(lease)
             run.holder, run.expires_at = lease.holder, self._broker.clock() + lease_seconds
             run.identity = identity
             for topic in COMMAND_TOPICS:
                 self._group(run.streams[topic], lease.group)
-            return Renewed(self._broker.now_ms())
+            return Renewal(self._broker.now_ms())
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
@@ -271,7 +261,7 @@ class MemoryTransport:
             if settlement.number <= run.number:
                 return
             run.number = settlement.number
-            for topic, entry_ids in settlement.done.items():
+            for topic, entry_ids in settlement.acks.items():
                 acknowledge(run.streams[topic], lease.group, entry_ids)
                 for entry_id in entry_ids:
                     run.attempts.pop((topic, entry_id), None)
@@ -288,8 +278,8 @@ class MemoryTransport:
         """See `Transport`."""
         with self._broker.lock:
             stream = self._run().streams[topic]
-            count = bisect_left(stream.keys, order(before))
-            forget(stream, count)
+            count = bisect_left(stream.keys, entry_key(before))
+            drop_oldest(stream, count)
             return count
 
     async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
@@ -297,15 +287,15 @@ class MemoryTransport:
         with self._broker.lock:
             stream = self._run().streams[topic]
             return [
-                Delivery(topic, entry_name(key), *entry)
-                for key, entry in entries_after(stream, order(after), limit)
+                Delivery(topic, entry_id_of(key), *entry)
+                for key, entry in entries_after(stream, entry_key(after), limit)
             ]
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
         with self._broker.lock:
             stream = self._run().streams[topic]
-            count = sum(stream.entries.pop(order(name), None) is not None for name in entry_ids)
+            count = sum(stream.entries.pop(entry_key(name), None) is not None for name in entry_ids)
             stream.keys = list(stream.entries)
             return count
 
@@ -320,7 +310,7 @@ class MemoryTransport:
             run = self._run()
             return run.holder if run.expires_at > self._broker.clock() else None
 
-    async def living(self) -> list[str]:
+    async def active_runs(self) -> list[str]:
         """See `Transport`."""
         now = self._broker.clock()
         with self._broker.lock:
@@ -335,7 +325,7 @@ class MemoryTransport:
         self._is_closed = True
         self._broker.wake()
 
-    # --- parts: the caller holds the lock -------------------------------------------------------
+    # --- parts: the caller has the lock ---------------------------------------------------------
 
     def _run(self) -> Run:
         if self._is_closed:
@@ -347,7 +337,7 @@ class MemoryTransport:
         if (run.owner, run.epoch) == lease:
             return run
         if run.epoch <= lease.epoch or run.owner == lease.holder:
-            raise FencedError(f"the place of run {self._name!r} (epoch {lease.epoch}) was removed")
+            raise FencedError(f"the lease of run {self._name!r} (epoch {lease.epoch}) was removed")
         raise FencedError(
             f"run {self._name!r} is driven by {run.owner} now (epoch {run.epoch}); this process "
             f"held epoch {lease.epoch} and must not go on",
@@ -362,17 +352,17 @@ class MemoryTransport:
     def _add(self, run: Run, topic: Topic, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._broker.append(run.streams[topic], entry)
-        forget(run.streams[topic], len(run.streams[topic].keys) - POLICIES[topic].max_entries)
+        drop_oldest(run.streams[topic], len(run.streams[topic].keys) - LIMITS[topic].max_entries)
 
     async def _wait_for(
-        self, take: Callable[[], list[Delivery]], wait_seconds: float | None
+        self, read: Callable[[], list[Delivery]], wait_seconds: float | None
     ) -> list[Delivery]:
         loop = asyncio.get_running_loop()
         until = None if wait_seconds is None else loop.time() + wait_seconds
         while True:
             with self._broker.lock:
-                if found := take():
-                    return found
+                if deliveries := read():
+                    return deliveries
                 sleep = self._broker.sleep()
             left = None if until is None else until - loop.time()
             if left is not None and left <= 0:

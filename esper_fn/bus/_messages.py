@@ -1,46 +1,88 @@
-"""Every message that crosses the bus, as frozen tagged structs.
+"""The messages of the bus, as frozen tagged structs, and the topics that carry them.
 
-A struct's tag is `kind/version`. Fields with a default may be added within a version: readers
-ignore what they do not know. Anything else is a new version and a migration (`Schema`).
+The tag of a struct is `kind/version`. A field with a default may be added within a version, as
+readers ignore fields that they do not know. Every other change is a new version and a migration
+(`Schema`).
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from typing import Annotated, Any, ClassVar, get_args
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
-from esper_fn.bus._topics import Topic
-
 Name = Annotated[str, Meta(max_length=200)]
-Words = Annotated[str, Meta(max_length=2_000)]
+Text = Annotated[str, Meta(max_length=2_000)]
 Id = Annotated[str, Meta(min_length=1, max_length=80)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 
+
+class Topic(StrEnum):
+    """One stream of a run.
+
+    URGENT and COMMANDS are delivered at least once and applied exactly once. OUTCOMES, EVENTS and
+    DEAD are delivered at least once while the server keeps them. TELEMETRY is best effort.
+    """
+
+    URGENT = "urgent"
+    COMMANDS = "commands"
+    OUTCOMES = "outcomes"
+    EVENTS = "events"
+    TELEMETRY = "telemetry"
+    DEAD = "dead"
+
+    # An enumeration's own is a Python function, and topics are looked up for every message.
+    __hash__ = str.__hash__
+
+
+COMMAND_TOPICS = (Topic.URGENT, Topic.COMMANDS)
+"""In the order in which they are served."""
+
+
+class Limits(NamedTuple):
+    """How much a topic may hold."""
+
+    max_entries: int
+    max_entry_bytes: int
+    """Larger payloads are refused unread."""
+    refuses: bool = False
+    """A full topic refuses new entries; the others drop their oldest ones."""
+
+
+LIMITS = {
+    Topic.URGENT: Limits(1_000, 16 * 1024, refuses=True),
+    Topic.COMMANDS: Limits(100_000, 64 * 1024, refuses=True),
+    Topic.OUTCOMES: Limits(100_000, 64 * 1024),
+    Topic.EVENTS: Limits(20_000, 64 * 1024),
+    Topic.TELEMETRY: Limits(2_000, 1024 * 1024),
+    Topic.DEAD: Limits(2_000, 128 * 1024),
+}
+
 MAX_BATCH = 256
-"""Commands in one all-or-nothing batch."""
+"""Most commands in a batch."""
 
 
 def _new_origin() -> str:
     return f"{os.getpid():x}-{os.urandom(6).hex()}"
 
 
-def _forked() -> None:
+def _renew_origin() -> None:
     global _ORIGIN  # noqa: PLW0603 -- a forked process must not repeat its parent's
     _ORIGIN = _new_origin()
 
 
 _COUNTER = itertools.count()
 _ORIGIN = _new_origin()
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_renew_origin)
 
 
 def new_id() -> str:
-    """A name no other command has: process, chance and a counter; no clock, so none can repeat it.
+    """A unique id for a command, from the process, random bytes and a counter, but no clock.
 
     >>> new_id() != new_id()
     True
@@ -51,19 +93,19 @@ def new_id() -> str:
 class Message(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True, gc=False
 ):
-    """Root of all messages. None can lie in a cycle, so the garbage collector need not look."""
+    """Base of all messages. No message can be part of a cycle, hence `gc=False`."""
 
     topic: ClassVar[Topic]
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """What is asked of a run. Delivered at least once, in force exactly once.
+    """A command to a run. It is delivered at least once and applied exactly once.
 
     Attributes:
-      id: a command with the same id is answered with the first one's outcome.
-      expires_after_seconds: refused, and never carried out, when it is older than that; its age
-        is counted on the sender's clock until it is published, and then on the server's.
-      sender: who asks, for people.
+      id: a second command with this id gets the outcome of the first.
+      expires_after_seconds: an older command is refused. Its age counts on the sender's clock until
+        it is published, and on the server's clock from then on.
+      sender: a name for people.
     """
 
     topic: ClassVar[Topic] = Topic.COMMANDS
@@ -83,10 +125,10 @@ def verb(command: Command | type[Command]) -> str:
 
 
 class SeedCommand(Command, frozen=True, kw_only=True):
-    """What is asked of one seed.
+    """A command to one seed.
 
     Attributes:
-      seed: its number within its site, or among all seeds where `site` is left out.
+      seed: number of the seed within its site, or among all seeds without `site`.
       site: name of the site.
     """
 
@@ -158,7 +200,7 @@ class Checkpoint(Command, frozen=True, kw_only=True, tag="checkpoint/1"):
     label: Name = ""
 
 
-OneSeed = (
+AnySeedCommand = (
     Germinate | Transition | SetGraft | Cull | Cancel | RollBack | Release | PauseSeed | ResumeSeed
 )
 
@@ -166,18 +208,18 @@ OneSeed = (
 class Batch(Command, frozen=True, kw_only=True, tag="batch/1"):
     """Commands to different seeds that are applied in one step, or none of them is."""
 
-    commands: Annotated[tuple[OneSeed, ...], Meta(min_length=1, max_length=MAX_BATCH)]
+    commands: Annotated[tuple[AnySeedCommand, ...], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
 class Stop(Command, frozen=True, kw_only=True, tag="stop/1"):
     """End the run at its next step boundary, ahead of all other commands."""
 
     topic: ClassVar[Topic] = Topic.URGENT
-    reason: Words = ""
+    reason: Text = ""
 
 
 class SeedOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What became of one seed: codes and stages by name."""
+    """The result for one seed, with codes and stages by name."""
 
     seed: int
     code: Name
@@ -186,53 +228,53 @@ class SeedOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Outcome(Message, frozen=True, kw_only=True, tag="outcome/1"):
-    """What became of a command; exactly one for each id.
+    """What became of a command; there is one outcome for each id.
 
     Attributes:
-      command_id: of the command answered.
-      code: DONE, or why not.
-      words: the same for people, with the remedy where there is one.
-      step: the training step it took force in, or was refused before.
-      seeds: one row a seed asked for.
+      command_id: id of the command.
+      code: DONE, or the reason for a refusal.
+      text: an explanation for people, with the remedy where there is one.
+      step: the training step that applied the command, or before which it was refused.
+      seeds: one row for each seed of the command.
     """
 
     topic: ClassVar[Topic] = Topic.OUTCOMES
     command_id: Id
     code: Name
-    words: Words = ""
+    text: Text = ""
     step: int = -1
     seeds: tuple[SeedOutcome, ...] = ()
 
     @property
     def is_done(self) -> bool:
-        """Whether it took force."""
+        """Whether the command was applied."""
         return self.code == "DONE"
 
 
 class Column(msgspec.Struct, frozen=True, array_like=True):
-    """One array, little-endian, by its NumPy name of a dtype: `u1`, `i2`, `i4`, `f4` or `f8`."""
+    """One little-endian array with the NumPy name of its dtype."""
 
     dtype: Annotated[str, Meta(pattern="^(u1|i1|i2|i4|i8|f4|f8)$")]
     data: bytes
 
     @classmethod
-    def of(cls, values: Any) -> Column:
-        """The column of an array of one axis."""
+    def from_array(cls, values: Any) -> Column:
+        """Packs an array with one axis."""
         array = np.ascontiguousarray(values)
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         return cls(array.dtype.str[1:], array.tobytes())
 
     def array(self) -> np.ndarray[Any, Any]:
-        """The values, read-only."""
+        """The values, as a read-only array."""
         return np.frombuffer(self.data, np.dtype(f"<{self.dtype}"))
 
 
 class Frame(Message, frozen=True, kw_only=True, tag="frame/1"):
-    """The state of all seeds after a step, one column a quantity.
+    """The state of all seeds after a step.
 
     Attributes:
-      step: the training step it shows.
-      columns: by name, all of the same length: a row a seed.
+      step: the training step.
+      columns: one column for each quantity, with one row for each seed.
     """
 
     topic: ClassVar[Topic] = Topic.TELEMETRY
@@ -240,12 +282,12 @@ class Frame(Message, frozen=True, kw_only=True, tag="frame/1"):
     columns: dict[Name, Column]
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """One column."""
+        """The values of one column."""
         return self.columns[name].array()
 
 
 class StepMetrics(Message, frozen=True, kw_only=True, tag="step_metrics/1"):
-    """The scalars of one step, or of the last of several."""
+    """The scalars of a step, or of the last step of a segment."""
 
     topic: ClassVar[Topic] = Topic.TELEMETRY
     step: int
@@ -255,7 +297,7 @@ class StepMetrics(Message, frozen=True, kw_only=True, tag="step_metrics/1"):
     num_parameters: int = 0
     num_rollbacks: int = 0
     num_dropped: int = 0
-    """Telemetry messages the run has dropped so far."""
+    """Telemetry and events that the run has dropped so far."""
     stages: dict[Name, int] = {}
     values: dict[Name, float] = {}
 
@@ -271,46 +313,46 @@ class LifecycleEvent(Message, frozen=True, kw_only=True, tag="lifecycle_event/1"
     chunk: int
     source: Name
     target: Name
-    cause: Words
+    cause: Text
     blueprint: Name | None = None
     measured: dict[Name, float | None] = {}
 
 
 class Alert(Message, frozen=True, kw_only=True, tag="alert/1"):
-    """Somebody should look."""
+    """A condition that a person should look at."""
 
     topic: ClassVar[Topic] = Topic.EVENTS
     name: Name
     level: Annotated[str, Meta(pattern="^(info|warning|critical)$")]
-    words: Words
+    text: Text
     step: int = -1
 
 
 class CheckpointEvent(Message, frozen=True, kw_only=True, tag="checkpoint_event/1"):
-    """A checkpoint was saved, restored, or failed."""
+    """A checkpoint was saved, was restored, or could not be written."""
 
     topic: ClassVar[Topic] = Topic.EVENTS
     step: int
     what: Annotated[str, Meta(pattern="^(saved|restored|failed)$")]
-    words: Words = ""
+    text: Text = ""
 
 
 class Announcement(Message, frozen=True, kw_only=True, tag="announcement/1"):
-    """A run has taken its place on the bus: what it serves."""
+    """A run has connected to the bus; the message lists what it serves."""
 
     topic: ClassVar[Topic] = Topic.EVENTS
     run: Name
     host: Name
     pid: int
     sites: dict[Name, int]
-    """Seeds of each site."""
+    """Number of seeds of each site."""
     blueprints: tuple[Name, ...] = ()
     grafts: tuple[Name, ...] = ()
     version: Name = ""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat/1"):
-    """A run lives."""
+    """A sign that a run is active."""
 
     topic: ClassVar[Topic] = Topic.EVENTS
     run: Name
@@ -319,23 +361,22 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat/1"):
 
 
 class DeadLetter(Message, frozen=True, kw_only=True, tag="dead_letter/1"):
-    """A message that was set aside.
+    """A message that was refused.
 
     Attributes:
-      reason: one word: undecodable, unsupported, oversized, forged, replayed, expired, failing,
-        gap.
-      words: what was wrong, for people.
-      from_topic: where it lay.
-      entry_id: its name there.
-      size_bytes: of its payload.
-      deliveries: how often it was handed out.
-      payload: its bytes; empty where it was too large to keep.
-      signature: what it was signed with.
+      reason: undecodable, unsupported, oversized, forged, replayed, expired, failing or gap.
+      text: what was wrong, for people.
+      from_topic: topic of the message.
+      entry_id: id of its stream entry.
+      size_bytes: size of its payload.
+      deliveries: number of times it was delivered.
+      payload: its bytes; empty where they are too large to keep.
+      signature: its signature.
     """
 
     topic: ClassVar[Topic] = Topic.DEAD
     reason: Name
-    words: Words
+    text: Text
     from_topic: Topic
     entry_id: Name
     size_bytes: int
@@ -344,7 +385,7 @@ class DeadLetter(Message, frozen=True, kw_only=True, tag="dead_letter/1"):
     signature: bytes = b""
 
 
-AnyCommand = OneSeed | Batch | Pause | Resume | Checkpoint | Stop
+AnyCommand = AnySeedCommand | Batch | Pause | Resume | Checkpoint | Stop
 COMMANDS: tuple[type[Command], ...] = get_args(AnyCommand)
 """All classes of commands; `esper_fn._verbs` describes them."""
 

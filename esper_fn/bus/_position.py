@@ -1,4 +1,4 @@
-"""Where a run stands in its command streams: part of what a checkpoint keeps."""
+"""How far a run has come in its command streams."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from typing import Any
 
 import msgspec
 
-from esper_fn.bus._messages import Outcome
-from esper_fn.bus._topics import Topic
+from esper_fn.bus._messages import Outcome, Topic
 
 MAX_OUTCOMES = 4_096
 MAX_PRODUCERS = 4_096
-_FORGOTTEN_AT_ONCE = 256
+_OUTCOMES_REMOVED_AT_ONCE = 256
 _OUTCOME = msgspec.json.Decoder(Outcome)
 _JSON = msgspec.json.Encoder()
 
 
 @dataclass(kw_only=True, slots=True)
 class RunPosition:
-    """The commands in force, as plain values; `as_dict` and `from_dict` are for checkpoints.
+    """The commands that a run has applied, as plain values for a checkpoint.
 
-    Between two steps it belongs to the training state exactly: restored together with it, every
-    later command is carried out again, and none twice.
+    Between two steps the position is part of the training state. A run that is restored with both
+    applies every later command again, and no command twice.
 
     Attributes:
-      identity: of the run, by chance; a restored run keeps it, and no other one has it. Signed
-        commands are signed for it.
-      epoch: of the last lease.
-      cursor: last entry of each command stream up to which everything is in force.
-      sequences: last number in force, by `producer/topic`, the latest producers last.
-      issued: when each of these producers last issued one, in server milliseconds.
-      issued_floor_ms: producers forgotten here issued nothing later than that.
-      outcomes: at least the latest `MAX_OUTCOMES` by command id, for commands that come again.
+      identity: random id of the run; a restored run keeps it, and signed commands carry it.
+      epoch: epoch of the last lease.
+      cursor: last entry of each command stream up to which all commands are applied.
+      sequences: last applied number by `producer/topic`, the latest producers last.
+      issued: when each of these producers last issued a command, in milliseconds of the server.
+      issued_floor_ms: producers that were dropped from `sequences` issued nothing later than this.
+      outcomes: at least the latest `MAX_OUTCOMES` by command id, for commands that are sent again.
     """
 
     identity: str = ""
@@ -43,44 +41,44 @@ class RunPosition:
     issued: dict[str, int] = field(default_factory=dict)
     issued_floor_ms: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    changed: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """Sequences not yet made known to the server; -1 for a forgotten producer."""
+    changes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Sequences that the server does not know yet; -1 for a producer that was dropped."""
 
-    def note(self, key: str, number: int) -> None:
-        """A number of a producer is in force."""
-        number = max(number, self.sequences.pop(key, -1))
-        self.sequences[key] = self.changed[key] = number
+    def advance(self, producer: str, number: int) -> None:
+        """Records that a number of a producer is applied."""
+        number = max(number, self.sequences.pop(producer, -1))
+        self.sequences[producer] = self.changes[producer] = number
         while len(self.sequences) > MAX_PRODUCERS:
             oldest = next(iter(self.sequences))
             del self.sequences[oldest]
             self.issued_floor_ms = max(self.issued_floor_ms, self.issued.pop(oldest, 0))
-            self.changed[oldest] = -1
+            self.changes[oldest] = -1
 
-    def keep(self, outcome: Outcome) -> None:
-        """Remembers an outcome."""
+    def record(self, outcome: Outcome) -> None:
+        """Records an outcome, and drops the oldest ones beyond the limit."""
         self.outcomes[outcome.command_id] = outcome
-        # Many at once: a dictionary finds its first key slowly where others stood before it.
-        if len(self.outcomes) > MAX_OUTCOMES + _FORGOTTEN_AT_ONCE:
-            for name in list(islice(self.outcomes, _FORGOTTEN_AT_ONCE)):
+        # Many at once: a dictionary finds its first key slowly after many deletions.
+        if len(self.outcomes) > MAX_OUTCOMES + _OUTCOMES_REMOVED_AT_ONCE:
+            for name in list(islice(self.outcomes, _OUTCOMES_REMOVED_AT_ONCE)):
                 del self.outcomes[name]
 
     def outcome(self, command_id: str) -> Outcome | None:
-        """The first outcome of a command; None where it is not remembered."""
+        """The outcome of a command, if it is recorded."""
         return self.outcomes.get(command_id)
 
     def copy(self) -> RunPosition:
-        """An independent one."""
+        """An independent copy."""
         return replace(
             self,
             cursor=dict(self.cursor),
             sequences=dict(self.sequences),
             issued=dict(self.issued),
             outcomes=dict(self.outcomes),
-            changed=dict(self.changed),
+            changes=dict(self.changes),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold.
+        """Plain values that JSON can represent.
 
         >>> RunPosition.from_dict(RunPosition(epoch=3).as_dict()).epoch
         3
@@ -97,10 +95,10 @@ class RunPosition:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunPosition:
-        """The position from `as_dict`.
+        """Restores a position from `as_dict`.
 
         Raises:
-          ValueError: it is not such values.
+          ValueError: `values` are not a position.
         """
         try:
             texts = msgspec.convert(values.get("outcomes", {}), dict[str, str])

@@ -1,4 +1,4 @@
-"""What has to happen in one piece on the server, as Lua for Redis 7.0 and Valkey.
+"""The transactions of the bus, as Lua scripts for Redis 7.0 and Valkey.
 
 Every key carries the run's name in braces, so that a cluster keeps a run on one node.
 """
@@ -315,16 +315,6 @@ end
 return found
 """
 )
-
-BURY = """
--- KEYS: stream, dead. ARGV: group, limit, payload, signature, then the entries
-local count = 0
-for i = 5, #ARGV do count = count + redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) end
-if count > 0 then
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'm', ARGV[3], 's', ARGV[4])
-end
-return count
-"""
 
 PORTION = """
 -- Entries of a stream: at most so many, until they have so many bytes; only the size of those that

@@ -1,4 +1,4 @@
-"""The seam between the bus and whatever carries it."""
+"""The seam between the bus and what carries it."""
 
 from __future__ import annotations
 
@@ -7,124 +7,113 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from esper_fn.bus._topics import Topic
+from redis.exceptions import RedisError
+
+from esper_fn.bus._messages import Topic
+from esper_fn.errors import BusSecurityError, BusUnavailableError
 
 RUN_GROUP = "run:"
-"""How the consumer groups begin through which runs take commands: one for each lease."""
+"""Prefix of the consumer groups through which runs read commands; each lease has its own group."""
 BEGINNING = "0-0"
 READ_BYTES = 1 << 20
-"""A reader who is handed so many bytes of entries at once may have got fewer than there are."""
+"""A read that returned so many bytes may have left entries behind."""
+OUTAGES = (BusUnavailableError, BusSecurityError, RedisError)
+"""What a transport raises while its server is away or refuses."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a run may be called."""
+"""Allowed names of runs."""
 
 
 class Entry(NamedTuple):
-    """What is put into a stream."""
+    """What a publisher adds to a stream."""
 
     payload: bytes
     signature: bytes = b""
 
 
 class Delivery(NamedTuple):
-    """What comes out of one. `entry_id` is `milliseconds-number`, rising within a stream."""
+    """An entry as a reader gets it. `entry_id` is `milliseconds-number` and rises in a stream."""
 
     topic: Topic
     entry_id: str
     payload: bytes
     signature: bytes = b""
     deliveries: int = 1
-    """How often it was handed out, this time included."""
+    """Number of times it was delivered, this time included."""
     withheld_bytes: int = 0
-    """Size of an entry that was not handed out: too large for its topic, or none of ours."""
+    """Size of an entry whose bytes were not read: it is too large, or of a foreign form."""
 
     @property
     def size_bytes(self) -> int:
-        """Of the payload, or of the whole entry where it was withheld."""
+        """Size of the payload, or of the whole entry where its bytes were not read."""
         return self.withheld_bytes or len(self.payload)
 
 
-class Published(NamedTuple):
-    """What became of a publication."""
+class Publication(NamedTuple):
+    """The result of `publish`."""
 
     num_new: int
-    """Entries added; the others were there from an earlier attempt."""
+    """Entries added now; the others were added by an earlier attempt."""
     generation: str
-    """Name of the server's memory; another name means that it has forgotten everything."""
+    """Random name of the server's data; another name means that all data were lost."""
 
 
 class Lease(NamedTuple):
-    """A run's place on the bus, until it expires or someone takes over."""
+    """The right to drive a run, until it expires or another process takes over."""
 
     holder: str
     epoch: int
-    """Rises with each holder: whoever holds an older one is refused."""
+    """Rises with each lease; calls with an older epoch are fenced."""
 
     @property
     def group(self) -> str:
-        """The consumer group of this lease; it ends with it, so that nobody reads for two."""
+        """The consumer group of this lease; the next lease destroys it."""
         return f"{RUN_GROUP}{self.epoch}"
 
 
-class Attached(NamedTuple):
-    """What a run finds when it takes its place."""
+class Attachment(NamedTuple):
+    """The result of `attach`."""
 
     lease: Lease
     generation: str
     cursor: dict[Topic, str]
-    """The last entry of each command stream that is in force."""
+    """The last entry of each command stream up to which all commands are applied."""
     sequences: dict[str, int]
-    """Last number in force of each producer, as `producer/topic`; empty on a fresh server."""
+    """Last applied sequence number by `producer/topic`; empty on a new server."""
     leftovers: list[Delivery]
-    """Entries in force whose acknowledgement got lost: to be answered and settled again."""
+    """Applied entries that were not acknowledged; they are answered and settled again."""
     attempts: dict[tuple[Topic, str], int]
-    """How often a run has ended with an entry handed out, not settled, and first in line."""
+    """How often a worker ended while an entry was the first one delivered and not settled."""
     server_ms: int
-    emptied: frozenset[Topic] = frozenset()
-    """Streams that end before the cursor: they were lost, and begin anew at `BEGINNING`."""
+    lost: frozenset[Topic] = frozenset()
+    """Streams that end before the cursor: they were lost and start again at `BEGINNING`."""
 
 
-class Renewed(NamedTuple):
-    """A place that is kept."""
+class Renewal(NamedTuple):
+    """The result of `renew`."""
 
     server_ms: int
     exhausted: frozenset[Topic] = frozenset()
-    """Command streams that can take no more entries."""
+    """Command streams that cannot take more entries."""
 
 
 class Settlement(NamedTuple):
-    """What a run has done, to be made known in one piece."""
+    """Acknowledgements, outcomes and the new position, published as one transaction."""
 
     number: int
     """1, 2, 3, ... within a lease; a repeated settlement keeps its number."""
-    done: Mapping[Topic, Sequence[str]]
+    acks: Mapping[Topic, Sequence[str]]
     cursor: Mapping[Topic, str]
     sequences: Mapping[str, int]
-    """New last numbers, as `Attached.sequences`; -1 to forget a producer."""
+    """New last numbers, as `Attachment.sequences`; -1 removes a producer."""
     outcomes: Sequence[Entry] = ()
     dead: Sequence[Entry] = ()
 
 
-class LeaseHeldError(Exception):
-    """Somebody else holds the lease.
-
-    Args:
-      holder: who.
-      seconds: until it expires.
-      epoch: of that lease.
-    """
-
-    def __init__(self, holder: str, seconds: float, epoch: int = 0) -> None:
-        super().__init__(f"held by {holder} for {seconds:.1f} s more")
-        self.holder = holder
-        self.seconds = seconds
-        self.epoch = epoch
-
-
 class OtherRunError(Exception):
-    """Commands are signed for another run of this name than the one that lives; none was accepted.
+    """Commands are signed for another run of this name; none was accepted.
 
     Args:
-      identity: of the run that lives; empty where none takes commands yet.
+      identity: identity of the active run; empty while none accepts commands.
     """
 
     def __init__(self, identity: str) -> None:
@@ -133,36 +122,36 @@ class OtherRunError(Exception):
 
 
 class Transport(Protocol):
-    """Carries entries between processes. One contract suite drives every implementation.
+    """Carries entries between processes. One suite of contract tests drives all implementations.
 
     Guarantees, for each stream (a topic of a run):
 
-    - An accepted entry is handed out in the order of acceptance, to each group at least once, until
-      it is acknowledged; to `tail` in order while the stream keeps it.
-    - `publish`, `settle` and `bury` may be repeated after a lost answer without a second effect.
-    - A stream of policy REFUSE never loses an entry to a limit; one of policy FORGET never grows
-      beyond its limit by more than a tenth.
-    - Waiting costs nothing: a reader sleeps until an entry comes.
+    - Entries are delivered in the order of acceptance: to each group at least once, until they are
+      acknowledged, and to `tail` while the stream keeps them.
+    - `publish` and `settle` may be repeated after a lost answer without a second effect.
+    - A stream that refuses at its limit loses no entry to it; any other stream exceeds its limit
+      by at most a tenth.
+    - A waiting reader sleeps until an entry comes.
 
-    A method raises `BusUnavailableError` where the server does not answer in time; whether it had
-    an effect is then unknown, and repeating it is right.
+    A method raises `BusUnavailableError` if the server does not answer in time. It is then unknown
+    whether the call had an effect; repeat it.
     """
 
     @property
     def run(self) -> str:
-        """Whose streams these are."""
+        """Name of the run."""
         ...
 
     def stream(self, topic: Topic) -> str:
-        """Name of a stream; part of what is signed."""
+        """Name of a topic's stream; signatures cover it."""
         ...
 
     async def open(self) -> int:
         """Connects; returns the server's time in milliseconds.
 
         Raises:
-          BusUnavailableError: no server.
-          BusSecurityError: others could reach it, and there is no key.
+          BusUnavailableError: there is no server.
+          BusSecurityError: other machines can reach the server, and there is no key.
         """
         ...
 
@@ -174,19 +163,19 @@ class Transport(Protocol):
         entries: Sequence[Entry],
         *,
         identity: str | None = None,
-    ) -> Published:
+    ) -> Publication:
         """Adds entries numbered `first`, `first + 1`, ... by their producer; all or none.
 
         Args:
-          topic: which stream.
-          producer: who.
-          first: number of the first entry.
-          entries: in order.
-          identity: of the run they are meant for; any where left out.
+          topic: the stream to add to.
+          producer: id of the publishing connection.
+          first: sequence number of the first entry.
+          entries: the entries, in order.
+          identity: identity of the run that they are for; without it they are for any run.
 
         Raises:
-          BusyError: the stream is full and refuses.
-          OtherRunError: another run of this name lives; nothing was accepted.
+          BusyError: the stream is full; nothing was accepted.
+          OtherRunError: another run of this name is active; nothing was accepted.
         """
         ...
 
@@ -199,45 +188,39 @@ class Transport(Protocol):
         limit: int,
         wait_seconds: float | None,
     ) -> list[Delivery]:
-        """Hands out new entries to one consumer of a group, at most `limit` a topic.
+        """Delivers new entries to a consumer of a group, at most `limit` for each topic.
 
-        Fewer, even if more are there, only where they have `READ_BYTES` or more together.
-
-        Waits for the first one, for ever with None. A group that does not exist starts at the
-        beginning, except a lease's. Only one read of a transport may be under way for the same
-        topics and consumer.
+        It delivers fewer than there are only if they have at least `READ_BYTES`. It waits for the
+        first one, for ever with None. A group that does not exist starts at the beginning, unless
+        it is the group of a lease. At most one read of the same topics and consumer may run.
 
         Raises:
-          FencedError: the lease's group is gone; `renew` knows why.
+          FencedError: the group of the lease is gone; `renew` finds out why.
         """
         ...
 
     async def tail(
         self, after: Mapping[Topic, str], *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
-        """Entries after the given ones, without a group: everyone sees all of them."""
+        """Reads entries after the given ones without a group, so that each reader sees all."""
         ...
 
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
-        """The last entry of each stream, for `tail`."""
+        """Finds the last entry of each stream, for `tail`."""
         ...
 
     async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
-        """Says that entries need not be handed out again; returns how many were waiting for it."""
+        """Acknowledges entries; returns how many of them were not acknowledged before."""
         ...
 
     async def claim(
         self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
     ) -> list[Delivery]:
-        """Hands out anew what was handed out `idle_seconds` ago and never acknowledged.
+        """Delivers again what was delivered `idle_seconds` ago and never acknowledged.
 
         Raises:
-          FencedError: the lease's group is gone; `renew` knows why.
+          FencedError: the group of the lease is gone; `renew` finds out why.
         """
-        ...
-
-    async def bury(self, topic: Topic, group: str, entry_ids: Sequence[str], dead: Entry) -> None:
-        """Acknowledges entries and adds a dead letter, in one piece."""
         ...
 
     async def attach(
@@ -250,20 +233,20 @@ class Transport(Protocol):
         should_take_over: bool = False,
         identity: str = "",
         counts_attempts: bool = True,
-    ) -> Attached:
-        """Takes a run's place. The commands after `cursor` will be handed out again.
+    ) -> Attachment:
+        """Takes the lease of the run. Commands after `cursor` are delivered again.
 
         Args:
           holder: name of this process.
-          lease_seconds: how long the place is kept without a renewal.
-          least_epoch: the new epoch is larger.
-          cursor: from a run's position; the last settled entries where left out.
-          should_take_over: even from a living holder, who is then fenced off.
-          identity: of the run, for which commands are signed; empty while it takes none.
-          counts_attempts: the holder before has ended; False where it is this process itself.
+          lease_seconds: the lease expires without a renewal for so long.
+          least_epoch: the new epoch is larger than this.
+          cursor: from the position of the run; by default the last settled entries.
+          should_take_over: take the lease from an active holder too, which is then fenced.
+          identity: identity of the run, for signed commands; empty while it accepts none.
+          counts_attempts: whether the former holder has ended; False if it is this process.
 
         Raises:
-          LeaseHeldError: somebody else lives there.
+          LeaseHeldError: another process has the lease.
         """
         ...
 
@@ -273,67 +256,67 @@ class Transport(Protocol):
         *,
         lease_seconds: float,
         identity: str = "",
-        taken: Mapping[Topic, str] | None = None,
-    ) -> Renewed:
-        """Keeps the place and tells the run's identity.
+        last_read: Mapping[Topic, str] | None = None,
+    ) -> Renewal:
+        """Renews the lease and publishes the run's identity.
 
         Args:
-          lease: to keep.
-          lease_seconds: how long without another renewal.
-          identity: as `attach`.
-          taken: of each command stream the last entry that the run has taken in; nothing later is
-            settled yet. Where left out, it is not checked that later ones will be handed out.
+          lease: the lease.
+          lease_seconds: the lease expires without another renewal for so long.
+          identity: as for `attach`.
+          last_read: the last entry of each command stream that the run has read; no later one is
+            settled. Without it, the call does not check that later ones will be delivered.
 
         Raises:
-          FencedError: it is lost. `epoch` is above the lease's where another process has proved
-            to have taken it, and 0 where the server has lost it, or some of it, or where the
-            group was moved past entries that the holder was not handed.
+          FencedError: the lease is lost. `epoch` is above that of the lease if another process
+            has taken it, and 0 if the server has lost data of it, or if the group was moved past
+            entries that the holder did not get.
         """
         ...
 
     async def release(self, lease: Lease) -> None:
-        """Gives the place up, if it is still held."""
+        """Ends the lease, if it is still valid."""
         ...
 
     async def settle(self, lease: Lease, settlement: Settlement) -> None:
-        """Acknowledges, publishes outcomes and dead letters, and notes the position, in one piece.
+        """Acknowledges entries, publishes outcomes and dead letters, and stores the position.
 
         Raises:
-          FencedError: the lease is not the newest one; nothing was done.
+          FencedError: the lease is not the newest one; nothing was changed.
         """
         ...
 
     async def trim(self, topic: Topic, before: str) -> int:
-        """Forgets entries before one; returns how many."""
+        """Removes the entries before one; returns how many there were."""
         ...
 
     async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
-        """Entries after one, without waiting."""
+        """Reads entries after one without waiting."""
         ...
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
-        """Removes entries for good; returns how many were there."""
+        """Removes entries; returns how many there were."""
         ...
 
     async def length(self, topic: Topic) -> int:
-        """Entries a stream keeps."""
+        """Counts the entries of a stream."""
         ...
 
     async def holder(self) -> str | None:
-        """Who holds the run's lease; None when nobody does."""
+        """Name of the process that has the lease of the run, if any."""
         ...
 
-    async def living(self) -> list[str]:
-        """Names of the runs that hold a lease on this server."""
+    async def active_runs(self) -> list[str]:
+        """Names of all runs on this server whose lease is valid."""
         ...
 
     async def close(self) -> None:
-        """Disconnects; later calls raise."""
+        """Disconnects; later calls raise `BusUnavailableError`."""
         ...
 
 
-def exhausted_words(streams: Iterable[str]) -> str:
-    """What is wrong with streams whose last id is the largest there is, and the remedy."""
+def exhausted_text(streams: Iterable[str]) -> str:
+    """Explains streams whose last id is the largest possible one, with the remedy."""
     names = list(streams)
     several = len(names) > 1
     return (
@@ -344,10 +327,10 @@ def exhausted_words(streams: Iterable[str]) -> str:
     )
 
 
-def order(entry_id: str) -> tuple[int, int]:
-    """Sorts entry names by age.
+def entry_key(entry_id: str) -> tuple[int, int]:
+    """Key to sort entries by age.
 
-    >>> order("12-3") < order("12-10")
+    >>> entry_key("12-3") < entry_key("12-10")
     True
     """
     milliseconds, _, number = entry_id.partition("-")
@@ -355,5 +338,5 @@ def order(entry_id: str) -> tuple[int, int]:
 
 
 def milliseconds(seconds: float) -> int:
-    """Whole milliseconds, at least one."""
+    """Rounds up to whole milliseconds, at least one."""
     return max(1, math.ceil(seconds * 1000))

@@ -27,7 +27,7 @@ def _without_secrets(text: str) -> str:
     if ":/" not in text:
         return text
     try:
-        from esper_fn.bus import hide_addresses
+        from esper_fn.bus._address import hide_addresses
     except ModuleNotFoundError:
         # Without the extra `bus` no address was meant, but one may have been typed.
         return " ".join(part.partition(":/")[0] for part in text.split(" "))

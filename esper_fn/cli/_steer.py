@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from esper_fn import bus
+from esper_fn.bus._address import parse_address
 from esper_fn.cli._arguments import ADDRESS_VARIABLE
 from esper_fn.cli._say import say
 from esper_fn.errors import BusError, NobodyListensError
@@ -27,19 +28,21 @@ def prepare(options: argparse.Namespace, growth: Any) -> Any:
     from esper_fn import runtime
 
     name = options.run_name or f"{options.data}-{options.seed}"
-    shown = bus.parse_address(options.bus).shown
+    shown = parse_address(options.bus).shown
     with bus.connect(options.bus, run=name) as client:
-        if name in client.living():
-            raise BusError(f"a run named {name!r} lives on {shown}; choose another name with --run")
+        if name in client.active_runs():
+            raise BusError(
+                f"a run named {name!r} is active on {shown}; choose another name with --run"
+            )
     steering = runtime.steer(options.bus, growth, run=name)
-    if not bus.parse_address(options.bus).is_memory:
+    if not parse_address(options.bus).is_memory:
         say(f"steer it with: esper send COMMAND --bus {shown} --run {name}", to_stderr=True)
     return steering
 
 
 def connect(options: argparse.Namespace) -> bus.Client:
     """Connects to the named run, or to the only active one."""
-    if bus.parse_address(options.bus).is_memory:
+    if parse_address(options.bus).is_memory:
         raise BusError(
             "the bus `memory` lies inside the process of its run; start the run with --bus "
             f"redis://... and name the same address here, or in ${ADDRESS_VARIABLE}"
@@ -47,15 +50,15 @@ def connect(options: argparse.Namespace) -> bus.Client:
     if options.run_name is not None:
         return bus.connect(options.bus, run=options.run_name)
     with bus.connect(options.bus, run="any") as anyone:
-        living = anyone.living()
-    if len(living) != 1:
-        names = ", ".join(living[:20]) + (", ..." if len(living) > 20 else "")
+        active = anyone.active_runs()
+    if len(active) != 1:
+        names = ", ".join(active[:20]) + (", ..." if len(active) > 20 else "")
         raise NobodyListensError(
-            f"{len(living)} runs live on {bus.parse_address(options.bus).shown}: "
+            f"{len(active)} runs are active on {parse_address(options.bus).shown}: "
             f"{names or 'none'}; "
-            + ("name one with --run" if living else "start one with `esper grow --bus`")
+            + ("name one with --run" if active else "start one with `esper grow --bus`")
         )
-    return bus.connect(options.bus, run=living[0])
+    return bus.connect(options.bus, run=active[0])
 
 
 def send(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -87,7 +90,7 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             count = 0
             for name, letter in _letters(client):
                 count += 1
-                say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.words}")
+                say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.text}")
             say(f"{count} dead letters")
             return DONE
         letters = {name: letter for name, letter in _letters(client) if name in options.letters}
@@ -175,7 +178,7 @@ def _sender() -> str:
 def _show(outcome: bus.Outcome | None) -> int:
     if outcome is None:
         return DONE
-    say(f"{outcome.code}" + (f": {outcome.words}" if outcome.words else ""))
+    say(f"{outcome.code}" + (f": {outcome.text}" if outcome.text else ""))
     for seed in outcome.seeds:
         say(f"  seed {seed.seed}: {seed.code}, {seed.before} to {seed.after}")
     if outcome.step >= 0:

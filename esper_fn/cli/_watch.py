@@ -51,13 +51,13 @@ class Board:
                     f"{message.source} to {message.target}, {message.cause}"
                 )
             case bus.Alert():
-                line = f"{message.level}: {message.words}"
+                line = f"{message.level}: {message.text}"
             case bus.DeadLetter():
-                line = f"set aside ({message.reason}): {message.words}"
+                line = f"set aside ({message.reason}): {message.text}"
             case bus.Outcome():
-                line = f"step {message.step}: {message.code} {message.words}".rstrip()
+                line = f"step {message.step}: {message.code} {message.text}".rstrip()
             case bus.CheckpointEvent():
-                line = f"checkpoint {message.what} at step {message.step} {message.words}".rstrip()
+                line = f"checkpoint {message.what} at step {message.step} {message.text}".rstrip()
         if line is None:
             return None
         line = plain(line, limit=_LONGEST_LINE)
@@ -100,8 +100,8 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     console = Console()
     with ExitStack() as end:
         client = end.enter_context(connect(options))
-        client.check_listener()
-        run = client.asynchronous.transport.run
+        client.check_active()
+        run = client.run
         board = Board(run)
         messages = client.watch(_TOPICS, seconds=seconds)
         if options.metrics_port is not None:

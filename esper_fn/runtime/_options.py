@@ -88,7 +88,7 @@ def steered(hooks: Hooks, steering: Steering) -> Hooks:
         answer=steering.answer,
         listener=both(hooks.listener, steering.listener),
         should_start=steering.should_start,
-        should_stop=steering.heed(hooks.should_stop),
+        should_stop=steering.stop_condition(hooks.should_stop),
         should_save=steering.should_save,
-        checkpoints=steering.join(hooks.checkpoints),
+        checkpoints=steering.with_position(hooks.checkpoints),
     )

@@ -8,43 +8,43 @@ from esper_fn.checkpoint import Writer
 
 
 class SavedPositions:
-    """Where the run stood on the bus at each step that a folder keeps.
+    """The positions on the bus of the steps in a checkpoint folder.
 
     Args:
-      writer: of the folder.
+      writer: writer of the folder.
     """
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._cursors: dict[int, dict[Topic, str]] = {}
-        self._told = writer.last_acknowledged
+        self._last_saved = writer.last_acknowledged
 
-    def note(self, step: int, position: bus.RunPosition) -> None:
-        """A step is being saved, or was restored, with a position."""
+    def add(self, step: int, position: bus.RunPosition) -> None:
+        """Adds the position of a step that is being saved, or was restored."""
         self._cursors[step] = dict(position.cursor)
 
-    def restored(self, position: bus.RunPosition) -> int:
-        """The run goes on from a step with that position; returns the step."""
-        self._told = self._writer.last_acknowledged
-        step = -1 if self._told is None else self._told
-        self.note(step, position)
+    def restore(self, position: bus.RunPosition) -> int:
+        """Adds the position of the step that the run was restored to; returns the step."""
+        self._last_saved = self._writer.last_acknowledged
+        step = -1 if self._last_saved is None else self._last_saved
+        self.add(step, position)
         return step
 
     def newly_saved(self) -> int | None:
-        """The step that was acknowledged since the last call, if any."""
-        if self._writer.last_acknowledged == self._told:
+        """The step that was saved since the last call, if any."""
+        if self._writer.last_acknowledged == self._last_saved:
             return None
-        self._told = self._writer.last_acknowledged
-        return self._told
+        self._last_saved = self._writer.last_acknowledged
+        return self._last_saved
 
     def oldest(self) -> dict[Topic, str] | None:
-        """The cursor of the oldest step kept: what lies before it is not needed again.
+        """The cursor of the oldest step in the folder; earlier commands are not needed again.
 
-        None where that is not known: steps of an earlier process may still be there. A writer
-        prunes after it has acknowledged, so this may lag by one save.
+        None if an earlier process saved that step, as its position is unknown. A writer prunes
+        after it has acknowledged, so the result may be one save late.
         """
-        kept = checkpoint.steps(self._writer.path)
-        if not kept:
+        steps = checkpoint.steps(self._writer.path)
+        if not steps:
             return None
-        self._cursors = {step: c for step, c in self._cursors.items() if step >= kept[0]}
-        return self._cursors.get(kept[0])
+        self._cursors = {step: c for step, c in self._cursors.items() if step >= steps[0]}
+        return self._cursors.get(steps[0])

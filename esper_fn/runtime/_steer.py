@@ -8,6 +8,9 @@ import socket
 from esper_fn import bus
 from esper_fn._growth import Growth
 from esper_fn._version import __version__
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._session import WorkerOptions
+from esper_fn.bus._worker import Worker
 from esper_fn.runtime._steering import Steering
 
 
@@ -23,43 +26,46 @@ def steer(
     should_take_over: bool = False,
     broker: bus.Broker | None = None,
 ) -> Steering:
-    """Takes a run's place on a bus.
+    """Connects a run to a bus, for `fit(..., steering=...)`.
 
     Args:
       url: `memory` (inside this process), `redis://`, `rediss://` or `unix://`.
       growth: the static part of the run.
-      run: its name on the bus.
-      keys: commands must be signed with one of them; from the environment where left out.
-      position: what is in force already; from a checkpoint.
-      max_commands: taken in one segment.
-      frames_per_second: of the state of all seeds.
-      should_take_over: even from a process that lives.
-      broker: for `memory`.
+      run: name of the run.
+      keys: commands must be signed with one of these; by default keys of the environment.
+      position: the commands that are applied already; by default none are.
+      max_commands: most commands to apply in one segment.
+      frames_per_second: most reports of the state of all seeds in a second.
+      should_take_over: take the run over from an active process.
+      broker: the broker of `memory`.
+
+    Returns:
+      A context to open around `fit`.
 
     Raises:
-      BusAddressError: an address or a name that is none.
+      BusAddressError: the address or the name is not valid.
     """
-    keys = bus.read_keys() if keys is None else keys
-    chosen = keys
-    bus.make_transport(url, run, keys=chosen, broker=broker)  # refuses what is wrong, at once
-    sites = {place.name: place.num_seeds for place in growth.layout.sites}
+    chosen = bus.read_keys() if keys is None else keys
+    make_transport(url, run, keys=chosen, broker=broker)  # checks the address
     announcement = bus.Announcement(
         run=run,
         host=socket.gethostname(),
         pid=os.getpid(),
-        sites=sites,
+        sites={site.name: site.num_seeds for site in growth.layout.sites},
         blueprints=growth.layout.names,
         grafts=tuple(graft.name for graft in growth.grafts),
         version=__version__,
     )
+    options = WorkerOptions(keys=chosen, should_take_over=should_take_over)
 
-    def station(at: bus.RunPosition | None) -> bus.Station:
-        return bus.Station(
-            lambda: bus.make_transport(url, run, keys=chosen, broker=broker),
+    def make_worker(restored: bus.RunPosition | None) -> Worker:
+        return Worker(
+            lambda: make_transport(url, run, keys=chosen, broker=broker),
             announcement,
-            position=position if at is None else at,
-            keys=chosen,
-            should_take_over=should_take_over,
+            position=position if restored is None else restored,
+            options=options,
         )
 
-    return Steering(growth, station, max_commands=max_commands, frames_per_second=frames_per_second)
+    return Steering(
+        growth, make_worker, max_commands=max_commands, frames_per_second=frames_per_second
+    )

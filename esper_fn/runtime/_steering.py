@@ -1,62 +1,63 @@
-"""Where a running loop and the bus meet: commands in between steps, words out after them."""
+"""Joins a training loop and the bus: commands between steps, outcomes and reports after them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
-from esper_fn.bus import Outcome, SeedOutcome, Taken
+from esper_fn.bus import Outcome, SeedOutcome
+from esper_fn.bus._inflight import InFlight
+from esper_fn.bus._worker import Worker
 from esper_fn.commands import Code
 from esper_fn.errors import EsperError, RunStoppedError
 from esper_fn.runtime._positions import SavedPositions
 from esper_fn.runtime._records import Segment
+from esper_fn.runtime._reporting import Reporter
 from esper_fn.runtime._saving import Checkpoints
-from esper_fn.runtime._telling import Teller
-from esper_fn.runtime._translate import WORDS, stage_name, to_core
+from esper_fn.runtime._translate import REFUSALS, stage_name, to_core
 
 _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024
-_HANDING_OVER = 0.002
-"""Seconds that a loop waits at most for its outcomes to be on their way."""
+_HANDOVER_SECONDS = 0.002
+"""A loop waits at most so long until its outcomes are on their way."""
 _PAUSE_SECONDS = 0.1
-"""So often a paused loop asks whether it is to end."""
+"""A paused loop checks so often whether it should end."""
 
 
-class _Rows(NamedTuple):
-    """A command of the bus as rows of the core."""
+class _Translation(NamedTuple):
+    """A command of the bus as commands of the core."""
 
-    taken: Taken
+    item: InFlight
     commands: list[commands.Command]
 
 
 class Steering:
     """Lets a run be steered and watched over a bus, as `fit(..., steering=...)`.
 
-    Between two segments it takes what waits: stops, pauses and saves are done there, commands to
-    seeds become rows of the next segment. With `segment_steps=1` every step is such a boundary, and
-    rows are still taken when the gradients of the step are there. After a segment it answers,
-    before anything else of the segment goes to the host, and without waiting for a server, which a
-    thread of the station talks to.
+    Between two segments it takes commands. It stops, pauses and saves there; commands to seeds are
+    applied in the next segment. With `segment_steps=1` every step is a segment, and commands to
+    seeds are still taken once the gradients of the step are there. After a segment it answers
+    first, before other results of the segment go to the host. It never waits for a server, which a
+    thread of the worker talks to.
 
-    Use it as a context around `fit`. Make one with `steer`.
+    Open it as a context around `fit`. `steer` makes one.
 
     Args:
       growth: the static part of the run.
-      station: made for a position, or for none.
-      max_commands: rows of a segment; also what `fit` packs.
-      frames_per_second: of the columns of all seeds, at most.
-      clock: seconds, rising.
+      make_worker: makes the worker, for a restored position or for None.
+      max_commands: most commands in a segment; `fit` packs as many.
+      frames_per_second: most reports of the state of all seeds in a second.
+      clock: seconds on a clock that never goes back.
     """
 
     def __init__(
         self,
         growth: Growth,
-        station: Callable[[bus.RunPosition | None], bus.Station],
+        make_worker: Callable[[bus.RunPosition | None], Worker],
         *,
         max_commands: int = 16,
         frames_per_second: float = 10.0,
@@ -64,310 +65,296 @@ class Steering:
     ) -> None:
         self._growth = growth
         self._grafts = [graft.name for graft in growth.grafts]
-        self._make = station
-        self._teller = Teller(frames_per_second=frames_per_second, clock=clock)
+        self._make_worker = make_worker
+        self._reporter = Reporter(frames_per_second=frames_per_second, clock=clock)
         self.max_commands = max_commands
-        self._rows: list[_Rows] | None = None
-        self._running: list[_Rows] = []
-        self._deferred: list[Taken] = []
-        self._stopped_by: bus.Stop | None = None
+        self._next: list[_Translation] | None = None
+        """Commands for the next segment; None if the inbox was not looked at."""
+        self._running: list[_Translation] = []
+        self._deferred: list[InFlight] = []
+        """Commands to seeds that wait for the end of a pause."""
+        self._stop: bus.Stop | None = None
         self._is_paused = False
-        self._should_save = False
+        self._is_save_due = False
         self._saved: SavedPositions | None = None
         self._step = 0
         self._should_end: Callable[[], bool] = lambda: False
-        self.station: bus.Station = station(None)
+        self.worker: Worker = make_worker(None)
 
     def __enter__(self) -> Steering:
-        self.station.start(is_listening=False)  # a restored run takes commands as itself only
+        self.worker.start(is_listening=False)  # a restored run takes commands as itself only
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.station.close()
+    def __exit__(self, *error: object) -> None:
+        self.worker.close()
 
     # --- what `fit` calls -----------------------------------------------------------------------
 
     def commands(self, step: int) -> list[commands.Command]:
-        """The rows of the segment that begins with a step, up to now.
+        """Returns the commands of the segment that begins with a step.
 
         Raises:
           FencedError: another process drives the run now.
-          RunStoppedError: stopped before its first step.
+          RunStoppedError: the run was stopped before its first step.
         """
         self._step = step
-        if self._rows is None and self._boundary():
+        if self._next is None and self._process_inbox():
             self.check_stopped()
-        self._fill(only_seeds=True)
-        self._running, self._rows = self._rows or [], None
-        return [row for rows in self._running for row in rows.commands]
+        self._take(only_seeds=True)
+        self._running, self._next = self._next or [], None
+        return [command for translation in self._running for command in translation.commands]
 
-    def answer(self, step: int, outcomes: Callable[[], Any]) -> None:
+    def answer(self, step: int, fetch: Callable[[], Any]) -> None:
         """Answers the commands of the segment that began with a step.
 
         Args:
-          step: its first.
-          outcomes: brings the segment's `Outcomes` to the host; called where there are commands.
+          step: first step of the segment.
+          fetch: brings the segment's `Outcomes` to the host; called only if there were commands.
         """
         if not self._running:
             return
-        found, at = outcomes(), 0
-        for rows in self._running:
-            count = len(rows.commands)
-            self._answer(rows, found, at, count, step)
-            at += count
+        outcomes, first = fetch(), 0
+        for translation in self._running:
+            self._answer(translation, outcomes, first, step)
+            first += len(translation.commands)
         self._running = []
-        self.station.flush(_HANDING_OVER)
+        self.worker.flush(_HANDOVER_SECONDS)
 
     def listener(self, segment: Segment) -> None:
-        """Tells of a segment."""
+        """Reports a segment."""
         if segment.infos is None:
             return
         self._step = segment.first_step + segment.num_steps
-        self.station.set_step(self._step)
-        self.station.flush()
-        self._tell(segment)
+        worker, reporter = self.worker, self._reporter
+        worker.progress.step = self._step
+        worker.flush()
+        # The I/O thread makes the messages, so the next step does not wait for them.
+        report = reporter.report(segment)
+        worker.offer_report(lambda: reporter.messages(report, num_dropped=worker.num_dropped))
+        step = None if self._saved is None else self._saved.newly_saved()
+        if self._saved is not None and step is not None:
+            worker.offer([bus.CheckpointEvent(step=step, what="saved")])
+            if (cursor := self._saved.oldest()) is not None:
+                worker.trim(cursor)
 
-    def heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
-        """What `fit` asks after each segment: somebody else's wish to end, and `should_stop`.
-
-        A pause ends with either.
-        """
+    def stop_condition(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
+        """Combines `should_stop` of `fit` with stops over the bus. Either one ends a pause."""
         if should_stop is not None:
             self._should_end = should_stop
         return lambda: self.should_stop() or self._should_end()
 
     def should_start(self) -> bool:
-        """Takes what waits before the first step; False where a pause ended with a wish to end.
+        """Processes the inbox before the first step; False if the run should end without one.
 
         Raises:
           FencedError: another process drives the run now.
-          RunStoppedError: stopped before its first step.
+          RunStoppedError: the run was stopped before its first step.
         """
-        if self._boundary():
+        if self._process_inbox():
             self.check_stopped()
         return not (self._is_paused and self._should_end())
 
     def should_stop(self) -> bool:
-        """Takes what waits; stands still while paused; True after a stop.
+        """Processes the inbox, and returns whether the run was stopped; blocks during a pause.
 
         Raises:
           FencedError: another process drives the run now.
         """
-        return self._boundary()
+        return self._process_inbox()
 
     def should_save(self) -> bool:
-        """Whether a checkpoint was asked for since the last call."""
-        asked, self._should_save = self._should_save, False
-        return asked
+        """Whether a command has asked for a checkpoint since the last call."""
+        is_due, self._is_save_due = self._is_save_due, False
+        return is_due
 
-    def join(self, checkpoints: Checkpoints | None) -> Checkpoints | None:
-        """Checkpoints that keep the run's position on the bus in their note.
+    def with_position(self, checkpoints: Checkpoints | None) -> Checkpoints | None:
+        """Extends checkpoints by the run's position on the bus, in their note.
 
-        Commands stay on the server from now on until no checkpoint is left that came before them.
+        From now on, commands stay on the server until no checkpoint is left that precedes them.
         """
         if checkpoints is None:
             self._saved = None
-            self.station.listen()
+            self.worker.listen()
             return None
         saved = self._saved = SavedPositions(checkpoints.writer)
-        self.station.keep_commands()
+        self.worker.keeps_commands = True
         if not checkpoint.steps(checkpoints.writer.path):
-            self.station.listen()  # nothing is restored; else the restored position listens
+            self.worker.listen()  # nothing is restored; else the restored worker listens
         note, recall = checkpoints.note, checkpoints.recall
 
-        def with_position() -> dict[str, Any]:
+        def save_position() -> dict[str, Any]:
             inner = None if note is None else note()
-            position = self.station.position()
-            saved.note(self._step, position)
+            position = self.worker.position()
+            saved.add(self._step, position)
             return {"note": inner, _NOTE: position.as_dict()}
 
-        def from_position(told: Any) -> None:
-            if isinstance(told, dict) and _NOTE in told:
-                position = bus.RunPosition.from_dict(told[_NOTE])
+        def restore_position(value: Any) -> None:
+            if isinstance(value, dict) and _NOTE in value:
+                position = bus.RunPosition.from_dict(value[_NOTE])
                 self._restart(position)
-                self.station.offer(
-                    [bus.CheckpointEvent(step=saved.restored(position), what="restored")]
-                )
-                told = told["note"]
+                event = bus.CheckpointEvent(step=saved.restore(position), what="restored")
+                self.worker.offer([event])
+                value = value["note"]
             if recall is not None:
-                recall(told)
+                recall(value)
 
-        return replace(checkpoints, note=with_position, recall=from_position)
+        return replace(checkpoints, note=save_position, recall=restore_position)
 
     def checkpoint_failed(self, error: BaseException) -> None:
-        """Tells of a checkpoint that was not written; for a writer's `on_failure`."""
-        event = bus.CheckpointEvent(step=self._step, what="failed", words=str(error)[:2_000])
-        self.station.offer([event])
+        """Reports a checkpoint that could not be written; for `on_failure` of a writer."""
+        event = bus.CheckpointEvent(step=self._step, what="failed", text=str(error)[:2_000])
+        self.worker.offer([event])
 
     def check_stopped(self) -> None:
-        """Raises after a stop.
-
-        Raises:
-          RunStoppedError: with who and why.
-        """
-        if self._stopped_by is not None:
-            by = self._stopped_by
+        """Raises `RunStoppedError` if the run was stopped over the bus, with who and why."""
+        if self._stop is not None:
             raise RunStoppedError(
-                f"stopped before step {self._step} by {by.sender or 'a command'}"
-                + (f": {by.reason}" if by.reason else "")
+                f"stopped before step {self._step} by {self._stop.sender or 'a command'}"
+                + (f": {self._stop.reason}" if self._stop.reason else "")
             )
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop is in force."""
-        return self._stopped_by is not None
+        """Whether the run was stopped over the bus."""
+        return self._stop is not None
 
     # --- parts ---------------------------------------------------------------------------------
 
     def _restart(self, position: bus.RunPosition) -> None:
-        self.station.close()
-        self.station = self._make(position)
-        self.station.keep_commands()
-        self.station.start()
+        self.worker.close()
+        self.worker = self._make_worker(position)
+        self.worker.keeps_commands = True
+        self.worker.start()
 
-    def _boundary(self) -> bool:
-        self.station.listen()
-        self._rows = self._rows or []
-        self._fill()
-        while self._is_paused and self._stopped_by is None and not self._should_end():
-            self.station.wait(_PAUSE_SECONDS)
-            self._fill()
-        return self._stopped_by is not None
+    def _process_inbox(self) -> bool:
+        """Takes commands, waits while the run is paused, and returns whether it was stopped."""
+        self.worker.listen()
+        self._next = self._next or []
+        self._take()
+        while self._is_paused and self._stop is None and not self._should_end():
+            self.worker.wait(_PAUSE_SECONDS)
+            self._take()
+        return self._stop is not None
 
-    def _fill(self, *, only_seeds: bool = False) -> None:
+    def _take(self, *, only_seeds: bool = False) -> None:
         """Takes commands until none waits, or one does not fit into this segment."""
-        if not self.station.has_news and not self._deferred:
+        if not self.worker.has_news and not self._deferred:
             return
-        rows = self._rows or []
-        num_rows = sum(len(row.commands) for row in rows)
-        seeds = {row.seed for one in rows for row in one.commands}
-        waiting: list[Taken] = []
+        translations = self._next or []
+        seeds = [command.seed for each in translations for command in each.commands]
+        items: list[InFlight] = []
         if not self._is_paused:
-            waiting, self._deferred = self._deferred, []
-        waiting += self.station.take(self._step, self.max_commands)
-        for at, taken in enumerate(waiting):
-            command = taken.command
+            items, self._deferred = self._deferred, []
+        items += self.worker.take(self._step, self.max_commands)
+        for index, item in enumerate(items):
+            command = item.command
             if not isinstance(command, bus.SeedCommand | bus.Batch):
-                if only_seeds or (isinstance(command, bus.Pause) and rows):
-                    # What came before a pause takes force in the step before it stands still.
-                    self.station.put_back(waiting[at:])
+                if only_seeds or (isinstance(command, bus.Pause) and translations):
+                    # Commands before a pause are applied in the step before it.
+                    self.worker.put_back(items[index:])
                     break
-                self._control(taken)
+                self._control(item)
                 continue
             if self._is_paused:
-                self._defer(taken)
+                self._defer(item)
                 continue
-            found = self._translate(taken)
-            if found is None:
+            translation = self._translate(item)
+            if translation is None:
                 continue
-            asked = {row.seed for row in found.commands}
-            if num_rows + len(found.commands) > self.max_commands or asked & seeds:
-                self.station.put_back(waiting[at:])
+            own = [command.seed for command in translation.commands]
+            if len(seeds) + len(own) > self.max_commands or set(own) & set(seeds):
+                self.worker.put_back(items[index:])
                 break
-            rows.append(found)
-            num_rows += len(found.commands)
-            seeds |= asked
-        self._rows = rows
-        self.station.flush()
+            translations.append(translation)
+            seeds += own
+        self._next = translations
+        self.worker.flush()
 
-    def _control(self, taken: Taken) -> None:
-        command = taken.command
-        if isinstance(command, bus.Pause | bus.Resume):
-            self._is_paused = isinstance(command, bus.Pause)
-            self.station.set_paused(self._is_paused)
-            self._finish(taken, "DONE", f"before step {self._step}")
-        elif isinstance(command, bus.Stop):
-            self._stopped_by = command
-            self._finish(taken, "DONE", f"stopped before step {self._step}")
-        elif isinstance(command, bus.Checkpoint) and self._saved is not None:
-            self._should_save = True
-            self._finish(taken, "DONE", "will be saved at the next step boundary")
-        elif isinstance(command, bus.Checkpoint):
-            self._finish(taken, "REFUSED", "the run keeps no checkpoints; start it with them")
-        else:
-            self._finish(taken, "REFUSED", f"{type(command).__name__} is nothing a run can do")
+    def _control(self, item: InFlight) -> None:
+        """Carries out a command to the run."""
+        command = item.command
+        match command:
+            case bus.Pause() | bus.Resume():
+                self._is_paused = isinstance(command, bus.Pause)
+                self.worker.progress.is_paused = self._is_paused
+                self._finish(item, "DONE", f"before step {self._step}")
+            case bus.Stop():
+                self._stop = command
+                self._finish(item, "DONE", f"stopped before step {self._step}")
+            case bus.Checkpoint() if self._saved is not None:
+                self._is_save_due = True
+                self._finish(item, "DONE", "will be saved at the next step boundary")
+            case bus.Checkpoint():
+                text = "the run keeps no checkpoints; start it with them"
+                self._finish(item, "REFUSED", text)
+            case _:
+                text = f"{type(command).__name__} is no command to a run"
+                self._finish(item, "REFUSED", text)
 
-    def _defer(self, taken: Taken) -> None:
+    def _defer(self, item: InFlight) -> None:
         if len(self._deferred) < _MAX_DEFERRED:
-            self._deferred.append(taken)
+            self._deferred.append(item)
         else:
-            self._finish(taken, "REFUSED", f"paused, and {_MAX_DEFERRED} commands wait; resume it")
+            self._finish(item, "REFUSED", f"paused, and {_MAX_DEFERRED} commands wait; resume it")
 
-    def _translate(self, taken: Taken) -> _Rows | None:
-        command = taken.command
+    def _translate(self, item: InFlight) -> _Translation | None:
+        """Translates a command to seeds; refuses it and returns None if that is not possible."""
+        command = item.command
         parts = command.commands if isinstance(command, bus.Batch) else (command,)
         if len(parts) > self.max_commands:
-            words = f"{len(parts)} commands in a batch; this run takes {self.max_commands} a step"
-            self._finish(taken, "REFUSED", words)
+            text = f"{len(parts)} commands in a batch; this run takes {self.max_commands} a step"
+            self._finish(item, "REFUSED", text)
             return None
         try:
-            rows = [to_core(self._growth, part) for part in parts]
-            if len({row.seed for row in rows}) < len(rows):
+            translated = [to_core(self._growth, part) for part in parts]
+            if len({each.seed for each in translated}) < len(translated):
                 raise ValueError("a batch names a seed twice; send the second command after it")
             if isinstance(command, bus.Batch):
-                rows = commands.batch(rows, command.id)
+                translated = commands.batch(translated, command.id)
             # It knows every name; what it refuses must not reach the loop.
-            commands.pack_on_host(self._growth.layout, self._grafts, rows, self.max_commands)
+            commands.pack_on_host(self._growth.layout, self._grafts, translated, self.max_commands)
         except (EsperError, ValueError) as error:
-            self._finish(taken, "REFUSED", str(error))
+            self._finish(item, "REFUSED", str(error))
             return None
-        return _Rows(taken, rows)
+        return _Translation(item, translated)
 
-    def _answer(self, rows: _Rows, outcomes: Any, at: int, count: int, step: int) -> None:
-        codes = [Code(int(code)) for code in outcomes.code[0, at : at + count]]
+    def _answer(self, translation: _Translation, outcomes: Any, first: int, step: int) -> None:
+        """Answers a command whose rows in the outcomes of a segment begin at `first`."""
         seeds = tuple(
             SeedOutcome(
-                seed=row.seed,
-                code=code.name,
-                before=stage_name(outcomes.before[0, at + i]),
-                after=stage_name(outcomes.after[0, at + i]),
+                seed=command.seed,
+                code=Code(int(outcomes.code[0, row])).name,
+                before=stage_name(outcomes.before[0, row]),
+                after=stage_name(outcomes.after[0, row]),
             )
-            for i, (row, code) in enumerate(zip(rows.commands, codes, strict=True))
+            for row, command in enumerate(translation.commands, first)
         )
-        bad = [code for code in codes if code is not Code.DONE]
-        # The cause, before what it caused.
-        code = next((c for c in bad if c is not Code.BATCH_REFUSED), bad[0] if bad else Code.DONE)
-        self.station.finish(
-            rows.taken,
-            Outcome(
-                command_id=rows.taken.command.id,
-                code=code.name,
-                words=WORDS.get(code, ""),
-                step=step,
-                seeds=seeds,
-            ),
-        )
-
-    def _finish(self, taken: Taken, code: str, words: str) -> None:
+        bad = [Code[seed.code] for seed in seeds if seed.code != Code.DONE.name]
+        # The cause, before its consequences.
+        causes = [code for code in bad if code is not Code.BATCH_REFUSED]
+        code = (causes or bad or [Code.DONE])[0]
         outcome = Outcome(
-            command_id=taken.command.id, code=code, words=words[:2_000], step=self._step
+            command_id=translation.item.command.id,
+            code=code.name,
+            text=REFUSALS.get(code, ""),
+            step=step,
+            seeds=seeds,
         )
-        self.station.finish(taken, outcome)
+        self.worker.finish(translation.item, outcome)
 
-    def _tell(self, segment: Segment) -> None:
-        # The thread makes the words: the step that follows does not wait for them.
-        station, told = self.station, self._teller.told(segment)
-        station.offer_later(lambda: self._teller.messages(told, num_dropped=station.num_dropped))
-        saved = None if self._saved is None else self._saved.newly_saved()
-        if self._saved is not None and saved is not None:
-            station.offer([bus.CheckpointEvent(step=saved, what="saved")])
-            if (cursor := self._saved.oldest()) is not None:
-                station.kept_from(cursor)
+    def _finish(self, item: InFlight, code: str, text: str) -> None:
+        outcome = Outcome(command_id=item.command.id, code=code, text=text[:2_000], step=self._step)
+        self.worker.finish(item, outcome)
 
 
 def both(
     first: Callable[[Segment], None] | None, second: Callable[[Segment], None]
 ) -> Callable[[Segment], None]:
-    """Tells two listeners."""
+    """Combines two listeners; `second` is called first."""
 
-    def tell(segment: Segment) -> None:
+    def listen(segment: Segment) -> None:
         second(segment)
         if first is not None:
             first(segment)
 
-    return tell
+    return listen

@@ -1,4 +1,4 @@
-"""Translates commands from the bus to the core, and events back."""
+"""Translates commands of the bus to commands of the core, and codes of the core to text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from esper_fn.commands import Code
 from esper_fn.errors import UnknownNameError
 from esper_fn.lifecycle import NONE, Stage
 
-WORDS = {
+REFUSALS = {
     Code.UNKNOWN_SEED: "no such seed",
     Code.ILLEGAL_TRANSITION: "the seed's stage does not allow it",
     Code.BLUEPRINT_NOT_SERVED: "this site's bank has no such blueprint",
@@ -23,7 +23,7 @@ WORDS = {
     Code.NO_ADAPTER: "only a seed with an adapter, not yet decided, can be steered so",
     Code.BATCH_REFUSED: "another command of the batch was refused",
 }
-"""Why a command was refused, for people."""
+"""Explains why a command was refused, by code."""
 
 
 def to_core(growth: Growth, command: bus.Command) -> commands.Command:
@@ -63,22 +63,5 @@ def _seed(growth: Growth, name: str | None, number: int) -> int:
 
 
 def stage_name(value: Any) -> str | None:
-    """Name of a stage's number; None for NONE."""
+    """Name of the stage with a number; None for NONE."""
     return None if int(value) == NONE else Stage(int(value)).name
-
-
-def lifecycle_event(event: dict[str, Any]) -> bus.LifecycleEvent:
-    """A row of `lifecycle_events` as a message."""
-    measured: dict[str, float | None] = event["measured"]
-    return bus.LifecycleEvent(
-        step=event["step"],
-        seed=event["seed"],
-        site=event["site"],
-        layer=event["layer"],
-        chunk=event["chunk"],
-        source=event["from"],
-        target=event["to"],
-        cause=event["cause"],
-        blueprint=event["blueprint"],
-        measured=measured,
-    )

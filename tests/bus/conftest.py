@@ -9,6 +9,9 @@ import time
 import pytest
 
 from esper_fn import bus
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._memory import MemoryTransport
+from esper_fn.bus._redis import RedisTransport
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +38,8 @@ def make(kind, request, run_name):
 
     def make(run=run_name):
         if kind == "memory":
-            return bus.MemoryTransport(run, broker)
-        return bus.RedisTransport(bus.parse_address(url), run, has_key=False)
+            return MemoryTransport(run, broker)
+        return RedisTransport(parse_address(url), run, has_key=False)
 
     return make
 

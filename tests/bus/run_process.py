@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 
 from esper_fn import bus
-from esper_fn.errors import FencedError
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._session import WorkerOptions
+from esper_fn.bus._worker import Worker
+from esper_fn.errors import FencedError, LeaseHeldError
 
 
 def main():
@@ -26,35 +29,35 @@ def main():
     if state["position"] is not None:
         position = bus.RunPosition.from_dict(state["position"])
     announcement = bus.Announcement(run=run, host="h", pid=os.getpid(), sites={})
-    station = bus.Station(
-        lambda: bus.make_transport(url, run, keys=bus.NO_KEYS),
+    worker = Worker(
+        lambda: make_transport(url, run, keys=bus.NO_KEYS),
         announcement,
         position=position,
-        lease_seconds=0.6,
+        options=WorkerOptions(lease_seconds=0.6),
     )
     while True:
         try:
-            station.start()
+            worker.start()
             break
-        except bus.LeaseHeldError:
+        except LeaseHeldError:
             time.sleep(0.1)
     count, step = 0, 0
     try:
         while True:
-            station.wait(0.5)
-            for taken in station.take(step, 1):
-                if taken.command.sender == "poison":
+            worker.wait(0.5)
+            for item in worker.take(step, 1):
+                if item.command.sender == "poison":
                     os.kill(os.getpid(), 9)
-                state["effects"].append(taken.command.id)
-                station.finish(taken, bus.Outcome(command_id=taken.command.id, code="DONE"))
-                state["position"] = station.position().as_dict()
+                state["effects"].append(item.command.id)
+                worker.finish(item, bus.Outcome(command_id=item.command.id, code="DONE"))
+                state["position"] = worker.position().as_dict()
                 written = folder / f"state.{os.getpid()}"
                 written.write_text(json.dumps(state))
                 written.replace(path)
                 count += 1
                 if count == die_after:
                     os.kill(os.getpid(), 9)  # in force, and nobody knows
-                station.flush()
+                worker.flush()
             step += 1
     except FencedError:
         sys.exit(7)

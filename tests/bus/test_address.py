@@ -9,6 +9,7 @@ import traceback
 import pytest
 
 from esper_fn import bus
+from esper_fn.bus._address import hide_addresses, parse_address
 from esper_fn.cli import main
 from esper_fn.errors import BusAddressError, EsperError
 
@@ -89,12 +90,12 @@ BAD = {
 
 @pytest.mark.parametrize("url", GOOD, ids=range(len(GOOD)))
 def test_every_part_of_an_address_is_read_and_no_secret_is_shown(url, caplog, capsys):
-    address = bus.parse_address(url)
+    address = parse_address(url)
     options = dict(address.options)
     assert {name: options[name] for name in GOOD[url]} == GOOD[url]
     for text in (repr(address), str(address), f"{address}", address.shown):
         assert SECRET not in text
-    assert bus.parse_address(address.shown).options[:2] == address.options[:2] or "***" in (
+    assert parse_address(address.shown).options[:2] == address.options[:2] or "***" in (
         address.shown
     )
     keys = bus.Keyring(active="k", keys={"k": b"k" * 32})
@@ -109,7 +110,7 @@ def test_every_part_of_an_address_is_read_and_no_secret_is_shown(url, caplog, ca
 @pytest.mark.parametrize("url", BAD, ids=range(len(BAD)))
 def test_what_is_wrong_with_an_address_is_named_without_the_secret(url, capsys):
     with pytest.raises(BusAddressError) as caught:
-        bus.parse_address(url)
+        parse_address(url)
     assert BAD[url] in str(caught.value)
     _check_hidden(caught.value)
     for call in (["send", "pause"], ["watch"], ["dlq", "list"], ["stop"]):
@@ -137,7 +138,7 @@ def test_a_misspelt_option_of_the_command_line_shows_no_secret(capsys):
 @pytest.mark.parametrize("address", ["http://x", "redis://localhost:port", "rediss://:x#y@host"])
 def test_the_command_line_shows_the_remedy_of_a_wrong_address(address, capsys):
     with pytest.raises(BusAddressError) as caught:
-        bus.parse_address(address)
+        parse_address(address)
     assert main(["send", "pause", "--bus", address]) == 1
     said = capsys.readouterr().err
     assert str(caught.value) in said
@@ -154,7 +155,7 @@ def test_the_command_line_shows_the_remedy_of_a_wrong_address(address, capsys):
     ],
 )
 def test_what_holds_no_secret_stays_readable(text):
-    assert bus.hide_addresses(text) == text.replace("?db=2", "/2")
+    assert hide_addresses(text) == text.replace("?db=2", "/2")
 
 
 SECRETIVE = [
@@ -168,10 +169,10 @@ SECRETIVE = [
 @pytest.mark.parametrize("end", [",", ";", ".", "'", '"', "`", ")", "),", "', @", ", x@host", " y"])
 @pytest.mark.parametrize("url", SECRETIVE, ids=range(len(SECRETIVE)))
 def test_no_sentence_around_an_address_shows_a_secret(url, end):
-    assert SECRET not in bus.hide_addresses(f"unknown '{url}{end}")
-    assert SECRET not in bus.hide_addresses(f"{url}{end} then redis://:x@host:1{end}")
+    assert SECRET not in hide_addresses(f"unknown '{url}{end}")
+    assert SECRET not in hide_addresses(f"{url}{end} then redis://:x@host:1{end}")
     if end not in {".", " y"}:  # else it is the name of a host
-        assert SECRET not in bus.hide_addresses(f"redis://{SECRET}{end}")
+        assert SECRET not in hide_addresses(f"redis://{SECRET}{end}")
 
 
 def test_a_server_that_refuses_shows_no_secret():

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import redis
 from bus_support import run_async
-from test_station import Loop, until
+from test_worker import Loop, until
 
 from esper_fn import bus
-from esper_fn.bus import Header, Topic
+from esper_fn.bus import Topic
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._envelope import FORMAT, SCHEMA, Header
+from esper_fn.bus._messages import LIMITS
 from esper_fn.cli import main
 
 BIG = 40_000_000
@@ -55,7 +58,7 @@ class Place:
         return f"esper:{{{self.run}}}:{name}"
 
     def transport(self, keys=bus.NO_KEYS):
-        return bus.make_transport(self.url, self.run, keys=keys)
+        return make_transport(self.url, self.run, keys=keys)
 
     def loop(self, keys=bus.NO_KEYS, **options):
         loop = Loop(lambda: self.transport(keys), keys=keys, **options)
@@ -94,8 +97,8 @@ def place(tmp_path, run_name):
 
 
 def parcel(*messages, sequence=0, producer="raw"):
-    header = Header(format=bus.FORMAT, producer=producer, sequence=sequence, issued_at_ms=1)
-    return bus.SCHEMA.encode(header, messages)
+    header = Header(format=FORMAT, producer=producer, sequence=sequence, issued_at_ms=1)
+    return SCHEMA.encode(header, messages)
 
 
 SHAPES = {
@@ -175,7 +178,7 @@ def test_an_urgent_command_does_not_wait_for_large_entries(place):
 
 
 def test_as_many_commands_as_large_as_allowed_are_taken_once_and_in_order(place):
-    limit = bus.POLICIES[Topic.COMMANDS].max_entry_bytes
+    limit = LIMITS[Topic.COMMANDS].max_entry_bytes
     sent = []
     for number in range(300):
         command = bus.Batch(
@@ -258,7 +261,7 @@ def test_who_follows_a_run_sees_the_neighbours_of_a_large_entry(place, topic, sh
         place.add(topic, *SHAPES[shape])
         follower.start()
         until(lambda: calls_of(place.raw, "xread") >= 2)
-        alerts = [bus.Alert(name=name, level="info", words="w") for name in ("first", "last")]
+        alerts = [bus.Alert(name=name, level="info", text="w") for name in ("first", "last")]
         place.raw.xadd(place.key(Topic.EVENTS), {"m": parcel(alerts[0])})
         place.add(topic, *SHAPES[shape])
         time.sleep(0.2)
@@ -287,8 +290,8 @@ def test_a_sender_hears_what_became_of_it_though_outcomes_are_large(place):
 
 
 def test_all_telemetry_as_large_as_allowed_is_followed_a_little_at_a_time(place):
-    limit = bus.POLICIES[Topic.TELEMETRY].max_entry_bytes
-    column = bus.Column.of(np.zeros(limit - 300, np.uint8))
+    limit = LIMITS[Topic.TELEMETRY].max_entry_bytes
+    column = bus.Column.from_array(np.zeros(limit - 300, np.uint8))
     for number in range(100):
         payload = parcel(bus.Frame(step=number, columns={"a": column}), sequence=number)
         assert 0.99 * limit < len(payload) <= limit
@@ -325,7 +328,7 @@ def test_a_small_parcel_that_would_be_large_in_memory_is_not_made(place):
 def test_dlq_list_shows_the_neighbours_of_a_large_letter(place, capsys):
     letter = bus.DeadLetter(
         reason="forged",
-        words="w",
+        text="w",
         from_topic="commands",
         entry_id="1-1",
         size_bytes=1,
@@ -353,7 +356,7 @@ def test_a_letter_behind_many_entries_that_are_none_is_sent_again(place, capsys)
         place.raw.xadd(place.key(Topic.DEAD), {"m": b"x"})
     letter = bus.DeadLetter(
         reason="gap",
-        words="w",
+        text="w",
         from_topic="commands",
         entry_id="1-1",
         size_bytes=1,
@@ -405,4 +408,4 @@ def test_names_of_runs_too_large_to_be_any_are_not_read(place):
         place.on_server("SET", f"esper:{{LONG{number}}}:lease", "1 x")
     client = place.client()
     with small():
-        assert client.living() == [place.run]
+        assert client.active_runs() == [place.run]

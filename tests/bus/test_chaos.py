@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 import redis
 from bus_proxy import Proxy
-from test_station import Loop, until
+from test_worker import Loop, until
 
 from esper_fn import bus
-from esper_fn.bus import Entry, Header, Topic
+from esper_fn.bus import Topic
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._envelope import FORMAT, SCHEMA, Header
+from esper_fn.bus._messages import LIMITS
+from esper_fn.bus._outbox import Publisher
+from esper_fn.bus._transport import Entry
 from esper_fn.errors import BusError, BusUnavailableError, OversizedError
 
 HERE = Path(__file__).parent
@@ -30,7 +35,7 @@ def own_server(tmp_path):
 
 
 def maker(url, run, keys=bus.NO_KEYS):
-    return lambda: bus.make_transport(url, run, keys=keys)
+    return lambda: make_transport(url, run, keys=keys)
 
 
 class Sender(threading.Thread):
@@ -72,7 +77,7 @@ def test_a_server_killed_mid_flow_loses_nothing_accepted(own_server, run_name):
     sender.join(30)
     until(lambda: len(loop.effects) >= 2_000, 30)
     assert loop.effects == [c.id for c in sender.commands]
-    until(lambda: loop.station.num_settled >= 2_000)
+    until(lambda: loop.worker.num_settled >= 2_000)
     loop.close()
     with bus.connect(own_server.url, run=run_name, keys=bus.NO_KEYS) as client:
         assert client.dead_letters() == []
@@ -84,13 +89,13 @@ def test_a_server_that_lost_its_memory_gets_everything_again(own_server, run_nam
         waiting = [bus.Cull(seed=i) for i in range(20)]
         for command in waiting:
             client.send(command, wait_seconds=None)
-        until(lambda: loop.station.num_waiting == 20)
+        until(lambda: loop.worker.num_waiting == 20)
         with redis.Redis(unix_socket_path=str(own_server.socket)) as raw:
             raw.flushall()
-        until(lambda: loop.station.num_lost_servers == 1)
+        until(lambda: loop.worker.num_data_losses == 1)
         fresh = bus.Cull(seed=99)
         client.send(fresh, wait_seconds=None)
-        until(lambda: loop.station.num_waiting >= 21)
+        until(lambda: loop.worker.num_waiting >= 21)
         time.sleep(0.2)
         loop._thread.start()
         until(lambda: len(loop.effects) >= 21)
@@ -137,13 +142,13 @@ def test_a_run_killed_between_effect_and_acknowledgement_acts_once(server, run_n
 def test_a_paused_run_that_was_replaced_is_fenced_off(server, run_name, tmp_path):
     first = start_run(server.url, run_name, tmp_path)
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
-        until(lambda: run_name in client.living())
+        until(lambda: run_name in client.active_runs())
         assert client.send(bus.Cull(seed=0), wait_seconds=10).is_done
         first.send_signal(signal.SIGSTOP)
-        until(lambda: run_name not in client.living())
+        until(lambda: run_name not in client.active_runs())
         second = start_run(server.url, run_name, tmp_path)
         try:
-            until(lambda: run_name in client.living())
+            until(lambda: run_name in client.active_runs())
             assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
             first.send_signal(signal.SIGCONT)
             assert first.wait(10) == 7
@@ -180,9 +185,9 @@ def test_an_answer_cut_after_the_write_makes_one_entry(server, run_name):
     try:
 
         async def main():
-            transport = bus.make_transport(proxy.url, run_name, keys=bus.NO_KEYS)
+            transport = make_transport(proxy.url, run_name, keys=bus.NO_KEYS)
             await transport.open()
-            publisher = bus.Publisher(transport, Topic.COMMANDS)
+            publisher = Publisher(transport, Topic.COMMANDS)
             for number in range(5):
                 proxy.cut_replies = True
                 task = asyncio.create_task(publisher.send(bus.Cull(seed=number)))
@@ -215,8 +220,8 @@ def test_a_broken_network_delays_and_loses_nothing(server, run_name, fault):
             proxy.is_silent = True
             began = time.monotonic()
             for _ in range(200):
-                loop.station.take(0, 0)
-                loop.station.offer([bus.StepMetrics(step=0, loss=0.0)])
+                loop.worker.take(0, 0)
+                loop.worker.offer([bus.StepMetrics(step=0, loss=0.0)])
             assert time.monotonic() - began < 0.5  # the loop never waits
             proxy.is_silent = False
         else:
@@ -238,7 +243,7 @@ def test_a_dead_server_costs_the_loop_nothing_and_clients_are_told(own_server, r
     for _ in range(2_000):
         began = time.perf_counter()
         loop.one_step()
-        loop.station.offer(frame)
+        loop.worker.offer(frame)
         worst = max(worst, time.perf_counter() - began)
     assert worst < 0.25
     with pytest.raises(BusUnavailableError, match="does not answer"):
@@ -256,7 +261,7 @@ def raw_entry(transport, payload, keys=bus.NO_KEYS, topic=Topic.COMMANDS):
     return Entry(payload, keys.sign(transport.stream(topic), payload))
 
 
-def parcel(command, *, producer="raw", sequence=0, format_=bus.FORMAT, identity=""):
+def parcel(command, *, producer="raw", sequence=0, format_=FORMAT, identity=""):
     header = Header(
         format=format_,
         producer=producer,
@@ -264,7 +269,7 @@ def parcel(command, *, producer="raw", sequence=0, format_=bus.FORMAT, identity=
         issued_at_ms=int(time.time() * 1000),
         identity=identity,
     )
-    return bus.SCHEMA.encode(header, [command])
+    return SCHEMA.encode(header, [command])
 
 
 SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
@@ -272,15 +277,15 @@ SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
 
 def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
     loop = Loop(maker(server.url, run_name, SECRET), keys=SECRET)
-    identity = loop.station.position().identity
+    identity = loop.worker.position().identity
     good = parcel(bus.Cull(seed=1, id="good"), identity=identity)
 
     async def inject():
-        t = bus.make_transport(server.url, run_name, keys=SECRET)
+        t = make_transport(server.url, run_name, keys=SECRET)
         await t.open()
         signed = raw_entry(t, good, SECRET)
         elsewhere = Entry(good, SECRET.sign(t.stream(Topic.OUTCOMES), good))
-        big = bus.POLICIES[Topic.COMMANDS].max_entry_bytes + 1
+        big = LIMITS[Topic.COMMANDS].max_entry_bytes + 1
         strange = parcel(bus.StepMetrics(step=1, loss=0.0), producer="odd", identity=identity)
         downgraded = parcel(bus.Cull(seed=1, id="down"), producer="down", format_=0)
         for number, entry in enumerate(
@@ -312,7 +317,7 @@ def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
         assert oversized.payload == b""
         assert oversized.size_bytes > 65_536
     assert loop.effects == ["good", "last"]
-    assert loop.station.counts["duplicate"] == 1
+    assert loop.worker.counts["duplicate"] == 1
     loop.close()
 
 
@@ -344,10 +349,10 @@ def test_a_full_memory_delays_commands_and_loses_none(tmp_path, run_name):
 
 def test_a_stalled_watcher_never_blocks_the_run_and_memory_is_bounded(server, run_name):
     loop = Loop(maker(server.url, run_name), start=False)
-    limit = bus.POLICIES[Topic.TELEMETRY].max_entries
+    limit = LIMITS[Topic.TELEMETRY].max_entries
 
     async def count():
-        t = bus.make_transport(server.url, run_name, keys=bus.NO_KEYS)
+        t = make_transport(server.url, run_name, keys=bus.NO_KEYS)
         await t.read([Topic.TELEMETRY], "stalled", "one", limit=1, wait_seconds=0.0)
         number = await t.length(Topic.TELEMETRY)
         await t.close()
@@ -356,7 +361,7 @@ def test_a_stalled_watcher_never_blocks_the_run_and_memory_is_bounded(server, ru
     asyncio.run(count())
     began = time.monotonic()
     for step in range(300):
-        loop.station.offer([bus.StepMetrics(step=step, loss=0.0) for _ in range(200)])
+        loop.worker.offer([bus.StepMetrics(step=step, loss=0.0) for _ in range(200)])
     assert time.monotonic() - began < 5
     assert asyncio.run(count()) <= 1.1 * limit
     loop.close()

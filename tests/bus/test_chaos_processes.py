@@ -9,10 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-from test_station import Loop, until
+from test_worker import Loop, until
 
 from esper_fn import bus
 from esper_fn.bus import Topic
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._messages import LIMITS
 from esper_fn.errors import BusyError
 
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ SENDER = textwrap.dedent("""
 def test_a_publisher_that_is_killed_leaves_whole_commands_and_all_that_were_accepted(
     server, run_name
 ):
-    loop = Loop(lambda: bus.make_transport(server.url, run_name, keys=bus.NO_KEYS), limit=50)
+    loop = Loop(lambda: make_transport(server.url, run_name, keys=bus.NO_KEYS), limit=50)
     sender = subprocess.Popen(
         [sys.executable, "-c", SENDER, server.url, run_name], stdout=subprocess.PIPE, text=True
     )
@@ -54,7 +56,7 @@ def test_a_publisher_that_is_killed_leaves_whole_commands_and_all_that_were_acce
     *acted, last = loop.effects
     assert acted == [f"c-{number}" for number in range(len(acted))]
     assert last == "after"
-    assert loop.station.counts == {}
+    assert loop.worker.counts == {}
     loop.close()
 
 
@@ -96,15 +98,15 @@ def test_of_two_runs_that_race_for_a_place_one_acts_at_a_time(server, run_name, 
 
 
 def test_a_flood_is_refused_to_its_sender_and_a_stop_still_comes_first(server, run_name):
-    limit = bus.POLICIES[Topic.COMMANDS].max_entries
+    limit = LIMITS[Topic.COMMANDS].max_entries
     loop = Loop(
-        lambda: bus.make_transport(server.url, run_name, keys=bus.NO_KEYS), start=False, limit=4
+        lambda: make_transport(server.url, run_name, keys=bus.NO_KEYS), start=False, limit=4
     )
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
         publisher = client.asynchronous._publishers[Topic.COMMANDS]
 
         async def flood():
-            publisher._max_waiting = 10 * limit
+            publisher._max_queued = 10 * limit
             sent = [publisher.post(bus.Cull(seed=i % 5)) for i in range(limit + 20_000)]
             done, refused = 0, 0
             for future in sent:
@@ -121,7 +123,7 @@ def test_a_flood_is_refused_to_its_sender_and_a_stop_still_comes_first(server, r
         assert limit - 200 <= done <= limit + 3_000  # what the run has read already waits there
         stop = bus.Stop(reason="enough")
         client.send(stop, wait_seconds=None)
-        until(lambda: loop.station._desk._intake._ready[Topic.URGENT])
+        until(lambda: loop.worker._consumer._ready[Topic.URGENT])
         loop.one_step()
         assert loop.effects[0] == stop.id
     loop.close()

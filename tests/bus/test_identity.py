@@ -7,10 +7,14 @@ import time
 
 import pytest
 import redis
-from test_station import SECRET, Loop, until
+from test_worker import SECRET, Loop, until
 
 from esper_fn import bus
-from esper_fn.bus import Entry, Topic
+from esper_fn.bus import Topic
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._session import WorkerOptions
+from esper_fn.bus._transport import Entry
+from esper_fn.bus._worker import Worker
 from esper_fn.errors import BusUnavailableError
 
 
@@ -19,7 +23,7 @@ def site(kind, request, run_name):
     """An address of either kind, and a way to empty the server."""
     broker = bus.Broker()
     if kind == "memory":
-        yield Site("memory", run_name, broker, broker.forget)
+        yield Site("memory", run_name, broker, broker.lose_all)
         return
     with bus.PrivateServer() as server, redis.Redis(unix_socket_path=str(server.socket)) as raw:
         yield Site(server.url, run_name, broker, raw.flushall)
@@ -30,7 +34,7 @@ class Site:
         self.url, self.run, self.broker, self.empty = url, run, broker, empty
 
     def transport(self):
-        return bus.make_transport(self.url, self.run, keys=SECRET, broker=self.broker)
+        return make_transport(self.url, self.run, keys=SECRET, broker=self.broker)
 
     def loop(self, **options):
         return Loop(self.transport, keys=SECRET, **options)
@@ -83,9 +87,9 @@ def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
             until(lambda: len(client.dead_letters()) == 3)
             letters = [letter for _, letter in client.dead_letters()]
             assert {letter.reason for letter in letters} == {"replayed"}
-            assert "another run of this name" in letters[0].words
+            assert "another run of this name" in letters[0].text
         assert second.effects == [fresh.id]
-        assert second.station.counts == {"replayed": 3}
+        assert second.worker.counts == {"replayed": 3}
     finally:
         second.close()
 
@@ -112,13 +116,13 @@ def test_a_restored_run_stays_itself_and_takes_what_was_sent_meanwhile(site):
     with site.connect() as client:
         early, late, waits = (bus.Cull(seed=seed) for seed in range(3))
         assert client.send(early, wait_seconds=10).is_done
-        saved = bus.RunPosition.from_dict(first.station.position().as_dict())
+        saved = bus.RunPosition.from_dict(first.worker.position().as_dict())
         assert client.send(late, wait_seconds=10).is_done
         first.close()
         client.send(waits, wait_seconds=None, must_listen=False)
         second = site.loop(position=saved)
         try:
-            assert second.station.position().identity == saved.identity
+            assert second.worker.position().identity == saved.identity
             until(lambda: len(second.effects) == 2)
             assert second.effects == [late.id, waits.id]
             assert client.send(waits, wait_seconds=10).is_done
@@ -154,18 +158,18 @@ def test_a_signed_command_waits_for_a_run_to_be_signed_for(site):
 
 def test_a_run_that_does_not_listen_yet_takes_no_commands(site):
     announcement = bus.Announcement(run=site.run, host="h", pid=1, sites={})
-    station = bus.Station(site.transport, announcement, keys=SECRET)
-    station.start(is_listening=False)
+    worker = Worker(site.transport, announcement, options=WorkerOptions(keys=SECRET))
+    worker.start(is_listening=False)
     try:
         with site.connect() as client:
             with pytest.raises(BusUnavailableError, match="takes no commands yet"):
                 client.send(bus.Cull(seed=1), wait_seconds=0.3)
             time.sleep(0.1)
-            assert station.num_waiting == 0
-            station.listen()
-            until(lambda: station.num_waiting == 1)
+            assert worker.num_waiting == 0
+            worker.listen()
+            until(lambda: worker.num_waiting == 1)
     finally:
-        station.close()
+        worker.close()
 
 
 def test_emptied_while_it_runs_a_run_refuses_what_was_captured_before(site):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_fn import bus
-from esper_fn.bus import SCHEMA, Header, Message, Topic
+from esper_fn.bus import Message, Topic
+from esper_fn.bus._envelope import FORMAT, SCHEMA, Header, Schema
 from esper_fn.errors import (
     BusSecurityError,
     ForgedError,
@@ -21,7 +22,7 @@ from esper_fn.errors import (
     UnsupportedVersionError,
 )
 
-HEADER = Header(format=bus.FORMAT, producer="p", sequence=3, issued_at_ms=7, held_ms=1)
+HEADER = Header(format=FORMAT, producer="p", sequence=3, issued_at_ms=7, queued_ms=1)
 NAMES = st.text(max_size=20)
 FINITE = st.floats(allow_nan=False)
 COLUMNS = st.sampled_from(["u1", "i2", "i4", "f4", "f8"]).flatmap(
@@ -153,9 +154,9 @@ def to_two(fields):
     return {"kind": "ping/2", "name": fields["name"], "seconds": fields["millis"] / 1000}
 
 
-ONE = bus.Schema(OldPing | bus.Cull)
-TWO = bus.Schema(NewPing | bus.Cull, {"ping/1": to_two})
-LATER = bus.Schema(LaterPing | bus.Cull, {"ping/1": to_two})
+ONE = Schema(OldPing | bus.Cull)
+TWO = Schema(NewPing | bus.Cull, {"ping/1": to_two})
+LATER = Schema(LaterPing | bus.Cull, {"ping/1": to_two})
 
 
 def test_a_rolling_upgrade_goes_both_ways():
@@ -177,7 +178,7 @@ def test_a_rolling_upgrade_goes_both_ways():
 
 def test_a_migration_for_a_current_tag_is_refused():
     with pytest.raises(ValueError, match="current tags"):
-        bus.Schema(OldPing | bus.Cull, {"ping/1": to_two})
+        Schema(OldPing | bus.Cull, {"ping/1": to_two})
 
 
 def test_a_later_format_is_refused():
@@ -187,7 +188,7 @@ def test_a_later_format_is_refused():
 
 
 def test_limits_name_the_size_and_the_limit():
-    from esper_fn.bus._codec import check_size
+    from esper_fn.bus._envelope import check_size
 
     with pytest.raises(OversizedError, match=r"65,537 bytes on topic 'commands'; at most 65,536"):
         check_size(Topic.COMMANDS, 65_537)
@@ -205,9 +206,9 @@ def test_limits_name_the_size_and_the_limit():
 
 def test_columns_are_arrays_of_any_size():
     values = np.arange(1000, dtype=np.float32) / 3
-    column = bus.Column.of(values)
+    column = bus.Column.from_array(values)
     np.testing.assert_array_equal(column.array(), values)
-    assert bus.Column.of(values.astype(">f4")).data == column.data
+    assert bus.Column.from_array(values.astype(">f4")).data == column.data
     assert len(SCHEMA.encode(HEADER, [bus.Frame(step=1, columns={"a": column})])) < 4_100
 
 

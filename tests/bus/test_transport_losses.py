@@ -7,11 +7,13 @@ import asyncio
 import pytest
 import redis
 from bus_support import run_async
-from test_station import Loop, until
+from test_worker import Loop, until
 
 from esper_fn import bus
-from esper_fn.bus import Entry, Topic
-from esper_fn.errors import BusUnavailableError, FencedError
+from esper_fn.bus import Topic
+from esper_fn.bus._transport import Entry, OtherRunError, Settlement
+from esper_fn.bus._worker import Worker
+from esper_fn.errors import BusUnavailableError, FencedError, LeaseHeldError
 
 STREAMS = (Topic.URGENT, Topic.COMMANDS)
 
@@ -82,7 +84,7 @@ def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, los
         await publish(t, "q", 0, b"c")
         left = [delivery.payload for delivery in await read(t, again.lease)]
         assert left == ([b"c"] if what == "streams" else [b"b", b"c"])
-        assert again.emptied == ({Topic.COMMANDS} if what == "streams" else set())
+        assert again.lost == ({Topic.COMMANDS} if what == "streams" else set())
 
     run_async(main(), t)
 
@@ -97,13 +99,13 @@ def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, lose):
         assert two.lease.epoch == one.lease.epoch
         for call in (
             t.renew(one.lease, lease_seconds=9),
-            t.settle(one.lease, bus.Settlement(1, {}, {}, {})),
+            t.settle(one.lease, Settlement(1, {}, {}, {})),
         ):
             with pytest.raises(FencedError) as caught:
                 await call
             assert caught.value.epoch == 0  # nobody has proved to be newer
         await u.renew(two.lease, lease_seconds=9)
-        with pytest.raises(bus.LeaseHeldError) as held:
+        with pytest.raises(LeaseHeldError) as held:
             await t.attach("one", lease_seconds=9, least_epoch=one.lease.epoch)
         assert held.value.epoch == two.lease.epoch
 
@@ -114,20 +116,20 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
     t = make()
 
     async def main():
-        with pytest.raises(bus.OtherRunError) as nobody:
+        with pytest.raises(OtherRunError) as nobody:
             await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
         assert nobody.value.identity == ""
         held = await t.attach("h", lease_seconds=9, identity="a")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
         await t.renew(held.lease, lease_seconds=9, identity="b")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")  # it is there
-        with pytest.raises(bus.OtherRunError) as other:
+        with pytest.raises(OtherRunError) as other:
             await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")], identity="a")
         assert other.value.identity == "b"
         await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")])
         assert await t.length(Topic.COMMANDS) == 2
         await t.attach("h", lease_seconds=9)
-        with pytest.raises(bus.OtherRunError):
+        with pytest.raises(OtherRunError):
             await t.publish(Topic.COMMANDS, "p", 2, [Entry(b"b")], identity="b")
 
     run_async(main(), t)
@@ -168,7 +170,7 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         blocks.append(1)
         lose["rest"]()
         lose["groups"]()
-        second = bus.Station(make, announcement)
+        second = Worker(make, announcement)
         second.start()
         owner = asyncio.run(holder())
         blocks.clear()
@@ -176,7 +178,7 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         assert asyncio.run(holder()) == owner
         assert first.error is None
         assert not second.is_fenced
-        assert not first.station.is_fenced
+        assert not first.worker.is_fenced
         until(lambda: "takes no commands until the other one ends" in caplog.text)
         second.close()
         until(lambda: asyncio.run(holder()) is not None, 5)
@@ -208,7 +210,7 @@ def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(mak
         lost += [True, True]
         lose["groups"]()
         until(lambda: not lost)
-        until(lambda: loop.station.position().epoch >= 4)
+        until(lambda: loop.worker.position().epoch >= 4)
         assert loop.error is None
     finally:
         loop.close()

@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from esper_fn import bus
-from esper_fn.bus import Entry, Settlement, Topic
-from esper_fn.errors import FencedError
+from esper_fn.bus import Topic
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._memory import MemoryTransport
+from esper_fn.bus._redis import RedisTransport
+from esper_fn.bus._transport import Entry, Settlement
+from esper_fn.errors import FencedError, LeaseHeldError
 
 URL = {}
 
@@ -24,8 +28,8 @@ class Both(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         run = f"model-{secrets.token_hex(6)}"
         self.transports = [
-            bus.MemoryTransport(run, bus.Broker()),
-            bus.RedisTransport(bus.parse_address(URL["url"]), run, has_key=False),
+            MemoryTransport(run, bus.Broker()),
+            RedisTransport(parse_address(URL["url"]), run, has_key=False),
         ]
         self.log = []
         self.numbers = {"p": 0, "q": 0}
@@ -41,7 +45,7 @@ class Both(RuleBasedStateMachine):
             for transport in self.transports:
                 try:
                     answers.append(await call(transport))
-                except (FencedError, bus.LeaseHeldError) as error:
+                except (FencedError, LeaseHeldError) as error:
                     answers.append(type(error))
             return answers
 
@@ -64,8 +68,8 @@ class Both(RuleBasedStateMachine):
         memory, real = self.both(
             lambda t: t.attach(holder, lease_seconds=600, should_take_over=take_over)
         )
-        if memory is bus.LeaseHeldError:
-            assert real is bus.LeaseHeldError
+        if memory is LeaseHeldError:
+            assert real is LeaseHeldError
             return
         assert memory.lease == real.lease
         assert memory.sequences == real.sequences

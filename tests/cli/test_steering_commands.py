@@ -16,6 +16,8 @@ import urllib.request
 import pytest
 
 from esper_fn import bus
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._worker import Worker
 from esper_fn.cli import main
 
 
@@ -33,28 +35,26 @@ def run_name():
 @pytest.fixture
 def loop(server, run_name):
     announcement = bus.Announcement(run=run_name, host="h", pid=1, sites={"hidden": 4})
-    station = bus.Station(
-        lambda: bus.make_transport(server.url, run_name, keys=bus.NO_KEYS), announcement
-    )
+    worker = Worker(lambda: make_transport(server.url, run_name, keys=bus.NO_KEYS), announcement)
     done, stop = [], threading.Event()
 
     def work():
         step = 0
         while not stop.is_set():
-            for taken in station.take(step, 4):
+            for taken in worker.take(step, 4):
                 done.append(taken.command)
                 code = "DONE" if getattr(taken.command, "seed", 0) < 4 else "UNKNOWN_SEED"
                 seeds = (bus.SeedOutcome(seed=1, code=code, before="DORMANT", after="GERMINATED"),)
-                station.finish(
+                worker.finish(
                     taken,
                     bus.Outcome(command_id=taken.command.id, code=code, step=step, seeds=seeds),
                 )
-            station.flush()
-            station.offer([bus.StepMetrics(step=step, loss=0.5, stages={"DORMANT": 4})])
+            worker.flush()
+            worker.offer([bus.StepMetrics(step=step, loss=0.5, stages={"DORMANT": 4})])
             step += 1
             time.sleep(0.005)
 
-    with station:
+    with worker:
         thread = threading.Thread(target=work)
         thread.start()
         yield done
@@ -139,7 +139,7 @@ def test_nobody_listening_is_said_and_nothing_hangs(esper):
         assert "nobody listens to run 'nowhere'" in err
     status, _, err = esper("send", "pause", run=None)
     assert status == 1
-    assert "runs live on" in err
+    assert "runs are active on" in err
     assert time.monotonic() - began < 10
 
 
@@ -207,7 +207,7 @@ def test_grow_is_steered_and_stopped_from_another_process(server, tmp_path):
     )  # fmt: skip
     with bus.connect(server.url, run="e2e", keys=bus.NO_KEYS) as client:
         end = time.monotonic() + 240
-        while "e2e" not in client.living():
+        while "e2e" not in client.active_runs():
             assert time.monotonic() < end
             time.sleep(0.1)
         born = client.send(bus.Germinate(seed=0, blueprint="bottleneck"), wait_seconds=200)

@@ -15,6 +15,11 @@ import pytest
 import redis
 
 from esper_fn import bus
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._connect import make_transport
+from esper_fn.bus._envelope import Header, Schema
+from esper_fn.bus._transport import Entry
+from esper_fn.bus._worker import Worker
 from esper_fn.cli import main
 
 EVIL = "\x1b]0;evil\x07\x1b[31m\x9b2J\u202edlrow\u2066\u200b\r\n[bold][/bad]\x00"
@@ -34,7 +39,7 @@ def run_name():
 
 def _messages():
     letter = bus.DeadLetter(
-        reason=EVIL, words=EVIL, from_topic=bus.Topic.COMMANDS, entry_id=EVIL, size_bytes=1
+        reason=EVIL, text=EVIL, from_topic=bus.Topic.COMMANDS, entry_id=EVIL, size_bytes=1
     )
     event = bus.LifecycleEvent(
         step=1, seed=0, site=EVIL, layer=0, chunk=0, source=EVIL, target=EVIL, cause=EVIL,
@@ -43,18 +48,18 @@ def _messages():
         bus.StepMetrics(step=1, loss=0.5, stages={EVIL: 4, "[/bad]": 1, "[red]": 2}),
         bus.Announcement(run=EVIL, host=EVIL, pid=1, sites={EVIL: 1}),
         event,
-        bus.Alert(name=EVIL, level="warning", words=EVIL),
+        bus.Alert(name=EVIL, level="warning", text=EVIL),
         letter,
-        bus.Outcome(command_id="c", code=EVIL, words=EVIL),
-        bus.CheckpointEvent(step=1, what="saved", words=EVIL),
+        bus.Outcome(command_id="c", code=EVIL, text=EVIL),
+        bus.CheckpointEvent(step=1, what="saved", text=EVIL),
     ]
 
 
 async def _publish(transport, number, messages):
     for index, message in enumerate(messages):
         producer = f"p{index}-{number}"
-        header = bus.Header(format=1, producer=producer, sequence=0, issued_at_ms=0)
-        entry = bus.Entry(bus.Schema().encode(header, [message]))
+        header = Header(format=1, producer=producer, sequence=0, issued_at_ms=0)
+        entry = Entry(Schema().encode(header, [message]))
         await transport.publish(message.topic, producer, 0, [entry])
 
 
@@ -63,12 +68,10 @@ def talking(server, run_name):
     """A run that says the same evil things over and over."""
     stop = threading.Event()
     announcement = bus.Announcement(run=run_name, host="h", pid=1, sites={"hidden": 4})
-    station = bus.Station(
-        lambda: bus.make_transport(server.url, run_name, keys=bus.NO_KEYS), announcement
-    )
+    worker = Worker(lambda: make_transport(server.url, run_name, keys=bus.NO_KEYS), announcement)
 
     async def talk():
-        transport = bus.make_transport(server.url, run_name, keys=bus.NO_KEYS)
+        transport = make_transport(server.url, run_name, keys=bus.NO_KEYS)
         number = 0
         while not stop.is_set():
             await _publish(transport, number, _messages())
@@ -76,7 +79,7 @@ def talking(server, run_name):
             await asyncio.sleep(0.05)
         await transport.close()
 
-    with station:
+    with worker:
         thread = threading.Thread(target=asyncio.run, args=(talk(),))
         thread.start()
         yield
@@ -146,13 +149,13 @@ def test_dead_letters_and_outcomes_are_shown_escaped(server, run_name, talking, 
 
 
 def test_what_cannot_be_a_run_is_in_no_list_of_runs(server, run_name, talking, capsys):
-    direct = redis.Redis(unix_socket_path=dict(bus.parse_address(server.url).options)["path"])
+    direct = redis.Redis(unix_socket_path=dict(parse_address(server.url).options)["path"])
     keys = [f"esper:{{{EVIL}}}:lease", b"esper:{\xff\xfe}:lease"]
     for key in keys:
         direct.set(key, "1 x")
     try:
         with bus.connect(server.url, run="any", keys=bus.NO_KEYS) as client:
-            assert client.living() == [run_name]
+            assert client.active_runs() == [run_name]
         assert main(["send", "pause", "--bus", server.url, "--run", "nobody"]) == 1
         error = capsys.readouterr().err
         assert run_name in error
@@ -165,12 +168,12 @@ def test_what_cannot_be_a_run_is_in_no_list_of_runs(server, run_name, talking, c
 
 def test_an_unreadable_message_is_logged_escaped(server, run_name, talking, caplog):
     async def poison():
-        transport = bus.make_transport(server.url, run_name, keys=bus.NO_KEYS)
-        header = bus.Header(format=1, producer="evil", sequence=0, issued_at_ms=0)
-        good = bus.Schema().encode(header, [bus.Batch(commands=(bus.Cull(seed=1),))])
+        transport = make_transport(server.url, run_name, keys=bus.NO_KEYS)
+        header = Header(format=1, producer="evil", sequence=0, issued_at_ms=0)
+        good = Schema().encode(header, [bus.Batch(commands=(bus.Cull(seed=1),))])
         bad = good.replace(b"\xa6cull/1", b"\xa6\x1b[2J/1")
         assert bad != good
-        await transport.publish(bus.Topic.EVENTS, "evil", 0, [bus.Entry(bad)])
+        await transport.publish(bus.Topic.EVENTS, "evil", 0, [Entry(bad)])
         await transport.close()
 
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:

@@ -15,6 +15,7 @@ import pytest
 
 import esper_fn as ef
 from esper_fn import bus, runtime
+from esper_fn.bus._address import parse_address
 
 GROWTH = ef.Growth(
     sites=[ef.site("a", features=6, chunks=2)],
@@ -217,7 +218,7 @@ def test_a_number_may_be_of_any_type(number: Any) -> None:
 
 @pytest.mark.parametrize("address", [12, None, b"redis://:hunter2@host:6379", ["memory"]])
 def test_an_address_must_be_text(address: Any) -> None:
-    for call in (bus.parse_address, partial(bus.connect, run="r")):
+    for call in (parse_address, partial(bus.connect, run="r")):
         wanted = r"address of a bus must be a string, got .*; write one like memory, redis://"
         with pytest.raises(TypeError, match=wanted) as caught:
             call(address)

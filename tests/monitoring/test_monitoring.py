@@ -23,9 +23,9 @@ MESSAGES = [
     ),
     bus.Outcome(command_id="c", code="DONE"),
     bus.Heartbeat(run="r", step=7, is_paused=True),
-    bus.Alert(name="n", level="warning", words="w"),
+    bus.Alert(name="n", level="warning", text="w"),
     bus.DeadLetter(
-        reason="forged", words="w", from_topic=Topic.COMMANDS, entry_id="1-1", size_bytes=3
+        reason="forged", text="w", from_topic=Topic.COMMANDS, entry_id="1-1", size_bytes=3
     ),
     bus.CheckpointEvent(step=6, what="saved"),
 ]  # fmt: skip

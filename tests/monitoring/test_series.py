@@ -21,7 +21,7 @@ def test_the_limit_holds_for_every_kind_of_label():
     assert _num_series(registry) <= monitoring.MAX_SERIES
     for number in range(6_000):
         exporter.update(bus.Outcome(command_id="c", code=f"code{number}"))
-        exporter.update(bus.Alert(name=f"alert{number}", level="info", words=""))
+        exporter.update(bus.Alert(name=f"alert{number}", level="info", text=""))
     assert monitoring.MAX_SERIES - 100 <= _num_series(registry) <= monitoring.MAX_SERIES
     assert exporter.num_refused_series > 19_000
 

@@ -138,18 +138,18 @@ def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
         (seed,) = born.seeds
         assert (seed.before, seed.after) == ("DORMANT", "GERMINATED")
         again = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
-        assert (again.code, again.words) == (
+        assert (again.code, again.text) == (
             "ILLEGAL_TRANSITION",
             "the seed's stage does not allow it",
         )
         assert client.send(bus.Cancel(seed=0)).code in {"DONE", "ILLEGAL_TRANSITION"}
         wrong = client.send(bus.Germinate(site="nowhere", seed=0, blueprint="scale"))
         assert wrong.code == "REFUSED"
-        assert "unknown site 'nowhere'; allowed:" in wrong.words
+        assert "unknown site 'nowhere'; allowed:" in wrong.text
         far = client.send(bus.Cull(site=SITE.name, seed=99))
-        assert f"it has seeds 0..{SITE.num_seeds - 1}" in far.words
+        assert f"it has seeds 0..{SITE.num_seeds - 1}" in far.text
         odd = client.send(bus.Transition(seed=0, target="BORED"))
-        assert "unknown target 'BORED'" in odd.words
+        assert "unknown target 'BORED'" in odd.text
     assert run.fitted.num_compiled == 0
 
 
@@ -163,7 +163,7 @@ def test_a_batch_is_whole_or_nothing(url, name):
         good = bus.Batch(commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2)))
         assert client.send(good).is_done
         large = bus.Batch(commands=tuple(bus.Cull(seed=i) for i in range(5)))
-        assert "takes 4 a step" in client.send(large).words
+        assert "takes 4 a step" in client.send(large).text
 
 
 def test_two_commands_to_one_seed_keep_their_order(url, name):
@@ -195,7 +195,7 @@ def test_a_command_that_comes_during_a_step_takes_force_in_it(url, name):
         if first in {3, 4}:
             command = bus.Germinate(seed=first - 3, blueprint="scale")
             client.send(command, wait_seconds=None)
-            until(lambda: steering.station.num_waiting == 1)
+            until(lambda: steering.worker.num_waiting == 1)
             sent[first] = command
         return batches(first, count)
 
@@ -241,7 +241,7 @@ def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
             kinds.setdefault(type(message), message)
             if wanted | {bus.CheckpointEvent} <= set(kinds):
                 break
-        assert (kinds[bus.CheckpointEvent].what, kinds[bus.CheckpointEvent].words) == (
+        assert (kinds[bus.CheckpointEvent].what, kinds[bus.CheckpointEvent].text) == (
             "failed",
             "disk full",
         )
@@ -254,7 +254,7 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
     url, name, tmp_path, monkeypatch
 ):
     # Without checkpoints, all that is settled would be forgotten at once.
-    monkeypatch.setattr("esper_fn.bus._clerk._TRIM_EVERY", 1)
+    monkeypatch.setattr("esper_fn.bus._worker._TRIM_EVERY", 1)
 
     def options(writer):
         return {"checkpoints": runtime.Checkpoints(writer=writer, every_steps=10_000_000)}
@@ -323,12 +323,12 @@ def test_positions_of_an_earlier_process_are_kept_until_its_steps_are_gone(tmp_p
     with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
         saved = SavedPositions(writer)
         writer.restore()
-        assert saved.restored(at[1]) == 1
+        assert saved.restore(at[1]) == 1
         assert saved.newly_saved() is None
         assert saved.oldest() is None  # nobody here knows where step 0 stood
         oldest = []
         for step in (2, 3, 4):
-            saved.note(step, at[step])
+            saved.add(step, at[step])
             writer.save(step, {"x": np.ones(2)})
             writer.wait()
             assert saved.newly_saved() == step

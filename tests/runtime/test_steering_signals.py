@@ -90,10 +90,10 @@ def test_a_run_paused_before_its_first_step_ends_without_it(first_steps, tmp_pat
         ):
 
             def pause_is_there(_=None):
-                until(lambda: steering.station.has_news)
+                until(lambda: steering.worker.has_news)
 
             if should_stop is not None and not first_steps:
-                steering.station.listen()
+                steering.worker.listen()
                 pause_is_there()
             return fit(
                 steering,
@@ -134,7 +134,7 @@ def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp
                 num_steps=num_steps,
                 checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
             )
-            return steering.station.position(), steering.station.counts
+            return steering.worker.position(), steering.worker.counts
 
     with bus.connect("memory", run=name, keys=keys, broker=broker) as client:
         early = bus.Germinate(seed=1, blueprint="scale")

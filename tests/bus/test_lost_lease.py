@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import redis
-from test_station import Loop, until
+from test_worker import Loop, until
 
 from esper_fn import bus
 from esper_fn.bus import Topic
+from esper_fn.bus._connect import make_transport
 
 COMMAND_STREAMS = (Topic.URGENT, Topic.COMMANDS)
 HIGHEST = 2**64 - 1
@@ -48,7 +49,7 @@ class Place:
         self.client = bus.connect(url, run=run, keys=bus.NO_KEYS, broker=broker)
 
     def transport(self):
-        return bus.make_transport(self.url, self.run, keys=bus.NO_KEYS, broker=self.broker)
+        return make_transport(self.url, self.run, keys=bus.NO_KEYS, broker=self.broker)
 
     def key(self, name):
         return f"esper:{{{self.run}}}:{name}"
@@ -97,7 +98,7 @@ def bookkeeping_deleted(place):
 
 def everything_deleted(place):
     if place.raw is None:
-        place.broker.forget()
+        place.broker.lose_all()
     else:
         place.raw.flushall()
 
@@ -242,11 +243,11 @@ def test_what_still_is_in_a_stream_is_not_lost_with_its_group(place):
     for command in waiting[:2]:
         place.client.send(command, wait_seconds=None, must_listen=False)
     place.loop = Loop(place.transport, start=False)
-    until(lambda: place.loop.station.num_waiting == 2)
+    until(lambda: place.loop.worker.num_waiting == 2)
     groups_destroyed(place)
     for command in waiting[2:]:
         place.client.send(command, wait_seconds=None, must_listen=False)
-    until(lambda: place.loop.station.num_waiting == 5)
+    until(lambda: place.loop.worker.num_waiting == 5)
     place.loop._thread.start()
     until(lambda: len(place.loop.effects) == 5)
     assert place.loop.effects == [command.id for command in waiting]
@@ -358,7 +359,7 @@ def test_garbage_in_the_runs_keys_ends_nothing(own_server, raw, run_name, what):
         assert place.client.send(bus.Cull(seed=2), wait_seconds=20).is_done
         assert len(place.loop.effects) == 3
         assert place.loop.error is None
-        assert not place.loop.station.is_fenced
+        assert not place.loop.worker.is_fenced
         place.loop.close()
         # The next one finds its way too.
         place.loop = Loop(place.transport)

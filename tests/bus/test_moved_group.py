@@ -7,11 +7,14 @@ import secrets
 import pytest
 import redis
 from bus_support import run_async
-from test_lost_place import HIGHEST, Place
-from test_station import until
+from test_lost_lease import HIGHEST, Place
+from test_worker import until
 
 from esper_fn import bus
-from esper_fn.bus import Entry, Topic
+from esper_fn.bus import Topic
+from esper_fn.bus._address import parse_address
+from esper_fn.bus._redis import RedisTransport
+from esper_fn.bus._transport import Entry, Settlement
 from esper_fn.errors import BusUnavailableError, FencedError
 
 
@@ -25,7 +28,7 @@ def place(server):
 
 @pytest.fixture
 def transport(server, run_name):
-    return bus.RedisTransport(bus.parse_address(server.url), run_name, has_key=False)
+    return RedisTransport(parse_address(server.url), run_name, has_key=False)
 
 
 @pytest.fixture
@@ -56,10 +59,10 @@ def test_a_group_moved_past_waiting_commands_is_no_place(transport, move):
             await publish(transport, number)
         (first,) = await read(transport, held.lease)
         taken = {Topic.COMMANDS: first.entry_id}
-        await transport.renew(held.lease, lease_seconds=9, taken=taken)
+        await transport.renew(held.lease, lease_seconds=9, last_read=taken)
         move("$")
         with pytest.raises(FencedError) as caught:
-            await transport.renew(held.lease, lease_seconds=9, taken=taken)
+            await transport.renew(held.lease, lease_seconds=9, last_read=taken)
         assert caught.value.epoch == 0
         again = await transport.attach("h", lease_seconds=9, cursor=taken)
         assert [one.payload for one in await read(transport, again.lease, 9)] == [b"1", b"2"]
@@ -76,12 +79,12 @@ def test_commands_on_their_way_are_not_skipped_ones(transport, move):
         await read(transport, held.lease, 2)
         for last in ("0-0", first.entry_id):
             taken = {Topic.COMMANDS: last}
-            await transport.renew(held.lease, lease_seconds=9, taken=taken)
+            await transport.renew(held.lease, lease_seconds=9, last_read=taken)
         (fourth,) = await read(transport, held.lease)
         taken = {Topic.COMMANDS: fourth.entry_id}
-        settlement = bus.Settlement(1, {Topic.COMMANDS: [fourth.entry_id]}, {}, {})
+        settlement = Settlement(1, {Topic.COMMANDS: [fourth.entry_id]}, {}, {})
         await transport.settle(held.lease, settlement)  # the others wait for something
-        await transport.renew(held.lease, lease_seconds=9, taken=taken)
+        await transport.renew(held.lease, lease_seconds=9, last_read=taken)
 
     run_async(main(), transport)
 
@@ -92,7 +95,7 @@ def test_commands_handed_to_somebody_else_are_skipped_ones(transport):
         await publish(transport, 0)
         await read(transport, held.lease, consumer="other")
         with pytest.raises(FencedError):
-            await transport.renew(held.lease, lease_seconds=9, taken=held.cursor)
+            await transport.renew(held.lease, lease_seconds=9, last_read=held.cursor)
 
     run_async(main(), transport)
 
@@ -143,7 +146,7 @@ def test_an_outcome_stream_that_takes_no_more_is_told(place):
     until(lambda: stop.id in place.loop.effects)
     until(lambda: "bus_refuses" in place.alerts())
     words = [
-        message.words
+        message.text
         for message in place.client.watch([Topic.EVENTS], seconds=0.3, from_beginning=True)
         if isinstance(message, bus.Alert)
     ]

@@ -1,4 +1,4 @@
-"""A run's place on the bus and those who steer it, over both transports."""
+"""A worker and those who steer its run, over both transports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import pytest
 
 from esper_fn import bus
 from esper_fn.bus import Outcome, Topic
-from esper_fn.errors import BusSecurityError, FencedError, NobodyListensError, NoOutcomeError
+from esper_fn.bus._session import WorkerOptions
+from esper_fn.bus._worker import Worker
+from esper_fn.errors import (
+    BusSecurityError,
+    FencedError,
+    LeaseHeldError,
+    NobodyListensError,
+    NoOutcomeError,
+)
 
 SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
 
@@ -18,11 +26,12 @@ SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
 class Loop:
     """A training loop without training: carries out each command once a step."""
 
-    def __init__(self, make, *, start=True, limit=4, step_seconds=0.001, **options):
+    def __init__(self, make, *, start=True, limit=4, step_seconds=0.001, position=None, **options):
         self.effects = []
         announcement = bus.Announcement(run="r", host="h", pid=1, sites={"hidden": 8})
-        self.station = bus.Station(make, announcement, **options)
-        self.station.start()
+        options = WorkerOptions(**options)
+        self.worker = Worker(make, announcement, position=position, options=options)
+        self.worker.start()
         self.limit = limit
         self.step_seconds = step_seconds
         self.step = 0
@@ -33,12 +42,12 @@ class Loop:
             self._thread.start()
 
     def one_step(self):
-        for taken in self.station.take(self.step, self.limit):
-            self.effects.append(taken.command.id)
-            self.station.finish(
-                taken, Outcome(command_id=taken.command.id, code="DONE", step=self.step)
+        for item in self.worker.take(self.step, self.limit):
+            self.effects.append(item.command.id)
+            self.worker.finish(
+                item, Outcome(command_id=item.command.id, code="DONE", step=self.step)
             )
-        self.station.flush()
+        self.worker.flush()
         self.step += 1
 
     def _run(self):
@@ -53,7 +62,7 @@ class Loop:
         self._stop.set()
         if self._thread.ident:
             self._thread.join()
-        self.station.close()
+        self.worker.close()
 
 
 @pytest.fixture
@@ -117,16 +126,16 @@ def test_a_command_sent_again_before_it_is_in_force_is_carried_out_once(loop, co
     command, other = bus.Cull(seed=3), bus.Cull(seed=4)
     for sent in (command, command, other):
         client.send(sent, wait_seconds=None)
-    station = running.station
-    until(lambda: station.num_waiting == 3)
-    first, second = station.take(0, 4)
+    worker = running.worker
+    until(lambda: worker.num_waiting == 3)
+    first, second = worker.take(0, 4)
     assert [first.command.id, second.command.id] == [command.id, other.id]
-    assert not station.has_news
-    for taken in (second, first):
-        outcome = Outcome(command_id=taken.command.id, code="DONE", step=0)
-        station.finish(taken, outcome)
-    station.flush()
-    until(lambda: not station.take(1, 4) and station.num_waiting == 0)
+    assert not worker.has_news
+    for item in (second, first):
+        outcome = Outcome(command_id=item.command.id, code="DONE", step=0)
+        worker.finish(item, outcome)
+    worker.flush()
+    until(lambda: not worker.take(1, 4) and worker.num_waiting == 0)
     running._thread.start()
     assert client.send(command, wait_seconds=10).is_done
     assert running.effects == []
@@ -135,32 +144,32 @@ def test_a_command_sent_again_before_it_is_in_force_is_carried_out_once(loop, co
 def test_a_loop_hands_its_outcomes_over_and_waits_no_longer_than_it_says(loop, connect):
     running, client = loop(start=False), connect()
     client.send(bus.Cull(seed=3), wait_seconds=None)
-    station = running.station
-    until(lambda: station.has_news)
-    (taken,) = station.take(0, 4)
-    station.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
-    assert station._desk.has_done
-    station.flush(10.0)
-    assert not station._desk.has_done  # the thread has it
+    worker = running.worker
+    until(lambda: worker.has_news)
+    (item,) = worker.take(0, 4)
+    worker.finish(item, Outcome(command_id=item.command.id, code="DONE"))
+    assert worker._has_acks
+    worker.flush(10.0)
+    assert not worker._has_acks  # the thread has it
     began = time.monotonic()
-    station.flush(10.0)  # nothing is there to hand over
+    worker.flush(10.0)  # nothing is there to hand over
     assert time.monotonic() - began < 5
 
 
 def test_a_thread_that_is_busy_holds_a_loop_no_longer_than_it_said(loop, connect):
     running, client = loop(start=False), connect()
     client.send(bus.Cull(seed=3), wait_seconds=None)
-    station, is_over = running.station, threading.Event()
-    until(lambda: station.has_news)
-    (taken,) = station.take(0, 4)
-    station._thread.soon(is_over.wait, 20)
-    station.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
+    worker, is_over = running.worker, threading.Event()
+    until(lambda: worker.has_news)
+    (item,) = worker.take(0, 4)
+    worker._thread.soon(is_over.wait, 20)
+    worker.finish(item, Outcome(command_id=item.command.id, code="DONE"))
     began = time.monotonic()
-    station.flush(0.05)
+    worker.flush(0.05)
     assert 0.05 <= time.monotonic() - began < 10
-    assert station._desk.has_done
+    assert worker._has_acks
     is_over.set()
-    until(lambda: not station._desk.has_done)
+    until(lambda: not worker._has_acks)
 
 
 def test_the_order_of_one_sender_is_kept(loop, connect):
@@ -170,7 +179,7 @@ def test_the_order_of_one_sender_is_kept(loop, connect):
         client.send(command, wait_seconds=None)
     client.send(commands[-1], wait_seconds=20)
     assert running.effects == [command.id for command in commands]
-    assert running.station.counts == {}
+    assert running.worker.counts == {}
 
 
 def test_an_stop_overtakes_ten_thousand_commands(loop, connect):
@@ -183,10 +192,10 @@ def test_an_stop_overtakes_ten_thousand_commands(loop, connect):
         )
 
     client._thread.call(many(), 60)
-    until(lambda: running.station.num_waiting > 1_000)
+    until(lambda: running.worker.num_waiting > 1_000)
     stop = bus.Stop(reason="smoke")
     client.send(stop, wait_seconds=None)
-    until(lambda: running.station._desk._intake._ready[Topic.URGENT])
+    until(lambda: running.worker._consumer._ready[Topic.URGENT])
     running.one_step()
     assert running.effects[0] == stop.id
 
@@ -197,7 +206,7 @@ def test_an_expired_command_is_refused_and_set_aside(loop, connect):
     good = bus.Cull(seed=2, expires_after_seconds=60)
     client.send(late, wait_seconds=None)
     client.send(good, wait_seconds=None)
-    until(lambda: running.station.num_waiting == 2)
+    until(lambda: running.worker.num_waiting == 2)
     time.sleep(0.2)
     running._thread.start()
     assert client.send(late, wait_seconds=10).code == "EXPIRED"
@@ -207,7 +216,7 @@ def test_an_expired_command_is_refused_and_set_aside(loop, connect):
 
 
 def test_nobody_listens_is_said_at_once(connect):
-    with pytest.raises(NobodyListensError, match=r"living runs: "):
+    with pytest.raises(NobodyListensError, match=r"active runs: "):
         connect().send(bus.Cull(seed=1))
 
 
@@ -229,7 +238,7 @@ def test_forged_unsigned_and_foreign_messages_never_take_effect(loop, connect, m
     until(lambda: len(good.dead_letters()) == 3)
     assert {letter.reason for _, letter in good.dead_letters()} == {"forged"}
     assert running.effects == [command.id]
-    assert running.station.counts == {"forged": 3}
+    assert running.worker.counts == {"forged": 3}
 
 
 def test_keys_rotate_without_a_gap(loop, connect):
@@ -246,7 +255,9 @@ def test_telemetry_and_events_reach_a_watcher(loop, connect):
     import numpy as np
 
     running, client = loop(), connect()
-    frame = bus.Frame(step=7, columns={"alpha": bus.Column.of(np.arange(1000, dtype=np.float32))})
+    frame = bus.Frame(
+        step=7, columns={"alpha": bus.Column.from_array(np.arange(1000, dtype=np.float32))}
+    )
     seen = []
 
     def watch():
@@ -258,7 +269,7 @@ def test_telemetry_and_events_reach_a_watcher(loop, connect):
     watcher.start()
     end = time.monotonic() + 10
     while watcher.is_alive() and time.monotonic() < end:
-        running.station.offer([frame])
+        running.worker.offer([frame])
         time.sleep(0.02)
     watcher.join()
     assert seen[0].step == 7
@@ -270,7 +281,7 @@ def test_a_run_goes_on_where_its_position_stands(loop, connect):
     done = [bus.Cull(seed=i) for i in range(5)]
     for command in done:
         client.send(command, wait_seconds=10)
-    saved = bus.RunPosition.from_dict(first.station.position().as_dict())
+    saved = bus.RunPosition.from_dict(first.worker.position().as_dict())
     later = bus.Cull(seed=9)
     client.send(later, wait_seconds=10)
     first.close()
@@ -279,7 +290,7 @@ def test_a_run_goes_on_where_its_position_stands(loop, connect):
     until(lambda: second.effects == [later.id])
     assert client.send(done[0], wait_seconds=10).step == 0 or second.effects == [later.id]
     assert second.effects == [later.id]
-    assert second.station.position().epoch > saved.epoch
+    assert second.worker.position().epoch > saved.epoch
 
 
 def test_the_loop_finishes_without_waiting_and_nobody_sees_less_for_it(loop, connect):
@@ -287,23 +298,22 @@ def test_the_loop_finishes_without_waiting_and_nobody_sees_less_for_it(loop, con
     sent = [bus.Cull(seed=i) for i in range(3)]
     for command in sent:
         client.send(command, wait_seconds=None)
-    until(lambda: running.station.num_waiting == 3)
-    desk = running.station._desk
-    taken = running.station.take(0, 2)
-    with desk._changed:
-        for item in taken:
+    until(lambda: running.worker.num_waiting == 3)
+    items = running.worker.take(0, 2)
+    with running.worker._changed:
+        for item in items:
             finish = threading.Thread(
-                target=running.station.finish,
+                target=running.worker.finish,
                 args=(item, Outcome(command_id=item.command.id, code="DONE", step=7)),
             )
             finish.start()
             finish.join(5)
             assert not finish.is_alive()
-    assert desk.has_done
-    position = running.station.position()
+    assert running.worker._has_acks
+    position = running.worker.position()
     assert [position.outcome(command.id) is not None for command in sent] == [True, True, False]
-    running.station.flush()
-    until(lambda: running.station.num_settled == 2)
+    running.worker.flush()
+    until(lambda: running.worker.num_settled == 2)
 
 
 def test_a_fresh_run_does_not_repeat_what_is_settled(loop, connect):
@@ -318,7 +328,7 @@ def test_a_fresh_run_does_not_repeat_what_is_settled(loop, connect):
 
 def test_the_holder_is_unique_and_a_stolen_place_ends_the_old_loop(loop):
     first = loop(lease_seconds=1.0)
-    with pytest.raises(bus.LeaseHeldError):
+    with pytest.raises(LeaseHeldError):
         loop(lease_seconds=1.0)
     second = loop(lease_seconds=1.0, should_take_over=True)
     until(lambda: first.error is not None)
@@ -333,9 +343,9 @@ def test_a_remote_bus_without_a_key_is_refused(run_name):
 
 def test_back_pressure_drops_only_telemetry_and_counts_it(make):
     announcement = bus.Announcement(run="r", host="h", pid=1, sites={})
-    station = bus.Station(make, announcement, max_telemetry=100)
+    worker = Worker(make, announcement, options=WorkerOptions(max_telemetry=100))
     frames = [bus.StepMetrics(step=i, loss=0.0) for i in range(1000)]
-    station.offer(frames)  # not started: nothing drains
-    assert station.num_dropped == 900
-    station.start()
-    station.close()
+    worker.offer(frames)  # not started: nothing drains
+    assert worker.num_dropped == 900
+    worker.start()
+    worker.close()

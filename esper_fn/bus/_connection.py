@@ -1,4 +1,4 @@
-"""One connection to a Redis server: no hidden retry, no answer read by the wrong caller."""
+"""One connection to a Redis server, without hidden retries."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from redis.exceptions import (
 
 from esper_fn._text import plain
 from esper_fn.bus._address import Address
-from esper_fn.bus._resilience import CircuitBreaker
+from esper_fn.bus._timing import CircuitBreaker
 from esper_fn.errors import BusAddressError, BusSecurityError, BusUnavailableError
 
 _CONNECT_SECONDS = 2.0
-MOST_REPLY_BYTES = 4 << 20
-"""Of one answer; a connection that brings more is dropped, since anybody may write entries."""
+MAX_REPLY_BYTES = 4 << 20
+"""Largest answer; a connection that brings more is dropped, as anybody may write entries."""
 
 
 class OverlongReplyError(BusUnavailableError):
-    """An answer of more than `MOST_REPLY_BYTES`, most of it unread."""
+    """An answer has more than `MAX_REPLY_BYTES`."""
 
 
 class _TooLongError(Exception):
@@ -48,7 +48,7 @@ class _TooLongError(Exception):
 
 
 class _Parser(_AsyncHiredisParser):
-    """Reads no more of an answer than `MOST_REPLY_BYTES`."""
+    """Reads at most `MAX_REPLY_BYTES` of an answer."""
 
     _num_bytes = 0
 
@@ -62,29 +62,29 @@ class _Parser(_AsyncHiredisParser):
         if not data or reader is None:
             raise RedisConnectionError("Connection closed by server.")
         self._num_bytes += len(data)
-        if self._num_bytes > MOST_REPLY_BYTES:
+        if self._num_bytes > MAX_REPLY_BYTES:
             raise _TooLongError
         reader.feed(data)
         return True
 
 
 class Script:
-    """A Lua script and its digest."""
+    """A Lua script with its digest."""
 
     def __init__(self, text: str) -> None:
         self.text = text.strip()
         self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
-class Link:
-    """One connection, one call at a time.
+class Connection:
+    """A connection that makes one call at a time.
 
-    Whatever goes wrong between a request and its answer, cancellation included, closes the
-    connection: its next user must never read that answer.
+    Any failure between a request and its answer, cancellation included, closes the connection, as
+    the next caller must never read that answer.
 
     Args:
-      address: of the server.
-      breaker: shared by all links to it.
+      address: address of the server.
+      breaker: the circuit breaker that all connections to the server share.
     """
 
     def __init__(self, address: Address, breaker: CircuitBreaker) -> None:
@@ -115,15 +115,15 @@ class Link:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call is under way."""
+        """Whether a call is running."""
         return self._lock.locked()
 
     async def call(self, *arguments: Any, timeout_seconds: float | None) -> Any:
         """Sends a command and returns the server's answer.
 
         Raises:
-          BusUnavailableError: no answer, or a server that cannot answer now.
-          OverlongReplyError: too large an answer; the command was carried out.
+          BusUnavailableError: the server does not answer, or cannot answer now.
+          OverlongReplyError: the answer is too large; the command was executed.
           ResponseError: the server refuses.
         """
         async with self._lock:
@@ -147,13 +147,13 @@ class Link:
             # Behind the address of a read-only server another one may answer by now.
             is_answered = not isinstance(error, ReadOnlyError)
             raise BusUnavailableError(
-                f"the bus at {self._address.shown} cannot take this now: {self._said(error)}"
+                f"the bus at {self._address.shown} cannot take this now: {self._message(error)}"
             ) from None
         except NoPermissionError as error:
             is_answered = True
             raise BusSecurityError(
                 f"the bus at {self._address.shown} does not let this user do that: "
-                f"{self._said(error)}"
+                f"{self._message(error)}"
             ) from None
         except ResponseError:
             is_answered = True
@@ -161,7 +161,7 @@ class Link:
         except _TooLongError:
             raise OverlongReplyError(
                 f"the bus at {self._address.shown} answers {plain(arguments[0])} with more "
-                f"than {MOST_REPLY_BYTES:,} bytes"
+                f"than {MAX_REPLY_BYTES:,} bytes"
             ) from None
         except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
             # TimeoutError is an OSError. A connection wraps what its opening was refused with.
@@ -170,22 +170,22 @@ class Link:
             ):
                 raise BusSecurityError(
                     f"the bus at {self._address.shown} refuses the user or password: "
-                    f"{self._said(error)}"
+                    f"{self._message(error)}"
                 ) from None
-            self._breaker.failed()
+            self._breaker.fail()
             raise BusUnavailableError(
-                f"the bus at {self._address.shown} does not answer: {self._said(error)}"
+                f"the bus at {self._address.shown} does not answer: {self._message(error)}"
             ) from None
         finally:
             if not is_answered:
                 await self._drop()
-        self._breaker.succeeded()
+        self._breaker.succeed()
         return answer
 
     async def run(
         self, script: Script, keys: list[str], arguments: list[Any], *, timeout_seconds: float
     ) -> Any:
-        """Runs a script, which the server may have to be told first; nothing comes in between."""
+        """Runs a script, and loads it into the server first if it is not there."""
         rest = (len(keys), *keys, *arguments)
         async with self._lock:
             try:
@@ -194,25 +194,25 @@ class Link:
                 return await self._call(("EVAL", script.text, *rest), timeout_seconds)
 
     async def _connect(self) -> None:
-        """Connects, says who we are, and chooses the database."""
+        """Connects, authenticates, and selects the database."""
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._connection.connect()
         except RedisError as error:
-            said, cause = self._said(error), error.__cause__ or error
+            text, cause = self._message(error), error.__cause__ or error
             if isinstance(cause, NoPermissionError | AuthenticationError):
                 raise BusSecurityError(
-                    f"the bus at {self._address.shown} refuses the user or password: {said}"
+                    f"the bus at {self._address.shown} refuses the user or password: {text}"
                 ) from None
-            if "DB index" in said:
+            if "DB index" in text:
                 raise BusAddressError(
-                    f"the bus at {self._address.shown} has no such database: {said}; name another "
+                    f"the bus at {self._address.shown} has no such database: {text}; name another "
                     "one after the host, as in redis://host:6379/0"
                 ) from None
             raise
 
-    def _said(self, error: BaseException) -> str:
-        """What a server or the system said; some repeat the password."""
+    def _message(self, error: BaseException) -> str:
+        """The message of an error without the password, which some servers repeat."""
         return plain(self._address.hide(str(error)), limit=500) or type(error).__name__
 
     async def _drop(self) -> None:

@@ -1,4 +1,4 @@
-"""The intake against deliveries doubled, reordered, late and mistimed; clocks are given."""
+"""The consumer against deliveries doubled, reordered, late and mistimed; clocks are given."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_fn import bus
-from esper_fn.bus import Delivery, Header, Intake, Outcome, RunPosition, Topic
+from esper_fn.bus import Outcome, RunPosition, Topic
+from esper_fn.bus._consumer import Consumer
+from esper_fn.bus._envelope import SCHEMA, Header
 from esper_fn.bus._position import MAX_OUTCOMES, MAX_PRODUCERS
+from esper_fn.bus._timing import ServerTime
+from esper_fn.bus._transport import Delivery
 
 KEYS = bus.Keyring(active="k", keys={"k": b"k" * 16})
 
 
 class Rig:
-    """An intake with hands on its clocks."""
+    """A consumer whose clocks the test sets."""
 
     def __init__(self, position=None, keys=bus.NO_KEYS, server_ms=1_700_000_000_000):
         self.now = 1000.0
-        self.server = bus.ServerTime(lambda: self.now)
-        self.server.learn(server_ms)
+        self.server = ServerTime(lambda: self.now)
+        self.server.update(server_ms)
         self.keys = keys
-        self.intake = Intake(
+        self.consumer = Consumer(
             position or RunPosition(),
             lambda topic: f"s:{topic.value}",
             keys=keys,
@@ -33,16 +37,18 @@ class Rig:
         self.outcomes = []
         self.next_id = 0
 
-    def delivery(self, command, *, producer="p", sequence=0, entry_ms=None, held_ms=0, issued=None):
+    def delivery(
+        self, command, *, producer="p", sequence=0, entry_ms=None, queued_ms=0, issued=None
+    ):
         now = self.server.now_ms()
         header = Header(
             format=1,
             producer=producer,
             sequence=sequence,
             issued_at_ms=now if issued is None else issued,
-            held_ms=held_ms,
+            queued_ms=queued_ms,
         )
-        payload = bus.SCHEMA.encode(header, [command])
+        payload = SCHEMA.encode(header, [command])
         self.next_id += 1
         name = f"{now if entry_ms is None else entry_ms}-{self.next_id}"
         return Delivery(
@@ -50,15 +56,15 @@ class Rig:
         )
 
     def turn(self, limit=3):
-        self.intake.expire_gaps()
-        for taken in self.intake.take(limit):
-            self.effects.append((taken.command.id, taken.command.seed))
-            self.intake.finish(taken, Outcome(command_id=taken.command.id, code="DONE"))
-        for done in self.intake.collect():
-            if done.dead is not None:
-                self.dead.append(done.dead)
-            if done.outcome is not None:
-                self.outcomes.append(done.outcome)
+        self.consumer.expire_gaps()
+        for item in self.consumer.take(limit):
+            self.effects.append((item.command.id, item.command.seed))
+            self.consumer.finish(item, Outcome(command_id=item.command.id, code="DONE"))
+        for ack in self.consumer.collect_acks():
+            if ack.dead is not None:
+                self.dead.append(ack.dead)
+            if ack.outcome is not None:
+                self.outcomes.append(ack.outcome)
 
 
 @given(data=st.data(), count=st.integers(1, 12), producers=st.integers(1, 3))
@@ -81,7 +87,7 @@ def test_doubled_and_reordered_deliveries_act_once_and_in_each_senders_order(
     # A copy is another entry with the same bytes.
     flow = [d._replace(entry_id=f"1700000000000-{100 + i}") for i, d in enumerate(flow)]
     for delivery in flow:
-        rig.intake.accept([delivery])
+        rig.consumer.accept([delivery])
         if data.draw(st.booleans()):
             rig.turn()
     for _ in range(len(flow)):
@@ -91,7 +97,7 @@ def test_doubled_and_reordered_deliveries_act_once_and_in_each_senders_order(
         assert own == list(range(count))
     assert rig.dead == []
     last = flow[-1].entry_id
-    assert rig.intake.position.cursor[Topic.COMMANDS] == last
+    assert rig.consumer.position.cursor[Topic.COMMANDS] == last
 
 
 @given(stop_at=st.integers(0, 9), save_at=st.integers(0, 9))
@@ -99,15 +105,15 @@ def test_doubled_and_reordered_deliveries_act_once_and_in_each_senders_order(
 def test_a_restored_position_repeats_exactly_what_came_after_it(stop_at, save_at):
     rig = Rig()
     sent = [rig.delivery(bus.Cull(seed=i, id=f"c{i}"), sequence=i) for i in range(10)]
-    rig.intake.accept(sent)
-    saved = rig.intake.position.copy()
+    rig.consumer.accept(sent)
+    saved = rig.consumer.position.copy()
     for number in range(max(stop_at, save_at)):
         rig.turn(limit=1)
         if number + 1 == save_at:
-            saved = rig.intake.position.copy()
+            saved = rig.consumer.position.copy()
     done = len([e for e in rig.effects if int(e[0][1:]) < save_at])
     again = Rig(RunPosition.from_dict(saved.as_dict()))
-    again.intake.accept(sent)  # a server hands out everything after the cursor, or even before
+    again.consumer.accept(sent)  # a server hands out everything after the cursor, or even before
     for _ in range(10):
         again.turn()
     assert done == save_at
@@ -117,7 +123,7 @@ def test_a_restored_position_repeats_exactly_what_came_after_it(stop_at, save_at
 
 def test_a_missing_number_is_waited_for_and_then_written_down():
     rig = Rig()
-    rig.intake.accept([rig.delivery(bus.Cull(seed=i, id=f"c{i}"), sequence=i) for i in (0, 2, 3)])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=i, id=f"c{i}"), sequence=i) for i in (0, 2, 3)])
     rig.turn()
     assert [seed for _, seed in rig.effects] == [0]
     rig.now += 0.9
@@ -128,8 +134,8 @@ def test_a_missing_number_is_waited_for_and_then_written_down():
     assert [seed for _, seed in rig.effects] == [0, 2, 3]
     (letter,) = rig.dead
     assert letter.reason == "gap"
-    assert "numbers 1 to 1 of producer p" in letter.words
-    rig.intake.accept([rig.delivery(bus.Cull(seed=1, id="c1"), sequence=1)])
+    assert "numbers 1 to 1 of producer p" in letter.text
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=1, id="c1"), sequence=1)])
     rig.turn()
     assert rig.dead[-1].reason == "replayed"
     assert len(rig.effects) == 3
@@ -141,13 +147,13 @@ HOUR_MS = 3_600_000
 @pytest.mark.parametrize("jump_ms", [-HOUR_MS, HOUR_MS])
 def test_a_step_of_the_servers_clock_expires_nothing_that_is_young(jump_ms):
     rig = Rig()
-    rig.intake.drained(Topic.COMMANDS)
+    rig.consumer.note_empty(Topic.COMMANDS)
     rig.now += 1.0
     before = rig.server.now_ms()
-    rig.server.learn(before + jump_ms)
+    rig.server.update(before + jump_ms)
     # The server names entries by its old clock until the new one has caught up, or by the new one.
     for number, entry_ms in enumerate((before, before + jump_ms)):
-        rig.intake.accept(
+        rig.consumer.accept(
             [
                 rig.delivery(
                     bus.Cull(seed=number, expires_after_seconds=5),
@@ -160,7 +166,7 @@ def test_a_step_of_the_servers_clock_expires_nothing_that_is_young(jump_ms):
     assert len(rig.effects) == 2
     late = bus.Cull(seed=2, expires_after_seconds=5)
     stuck = max(before, rig.server.now_ms())  # names never go back
-    rig.intake.accept([rig.delivery(late, sequence=2, entry_ms=stuck)])
+    rig.consumer.accept([rig.delivery(late, sequence=2, entry_ms=stuck)])
     rig.now += 6.0
     rig.turn()
     assert len(rig.effects) == 2
@@ -169,7 +175,7 @@ def test_a_step_of_the_servers_clock_expires_nothing_that_is_young(jump_ms):
 
 def test_time_spent_with_the_sender_counts():
     rig = Rig()
-    rig.intake.accept([rig.delivery(bus.Cull(seed=0, expires_after_seconds=5), held_ms=6_000)])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=0, expires_after_seconds=5), queued_ms=6_000)])
     rig.turn()
     assert rig.effects == []
     assert rig.outcomes[0].code == "EXPIRED"
@@ -177,10 +183,10 @@ def test_time_spent_with_the_sender_counts():
 
 def test_a_wrong_wall_clock_of_a_sender_changes_nothing():
     rig = Rig(keys=KEYS)
-    rig.intake.drained(Topic.COMMANDS)
+    rig.consumer.note_empty(Topic.COMMANDS)
     for number, issued in enumerate((None, 0, 2**50)):
         command = bus.Cull(seed=number, expires_after_seconds=5)
-        rig.intake.accept([rig.delivery(command, sequence=number, issued=issued)])
+        rig.consumer.accept([rig.delivery(command, sequence=number, issued=issued)])
     rig.turn()
     assert len(rig.effects) == 3
 
@@ -188,7 +194,7 @@ def test_a_wrong_wall_clock_of_a_sender_changes_nothing():
 def test_an_old_message_of_an_unknown_producer_is_a_replay():
     rig = Rig(keys=KEYS)
     old = rig.server.now_ms() - 25 * HOUR_MS
-    rig.intake.accept([rig.delivery(bus.Cull(seed=0), issued=old)])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=0), issued=old)])
     rig.turn()
     assert rig.effects == []
     assert rig.dead[0].reason == "replayed"
@@ -198,12 +204,12 @@ def test_forgotten_producers_cannot_be_replayed_and_nothing_grows():
     position = RunPosition()
     for number in range(MAX_PRODUCERS + 10):
         position.issued[f"p{number}/commands"] = number
-        position.note(f"p{number}/commands", 0)
+        position.advance(f"p{number}/commands", 0)
     assert len(position.sequences) == MAX_PRODUCERS
     assert position.issued_floor_ms == 9
-    assert position.changed["p0/commands"] == -1
+    assert position.changes["p0/commands"] == -1
     rig = Rig(position, keys=KEYS)
-    rig.intake.accept([rig.delivery(bus.Cull(seed=0), producer="p3", issued=3)])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=0), producer="p3", issued=3)])
     rig.turn()
     assert rig.effects == []
     assert rig.dead[0].reason == "replayed"
@@ -215,8 +221,8 @@ def test_a_deadline_outlives_a_server_that_forgets():
         rig.delivery(bus.Cull(seed=seed, expires_after_seconds=5 + 90 * seed), sequence=seed)
         for seed in range(2)
     ]
-    rig.intake.accept(sent)
-    rig.intake.forget_entries()
+    rig.consumer.accept(sent)
+    rig.consumer.reset_streams()
     rig.now += 10
     rig.turn()
     assert [dead.reason for dead in rig.dead] == ["expired"]
@@ -225,25 +231,25 @@ def test_a_deadline_outlives_a_server_that_forgets():
 
 def test_an_entry_that_a_lagging_clock_names_before_the_cursor_is_taken_once():
     rig = Rig()
-    rig.intake.accept([rig.delivery(bus.Cull(seed=0, id="a"), entry_ms=1_000)])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=0, id="a"), entry_ms=1_000)])
     rig.turn()
-    cursor = dict(rig.intake.position.cursor)
+    cursor = dict(rig.consumer.position.cursor)
     late = rig.delivery(bus.Cull(seed=1, id="b"), sequence=1, entry_ms=900)
     for _ in range(3):
-        rig.intake.accept([late])
+        rig.consumer.accept([late])
         rig.turn()
     other = rig.delivery(bus.Cull(seed=2, id="c"), producer="q", entry_ms=901)
-    rig.intake.accept([other])
+    rig.consumer.accept([other])
     rig.turn()
     assert [name for name, _ in rig.effects] == ["a", "b", "c"]
-    assert rig.intake.position.cursor == cursor
+    assert rig.consumer.position.cursor == cursor
     assert rig.dead == []
 
 
 def test_the_latest_outcomes_are_kept_and_not_all():
     position = RunPosition()
     for number in range(3 * MAX_OUTCOMES):
-        position.keep(Outcome(command_id=f"c{number}", code="DONE"))
+        position.record(Outcome(command_id=f"c{number}", code="DONE"))
         assert len(position.outcomes) <= 1.1 * MAX_OUTCOMES
     latest = range(3 * MAX_OUTCOMES - 1, 2 * MAX_OUTCOMES - 1, -1)
     assert all(position.outcome(f"c{number}") is not None for number in latest)
@@ -254,9 +260,9 @@ def test_the_position_goes_to_json_and_back_and_refuses_the_rest():
     import json
 
     rig = Rig()
-    rig.intake.accept([rig.delivery(bus.Cull(seed=0, id="c"))])
+    rig.consumer.accept([rig.delivery(bus.Cull(seed=0, id="c"))])
     rig.turn()
-    position = rig.intake.position
+    position = rig.consumer.position
     back = RunPosition.from_dict(json.loads(json.dumps(position.as_dict())))
     assert back == position
     assert back.outcome("c").is_done

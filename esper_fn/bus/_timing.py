@@ -1,4 +1,4 @@
-"""Small deciders with clocks from outside: when to try again, when to stay quiet."""
+"""Small policies about time; clocks come in from outside."""
 
 from __future__ import annotations
 
@@ -9,16 +9,36 @@ from dataclasses import dataclass, field
 from redis.backoff import EqualJitterBackoff
 
 Clock = Callable[[], float]
-"""Seconds, rising."""
+"""Seconds on a clock that never goes back."""
+
+
+class ServerTime:
+    """The server's clock, estimated from a local clock and the server's last answer.
+
+    Args:
+      clock: seconds on a local clock that never goes back.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._offset_ms = 0.0
+
+    def update(self, server_ms: int) -> None:
+        """Takes over the time that the server has just reported."""
+        self._offset_ms = server_ms - self._clock() * 1000
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970 on the server."""
+        return int(self._offset_ms + self._clock() * 1000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How long to wait after a failure: doubling, half of it by chance, up to a cap.
+    """How long to wait after a failure: the limit doubles up to a cap, half of the wait is random.
 
     Attributes:
-      base_seconds: after the first failure, at most.
-      cap_seconds: ever.
+      base_seconds: the longest wait after the first failure.
+      cap_seconds: the longest wait ever.
     """
 
     base_seconds: float = 0.02
@@ -36,15 +56,15 @@ class Retry:
 
 @dataclass(kw_only=True, slots=True)
 class CircuitBreaker:
-    """Answers at once while something is known to be down, and tries it now and then.
+    """Fails calls at once while a server is known to be down, and lets one try now and then.
 
     Args:
       trip_after: failures in a row that open it.
       rest_seconds: how long it stays open before one attempt is let through.
-      clock: seconds, rising.
+      clock: seconds on a clock that never goes back.
 
     >>> breaker = CircuitBreaker(trip_after=1, rest_seconds=5, clock=lambda: 0.0)
-    >>> breaker.failed()
+    >>> breaker.fail()
     >>> breaker.seconds_left()
     5.0
     """
@@ -57,22 +77,22 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are refused."""
+        """Whether calls fail at once."""
         return self.seconds_left() > 0
 
     def seconds_left(self) -> float:
-        """Until an attempt is let through; 0 when closed."""
+        """Seconds until an attempt is let through; 0 when it is closed."""
         if self._opened_at is None:
             return 0.0
         return max(0.0, self._opened_at + self.rest_seconds - self.clock())
 
-    def failed(self) -> None:
-        """Notes a failure."""
+    def fail(self) -> None:
+        """Counts a failure."""
         self.num_failures += 1
         if self.num_failures >= self.trip_after:
             self._opened_at = self.clock()
 
-    def succeeded(self) -> None:
+    def succeed(self) -> None:
         """Closes it."""
         self.num_failures = 0
         self._opened_at = None
@@ -80,12 +100,12 @@ class CircuitBreaker:
 
 @dataclass(kw_only=True, slots=True)
 class RateLimiter:
-    """A bucket of tokens, filled at a constant rate.
+    """A bucket of tokens that fills at a constant rate.
 
     Args:
       per_second: tokens that arrive each second.
-      burst: tokens it holds.
-      clock: seconds, rising.
+      burst: tokens the bucket can hold.
+      clock: seconds on a clock that never goes back.
 
     >>> limiter = RateLimiter(per_second=1, burst=2, clock=lambda: 0.0)
     >>> [limiter.allows() for _ in range(3)]
@@ -95,17 +115,16 @@ class RateLimiter:
     per_second: float
     burst: float = 1.0
     clock: Clock = time.monotonic
-    num_refused: int = field(default=0, init=False)
     _tokens: float | None = field(default=None, init=False)
-    _seen_at: float = field(default=0.0, init=False)
+    _updated_at: float = field(default=0.0, init=False)
 
     def allows(self) -> bool:
-        """Takes a token, if there is one; counts refusals."""
+        """Takes a token, if there is one."""
         now = self.clock()
-        held = self.burst if self._tokens is None else self._tokens
-        held = min(self.burst, held + max(0.0, now - self._seen_at) * self.per_second)
-        self._seen_at = now
-        is_allowed = held >= 1
-        self._tokens = held - is_allowed
-        self.num_refused += not is_allowed
+        tokens = self.burst if self._tokens is None else self._tokens
+        tokens += max(0.0, now - self._updated_at) * self.per_second
+        tokens = min(self.burst, tokens)
+        self._updated_at = now
+        is_allowed = tokens >= 1
+        self._tokens = tokens - is_allowed
         return is_allowed

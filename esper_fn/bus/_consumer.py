@@ -1,0 +1,391 @@
+"""Which deliveries become commands of a run: checked, in order, once. No input or output."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from esper_fn.bus._envelope import SCHEMA, Envelope, Header, Schema, check_size
+from esper_fn.bus._inflight import Ack, AckWindow, InFlight, dead_letter
+from esper_fn.bus._messages import (
+    COMMAND_TOPICS,
+    Batch,
+    Command,
+    DeadLetter,
+    Outcome,
+    SeedCommand,
+    Topic,
+)
+from esper_fn.bus._position import RunPosition
+from esper_fn.bus._signing import NO_KEYS, Keyring
+from esper_fn.bus._timing import Clock, ServerTime
+from esper_fn.bus._transport import BEGINNING, Delivery, entry_key
+from esper_fn.errors import MessageError, ReplayedError, UndecodableError
+
+MAX_ATTEMPTS = 5
+"""A command during which the worker ended so often becomes a dead letter."""
+MAX_EARLY = 1_024
+"""Most commands that wait for an earlier one of their producer."""
+REPLAY_WINDOW_MS = 86_400_000
+
+
+class _Early(NamedTuple):
+    item: InFlight
+    since: float
+
+
+class Consumer:
+    """Decides about each delivery: apply it, delay it, answer it again, or refuse it.
+
+    Args:
+      position: what is applied already; the consumer updates it.
+      stream: maps a topic to the name of its stream, for signatures.
+      keys: keys to verify with.
+      server_time: the server's clock, for the age of commands.
+      clock: seconds on a clock that never goes back.
+      gap_seconds: how long to wait for a missing number.
+      schema: the messages to decode.
+    """
+
+    def __init__(
+        self,
+        position: RunPosition,
+        stream: Callable[[Topic], str],
+        *,
+        keys: Keyring = NO_KEYS,
+        server_time: ServerTime | None = None,
+        clock: Clock = time.monotonic,
+        gap_seconds: float = 1.0,
+        schema: Schema = SCHEMA,
+    ) -> None:
+        self.position = position
+        self.counts: dict[str, int] = {}
+        """Refused and repeated messages by reason."""
+        self._streams = {topic: stream(topic) for topic in COMMAND_TOPICS}
+        self._keys = keys
+        self._time = server_time or ServerTime(clock)
+        self._clock = clock
+        self._gap_seconds = gap_seconds
+        self._schema = schema
+        self._windows = {topic: AckWindow(self._time, clock) for topic in COMMAND_TOPICS}
+        self._ready: dict[Topic, deque[InFlight]] = {topic: deque() for topic in COMMAND_TOPICS}
+        self._early: dict[str, dict[int, _Early]] = {}
+        """By producer and number, commands that wait for a smaller number."""
+        self._last: dict[str, int] = dict(position.sequences)
+        """The last number of each producer that is ready, or was."""
+        self._running: set[str] = set()
+        """Ids of commands that `take` has returned."""
+        self._acks: list[Ack] = []
+        self._attempts: dict[tuple[Topic, str], int] = {}
+        self._undone: dict[str, int] = {}
+
+    # --- for the I/O thread ---------------------------------------------------------------------
+
+    def restart(
+        self,
+        attempts: dict[tuple[Topic, str], int],
+        sequences: dict[str, int],
+        undone: dict[str, int],
+    ) -> None:
+        """Begins with a new lease.
+
+        Args:
+          attempts: how often a worker ended during each entry.
+          sequences: numbers on the server that are applied in this run too.
+          undone: numbers that were applied in a process whose state is gone. Commands to seeds are
+            applied again; stops, pauses and saves concerned that process and are not.
+        """
+        self._attempts = dict(attempts)
+        self._undone = dict(undone)
+        for producer, number in sequences.items():
+            self.position.advance(producer, number)
+            self._last[producer] = max(number, self._last.get(producer, -1))
+
+    def reset_streams(self, topics: Iterable[Topic] = COMMAND_TOPICS) -> None:
+        """Forgets the entry ids of streams that the server has lost."""
+        for topic in topics:
+            self._windows[topic].reset()
+            self.position.cursor.pop(topic, None)
+
+    def note_empty(self, topic: Topic) -> None:
+        """Records that a stream is empty now: later entries are published later."""
+        self._windows[topic].note_empty()
+
+    def accept(self, deliveries: Iterable[Delivery]) -> None:
+        """Accepts deliveries, in the order of their stream."""
+        # The cursors move meanwhile, and only over what was accepted here.
+        cursors = {topic: entry_key(last) for topic, last in self.position.cursor.items()}
+        now = self._clock()
+        for delivery in deliveries:
+            topic, window = delivery.topic, self._windows[delivery.topic]
+            if delivery.entry_id in window:
+                continue
+            key = entry_key(delivery.entry_id)
+            if key <= cursors.get(topic, (-1, -1)) and not self._is_new(delivery):
+                self._answer_again(delivery)
+                continue
+            window.add(delivery.entry_id, key, now)
+            try:
+                self._admit(delivery)
+            except MessageError as error:
+                self._bury(delivery, error.reason, str(error))
+                self._skip_number(delivery, error)
+
+    def expire_gaps(self) -> float | None:
+        """Stops waiting for numbers that are overdue; returns seconds until the next one is."""
+        now, soonest = self._clock(), None
+        for producer, early in list(self._early.items()):
+            while early:
+                first = min(early)
+                left = min(entry.since for entry in early.values()) + self._gap_seconds - now
+                if left > 0:
+                    soonest = left if soonest is None else min(soonest, left)
+                    break
+                delivery = early[first].item.delivery
+                self._count("gap")
+                letter = DeadLetter(
+                    reason="gap",
+                    text=f"numbers {self._last.get(producer, -1) + 1} to {first - 1} of producer "
+                    f"{producer.partition('/')[0]} did not come within {self._gap_seconds} s; "
+                    "later ones went ahead",
+                    from_topic=delivery.topic,
+                    entry_id=delivery.entry_id,
+                    size_bytes=0,
+                )
+                self._acks.append(Ack(delivery.topic, "", dead=letter))
+                self._last[producer] = first - 1
+                self._release_early(producer)
+        return soonest
+
+    def collect_acks(self) -> list[Ack]:
+        """The acknowledgements since the last call."""
+        acks, self._acks = self._acks, []
+        return acks
+
+    @property
+    def has_acks(self) -> bool:
+        """Whether `collect_acks` would return any."""
+        return bool(self._acks)
+
+    # --- for the training loop ------------------------------------------------------------------
+
+    def take(self, limit: int) -> list[InFlight]:
+        """Returns the next commands, urgent ones first; expired ones are refused.
+
+        A second command with the id of a running one waits, and gets the outcome of the first.
+        """
+        items: list[InFlight] = []
+        for topic in COMMAND_TOPICS:
+            ready, copies = self._ready[topic], []
+            is_suspect = False
+            while ready and len(items) < limit and not is_suspect:
+                item = ready.popleft()
+                if item.command.id in self._running:
+                    copies.append(item)
+                elif not self._is_over(item):
+                    items.append(item)
+                    self._running.add(item.command.id)
+                    # A worker ended during this command: alone, it shows whether it was the cause.
+                    is_suspect = (topic, item.delivery.entry_id) in self._attempts
+            ready.extendleft(reversed(copies))
+            if is_suspect:
+                break
+        return items
+
+    def put_back(self, items: Iterable[InFlight]) -> None:
+        """Returns commands to the front of their streams."""
+        for item in reversed(list(items)):
+            self._running.discard(item.command.id)
+            self._ready[item.delivery.topic].appendleft(item)
+
+    def finish(self, item: InFlight, outcome: Outcome) -> None:
+        """Records that a command is applied or refused."""
+        self._running.discard(item.command.id)
+        self.position.record(outcome)
+        self.position.advance(item.producer, item.sequence)
+        self._ack(item.delivery, outcome)
+
+    @property
+    def num_waiting(self) -> int:
+        """Commands that were accepted and not taken."""
+        return sum(map(len, self._ready.values())) + sum(map(len, self._early.values()))
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether `take` has something to decide about."""
+        return any(
+            item.command.id not in self._running for ready in self._ready.values() for item in ready
+        )
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _verify(self, delivery: Delivery) -> None:
+        check_size(delivery.topic, delivery.size_bytes)
+        self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
+
+    def _admit(self, delivery: Delivery) -> None:
+        self._verify(delivery)
+        envelope: Envelope = self._schema.decode(delivery.payload)
+        header, messages = envelope.header, envelope.messages
+        if self._keys.is_required and header.identity != self.position.identity:
+            raise ReplayedError(
+                f"signed for another run of this name ({header.identity[:80] or 'any'}); this is "
+                f"{self.position.identity}"
+            )
+        if len(messages) != 1 or not isinstance(messages[0], Command):
+            raise UndecodableError("an entry of a command stream must hold exactly one command")
+        command = messages[0]
+        if command.topic is not delivery.topic:
+            raise UndecodableError(
+                f"{type(command).__name__} lies on topic {delivery.topic.value!r}; it belongs on "
+                f"{command.topic.value!r}"
+            )
+        self._sort_in(delivery, header, command)
+
+    def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
+        producer, sequence = f"{header.producer}/{delivery.topic}", header.sequence
+        item = InFlight(delivery, command, header.trace, producer, sequence)
+        last = self._last.get(producer, -1)
+        if sequence <= last:
+            self._ack_duplicate(item, last)
+            return
+        if producer not in self._last and self._keys.is_required:
+            age_ms = self._time.now_ms() - header.issued_at_ms
+            if header.issued_at_ms <= self.position.issued_floor_ms or age_ms > REPLAY_WINDOW_MS:
+                text = f"by a producer unknown here, issued {age_ms / 1000:.0f} s ago"
+                self._bury(delivery, "replayed", text)
+                return
+        self.position.issued[producer] = header.issued_at_ms
+        if sequence == last + 1 and producer not in self._early:
+            self._last[producer] = sequence
+            self._ready[delivery.topic].append(item)
+            return
+        early = self._early.get(producer, {})
+        if sequence in early:
+            self._count("duplicate")
+            self._ack(delivery)
+        elif sequence > last + 1 and self.num_waiting >= MAX_EARLY:
+            self._bury(delivery, "gap", f"{MAX_EARLY} commands wait already")
+        else:
+            self._early.setdefault(producer, {})[sequence] = _Early(item, self._clock())
+            self._release_early(producer)
+
+    def _ack_duplicate(self, item: InFlight, last: int) -> None:
+        delivery, command_id = item.delivery, item.command.id
+        self._count("duplicate")
+        if command_id in self.position.outcomes:
+            self._ack(delivery, self.position.outcome(command_id))
+        elif command_id in self._running or any(
+            other.command.id == command_id for ready in self._ready.values() for other in ready
+        ):
+            self._ack(delivery)
+        else:
+            producer = item.producer.partition("/")[0]
+            text = f"number {item.sequence} of producer {producer}, after {last}"
+            self._bury(delivery, "replayed", text)
+
+    def _release_early(self, producer: str) -> None:
+        """Makes commands ready whose predecessors are; forgets a producer without early ones."""
+        early = self._early.get(producer, {})
+        while (following := self._last.get(producer, -1) + 1) in early:
+            item = early.pop(following).item
+            self._last[producer] = following
+            self._ready[item.delivery.topic].append(item)
+        if not early:
+            self._early.pop(producer, None)
+
+    def _skip_number(self, delivery: Delivery, error: MessageError) -> None:
+        """A message that is authentic but unreadable has used up its number."""
+        if error.reason in {"forged", "oversized", "replayed"}:
+            return
+        try:
+            header = self._schema.decode_header(delivery.payload)
+        except MessageError:
+            return
+        producer = f"{header.producer}/{delivery.topic}"
+        if header.sequence == self._last.get(producer, -1) + 1:
+            self._last[producer] = header.sequence
+            self.position.advance(producer, header.sequence)
+            self._release_early(producer)
+
+    def _is_over(self, item: InFlight) -> bool:
+        """Whether a command is acknowledged here instead of applied."""
+        command, entry = item.command, (item.delivery.topic, item.delivery.entry_id)
+        is_undone = item.sequence <= self._undone.get(item.producer, -1)
+        if command.id in self.position.outcomes:
+            self._count("duplicate")
+            self.position.advance(item.producer, item.sequence)
+            self._ack(item.delivery, self.position.outcome(command.id))
+        elif is_undone and not isinstance(command, SeedCommand | Batch):
+            self.position.advance(item.producer, item.sequence)
+            self._ack(item.delivery)
+        elif self._attempts.get(entry, 0) >= MAX_ATTEMPTS:
+            text = f"the run ended {MAX_ATTEMPTS} times while it had this command"
+            self._refuse(item, "failing", text)
+        elif self._is_expired(item):
+            self._refuse(item, "expired", f"older than {command.expires_after_seconds} s")
+        else:
+            return False
+        return True
+
+    def _is_expired(self, item: InFlight) -> bool:
+        limit = item.command.expires_after_seconds
+        if limit is None:
+            return False
+        queued_ms = self._schema.decode_header(item.delivery.payload).queued_ms
+        window = self._windows[item.delivery.topic]
+        return queued_ms / 1000 + window.age_seconds(item.delivery.entry_id) > limit
+
+    def _refuse(self, item: InFlight, reason: str, text: str) -> None:
+        outcome = Outcome(command_id=item.command.id, code=reason.upper(), text=text)
+        self._count(reason)
+        self.position.record(outcome)
+        self.position.advance(item.producer, item.sequence)
+        self._ack(item.delivery, outcome, dead_letter(item.delivery, reason, text))
+
+    def _is_new(self, delivery: Delivery) -> bool:
+        """Whether an entry at or before the cursor was not applied when the cursor passed.
+
+        A server that took over from another one may name entries by a clock that lags behind.
+        """
+        try:
+            self._verify(delivery)
+            header = self._schema.decode_header(delivery.payload)
+        except MessageError:
+            return False
+        producer = f"{header.producer}/{delivery.topic}"
+        if producer in self._last:
+            return header.sequence > self._last[producer]
+        return header.issued_at_ms > self.position.issued_floor_ms
+
+    def _answer_again(self, delivery: Delivery) -> None:
+        """An entry at or before the cursor is applied: only its acknowledgement was lost."""
+        self._count("duplicate")
+        outcome = None
+        try:
+            self._verify(delivery)
+            for message in self._schema.decode(delivery.payload).messages:
+                outcome = self.position.outcome(message.id)
+        except (MessageError, AttributeError):
+            pass
+        self._acks.append(Ack(delivery.topic, delivery.entry_id, outcome))
+
+    def _bury(self, delivery: Delivery, reason: str, text: str) -> None:
+        self._count(reason)
+        self._ack(delivery, None, dead_letter(delivery, reason, text))
+
+    def _ack(
+        self, delivery: Delivery, outcome: Outcome | None = None, dead: DeadLetter | None = None
+    ) -> None:
+        topic, entry_id = delivery.topic, delivery.entry_id
+        self._attempts.pop((topic, entry_id), None)
+        cursor = self._windows[topic].ack(entry_id)
+        position = self.position.cursor
+        if cursor and entry_key(cursor) > entry_key(position.get(topic, BEGINNING)):
+            position[topic] = cursor
+        self._acks.append(Ack(topic, entry_id, outcome, dead))
+
+    def _count(self, reason: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1

@@ -1,0 +1,185 @@
+"""Messages to bytes and back: envelopes, versions, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, get_args
+
+import msgspec
+from msgspec import Meta
+
+from esper_fn._text import plain
+from esper_fn.bus._messages import LIMITS, AnyMessage, Id, Message, Topic
+from esper_fn.errors import OversizedError, UndecodableError, UnsupportedVersionError
+
+FORMAT = 1
+"""Version of the envelope itself."""
+MAX_MESSAGES = 256
+"""Most messages in an envelope: one may take a byte on the wire, and much more in memory."""
+_DECODING_ERRORS = (msgspec.MsgspecError, RecursionError, ValueError)
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+    """What an envelope says of its messages.
+
+    Attributes:
+      format: `FORMAT`.
+      producer: id of the publishing connection; no other connection ever has it.
+      sequence: 0, 1, 2, ... for each producer and topic; a repeated envelope keeps its number.
+      issued_at_ms: time of the publication on the server's clock, as the producer knew it.
+      queued_ms: time that the messages waited at the producer before this publication.
+      trace: W3C `traceparent`, if the sender is traced.
+      identity: identity of the run that a signed command is for.
+    """
+
+    format: int
+    producer: Id
+    sequence: int
+    issued_at_ms: int
+    queued_ms: int = 0
+    trace: str | None = None
+    identity: Annotated[str, Meta(max_length=80)] = ""
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """The payload of one stream entry."""
+
+    header: Header
+    messages: tuple[Any, ...]
+
+
+class _RawEnvelope(msgspec.Struct, frozen=True, array_like=True):
+    header: Header
+    messages: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=MAX_MESSAGES)]
+
+
+class _HeaderOnly(msgspec.Struct, frozen=True, array_like=True):
+    header: Header
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    kind: str = ""
+
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""Maps the fields of one version to those of the next one, the new `kind` included."""
+
+
+class Schema:
+    """The messages that one side knows.
+
+    Args:
+      types: a union of `Message` classes.
+      migrations: by the tag of an older version, the function that makes it the next version.
+
+    Raises:
+      ValueError: a migration is for a tag that is still in use.
+    """
+
+    def __init__(
+        self, types: Any = AnyMessage, migrations: Mapping[str, Migration] | None = None
+    ) -> None:
+        self._migrations = dict(migrations or {})
+        self._types = types
+        self.kinds: dict[str, type[Message]] = {
+            str(kind.__struct_config__.tag): kind for kind in get_args(types)
+        }
+        """Message classes by tag."""
+        if both := sorted(self.kinds.keys() & self._migrations.keys()):
+            raise ValueError(
+                f"migrations={both} are for current tags; migrate from older ones only"
+            )
+        messages = Annotated[tuple[types, ...], Meta(max_length=MAX_MESSAGES)]
+        envelope = msgspec.defstruct(
+            "_TypedEnvelope",
+            [("header", Header), ("messages", messages)],
+            frozen=True,
+            array_like=True,
+        )
+        self._typed: Any = msgspec.msgpack.Decoder(envelope)
+        self._raw = msgspec.msgpack.Decoder(_RawEnvelope)
+        self._header = msgspec.msgpack.Decoder(_HeaderOnly)
+        self._message: Any = msgspec.msgpack.Decoder(types)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def encode(self, header: Header, messages: Sequence[Message]) -> bytes:
+        """Packs messages into the bytes of an envelope."""
+        return self._encoder.encode((header, messages))
+
+    def decode(self, payload: bytes) -> Envelope:
+        """Unpacks an envelope, and migrates messages of older versions.
+
+        Raises:
+          UndecodableError: the bytes are no envelope.
+          UnsupportedVersionError: a kind or version is not known on this side.
+        """
+        try:
+            envelope = self._typed.decode(payload)
+        except _DECODING_ERRORS:
+            # Some message is of another version, or broken.
+            envelope = _decode(self._raw, payload)
+            _check_format(envelope.header)
+            messages = tuple(self._migrate(bytes(raw)) for raw in envelope.messages)
+            return Envelope(envelope.header, messages)
+        _check_format(envelope.header)
+        return Envelope(envelope.header, envelope.messages)
+
+    def decode_header(self, payload: bytes) -> Header:
+        """Reads the header alone, for an envelope whose messages cannot be read.
+
+        Raises:
+          UndecodableError: the header cannot be read either.
+        """
+        header: Header = _decode(self._header, payload).header
+        return header
+
+    def _migrate(self, raw: bytes) -> Any:
+        try:
+            tag = msgspec.msgpack.decode(raw, type=_Kind).kind
+            if tag in self.kinds:
+                return self._message.decode(raw)
+            fields: dict[str, Any] | None = None
+            # Each migration leads to a later version; a chain is no longer than their number.
+            for _ in range(len(self._migrations)):
+                if tag not in self._migrations:
+                    break
+                fields = self._migrations[tag](fields or msgspec.msgpack.decode(raw))
+                tag = fields["kind"]
+            if fields is not None and tag in self.kinds:
+                return msgspec.convert(fields, self._types)
+        except (*_DECODING_ERRORS, TypeError, KeyError) as error:
+            raise UndecodableError(f"a message cannot be read: {plain(error, limit=500)}") from None
+        kind = tag.partition("/")[0]
+        known = sorted(name for name in self.kinds if name.partition("/")[0] == kind)
+        remedy = f"this side knows {', '.join(known)}" if known else "this side knows no such kind"
+        raise UnsupportedVersionError(f"message {tag[:80]!r}: {remedy}; upgrade it")
+
+
+SCHEMA = Schema()
+"""All messages of this version."""
+
+
+def _decode(decoder: Any, payload: bytes) -> Any:
+    try:
+        return decoder.decode(payload)
+    except _DECODING_ERRORS as error:
+        raise UndecodableError(
+            f"{len(payload)} bytes are no envelope of messages: {plain(error, limit=500)}"
+        ) from None
+
+
+def _check_format(header: Header) -> None:
+    if header.format != FORMAT:
+        raise UnsupportedVersionError(
+            f"envelope of format {header.format}; this side reads {FORMAT} only; upgrade it"
+        )
+
+
+def check_size(topic: Topic, size_bytes: int) -> None:
+    """Raises `OversizedError` for a payload that is too large for its topic."""
+    limit = LIMITS[topic].max_entry_bytes
+    if size_bytes > limit:
+        raise OversizedError(
+            f"payload of {size_bytes:,} bytes on topic {topic.value!r}; at most {limit:,}; "
+            "send less at once"
+        )

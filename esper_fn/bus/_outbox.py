@@ -1,0 +1,353 @@
+"""What goes out: messages of any topic, and what a worker has done with its commands."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from secrets import token_hex
+
+from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, Schema, check_size
+from esper_fn.bus._inflight import Ack
+from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
+from esper_fn.bus._signing import NO_KEYS, Keyring
+from esper_fn.bus._timing import Clock, Retry, ServerTime
+from esper_fn.bus._transport import Entry, OtherRunError, Settlement, Transport
+from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
+
+_LOGGER = logging.getLogger(__name__)
+_ENTRIES_AT_ONCE = 128
+_OUTCOMES_IN_ENVELOPE = 64
+_UNKNOWN = "?"
+"""Stands for the identity of a run before it is known; no run has it."""
+_CHANGES_AT_ONCE = 2
+
+
+@dataclass(slots=True)
+class _Queued:
+    message: Message
+    since: float
+    trace: str | None = None
+    accepted: asyncio.Future[int] | None = None
+
+
+class Publisher:
+    """Publishes to one topic of a run, from one event loop.
+
+    While a publication runs the next messages gather, so one call takes more of them the more are
+    sent, and a single message waits for nothing. An envelope holds one command, or many messages of
+    other kinds. A publication is repeated until the server has answered it.
+
+    Args:
+      transport: the transport to publish on.
+      topic: the topic of all messages.
+      keys: keys to sign with.
+      server_time: the server's clock, for headers.
+      max_queued: most messages that wait while the server is slow or away; the oldest are dropped
+        and counted.
+      clock: seconds on a clock that never goes back.
+      schema: the messages to encode.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        topic: Topic,
+        *,
+        keys: Keyring = NO_KEYS,
+        server_time: ServerTime | None = None,
+        max_queued: int = 10_000,
+        clock: Clock = time.monotonic,
+        schema: Schema = SCHEMA,
+    ) -> None:
+        self._transport = transport
+        self._topic = topic
+        self._stream = transport.stream(topic)
+        self._keys = keys
+        self._time = server_time or ServerTime(clock)
+        self._max_queued = max_queued
+        self._retry = Retry()
+        self._clock = clock
+        self._schema = schema
+        self._queue: deque[_Queued] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._next = 0
+        is_bound = topic in COMMAND_TOPICS and keys.is_required
+        self._identity = _UNKNOWN if is_bound else None
+        self._task: asyncio.Task[None] | None = None
+        self.producer = token_hex(8)
+        self.generation: str | None = None
+        self.data_lost = asyncio.Event()
+        """Set when the server has lost its data."""
+        self.num_dropped = 0
+        self.num_failures = 0
+        self.problem = ""
+        """Why the last attempt failed; empty after a success."""
+
+    def offer(self, messages: Iterable[Message]) -> None:
+        """Queues messages without waiting; the oldest are dropped if there are too many."""
+        now = self._clock()
+        self._queue.extend(_Queued(message, now) for message in messages)
+        while len(self._queue) > self._max_queued:
+            self._queue.popleft()
+            self.num_dropped += 1
+        self._start()
+
+    async def send(self, message: Message, *, trace: str | None = None) -> int:
+        """Publishes a message; returns its number once the server has accepted it.
+
+        Raises:
+          BusyError: the server or this queue is full; the message was not accepted.
+          OversizedError: the message is too large.
+        """
+        # If the caller gives up, the message still goes out: it has a number.
+        return await asyncio.shield(self.post(message, trace=trace))
+
+    def post(self, message: Message, *, trace: str | None = None) -> asyncio.Future[int]:
+        """Queues a message that is not dropped; the future resolves to what `send` returns.
+
+        Raises:
+          BusyError: this queue is full.
+        """
+        if len(self._queue) >= self._max_queued:
+            raise BusyError(
+                f"{len(self._queue):,} messages wait to be sent to {self._transport.run!r}; "
+                "wait for their outcomes first"
+            )
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Queued(message, self._clock(), trace, accepted))
+        self._start()
+        return accepted
+
+    async def republish(self, message: Message, sequence: int) -> None:
+        """Publishes a message that the server has lost, with its old number, until it succeeds."""
+        item, failures = _Queued(message, self._clock()), 0
+        while not await self._publish(sequence, [self._pack([item], sequence)], failures):
+            failures += 1
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Waits until the queue is empty; returns False if time is up before."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stops; messages that still wait are refused."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        while self._queue:
+            _refuse(self._queue.popleft(), BusUnavailableError("the connection was closed"))
+
+    def _start(self) -> None:
+        self._idle.clear()
+        self._wake.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            while self._queue:
+                await self._publish_some()
+            self._idle.set()
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _publish_some(self) -> None:
+        groups = self._next_groups()
+        failures = 0
+        while groups:
+            entries = []
+            for index, group in enumerate(groups):
+                try:
+                    entries.append(self._pack(group, self._next + index))
+                except (OversizedError, TypeError, ValueError, OverflowError) as error:
+                    groups[index : index + 1] = self._split(group, error)
+                    break
+            else:
+                if await self._publish_groups(groups, entries, failures):
+                    return
+                failures += 1
+
+    async def _publish_groups(
+        self, groups: list[list[_Queued]], entries: list[Entry], failures: int
+    ) -> bool:
+        try:
+            if not await self._publish(self._next, entries, failures):
+                return False
+        except BusyError as error:
+            for group in groups:
+                for item in group:
+                    _refuse(item, error)
+            return True
+        for index, group in enumerate(groups):
+            for item in group:
+                if item.accepted is not None and not item.accepted.done():
+                    item.accepted.set_result(self._next + index)
+        self._next += len(groups)
+        return True
+
+    async def _publish(self, first: int, entries: list[Entry], failures: int) -> bool:
+        """Tries once; after any failure but `BusyError` it waits and returns False."""
+        try:
+            publication = await self._transport.publish(
+                self._topic, self.producer, first, entries, identity=self._identity
+            )
+        except BusyError:
+            raise
+        except OtherRunError as error:
+            # The entries must be signed again, for the active run.
+            self._identity = error.identity or _UNKNOWN
+            self.problem = f"run {self._transport.run!r} takes no commands yet"
+            if error.identity and failures < _CHANGES_AT_ONCE:
+                return False
+        except Exception as error:
+            self.num_failures += 1
+            self.problem = str(error) or type(error).__name__
+            if failures == 0:
+                _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
+        else:
+            if self.generation not in {None, publication.generation}:
+                self.data_lost.set()
+            self.generation, self.problem = publication.generation, ""
+            return True
+        await asyncio.sleep(self._retry.delay_seconds(failures + 1))
+        return False
+
+    def _next_groups(self) -> list[list[_Queued]]:
+        """The messages of the next envelopes."""
+        is_command = self._topic in COMMAND_TOPICS
+        size, most = (1, _ENTRIES_AT_ONCE) if is_command else (MAX_MESSAGES, 8)
+        groups: list[list[_Queued]] = []
+        while self._queue and len(groups) < most:
+            count = min(len(self._queue), size)
+            groups.append([self._queue.popleft() for _ in range(count)])
+        return groups
+
+    def _pack(self, group: list[_Queued], sequence: int) -> Entry:
+        first = group[0]
+        header = Header(
+            format=FORMAT,
+            producer=self.producer,
+            sequence=sequence,
+            issued_at_ms=self._time.now_ms(),
+            queued_ms=int((self._clock() - first.since) * 1000),
+            trace=first.trace,
+            identity=self._identity or "",
+        )
+        payload = self._schema.encode(header, [item.message for item in group])
+        check_size(self._topic, len(payload))
+        return Entry(payload, self._keys.sign(self._stream, payload))
+
+    def _split(self, group: list[_Queued], error: Exception) -> list[list[_Queued]]:
+        """Two halves of a group that cannot be packed; a single message is dropped."""
+        if len(group) > 1:
+            half = len(group) // 2
+            return [group[:half], group[half:]]
+        self.num_dropped += 1
+        if group[0].accepted is None:
+            _LOGGER.warning("a message to %s was dropped: %s", self._topic.value, error)
+        _refuse(group[0], error)
+        return []
+
+
+def _refuse(item: _Queued, error: Exception) -> None:
+    if item.accepted is None or item.accepted.done():
+        return
+    item.accepted.set_exception(
+        error if isinstance(error, EsperError) else MessageError(str(error))
+    )
+    item.accepted.exception()  # a caller that gave up does not read it
+
+
+class Settlements:
+    """Collects acknowledgements into settlements, and keeps each until the server has it.
+
+    Args:
+      producer: name of the worker's process.
+      stream: maps a topic to the name of its stream, for signatures.
+      keys: keys to sign with.
+      server_time: the server's clock, for headers.
+    """
+
+    def __init__(
+        self,
+        producer: str,
+        stream: Callable[[Topic], str],
+        *,
+        keys: Keyring,
+        server_time: ServerTime,
+    ) -> None:
+        self._producer = producer
+        self._stream = stream
+        self._keys = keys
+        self._time = server_time
+        self._acks: tuple[Ack, ...] = ()
+        self._sequences: dict[str, int] = {}
+        self._number = 0
+        self.current: Settlement | None = None
+        """The settlement to make, or to repeat."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the server has every acknowledgement."""
+        return not self._acks
+
+    def restart(self) -> None:
+        """Begins with a new lease, whose first settlement holds what is not settled."""
+        self._number, self.current = 0, None
+
+    def add(self, acks: Sequence[Ack], cursor: dict[Topic, str], sequences: dict[str, int]) -> None:
+        """Makes the next settlement, if there is anything to settle.
+
+        Args:
+          acks: new acknowledgements of the consumer.
+          cursor: cursor of the run's position.
+          sequences: changed sequences of the run's position.
+        """
+        self._acks = (*self._acks, *acks)
+        self._sequences = {**self._sequences, **sequences}
+        if not self._acks and not self._sequences:
+            return
+        self._number += 1
+        entries: dict[Topic, list[str]] = {topic: [] for topic in COMMAND_TOPICS}
+        for ack in self._acks:
+            if ack.entry_id:
+                entries[ack.topic].append(ack.entry_id)
+        outcomes = [ack.outcome for ack in self._acks if ack.outcome is not None]
+        dead = [ack.dead for ack in self._acks if ack.dead is not None]
+        self.current = Settlement(
+            number=self._number,
+            acks=entries,
+            cursor=cursor,
+            sequences=self._sequences,
+            outcomes=[
+                self._pack(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE])
+                for first in range(0, len(outcomes), _OUTCOMES_IN_ENVELOPE)
+            ],
+            dead=[self._pack(Topic.DEAD, [letter]) for letter in dead],
+        )
+
+    def complete(self) -> int:
+        """Ends the current settlement; returns how many entries it acknowledged."""
+        current = self.current
+        self._acks, self._sequences, self.current = (), {}, None
+        return 0 if current is None else sum(map(len, current.acks.values()))
+
+    def _pack(self, topic: Topic, messages: Sequence[Message]) -> Entry:
+        header = Header(
+            format=FORMAT,
+            producer=self._producer,
+            sequence=self._number,
+            issued_at_ms=self._time.now_ms(),
+        )
+        payload = SCHEMA.encode(header, messages)
+        return Entry(payload, self._keys.sign(self._stream(topic), payload))

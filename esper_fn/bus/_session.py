@@ -1,0 +1,404 @@
+"""A worker's session with the server: its lease, and everything that the worker publishes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from secrets import token_hex
+
+from redis.exceptions import RedisError
+
+from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message, Topic
+from esper_fn.bus._outbox import Publisher, Settlements
+from esper_fn.bus._position import RunPosition
+from esper_fn.bus._signing import NO_KEYS, Keyring
+from esper_fn.bus._timing import Clock, RateLimiter, Retry, ServerTime
+from esper_fn.bus._transport import (
+    OUTAGES,
+    READ_BYTES,
+    Attachment,
+    Delivery,
+    Lease,
+    Settlement,
+    Transport,
+    exhausted_text,
+)
+from esper_fn.errors import BusError, BusUnavailableError, EsperError, FencedError, LeaseHeldError
+
+_LOGGER = logging.getLogger(__name__)
+_MAX_COMPLAINTS = 100
+_READ_LIMIT = 256
+Work = Callable[[int], Awaitable[None]]
+"""One round of a task, after so many failures in a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerOptions:
+    """The settings of a worker.
+
+    Attributes:
+      keys: keys to verify commands with and to sign with.
+      lease_seconds: another process may take over after so long without a sign of this one.
+      should_take_over: take the lease from an active process too.
+      keeps_commands: applied commands stay on the server until `Worker.trim` removes them, for a
+        run that may be restored to an earlier position.
+      max_telemetry: most telemetry messages that wait for a slow server; the oldest are dropped.
+      max_events: the same for events.
+      gap_seconds: how long to wait for a missing number of a producer.
+      gather_seconds: how long telemetry and events gather before they are published together, as
+        each publication takes processor time from training.
+      clock: seconds on a clock that never goes back.
+    """
+
+    keys: Keyring = NO_KEYS
+    lease_seconds: float = 6.0
+    should_take_over: bool = False
+    keeps_commands: bool = False
+    max_telemetry: int = 10_000
+    max_events: int = 20_000
+    gap_seconds: float = 1.0
+    gather_seconds: float = 0.2
+    clock: Clock = time.monotonic
+
+    @property
+    def outbox_limits(self) -> Mapping[Topic, int]:
+        """Most messages that wait, by topic."""
+        return {Topic.TELEMETRY: self.max_telemetry, Topic.EVENTS: self.max_events}
+
+
+@dataclass(slots=True)
+class Progress:
+    """What heartbeats and alerts say of the training loop."""
+
+    step: int = -1
+    is_paused: bool = False
+
+
+class Session:
+    """Keeps the lease of a run and publishes what the run reports. All calls are of one thread.
+
+    Args:
+      transport: the transport of the run.
+      announcement: what the run serves.
+      position: position of the run.
+      options: settings of the worker.
+      progress: state of the training loop, for heartbeats.
+      on_attach: called with each new lease, and whether it is the first one.
+      on_fenced: called once another process has taken over.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        announcement: Announcement,
+        position: RunPosition,
+        options: WorkerOptions,
+        progress: Progress,
+        *,
+        on_attach: Callable[[Attachment, bool], None],
+        on_fenced: Callable[[FencedError], None],
+    ) -> None:
+        self.transport = transport
+        self._announcement = announcement
+        self._position = position
+        self._options = options
+        self._progress = progress
+        self._on_attach = on_attach
+        self._on_fenced = on_fenced
+        self.time = ServerTime(options.clock)
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
+        self.lease = Lease("", 0)
+        self.last_read: dict[Topic, str] = {}
+        """The last entry of each command stream that was read with this lease."""
+        self.identity = ""
+        """Identity of the run once it accepts commands."""
+        self.is_identity_published = False
+        self.is_fenced = False
+        self.num_data_losses = 0
+        self._generation = ""
+        self._exhausted: frozenset[Topic] = frozenset()
+        self._renewing = asyncio.Lock()
+        self._retry = Retry()
+        self._complaints: set[str] = set()
+        """Complaints since the last renewal."""
+        self._alerts = RateLimiter(per_second=0.1, burst=5, clock=options.clock)
+        self.settlements = Settlements(
+            self.holder, transport.stream, keys=options.keys, server_time=self.time
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._publishers = {
+            topic: Publisher(
+                transport,
+                topic,
+                keys=options.keys,
+                server_time=self.time,
+                max_queued=limit,
+                clock=options.clock,
+            )
+            for topic, limit in options.outbox_limits.items()
+        }
+
+    # --- publishing -----------------------------------------------------------------------------
+
+    def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        """Queues telemetry or events; never waits."""
+        self._publishers[topic].offer(messages)
+
+    def announce(self) -> None:
+        """Publishes what the run serves."""
+        self.publish(Topic.EVENTS, [self._announcement])
+
+    async def drain(self, seconds: float) -> None:
+        """Waits until all is published, at most so long for each topic."""
+        for publisher in self._publishers.values():
+            await publisher.drain(seconds)
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages that were dropped because too many waited."""
+        return sum(publisher.num_dropped for publisher in self._publishers.values())
+
+    async def close(self) -> None:
+        """Stops all tasks, ends the lease and disconnects."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for publisher in self._publishers.values():
+            await publisher.close()
+        try:
+            async with asyncio.timeout(1.0):
+                await self.transport.release(self.lease)
+        except Exception as error:
+            _LOGGER.debug("the lease is left to expire: %s", error)
+        await self.transport.close()
+
+    # --- the lease ------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connects to the server."""
+        self.time.update(await self.transport.open())
+
+    async def attach(self, *, is_first: bool, uses_position: bool = True) -> None:
+        """Takes the lease of the run.
+
+        Args:
+          is_first: whether this worker had no lease before.
+          uses_position: start at the cursor of the position, instead of the server's.
+
+        Raises:
+          LeaseHeldError: another process has the lease, at the first time.
+          FencedError: another process has a newer lease.
+          BusError: another process has a lease that is not newer.
+        """
+        try:
+            attachment = await self.transport.attach(
+                self.holder,
+                lease_seconds=self._options.lease_seconds,
+                least_epoch=self._position.epoch,
+                cursor=self._position.cursor if uses_position else None,
+                should_take_over=self._options.should_take_over and is_first,
+                identity=self.identity,
+                counts_attempts=is_first,
+            )
+        except LeaseHeldError as error:
+            if is_first:
+                raise
+            text = f"run {self.transport.run!r} is driven by {error.holder} now"
+            if error.epoch > self.lease.epoch:
+                raise FencedError(f"{text}; this process must not go on", error.epoch) from None
+            raise BusError(
+                f"{text}, on a server that had lost the data of this process, which takes no "
+                "commands until the other one ends"
+            ) from None
+        self.time.update(attachment.server_ms)
+        self.lease = attachment.lease
+        self._generation = attachment.generation
+        self.last_read = dict(attachment.cursor)
+        self.settlements.restart()
+        self._on_attach(attachment, is_first)
+
+    async def renew(self, lost: Lease | None = None) -> None:
+        """Renews the lease, or takes a new one if the server has lost it.
+
+        Args:
+          lost: a lease whose consumer group is gone.
+
+        Raises:
+          FencedError: another process drives the run now.
+        """
+        async with self._renewing:
+            lease, identity = self.lease, self.identity
+            if lost is not None and lost is not lease:
+                return
+            try:
+                renewal = await self.transport.renew(
+                    lease,
+                    lease_seconds=self._options.lease_seconds,
+                    identity=identity,
+                    last_read=self.last_read,
+                )
+            except FencedError as error:
+                if error.epoch > lease.epoch:
+                    raise
+                await self._attach_again()
+            else:
+                self.time.update(renewal.server_ms)
+                self._report_exhausted(renewal.exhausted)
+                if lost is not None:
+                    await self._attach_again()
+            self.is_identity_published = bool(identity)
+
+    async def receive(
+        self, topic: Topic, failures: int
+    ) -> AsyncIterator[tuple[list[Delivery], bool]]:
+        """Reads commands of a topic.
+
+        Yields:
+          Deliveries in order, and whether the stream has no more.
+
+        Raises:
+          FencedError: the lease does not hold.
+        """
+        if failures or not self.is_identity_published:
+            await self.renew()
+        group, holder = self.lease.group, self.holder
+        if failures:
+            # A lost answer may have delivered entries that never arrived.
+            yield (
+                await self.transport.claim(topic, group, holder, idle_seconds=0.0, limit=20_000),
+                False,
+            )
+        deliveries = await self.transport.read(
+            [topic], group, holder, limit=_READ_LIMIT, wait_seconds=None
+        )
+        size_bytes = sum(delivery.size_bytes for delivery in deliveries)
+        yield deliveries, len(deliveries) < _READ_LIMIT and size_bytes < READ_BYTES
+
+    async def settle(self, settlement: Settlement) -> int:
+        """Makes a settlement; returns how many entries it acknowledged.
+
+        Raises:
+          FencedError: the lease does not hold.
+        """
+        await self.transport.settle(self.lease, settlement)
+        return self.settlements.complete()
+
+    async def trim(self, cursor: Mapping[Topic, str]) -> None:
+        """Removes the commands before a cursor, if the server can."""
+        for topic, entry_id in cursor.items():
+            with contextlib.suppress(*OUTAGES):
+                await self.transport.trim(topic, entry_id)
+
+    async def _heartbeat(self, failures: int) -> None:
+        """Renews the lease after a third of its time, and says so."""
+        if not failures:
+            await asyncio.sleep(self._options.lease_seconds / 3)
+        await self.renew()
+        self._complaints.clear()
+        step, is_paused = self._progress.step, self._progress.is_paused
+        beat = Heartbeat(run=self.transport.run, step=step, is_paused=is_paused)
+        self.publish(Topic.EVENTS, [beat])
+
+    async def _attach_again(self) -> None:
+        generation = self._generation
+        await self.attach(is_first=False)
+        self.announce()
+        if self._generation != generation:
+            self.num_data_losses += 1
+            self._alert(
+                "server_lost_its_memory",
+                "the bus's server was restarted without its files or emptied; commands whose "
+                "senders are gone are lost; switch append-only persistence on",
+            )
+        else:
+            self._alert(
+                "bus_lease_lost",
+                "streams, groups or other keys of the run were removed from the bus's server, as "
+                "by a clean-up, an eviction or a failover, or a group was moved (XGROUP SETID); "
+                "the run has made them again and goes on from its position; commands removed "
+                "before it had read them are lost; keep its keys (esper:{run}:*) out of clean-ups "
+                "and scripts, and set maxmemory-policy to noeviction",
+            )
+
+    def _report_exhausted(self, topics: frozenset[Topic]) -> None:
+        if new := topics - self._exhausted:
+            text = exhausted_text(self.transport.stream(topic) for topic in sorted(new))
+            self._alert("bus_stream_exhausted", f"commands do not reach the run any more: {text}")
+        self._exhausted = topics
+
+    # --- supervision ----------------------------------------------------------------------------
+
+    def start(self, works: Iterable[Work]) -> None:
+        """Starts tasks, each of which repeats its work, and the heartbeat."""
+        for work in (*works, self._heartbeat):
+            task = asyncio.create_task(self._repeat(work))
+            task.add_done_callback(_report_end)
+            self._tasks.append(task)
+
+    async def _repeat(self, work: Work) -> None:
+        """Repeats a task until another process takes over; failures are reported and wait longer.
+
+        Whatever fails, training does not depend on the bus.
+        """
+        failures = 0
+        while not self.is_fenced:
+            lease = self.lease
+            try:
+                await work(failures)
+            except FencedError as error:
+                failures += 1
+                await self._verify_lease(lease, error, failures)
+            except Exception as error:
+                failures += 1
+                self._complain(error, failures)
+            else:
+                failures = 0
+                continue
+            await asyncio.sleep(self._retry.delay_seconds(failures))
+
+    async def _verify_lease(self, lease: Lease, error: FencedError, failures: int) -> None:
+        """Finds out who refused a lease: another process, or a server that has lost it."""
+        try:
+            if error.epoch > self.lease.epoch:
+                raise error
+            await self.renew(lease)
+        except FencedError as newer:
+            if newer.epoch > self.lease.epoch:
+                self.is_fenced = True
+                self._on_fenced(newer)
+        except Exception as other:
+            self._complain(other, failures)
+
+    def _complain(self, error: Exception, failures: int) -> None:
+        if isinstance(error, BusUnavailableError):
+            if failures == 1:
+                _LOGGER.warning("the bus is away; the run goes on: %s", error)
+            return
+        if str(error) in self._complaints or len(self._complaints) >= _MAX_COMPLAINTS:
+            return
+        self._complaints.add(str(error))
+        is_expected = isinstance(error, RedisError | EsperError)
+        self._alert(
+            "bus_refuses",
+            f"the bus refuses the run, which goes on and tries again: {error}; check its user, "
+            "password and access rules, and the keys of the run",
+            cause=None if is_expected else error,
+        )
+
+    def _alert(self, name: str, text: str, *, cause: Exception | None = None) -> None:
+        if not self._alerts.allows():
+            return
+        _LOGGER.error("%s: %s", name, text, exc_info=cause)
+        alert = Alert(name=name, level="critical", text=text[:2_000], step=self._progress.step)
+        self.publish(Topic.EVENTS, [alert])
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _LOGGER.critical("a part of the bus has ended: %s", error, exc_info=error)
