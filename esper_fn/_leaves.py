@@ -14,7 +14,7 @@ LARGEST = float(np.finfo(np.float32).max)
 """In place of infinity in a state, which `jax_debug_infs` would take for a fault."""
 
 
-def learns(leaf: Any) -> bool:
+def is_learned(leaf: Any) -> bool:
     """Whether a leaf has a gradient: whole numbers, flags and random keys have none."""
     return bool(jnp.issubdtype(_dtype(leaf), jnp.inexact))
 
@@ -34,35 +34,35 @@ def check_leaves(argument: str, tree: Any) -> None:
             )
 
 
-def part(tree: Any) -> tuple[Any, Any]:
-    """The leaves that learn and those that do not, None in the places of the others."""
+def partition(tree: Any) -> tuple[Any, Any]:
+    """The leaves that learn and those that do not, with None for the others."""
     return (
-        jax.tree.map(lambda leaf: leaf if learns(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if learns(leaf) else leaf, tree),
+        jax.tree.map(lambda leaf: leaf if is_learned(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_learned(leaf) else leaf, tree),
     )
 
 
-def like(tree: Any, model: Any) -> Any:
+def filter_like(tree: Any, model: Any) -> Any:
     """The leaves of `tree` where the leaf of `model` learns, None elsewhere."""
-    return jax.tree.map(lambda of, leaf: leaf if learns(of) else None, model, tree)
+    return jax.tree.map(lambda own, leaf: leaf if is_learned(own) else None, model, tree)
 
 
-def join(learning: Any, still: Any) -> Any:
-    """The inverse of `part`."""
+def combine(learning: Any, still: Any) -> Any:
+    """The inverse of `partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, learning, still, is_leaf=lambda leaf: leaf is None
     )
 
 
-def strong(tree: Any) -> Any:
+def strengthen(tree: Any) -> Any:
     """The tree with arrays for numbers and no weak types: a step's result has none.
 
     A leaf whose type changes from one step to the next would compile the step anew.
     """
 
-    def one(leaf: Any) -> Any:
+    def strengthen_leaf(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):
             return leaf
         return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(_dtype(leaf)))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(strengthen_leaf, tree)

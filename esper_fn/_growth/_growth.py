@@ -43,7 +43,7 @@ from esper_fn._layout import (
     view,
     zero_taps,
 )
-from esper_fn._leaves import check_leaves, join, part
+from esper_fn._leaves import check_leaves, combine, partition
 from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Blueprint, Implementation
 from esper_fn.commands import Command, Commands, pack
@@ -304,7 +304,7 @@ class Growth:
             check_state(self, state, "(params, state, *args)")
             check_leaves("params", params)
             visits = Visits()
-            learning, still = part(params)
+            learning, still = partition(params)
             gains = slot_gains(state.seeds, state.owner, state.settings)
 
             def loss(learning: Params, adapters: Adapters, taps: Any) -> Any:
@@ -318,14 +318,14 @@ class Growth:
                     implementation=self.implementation,
                     visits=visits,
                 )
-                value = loss_fn(join(learning, still), seeds, *args, **kwargs)
+                value = loss_fn(combine(learning, still), seeds, *args, **kwargs)
                 return loss_of(value, has_aux)
 
             value, (slopes, d_adapters, d_taps) = jax.value_and_grad(
                 loss, argnums=(0, 1, 2), has_aux=has_aux
             )(learning, state.adapters, vary_alike(zero_taps(self.layout), state.owner))
             check_reached(self.layout, visits)
-            d_params = join(slopes, jax.tree.map(no_gradient, still))
+            d_params = combine(slopes, jax.tree.map(no_gradient, still))
             return value, (d_params, AdapterGradients(d_adapters)), statistics_of(d_taps)
 
         return run

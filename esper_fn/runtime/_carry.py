@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from esper_fn import checkpoint, rollback
 from esper_fn._growth import Growth, GrowthState
@@ -14,8 +15,9 @@ from esper_fn._layout import Layout, Site, make_layout
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
-from esper_fn.optim import PerAdapter, PerAdapterState
+from esper_fn.optim._checks import find_states
 from esper_fn.runtime import _rows
+from esper_fn.runtime._carry_optimizer import carried_optimizer_state
 from esper_fn.runtime._packing import num_snapshots
 from esper_fn.runtime._plain import decoded
 from esper_fn.runtime._step import TrainState
@@ -33,7 +35,7 @@ class Carried(NamedTuple):
 def carry_over(
     restored: checkpoint.Restored,
     growth: Growth,
-    optimizer: PerAdapter | None = None,
+    optimizer: optax.GradientTransformationExtraArgs | None = None,
     *,
     key: Key,
     before: Growth | None = None,
@@ -74,7 +76,7 @@ def enlarge(
     state: TrainState | GrowthState,
     before: Growth,
     growth: Growth,
-    optimizer: PerAdapter | None = None,
+    optimizer: optax.GradientTransformationExtraArgs | None = None,
     *,
     key: Key,
 ) -> Carried:
@@ -171,7 +173,7 @@ def _carried(
     old: TrainState | GrowthState,
     before: _Before,
     growth: Growth,
-    optimizer: PerAdapter | None,
+    optimizer: optax.GradientTransformationExtraArgs | None,
     key: Key,
     where: str,
 ) -> Carried:
@@ -193,7 +195,9 @@ def _carried(
     if isinstance(old, GrowthState):
         return Carried(state=jax.tree.map(jnp.copy, grown), changes=tuple(changes))
     params = jax.tree.map(jnp.asarray, old.params)
-    opt_state = _optimizer_state(old, params, fresh, before.layout, growth.layout, optimizer)
+    opt_state = carried_optimizer_state(
+        old.opt_state, params, fresh, before.layout, growth.layout, optimizer, changes
+    )
     ring = None
     if old.ring is not None:
         ring = rollback.init(
@@ -282,37 +286,13 @@ def _schedule_state(seed: np.ndarray, old: Any, own: Any) -> Any:
     )
 
 
-def _optimizer_state(
-    old: TrainState,
-    params: Any,
-    fresh: GrowthState,
-    before: Layout,
-    after: Layout,
-    optimizer: PerAdapter | None,
-) -> PerAdapterState:
-    if not isinstance(optimizer, PerAdapter):
-        raise CheckpointError(
-            f"optimizer must be the run's, from `optim.per_adapter`, got {type(optimizer).__name__}"
-            "; in a loop with another, carry the `GrowthState` alone"
-        )
-    opt_state: PerAdapterState = optimizer.init((params, fresh.adapters))
-    if _rows.shapes(opt_state.host) != _rows.shapes(old.opt_state.host):
-        raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
-    return opt_state._replace(
-        host=jax.tree.map(jnp.asarray, old.opt_state.host),
-        adapters=_rows.banks(before, after, old.opt_state.adapters, opt_state.adapters),
-        num_updates=jnp.asarray(old.opt_state.num_updates),
-        generation=_rows.banks(before, after, old.opt_state.generation, opt_state.generation),
-    )
-
-
 def _check_state(old: TrainState | GrowthState, saved: Any, before: _Before, where: str) -> None:
     """Raises unless it is a state of that growth, made of arrays."""
     if not isinstance(saved, GrowthState):
         raise CheckpointError(
             f"{where}: growth must be a `GrowthState`, got {type(saved).__name__}"
         )
-    if isinstance(old, TrainState) and not isinstance(old.opt_state, PerAdapterState):
+    if isinstance(old, TrainState) and not find_states(old.opt_state):
         raise CheckpointError(
             f"{where}: opt_state must be of `optim.per_adapter`, got "
             f"{type(old.opt_state).__name__}; in a loop with another optimiser, "

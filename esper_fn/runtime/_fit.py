@@ -13,11 +13,10 @@ import numpy as np
 import optax
 
 from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
-from esper_fn._leaves import check_leaves, part, strong
+from esper_fn._leaves import check_leaves, partition, strengthen
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command, Commands
 from esper_fn.lifecycle import Stage
-from esper_fn.optim import PerAdapter
 from esper_fn.runtime._batches import Batches, checked_batches
 from esper_fn.runtime._events import lifecycle_events
 from esper_fn.runtime._loop import Advanced, Loop, check_finite, segment_length
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 def fit(
     growth: Growth,
     loss_fn: LossFn,
-    optimizer: PerAdapter,
+    optimizer: optax.GradientTransformationExtraArgs,
     params: Params,
     batches: Batches,
     *,
@@ -107,7 +106,7 @@ def fit(
 
 def _first_state(
     growth: Growth,
-    optimizer: PerAdapter,
+    optimizer: optax.GradientTransformationExtraArgs,
     params: Params,
     key: Key,
     start: GrowthState | TrainState | None,
@@ -117,13 +116,13 @@ def _first_state(
     start = growth.init(key) if start is None else start
     if isinstance(start, TrainState):
         start = unpack(start)
-    start = jax.tree.map(jnp.copy, strong(start))
+    start = jax.tree.map(jnp.copy, strengthen(start))
     if isinstance(start, TrainState):
         return start
     check_leaves("params", params)
     return init(
         optimizer,
-        jax.tree.map(jnp.copy, strong(params)),
+        jax.tree.map(jnp.copy, strengthen(params)),
         start,
         snapshot_every=options.snapshot_every,
         num_snapshots=options.num_snapshots,
@@ -266,9 +265,9 @@ def fit_host(
     batches = checked_batches(batches)
     run = program or compile_fit_host(loss_fn, optimizer)
     check_leaves("params", params)
-    params = jax.tree.map(jnp.copy, strong(params))
+    params = jax.tree.map(jnp.copy, strengthen(params))
     # Copied, as some transformations keep the parameters themselves, and a segment donates both.
-    state = (params, jax.tree.map(jnp.copy, strong(optimizer.init(part(params)[0]))))
+    state = (params, jax.tree.map(jnp.copy, strengthen(optimizer.init(partition(params)[0]))))
 
     def advance(state: Any, first: int, record: dict[str, Any]) -> Advanced:
         del record

@@ -11,11 +11,9 @@ import optax
 from esper_fn._arguments import check_function
 from esper_fn._growth import Growth, LossFn, StepInfo
 from esper_fn._layout import NoSeeds
-from esper_fn._leaves import join as join_leaves
-from esper_fn._leaves import part, strong
+from esper_fn._leaves import combine, partition, strengthen
 from esper_fn._typing import Params
 from esper_fn.commands import Commands
-from esper_fn.optim import PerAdapter
 from esper_fn.runtime._scan import scan_steps
 from esper_fn.runtime._step import Trained, TrainState, join, make_step_parts, make_survey
 
@@ -28,7 +26,11 @@ class Program:
     """
 
     def __init__(
-        self, growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, survey_every: int | None
+        self,
+        growth: Growth,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformationExtraArgs,
+        survey_every: int | None,
     ) -> None:
         self.survey_every = survey_every
         parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
@@ -110,7 +112,11 @@ def _as_segment(state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo
 
 
 def compile_fit(
-    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
+    growth: Growth,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    survey_every: int | None = 25,
 ) -> Program:
     """The compiled programs that several `fit` calls may share, as `fit(program=)`.
 
@@ -141,17 +147,17 @@ def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -
 
     def step(carry: tuple[Params, Any], batch: Any) -> tuple[Any, Any]:
         params, opt_state = carry
-        learning, still = part(params)
+        learning, still = partition(params)
 
         def value_fn(variables: Params) -> Any:
-            return loss_fn(join_leaves(variables, still), NoSeeds(), batch)
+            return loss_fn(combine(variables, still), NoSeeds(), batch)
 
         loss, gradients = jax.value_and_grad(value_fn)(learning)
         updates, opt_state = extended.update(
             gradients, opt_state, learning, value=loss, grad=gradients, value_fn=value_fn
         )
         learning = optax.apply_updates(learning, updates)
-        return strong((join_leaves(learning, still), opt_state)), loss
+        return strengthen((combine(learning, still), opt_state)), loss
 
     def segment(carry: Any, batches: Any) -> Any:
         return jax.lax.scan(step, carry, batches)

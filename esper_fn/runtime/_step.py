@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 
 from esper_fn import rollback
 from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
-from esper_fn._leaves import check_leaves, strong
+from esper_fn._leaves import check_leaves, strengthen
 from esper_fn._records import record
 from esper_fn._typing import Params, Scalar
 from esper_fn.commands import Commands
-from esper_fn.optim import PerAdapter, apply_updates, check_optimizer
+from esper_fn.optim import apply_updates, plain_gradients
+from esper_fn.optim._checks import check_optimizer
 
 
 @record
@@ -61,7 +63,7 @@ class StepParts(NamedTuple):
 
 
 def init(
-    optimizer: PerAdapter,
+    optimizer: optax.GradientTransformationExtraArgs,
     params: Params,
     growth: GrowthState,
     *,
@@ -89,10 +91,10 @@ def init(
     """
     check_kind("growth", growth, GrowthState, "pass `growth.init(key)`")
     check_leaves("params", params)
-    params, growth = strong((params, growth))
+    params, growth = strengthen((params, growth))
     check_optimizer(optimizer)
-    opt_state = strong(optimizer.init((params, growth.adapters)))
-    check_optimizer(optimizer, opt_state)
+    opt_state = strengthen(optimizer.init((params, growth.adapters)))
+    check_optimizer(optimizer, opt_state, growth.adapters)
     ring = None
     if snapshot_every is not None and num_snapshots != 0:
         ring = rollback.init(
@@ -102,7 +104,11 @@ def init(
 
 
 def make_step_parts(
-    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
+    growth: Growth,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    survey_every: int | None = 25,
 ) -> StepParts:
     """One training step in two parts, which `make_step` joins; arguments as there."""
     if survey_every is not None and survey_every < 1:
@@ -113,7 +119,7 @@ def make_step_parts(
     def train(state: TrainState, batch: Any, survey_batch: Any) -> Trained:
         check_kind("state", state, TrainState, "make it with `runtime.init(...)`")
         params, opt_state, grown, _ = state
-        check_optimizer(optimizer, opt_state)
+        check_optimizer(optimizer, opt_state, grown.adapters)
         if survey_every is not None:
             check_survey_batch(survey_batch)
             grown = cond(
@@ -127,6 +133,7 @@ def make_step_parts(
             seeds = growth.seeds(grown._replace(adapters=variables[1]))
             return jnp.asarray(loss_fn(variables[0], seeds, batch))
 
+        gradients = plain_gradients(gradients)
         updates, opt_state = optimizer.update(
             gradients,
             opt_state,
@@ -151,7 +158,7 @@ def make_step_parts(
             )
             info = info._replace(steps_undone=steps_undone)
         after = TrainState(params=params, opt_state=opt_state, growth=grown, ring=ring)
-        return strong(after), info
+        return strengthen(after), info
 
     return StepParts(train=train, grow=grow)
 
@@ -168,7 +175,11 @@ def join(parts: StepParts) -> Step:
 
 
 def make_step(
-    growth: Growth, loss_fn: LossFn, optimizer: PerAdapter, *, survey_every: int | None = 25
+    growth: Growth,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    survey_every: int | None = 25,
 ) -> Step:
     """One training step, pure: gradients, optimiser, lifecycle, survey when due, roll-back.
 

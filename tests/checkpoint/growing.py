@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
     growth: ef.Growth
     loss_fn: Any
-    optimizer: ef.optim.PerAdapter
+    optimizer: optax.GradientTransformationExtraArgs
     params: Any
     batches: Any
     survey_batch: Any

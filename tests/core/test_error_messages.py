@@ -428,8 +428,8 @@ BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
         "adapters must be an Optax transformation, got the function sgd, not called",
     ),
     "twice": (
-        lambda: ef.optim.per_adapter(ef.optim.per_adapter(optax.sgd(0.1))),
-        "host must be an Optax transformation, got a PerAdapter",
+        lambda: ef.optim.per_adapter(ef.optim.per_adapter(optax.sgd(0.1))).init((P, ADAPTERS)),
+        r"init takes the pair \(host parameters, adapters\)",
     ),
     "labels": (
         lambda: trace(

@@ -96,7 +96,7 @@ class Comparison:
     host: Host
     growth: Growth
     host_optimizer: optax.GradientTransformation
-    optimizer: optim.PerAdapter
+    optimizer: optax.GradientTransformationExtraArgs
     grow_segment: Any
     host_segment: Any
     evaluate: Any
