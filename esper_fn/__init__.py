@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     )
     from esper_fn._ambient import discover_sites, use_seeds
     from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo
-    from esper_fn._layout import Layout, NoSeeds, Seeds, Site, Statistics, site, span
+    from esper_fn._layout import Layout
+    from esper_fn._sites import NoSeeds, Seeds, Site, Statistics, site
     from esper_fn.lifecycle import Seed, SeedState, Stage
 
 _MODULES = (
@@ -67,22 +68,21 @@ _MODULES = (
     "telemetry",
 )
 _NAMES = {
-    "NoSeeds": "_layout",
+    "NoSeeds": "_sites",
     "Growth": "_growth",
     "GrowthState": "_growth",
     "StepInfo": "_growth",
     "Layout": "_layout",
-    "Statistics": "_layout",
+    "Statistics": "_sites",
     "Seed": "lifecycle",
     "SeedState": "lifecycle",
-    "Seeds": "_layout",
-    "Site": "_layout",
+    "Seeds": "_sites",
+    "Site": "_sites",
     "Stage": "lifecycle",
     "SurveyInfo": "_growth",
     "discover_sites": "_ambient",
     "use_seeds": "_ambient",
-    "site": "_layout",
-    "span": "_layout",
+    "site": "_sites",
 }
 
 
@@ -136,7 +136,6 @@ __all__ = [
     "rollback",
     "runtime",
     "site",
-    "span",
     "telemetry",
     "use_seeds",
 ]

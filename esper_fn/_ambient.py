@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from esper_fn._arguments import described
-from esper_fn._layout import Mark, NoSeeds, Seeds, Site, marked
+from esper_fn._sites import Mark, NoSeeds, Seeds, Site, marked
 from esper_fn._typing import Array
 from esper_fn.base import Topology
 from esper_fn.errors import LayoutError

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
-from esper_fn._layout import Moments, slot_gains
+from esper_fn._layout import slot_gains
+from esper_fn._sites import Moments
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
 from torch_bridge import _saved

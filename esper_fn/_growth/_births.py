@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import telemetry
-from esper_fn._layout import Directions, Layout, Memory, Moments
+from esper_fn._layout import Directions, Layout, Memory
+from esper_fn._sites import Moments
 from esper_fn._typing import Array, Bool, DType, Float32, Int8, Int32, Key, Params
 from esper_fn.base import AdapterSpec, Blueprint
 from esper_fn.lifecycle import NONE

@@ -13,7 +13,8 @@ import numpy as np
 from esper_fn import governors, grafting, lifecycle, policies
 from esper_fn._arguments import check_kind, described
 from esper_fn._growth._state import GrowthState
-from esper_fn._layout import Layout, Statistics, Visits, has_directed, init_adapters
+from esper_fn._layout import Layout, has_directed, init_adapters
+from esper_fn._sites import Visits
 from esper_fn._typing import Adapters, Array, Scalar
 from esper_fn.base import Implementation
 from esper_fn.commands import Command, Commands
@@ -21,6 +22,7 @@ from esper_fn.errors import LayoutError
 from esper_fn.grafting._select import ROUNDING
 from esper_fn.lifecycle import Stage
 from esper_fn.policies._base import check_order
+from esper_kernels import Statistics
 
 if TYPE_CHECKING:
     from esper_fn._growth._growth import Growth

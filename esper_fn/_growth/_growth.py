@@ -29,11 +29,6 @@ from esper_fn._growth._update import advance, update
 from esper_fn._layout import (
     Layout,
     Memory,
-    Moments,
-    Seeds,
-    Site,
-    Statistics,
-    Visits,
     init_adapters,
     make_layout,
     no_directions,
@@ -44,12 +39,14 @@ from esper_fn._layout import (
     zero_taps,
 )
 from esper_fn._leaves import check_leaves, combine, partition
+from esper_fn._sites import Moments, Seeds, Site, Visits
 from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Blueprint, Implementation
 from esper_fn.commands import Command, Commands, pack
 from esper_fn.grafting._select import init_states
 from esper_fn.lifecycle import NONE, Stage
 from esper_fn.optim import AdapterGradients, Slots
+from esper_kernels import Statistics
 
 # The program runs once: it takes less time to run it slowly than to optimise it.
 _INIT_OPTIONS: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}

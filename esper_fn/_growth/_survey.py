@@ -14,8 +14,9 @@ from esper_fn._control import vary_alike, vary_as_after
 from esper_fn._growth._births import remember
 from esper_fn._growth._checks import check_state, loss_of
 from esper_fn._growth._state import GrowthState, LossFn, SurveyInfo
-from esper_fn._layout import Moments, slot_gains, view, zero_probes, zero_taps
+from esper_fn._layout import slot_gains, view, zero_probes, zero_taps
 from esper_fn._leaves import check_leaves
+from esper_fn._sites import Moments
 from esper_fn._typing import Array, Bool, Float32, Int32, Params, Scalar
 from esper_fn.lifecycle import NONE, Stage, is_in
 

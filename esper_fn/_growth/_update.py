@@ -18,11 +18,12 @@ from esper_fn._growth._checks import (
     scalar_loss,
 )
 from esper_fn._growth._state import GrowthState, StepInfo
-from esper_fn._layout import Statistics, give, give_birth, release, select_slots, slot_gains
+from esper_fn._layout import give, give_birth, release, select_slots, slot_gains
 from esper_fn._typing import Adapters, Array, Bool, Float32, Key, Params, Scalar
 from esper_fn.commands import Commands, no_commands
 from esper_fn.grafting._select import restart, start_alpha, update_alpha
 from esper_fn.lifecycle import NONE, OWNS_ADAPTER, Gate, Move, SeedState, Stage, is_in
+from esper_kernels import Statistics
 
 if TYPE_CHECKING:
     from esper_fn._growth._growth import Growth

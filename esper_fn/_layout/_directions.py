@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from esper_fn._layout._layout import Bank, Layout, serves
-from esper_fn._layout._site import Site
 from esper_fn._records import record
+from esper_fn._sites import Site
 from esper_fn._typing import Array, Bool, Float32, Int32
 from esper_fn.lifecycle import NONE
 

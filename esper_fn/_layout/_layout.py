@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import check_kind, described
-from esper_fn._layout._site import Site
+from esper_fn._sites import Site
 from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
 from esper_fn.base import Blueprint, Cost
 from esper_fn.errors import LayoutError, UnknownNameError
@@ -192,7 +192,7 @@ def make_layout(
     """
     places = tuple(sites) if isinstance(sites, Iterable) else (sites,)
     for place in places:
-        check_kind("sites: each", place, Site, "make a list of them with `ef.site` and `ef.span`")
+        check_kind("sites: each", place, Site, "make a list of them with `ef.site` and `ef.site`")
     if not isinstance(blueprints, Mapping):
         raise TypeError(
             f"blueprints must be a dict of names and blueprints, got {described(blueprints)}; "

@@ -8,9 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._layout._layout import Layout, bank_capacity, local_chunk
-from esper_fn._layout._probe import Moments, zero_moments
-from esper_fn._layout._rounds import BankView, Wiring
-from esper_fn._layout._seeds import Seeds, SeedsStructure, SiteView, Visits
+from esper_fn._sites import (
+    BankView,
+    Moments,
+    Seeds,
+    SeedsStructure,
+    Site,
+    SiteConfig,
+    SiteView,
+    Visits,
+    zero_moments,
+)
 from esper_fn._typing import Adapters, Array, Float32, Int32
 from esper_fn.base import Implementation
 from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
@@ -23,22 +31,16 @@ Probes = tuple[Moments, ...]
 
 
 def zero_taps(layout: Layout) -> Taps:
-    """The taps to differentiate with respect to; see `_forward`."""
+    """The taps to differentiate with respect to; see `esper_fn._sites`."""
     return tuple(
-        jnp.zeros((*_stack(place.layers), place.chunks, NUM_STATISTICS), jnp.float32)
-        for place in layout.sites
+        jnp.zeros((*_stack(site.layers), site.chunks, NUM_STATISTICS), jnp.float32)
+        for site in layout.sites
     )
 
 
 def zero_probes(layout: Layout) -> Probes:
     """The survey's taps."""
-    return tuple(
-        jax.tree.map(
-            lambda leaf, place=place: jnp.zeros((*_stack(place.layers), *leaf.shape), leaf.dtype),
-            jax.eval_shape(lambda place=place: zero_moments(place.source, place.target)),
-        )
-        for place in layout.sites
-    )
+    return tuple(zero_moments(site.source, site.target, site.layers) for site in layout.sites)
 
 
 def _stack(layers: int | None) -> tuple[int, ...]:
@@ -95,51 +97,43 @@ def view(
       visits: where to note the sites that are reached, if anywhere.
     """
     chunk = local_chunk(layout, owner)
-    views, wirings = [], []
-    for index, place in enumerate(layout.sites):
+    views, configs = [], []
+    for index, site in enumerate(layout.sites):
         banks = [bank for bank in layout.tables.banks if bank.site == index]
-        stack, size = _stack(place.layers), bank_capacity(place, layout.capacity)
+        size = bank_capacity(site, layout.capacity)
         bank_views = []
         for bank in banks:
-            here = slice(bank.start, bank.start + bank.num_slots)
+            slots = slice(bank.start, bank.start + bank.num_slots)
             stacked = BankView(
-                adapters=adapters[place.name][layout.names[bank.blueprint]],
-                chunk=chunk[here],
-                gains=gains_of_slots[here],
+                adapters=adapters[site.name][layout.names[bank.blueprint]],
+                chunk=chunk[slots],
+                gains=gains_of_slots[slots],
             )
-            bank_views.append(
-                jax.tree.map(
-                    lambda leaf, stack=stack, place=place: leaf.reshape(
-                        *stack, leaf.shape[0] // place.num_layers, *leaf.shape[1:]
-                    ),
-                    stacked,
-                )
-            )
-        views.append(
-            SiteView(
-                banks=tuple(bank_views),
-                tap=taps[index],
-                probe=None if probes is None else probes[index],
-            )
-        )
-        wirings.append(
-            Wiring(
-                source=place.source,
-                target=place.target,
-                is_span=place.is_span,
-                spec=place.spec,
+            bank_views.append(_by_layer(stacked, site))
+        probe = None if probes is None else probes[index]
+        views.append(SiteView(banks=tuple(bank_views), tap=taps[index], probe=probe))
+        configs.append(
+            SiteConfig(
+                site=site,
                 blueprints=tuple(layout.blueprints[bank.blueprint] for bank in banks),
-                at_once=None if at_once is None else min(at_once, size),
+                adapters_at_once=None if at_once is None else min(at_once, size),
                 implementation=implementation,
+                is_stacked=site.layers is not None,
             )
         )
-    structure = SeedsStructure(
-        sites=layout.sites,
-        wirings=tuple(wirings),
-        is_stacked=tuple(place.layers is not None for place in layout.sites),
-        visits=visits,
-    )
-    return Seeds(structure, tuple(views))
+    return Seeds(SeedsStructure(tuple(configs), visits), tuple(views))
+
+
+def _by_layer(bank: BankView, site: Site) -> BankView:
+    """A bank with a leading axis of layers where the site has layers."""
+    if site.layers is None:
+        return bank
+
+    def split(leaf: Array) -> Array:
+        return leaf.reshape(site.num_layers, leaf.shape[0] // site.num_layers, *leaf.shape[1:])
+
+    split_bank: BankView = jax.tree.map(split, bank)
+    return split_bank
 
 
 def statistics_of(taps: Taps) -> Statistics:
@@ -151,7 +145,7 @@ def statistics_of(taps: Taps) -> Statistics:
 
 def per_slot_tree(layout: Layout, values: Array) -> Mapping[str, Mapping[str, Array]]:
     """`[Q, ...]` in the shape of the adapters: site -> blueprint -> `[P, ...]`."""
-    tree: dict[str, dict[str, Array]] = {place.name: {} for place in layout.sites}
+    tree: dict[str, dict[str, Array]] = {site.name: {} for site in layout.sites}
     for bank in layout.tables.banks:
         site, name = layout.sites[bank.site].name, layout.names[bank.blueprint]
         tree[site][name] = values[bank.start : bank.start + bank.num_slots]

@@ -1,4 +1,4 @@
-"""What has grown: the adapters that act, by name and place instead of by slot."""
+"""What has grown: the adapters that act, by name and position instead of by slot."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from esper_fn._growth import Growth, GrowthState
 from esper_fn._layout import Layout
-from esper_fn._typing import Array, Params
+from esper_fn._sites import BankView, Site, SiteConfig, forward
+from esper_fn._typing import Adapters, Array, Params
 from esper_fn.errors import LayoutError
-from esper_fn.lifecycle import Stage, gains
+from esper_fn.lifecycle import SeedState, Stage, gains
+from esper_kernels import Gains
 
 
 class Adapter(NamedTuple):
@@ -25,7 +27,7 @@ class Adapter(NamedTuple):
     chunk: int
     blueprint: str
     stage: str
-    act: float
+    output_scale: float
     """How much it acts: 1, or alpha while it is grafted in."""
     params: Params
 
@@ -36,52 +38,48 @@ def acting(growth: Growth, state: GrowthState) -> list[Adapter]:
     Adapters that only learn behind the host are no part of the network.
     """
     seeds, adapters = jax.device_get((state.seeds, state.adapters))
-    act = np.asarray(gains(jnp.asarray(seeds.stage), jnp.asarray(seeds.alpha)))[:, 0]
-    tables = growth.layout.tables
-    found = []
-    for seed in np.flatnonzero((seeds.slot >= 0) & (act != 0)).tolist():
-        place, layer, chunk = growth.layout.locate(seed)
-        slot = int(seeds.slot[seed])
-        bank = next(b for b in tables.banks if b.start <= slot < b.start + b.num_slots)
-        name = growth.layout.names[bank.blueprint]
-        at = slot - bank.start
-        found.append(
-            Adapter(
-                seed=seed,
-                site=place.name,
-                layer=layer,
-                chunk=chunk,
-                blueprint=name,
-                stage=Stage(int(seeds.stage[seed])).name,
-                act=float(act[seed]),
-                params=jax.tree.map(lambda leaf, at=at: leaf[at], adapters[place.name][name]),
-            )
-        )
-    return found
+    scale = np.asarray(gains(jnp.asarray(seeds.stage), jnp.asarray(seeds.alpha)))[:, 0]
+    acting_seeds = np.flatnonzero((seeds.slot >= 0) & (scale != 0)).tolist()
+    return [
+        _adapter(growth.layout, adapters, seeds, float(scale[seed]), seed) for seed in acting_seeds
+    ]
 
 
-class _Placed(NamedTuple):
-    """Adapters of one blueprint at one site, `[n, ...]`; a site inside a stack has `[L, n,
-    ...]`.
-    """
+def _adapter(
+    layout: Layout, adapters: Adapters, seeds: SeedState, output_scale: float, seed: int
+) -> Adapter:
+    site, layer, chunk = layout.locate(seed)
+    slot = int(seeds.slot[seed])
+    bank = next(b for b in layout.tables.banks if b.start <= slot < b.start + b.num_slots)
+    name = layout.names[bank.blueprint]
 
-    params: Params
-    chunk: Array
-    act: Array
-    """0 where there is no adapter."""
+    def own(leaf: np.ndarray) -> np.ndarray:
+        row: np.ndarray = leaf[slot - bank.start]
+        return row
+
+    return Adapter(
+        seed=seed,
+        site=site.name,
+        layer=layer,
+        chunk=chunk,
+        blueprint=name,
+        stage=Stage(int(seeds.stage[seed])).name,
+        output_scale=output_scale,
+        params=jax.tree.map(own, adapters[site.name][name]),
+    )
 
 
 @jax.tree_util.register_pytree_node_class
 class FixedSeeds:
     """Stands in for `Seeds` where what has grown is fixed: no slots, no lifecycle, no state."""
 
-    def __init__(self, layout: Layout, placed: dict[str, dict[str, _Placed]]) -> None:
+    def __init__(self, layout: Layout, banks: dict[str, dict[str, BankView]]) -> None:
         """See `fixed`."""
-        self._layout, self._placed = layout, placed
+        self._layout, self._banks = layout, banks
 
     def tree_flatten(self) -> tuple[tuple[Any], Layout]:
         """The adapters are the children."""
-        return (self._placed,), self._layout
+        return (self._banks,), self._layout
 
     @classmethod
     def tree_unflatten(cls, layout: Layout, children: tuple[Any]) -> FixedSeeds:
@@ -89,47 +87,33 @@ class FixedSeeds:
         return cls(layout, *children)
 
     def grow(self, name: str, x: Array, *, source: Array | None = None) -> Array:
-        """`x + act r` for each adapter of the site; features beyond the site's are left as they
-        are.
+        """`x + output_scale * r` for each adapter of the site.
 
-        A host into which adapters were folded may have wider activations than its sites.
+        A host into which adapters were folded may have wider activations than its sites; features
+        beyond the site's are left as they are.
         """
-        place = self._layout.sites[self._layout.site_index(name)]
-        read = (x if source is None else source)[..., : place.source.features]
-        y = x
-        for blueprint_name, placed in self._placed.get(name, {}).items():
-            blueprint = self._layout.blueprints[self._layout.blueprint_index(blueprint_name)]
-            for n in range(placed.chunk.shape[0]):
-                adapter = jax.tree.map(lambda leaf, n=n: leaf[n], placed.params)
-                chunk, act = placed.chunk[n], placed.act[n].astype(x.dtype)
-                u = _read(read, place.source, chunk)
-                mask = jnp.asarray(place.source.mask)[chunk]
-                r = blueprint.apply(adapter, u, place.spec, mask)
-                r = jnp.where(act != 0, act * r, jnp.zeros_like(r))
-                columns, is_real = _columns(place.target, chunk)
-                columns = jnp.where(is_real, columns, x.shape[-1])
-                y = y.at[..., columns].add(r, mode="drop")
-        return y
+        site, banks = self._layout.sites[self._layout.site_index(name)], self._banks.get(name, {})
+        config = SiteConfig(
+            site=site,
+            blueprints=tuple(
+                self._layout.blueprints[self._layout.blueprint_index(blueprint)]
+                for blueprint in banks
+            ),
+            adapters_at_once=None,
+            implementation="loops",
+        )
+        inputs = (x if source is None else source)[..., : site.source.features]
+        y, _ = forward(config, tuple(banks.values()), inputs, x[..., : site.features])
+        return jnp.concatenate([y, x[..., site.features :]], axis=-1)
 
     def layers(self, name: str) -> FixedSeeds:
         """The seeds of a site inside a scanned stack, with a leading axis L to be scanned over."""
-        return FixedSeeds(self._layout, {name: self._placed.get(name, {})})
+        return FixedSeeds(self._layout, {name: self._banks.get(name, {})})
 
     def layer(self, name: str, index: int | Array) -> FixedSeeds:
         """The seeds of one layer of a site inside a stack."""
-        at_site = jax.tree.map(lambda leaf: leaf[index], self._placed.get(name, {}))
+        at_site = jax.tree.map(lambda leaf: leaf[index], self._banks.get(name, {}))
         return FixedSeeds(self._layout, {name: at_site})
-
-
-def _columns(chunking: Any, chunk: Array) -> tuple[Array, Array]:
-    offsets = jnp.arange(chunking.widest, dtype=jnp.int32)
-    return jnp.asarray(chunking.starts)[chunk] + offsets, jnp.asarray(chunking.mask)[chunk]
-
-
-def _read(x: Array, chunking: Any, chunk: Array) -> Array:
-    columns, is_real = _columns(chunking, chunk)
-    columns = jnp.where(is_real, columns, x.shape[-1])
-    return jnp.take(x, columns, axis=-1, mode="fill", fill_value=0)
 
 
 def fixed(layout: Layout, adapters: Sequence[Adapter]) -> FixedSeeds:
@@ -138,42 +122,42 @@ def fixed(layout: Layout, adapters: Sequence[Adapter]) -> FixedSeeds:
     Raises:
       LayoutError: an adapter of a site or blueprint that the layout does not have.
     """
-    placed: dict[str, dict[str, _Placed]] = {}
+    sites = [site.name for site in layout.sites]
     for adapter in adapters:
-        if adapter.blueprint not in layout.names or adapter.site not in [
-            s.name for s in layout.sites
-        ]:
+        if adapter.blueprint not in layout.names or adapter.site not in sites:
             raise LayoutError(f"the layout has no {adapter.blueprint!r} at {adapter.site!r}")
-    for place in layout.sites:
+    banks: dict[str, dict[str, BankView]] = {}
+    for site in layout.sites:
         for name in layout.names:
-            here = [
-                adapter
-                for adapter in adapters
-                if (adapter.site, adapter.blueprint) == (place.name, name)
-            ]
-            if not here:
-                continue
-            rows = [
-                [adapter for adapter in here if adapter.layer == layer]
-                for layer in range(place.num_layers)
-            ]
-            width = max(map(len, rows))
-            layers = [_stacked(row, width, here[0].params) for row in rows]
-            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-            if place.layers is None:
-                stack = layers[0]
-            placed.setdefault(place.name, {})[name] = stack
-    return FixedSeeds(layout, placed)
+            own = [one for one in adapters if (one.site, one.blueprint) == (site.name, name)]
+            if own:
+                banks.setdefault(site.name, {})[name] = _bank(own, site)
+    return FixedSeeds(layout, banks)
 
 
-def _stacked(adapters: Sequence[Adapter], width: int, like: Params) -> _Placed:
-    nothing = jax.tree.map(jnp.zeros_like, like)
-    filled = [adapter.params for adapter in adapters] + [nothing] * (width - len(adapters))
-    num_free = width - len(adapters)
-    return _Placed(
-        params=jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *filled),
-        chunk=jnp.asarray([adapter.chunk for adapter in adapters] + [0] * num_free, jnp.int32),
-        act=jnp.asarray([adapter.act for adapter in adapters] + [0.0] * num_free, jnp.float32),
+def _bank(adapters: Sequence[Adapter], site: Site) -> BankView:
+    """Adapters of one blueprint at one site, with a leading axis of layers where it has layers."""
+    by_layer: list[list[Adapter]] = [[] for _ in range(site.num_layers)]
+    for adapter in adapters:
+        by_layer[adapter.layer].append(adapter)
+    num_slots = max(map(len, by_layer))
+    layers = [_stacked(row, num_slots, adapters[0].params) for row in by_layer]
+    if site.layers is None:
+        return layers[0]
+    stacked: BankView = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return stacked
+
+
+def _stacked(adapters: Sequence[Adapter], num_slots: int, like: Params) -> BankView:
+    num_free = num_slots - len(adapters)
+    params = [adapter.params for adapter in adapters]
+    params += [jax.tree.map(jnp.zeros_like, like)] * num_free
+    zeros = jnp.zeros((num_slots,), jnp.float32)
+    scale = jnp.asarray([adapter.output_scale for adapter in adapters] + [0.0] * num_free)
+    return BankView(
+        adapters=jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *params),
+        chunk=jnp.asarray([adapter.chunk for adapter in adapters] + [-1] * num_free, jnp.int32),
+        gains=jnp.stack(Gains(scale, zeros, zeros, zeros), axis=-1),
     )
 
 
@@ -196,7 +180,7 @@ def fold(
         blueprint = layout.blueprints[layout.blueprint_index(adapter.blueprint)]
         taken = None
         if host_fold is not None and adapter.stage == Stage.FOSSILIZED.name:
-            taken = host_fold(params, adapter.site, blueprint, adapter.params, adapter.act)
+            taken = host_fold(params, adapter.site, blueprint, adapter.params, adapter.output_scale)
         if taken is None:
             rest.append(adapter)
         else:

@@ -10,7 +10,8 @@ import numpy as np
 
 from esper_fn import blueprints
 from esper_fn._arguments import check_kind
-from esper_fn._layout import Layout, make_layout, site
+from esper_fn._layout import Layout, make_layout
+from esper_fn._sites import site
 from esper_fn._typing import Array
 from esper_fn.commands import Kind
 from esper_fn.lifecycle import NONE, NUM_STAGES, Stage, loss_track, seed_state, track_loss

@@ -11,7 +11,8 @@ import optax
 
 from esper_fn import checkpoint, rollback
 from esper_fn._growth import Growth, GrowthState
-from esper_fn._layout import Layout, Site, make_layout
+from esper_fn._layout import Layout, make_layout
+from esper_fn._sites import Site
 from esper_fn._typing import Key
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState

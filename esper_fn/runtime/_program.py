@@ -10,8 +10,8 @@ import optax
 
 from esper_fn._arguments import check_function
 from esper_fn._growth import Growth, LossFn, StepInfo
-from esper_fn._layout import NoSeeds
 from esper_fn._leaves import combine, partition, strengthen
+from esper_fn._sites import NoSeeds
 from esper_fn._typing import Params
 from esper_fn.commands import Commands
 from esper_fn.runtime._scan import scan_steps

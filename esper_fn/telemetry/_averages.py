@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._layout import Statistics
 from esper_fn._typing import Array, Bool, Float32
 from esper_fn.lifecycle import FAST_STEPS, SLOW_STEPS, SeedState, average
+from esper_kernels import Statistics
 
 
 class SeedEvidence(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._layout import Moments
+from esper_fn._sites import Moments
 from esper_fn._typing import Array, Float32
 
 NUM_DIRECTIONS = 4

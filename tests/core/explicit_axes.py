@@ -27,7 +27,7 @@ STEPS, EVERY = 5, 2
 GROWTH = ef.Growth(
     sites=[
         ef.site("hidden", features=12, chunks=5),
-        ef.span("over", source_features=12, features=6, chunks=2),
+        ef.site("over", source_features=12, features=6, chunks=2),
         ef.site("deep", features=6, chunks=2, layers=2),
     ],
     blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},

@@ -18,7 +18,7 @@ from esper_fn.lifecycle import Stage
 LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=11, chunks=3),
-        ef.span("over", source_features=11, features=6, chunks=2),
+        ef.site("over", source_features=11, features=6, chunks=2),
     ],
     blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
     capacity=3,

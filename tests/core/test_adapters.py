@@ -41,7 +41,7 @@ def _root() -> ef.blueprints.Blueprint:
 LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=CHUNKS * WIDTH, chunks=CHUNKS),
-        ef.span("over", source_features=CHUNKS * WIDTH, features=9, chunks=CHUNKS),
+        ef.site("over", source_features=CHUNKS * WIDTH, features=9, chunks=CHUNKS),
     ],
     blueprints={"relu": ef.blueprints.bottleneck(3), "root": _root()},
     capacity=CHUNKS,
@@ -163,6 +163,27 @@ def test_a_broken_adapter_reaches_nothing(stage: Stage, fault: str, at_once: int
     for seed in set(range(LAYOUT.num_seeds)) - set(broken):
         assert info.stage[seed] == bad.seeds.stage[seed]
         assert after.seeds.error_count[seed] == 0
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3])
+def test_outputs_that_are_not_finite_are_left_out_entry_by_entry(at_once: int | None) -> None:
+    growth, state, run, _, params, x = setting(at_once)
+    sound = populated(growth, state, Stage.FINE_TUNING)
+    slot = int(sound.seeds.slot[BAD]) - LAYOUT.tables.banks[0].start
+    adapters = {site: dict(banks) for site, banks in sound.adapters.items()}
+    leaves = dict(adapters["hidden"]["relu"])
+    leaves["up"] = leaves["up"].at[slot, :, 0].set(jnp.nan)
+    adapters["hidden"]["relu"] = leaves
+    broken = sound._replace(adapters=adapters)
+    ((_, (clean, _)), _, _) = run(params, sound, x)
+    ((_, (y, _)), (d_params, d_adapters), statistics) = run(params, broken, x)
+    first = BAD * WIDTH
+    rest = np.delete(np.arange(CHUNKS * WIDTH), first)
+    assert same_bits(y[:, first], x[:, first])
+    assert same_bits(y[:, rest], clean[:, rest])
+    assert np.isfinite(d_params["scale"]).all()
+    assert not any(np.any(leaf) for leaf in adapter_of(growth, broken, BAD, d_adapters).values())
+    assert (statistics.num_errors[BAD], statistics.output_square[BAD]) == (1.0, 0.0)
 
 
 def test_an_adapter_is_not_blamed_for_what_it_is_fed() -> None:

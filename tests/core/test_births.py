@@ -14,7 +14,8 @@ from support import QUICK, adapter_of, same_bits
 
 import esper_fn as ef
 from esper_fn import commands as cmd
-from esper_fn._layout import Moments, make_layout
+from esper_fn._layout import make_layout
+from esper_fn._sites import Moments
 from esper_fn.base import AdapterSpec
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import directions
@@ -177,7 +178,7 @@ def test_check_holds_blueprints_to_the_contract_of_directions() -> None:
 
 SITES = (
     ef.site("hidden", features=11, chunks=2),
-    ef.span("over", source_features=11, features=5),
+    ef.site("over", source_features=11, features=5),
     ef.site("deep", features=5, chunks=2, layers=2),
 )
 NAMES = {

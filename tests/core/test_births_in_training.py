@@ -42,7 +42,7 @@ def planted() -> Any:
     noise = jnp.asarray(rng.standard_normal((ROWS, OUTPUTS)) * 0.1, jnp.float32)
     batch = x, x @ host + jnp.sin(x @ missing) + noise
     layout = make_layout(
-        sites=[ef.span("here", source_features=FEATURES, features=OUTPUTS)],
+        sites=[ef.site("here", source_features=FEATURES, features=OUTPUTS)],
         blueprints={
             "low_rank": ef.blueprints.low_rank(4),
             "bottleneck": ef.blueprints.bottleneck(4),

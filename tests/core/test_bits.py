@@ -58,7 +58,7 @@ def mlp(dtype: str = "float32") -> Host:
         sites=[
             ef.site("first", features=width, chunks=6),
             ef.site("second", features=width, chunks=5),
-            ef.span("over", source_features=width, features=width, chunks=6),
+            ef.site("over", source_features=width, features=width, chunks=6),
         ],
         blueprints={"low_rank": ef.blueprints.low_rank(3)},
         capacity=6,

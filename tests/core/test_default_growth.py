@@ -252,7 +252,7 @@ def test_an_adapter_that_learns_behind_the_host_does_not_overshoot(chunks: int) 
 
 SITES = (
     ef.site("here", features=6, chunks=3),
-    ef.span("across", source_features=6, features=5, chunks=3),
+    ef.site("across", source_features=6, features=5, chunks=3),
 )
 RATES = np.asarray([0.7, 0.0, 2.5, 0.4, 1.3, 0.0], np.float32)
 """`telemetry.gradient_scale` of each seed; 0 is unknown."""

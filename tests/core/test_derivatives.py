@@ -19,7 +19,7 @@ from esper_fn.lifecycle import Stage
 LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=7, chunks=3),
-        ef.span("over", source_features=7, features=5, chunks=2),
+        ef.site("over", source_features=7, features=5, chunks=2),
     ],
     blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
     capacity=3,

@@ -18,7 +18,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 @pytest.mark.parametrize("way", ["data", "features"])
 def test_divided_arrays_measure_and_decide_as_whole_ones(way: str) -> None:
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(Path(ef.__file__).parents[1])])
+    path = os.pathsep.join([str(here), str(Path(ef.__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-W", "error", str(here / "explicit_axes.py"), way],
         env={

@@ -14,7 +14,7 @@ from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
 from esper_fn._layout import make_layout
-from esper_fn._layout._site import Site
+from esper_fn._sites import Site
 from esper_fn.errors import LayoutError
 from esper_fn.lifecycle import Stage
 
@@ -32,7 +32,7 @@ ALL, FEW = tuple(DENSE), ("low_rank", "normalised")
 SITES = (
     ef.site("even", features=45, chunks=9),
     ef.site("uneven", features=48, chunks=9),
-    ef.span("span", source_features=48, features=31, chunks=9),
+    ef.site("span", source_features=48, features=31, chunks=9),
 )
 
 

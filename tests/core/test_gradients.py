@@ -13,15 +13,16 @@ import pytest
 from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
-from esper_fn._layout import Statistics, make_layout
+from esper_fn._layout import make_layout
 from esper_fn.lifecycle import NUM_STAGES, Stage, gains
+from esper_kernels import Statistics
 
 ALPHA = 0.6
 ROWS = 6
 INPUTS, OUTPUTS = 24, 23  # features: 11 chunks, the first ones one wider
 SITES = (
     ef.site("here", features=INPUTS, chunks=NUM_STAGES),
-    ef.span("across", source_features=INPUTS, features=OUTPUTS, chunks=NUM_STAGES),
+    ef.site("across", source_features=INPUTS, features=OUTPUTS, chunks=NUM_STAGES),
 )
 LAYOUT = make_layout(
     sites=SITES,

@@ -241,7 +241,7 @@ def test_shard_map_over_one_device() -> None:
 def test_two_devices_take_the_same_decisions() -> None:
     """In a process of its own, where XLA is told of two CPU devices."""
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(Path(ef.__file__).parents[1])])
+    path = os.pathsep.join([str(here), str(Path(ef.__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-W", "error", str(here / "sharded.py")],
         env={

@@ -41,9 +41,9 @@ def test_more_chunks_than_features_are_refused(chunks: int) -> None:
     with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features; .* at most 4"):
         ef.site("s", features=4, chunks=chunks)
     with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features"):
-        ef.span("s", source_features=4, features=200, chunks=chunks)
+        ef.site("s", source_features=4, features=200, chunks=chunks)
     with pytest.raises(LayoutError, match=f"{chunks} chunks do not fit 4 features"):
-        ef.span("s", source_features=200, features=4, chunks=chunks)
+        ef.site("s", source_features=200, features=4, chunks=chunks)
 
 
 @pytest.mark.parametrize("field", ["features", "chunks", "layers", "positions"])
@@ -55,7 +55,7 @@ def test_sizes_are_positive_ints(field: str, value: Any) -> None:
 
 def test_other_fields_of_a_site() -> None:
     with pytest.raises(LayoutError, match="source_features must be a positive int, got 0"):
-        ef.span("s", source_features=0, features=4)
+        ef.site("s", source_features=0, features=4)
     with pytest.raises(LayoutError, match="non-empty name, got ''"):
         ef.site("", features=4)
     with pytest.raises(LayoutError, match=r"topology must be one of \('vector', .*got 'graph'"):
@@ -77,7 +77,7 @@ def test_a_layout_says_what_does_not_fit() -> None:
     image = ef.site("i", features=4, topology="image")
     with pytest.raises(LayoutError, match=r"no blueprint serves site 's' \(vector\).*\['conv'\]"):
         _layout(image, site, blueprints=CONV)
-    wide = ef.span("w", source_features=4, features=8, topology="image")
+    wide = ef.site("w", source_features=4, features=8, topology="image")
     with pytest.raises(LayoutError, match=r"no blueprint serves site 'w' \(image, a span\)"):
         _layout(image, wide, blueprints=CONV)
     for capacity in (0, -1, 2.0, True):
@@ -91,7 +91,7 @@ def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None
     layout = _layout(
         ef.site("a", features=6, chunks=2),
         ef.site("b", features=6, chunks=3, layers=2),
-        ef.span("c", source_features=4, features=2),
+        ef.site("c", source_features=4, features=2),
     )
     assert layout.num_seeds == 2 + 6 + 1
     names = [layout.locate(seed) for seed in range(layout.num_seeds)]
@@ -120,7 +120,7 @@ def test_seeds_are_numbered_site_by_site_layer_by_layer_chunk_by_chunk() -> None
 
 SITES = (
     ef.site("plain", features=6, chunks=2),
-    ef.span("wide", source_features=4, features=6),
+    ef.site("wide", source_features=4, features=6),
     ef.site("deep", features=6, layers=2),
     ef.site("text", features=6, topology="sequence"),
 )

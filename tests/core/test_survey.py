@@ -14,7 +14,8 @@ import pytest
 from support import QUICK, blank, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn._layout import Moments, make_layout
+from esper_fn._layout import make_layout
+from esper_fn._sites import Moments
 from esper_fn.lifecycle import Stage
 from esper_fn.telemetry import potentials
 
@@ -84,7 +85,7 @@ def test_nothing_to_gain_scores_zero() -> None:
 LAYOUT = make_layout(
     sites=[
         ef.site("hidden", features=11, chunks=2),
-        ef.span("over", source_features=11, features=6),
+        ef.site("over", source_features=11, features=6),
         ef.site("deep", features=6, chunks=2, layers=2),
     ],
     blueprints={"gelu": ef.blueprints.bottleneck(3, activation="gelu")},
@@ -239,7 +240,7 @@ def test_the_whitened_score_names_the_damaged_layer(damaged: int) -> None:
     widths = [64, 32, 32, 32, 10]
     widths[damaged] = 3
     spans = [
-        ef.span(f"layer {i}", source_features=widths[i - 1], features=widths[i + 1])
+        ef.site(f"layer {i}", source_features=widths[i - 1], features=widths[i + 1])
         for i in (1, 2, 3)
     ]
 

@@ -138,6 +138,25 @@ class TestConformance:
         np.testing.assert_array_equal(broken.channels[[0, 2]], clean.channels[[0, 2]])
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_outputs_that_are_not_finite_are_left_out_entry_by_entry(self, run):
+        inputs = draw(PLAIN)
+        clean = run(PLAIN, inputs)
+        chunk, slot = 1, int(inputs.slot[1])
+        up = inputs.up.copy()
+        up[slot, :, 0] = np.nan
+        broken = run(PLAIN, inputs._replace(up=up))
+        host = truth(PLAIN, inputs._replace(slot=np.full(3, -1, np.int32)), "bfloat16")
+        first = chunk * WIDE
+        rest = np.delete(np.arange(3 * WIDE), first)
+        np.testing.assert_array_equal(broken.y[:, first], host.y[:, first])
+        np.testing.assert_array_equal(bits(broken.y[:, rest]), bits(clean.y[:, rest]))
+        mine = slice(first, first + WIDE)
+        np.testing.assert_array_equal(broken.dx[:, mine], host.dx[:, mine])
+        for field in ("down", "up", "bias"):
+            assert not getattr(broken, field)[slot].any()
+        assert broken.channels[chunk, 1:].tolist() == [1, 0, 0, 1]
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_broken_input_stays_in_its_chunk_and_is_no_error_of_the_adapter(self, run, value):
         inputs = draw(PLAIN)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from esper_fn._layout import NoSeeds, Seeds, Site
+from esper_fn._sites import NoSeeds, Seeds, Site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.base import Blueprint
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._layout import NoSeeds, Seeds, site
+from esper_fn._sites import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.demo.hosts._base import Host, dense, dense_init
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
-from esper_fn._layout import NoSeeds, Seeds, Site, site, span
+from esper_fn._sites import NoSeeds, Seeds, Site, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.base import Blueprint
 from esper_fn.demo.hosts._base import Host, dense, dense_init
@@ -35,7 +35,7 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
         if chunks:
             sites.append(site(f"hidden{k}", features=sizes[k], chunks=min(chunks, sizes[k])))
         sites.extend(
-            span(f"layer{k}.{i}", source_features=sizes[k - 1], features=sizes[k + 1])
+            site(f"layer{k}.{i}", source_features=sizes[k - 1], features=sizes[k + 1])
             for i in range(spans)
         )
 

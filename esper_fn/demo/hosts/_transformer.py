@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from esper_fn._layout import NoSeeds, Seeds, site
+from esper_fn._sites import NoSeeds, Seeds, site
 from esper_fn._typing import Array, Key, Params
 from esper_fn.demo.hosts._base import Host
 

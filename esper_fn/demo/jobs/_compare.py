@@ -14,7 +14,7 @@ import optax
 
 from esper_fn import optim, policies, runtime
 from esper_fn._growth import Growth
-from esper_fn._layout import NoSeeds
+from esper_fn._sites import NoSeeds
 from esper_fn._typing import Array, Params
 from esper_fn.demo.data import Dataset
 from esper_fn.demo.hosts import Host, count_parameters

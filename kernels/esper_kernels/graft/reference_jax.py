@@ -1,15 +1,15 @@
-"""The definition of `graft` in `jax.numpy`; what XLA runs where there is no kernel."""
+"""The definition of `graft` in `jax.numpy`, by `rule_jax`; XLA runs it where there is no kernel."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_kernels._records import Adapter
+from esper_kernels import rule_jax
+from esper_kernels._records import Adapter, BackwardStatistics, ForwardStatistics, Gains
 from esper_kernels.graft._case import Case
 
 Array = jax.Array
@@ -22,23 +22,16 @@ def refuses(case: Case) -> str | None:
 
 
 def split(case: Case, x: Array) -> Array:
-    """[N, D] as [N, C, F], zero where a narrow chunk is padded."""
+    """[N, D] as [C, N, F], zero where a narrow chunk is padded."""
     if case.is_even:
-        return x.reshape(x.shape[0], case.chunks, case.width)
-    chunking = case.chunking
-    columns = np.where(chunking.mask, chunking.columns, 0)
-    return jnp.where(chunking.mask[None], x[:, columns], jnp.zeros((), x.dtype))
+        return jnp.moveaxis(x.reshape(x.shape[0], case.chunks, case.width), 1, 0)
+    chunks = jnp.take(x, case.chunking.columns, axis=1, mode="fill", fill_value=0)
+    return jnp.moveaxis(chunks, 1, 0)
 
 
 def _join(case: Case, parts: Array) -> Array:
-    flat = parts.reshape(parts.shape[0], case.chunks * case.width)
-    if case.is_even:
-        return flat
-    return flat[:, np.flatnonzero(case.chunking.mask)]
-
-
-def _wide(dtype: Any) -> Any:
-    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+    flat = jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], case.chunks * case.width)
+    return flat if case.is_even else flat[:, np.flatnonzero(case.chunking.mask)]
 
 
 def _activate(activation: str, h: Array) -> Array:
@@ -51,16 +44,23 @@ def _activate(activation: str, h: Array) -> Array:
     return h
 
 
-def _run(activation: str, adapter: Adapter, u: Array) -> Array:
-    """`r` of every chunk; `adapter` has one row a chunk."""
-    h = jnp.einsum("ncf,cfr->ncr", u, adapter.down)
-    if adapter.bias is not None:
-        h = h + adapter.bias[None]
-    if adapter.gate is not None:
-        a = jax.nn.silu(jnp.einsum("ncf,cfr->ncr", u, adapter.gate)) * h
+def _run(case: Case, adapter: Adapter, u: Array) -> Array:
+    """The output of every chunk's adapter; `adapter` has one row a chunk, `u` is [C, N, F]."""
+    down, up, bias, gate = jax.tree.map(lambda leaf: leaf.astype(u.dtype), adapter)
+    if not case.is_even:
+        # What a slot holds beyond a narrow chunk's width is nobody's.
+        is_real, zero = jnp.asarray(case.chunking.mask), jnp.zeros((), u.dtype)
+        down = jnp.where(is_real[:, :, None], down, zero)
+        up = jnp.where(is_real[:, None, :], up, zero)
+        gate = None if gate is None else jnp.where(is_real[:, :, None], gate, zero)
+    h = jnp.einsum("cnf,cfr->cnr", u, down)
+    if bias is not None:
+        h = h + bias[:, None]
+    if gate is not None:
+        a = jax.nn.silu(jnp.einsum("cnf,cfr->cnr", u, gate)) * h
     else:
-        a = _activate(activation, h)
-    return jnp.einsum("ncr,crf->ncf", a, adapter.up)
+        a = _activate(case.activation, h)
+    return jnp.einsum("cnr,crf->cnf", a, up)
 
 
 def is_live(case: Case, slot: Array, gains: Array) -> Array:
@@ -68,54 +68,40 @@ def is_live(case: Case, slot: Array, gains: Array) -> Array:
     return (slot >= 0) & (slot < case.slots) & jnp.any(gains != 0, axis=1)
 
 
-def _gather(case: Case, adapter: Adapter, slot: Array, dtype: Any) -> Adapter:
+def _of_live(case: Case, columns: Array, slot: Array, gains: Array) -> Array:
+    return jnp.where(is_live(case, slot, gains)[:, None], columns, jnp.zeros_like(columns))
+
+
+def _gather(case: Case, adapter: Adapter, slot: Array) -> Adapter:
     rows = jnp.clip(slot, 0, case.slots - 1)
-    own: Adapter = jax.tree.map(lambda leaf: leaf[rows].astype(dtype), adapter)
-    if case.is_even:
-        return own
-    # What a slot holds beyond a narrow chunk's width is nobody's.
-    is_real, zero = jnp.asarray(case.chunking.mask), jnp.zeros((), dtype)
-    return own._replace(
-        down=jnp.where(is_real[:, :, None], own.down, zero),
-        up=jnp.where(is_real[:, None, :], own.up, zero),
-        gate=None if own.gate is None else jnp.where(is_real[:, :, None], own.gate, zero),
-    )
-
-
-def _add(base: Array, gain: Array, values: Array) -> Array:
-    """`base + gain * values`; `base` itself where the gain is 0 or a value is not finite."""
-    gain = gain.astype(_wide(base.dtype))[None, :, None]
-    wide = base.astype(gain.dtype) + gain * values.astype(gain.dtype)
-    return jnp.where((gain != 0) & jnp.isfinite(values), wide.astype(base.dtype), base)
+    own: Adapter = jax.tree.map(lambda leaf: leaf[rows], adapter)
+    return own
 
 
 def watch(case: Case, x: Array) -> Array:
-    """[C, 5]: `num_values, total, square, num_features, num_dead`."""
-    wide = x.astype(_wide(x.dtype))
+    """[C, 5]: the columns of `ForwardStatistics`."""
+    wide = x.astype(rule_jax.accumulator(x.dtype))
     square, total = jnp.sum(wide * wide, axis=0)[None], jnp.sum(wide, axis=0)[None]
-    widths = jnp.asarray(case.chunking.sizes, wide.dtype)
-    real = jnp.asarray(case.chunking.mask, wide.dtype)
-    is_dead = (split(case, square)[0] == 0).astype(wide.dtype) * real
-    return jnp.stack(
-        [
-            widths * x.shape[0],
-            jnp.sum(split(case, total)[0], axis=1),
-            jnp.sum(split(case, square)[0], axis=1),
-            widths,
-            jnp.sum(is_dead, axis=1),
-        ],
-        axis=1,
+    sizes = jnp.asarray(case.chunking.sizes, wide.dtype)
+    is_dead = (split(case, square)[:, 0] == 0) & jnp.asarray(case.chunking.mask)
+    statistics = ForwardStatistics(
+        num_values=sizes * x.shape[0],
+        total=jnp.sum(split(case, total)[:, 0], axis=1),
+        square=jnp.sum(split(case, square)[:, 0], axis=1),
+        num_features=sizes,
+        num_dead=jnp.sum(is_dead.astype(wide.dtype), axis=1),
     )
+    return jnp.stack(statistics, axis=1)
 
 
 def forward(
     case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
 ) -> tuple[Array, Array]:
     """`y` and `watched`; see the README beside this file."""
-    act = jnp.where(is_live(case, slot, gains), gains[:, 0], jnp.zeros((), gains.dtype))
     u = split(case, x)
-    r = _run(case.activation, _gather(case, adapter, slot, x.dtype), u)
-    return _join(case, _add(u, act, r)), watch(case, x)
+    r = _run(case, _gather(case, adapter, slot), u)
+    scale = Gains.from_columns(_of_live(case, gains, slot, gains)).output_scale
+    return _join(case, rule_jax.blend(u, rule_jax.per_adapter(scale, r), r)), watch(case, x)
 
 
 def forward_in_place(
@@ -126,52 +112,29 @@ def forward_in_place(
     return y, _of_live(case, watched, slot, gains)
 
 
-def _of_live(case: Case, measured: Array, slot: Array, gains: Array) -> Array:
-    return jnp.where(is_live(case, slot, gains)[:, None], measured, jnp.zeros_like(measured))
-
-
 def backward(
     case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
 ) -> tuple[Array, Adapter, Array]:
     """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
-    live = is_live(case, slot, gains)
-    learn, feel, damping = (
-        jnp.where(live, gains[:, k], jnp.zeros((), gains.dtype)) for k in (1, 2, 3)
-    )
+    del watched  # the rule looks at what it reads itself
+    live, named = is_live(case, slot, gains), Gains.from_columns(_of_live(case, gains, slot, gains))
     u, slope = split(case, x), split(case, dy)
-    narrow = _gather(case, adapter, slot, x.dtype)
-    r, pull = jax.vjp(partial(_run, case.activation), narrow, u)
-    # An adapter that is felt is not damped, so `d_u` is the host's own wherever it is read.
-    damping = jnp.where(feel == 0, damping, jnp.zeros((), gains.dtype))
-    d_adapter, d_u = pull(_add(slope, damping, r))
+    own = _gather(case, adapter, slot)
+    pulled = rule_jax.pullback(partial(_run, case), named, own, u, slope)
+    scale = rule_jax.per_adapter(named.input_grad_scale, slope)
+    rows = jnp.where(live, slot, case.slots)
 
-    wide = _wide(x.dtype)
-    gradient_square = jnp.sum(jnp.square(slope.astype(wide)), axis=(0, 2))
-    output_square = jnp.sum(jnp.square(r.astype(wide)), axis=(0, 2))
-    utility = -jnp.sum(slope.astype(wide) * r.astype(wide), axis=(0, 2))
-    is_sound = jnp.isfinite(output_square)
-    is_flowing = is_sound & jnp.all(jnp.isfinite(d_u), axis=(0, 2))
-    for leaf in jax.tree.leaves(d_adapter):
-        is_flowing &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-    fed = jnp.isfinite(gradient_square) & jnp.isfinite(watched[:, 2])
+    def scatter(leaf: Array, like: Array) -> Array:
+        return jnp.zeros_like(like).at[rows].set(leaf, mode="drop")
 
-    rows = jnp.where(live & is_flowing & (learn != 0), slot, case.slots)
-
-    def learned(leaf: Array, of: Array) -> Array:
-        share = leaf.astype(wide) * learn.astype(wide).reshape(-1, *(1,) * (leaf.ndim - 1))
-        return jnp.zeros_like(of).at[rows].set(share.astype(of.dtype), mode="drop")
-
-    zero = jnp.zeros((), wide)
-    channels = [
-        jnp.where(live, jnp.ones((), wide), zero),
-        jnp.where(live & is_sound, output_square, zero),
-        jnp.where(live & is_sound, utility, zero),
-        (live & fed & ~is_flowing).astype(wide),
-    ]
+    of_live = jax.tree.map(lambda leaf: jnp.where(live, leaf, 0), pulled.statistics)
+    channels: BackwardStatistics = of_live._replace(
+        gradient_square=pulled.statistics.gradient_square
+    )
     return (
-        _join(case, _add(slope, feel, d_u)),
-        jax.tree.map(learned, d_adapter, adapter),
-        jnp.stack([gradient_square, *channels], axis=1),
+        _join(case, rule_jax.blend(slope, scale, pulled.d_u)),
+        jax.tree.map(scatter, pulled.d_adapters, adapter),
+        jnp.stack(channels, axis=1),
     )
 
 

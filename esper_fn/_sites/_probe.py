@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_fn._layout._chunks import read
+from esper_fn._sites._chunks import split
 from esper_fn._typing import Array, Float32
 from esper_kernels import Chunking
 
@@ -22,14 +22,15 @@ class Moments(NamedTuple):
     dy_dy: Float32[Array, "C G G"]
 
 
-def zero_moments(source: Chunking, target: Chunking) -> Moments:
-    """The probe's tap for one layer of a site."""
+def zero_moments(source: Chunking, target: Chunking, layers: int | None) -> Moments:
+    """The probe's tap for a site, with a leading axis of layers where it has layers."""
+    stack = () if layers is None else (layers,)
     chunks, inputs, outputs = source.chunks, source.widest, target.widest
     return Moments(
-        num_rows=jnp.zeros((chunks,), jnp.float32),
-        x_dy=jnp.zeros((chunks, inputs, outputs), jnp.float32),
-        x_x=jnp.zeros((chunks, inputs, inputs), jnp.float32),
-        dy_dy=jnp.zeros((chunks, outputs, outputs), jnp.float32),
+        num_rows=jnp.zeros((*stack, chunks), jnp.float32),
+        x_dy=jnp.zeros((*stack, chunks, inputs, outputs), jnp.float32),
+        x_x=jnp.zeros((*stack, chunks, inputs, inputs), jnp.float32),
+        dy_dy=jnp.zeros((*stack, chunks, outputs, outputs), jnp.float32),
     )
 
 
@@ -49,7 +50,7 @@ def _fwd(chunkings: tuple[Chunking, Chunking], source: Array, target: Array, tap
 
 def _rows(x: Array, chunking: Chunking) -> Float32[Array, "C N F"]:
     rows = x.reshape(-1, chunking.features).astype(jnp.float32)
-    return read(rows, chunking, jnp.arange(chunking.chunks, dtype=jnp.int32))
+    return jnp.moveaxis(split(rows, chunking), 0, 1)
 
 
 def _bwd(chunkings: tuple[Chunking, Chunking], source: Array, dy: Array) -> Any:

@@ -1,4 +1,4 @@
-"""Places in a host model where seeds sit."""
+"""Activations of a host model where adapters can grow."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from esper_kernels import Chunking
 class Site:
     """One activation of the host whose last axis is split into chunks, one seed each.
 
-    Attributes:
-      name: what `seeds.grow` calls it.
-      features: width D of the activation it writes.
-      chunks: number of seeds C along the features; the split is `numpy.array_split`'s.
-      topology: `vector` (`[..., D]`), `sequence` (`[..., T, D]`) or `image` (`[..., H, W, D]`).
-      source_features: for a span, the width of the earlier activation it reads.
-      layers: for a site inside a scanned stack of L identical blocks, L; each has its own seeds.
-      positions: positions of one example (T, or H * W), for counting operations.
+    Make one with `site`, which says what each attribute is.
     """
 
     name: str
@@ -90,42 +83,33 @@ def site(
     name: str,
     *,
     features: int,
+    source_features: int | None = None,
     chunks: int = 1,
     topology: Topology = "vector",
     layers: int | None = None,
     positions: int = 1,
 ) -> Site:
-    """A site whose adapters read and write the same activation. See `Site`.
+    """Describes an activation of the host where adapters can grow.
+
+    With `source_features` the site is a *span*: its adapters read one activation and write into a
+    later one. Around a hidden layer, from its input to its successor's pre-activation, a
+    `bottleneck` adapter is exactly "more neurons in that layer".
+
+    Args:
+      name: what `seeds.grow` calls it.
+      features: width D of the activation that adapters write to.
+      source_features: for a span, the width of the earlier activation that they read.
+      chunks: number of seeds C along the features; the split is `numpy.array_split`'s.
+      topology: `vector` (`[..., D]`), `sequence` (`[..., T, D]`) or `image` (`[..., H, W, D]`).
+      layers: for a site inside a scanned stack of L identical blocks, L; each has its own seeds.
+      positions: positions of one example (T, or H * W), for counting operations.
+
+    Raises:
+      LayoutError: a number that is not positive, more chunks than features, another topology.
 
     >>> site("hidden", features=10, chunks=3).target.sizes.tolist()
     [4, 3, 3]
-    """
-    return Site(
-        name=name,
-        features=features,
-        chunks=chunks,
-        topology=topology,
-        layers=layers,
-        positions=positions,
-    )
-
-
-def span(
-    name: str,
-    *,
-    source_features: int,
-    features: int,
-    chunks: int = 1,
-    topology: Topology = "vector",
-    layers: int | None = None,
-    positions: int = 1,
-) -> Site:
-    """A site whose adapters read one activation and write into a later one.
-
-    Around a hidden layer, from its input to its successor's pre-activation, a `bottleneck` adapter
-    is exactly "more neurons in that layer".
-
-    >>> span("hidden", source_features=64, features=32).spec.outputs
+    >>> site("over", source_features=64, features=32).spec.outputs
     32
     """
     return Site(
