@@ -171,11 +171,11 @@ def _deep_rows(chunks: int, *, repeats: int) -> dict[str, Row]:
 
 def _decisions() -> dict[str, Row]:
     """Steps of the demo before the decisions of a CPU and of this GPU part."""
-    job, loaded = jobs.job("digits"), data.load("digits")
+    job, loaded = jobs.get("digits"), data.load("digits")
 
     def run(device: Any) -> tuple[list[tuple[Any, ...]], float]:
         with jax.default_device(device):
-            arm = jobs.prepare(job, loaded).grown(0)
+            arm = jobs.prepare(job, loaded).run_growing(0)
         told = [(event["step"], event["seed"], event["to"], event["cause"]) for event in arm.events]
         return told, arm.accuracy
 

@@ -45,11 +45,11 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 
 def difference(ours: list[float], theirs: list[float], unit: str, **extra: object) -> Row:
     """The mean of `ours - theirs`, paired, with its 95 % interval."""
-    found = mean_interval(np.subtract(ours, theirs))
+    interval = mean_interval(np.subtract(ours, theirs))
     return Row(
-        median=found["mean"],
-        low=found["low"],
-        high=found["high"],
+        median=interval["mean"],
+        low=interval["low"],
+        high=interval["high"],
         unit=unit,
         count=len(ours),
         extra={"statistic": "mean and 95 % t-interval", "ours": ours, "theirs": theirs, **extra},
@@ -60,62 +60,15 @@ def difference(ours: list[float], theirs: list[float], unit: str, **extra: objec
 
 
 def _digits(*, num_seeds: int, steps: int) -> dict[str, Row]:
-    job, data = jobs.job("digits"), load_data("digits")
-    host = job.host(data)
-    schedule = optax.cosine_decay_schedule(job.learning_rate, steps)
-    transformation = optax.adamw(schedule)
-    optimizer = ef.optim.per_adapter(transformation)
-    loss_fn = jobs.loss_of(host)
-    growth = ef.Growth(**jobs.growth_arguments(job, host))  # and nothing else
-    program = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=jobs.SURVEY_EVERY)
-    options = runtime.FitOptions(survey_every=jobs.SURVEY_EVERY, segment_steps=jobs.SURVEY_EVERY)
-    evaluate = jobs.evaluator(host, data.test_inputs, data.test_targets)
-    rivals: dict[int, Any] = {}
+    # Growth as it is shipped: no policy is named.
+    comparison = jobs.prepare(jobs.get("digits"), load_data("digits"), steps=steps, policy=None)
     grown, static, sizes = [], [], []
     for seed in range(num_seeds):
-        key = jax.random.key(seed)
-        batches = runtime.array_batches(
-            data.train_inputs,
-            data.train_targets,
-            batch_size=job.batch_size,
-            num_steps=steps,
-            seed=seed,
-        )
-        count = job.survey_examples
-        fitted = runtime.fit(
-            growth,
-            loss_fn,
-            optimizer,
-            host.init(key),
-            batches,
-            num_steps=steps,
-            key=jax.random.fold_in(key, 1),
-            survey_batch=(data.validation_inputs[:count], data.validation_targets[:count]),
-            options=options,
-            program=program,
-        )
-        accuracy, _ = evaluate(fitted.state.params, growth.seeds(fitted.state.growth))
-        size = hosts.count_parameters(host) + fitted.num_parameters
-        rival = jobs.equal_parameters(job, data, size)
-        size = hosts.count_parameters(rival)
-        if size not in rivals:
-            rivals[size] = (
-                runtime.compile_fit_host(jobs.loss_of(rival), transformation),
-                jobs.evaluator(rival, data.test_inputs, data.test_targets),
-            )
-        trained = runtime.fit_host(
-            jobs.loss_of(rival),
-            transformation,
-            rival.init(key),
-            batches,
-            num_steps=steps,
-            program=rivals[size][0],
-            segment_steps=jobs.SURVEY_EVERY,
-        )
-        theirs, _ = rivals[size][1](trained.state, ef.NoSeeds())
-        grown.append(100 * float(accuracy))
-        static.append(100 * float(theirs))
-        sizes.append(size)
+        ours = comparison.run_growing(seed)
+        theirs = comparison.run_static(seed, ours.parameters)
+        grown.append(100 * ours.accuracy)
+        static.append(100 * theirs.accuracy)
+        sizes.append(theirs.parameters)
     return {
         "digits_default_minus_static": difference(grown, static, "points", parameters=sizes),
     }
@@ -134,7 +87,7 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
     images = jnp.asarray(data.train_inputs[:_IMAGES].reshape(_IMAGES, -1), jnp.float32)
     widths = (images.shape[1], _WIDTH, _WIDTH, _WIDTH, 10)
     host = hosts.mlp(widths, spans=2)
-    loss_fn = jobs.loss_of(host)
+    loss_fn = jobs.make_loss(host)
     growth = ef.Growth(
         sites=host.sites,
         blueprints={"bottleneck": ef.blueprints.bottleneck(width=16, activation="gelu")},
@@ -173,11 +126,11 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
             plain, _ = plain_step(plain, batches)
             scores[0].append(float(accuracy(state.params, growth.seeds(state.growth), labels)))
             scores[1].append(float(accuracy(plain[0], ef.NoSeeds(), labels)))
-        for kept, of_tasks in zip((ours, theirs), scores, strict=True):
-            kept.append(100 * float(np.mean(of_tasks)))
-    told = {"tasks": num_tasks, "data": data.name}
-    found = difference(ours, theirs, "points", **told)
+        ours.append(100 * float(np.mean(scores[0])))
+        theirs.append(100 * float(np.mean(scores[1])))
+    conditions = {"tasks": num_tasks, "data": data.name}
+    gain = difference(ours, theirs, "points", **conditions)
     return {
-        "labels_default_minus_plain": found,
-        "labels_default_at_best": exact(found.high, "points", **told),
+        "labels_default_minus_plain": gain,
+        "labels_default_at_best": exact(gain.high, "points", **conditions),
     }

@@ -14,14 +14,14 @@
 # %% [markdown]
 # # From a plain Flax and Optax loop to a growing one
 #
-# You have a network that is too small in one place. You do not know which place, nor how much is
+# You have a network that is too small in one layer. You do not know which one, nor how much is
 # missing, and you would rather not start again. *Growth* means: while the network trains, small
-# new networks are born in it where a measurement promises most, learn together with it, are
+# new networks germinate in it where a measurement promises most. They learn together with it, are
 # measured, and are removed where they do not help.
 #
 # This notebook takes a plain training loop, adds growth to it line by line, looks at what happens,
-# steers it by hand, and ends with an honest comparison. It runs on a laptop CPU in two or three
-# minutes, most of which XLA spends compiling.
+# steers it by hand, and ends with a comparison. It takes two or three minutes on a laptop CPU,
+# most of which XLA spends compiling.
 
 # %%
 # %matplotlib inline
@@ -37,21 +37,21 @@ import optax
 from flax import nnx
 
 import esper_fn as ef
+from esper_fn import report
 from esper_fn.demo import jobs
 from esper_fn.demo.data import batch_indices, load
 
 # %% [markdown]
 # ## 1. A plain loop, and a network that is too narrow
 #
-# The data are scikit-learn's 8 x 8 digits: 1200 to train on, 237 to validate, 360 to test. The
-# network has four layers, and one of them is a mistake: everything has to pass through **one
-# single unit**.
+# The data are scikit-learn's 8 x 8 digits: 1200 to train on, 237 to validate, 360 to test. One of
+# the network's four layers is a mistake: everything has to pass through **one single unit**.
 
 # %%
 data = load("digits")
 train_x, train_y = data.train_inputs, data.train_targets
 test_x, test_y = data.test_inputs, data.test_targets
-held_out = (data.validation_inputs, data.validation_targets)
+held_out = data.validation_inputs, data.validation_targets
 
 
 class Classifier(nnx.Module):
@@ -69,8 +69,7 @@ class Classifier(nnx.Module):
 
 
 # %% [markdown]
-# The loop is the usual one: split the module once into its structure and its parameters, then
-# plain `jax.jit` and Optax.
+# The loop is the usual one, with `jax.jit` and Optax.
 
 # %%
 structure, params = nnx.split(Classifier(nnx.Rngs(0)), nnx.Param)
@@ -98,16 +97,15 @@ predicted = nnx.merge(structure, host)(test_x).argmax(-1)
 print(f"after 400 steps: {jnp.mean(predicted == test_y):.1%} of the test digits are right")
 
 # %% [markdown]
-# A network of this kind without the mistake reaches about 97 %. From here on we treat this one as
-# *given*, as you would a pretrained network, and call it the **host**.
+# A network of this kind without the mistake reaches about 97 %. From here on we treat this one like
+# a pretrained network and call it the **host**.
 #
 # ## 2. The same loop, growing
 #
-# **Where.** One `ef.nnx.Grow` line marks a place, called a **site**. A site splits its features
-# into chunks, and each chunk gets a **seed**: a spot where something may grow. With `source=`, what
-# grows reads one activation and writes into a later one; around the narrow layer this gives the
-# layer more units (with two chunks, each seed's units serve one half of the features). We mark
-# three places and do not say which one is the mistake.
+# **Where.** One `ef.nnx.Grow` line marks a **site**. A site splits its features into chunks, and
+# each chunk gets a **seed**, where something may grow. With `source=`, what grows reads one
+# activation and writes into a later one; around the narrow layer this gives the layer more units.
+# We mark three sites and do not say which one is the mistake.
 
 
 # %%
@@ -131,12 +129,10 @@ structure = nnx.graphdef(growing)  # no new parameters: `host` still fits
 # %% [markdown]
 # **What.** `ef.discover_sites` runs the model in the abstract and finds the sites. `ef.Growth` puts
 # together sites, **blueprints** (the kinds of small network that may grow; here 8 hidden units),
-# and the room for live **adapters** (networks made from a blueprint). Memory follows this capacity.
+# and the capacity for **adapters** (networks made from a blueprint), which sets the memory.
 #
 # **When.** A policy asks for growth. The default one asks in the first step, wherever a survey (see
 # below) promises at least a third of the best, and again every hundred steps as long as it pays.
-# When and for how long an adapter is tried and measured is for the settings to say; all have
-# defaults.
 
 # %%
 sites = ef.discover_sites(growing, train_x[:1])
@@ -144,7 +140,7 @@ growth = ef.Growth(
     sites=sites,
     blueprints={"units": ef.blueprints.bottleneck(width=8, activation="gelu")},
     capacity=2,
-    adapters_at_once=None,  # one compiled variant: quick to compile, and small adapters cost little anyway
+    adapters_at_once=None,  # one compiled variant: small adapters cost little anyway
 )
 optimizer = ef.optim.per_adapter(adam)  # the host's Adam, and one of its own for every adapter
 
@@ -153,8 +149,7 @@ for site in sites:
 
 # %% [markdown]
 # **The step.** The loss function gets `seeds` as a second argument and puts them in scope around
-# the model. In the step, four calls take the place of three. Seeds, adapters, policy and random
-# keys are one pytree, `state`, which goes in and comes out like the optimiser's.
+# the model. Seeds, adapters, policy and random keys are one pytree, `state`, like the optimiser's.
 
 
 # %%
@@ -186,27 +181,24 @@ survey = jax.jit(growth.survey(loss_fn))
 
 # %% [markdown]
 # **Where would it pay?** Now and then a **survey** on held-out data scores, from gradients alone,
-# how much something growing at each seed could help (its *potential*). For adapters that are on
-# trial it also measures by how much the loss would rise without them (their *contribution*). The
-# first survey already finds the mistake:
+# how much an adapter at each seed could help (its *potential*). For adapters on trial it also
+# measures by how much the loss would rise without them (their *contribution*). The first survey
+# already finds the mistake:
 
 # %%
 state = growth.init(jax.random.key(0))
-state, found = survey(host, state, held_out)
+state, measured = survey(host, state, held_out)
 
 labels = [f"{site.name} {chunk}" for site in sites for chunk in range(site.chunks)]
 fig, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
-axes.barh(labels, found.potential, color="#0b6fb8", height=0.7)
-axes.invert_yaxis()
-axes.tick_params(axis="y", length=0)
+axes.barh(labels[::-1], measured.potential[::-1], color="#0b6fb8", height=0.7)
 axes.spines[["top", "right", "left"]].set_visible(False)
-axes.set_xlabel("growth potential")
-axes.set_title("What each seed could gain", loc="left")
+axes.set(xlabel="growth potential", title="What each seed could gain")
 plt.show()
 
 # %% [markdown]
-# **Train.** The loop has one new line, the survey. We run every program once, which compiles it,
-# and from then on count what XLA compiles.
+# **Train.** The loop has one new line, the survey. Once every program is compiled, we count what
+# XLA still compiles.
 
 # %%
 nothing = growth.commands()
@@ -218,8 +210,8 @@ def train(params, state, opt_state, order, commands=nothing):
         if i % 25 == 0:
             state, _ = survey(params, state, held_out)
         batch = (train_x[rows], train_y[rows])
-        asked = commands if i == 0 else nothing
-        params, state, opt_state, info = step(params, state, opt_state, batch, asked)
+        now = commands if i == 0 else nothing
+        params, state, opt_state, info = step(params, state, opt_state, batch, now)
         infos.append(info)
     infos = jax.tree.map(lambda *each: np.stack(each), *jax.device_get(infos))
     return params, state, opt_state, infos
@@ -237,8 +229,8 @@ print(f"test accuracy: {before:.1%} before, {after:.1%} after")
 print(f"programs compiled while it grew: {count.num_compiled}")
 
 # %% [markdown]
-# Adapters were born, let in, measured and kept, and no program was compiled anew: whether a seed
-# sleeps or acts is data, not structure.
+# Adapters germinated, were grafted, measured and kept, and nothing was compiled again: whether a
+# seed sleeps or acts is data, not structure.
 #
 # **What happened?** Every change of a seed is an event, with its cause and what was measured.
 
@@ -262,15 +254,12 @@ for event in events:
 # | stabilization | acts and learns until the loss has settled, but not for ever |
 # | evaluating | is measured: is the held-out loss higher without it? |
 # | fine-tuning | measured again, before the decision |
-# | fossilized | kept for good, and learns on with the host; or **culled**, that is removed, where
-# it did not help |
+# | fossilized | is kept for good and learns on with the host |
+# | culled | is removed, where it did not help |
 #
 # An adapter that acts gets its exact gradient, as if it had been part of the network from the
-# start. With `ef.lifecycle.settings(train_first=True)` it passes one stage more, *training*: it
-# learns behind the host, which does not change by a single bit until the adapter is grafted.
-#
-# A cause says who moved the seed: a rule of the policy, a command, the gate that opened last, or
-# the dwell limit, because no stage may last for ever. A single seed can be read at any time:
+# start. A cause says who moved the seed: a rule of the policy, a command, the gate that opened
+# last, or the dwell limit, because no stage may last for ever. A seed can be read at any time:
 
 # %%
 growth.seed(state, growth.layout.seed_index("middle", chunk=0))
@@ -278,49 +267,25 @@ growth.seed(state, growth.layout.seed_index("middle", chunk=0))
 # %% [markdown]
 # ## 3. The ready loop, with pictures
 #
-# `ef.runtime.fit` is the loop above, plus what one would have to add sooner or later: many steps in
-# one `lax.scan`, snapshots and roll-back when the loss diverges, a listener between segments. It
-# starts from the same host. So does `fit_host`, which trains the same loss on the same batches
-# without growth: growing has to beat *simply training on*.
-#
-# A listener for each writes what it is told to a run folder, from which the pictures are drawn.
+# `ef.runtime.fit` is the loop above with many steps in one `lax.scan`, snapshots and roll-back when
+# the loss diverges, and a listener between segments. `fit_host` trains the same host on the same
+# batches without growth: growing has to beat *simply training on*. The listener of each records its
+# segments in a run folder, from which the pictures are drawn.
 
 # %%
 batches = ef.runtime.array_batches(train_x, train_y, batch_size=64, num_steps=600, seed=1)
-folder = ef.report.create(Path(tempfile.mkdtemp()) / "quickstart")
+folder = report.create(Path(tempfile.mkdtemp()) / "quickstart")
 host_size = sum(leaf.size for leaf in jax.tree.leaves(host))
 
 
 def record_host(segment):
-    folder.append_metrics(
-        {
-            "arm": "host",
-            "step": segment.first_step + segment.num_steps,
-            "loss": segment.losses.mean(),
-            "test_accuracy": accuracy(segment.state, ef.NoSeeds()),
-            "parameters": host_size,
-        }
-    )
+    score = accuracy(segment.state, ef.NoSeeds())
+    folder.record(segment, arm="host", host_parameters=host_size, test_accuracy=score)
 
 
 def record_grown(segment):
-    state, infos = segment.state, segment.infos
-    for event in segment.events:
-        folder.append_event({"arm": "grown", **event})
-    folder.append_metrics(
-        {
-            "arm": "grown",
-            "step": segment.first_step + segment.num_steps,
-            "loss": segment.losses.mean(),
-            "test_accuracy": accuracy(state.params, growth.seeds(state.growth)),
-            "parameters": host_size + int(infos.num_parameters[-1]),
-            "stages": ef.runtime.stage_counts(infos.stage[-1]),
-            "alpha": {
-                str(seed): infos.alpha[-1, seed]
-                for seed in np.flatnonzero(infos.blueprint[-1] >= 0)
-            },
-        }
-    )
+    score = accuracy(segment.state.params, growth.seeds(segment.state.growth))
+    folder.record(segment, host_parameters=host_size, test_accuracy=score)
 
 
 ef.runtime.fit_host(loss_fn, adam, host, batches, num_steps=600, listener=record_host)
@@ -336,35 +301,34 @@ grown = ef.runtime.fit(
     listener=record_grown,
 )
 folder.finish({"steps": 600, "seeds_total": growth.layout.num_seeds, "task": data.task})
-run = ef.report.read(folder.path)
+run = report.read(folder.path)
 print(f"programs compiled after the first segment: {grown.num_compiled}")
 
 # %% [markdown]
-# The life of every seed that woke up. Each row is a seed, each colour a stage. Up to the day it is
-# fossilized, an adapter can be taken out again.
+# The life of every seed that left DORMANT. Each row is a seed, each colour a stage. Until it is
+# fossilized, an adapter can be removed again.
 
 # %%
-ef.report.figures.stage_map(run)
+report.figures.stage_map(run)
 
 # %% [markdown]
-# The training loss, and the accuracy on the test digits. "Host alone" is the same host, simply
-# trained on. The marks below say when seeds germinated,
-# were grafted, and were kept.
+# The training loss, and the accuracy on the test digits. "Host alone" is the same host, trained on
+# without growth. The marks below say when seeds germinated, were grafted, and were kept.
 
 # %%
-ef.report.figures.loss_curves(run)
+report.figures.loss_curves(run)
 
 # %%
-ef.report.figures.accuracy_curves(run)
+report.figures.accuracy_curves(run)
 
 # %% [markdown]
-# `ef.report.write_report(folder.path)` puts these pictures and more into one HTML page.
+# `report.write_report(folder.path)` puts these pictures and more into one HTML page.
 #
-# ## 4. Asking by hand
+# ## 4. Commands by hand
 #
-# A policy is only one way to ask; you are another. Commands are arrays of a fixed size that enter
-# the same compiled step. We go on with the network of section 2 and ask for an adapter where the
-# survey saw little to gain.
+# A policy is only one way to ask for growth; you can ask too. Commands are arrays of a fixed size
+# that enter the same compiled step. We go on with the network of section 2 and ask for an adapter
+# where the survey saw little to gain.
 
 # %%
 seed = growth.layout.seed_index("hidden", chunk=0)
@@ -375,9 +339,7 @@ print(ef.commands.Code(int(infos.outcomes.code[0, 0])).name)
 growth.seed(state, seed)
 
 # %% [markdown]
-# It acts already, and until the loss has settled it is not judged. We think better of it and ask to
-# cull it at once. This is refused, and a refusal is an answer with a code: no exception inside the
-# step, and no silence either.
+# Until the loss has settled it is not judged: a request to cull it at once is refused with a code.
 
 # %%
 cull = growth.commands([ef.commands.cull(seed)])
@@ -396,10 +358,10 @@ def ask(command):
 ask(cull)
 
 # %% [markdown]
-# **Tuning a gate.** The thresholds between the stages are arrays in the state as well, so they can
-# be replaced while everything runs. By default an adapter waits 20 to 150 steps for the loss to
-# settle; from here on, 5 to 10. Then it is on trial, and may be culled. Asking for another one in
-# its place is refused again: a culled seed rests for a while before it may germinate.
+# **Tuning a gate.** The thresholds between the stages are arrays in the state, so they can be
+# replaced while everything runs. By default an adapter waits 20 to 150 steps for the loss to
+# settle; from here on, 5 to 10. Then it is on trial, and may be culled. Asking for another one there
+# is refused again: a culled seed rests for a while before it may germinate.
 
 # %%
 stay = ef.Stage.STABILIZATION
@@ -408,31 +370,31 @@ hasty = ef.lifecycle.settings(min_steps={stay: 5}, max_steps={stay: 10})
 with ef.runtime.count_compilations() as count:
     state = state._replace(settings=hasty)
     params, state, opt_state, infos = train(params, state, opt_state, order[:5])
-    for command in (cull, germinate):
-        ask(command)
+    ask(cull)
+    ask(germinate)
 print(f"programs compiled: {count.num_compiled}")
 
 # %% [markdown]
-# ## 5. What is it worth? An honest comparison
+# ## 5. What is it worth? A comparison
 #
-# `esper_fn.demo.jobs` runs five ways to spend the same steps on the same data: the host alone, the host
-# that grows where the survey says, evenly in every layer, or at random places, and a static network
-# without a narrow place and with as many parameters as the grown one. This job's host has two units
-# in the middle; everything starts from scratch, and growth is that of the defaults.
+# `esper_fn.demo.jobs` spends the same steps on the same data in five ways: the host alone, the host
+# that grows where the survey says, evenly in every layer, or at random sites, and a static network
+# without a narrow layer that has as many parameters as the grown one. The host of this job has two
+# units in the middle, everything starts from scratch, and growth has its defaults.
 
 # %%
-job = jobs.job("digits")
+job = jobs.get("digits")
 comparison = jobs.prepare(job, data, steps=600)
 rows = [jobs.run(comparison, seed) for seed in range(4)]
-summary = jobs.summary(comparison, rows)
-ef.report.figures.baseline_bars(ef.report.Run(summary=summary, events=[], metrics=[]))
+summary = jobs.summarize(comparison, rows)
+report.figures.baseline_bars(report.Run(summary=summary, events=[], metrics=[]))
 
 # %% [markdown]
 # Read all the bars. Growth repairs the host, nearly to the accuracy of the network that was well
-# shaped from the start. Chance now and then hits the right place too, and often does not. Growing
-# evenly in every layer comes close here, as a job of four adapters has room for one in the narrow
-# layer; four repeats are too few to tell the two apart. So **growth is for a network you are given
-# (pretrained, frozen, too long to train again, or of a size nobody knows in advance), and not a way
-# to beat a network whose size you can simply choose.**
+# shaped from the start. Chance now and then hits the right layer too, and often does not. Growing
+# evenly comes close here, as a job of four adapters has room for one in the narrow layer; four
+# repeats are too few to tell the two apart. So **growth is for a network that you have (pretrained,
+# frozen, too long to train again, or of a size nobody knows in advance), and not a way to beat a
+# network whose size you can simply choose.**
 #
 # Next: `esper grow --data digits` runs the full-length job and writes its report.

@@ -45,6 +45,7 @@ from torch.nn.functional import cross_entropy
 
 import esper_fn as ef
 import torch_bridge
+from esper_fn import report
 from esper_fn.demo.data import batch_indices, load
 from torch_bridge.transformers import GrowthCallback
 
@@ -152,7 +153,7 @@ for i, rows in enumerate(batches(num_steps=400, seed=1)):
     infos.append(bridge.step(loss))
     losses.append(loss.item())
     if i % 25 == 0:
-        found = bridge.survey(lambda: cross_entropy(model(held_x), held_y))
+        bridge.survey(lambda: cross_entropy(model(held_x), held_y))
 
 trained_on = copy.deepcopy(host)
 optimizer = torch.optim.AdamW(trained_on.parameters(), lr=3e-3)
@@ -171,34 +172,28 @@ print(f"grown, the same steps: {accuracy(model):.1%}, {bridge.num_live} adapters
 
 # %%
 def record(name, bridge, infos, losses):
-    growth = bridge.growth
-    whole = jax.tree.map(lambda *each: np.stack(each), *infos)
-    folder = ef.report.create(Path(tempfile.mkdtemp()) / name)
-    for event in ef.runtime.lifecycle_events(growth, whole, first_step=0):
-        folder.append_event({"arm": "grown", **event})
-    for i in range(9, len(losses), 10):
-        folder.append_metrics(
-            {
-                "arm": "grown",
-                "step": i + 1,
-                "loss": float(np.mean(losses[i - 9 : i + 1])),
-                "parameters": int(whole.num_parameters[i]),
-                "stages": ef.runtime.stage_counts(whole.stage[i]),
-                "alpha": {
-                    str(seed): whole.alpha[i, seed]
-                    for seed in np.flatnonzero(whole.blueprint[i] >= 0)
-                },
-            }
+    folder = report.create(Path(tempfile.mkdtemp()) / name)
+    for first in range(0, len(losses), 10):
+        part = jax.tree.map(lambda *each: np.stack(each), *infos[first : first + 10])
+        segment = ef.runtime.Segment(
+            first_step=first,
+            num_steps=10,
+            state=None,
+            losses=np.array(losses[first : first + 10]),
+            infos=part,
+            events=ef.runtime.lifecycle_events(bridge.growth, part, first_step=first),
+            rollbacks=[],
         )
-    folder.finish({"steps": len(losses), "seeds_total": growth.layout.num_seeds})
-    return ef.report.read(folder.path)
+        folder.record(segment)
+    folder.finish({"steps": len(losses), "seeds_total": bridge.growth.layout.num_seeds})
+    return report.read(folder.path)
 
 
 run = record("fashion", bridge, infos, losses)
-ef.report.figures.stage_map(run)
+report.figures.stage_map(run)
 
 # %%
-ef.report.figures.alpha_curves(run)
+report.figures.alpha_curves(run)
 
 # %% [markdown]
 # **Give it back.** `unwrap` removes seeds and hooks. Adapters that are linear in the output of a
@@ -282,7 +277,7 @@ language_bridge = torch_bridge.grow(
 
 
 class Recorder(transformers.TrainerCallback):
-    """Keeps what the growth callback was told; it runs after it."""
+    """Keeps what the growth callback measures; it runs after it."""
 
     def __init__(self, growth):
         self.growth, self.infos, self.losses = growth, [], []
@@ -330,7 +325,7 @@ print(f"held-out loss {held_loss:.2f}, {language_bridge.num_live} adapters at wo
 
 # %%
 language_run = record("gpt2", language_bridge, recorder.infos, recorder.losses)
-ef.report.figures.stage_map(language_run)
+report.figures.stage_map(language_run)
 
 # %%
 fig, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""The `esper` command."""
+"""Runs the `esper` command."""
 
 from __future__ import annotations
 
@@ -108,62 +108,37 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "growth, growth at every layer alike and at random places, and a static network of equal "
         "size.",
     )
-    # Names are checked against the registries below, which cost an import of JAX.
-    grow.add_argument(
-        "--data",
-        default="digits",
-        metavar="NAME",
-        help="digits (default), fashion-mnist, mnist1d or shakespeare",
-    )
-    grow.add_argument("--data-folder", metavar="DIR", help="where its files lie ($ESPER_DATA)")
-    grow.add_argument(
-        "--steps", type=_count(40, MAX_STEPS), metavar="N", help="training steps of each arm"
-    )
-    grow.add_argument(
-        "--seed",
-        type=_count(0, MAX_SEED),
-        default=0,
-        metavar="N",
-        help=f"of weights and order, at most {MAX_SEED}",
-    )
-    grow.add_argument(
-        "--repeat",
-        type=_count(1),
-        default=1,
-        metavar="N",
-        help="runs, with seeds from --seed on",
-    )
-    grow.add_argument(
-        "--policy",
-        default="grow",
-        metavar="NAME",
-        help="who asks for growth: grow (default), periodic, plateau, random or never",
-    )
-    grow.add_argument("--out", metavar="DIR", help="run folder (runs/DATA-SEED)")
-    grow.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="never",
-        help="auto: go on with the stopped run in --out, if there is one",
-    )
-    grow.add_argument(
-        "--save-every", type=_count(1), default=500, metavar="N", help="steps between checkpoints"
-    )
-    grow.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
-    grow.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
-    grow.add_argument(
-        "--bus",
-        metavar="ADDRESS",
-        help="let the growing arm of the first run be steered and watched: redis://HOST:PORT/DB, "
-        "unix://PATH or memory",
-    )
-    grow.add_argument("--run", dest="run_name", metavar="NAME", help="on the bus (DATA-SEED)")
+    # Names are checked later against the jobs and policies, which cost an import of JAX.
+    add = grow.add_argument
+    add("--data", default="digits", metavar="NAME", help="train on this data set: digits "
+        "(default), fashion-mnist, mnist1d or shakespeare")  # fmt: skip
+    add("--data-folder", metavar="DIR", help="read the data from this folder (default: "
+        "$ESPER_DATA, then the user's cache)")  # fmt: skip
+    add("--steps", type=_count(40, MAX_STEPS), metavar="N", help="train each arm for N steps "
+        "(default: depends on the data set)")  # fmt: skip
+    add("--seed", type=_count(0, MAX_SEED), default=0, metavar="N", help="use this random seed "
+        f"for weights and data order (default: 0, at most {MAX_SEED})")  # fmt: skip
+    add("--repeat", type=_count(1), default=1, metavar="N", help="run N times, with the seeds "
+        "from --seed on, and report intervals")  # fmt: skip
+    add("--policy", default="grow", metavar="NAME", help="let this policy decide when to grow: "
+        "grow (default), periodic, plateau, random or never (none means never)")  # fmt: skip
+    add("--out", metavar="DIR", help="write the run to this folder (default: runs/DATA-SEED)")
+    add("--resume", choices=("auto", "never"), default="never", help="auto: go on with the "
+        "stopped run in --out, if there is one (default: never)")  # fmt: skip
+    add("--save-every", type=_count(1), default=500, metavar="N", help="write a checkpoint every "
+        "N steps (default: 500)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace an earlier run in --out")
+    add("--json", action="store_true", help="print the summary as JSON on stdout")
+    add("--bus", metavar="ADDRESS", help="let others watch and steer the growing arm of the first "
+        "run through this bus: redis://HOST:PORT/DB, unix://PATH or memory")  # fmt: skip
+    add("--run", dest="run_name", metavar="NAME", help="call the run NAME on the bus (default: "
+        "DATA-SEED)")  # fmt: skip
     grow.set_defaults(run=_run_grow)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser("report", help="write report.html of a finished run anew")
-    report.add_argument("folder", metavar="DIR", help="a run folder")
+    report = commands.add_parser("report", help="write report.html of a finished run again")
+    report.add_argument("folder", metavar="DIR", help="read the run from this folder")
     report.set_defaults(run=_run_report)
 
 
@@ -172,42 +147,43 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "checkpoint", help="list, verify or prune the checkpoints below a folder"
     )
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, told in (
-        ("list", "the steps there are"),
-        ("verify", "read every byte; name the first bad file of each step"),
+    for name, help_ in (
+        ("list", "list the saved steps"),
+        ("verify", "read every byte and name the first bad file of each step"),
         ("prune", "remove the steps that no option keeps; the newest sound one always stays"),
     ):
-        action = actions.add_parser(name, help=told)
-        action.add_argument("folder", metavar="DIR", help="a checkpoint or run folder")
-        action.add_argument(
-            "--key-file", metavar="FILE", help="the key that manifests were sealed with"
-        )
+        action = actions.add_parser(name, help=help_)
+        action.add_argument("folder", metavar="DIR", help="search this checkpoint or run folder")
+        action.add_argument("--key-file", metavar="FILE", help="check manifests with the key in "
+            "this file, with which they were sealed")  # fmt: skip
         action.set_defaults(run=_run_checkpoint, parser=action)
         if name == "prune":
-            action.add_argument("--latest", type=_count(1), metavar="N", help="keep the newest N")
-            action.add_argument("--every", type=_count(1), metavar="K", help="keep multiples of K")
-            action.add_argument(
-                "--best", metavar="[N:]METRIC", help="keep the N with the lowest METRIC, as 2:loss"
-            )
-            action.add_argument(
-                "--pin", type=_count(0), nargs="+", default=[], metavar="STEP", help="keep these"
-            )
-            action.add_argument(
-                "--within-bytes", type=_count(1), metavar="N", help="of these, what fits N bytes"
-            )
-            action.add_argument(
-                "--dry-run", action="store_true", help="say what would go and why; remove nothing"
-            )
+            _add_prune_options(action)
+
+
+def _add_prune_options(prune: argparse.ArgumentParser) -> None:
+    add = prune.add_argument
+    add("--latest", type=_count(1), metavar="N", help="keep the newest N steps")
+    add("--every", type=_count(1), metavar="K", help="keep the steps that K divides")
+    add("--best", metavar="[N:]METRIC", help="keep the N steps with the lowest METRIC, as 2:loss")
+    add("--pin", type=_count(0), nargs="+", default=[], metavar="STEP", help="keep these steps")
+    add("--within-bytes", type=_count(1), metavar="N", help="keep of these what fits N bytes")
+    add("--dry-run", action="store_true", help="say what would be removed and why; remove nothing")
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = commands.add_parser("export", help="write a run's grown network for other programs")
-    export.add_argument("folder", metavar="RUN", help="a folder of `esper grow`")
-    export.add_argument("--format", choices=("safetensors", "stablehlo"), default="safetensors")
-    export.add_argument("--arm", choices=("grown", "uniform", "random"), default="grown")
-    export.add_argument("--seed", type=_count(0), metavar="N", help="of which run; the lowest")
-    export.add_argument("--data-folder", metavar="DIR", help="where its data lie ($ESPER_DATA)")
-    export.add_argument("--out", metavar="DIR", help="where to write (RUN/export)")
+    add = export.add_argument
+    add("folder", metavar="RUN", help="read the run from this folder of `esper grow`")
+    add("--format", choices=("safetensors", "stablehlo"), default="safetensors",
+        help="write this format (default: safetensors)")  # fmt: skip
+    add("--arm", choices=("grown", "uniform", "random"), default="grown",
+        help="export the network of this arm (default: grown)")  # fmt: skip
+    add("--seed", type=_count(0), metavar="N",
+        help="export the run with this seed (default: the lowest)")  # fmt: skip
+    add("--data-folder", metavar="DIR", help="read the data from this folder (default: "
+        "$ESPER_DATA, then the user's cache)")  # fmt: skip
+    add("--out", metavar="DIR", help="write to this folder (default: RUN/export)")
     export.set_defaults(run=_run_export)
 
 

@@ -1,4 +1,4 @@
-"""`esper checkpoint` and `esper export`."""
+"""Runs `esper checkpoint` and `esper export`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_KEY_BYTES = 2**20
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """One action on every checkpoint folder at or below the one named."""
+    """Runs an action on every checkpoint folder at or below the given one."""
     key = None if options.key_file is None else _read_key(options.key_file)
     keep = _retention(parser, options) if options.action == "prune" else None
     folders = _folders(Path(options.folder))
@@ -30,9 +30,10 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             status = max(status, _verify(folder, label, key))
         else:
             assert keep is not None  # noqa: S101 -- made above for this action
-            for one in checkpoint.prune(folder, keep, dry_run=options.dry_run, key=key):
-                fate = "kept" if one.is_kept else "to go" if options.dry_run else "gone"
-                say(f"{label}step {one.step}: {fate}: {one.why}")
+            for decision in checkpoint.prune(folder, keep, dry_run=options.dry_run, key=key):
+                removed = "to be removed" if options.dry_run else "removed"
+                fate = "kept" if decision.is_kept else removed
+                say(f"{label}step {decision.step}: {fate}: {decision.why}")
     return status
 
 
@@ -48,14 +49,14 @@ def _read_key(name: str) -> bytes:
 
 
 def _folders(folder: Path) -> list[Path]:
-    found = [folder] if (folder / "run.json").is_file() else []
-    found += sorted(path.parent for path in folder.glob("*/*/*/run.json"))
-    found += sorted(path.parent for path in folder.glob("*/*/run.json"))
-    if not found:
+    folders = [folder] if (folder / "run.json").is_file() else []
+    for pattern in ("*/*/*/run.json", "*/*/run.json"):
+        folders += sorted(path.parent for path in folder.glob(pattern))
+    if not folders:
         raise NoCheckpointError(
             f"{folder}: it holds no checkpoints; name a checkpoint or run folder"
         )
-    return found
+    return folders
 
 
 def _list(folder: Path, label: str, key: bytes | None) -> None:
@@ -65,7 +66,7 @@ def _list(folder: Path, label: str, key: bytes | None) -> None:
         except CheckpointError as error:
             say(f"{label}step {step}: {error}")
             continue
-        size = sum(of.num_bytes for of in manifest.files.values())
+        size = sum(file.num_bytes for file in manifest.files.values())
         metrics = "".join(f", {name} {value:.6g}" for name, value in manifest.metrics.items())
         say(f"{label}step {step}: {len(manifest.leaves)} leaves, {size:,} bytes{metrics}")
 
@@ -84,33 +85,33 @@ def _verify(folder: Path, label: str, key: bytes | None) -> int:
 def _retention(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> checkpoint.Retention:
-    wanted = []
+    rules = []
     if options.latest is not None:
-        wanted.append(checkpoint.latest(options.latest))
+        rules.append(checkpoint.latest(options.latest))
     if options.every is not None:
-        wanted.append(checkpoint.every(options.every))
+        rules.append(checkpoint.every(options.every))
     if options.best is not None:
         count, colon, metric = options.best.partition(":")
         if not colon:
             count, metric = "1", options.best
         if not count.isdecimal() or int(count) < 1 or not metric:
             parser.error(f"argument --best: {options.best!r} is not [N:]METRIC, as 2:loss")
-        wanted.append(checkpoint.best(int(count), metric))
+        rules.append(checkpoint.best(int(count), metric))
     if options.pin:
-        wanted.append(checkpoint.pinned(options.pin))
-    if not wanted and options.within_bytes is None:
+        rules.append(checkpoint.pinned(options.pin))
+    if not rules and options.within_bytes is None:
         parser.error("prune needs at least one of --latest, --every, --best, --pin, --within-bytes")
-    keep = reduce(or_, wanted) if wanted else checkpoint.everything()
+    keep = reduce(or_, rules) if rules else checkpoint.everything()
     if options.within_bytes is not None:
         keep = keep & checkpoint.within_bytes(options.within_bytes)
     return keep
 
 
 def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Writes, reads back and tests."""
+    """Runs `esper export`: writes the network, reads it back and tests it."""
     del parser
     run = Path(options.folder)
-    told = jobs.export_run(
+    result = jobs.export_run(
         run,
         Path(options.out) if options.out else run / "export",
         format=options.format,
@@ -119,10 +120,10 @@ def export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         data_folder=options.data_folder,
     )
     say(
-        f"step {told['step']}: {told['adapters']} adapters beside the host, {told['folded']} "
-        f"folded into it; test accuracy {told['exported_test_accuracy']:.2%} as written, "
-        f"{told['test_accuracy']:.2%} in the run"
+        f"step {result['step']}: {result['adapters']} adapters beside the host, {result['folded']} "
+        f"folded into it; test accuracy {result['exported_test_accuracy']:.2%} as written, "
+        f"{result['test_accuracy']:.2%} in the run"
     )
-    for file in told["files"]:
+    for file in result["files"]:
         say(file)
     return 0

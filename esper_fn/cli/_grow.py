@@ -1,4 +1,4 @@
-"""`esper grow`."""
+"""Runs `esper grow`."""
 
 from __future__ import annotations
 
@@ -22,35 +22,23 @@ CHECKPOINTS = "checkpoints"
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Runs the four arms once or several times and writes the run folder."""
+    """Runs the five arms once or several times and writes the run folder."""
     if options.policy == "none":
         options.policy = "never"
-    if options.seed + options.repeat - 1 > MAX_SEED:
-        parser.error(
-            f"argument --repeat: the last seed would be {options.seed + options.repeat - 1}, at "
-            f"most {MAX_SEED}; lower --seed or --repeat"
-        )
-    for kind, name, allowed in (
-        ("--data", options.data, jobs.names()),
-        ("--policy", options.policy, jobs.POLICIES),
-    ):
-        if name not in allowed:
-            parser.error(f"argument {kind}: unknown {name!r}; allowed: {', '.join(allowed)}")
-    # All that can be refused is refused before a folder is made.
+    _check(parser, options)
+    # Everything that can be refused is refused before a folder is made.
     dataset = data.load(options.data, folder=options.data_folder)
-    job = jobs.job(options.data)
+    job = jobs.get(options.data)
     target = Path(options.out or f"runs/{options.data}-{options.seed}")
-    failures: list[BaseException] = []
     steering: runtime.Steering | None = None
 
-    def told(error: BaseException) -> None:
-        failures.append(error)
+    def report_failure(error: BaseException) -> None:
         complain(f"a checkpoint was not written: {error}")
         if steering is not None:
             steering.checkpoint_failed(error)
 
-    with runtime.termination() as is_asked:
-        keeping = jobs.Keeping(
+    with runtime.termination() as should_stop:
+        checkpoints = jobs.ArmCheckpoints(
             folder=target / CHECKPOINTS,
             every_steps=options.save_every,
             settings={
@@ -58,11 +46,11 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 "steps": options.steps or job.steps,
                 "policy": options.policy,
             },
-            should_stop=is_asked,
-            on_failure=told,
+            should_stop=should_stop,
+            on_failure=report_failure,
         )
         comparison = jobs.prepare(
-            job, dataset, steps=options.steps, policy=options.policy, keeping=keeping
+            job, dataset, steps=options.steps, policy=options.policy, checkpoints=checkpoints
         )
         if options.bus is not None:
             from esper_fn.cli import _steer
@@ -75,37 +63,49 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             return 0 if stop.is_saved else 1
 
 
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.seed + options.repeat - 1 > MAX_SEED:
+        parser.error(
+            f"argument --repeat: the last seed would be {options.seed + options.repeat - 1}, at "
+            f"most {MAX_SEED}; lower --seed or --repeat"
+        )
+    for option, name, allowed in (
+        ("--data", options.data, jobs.names()),
+        ("--policy", options.policy, jobs.POLICIES),
+    ):
+        if name not in allowed:
+            parser.error(f"argument {option}: unknown {name!r}; allowed: {', '.join(allowed)}")
+
+
 def _run(options: argparse.Namespace, comparison: jobs.Comparison, target: Path) -> int:
     with _open(target, options.overwrite, is_resumed=options.resume == "auto") as folder:
         screen = Screen(comparison, num_repeats=options.repeat, is_quiet=options.json)
+
+        def record(progress: jobs.Progress) -> None:
+            screen.show(progress)
+            for event in progress.events:
+                folder.append_event(event)
+            folder.append_metrics(_metrics(progress))
+
         rows = []
         for repeat in range(options.repeat):
-            is_first = repeat == 0
-
-            def listen(progress: jobs.Progress, is_first: bool = is_first) -> None:
-                screen.show(progress, is_first=is_first)
-                if not is_first:
-                    return
-                for event in progress.events:
-                    folder.append_event(event)
-                folder.append_metrics(_metrics(progress))
-
-            row = jobs.run(comparison, options.seed + repeat, listen, screen.announce)
-            screen.finish(row)
-            rows.append(row)
-        summary = jobs.summary(comparison, rows)
+            # The folder and the screen follow the first run; the others are rows of the summary.
+            listener = record if repeat == 0 else None
+            rows.append(jobs.run(comparison, options.seed + repeat, listener, screen.announce))
+            screen.finish(rows[-1])
+        summary = jobs.summarize(comparison, rows)
         folder.finish(summary)
     page = report.write_report(target)
     if options.json:
         json.dump({**summary, "folder": str(target)}, sys.stdout, indent=2)
         print()
     else:
-        screen.summarise(summary, page)
+        screen.summarize(summary, page)
     return 0
 
 
 def _open(target: Path, overwrite: bool, *, is_resumed: bool) -> report.RunFolder:
-    """The run folder; what a resumed run had measured is written anew from its checkpoints."""
+    """Opens the run folder; a resumed run writes anew what its checkpoints hold."""
     try:
         if is_resumed:
             return report.create(target, overwrite=True)

@@ -1,4 +1,4 @@
-"""What `esper grow` prints while it runs and when it is done."""
+"""Prints what `esper grow` does while it runs and when it is done."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from esper_fn._text import plain
 from esper_fn.demo import jobs
 from esper_fn.demo.hosts import count_parameters
+from esper_fn.report._words import ACCURACY_KEY, DIFFERENCE_KEY, PARAMS_KEY
 
 _ARMS = {
     "host": "host, no growth",
@@ -38,7 +39,7 @@ _SECONDS_BETWEEN_LINES = 0.5
 
 
 class Screen:
-    """Progress and summary; goes to stderr where stdout is for JSON."""
+    """Prints progress and summary, on stderr where stdout is for JSON."""
 
     def __init__(self, comparison: jobs.Comparison, *, num_repeats: int, is_quiet: bool) -> None:
         self._console = Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False)
@@ -61,15 +62,13 @@ class Screen:
         if self._done == 0:
             self._console.print(f"  {_ARMS[arm]}: compiling ...", soft_wrap=True)
 
-    def show(self, progress: jobs.Progress, *, is_first: bool) -> None:
-        """One line a report, but only the arms' starts and ends where runs repeat."""
-        is_last = progress.step == self._steps
+    def show(self, progress: jobs.Progress) -> None:
+        """Prints a line on the arm, at most every half second, and one at its end."""
         if progress.test_accuracy is not None:
             self._accuracy = f"{progress.test_accuracy:.1%}"
         now = time.monotonic()
-        if not is_last and (not is_first or now - self._last < _SECONDS_BETWEEN_LINES):
-            return
-        if not is_first:
+        is_last = progress.step == self._steps
+        if not is_last and now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
         stages = ", ".join(
@@ -83,7 +82,7 @@ class Screen:
         )
 
     def finish(self, row: dict[str, Any]) -> None:
-        """One line a run, where there are several."""
+        """Prints a line on a finished run, where there are several."""
         self._done += 1
         if self._repeats == 1:
             return
@@ -98,35 +97,25 @@ class Screen:
             soft_wrap=True,
         )
 
-    def summarise(self, summary: dict[str, Any], page: Path) -> None:
-        """The closing table."""
+    def summarize(self, summary: dict[str, Any], page: Path) -> None:
+        """Prints the closing table and the path of the report."""
         repeats = summary["repeats"]
         table = Table(title=f"held-out test accuracy after {summary['steps']:,} steps")
         for column in ("arm", "accuracy", "parameters", "training GFLOP"):
             table.add_column(column, justify="left" if column == "arm" else "right")
-        for arm, name, parameters in (
-            ("host", "host_accuracy", "host_params"),
-            ("grown", "grown_accuracy", "grown_params"),
-            ("uniform", "uniform_growth_accuracy", "uniform_params"),
-            ("random", "random_growth_accuracy", "random_params"),
-            ("static", "static_equal_params_accuracy", "static_params"),
-        ):
+        for arm, label in _ARMS.items():
+            name = ACCURACY_KEY[arm]
             accuracy = (
                 f"{summary[name]:.1%}" if repeats is None else _interval(repeats["intervals"][name])
             )
-            table.add_row(
-                _ARMS[arm],
-                accuracy,
-                f"{summary[parameters]:,}",
-                f"{summary['train_flops'][arm] / 1e9:.2f}",
-            )
+            flops = f"{summary['train_flops'][arm] / 1e9:.2f}"
+            table.add_row(label, accuracy, f"{summary[PARAMS_KEY[arm]]:,}", flops)
         self._console.print(table)
         if repeats is not None:
-            of = repeats["intervals"]
-            for rival in ("host", "uniform", "random", "static"):
+            for rival, name in DIFFERENCE_KEY.items():
+                difference = _interval(repeats["intervals"][name], is_difference=True)
                 self._console.print(
-                    f"grown minus {rival}, paired over {repeats['count']} runs: "
-                    f"{_interval(of[f'grown_minus_{rival}'], is_difference=True)}"
+                    f"grown minus {rival}, paired over {repeats['count']} runs: {difference}"
                 )
         first = "" if repeats is None else " (first run; parameters and GFLOP too)"
         self._console.print(
@@ -138,9 +127,7 @@ class Screen:
         self._console.print(f"report: {plain(page)}", soft_wrap=True, markup=False)
 
 
-def _interval(of: dict[str, float], *, is_difference: bool = False) -> str:
+def _interval(interval: dict[str, float], *, is_difference: bool = False) -> str:
     sign = "+" if is_difference else ""
-    return (
-        f"{100 * of['mean']:{sign}.1f} [{100 * of['low']:{sign}.1f}, {100 * of['high']:{sign}.1f}]"
-        + (" points" if is_difference else " %")
-    )
+    mean, low, high = (f"{100 * interval[end]:{sign}.1f}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" + (" points" if is_difference else " %")

@@ -132,7 +132,7 @@ def transformer() -> Job:
 
 def main_job() -> Job:
     """The grown arm of `esper grow --data digits --steps 300`."""
-    made = jobs.prepare(jobs.job("digits"), data.load("digits"), steps=300)
+    made = jobs.prepare(jobs.get("digits"), data.load("digits"), steps=300)
     batches = runtime.array_batches(
         made.data.train_inputs,
         made.data.train_targets,
@@ -143,12 +143,12 @@ def main_job() -> Job:
     held_out = made.data.validation_inputs[:128], made.data.validation_targets[:128]
     return Job(
         growth=made.growth,
-        loss_fn=jobs.loss_of(made.host),
+        loss_fn=jobs.make_loss(made.host),
         optimizer=made.optimizer,
         params=made.host.init(jax.random.key(0)),
         batches=batches,
         survey_batch=held_out,
-        program=made.grow_segment,
+        program=made.grow_program,
         survey_every=25,
     )
 

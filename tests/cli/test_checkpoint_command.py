@@ -45,7 +45,7 @@ def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*options, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         "step 0: kept: a multiple of 2",
-        "step 1: to go: not kept by (every(2) | best(1, 'loss', 'min'))",
+        "step 1: to be removed: not kept by (every(2) | best(1, 'loss', 'min'))",
     ]
     assert checkpoint.steps(folder) == [0, 1, 2, 3]
     assert cli.main([*options, "--pin", "1"]) == 0

@@ -31,8 +31,9 @@ PROMISED = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.Run]:
+    """The main job with somewhat more steps than its first adapters need to be fossilized."""
     folder = tmp_path_factory.mktemp("main") / "run"
-    assert cli.main(["grow", "--data", "digits", "--out", str(folder)]) == 0
+    assert cli.main(["grow", "--data", "digits", "--steps", "400", "--out", str(folder)]) == 0
     return folder, report.read(folder)
 
 
@@ -70,7 +71,7 @@ def test_growth_finds_the_narrow_layer(run: tuple[Path, report.Run]) -> None:
     assert min(potential[site] for site in narrow) == max(potential.values())
     worth = {e["site"]: e["measured"]["contribution"] for e in grown if e["to"] == "FOSSILIZED"}
     assert worth.keys() >= narrow
-    assert all(worth[site] < min(worth[of] for of in narrow) for site in worth.keys() - narrow)
+    assert all(worth[site] < min(worth[name] for name in narrow) for site in worth.keys() - narrow)
 
 
 def test_the_folder_is_complete_and_the_page_needs_no_network(
@@ -128,17 +129,17 @@ def test_intervals_against_a_hand_computation() -> None:
         }
         for a in (0.1, 0.2, 0.3)
     ]
-    of = jobs.intervals(rows)
+    intervals = jobs.intervals(rows)
     # mean 0.2, deviation 0.1, t(2) = 4.303: half width 4.303 * 0.1 / sqrt(3)
-    assert of["host_accuracy"]["mean"] == pytest.approx(0.2)
-    assert of["host_accuracy"]["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5)
-    assert of["grown_minus_host"]["low"] == pytest.approx(0.1)
+    assert intervals["host_accuracy"]["mean"] == pytest.approx(0.2)
+    assert intervals["host_accuracy"]["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert intervals["grown_minus_host"]["low"] == pytest.approx(0.1)
 
 
 def test_the_static_rival_has_about_as_many_parameters() -> None:
-    job, digits = jobs.job("digits"), data.load("digits")
+    job, digits = jobs.get("digits"), data.load("digits")
     for count in (1000, 5000, 50000):
-        host = jobs.equal_parameters(job, digits, count)
+        host = jobs.static_host(job, digits, count)
         assert abs(hosts.count_parameters(host) / count - 1) < 0.1
 
 

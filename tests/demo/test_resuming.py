@@ -23,16 +23,16 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def comparison() -> jobs.Comparison:
-    return jobs.prepare(jobs.job("digits"), data.load("digits"), steps=STEPS)
+    return jobs.prepare(jobs.get("digits"), data.load("digits"), steps=STEPS)
 
 
 @contextmanager
-def kept(comparison: jobs.Comparison, keeping: jobs.Keeping) -> Iterator[None]:
-    comparison.keeping = keeping
+def saved(comparison: jobs.Comparison, checkpoints: jobs.ArmCheckpoints) -> Iterator[None]:
+    comparison.checkpoints = checkpoints
     try:
         yield
     finally:
-        comparison.keeping = None
+        comparison.checkpoints = None
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -45,15 +45,15 @@ def stopped_again_and_again(
 ) -> tuple[Any, int]:
     """What `run` gives when it is stopped ever later and taken up each time; and how often."""
     for num_stops in range(40):
-        asked = 0
+        num_calls = 0
 
         def should_stop(limit: int = num_stops + 1) -> bool:
-            nonlocal asked
-            asked += 1
-            return asked > limit
+            nonlocal num_calls
+            num_calls += 1
+            return num_calls > limit
 
-        keeping = jobs.Keeping(folder, every_steps=1000, should_stop=should_stop)
-        with kept(comparison, keeping):
+        checkpoints = jobs.ArmCheckpoints(folder, every_steps=1000, should_stop=should_stop)
+        with saved(comparison, checkpoints):
             try:
                 return run(), num_stops
             except jobs.StoppedError as stop:
@@ -64,41 +64,41 @@ def stopped_again_and_again(
 
 @pytest.mark.slow
 def test_an_arm_stopped_and_its_listener(comparison: jobs.Comparison, tmp_path: Path) -> None:
-    def run() -> tuple[jobs.Arm, list[jobs.Progress]]:
-        told: list[jobs.Progress] = []
-        return comparison.grown(0, told.append), told
+    def run() -> tuple[jobs.ArmResult, list[jobs.Progress]]:
+        reports: list[jobs.Progress] = []
+        return comparison.run_growing(0, reports.append), reports
 
-    wanted, told = run()
-    assert any(row.events for row in told)
+    expected, reports = run()
+    assert any(row.events for row in reports)
     (arm, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
     assert num_stops >= 2
-    assert arm == wanted
-    assert again == told
+    assert arm == expected
+    assert again == reports
 
 
 @pytest.mark.slow
 def test_stopped_in_every_arm(comparison: jobs.Comparison, tmp_path: Path) -> None:
     def run() -> tuple[dict[str, Any], list[jobs.Progress]]:
-        told: list[jobs.Progress] = []
-        return jobs.run(comparison, 0, told.append), told
+        reports: list[jobs.Progress] = []
+        return jobs.run(comparison, 0, reports.append), reports
 
-    wanted, told = run()
+    expected, reports = run()
     (row, again), num_stops = stopped_again_and_again(comparison, tmp_path, run)
     assert num_stops >= 6
     assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {
         "host", "grown", "uniform", "random", "static",
     }  # fmt: skip
-    assert timeless(row) == timeless(wanted)
-    assert again == told
+    assert timeless(row) == timeless(expected)
+    assert again == reports
     assert row["wall_seconds"] > 0
 
 
 def test_another_job_is_refused_by_name(comparison: jobs.Comparison, tmp_path: Path) -> None:
-    with kept(comparison, jobs.Keeping(tmp_path, settings={"policy": "periodic"})):
-        comparison.plain(0)
-        comparison.keeping = jobs.Keeping(tmp_path, settings={"policy": "plateau"})
+    with saved(comparison, jobs.ArmCheckpoints(tmp_path, settings={"policy": "periodic"})):
+        comparison.run_host(0)
+        comparison.checkpoints = jobs.ArmCheckpoints(tmp_path, settings={"policy": "plateau"})
         with pytest.raises(ResumeError, match="policy is 'plateau' now and was 'periodic'"):
-            comparison.plain(0)
+            comparison.run_host(0)
 
 
 def lines(folder: Path, name: str) -> list[Any]:

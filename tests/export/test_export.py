@@ -192,7 +192,7 @@ def test_lineage_tells_every_life() -> None:
 def test_a_run_folder(tmp_path: Path) -> None:
     """A folder as `esper grow` writes it, without the training that fills it."""
     dataset = data.load("digits")
-    comparison = jobs.prepare(jobs.job("digits"), dataset, steps=400)
+    comparison = jobs.prepare(jobs.get("digits"), dataset, steps=400)
     growth = comparison.growth
     live = {
         growth.layout.seed_index("layer2.0", 0): (Stage.FOSSILIZED, 1.0, "bottleneck"),

@@ -1,4 +1,4 @@
-"""Example hosts, in plain JAX: an MLP, a convolutional network and a transformer."""
+"""Builds the hosts of the demonstration in plain JAX: an MLP, a CNN and a transformer."""
 
 from esper_fn.demo.hosts._base import Host, count_parameters
 from esper_fn.demo.hosts._conv import conv

@@ -1,4 +1,4 @@
-"""What an example host is."""
+"""Says what a host of the demonstration is."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class Apply(Protocol):
     """Runs a host."""
 
     def __call__(self, params: Params, seeds: Seeds | NoSeeds, inputs: Array) -> Array:
-        """Logits."""
+        """Returns the logits."""
         ...
 
 
 class Fold(Protocol):
-    """Takes an adapter into a host's own parameters."""
+    """Folds an adapter into a host's own parameters."""
 
     def __call__(
-        self, params: Params, site: str, blueprint: Blueprint, adapter: Params, act: float, /
+        self, params: Params, site: str, blueprint: Blueprint, adapter: Params, scale: float, /
     ) -> Params | None:
-        """Parameters of the same function without the adapter, or None where there are none."""
+        """Returns parameters of the same function without the adapter, or None."""
         ...
 
 
 class Host(NamedTuple):
-    """A small network with sites: `(init, apply)` and what it states of itself."""
+    """A small network with sites: `(init, apply)` and its properties."""
 
     name: str
     init: Any
@@ -40,11 +40,11 @@ class Host(NamedTuple):
     flops: int
     """Forward operations on one example."""
     fold: Fold | None = None
-    """Takes adapters into the parameters for good."""
+    """Folds adapters into the parameters for good."""
 
 
 def count_parameters(host: Host) -> int:
-    """Parameters of the host alone.
+    """Counts the parameters of the host alone.
 
     >>> from esper_fn.demo import hosts
     >>> count_parameters(hosts.mlp((2, 3, 2)))
@@ -55,12 +55,12 @@ def count_parameters(host: Host) -> int:
 
 
 def dense_init(key: Key, inputs: int, outputs: int, gain: float = 2.0) -> dict[str, Array]:
-    """Weights with variance `gain / inputs` (He et al., ICCV 2015), zero bias."""
+    """Draws weights with variance `gain / inputs` (He et al., ICCV 2015), and a zero bias."""
     weight = jax.random.normal(key, (inputs, outputs)) * (gain / inputs) ** 0.5
     return {"weight": weight, "bias": jax.numpy.zeros((outputs,))}
 
 
 def dense(layer: dict[str, Array], x: Array) -> Array:
-    """`x weight + bias`."""
+    """Computes `x weight + bias`."""
     y = x @ layer["weight"].astype(x.dtype)
     return y + layer["bias"].astype(x.dtype).reshape(*(1,) * (y.ndim - 1), -1)

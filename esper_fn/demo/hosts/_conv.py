@@ -1,8 +1,9 @@
-"""A small convolutional network."""
+"""Builds a small convolutional network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -26,7 +27,7 @@ def _convolve(layer: dict[str, Array], x: Array) -> Array:
 
 
 def _halve(x: Array) -> Array:
-    """The largest of every 2 x 2 positions."""
+    """Takes the largest of every 2 x 2 positions."""
     window = (1, 2, 2, 1)
     return jax.lax.reduce_window(x, -np.inf, jax.lax.max, window, window, "VALID")
 
@@ -39,17 +40,17 @@ def conv(
     classes: int,
     chunks: int = 4,
 ) -> Host:
-    """3 x 3 convolutions with relu and 2 x 2 pooling, a dense hidden layer, logits.
+    """Builds 3 x 3 convolutions with relu and 2 x 2 pooling, a dense hidden layer and logits.
 
     Sites: `conv{k}` on the pooled output of each convolution (an image) and `hidden` on the dense
     layer's (a vector), each with `chunks` seeds or one per channel if those are fewer.
 
     Args:
       image: height, width and channels of the input.
-      channels: of the convolutions.
+      channels: output channels of each convolution.
       hidden: width of the dense layer.
       classes: number of logits.
-      chunks: seeds a site.
+      chunks: number of seeds of a site.
     """
     height, width, depth = image
     sizes = (depth, *channels)
@@ -57,15 +58,8 @@ def conv(
     for k, (a, b) in enumerate(pairwise(sizes), start=1):
         flops += 2 * 9 * a * b * height * width
         height, width = height // 2, width // 2
-        sites.append(
-            site(
-                f"conv{k}",
-                features=b,
-                chunks=min(chunks, b),
-                topology="image",
-                positions=height * width,
-            )
-        )
+        image_site = partial(site, topology="image", positions=height * width)
+        sites.append(image_site(f"conv{k}", features=b, chunks=min(chunks, b)))
     flat = height * width * sizes[-1]
     flops += 2 * (flat * hidden + hidden * classes)
     sites.append(site("hidden", features=hidden, chunks=min(chunks, hidden)))

@@ -1,4 +1,4 @@
-"""A multilayer perceptron in which neurons can be added to every hidden layer."""
+"""Builds a multilayer perceptron that can grow neurons in every hidden layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from esper_fn.demo.hosts._base import Host, dense, dense_init
 
 
 def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
-    """`widths[0]` inputs, hidden gelu layers, `widths[-1]` logits.
+    """Builds a network of `widths[0]` inputs, hidden gelu layers and `widths[-1]` logits.
 
     Sites: around hidden layer k, `spans` seeds named `layer{k}.{i}`, each of which can add neurons
     to that layer (from its input to its successor's pre-activation); and on its output, site
     `hidden{k}` with `chunks` seeds, or as many as it has units if those are fewer.
 
     Args:
-      widths: at least three.
-      spans: seeds around each hidden layer.
-      chunks: seeds on each hidden layer's output.
+      widths: sizes of the layers, at least three.
+      spans: number of seeds around each hidden layer.
+      chunks: number of seeds on each hidden layer's output.
+
+    Raises:
+      ValueError: there are fewer than three widths, or one is below 1.
     """
     if len(widths) < 3 or min(widths) < 1:
         raise ValueError(f"widths must name at least three positive sizes, got {tuple(widths)}")
@@ -57,29 +60,30 @@ def mlp(widths: Sequence[int], *, spans: int = 0, chunks: int = 0) -> Host:
             read = hidden
         return x
 
-    def fold(
-        params: Params, name: str, blueprint: Blueprint, adapter: Params, act: float
-    ) -> Params | None:
-        # An adapter over a span is neurons of the layer it leads around, if they bend alike.
-        layer, dot, _ = name.removeprefix("layer").partition(".")
-        is_alike = blueprint.neurons == "gelu" and set(adapter) == {"down", "bias", "up"}
-        if not (name.startswith("layer") and dot and is_alike):
-            return None
-        k = int(layer)
-        into, out = params[k - 1], params[k]
-        # It neither reads nor writes what was folded into the layers below and above.
-        unread = into["weight"].shape[0] - adapter["down"].shape[0]
-        unwritten = out["weight"].shape[1] - adapter["up"].shape[1]
-        down = jnp.pad(jnp.asarray(adapter["down"]), ((0, unread), (0, 0)))
-        up = jnp.pad(act * jnp.asarray(adapter["up"]), ((0, 0), (0, unwritten)))
-        added = [
-            {
-                "weight": jnp.concatenate([into["weight"], down], axis=1),
-                "bias": jnp.concatenate([into["bias"], jnp.asarray(adapter["bias"])]),
-            },
-            {**out, "weight": jnp.concatenate([out["weight"], up])},
-        ]
-        return [*params[: k - 1], *added, *params[k + 1 :]]
-
     flops = sum(2 * a * b for a, b in pairwise(sizes))
-    return Host("mlp", init, apply, tuple(sites), flops, fold)
+    return Host("mlp", init, apply, tuple(sites), flops, _fold)
+
+
+def _fold(
+    params: Params, site_name: str, blueprint: Blueprint, adapter: Params, scale: float, /
+) -> Params | None:
+    """Folds an adapter over a span into the layer it leads around, if both are gelu neurons."""
+    layer, dot, _ = site_name.removeprefix("layer").partition(".")
+    is_alike = blueprint.neurons == "gelu" and set(adapter) == {"down", "bias", "up"}
+    if not (site_name.startswith("layer") and dot and is_alike):
+        return None
+    k = int(layer)
+    into, out = params[k - 1], params[k]
+    # The adapter neither reads nor writes what was folded into the layers below and above.
+    unread = into["weight"].shape[0] - adapter["down"].shape[0]
+    unwritten = out["weight"].shape[1] - adapter["up"].shape[1]
+    down = jnp.pad(jnp.asarray(adapter["down"]), ((0, unread), (0, 0)))
+    up = jnp.pad(scale * jnp.asarray(adapter["up"]), ((0, 0), (0, unwritten)))
+    wider = [
+        {
+            "weight": jnp.concatenate([into["weight"], down], axis=1),
+            "bias": jnp.concatenate([into["bias"], jnp.asarray(adapter["bias"])]),
+        },
+        {**out, "weight": jnp.concatenate([out["weight"], up])},
+    ]
+    return [*params[: k - 1], *wider, *params[k + 1 :]]

@@ -1,6 +1,8 @@
-"""A small causal transformer whose blocks run in one scan."""
+"""Builds a small causal transformer whose blocks run in one scan."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,26 @@ def _attend(block: Params, x: Array, heads: int) -> Array:
     return mixed.reshape(batch, length, width) @ block["mix"]
 
 
+def _init(
+    key: Key, vocabulary: int, length: int, width: int, blocks: int, inner: int
+) -> dict[str, Params]:
+    keys = jax.random.split(key, 6)
+
+    def stack(key: Key, a: int, b: int, gain: float = 1.0) -> Array:
+        return jax.random.normal(key, (blocks, a, b)) * (gain / a) ** 0.5
+
+    return {
+        "token": jax.random.normal(keys[0], (vocabulary, width)) * 0.1,
+        "position": jax.random.normal(keys[1], (length, width)) * 0.1,
+        "blocks": {
+            "qkv": stack(keys[2], width, 3 * width),
+            "mix": stack(keys[3], width, width, 0.5 / blocks),
+            "up": stack(keys[4], width, inner, 2.0),
+            "down": stack(keys[5], inner, width, 0.5 / blocks),
+        },
+    }
+
+
 def transformer(
     *,
     vocabulary: int,
@@ -37,67 +59,43 @@ def transformer(
     hidden: int | None = None,
     chunks: int = 4,
 ) -> Host:
-    """Token and position embeddings, pre-norm blocks, logits of the next token.
+    """Builds token and position embeddings, pre-norm blocks and logits of the next token.
 
     Sites, each with one set of seeds per block: `mlp` on the hidden activation of the block's MLP
     and `residual` on its output.
 
     Args:
-      vocabulary: tokens.
-      length: longest sequence.
-      width: of the residual stream; divisible by `heads`.
-      blocks: how many.
-      heads: of the attention.
-      hidden: width of the MLPs; four times `width` when left out.
-      chunks: seeds a site and block.
+      vocabulary: number of tokens.
+      length: length of the longest sequence.
+      width: width of the residual stream; `heads` divides it.
+      blocks: number of blocks.
+      heads: number of heads of the attention.
+      hidden: width of the MLPs; four times `width` by default.
+      chunks: number of seeds of a site in a block.
+
+    Raises:
+      ValueError: `heads` does not divide `width`.
     """
     if width % heads:
         raise ValueError(f"width {width} must be divisible by heads {heads}")
     inner = 4 * width if hidden is None else hidden
+    block_site = partial(site, topology="sequence", layers=blocks, positions=length)
     sites = (
-        site(
-            "mlp",
-            features=inner,
-            chunks=min(chunks, inner),
-            topology="sequence",
-            layers=blocks,
-            positions=length,
-        ),
-        site(
-            "residual",
-            features=width,
-            chunks=min(chunks, width),
-            topology="sequence",
-            layers=blocks,
-            positions=length,
-        ),
+        block_site("mlp", features=inner, chunks=min(chunks, inner)),
+        block_site("residual", features=width, chunks=min(chunks, width)),
     )
 
     def init(key: Key) -> Params:
-        keys = jax.random.split(key, 6)
-
-        def stack(key: Key, a: int, b: int, gain: float = 1.0) -> Array:
-            return jax.random.normal(key, (blocks, a, b)) * (gain / a) ** 0.5
-
-        return {
-            "token": jax.random.normal(keys[0], (vocabulary, width)) * 0.1,
-            "position": jax.random.normal(keys[1], (length, width)) * 0.1,
-            "blocks": {
-                "qkv": stack(keys[2], width, 3 * width),
-                "mix": stack(keys[3], width, width, 0.5 / blocks),
-                "up": stack(keys[4], width, inner, 2.0),
-                "down": stack(keys[5], inner, width, 0.5 / blocks),
-            },
-        }
+        return _init(key, vocabulary, length, width, blocks, inner)
 
     def apply(params: Params, seeds: AnySeeds, inputs: Array) -> Array:
         x = params["token"][inputs] + params["position"][: inputs.shape[1]][None]
 
         def block(x: Array, layer: tuple[Params, AnySeeds, AnySeeds]) -> tuple[Array, None]:
-            weights, of_mlp, of_residual = layer
+            weights, mlp_seeds, residual_seeds = layer
             x = x + _attend(weights, _normalise(x), heads)
-            inner = of_mlp.grow("mlp", jax.nn.gelu(_normalise(x) @ weights["up"]))
-            return of_residual.grow("residual", x + inner @ weights["down"]), None
+            inner = mlp_seeds.grow("mlp", jax.nn.gelu(_normalise(x) @ weights["up"]))
+            return residual_seeds.grow("residual", x + inner @ weights["down"]), None
 
         stacked = (params["blocks"], seeds.layers("mlp"), seeds.layers("residual"))
         x, _ = jax.lax.scan(block, x, stacked)

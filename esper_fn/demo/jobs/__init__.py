@@ -1,49 +1,39 @@
-"""Ready jobs that compare growth with its honest rivals."""
+"""Ready jobs that compare growth with its rivals.
 
-from esper_fn.demo.jobs._checkpoints import Keeping, StoppedError
-from esper_fn.demo.jobs._compare import (
-    SURVEY_EVERY,
-    Arm,
-    Comparison,
-    evaluator,
-    loss_of,
-    prepare,
-    run,
-)
+>>> from esper_fn.demo import data, jobs
+>>> comparison = jobs.prepare(jobs.get("digits"), data.load("digits"))
+>>> comparison.steps, comparison.growth.layout.num_seeds
+(1500, 27)
+"""
+
+from esper_fn.demo.jobs._checkpoints import ArmCheckpoints, StoppedError
+from esper_fn.demo.jobs._compare import SURVEY_EVERY, ArmResult, Comparison, prepare, run
+from esper_fn.demo.jobs._evaluate import make_evaluate, make_loss
 from esper_fn.demo.jobs._export import FORMATS, export_run
-from esper_fn.demo.jobs._jobs import (
-    POLICIES,
-    Job,
-    equal_parameters,
-    growth_arguments,
-    job,
-    names,
-    policy,
-)
+from esper_fn.demo.jobs._jobs import POLICIES, Job, get, growth_arguments, names, static_host
 from esper_fn.demo.jobs._progress import Progress
-from esper_fn.demo.jobs._summary import intervals, mean_interval, summary
+from esper_fn.demo.jobs._summary import intervals, mean_interval, summarize
 
 __all__ = [
     "FORMATS",
     "POLICIES",
     "SURVEY_EVERY",
-    "Arm",
+    "ArmCheckpoints",
+    "ArmResult",
     "Comparison",
     "Job",
-    "Keeping",
     "Progress",
     "StoppedError",
-    "equal_parameters",
-    "evaluator",
     "export_run",
+    "get",
     "growth_arguments",
     "intervals",
-    "job",
-    "loss_of",
+    "make_evaluate",
+    "make_loss",
     "mean_interval",
     "names",
-    "policy",
     "prepare",
     "run",
-    "summary",
+    "static_host",
+    "summarize",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints of a comparison: every arm of every seed goes on where it was stopped."""
+"""Saves a comparison: every arm of every seed goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from esper_fn import checkpoint, runtime
-from esper_fn.checkpoint._writer import warn
+from esper_fn.demo.jobs._progress import ProgressLog
 from esper_fn.errors import EsperError
 
 
 class StoppedError(EsperError):
-    """The run was asked to stop and did, at the end of a segment.
+    """Raised when a run stopped on request, at the end of a segment.
 
     Attributes:
-      arm: under way.
-      step: steps done of it.
+      arm: name of the arm under way.
+      step: steps of it that are done.
       is_saved: whether they are on the disk.
     """
 
@@ -32,71 +32,75 @@ class StoppedError(EsperError):
 
 
 @dataclass(slots=True)
-class Keeping:
+class ArmCheckpoints:
     """Where the checkpoints of a comparison lie, and when they are written.
 
     Attributes:
-      folder: one folder of it an arm and seed.
-      every_steps: between saves; an arm's end is saved too.
+      folder: holds one folder for each arm and seed.
+      every_steps: steps between saves; the end of an arm is saved too.
       settings: of the job; a run goes on only with the same ones.
-      should_stop: asked after each segment and between arms.
-      on_failure: told of a save that failed.
+      should_stop: called after each segment and between arms; True stops the run.
+      on_failure: called with the error of a save that failed; warns by default.
+      earlier_seconds: time that earlier processes spent on the arms resumed so far.
     """
 
     folder: Path
     every_steps: int = 500
     settings: Mapping[str, Any] = field(default_factory=dict)
     should_stop: Callable[[], bool] = lambda: False
-    on_failure: Callable[[BaseException], None] = warn
-    seconds_before: float = 0.0
-    """Spent on what was taken over from earlier processes."""
+    on_failure: Callable[[BaseException], None] | None = None
+    earlier_seconds: float = 0.0
 
-    @contextmanager
-    def arm(
+    def fit(
         self,
-        name: str,
+        arm: str,
         seed: int,
-        told: list[dict[str, Any]],
-        replay: Callable[[dict[str, Any]], None],
-    ) -> Iterator[runtime.Checkpoints]:
-        """Checkpoints of one arm.
+        log: ProgressLog,
+        num_steps: int,
+        fit: Callable[..., runtime.Fit],
+    ) -> runtime.Fit:
+        """Runs an arm, or the rest of it, and saves it.
 
         Args:
-          name: of the arm.
+          arm: name of the arm.
           seed: of the run.
-          told: rows the listener was given; saved along, and filled again.
-          replay: given each of these rows when the arm goes on, so that the listener hears the
-            whole run.
+          log: its rows are saved along, and repeated when the arm goes on.
+          num_steps: steps of the whole arm.
+          fit: `runtime.fit` with all its arguments but `checkpoints` and `should_stop`.
+
+        Raises:
+          StoppedError: the arm stopped before its last step.
         """
+        with self._open(arm, seed, log) as checkpoints:
+            result = fit(checkpoints=checkpoints, should_stop=self.should_stop)
+            saved_step = checkpoints.writer.last_acknowledged or 0
+        if result.num_steps < num_steps:
+            raise StoppedError(arm, result.num_steps, is_saved=saved_step == result.num_steps)
+        return result
+
+    @contextmanager
+    def _open(self, arm: str, seed: int, log: ProgressLog) -> Iterator[runtime.Checkpoints]:
         if self.should_stop():
-            raise StoppedError(name, 0, is_saved=True)
-        began, spent = time.monotonic(), 0.0
+            raise StoppedError(arm, 0, is_saved=True)
+        start, earlier = time.monotonic(), 0.0
 
         def note() -> dict[str, Any]:
-            return {"rows": told, "seconds": spent + time.monotonic() - began}
+            return {"rows": log.rows, "seconds": earlier + time.monotonic() - start}
 
-        def recall(noted: dict[str, Any]) -> None:
-            nonlocal spent
-            spent = noted["seconds"]
-            self.seconds_before += spent
-            for row in noted["rows"]:
-                told.append(row)
-                replay(row)
+        def recall(saved: dict[str, Any]) -> None:
+            nonlocal earlier
+            earlier = saved["seconds"]
+            self.earlier_seconds += earlier
+            for row in saved["rows"]:
+                log.replay(row)
 
-        with checkpoint.Writer(
-            self.folder / f"seed-{seed}" / name,
-            keep=checkpoint.latest(1),
-            on_failure=self.on_failure,
-        ) as writer:
+        folder = self.folder / f"seed-{seed}" / arm
+        options = {} if self.on_failure is None else {"on_failure": self.on_failure}
+        with checkpoint.Writer(folder, keep=checkpoint.latest(1), **options) as writer:
             yield runtime.Checkpoints(
                 writer=writer,
                 every_steps=self.every_steps,
                 note=note,
                 recall=recall,
-                settings={**self.settings, "arm": name, "seed": seed},
+                settings={**self.settings, "arm": arm, "seed": seed},
             )
-
-    def check_done(self, name: str, fitted: runtime.Fit, num_steps: int, saved: int | None) -> None:
-        """Raises `StoppedError` where a fit ended before its time."""
-        if fitted.num_steps < num_steps:
-            raise StoppedError(name, fitted.num_steps, is_saved=(saved or 0) == fitted.num_steps)

@@ -1,17 +1,23 @@
-"""A finished or stopped run's grown network, written for others and checked."""
+"""Writes the grown network of a finished or stopped run for others, and checks it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from esper_fn import checkpoint, export
+from esper_fn._growth import Growth
+from esper_fn._layout import Layout
+from esper_fn._typing import Params
 from esper_fn.demo import data
-from esper_fn.demo.jobs._compare import evaluator
-from esper_fn.demo.jobs._jobs import job, make_growth
+from esper_fn.demo.hosts import Host
+from esper_fn.demo.jobs._evaluate import make_evaluate
+from esper_fn.demo.jobs._jobs import get, make_growth
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 FORMATS = ("safetensors", "stablehlo")
@@ -26,21 +32,22 @@ def export_run(
     seed: int | None = None,
     data_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the network of a run folder, and `lineage.json`, then tests what was written.
+    """Writes the network of a run folder and `lineage.json`, then tests what was written.
 
     Args:
       run: a folder of `esper grow`.
       out: the folder to write to.
       format: `safetensors` or `stablehlo`.
       arm: `grown`, `uniform` or `random`.
-      seed: of which run; the lowest there is when left out.
-      data_folder: where the data set lies.
+      seed: of the run; the lowest of the folder by default.
+      data_folder: folder of the data set; see `data.load`.
 
     Returns:
-      Files, accuracy of the run's own state and of the files read back, adapters and folded ones.
+      `files`, `test_accuracy` of the run's own state and `exported_test_accuracy` of the files
+      read back, the numbers of `adapters` and of `folded` ones, and the `step`.
 
     Raises:
-      CheckpointError: no checkpoint of such an arm.
+      CheckpointError: the folder has no checkpoint of this arm.
       CorruptCheckpointError: what was written does not predict what the run's state predicts.
     """
     if format not in FORMATS:
@@ -48,13 +55,9 @@ def export_run(
     folder = _folder(run, arm, seed)
     restored = checkpoint.restore(folder)
     settings = _settings(folder, restored)
-    dataset = data.load(settings["data"], folder=data_folder)
-    chosen = job(settings["data"])
-    host = chosen.host(dataset)
-    growth = make_growth(chosen, host, settings["policy"], steps=settings["steps"])
+    dataset, host, growth = _rebuild(settings, data_folder)
     state = restored.value["state"]
-    evaluate = evaluator(host, dataset.test_inputs, dataset.test_targets)
-    accuracy = float(evaluate(state.params, growth.seeds(state.growth))[0])
+    accuracy = _accuracy(host, state.params, growth.seeds(state.growth), dataset)
     adapters = export.acting(growth, state.growth)
     params, rest, folded = export.fold(host.fold, growth.layout, state.params, adapters)
     note = {
@@ -66,32 +69,11 @@ def export_run(
         "test_accuracy": accuracy,
         "folded_seeds": [adapter.seed for adapter in folded],
     }
+    write = _write_safetensors if format == "safetensors" else _write_stablehlo
     out.mkdir(parents=True, exist_ok=True)
-    seeds: Any
-    if format == "safetensors":
-        files = [out / "network.safetensors"]
-        export.write_safetensors(files[0], params, rest, note)
-        network = export.read_safetensors(files[0])
-        seeds = export.fixed(growth.layout, network.adapters)
-        written = float(evaluate(network.params, seeds)[0])
-    else:
-        seeds = export.fixed(growth.layout, rest)
-        files = export.write_stablehlo(
-            out, lambda inputs: host.apply(params, seeds, inputs), dataset.test_inputs
-        )
-        logits = export.read_stablehlo(out)(dataset.test_inputs)
-        written = float(np.mean(np.argmax(np.asarray(logits), -1) == dataset.test_targets))
-    record = _plain(restored.record["record"])
-    told = export.lineage(
-        record["events"], record["rollbacks"], adapters=rest, folded=folded, note=note
-    )
-    files.append(out / "lineage.json")
-    files[-1].write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
-    # One example in a thousand may lie on the border that rounding moves.
-    if abs(written - accuracy) > 1e-3 + 1.0 / len(dataset.test_inputs):
-        raise CorruptCheckpointError(
-            f"{out}: the network written has test accuracy {written:.4f}, the run's {accuracy:.4f}"
-        )
+    files, written = write(out, _Network(host, growth.layout, params, rest), note, dataset)
+    _check_accuracy(out, written, accuracy, len(dataset.test_inputs))
+    files.append(_write_lineage(out, restored.record["record"], rest, folded, note))
     return {
         "files": [str(file) for file in files],
         "test_accuracy": accuracy,
@@ -100,6 +82,75 @@ def export_run(
         "folded": len(folded),
         "step": restored.step,
     }
+
+
+def _check_accuracy(out: Path, written: float, accuracy: float, num_examples: int) -> None:
+    # One example in a thousand may lie on the border that rounding moves.
+    if abs(written - accuracy) > 1e-3 + 1.0 / num_examples:
+        raise CorruptCheckpointError(
+            f"{out}: the network written has test accuracy {written:.4f}, the run's {accuracy:.4f}"
+        )
+
+
+class _Network(NamedTuple):
+    host: Host
+    layout: Layout
+    params: Params
+    adapters: Sequence[export.Adapter]
+
+
+def _accuracy(host: Host, params: Params, seeds: Any, dataset: data.Dataset) -> float:
+    evaluate = make_evaluate(host, dataset.test_inputs, dataset.test_targets)
+    return evaluate(params, seeds)[0]
+
+
+def _write_safetensors(
+    out: Path, network: _Network, note: dict[str, Any], dataset: data.Dataset
+) -> tuple[list[Path], float]:
+    """Writes a network, and returns the files and the test accuracy of what they hold."""
+    file = out / "network.safetensors"
+    export.write_safetensors(file, network.params, network.adapters, note)
+    written = export.read_safetensors(file)
+    seeds = export.fixed(network.layout, written.adapters)
+    return [file], _accuracy(network.host, written.params, seeds, dataset)
+
+
+def _write_stablehlo(
+    out: Path, network: _Network, note: dict[str, Any], dataset: data.Dataset
+) -> tuple[list[Path], float]:
+    """Writes a network, and returns the files and the test accuracy of what they hold."""
+    del note  # lineage.json has it
+    seeds: Any = export.fixed(network.layout, network.adapters)
+    apply = partial(network.host.apply, network.params, seeds)
+    files = export.write_stablehlo(out, apply, dataset.test_inputs)
+    logits = np.asarray(export.read_stablehlo(out)(dataset.test_inputs))
+    return files, float(np.mean(np.argmax(logits, -1) == dataset.test_targets))
+
+
+def _write_lineage(
+    out: Path,
+    record: Any,
+    adapters: Sequence[export.Adapter],
+    folded: Sequence[export.Adapter],
+    note: dict[str, Any],
+) -> Path:
+    record = _plain(record)
+    lineage = export.lineage(
+        record["events"], record["rollbacks"], adapters=adapters, folded=folded, note=note
+    )
+    file = out / "lineage.json"
+    file.write_text(json.dumps(lineage, indent=1, allow_nan=False) + "\n")
+    return file
+
+
+def _rebuild(
+    settings: dict[str, Any], data_folder: str | None
+) -> tuple[data.Dataset, Host, Growth]:
+    """Makes the data set, the host and the growing network of a run anew."""
+    dataset = data.load(settings["data"], folder=data_folder)
+    job = get(settings["data"])
+    host = job.host(dataset)
+    return dataset, host, make_growth(job, host, settings["policy"], steps=settings["steps"])
 
 
 def _settings(folder: Path, restored: checkpoint.Restored) -> dict[str, Any]:
@@ -118,7 +169,7 @@ def _settings(folder: Path, restored: checkpoint.Restored) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What `fit` recorded, with null for numbers that are not finite."""
+    """Returns what `fit` recorded, with None for numbers that are not finite."""
     if isinstance(value, dict):
         if value.keys() == {"$float"}:
             return None
@@ -127,16 +178,16 @@ def _plain(value: Any) -> Any:
 
 
 def _folder(run: Path, arm: str, seed: int | None) -> Path:
-    found = sorted(
-        (int(path.parent.name.removeprefix("seed-")), path)
+    folders = {
+        int(number): path
         for path in (run / "checkpoints").glob(f"seed-*/{arm}")
-        if path.parent.name.removeprefix("seed-").isdecimal()
-    )
-    if not found:
+        if (number := path.parent.name.removeprefix("seed-")).isdecimal()
+    }
+    if not folders:
         raise CheckpointError(
             f"{run}: no checkpoint of the arm {arm!r}; name a folder of `esper grow`"
         )
-    for number, path in found:
-        if seed in (None, number):
-            return path
-    raise CheckpointError(f"{run}: no seed {seed}; there are {[number for number, _ in found]}")
+    seed = min(folders) if seed is None else seed
+    if seed not in folders:
+        raise CheckpointError(f"{run}: no seed {seed}; there are {sorted(folders)}")
+    return folders[seed]

@@ -1,4 +1,4 @@
-"""The ready jobs: a data set, a host with a place that is too narrow, and what may grow there."""
+"""Holds the ready jobs: a data set, a host with a layer that is too narrow, what may grow there."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from esper_fn.errors import UnknownNameError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What `compare` needs to run a data set.
+    """What a comparison on one data set needs.
 
     Attributes:
       data: name of the data set.
       host: makes the host.
-      family: hosts of the same kind by size, none of them with a narrow place: the static rival.
+      family: makes hosts of the same kind by size, none with a narrow layer: the static rivals.
       blueprints: names of the factories in `esper_fn.blueprints` of what may grow.
       sizes: keyword arguments of their factories.
       batch_size: examples a step.
       learning_rate: of AdamW, decayed to zero by a cosine.
-      steps: default length.
-      germinations: adapters that may be born in the whole run.
+      steps: default number of steps.
+      germinations: adapters that may germinate in the whole run.
       capacity: adapters alive at once per bank.
       survey_examples: held-out examples of a survey.
     """
@@ -120,43 +120,47 @@ POLICIES = ("grow", "periodic", "plateau", "random", "never")
 
 
 def names() -> tuple[str, ...]:
-    """Data sets there is a job for."""
+    """Names the data sets that have a job."""
     return tuple(_JOBS)
 
 
-def job(data: str) -> Job:
-    """The job of a data set; raises `UnknownNameError`."""
+def get(data: str) -> Job:
+    """Returns the job of a data set.
+
+    Raises:
+      UnknownNameError: no job has this data set.
+    """
     if data not in _JOBS:
         raise UnknownNameError("data set", data, names(), "or run your own with `runtime.fit`")
     return _JOBS[data]
 
 
-def policy(
+def make_policy(
     name: str, job: Job, *, steps: int, score: policies.Score = "potential"
 ) -> policies.Policy:
-    """A policy by name, sized for a run of `steps`.
+    """Makes a policy by name, sized for a run of `steps`.
 
-    At most `job.germinations` adapters are born. All but `grow`, which asks at once, begin to ask
+    At most `job.germinations` adapters germinate. All but `grow`, which asks at once, begin to ask
     after a tenth of the run, one adapter at a time, and stop at two fifths of it.
 
     Raises:
-      UnknownNameError: none of `POLICIES`.
+      UnknownNameError: the name is none of `POLICIES`.
     """
     start, rest = max(1, steps // 10), max(1, steps // 40)
     if name == "grow":
         return policies.chain(policies.grow(score=score), policies.max_total(job.germinations))
     if name == "plateau":
-        asks = policies.plateau(patience=max(1, steps // 20), min_gain=0.5, score=score)
+        base = policies.plateau(patience=max(1, steps // 20), min_gain=0.5, score=score)
     elif name == "periodic":
-        asks = policies.periodic(every=rest, start=start, score=score)
+        base = policies.periodic(every=rest, start=start, score=score)
     elif name == "random":
-        asks = policies.periodic(every=rest, start=start, score="random", name="random")
+        base = policies.periodic(every=rest, start=start, score="random", name="random")
     elif name == "never":
         return policies.never()
     else:
         raise UnknownNameError("policy", name, POLICIES)
     return policies.chain(
-        asks,
+        base,
         policies.cooldown(rest),
         policies.max_concurrent(job.germinations),
         policies.max_total(job.germinations),
@@ -165,7 +169,7 @@ def policy(
 
 
 def growth_arguments(job: Job, host: Host) -> dict[str, Any]:
-    """Where and what can grow in a job: arguments of `Growth`."""
+    """Returns the arguments of `Growth` that say what can grow in a job, and at which sites."""
     return {
         "sites": host.sites,
         "blueprints": {name: getattr(blueprints, name)(**job.sizes) for name in job.blueprints},
@@ -173,14 +177,14 @@ def growth_arguments(job: Job, host: Host) -> dict[str, Any]:
     }
 
 
-def make_growth(job: Job, host: Host, policy_name: str, *, steps: int) -> Growth:
-    """The growing network of a job: the defaults, and a policy."""
-    chosen = policy(policy_name, job, steps=steps)
+def make_growth(job: Job, host: Host, policy: str | None, *, steps: int) -> Growth:
+    """Makes the growing network of a job, with the defaults and a policy; None is the default."""
+    chosen = None if policy is None else make_policy(policy, job, steps=steps)
     return Growth(**growth_arguments(job, host), policy=chosen)
 
 
-def equal_parameters(job: Job, data: Dataset, count: int) -> Host:
-    """The static host whose parameter count is nearest to `count`."""
+def static_host(job: Job, data: Dataset, count: int) -> Host:
+    """Makes the static host of a job whose number of parameters is nearest to `count`."""
     best, best_gap = None, float("inf")
     for size in range(1, 4097):
         candidate = job.family(data, size)

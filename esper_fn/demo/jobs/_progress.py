@@ -1,17 +1,15 @@
-"""What listeners are told while an arm runs."""
+"""Reports what an arm does while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from esper_fn import runtime
+from esper_fn import report, runtime
 
 
 class Progress(NamedTuple):
-    """What a listener is told after each segment of an arm."""
+    """What a listener gets after each segment of an arm."""
 
     arm: str
     step: int
@@ -27,39 +25,36 @@ class Progress(NamedTuple):
 Listener = Callable[[Progress], None]
 
 
-class Teller:
-    """Tells a listener of segments, and keeps what it told for the day the arm is taken up."""
+class ProgressLog:
+    """Reports segments to a listener, and keeps the reports so that a resumed arm repeats them.
+
+    Attributes:
+      rows: the reports so far, as plain mappings.
+    """
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
         self.rows: list[dict[str, Any]] = []
 
-    def segment(
+    def record(
         self,
         arm: str,
-        last: int,
         segment: runtime.Segment,
+        host_parameters: int,
         scores: tuple[float, float] | None,
-        parameters: int,
-        stages: dict[str, int] | None,
-        alpha: dict[str, float] | None,
     ) -> None:
-        """Tells of one segment."""
+        """Reports a segment; `scores` are the accuracy and the loss on test data, if measured."""
+        accuracy, loss = scores or (None, None)
         row = Progress(
-            arm=arm,
-            step=last,
-            loss=float(np.mean(segment.losses)),
-            test_accuracy=None if scores is None else scores[0],
-            test_loss=None if scores is None else scores[1],
-            parameters=parameters,
-            stages=stages,
-            alpha=alpha,
+            **report.measure_segment(segment, arm=arm, host_parameters=host_parameters),
+            test_accuracy=accuracy,
+            test_loss=loss,
             events=[{"arm": arm, **event} for event in segment.events],
-        )._asdict()
-        self.rows.append(row)
-        self.again(row)
+        )
+        self.replay(row._asdict())
 
-    def again(self, row: dict[str, Any]) -> None:
-        """Tells what was told in an earlier process."""
+    def replay(self, row: dict[str, Any]) -> None:
+        """Reports a row, as an earlier process did."""
+        self.rows.append(row)
         if self._listener is not None:
             self._listener(Progress(**row))

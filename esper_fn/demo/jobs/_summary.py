@@ -1,4 +1,4 @@
-"""Rows of several runs as a summary with intervals."""
+"""Summarizes the rows of several runs, with intervals."""
 
 from __future__ import annotations
 
@@ -10,23 +10,16 @@ import jax
 import numpy as np
 
 from esper_fn.demo.jobs._compare import Comparison
-
-_ACCURACIES = {
-    "host": "host_accuracy",
-    "grown": "grown_accuracy",
-    "static": "static_equal_params_accuracy",
-    "uniform": "uniform_growth_accuracy",
-    "random": "random_growth_accuracy",
-}
+from esper_fn.report._words import ACCURACY_KEY, DIFFERENCE_KEY
 
 
 def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over the rows with 95 % intervals (Student's t); differences are paired by seed."""
+    """Takes means over the rows with 95 % intervals; differences are paired by seed."""
     columns = {
-        name: np.asarray([row[name] for row in rows], np.float64) for name in _ACCURACIES.values()
+        name: np.asarray([row[name] for row in rows], np.float64) for name in ACCURACY_KEY.values()
     }
-    for rival in ("host", "uniform", "random", "static"):
-        columns[f"grown_minus_{rival}"] = columns["grown_accuracy"] - columns[_ACCURACIES[rival]]
+    for rival, name in DIFFERENCE_KEY.items():
+        columns[name] = columns[ACCURACY_KEY["grown"]] - columns[ACCURACY_KEY[rival]]
     return {name: mean_interval(values) for name, values in columns.items()}
 
 
@@ -39,7 +32,7 @@ _T = (
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """`mean`, `low` and `high` of some values: their mean and its 95 % interval (Student's t)."""
+    """Returns `mean`, `low` and `high` of values: the mean and its 95 % interval (Student's t)."""
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return {"mean": mean, "low": mean, "high": mean}
@@ -48,8 +41,16 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def summary(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of a run folder: the first row, and the rest of them as repeats."""
+def summarize(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes the summary of a run folder.
+
+    Args:
+      comparison: from `prepare`.
+      rows: from `run`, one a seed.
+
+    Returns:
+      The first row with what all rows share; several rows are its repeats, with intervals.
+    """
     return {
         "schema": 1,
         "data": comparison.job.data,
