@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from esper_fn import cli, report
 from esper_fn.demo import data, hosts, jobs
+from esper_fn.demo.jobs import _jobs
 
 PROMISED = (
     "host_accuracy",
@@ -29,16 +31,40 @@ PROMISED = (
 )
 
 
+Finished = tuple[Path, report.Run]
+NARROW = {"layer2.0", "layer2.1", "layer2.2"}
+
+
+def small_host(dataset: data.Dataset) -> hosts.Host:
+    return hosts.mlp((64, 32, 2, 32, dataset.num_classes), spans=1)
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.Run]:
-    """The main job with somewhat more steps than its first adapters need to be fossilized."""
-    folder = tmp_path_factory.mktemp("main") / "run"
-    assert cli.main(["grow", "--data", "digits", "--steps", "400", "--out", str(folder)]) == 0
+def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The main job with three sites and as many steps as its adapters need to be fossilized."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    small = replace(jobs.get("digits"), host=small_host, germinations=2, capacity=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_jobs._JOBS, "digits", small)
+        assert cli.main(["grow", "--data", "digits", "--steps", "200", "--out", str(folder)]) == 0
     return folder, report.read(folder)
 
 
-def test_the_summary_holds_what_is_promised(run: tuple[Path, report.Run]) -> None:
-    summary = run[1].summary
+@pytest.fixture(scope="module")
+def main_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("main") / "run"
+    assert cli.main(["grow", "--data", "digits", "--out", str(folder)]) == 0
+    return folder, report.read(folder)
+
+
+@pytest.fixture(params=["run", pytest.param("main_run", marks=pytest.mark.slow)])
+def any_run(request: pytest.FixtureRequest) -> Finished:
+    finished: Finished = request.getfixturevalue(request.param)
+    return finished
+
+
+def test_the_summary_holds_what_is_promised(any_run: Finished) -> None:
+    summary = any_run[1].summary
     assert [name for name in PROMISED if name not in summary] == []
     assert set(summary["train_flops"]) == {"host", "grown", "uniform", "random", "static"}
     assert summary["host_params"] < summary["grown_params"]
@@ -46,10 +72,10 @@ def test_the_summary_holds_what_is_promised(run: tuple[Path, report.Run]) -> Non
 
 
 def test_seeds_grow_at_once_and_are_kept_through_measured_gates(
-    run: tuple[Path, report.Run],
+    any_run: Finished,
 ) -> None:
-    events = [event for event in run[1].events if event["arm"] == "grown"]
-    assert run[1].summary["seeds_fossilized"] >= 1
+    events = [event for event in any_run[1].events if event["arm"] == "grown"]
+    assert any_run[1].summary["seeds_fossilized"] >= 1
     assert next(e["step"] for e in events if e["to"] == "GERMINATED") <= 1
     assert not [event for event in events if event["cause"] == "command"]
     for event in events:
@@ -58,26 +84,26 @@ def test_seeds_grow_at_once_and_are_kept_through_measured_gates(
             assert event["measured"]["contribution"] > 0
 
 
-def test_nothing_recompiles(run: tuple[Path, report.Run]) -> None:
-    assert run[1].summary["recompilations_after_first_step"] == 0
+def test_nothing_recompiles(any_run: Finished) -> None:
+    assert any_run[1].summary["recompilations_after_first_step"] == 0
 
 
-def test_growth_finds_the_narrow_layer(run: tuple[Path, report.Run]) -> None:
-    grown = [e for e in run[1].events if e["arm"] == "grown"]
-    born = [e for e in grown if e["to"] == "GERMINATED"]
-    narrow = {"layer2.0", "layer2.1", "layer2.2"}
-    assert {e["site"] for e in born if e["step"] <= 1} >= narrow
-    potential = {e["site"]: e["measured"]["potential"] for e in born}
-    assert min(potential[site] for site in narrow) == max(potential.values())
+@pytest.mark.slow
+def test_growth_finds_the_narrow_layer(main_run: Finished) -> None:
+    grown = [e for e in main_run[1].events if e["arm"] == "grown"]
+    germinated = [e for e in grown if e["to"] == "GERMINATED"]
+    assert {e["site"] for e in germinated if e["step"] <= 1} >= NARROW
+    potential = {e["site"]: e["measured"]["potential"] for e in germinated}
+    assert min(potential[site] for site in NARROW) == max(potential.values())
     worth = {e["site"]: e["measured"]["contribution"] for e in grown if e["to"] == "FOSSILIZED"}
-    assert worth.keys() >= narrow
-    assert all(worth[site] < min(worth[name] for name in narrow) for site in worth.keys() - narrow)
+    assert worth.keys() >= NARROW
+    assert all(worth[site] < min(worth[name] for name in NARROW) for site in worth.keys() - NARROW)
 
 
 def test_the_folder_is_complete_and_the_page_needs_no_network(
-    run: tuple[Path, report.Run],
+    any_run: Finished,
 ) -> None:
-    folder, _ = run
+    folder, _ = any_run
     assert {"summary.json", "events.jsonl", "metrics.jsonl", "report.html"} <= {
         path.name for path in folder.iterdir()
     }
@@ -86,23 +112,26 @@ def test_the_folder_is_complete_and_the_page_needs_no_network(
     assert "<svg" in page
 
 
-def test_growth_loses_little_to_a_network_that_had_the_right_shape(
-    run: tuple[Path, report.Run],
-) -> None:
-    summary = run[1].summary
+def test_growth_repairs_the_host(any_run: Finished) -> None:
+    summary = any_run[1].summary
     assert summary["grown_accuracy"] > summary["host_accuracy"] + 0.02
+
+
+@pytest.mark.slow
+def test_growth_loses_little_to_a_network_that_had_the_right_shape(main_run: Finished) -> None:
+    summary = main_run[1].summary
     assert summary["grown_accuracy"] > summary["static_equal_params_accuracy"] - 0.02
 
 
-def test_the_arms_saw_the_same_steps(run: tuple[Path, report.Run]) -> None:
-    metrics = run[1].metrics
+def test_the_arms_saw_the_same_steps(any_run: Finished) -> None:
+    metrics = any_run[1].metrics
     assert {row["step"] for row in metrics if row["arm"] == "static"} == {
         row["step"] for row in metrics if row["arm"] == "random"
     }
 
 
 def test_an_earlier_run_is_not_overwritten(
-    run: tuple[Path, report.Run], capsys: pytest.CaptureFixture[str]
+    run: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = run
     before = (folder / "summary.json").read_bytes()
@@ -111,9 +140,7 @@ def test_an_earlier_run_is_not_overwritten(
     assert (folder / "summary.json").read_bytes() == before
 
 
-def test_report_command_renders_again(
-    run: tuple[Path, report.Run], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_command_renders_again(run: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(run[0])]) == 0
     assert "report.html" in capsys.readouterr().out
 
