@@ -95,7 +95,7 @@ class ArmCheckpoints:
                 log.replay(row)
 
         folder = self.folder / f"seed-{seed}" / arm
-        options = {} if self.on_failure is None else {"on_failure": self.on_failure}
+        options: dict[str, Any] = {} if self.on_failure is None else {"on_failure": self.on_failure}
         with checkpoint.Writer(folder, keep=checkpoint.latest(1), **options) as writer:
             yield runtime.Checkpoints(
                 writer=writer,
