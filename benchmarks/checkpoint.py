@@ -93,29 +93,37 @@ def _state_bytes(state: Any) -> int:
     )
 
 
-def _training(folder: Path, *, saves: int) -> dict[str, Row]:
-    """The loop waits for the copy; the rest goes on beside it and takes its share of the cores."""
-    run, _, state = _job()
+def _batch() -> tuple[jax.Array, jax.Array]:
     source = np.random.default_rng(0)
-    batch = (
+    return (
         jnp.asarray(source.normal(size=(BATCH, 784)), jnp.float32),
         jnp.asarray(source.integers(0, 10, BATCH), jnp.int32),
     )
 
-    def steps(count: int) -> list[float]:
-        nonlocal state
-        taken = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            state = run(state, batch)
-            state.growth.step.block_until_ready()
-            taken.append(time.perf_counter() - begun)
-        return taken
 
-    steps(5)
-    told = {
+class _Loop:
+    """A training loop that times its steps."""
+
+    def __init__(self) -> None:
+        self._run, _, self.state = _job()
+        self._batch = _batch()
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each of some steps."""
+        return [_timed(self._step) for _ in range(count)]
+
+    def _step(self) -> None:
+        self.state = self._run(self.state, self._batch)
+        self.state.growth.step.block_until_ready()
+
+
+def _training(folder: Path, *, saves: int) -> dict[str, Row]:
+    """The loop waits for the copy; the rest goes on beside it and takes its share of the cores."""
+    loop = _Loop()
+    loop.steps(5)
+    labels = {
         "seeds": NUM_SEEDS,
-        "state_bytes": _state_bytes(state),
+        "state_bytes": _state_bytes(loop.state),
         "counted": "wall clock of one optimiser step, donated state",
     }
     quiet: list[float] = []
@@ -123,27 +131,21 @@ def _training(folder: Path, *, saves: int) -> dict[str, Row]:
     busy: list[float] = []
     extra: list[float] = []
     with checkpoint.Writer(folder, keep=checkpoint.latest(2)) as writer:
-
-        def save(index: int) -> None:
-            runtime.save_state(writer, index, state)
-
-        save(0)
+        runtime.save_state(writer, 0, loop.state)
         writer.wait()
         for index in range(1, saves + 1):
-            alone = steps(12)
+            alone = loop.steps(12)
             quiet += alone
-            begun = time.perf_counter()
-            save(index)
-            stalls.append(time.perf_counter() - begun)
+            stalls.append(_timed(partial(runtime.save_state, writer, index, loop.state)))
             during: list[float] = []
             while not writer.poll():
-                during += steps(1)
+                during += loop.steps(1)
             busy += during
             usual = float(np.median(alone))
             extra.append(stalls[-1] + sum(during) - usual * len(during))
     usual = float(np.median(quiet))
     return {
-        "step": summarise(quiet, "ms", **told),
+        "step": summarise(quiet, "ms", **labels),
         "stall": summarise(stalls, "ms", counted="Writer.save until it returns"),
         "stall_in_steps": ratio(stalls, [usual] * len(stalls), counted="stall over a step"),
         "step_while_saving": summarise(busy, "ms", counted="steps beside the writing thread"),
@@ -157,33 +159,29 @@ def _training(folder: Path, *, saves: int) -> dict[str, Row]:
 
 def _rings(*, repeats: int) -> dict[str, Row]:
     """One optimiser step without snapshots and with rings of them, the writing of each included."""
-    source = np.random.default_rng(0)
-    batch = (
-        jnp.asarray(source.normal(size=(BATCH, 784)), jnp.float32),
-        jnp.asarray(source.integers(0, 10, BATCH), jnp.int32),
-    )
+    batch = _batch()
 
     def stepper(num_snapshots: int) -> Callable[[], object]:
         run, _, state = _job(num_snapshots)
         # A buffer of its own for every leaf: each step donates its state.
-        held = jax.tree.map(jnp.copy, state)
+        state = jax.tree.map(jnp.copy, state)
 
-        def once() -> None:
-            nonlocal held
-            held = run(held, batch)
-            held.growth.step.block_until_ready()
+        def step() -> None:
+            nonlocal state
+            state = run(state, batch)
+            state.growth.step.block_until_ready()
 
-        return once
+        return step
 
     sizes = (0, 3, 8)
     samples = time_interleaved(
         {str(size): stepper(size) for size in sizes}, repeats=repeats, warmup=2
     )
-    told = {"counted": "one optimiser step, donated state", "every": 50, "seeds": NUM_SEEDS}
+    labels = {"counted": "one optimiser step, donated state", "every": 50, "seeds": NUM_SEEDS}
     return {
-        f"ring_of_{size}_over_none": ratio(samples[str(size)], samples["0"], **told)
+        f"ring_of_{size}_over_none": ratio(samples[str(size)], samples["0"], **labels)
         for size in sizes[1:]
-    } | {"ring_of_8_over_3": ratio(samples["8"], samples["3"], **told)}
+    } | {"ring_of_8_over_3": ratio(samples["8"], samples["3"], **labels)}
 
 
 def _arrays() -> dict[str, np.ndarray]:
@@ -199,52 +197,17 @@ def _timed(run: Callable[[], object]) -> float:
 
 def _whole_saves(folder: Path, *, saves: int) -> dict[str, Row]:
     """Until the bytes are in files, all arrays new: 105 MB."""
-    arrays = _arrays()
-    jax_arrays = jax.tree.map(jnp.asarray, arrays)
-    torch = _torch()
-    times: dict[str, list[float]] = {}
-    blocked: dict[str, list[float]] = {}
     folder.mkdir()
-    asynchronous = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-    with checkpoint.Writer(folder / "esper", keep=checkpoint.latest(1)) as writer:
-        for index in range(saves + 1):
-            jax_arrays = jax.tree.map(lambda x: x + 1, jax_arrays)
-            jax.block_until_ready(jax_arrays)
-            begun = time.perf_counter()
-            writer.save(index, jax_arrays)
-            stall = time.perf_counter() - begun
-            writer.wait()
-            whole = time.perf_counter() - begun
-            begun = time.perf_counter()
-            asynchronous.save(
-                (folder / f"orbax{index}").absolute(), args=ocp.args.PyTreeSave(jax_arrays)
-            )
-            orbax_stall = time.perf_counter() - begun
-            asynchronous.wait_until_finished()
-            orbax_whole = time.perf_counter() - begun
-            if index:
-                times.setdefault("esper", []).append(whole)
-                blocked.setdefault("esper", []).append(stall)
-                times.setdefault("orbax", []).append(orbax_whole)
-                blocked.setdefault("orbax", []).append(orbax_stall)
-            if torch is not None:
-                tensors = {name: torch.from_numpy(np.array(x)) for name, x in jax_arrays.items()}
-                file = folder / f"torch{index}.pt"
-                seconds = _timed(partial(torch.save, tensors, file))
-                file.unlink()
-                if index:
-                    times.setdefault("torch_save", []).append(seconds)
-            shutil.rmtree(folder / f"orbax{index}")
-    asynchronous.close()
-    told = {"bytes": sum(x.nbytes for x in arrays.values())}
+    times, blocked = _race(folder, saves)
+    labels = {"bytes": sum(x.nbytes for x in _arrays().values())}
     restored = [_timed(lambda: checkpoint.restore(folder / "esper")) for _ in range(saves)]
     verified = [_timed(lambda: checkpoint.verify(folder / "esper")) for _ in range(saves)]
     rows = {
-        f"save_105mb_{name}": summarise(taken, "ms", **told, counted="save and wait")
+        f"save_105mb_{name}": summarise(taken, "ms", **labels, counted="save and wait")
         for name, taken in times.items()
     }
     rows |= {
-        f"blocked_105mb_{name}": summarise(taken, "ms", **told, counted="save until it returns")
+        f"blocked_105mb_{name}": summarise(taken, "ms", **labels, counted="save until it returns")
         for name, taken in blocked.items()
     }
     rows["save_over_orbax"] = ratio(times["esper"], times["orbax"])
@@ -252,6 +215,39 @@ def _whole_saves(folder: Path, *, saves: int) -> dict[str, Row]:
     steps = len(checkpoint.steps(folder / "esper"))
     rows["verify_105mb"] = summarise([t / steps for t in verified], "ms", counted="one step")
     return rows
+
+
+def _race(folder: Path, saves: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of whole saves, and until `save` returns, of Esper-fn, Orbax and torch in turn."""
+    arrays = jax.tree.map(jnp.asarray, _arrays())
+    torch = _torch()
+    times: dict[str, list[float]] = {}
+    blocked: dict[str, list[float]] = {}
+    asynchronous = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    with checkpoint.Writer(folder / "esper", keep=checkpoint.latest(1)) as writer:
+        for index in range(saves + 1):
+            arrays = jax.tree.map(lambda x: x + 1, arrays)
+            jax.block_until_ready(arrays)
+            target = (folder / f"orbax{index}").absolute()
+            request = ocp.args.PyTreeSave(arrays)
+            stalls = {"esper": _timed(partial(writer.save, index, arrays))}
+            rests = {"esper": _timed(writer.wait)}
+            stalls["orbax"] = _timed(partial(asynchronous.save, target, args=request))
+            rests["orbax"] = _timed(asynchronous.wait_until_finished)
+            shutil.rmtree(target)
+            if torch is not None:
+                tensors = {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
+                file = folder / f"torch{index}.pt"
+                rests["torch_save"] = _timed(partial(torch.save, tensors, file))
+                file.unlink()
+            if index == 0:
+                continue  # the first of each warms up
+            for name, seconds in stalls.items():
+                blocked.setdefault(name, []).append(seconds)
+            for name, seconds in rests.items():
+                times.setdefault(name, []).append(stalls.get(name, 0.0) + seconds)
+    asynchronous.close()
+    return times, blocked
 
 
 def _torch() -> Any:
