@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from esper_fn.runtime._batches import array_batches
-from esper_fn.runtime._carry import carry_over, enlarge
 from esper_fn.runtime._compilations import count_compilations
+from esper_fn.runtime._enlarge import enlarge
 from esper_fn.runtime._events import lifecycle_events, stage_counts
 from esper_fn.runtime._fit import fit, fit_host
 from esper_fn.runtime._options import FitOptions
@@ -43,7 +43,6 @@ __all__ = [
     "Steering",
     "TrainState",
     "array_batches",
-    "carry_over",
     "compile_fit",
     "compile_fit_host",
     "count_compilations",

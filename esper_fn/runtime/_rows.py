@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,54 +15,55 @@ from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE
 
 
-def seed_map(before: Layout, after: Layout) -> np.ndarray:
-    """For each seed of `after` the seed of `before` at the same place, or `NONE`."""
-    at = {_place(before, seed): seed for seed in range(before.num_seeds)}
-    return np.asarray([at.get(_place(after, seed), NONE) for seed in range(after.num_seeds)])
+class Sources(NamedTuple):
+    """For each seed and slot of the larger layout the one that it takes over, or `NONE`."""
+
+    seed: np.ndarray
+    slot: np.ndarray
 
 
-def _place(of: Layout, seed: int) -> tuple[str, int, int]:
-    site, layer, chunk = of.locate(seed)
+def find_sources(before: Layout, after: Layout) -> Sources:
+    """Seeds at the same site, layer and chunk; slots of the same site, blueprint and position."""
+    old_seeds = {_location(before, seed): seed for seed in range(before.num_seeds)}
+    seeds = [old_seeds.get(_location(after, seed), NONE) for seed in range(after.num_seeds)]
+    slots = np.full(after.num_slots, NONE)
+    for _, old_slots, _, new_slots in _pairs(before, after):
+        slots[new_slots] = old_slots
+    return Sources(seed=np.asarray(seeds), slot=slots)
+
+
+def _location(layout: Layout, seed: int) -> tuple[str, int, int]:
+    site, layer, chunk = layout.locate(seed)
     return site.name, layer, chunk
 
 
-def _slots(of: Layout, bank: Bank) -> np.ndarray:
-    """The flat slots of a bank, `[L, pool]`."""
-    return np.arange(bank.start, bank.start + bank.num_slots).reshape(
-        of.sites[bank.site].num_layers, -1
-    )
-
-
-def _pairs(before: Layout, after: Layout) -> list[tuple[Bank, Bank]]:
-    """Banks of the same site and blueprint."""
-    of = {(before.sites[b.site].name, before.names[b.blueprint]): b for b in before.tables.banks}
-    found = []
+def _pairs(before: Layout, after: Layout) -> Iterator[tuple[Bank, Any, Bank, Any]]:
+    """Banks of the same site and blueprint, and the slots that correspond."""
+    old_banks = {_name(before, bank): bank for bank in before.tables.banks}
     for bank in after.tables.banks:
-        twin = of.get((after.sites[bank.site].name, after.names[bank.blueprint]))
-        if twin is not None:
-            found.append((twin, bank))
-    return found
+        old = old_banks.get(_name(after, bank))
+        if old is not None:
+            old_slots, new_slots = _slots(before, old), _slots(after, bank)
+            width = min(old_slots.shape[1], new_slots.shape[1])
+            yield old, old_slots[:, :width], bank, new_slots[:, :width]
 
 
-def slot_map(before: Layout, after: Layout) -> np.ndarray:
-    """For each slot of `after` the slot of `before` it takes over, or `NONE`."""
-    found = np.full(after.num_slots, NONE)
-    for old, new in _pairs(before, after):
-        sources, targets = _slots(before, old), _slots(after, new)
-        width = min(sources.shape[1], targets.shape[1])
-        found[targets[:, :width]] = sources[:, :width]
-    return found
+def _name(layout: Layout, bank: Bank) -> tuple[str, str]:
+    return layout.sites[bank.site].name, layout.names[bank.blueprint]
 
 
-def check_nothing_is_lost(
-    before: Layout, grown: Any, seed_of: np.ndarray, slot_of: np.ndarray
-) -> None:
-    """Raises where an adapter that lives has no slot."""
-    """Raises where an adapter that lives has no slot."""
-    owner = np.asarray(grown.owner)
+def _slots(layout: Layout, bank: Bank) -> np.ndarray:
+    """The flat slots of a bank, by layer and position."""
+    slots = np.arange(bank.start, bank.start + bank.num_slots)
+    return slots.reshape(layout.sites[bank.site].num_layers, -1)
+
+
+def check_nothing_is_lost(before: Layout, owner: Any, sources: Sources) -> None:
+    """Raises `CheckpointError` where an adapter that lives has no slot in the larger layout."""
+    owner = np.asarray(owner)
     for slot in np.flatnonzero(owner != NONE).tolist():
         seed = int(owner[slot])
-        if slot not in slot_of or seed not in seed_of:
+        if slot not in sources.slot or seed not in sources.seed:
             site, layer, chunk = before.locate(seed)
             raise CheckpointError(
                 f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds an adapter "
@@ -70,77 +72,70 @@ def check_nothing_is_lost(
             )
 
 
-def merged(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
-    """`saved[of]`, and `new` where `of` is `NONE`; dtype and bits as saved."""
-    if jnp.issubdtype(jnp.result_type(new), jax.dtypes.prng_key):
-        return _key_rows(of, saved, new)
-    saved, own = np.asarray(saved), np.asarray(new)
+def merge_rows(sources: np.ndarray, saved: Any, own: Any) -> jax.Array:
+    """`saved[sources]`, and `own` where the source is `NONE`; dtype and bits as saved."""
+    if jnp.issubdtype(jnp.result_type(own), jax.dtypes.prng_key):
+        return _merge_keys(sources, saved, own)
+    saved, own = np.asarray(saved), np.asarray(own)
     if saved.dtype != own.dtype or saved.shape[1:] != own.shape[1:]:
         raise CheckpointError(
             f"rows of {saved.dtype}{list(saved.shape[1:])} were saved, here they are "
             f"{own.dtype}{list(own.shape[1:])}; blueprints and optimizer must be the run's"
         )
     rows = own.copy()
-    rows[of != NONE] = saved[of[of != NONE]]
+    rows[sources != NONE] = saved[sources[sources != NONE]]
     return jnp.asarray(rows)
 
 
-def _key_rows(of: np.ndarray, saved: Any, new: Any) -> jax.Array:
-    """`_rows` of typed random keys."""
-    impl = str(jax.random.key_impl(new))
+def _merge_keys(sources: np.ndarray, saved: Any, own: Any) -> jax.Array:
+    impl = str(jax.random.key_impl(own))
     if not jnp.issubdtype(jnp.result_type(saved), jax.dtypes.prng_key):
         raise CheckpointError(f"random keys are here what was saved as {jnp.result_type(saved)}")
     if str(jax.random.key_impl(saved)) != impl:
         raise CheckpointError(
             f"random keys were saved as {jax.random.key_impl(saved)}, here they are {impl}"
         )
-    rows = merged(of, jax.random.key_data(saved), jax.random.key_data(new))
+    rows = merge_rows(sources, jax.random.key_data(saved), jax.random.key_data(own))
     return jax.random.wrap_key_data(rows, impl=impl)
 
 
-def banks(before: Layout, after: Layout, saved: Any, new: Any) -> Any:
-    """Adapters, or their optimiser states: `[P, ...]` a bank."""
-    found = {site: dict(at_site) for site, at_site in new.items()}
-    for old, bank in _pairs(before, after):
-        site, name = after.sites[bank.site].name, after.names[bank.blueprint]
-        if name not in found.get(site, {}):
+def merge_banks(before: Layout, after: Layout, saved: Any, own: Any) -> Any:
+    """Adapters of all banks, or their optimiser states: `own` with the rows that were saved."""
+    merged = {site: dict(banks) for site, banks in own.items()}
+    for old, old_slots, bank, new_slots in _pairs(before, after):
+        site, name = _name(after, bank)
+        if name not in merged.get(site, {}):
             continue  # a blueprint without parameters has no optimiser state
-        sources, targets = _slots(before, old) - old.start, _slots(after, bank) - bank.start
-        width = min(sources.shape[1], targets.shape[1])
-        of = np.full(bank.num_slots, NONE)
-        of[targets[:, :width]] = sources[:, :width]
         if name not in saved.get(site, {}):
             raise CheckpointError(
                 f"the state holds no adapters of {name!r} at {site!r}: it is not of that growth"
             )
-        rows = [jax.tree.leaves(tree[site][name]) for tree in (saved, new)]
-        if len(rows[0]) != len(rows[1]):
+        sources = np.full(bank.num_slots, NONE)
+        sources[new_slots - bank.start] = old_slots - old.start
+        leaves, structure = jax.tree.flatten(own[site][name])
+        saved_leaves = jax.tree.leaves(saved[site][name])
+        if len(saved_leaves) != len(leaves):
             raise CheckpointError(f"adapters of {name!r} at {site!r} have another form here")
-        found[site][name] = jax.tree.unflatten(
-            jax.tree.structure(new[site][name]),
-            [merged(of, a, b) for a, b in zip(*rows, strict=True)],
-        )
-    return found
+        rows = [merge_rows(sources, a, b) for a, b in zip(saved_leaves, leaves, strict=True)]
+        merged[site][name] = jax.tree.unflatten(structure, rows)
+    return merged
 
 
-def inverse(of: np.ndarray, size: int) -> np.ndarray:
+def inverse(sources: np.ndarray, size: int) -> np.ndarray:
     """Where each of `size` old numbers is now, or `NONE`."""
-    """Where each of `size` old numbers is now, or `NONE`."""
-    found = np.full(size, NONE, np.int64)
-    known = np.flatnonzero(of != NONE)
-    found[of[known]] = known
-    return found
+    numbers = np.full(size, NONE, np.int64)
+    known = np.flatnonzero(sources != NONE)
+    numbers[sources[known]] = known
+    return numbers
 
 
-def renumbered(numbers: Any, to: np.ndarray) -> jax.Array:
-    """`to[numbers]`, and `NONE` where that stands."""
-    """`to[numbers]`, and `NONE` where that stands."""
-    held = np.asarray(numbers)
-    return jnp.asarray(np.where(held == NONE, NONE, to[np.maximum(held, 0)]).astype(held.dtype))
+def renumber(numbers: Any, new: np.ndarray) -> jax.Array:
+    """`new[numbers]`, and `NONE` where that stands."""
+    old = np.asarray(numbers)
+    return jnp.asarray(np.where(old == NONE, NONE, new[np.maximum(old, 0)]).astype(old.dtype))
 
 
-def shapes(tree: Any) -> Any:
+def form(tree: Any) -> Any:
     """What two trees must have in common for one to take the numbers of the other."""
-    """What two trees must have in common for one to take the other's numbers."""
     leaves, structure = jax.tree.flatten(tree)
     return str(structure), [(np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves]

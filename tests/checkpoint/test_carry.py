@@ -27,7 +27,7 @@ KEY = jax.random.key(7)
 
 @pytest.fixture(scope="module")
 def restored(job: Job, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Restored:
-    folder = tmp_path_factory.mktemp("carry") / "run"
+    folder = tmp_path_factory.mktemp("enlarge") / "run"
     with checkpoint.Writer(folder, on_failure=fail) as writer:
         job.fit(num_steps=50, checkpoints=runtime.Checkpoints(writer=writer))
     found = checkpoint.restore(folder)
@@ -61,21 +61,21 @@ def larger(job: Job, *, spans: int = 2, chunks: int = 2) -> ef.Growth:
     )
 
 
-def test_into_the_same_layout_nothing_changes_but_the_anchor(
+def test_into_the_same_layout_nothing_changes_but_the_ring(
     job: Job, restored: checkpoint.Restored
 ) -> None:
-    carried = runtime.carry_over(restored, job.growth, job.optimizer, key=KEY)
+    enlarged = runtime.enlarge(restored, job.growth, job.optimizer, key=KEY)
     old = restored.value["state"]
-    assert carried.changes == ("ring: snapshots begin now",)
+    assert enlarged.changes == ("ring: snapshots begin now",)
     for name in ("params", "opt_state", "growth"):
-        assert_same(numbers(getattr(old, name)), numbers(getattr(carried.state, name)))
-    oldest = jax.tree.map(lambda leaf: leaf[0], carried.state.ring.snapshots.params)
+        assert_same(numbers(getattr(old, name)), numbers(getattr(enlarged.state, name)))
+    oldest = jax.tree.map(lambda leaf: leaf[0], enlarged.state.ring.snapshots.params)
     assert_same(numbers(oldest), numbers(old.params))
 
 
 def test_every_seed_and_adapter_is_where_it_was(job: Job, restored: checkpoint.Restored) -> None:
     growth = larger(job)
-    state, changes = runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+    state, changes = runtime.enlarge(restored, growth, job.optimizer, key=KEY)
     before, after = job.growth, growth
     old = restored.value["state"]
     was = {}
@@ -126,7 +126,7 @@ def adapter(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
 
 def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoint.Restored) -> None:
     growth = larger(job, spans=1)
-    state, _ = runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+    state, _ = runtime.enlarge(restored, growth, job.optimizer, key=KEY)
 
     def loss_fn(params: Any, seeds: Any, batch: Any) -> jax.Array:
         inputs = seeds.grow("first", batch[0])
@@ -160,10 +160,10 @@ def test_what_lives_is_never_dropped(
     growth = change(job)
     growth = growth.growth if isinstance(growth, Job) else growth
     if message is None:
-        runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+        runtime.enlarge(restored, growth, job.optimizer, key=KEY)
         return
     with pytest.raises(CheckpointError, match=message):
-        runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+        runtime.enlarge(restored, growth, job.optimizer, key=KEY)
 
 
 def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
@@ -188,11 +188,11 @@ def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
         (layout(blueprints={"bottleneck": ef.blueprints.bottleneck(8)}), "must be the run's"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            runtime.carry_over(restored, growth, job.optimizer, key=KEY)
+            runtime.enlarge(restored, growth, job.optimizer, key=KEY)
     with pytest.raises(CheckpointError, match=r"opt_state.host|must be the run's"):
-        runtime.carry_over(restored, job.growth, ef.optim.per_adapter(optax.sgd(0.1)), key=KEY)
+        runtime.enlarge(restored, job.growth, ef.optim.per_adapter(optax.sgd(0.1)), key=KEY)
     with pytest.raises(CheckpointError, match="does not hold a whole run"):
-        runtime.carry_over(
+        runtime.enlarge(
             restored._replace(value=restored.value["losses"]), job.growth, job.optimizer, key=KEY
         )
 

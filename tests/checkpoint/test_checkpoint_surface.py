@@ -17,7 +17,7 @@ def test_the_names_of_checkpoint() -> None:
 def test_the_names_of_the_runtime() -> None:
     assert runtime.__all__ == [
         "Checkpoints", "Fit", "FitOptions", "Segment", "Steering", "TrainState", "array_batches",
-        "carry_over", "compile_fit", "compile_fit_host", "count_compilations", "enlarge", "fit",
+        "compile_fit", "compile_fit_host", "count_compilations", "enlarge", "fit",
         "fit_host", "init", "lifecycle_events", "make_step", "make_survey", "restore_state",
         "save_state", "scan_steps", "stage_counts", "steer", "termination",
     ]  # fmt: skip

@@ -23,7 +23,7 @@ MORE = ef.site("more", features=6, chunks=3)
 
 @pytest.fixture(scope="module")
 def job() -> Job:
-    """A run that has no room for more: each site has one slot."""
+    """A run that has no room for more: each bank has one slot."""
     return mlp(capacity=1)
 
 
@@ -55,7 +55,7 @@ def test_more_capacity_in_memory_changes_nothing_that_lives(
 ) -> None:
     larger = growth(job, sites=[*job.growth.layout.sites, MORE])
     before = jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0)))
-    carried, changes = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
+    carried, changes = runtime.enlarge(state, larger, job.optimizer, key=KEY, before=job.growth)
     # The old state is untouched.
     assert_same(before, jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0))))
     assert carried.growth.owner.shape == (larger.layout.num_slots,)
@@ -76,12 +76,12 @@ def test_more_capacity_in_memory_changes_nothing_that_lives(
 
 def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState) -> None:
     larger = growth(job)
-    whole = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY).state.growth
-    assert_same(whole, runtime.enlarge(state.growth, job.growth, larger, key=KEY).state)
+    whole = runtime.enlarge(state, larger, job.optimizer, key=KEY, before=job.growth).state.growth
+    assert_same(whole, runtime.enlarge(state.growth, larger, key=KEY, before=job.growth).state)
 
 
 def test_there_and_nothing_more_is_the_same(job: Job, state: runtime.TrainState) -> None:
-    carried, changes = runtime.enlarge(state, job.growth, job.growth, job.optimizer, key=KEY)
+    carried, changes = runtime.enlarge(state, job.growth, job.optimizer, key=KEY, before=job.growth)
     assert changes == ("ring: snapshots begin now",)
     assert_same(state[:3], carried[:3])
 
@@ -105,14 +105,14 @@ def test_checkpoints_of_a_loop_of_ones_own(
         writer.save(60, FORMS[name](state), record={"mine": [1]} if name[0] == "u" else None)
     restored = checkpoint.restore(tmp_path)
     larger = growth(job)
-    carried = runtime.carry_over(restored, larger, job.optimizer, key=KEY, before=job.growth)
-    expected = runtime.enlarge(state, job.growth, larger, job.optimizer, key=KEY)
+    carried = runtime.enlarge(restored, larger, job.optimizer, key=KEY, before=job.growth)
+    expected = runtime.enlarge(state, larger, job.optimizer, key=KEY, before=job.growth)
     if name == "its parts":
         assert carried.state.ring is None
         expected = expected._replace(state=expected.state._replace(ring=None))
     assert_same(expected.state, carried.state)
     with pytest.raises(CheckpointError, match=r"does not say with which growth .* pass `before=`"):
-        runtime.carry_over(restored, larger, job.optimizer, key=KEY)
+        runtime.enlarge(restored, larger, job.optimizer, key=KEY)
 
 
 def restored_of(value: Any, record: Any = None) -> checkpoint.Restored:
@@ -134,17 +134,20 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_what_is_no_state_is_refused_by_what_it_is(job: Job, name: str) -> None:
     value, message = WRONG[name]
     with pytest.raises(CheckpointError, match=message):
-        runtime.carry_over(
-            restored_of(value), growth(job), job.optimizer, key=KEY, before=job.growth
-        )
+        runtime.enlarge(restored_of(value), growth(job), job.optimizer, key=KEY, before=job.growth)
     with pytest.raises(CheckpointError, match=message):
-        runtime.enlarge(value, job.growth, growth(job), job.optimizer, key=KEY)
+        runtime.enlarge(value, growth(job), job.optimizer, key=KEY, before=job.growth)
 
 
 def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState) -> None:
     larger = growth(job)
-    given = {"state": state, "before": job.growth, "growth": larger, "optimizer": job.optimizer}
-    given["key"] = KEY
+    arguments = {
+        "source": state,
+        "before": job.growth,
+        "growth": larger,
+        "optimizer": job.optimizer,
+    }
+    arguments["key"] = KEY
     words = state.growth._replace(step="60")
     for changes, message in (
         ({"before": None}, "before must be a growth, .* got NoneType"),
@@ -154,31 +157,29 @@ def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState
         ({"optimizer": optax.adam(0.1)}, "optimizer must be the run's"),
         ({"optimizer": ef.optim.per_adapter(optax.sgd(0.1))}, "opt_state.host|must be the run's"),
         ({"key": 3}, "key must be a random key, .* got int"),
-        ({"state": state._replace(growth=None)}, "growth must be a `GrowthState`, got NoneType"),
-        ({"state": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_adapter`"),
-        ({"state": state._replace(growth=words)}, "growth.step must be an array, got str"),
+        ({"source": state._replace(growth=None)}, "growth must be a `GrowthState`, got NoneType"),
+        ({"source": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_adapter`"),
+        ({"source": state._replace(growth=words)}, "growth.step must be an array, got str"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            runtime.enlarge(**{**given, **changes})
-    with pytest.raises(CheckpointError, match=r"got TrainState; .* `runtime\.enlarge`"):
-        runtime.carry_over(state, larger, job.optimizer, key=KEY)  # type: ignore[arg-type]
+            runtime.enlarge(**{**arguments, **changes})
+    with pytest.raises(CheckpointError, match=r"before must be a growth, .* got NoneType"):
+        runtime.enlarge(state, larger, job.optimizer, key=KEY)
     for record in (None, 5, {"settings": None}, {"settings": {"sites": 3}}, {"settings": {1: 2}}):
         with pytest.raises(CheckpointError, match="pass `before="):
-            runtime.carry_over(restored_of(state, record), larger, job.optimizer, key=KEY)
+            runtime.enlarge(restored_of(state, record), larger, job.optimizer, key=KEY)
     strange = {"sites": [[1]], "blueprints": [], "capacity": "x", "dtype": "y", "grafts": []}
     with pytest.raises(CheckpointError, match="pass `before="):
-        runtime.carry_over(
-            restored_of(state, {"settings": strange}), larger, job.optimizer, key=KEY
-        )
+        runtime.enlarge(restored_of(state, {"settings": strange}), larger, job.optimizer, key=KEY)
 
 
 def test_optimisers_with_random_keys_are_carried(job: Job) -> None:
     noisy = ef.optim.per_adapter(optax.add_noise(0.1, 0.5, jax.random.key(3)))
     started = runtime.init(noisy, job.params, job.growth.init(KEY))
-    carried = runtime.enlarge(started, job.growth, growth(job), noisy, key=KEY).state
+    carried = runtime.enlarge(started, growth(job), noisy, key=KEY, before=job.growth).state
     assert_same(started.opt_state.host, carried.opt_state.host)
 
 
 def test_what_lives_is_never_dropped(job: Job, state: runtime.TrainState) -> None:
     with pytest.raises(CheckpointError, match="holds an adapter that has no place in this layout"):
-        runtime.enlarge(state, job.growth, growth(job, sites=[MORE]), job.optimizer, key=KEY)
+        runtime.enlarge(state, growth(job, sites=[MORE]), job.optimizer, key=KEY, before=job.growth)

@@ -243,12 +243,12 @@ def test_an_optimiser_whose_moments_outlive_an_adapter_is_refused(
         runtime.init(wrong(), jnp.eye(6), growth.init(jax.random.key(0)))
 
 
-def test_a_nested_optimiser_is_carried_into_a_larger_growth(growth: Any) -> None:
+def test_a_nested_optimiser_is_enlarged_with_its_growth(growth: Any) -> None:
     larger = growth.replace(capacity=2, sites=[*growth.layout.sites, ef.site("i", features=4)])
     for make in (WRAPPERS["inject_hyperparams"], lambda: optax.MultiSteps(plain(), 2)):
         optimizer = make()
         state = trained(growth, optimizer)
-        result = runtime.enlarge(state, growth, larger, optimizer, key=jax.random.key(1))
+        result = runtime.enlarge(state, larger, optimizer, key=jax.random.key(1), before=growth)
         before, after = (
             jax.tree.leaves(s.opt_state, is_leaf=lambda node: hasattr(node, "num_updates"))
             for s in (state, result.state)

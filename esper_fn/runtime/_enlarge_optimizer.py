@@ -16,7 +16,7 @@ from esper_fn.optim._checks import find_states
 from esper_fn.runtime import _rows
 
 
-def carried_optimizer_state(
+def enlarge_optimizer_state(
     saved: Any,
     params: Any,
     fresh: GrowthState,
@@ -25,12 +25,25 @@ def carried_optimizer_state(
     optimizer: optax.GradientTransformationExtraArgs | None,
     changes: list[str],
 ) -> Any:
-    """The state of `optim.per_adapter`, and of what may be wrapped around it."""
+    """Enlarges the state of `optim.per_adapter`, and of what may be wrapped around it.
+
+    Args:
+      saved: the state of the smaller growth.
+      params: of the host.
+      fresh: a first state of the larger growth.
+      before: the smaller layout.
+      after: the larger layout.
+      optimizer: the one of the run.
+      changes: gets a line where something begins anew.
+
+    Raises:
+      CheckpointError: the optimizer is not the run's.
+    """
     opt_state = None if optimizer is None else optimizer.init((params, fresh.adapters))
     if not find_states(opt_state):
         raise CheckpointError(
             f"optimizer must be the run's, from `optim.per_adapter`, got {type(optimizer).__name__}"
-            "; in a loop with another, carry the `GrowthState` alone"
+            "; in a loop with another, enlarge the `GrowthState` alone"
         )
 
     if len(find_states(opt_state)) != len(find_states(saved)):
@@ -40,7 +53,7 @@ def carried_optimizer_state(
         for old, own in zip(find_states(saved), find_states(opt_state), strict=True)
     ]
     wrapper, saved_wrapper = _without_states(opt_state), _without_states(saved)
-    if _rows.shapes(wrapper) == _rows.shapes(saved_wrapper):
+    if _rows.form(wrapper) == _rows.form(saved_wrapper):
         wrapper = jax.tree.map(jnp.asarray, saved_wrapper)
     else:
         changes.append("opt_state: what is around `per_adapter` begins anew")
@@ -69,11 +82,11 @@ def _with_states(wrapper: Any, like: Any, states: list[PerAdapterState]) -> Any:
 def _per_adapter_state(
     old: PerAdapterState, own: PerAdapterState, before: Layout, after: Layout
 ) -> PerAdapterState:
-    if _rows.shapes(own.host) != _rows.shapes(old.host):
+    if _rows.form(own.host) != _rows.form(old.host):
         raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
     return own._replace(
         host=jax.tree.map(jnp.asarray, old.host),
-        adapters=_rows.banks(before, after, old.adapters, own.adapters),
+        adapters=_rows.merge_banks(before, after, old.adapters, own.adapters),
         num_updates=jnp.asarray(old.num_updates),
-        generation=_rows.banks(before, after, old.generation, own.generation),
+        generation=_rows.merge_banks(before, after, old.generation, own.generation),
     )
