@@ -10,7 +10,6 @@ import optax.transforms
 
 from esper_fn import _growth, rollback
 from esper_fn._records import is_named_tuple, name_of, register
-from esper_fn.optim import PerAdapterState
 
 ROOMS = (_growth, rollback)
 """They load, directly or not, all types of this package that have `@record`."""
@@ -22,6 +21,5 @@ def _register_states(module: ModuleType) -> None:
             register(kind, f"{module.__name__}.{name}")
 
 
-register(PerAdapterState)
 for _module in (optax, optax.transforms, optax.contrib):
     _register_states(_module)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from esper_fn._records import record
 from esper_fn._typing import Adapters, Array, Bool, Int32, Params
 
 
@@ -20,6 +21,7 @@ class Slots(NamedTuple):
     """Receives updates; the others stand still, optimiser state included."""
 
 
+@record
 class PerAdapterState(NamedTuple):
     """Optimiser state of the host, and of every adapter on its own."""
 
