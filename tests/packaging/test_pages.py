@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "how_to").glob("*.md"))]
+RUN = [
+    ROOT / "README.md",
+    *(
+        page
+        for folder in ("how_to", "extending")
+        for page in sorted((ROOT / "docs" / folder).glob("*.md"))
+    ),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
