@@ -128,10 +128,17 @@ class _Switch:
     def is_over(self) -> bool:
         return self._at >= len(self._turns) * (_SETTLING + _BLOCK)
 
+    def stop_condition(self, should_stop: object) -> Callable[[], bool]:
+        del should_stop
+        return self.should_stop
+
+    def should_start(self) -> bool:
+        return True
+
     def should_save(self) -> bool:
         return False
 
-    def join(self, checkpoints: Any) -> Any:
+    def with_position(self, checkpoints: Any) -> Any:
         return checkpoints
 
 
@@ -297,6 +304,6 @@ def _answers(
         "p50": summarise([float(np.median(waits))], "ms", **about),
         "p99": summarise([p99], "ms", **about),
         "p99_minus_step": summarise([max(0.0, p99 - step)], "ms", **about),
-        # Steps are not equally long: each wait less the step in which the command took force.
+        # Steps are not equally long: each wait less the step that applied the command.
         "p99_beyond_its_step": summarise([float(np.quantile(beyond, 0.99))], "ms", **about),
     }

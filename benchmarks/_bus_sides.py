@@ -172,7 +172,7 @@ async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
 async def ask(options: dict[str, Any]) -> dict[str, Any]:
     """Sends commands one after the other to a run, at any point of its steps.
 
-    Seconds of each, and the step in which it took force.
+    Seconds of each, and the step that applied it.
     """
     source = np.random.default_rng(0)
     waits, steps = [], []

@@ -1,4 +1,4 @@
-"""Where a bus is, and who else could reach it."""
+"""Addresses of a bus, and who can reach them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ _OWN_OPTIONS = (
     "socket_connect_timeout", "socket_keepalive", "retry_on_timeout", "retry_on_error",
     "max_connections", "health_check_interval", "timeout", "single_connection_client",
 )  # fmt: skip
-"""Of Redis clients in general; here the bus chooses them itself."""
+"""Options of Redis clients that the bus chooses itself."""
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _ADDRESS = re.compile(r"\b(rediss?|unix)(:/\S*)", re.IGNORECASE)
 _STOPS = ",;.'\"`)"
-"""What may stand behind an address in a sentence."""
+"""Characters that may follow an address in a sentence."""
 _HAS_PORT = re.compile(r"\w+://[^/?]*:\d+([/?].*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """A checked address. Neither its `repr` nor `shown` holds a user or a password.
+    """A checked address. Its `repr` and `shown` contain neither user nor password.
 
     Attributes:
-      url: as given; it may hold a password.
-      is_memory: the bus is inside this process.
-      is_local: only this machine can reach it, by the address alone.
+      url: the address itself; it may contain a password.
+      is_memory: whether the bus is inside this process.
+      is_local: whether only this machine can reach the address.
       shown: the address for people.
-      options: host, port, path, database, user, password and TLS, by the names redis-py has for
-        them.
+      options: host, port, path, database, user, password and TLS, named as in redis-py.
     """
 
     url: str = field(repr=False)
@@ -55,7 +54,7 @@ class Address:
     options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
 
     def hide(self, text: str) -> str:
-        """`text` without the user and password of this address, should a server repeat them."""
+        """Removes user and password of this address from a text, as some servers repeat them."""
         for name, value in self.options:
             if name in _SECRETS and len(value) > 1:
                 text = text.replace(value, _HIDDEN)
@@ -63,11 +62,10 @@ class Address:
 
 
 def hide_addresses(text: str) -> str:
-    """`text` with every address of a server in it as `Address.shown`, or without its parts.
+    """Replaces each address in a text by `Address.shown`, or by its scheme alone.
 
-    What stands behind an address in a sentence may belong to it, and be a piece of a password. It
-    counts as none only where the scheme stands alone, or an address with a port before it is whole
-    and no @ comes later.
+    The characters behind an address may be a piece of a password. They are shown only if the scheme
+    stands alone, or if the address is complete with a port and no @ follows.
 
     >>> hide_addresses("no option --bsu redis://:hunter2@host:6379/0")
     'no option --bsu redis://***@host:6379/0'
@@ -93,16 +91,17 @@ def hide_addresses(text: str) -> str:
 
 
 def parse_address(url: str) -> Address:
-    """Reads an address.
+    """Parses an address.
 
-    `redis://USER:PASSWORD@HOST:PORT/DB`, `rediss://` for TLS, or `unix:///PATH`. Parts are
-    percent-encoded where they hold one of `/ ? # %` or a blank. Options after `?` are `db`,
-    `username`, `password`, `client_name`, and with `rediss` the `ssl_...` options of redis-py.
+    Args:
+      url: `redis://USER:PASSWORD@HOST:PORT/DB`, `rediss://` for TLS, `unix:///PATH`, or `memory`.
+        Percent-encode `/ ? # %` and blanks in its parts. Options after `?` are `db`, `username`,
+        `password`, `client_name`, and with `rediss` the `ssl_...` options of redis-py.
 
     Raises:
-      TypeError: it is no text.
-      BusAddressError: it is none. The message names the part that is wrong and no text of it, since
-        a wrong part is often a password in the wrong place.
+      TypeError: `url` is not a string.
+      BusAddressError: `url` is not an address. The message names the wrong part without its text,
+        which is often a misplaced password.
     """
     if not isinstance(url, str):
         raise TypeError(
@@ -121,9 +120,9 @@ def parse_address(url: str) -> Address:
     if "#" in rest:
         _refuse("it holds a #; write it as %23, in a password too")
     if scheme == "unix":
-        place, options = _unix(rest)
+        location, options = _unix(rest)
     else:
-        place, options = _network(rest)
+        location, options = _network(rest)
     known = (*_PLAIN_OPTIONS, *_TLS_OPTIONS) if scheme == "rediss" else _PLAIN_OPTIONS
     for name, value in _query(rest, known):
         if name in options and options[name] != value:
@@ -134,9 +133,9 @@ def parse_address(url: str) -> Address:
     shown_user = f"{_HIDDEN}@" if options.keys() & set(_SECRETS) else ""
     shown_db = f"/{options['db']}" if "db" in options else ""
     if scheme == "unix":
-        shown = f"unix://{shown_user}{place}" + (f"?db={options['db']}" if shown_db else "")
+        shown = f"unix://{shown_user}{location}" + (f"?db={options['db']}" if shown_db else "")
     else:
-        shown = f"{scheme}://{shown_user}{place}{shown_db}"
+        shown = f"{scheme}://{shown_user}{location}{shown_db}"
     return Address(
         url=url,
         is_memory=False,
@@ -151,7 +150,7 @@ def _refuse(problem: str) -> NoReturn:
 
 
 def _unix(rest: str) -> tuple[str, dict[str, Any]]:
-    """Where the socket is, and the options before the `?`."""
+    """The path of the socket, and the options before the `?`."""
     before = rest.partition("?")[0]
     user = ""
     if before.startswith("//"):
@@ -179,10 +178,10 @@ def _network(rest: str) -> tuple[str, dict[str, Any]]:
             "option write @ as %40"
         )
     user, _, where = authority.rpartition("@")
-    found = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([^:]*))?", where)
-    if found is None:
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([^:]*))?", where)
+    if match is None:
         _refuse("host and port are not HOST:PORT; an IPv6 address stands in [ ]")
-    host, port = found[1], found[2]
+    host, port = match[1], match[2]
     if host.startswith("["):
         host = unquote(host[1:-1])
         try:
@@ -246,7 +245,7 @@ def _whole(text: str, what: str, least: int, most: int) -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or number of a host is this machine and no other.
+    """Whether a host is this machine and no other.
 
     >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
     (True, True, False)
@@ -260,16 +259,16 @@ def is_loopback(host: str) -> bool:
 
 
 def check_reach(address: Address, settings: Mapping[str, str], *, has_key: bool) -> None:
-    """Refuses a bus that other machines can reach, without a key.
+    """Checks that a bus without a key can be reached from this machine only.
 
     Args:
-      address: where it is.
-      settings: what the server says of `bind`, `protected-mode`, `port` and `requirepass`; empty
-        where it does not tell.
-      has_key: messages are signed.
+      address: address of the server.
+      settings: its settings `bind`, `protected-mode`, `port` and `requirepass`; empty if it hides
+        them.
+      has_key: whether messages are signed.
 
     Raises:
-      BusSecurityError: anyone who reaches it could command.
+      BusSecurityError: other machines can reach the server, and there is no key.
     """
     if has_key:
         return

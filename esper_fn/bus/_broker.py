@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from secrets import token_hex
@@ -66,58 +66,13 @@ class Run:
 
 
 class Broker:
-    """Takes the part of a server: the streams of several runs, for all threads of a process.
+    """Takes the part of a server: the streams of several runs, for all threads of a process."""
 
-    Args:
-      clock: seconds on a clock that never goes back, for leases and claims.
-      wall: seconds since 1970, for the ids of entries.
-    """
-
-    def __init__(
-        self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
-    ) -> None:
-        self.clock = clock
-        self.wall = wall
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.generation = token_hex(8)
         self.runs: dict[str, Run] = {}
         self._sleepers: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
-
-    def lose_all(self) -> None:
-        """Loses all data, like a server that is restarted without its files."""
-        with self.lock:
-            self.runs.clear()
-            self.generation = token_hex(8)
-        self.wake()
-
-    def lose(self, run: str, *topics: Topic) -> None:
-        """Loses streams of a run with their groups, as by DEL or an eviction.
-
-        Args:
-          run: name of the run.
-          topics: topics of the streams; without any, all data but the streams is lost.
-        """
-        with self.lock:
-            streams = self.run(run).streams
-            if topics:
-                streams.update({topic: Stream() for topic in topics})
-            else:
-                self.runs[run] = Run(streams=streams)
-        self.wake()
-
-    def lose_groups(self, run: str) -> None:
-        """Loses the consumer groups of a run, as by XGROUP DESTROY."""
-        with self.lock:
-            for stream in self.run(run).streams.values():
-                stream.groups.clear()
-        self.wake()
-
-    def add(self, run: str, topic: Topic, entry: Entry) -> str:
-        """Adds an entry without any check, as a foreign program could."""
-        with self.lock:
-            entry_id = self.append(self.run(run).streams[topic], entry)
-        self.wake()
-        return entry_id
 
     def run(self, name: str) -> Run:
         """The data of a run; the caller has the lock."""
@@ -125,7 +80,7 @@ class Broker:
 
     def now_ms(self) -> int:
         """Milliseconds since 1970."""
-        return int(self.wall() * 1000)
+        return int(time.time() * 1000)
 
     def append(self, stream: Stream, entry: Entry) -> str:
         """Appends an entry to a stream; the caller has the lock."""

@@ -191,7 +191,8 @@ class AsyncClient:
         """
         letters: list[tuple[str, DeadLetter]] = []
         while len(letters) < limit:
-            page = await self.transport.page(Topic.DEAD, after=after, limit=limit - len(letters))
+            number = limit - len(letters)
+            page = await self.transport.tail({Topic.DEAD: after}, limit=number, wait_seconds=0.0)
             if not page:
                 break
             after = page[-1].entry_id

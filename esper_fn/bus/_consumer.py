@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from esper_fn.bus._envelope import SCHEMA, Envelope, Header, Schema, check_size
+from esper_fn.bus._envelope import SCHEMA, Envelope, Header, check_size
 from esper_fn.bus._inflight import Ack, AckWindow, InFlight, dead_letter
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
@@ -46,7 +46,6 @@ class Consumer:
       server_time: the server's clock, for the age of commands.
       clock: seconds on a clock that never goes back.
       gap_seconds: how long to wait for a missing number.
-      schema: the messages to decode.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Consumer:
         server_time: ServerTime | None = None,
         clock: Clock = time.monotonic,
         gap_seconds: float = 1.0,
-        schema: Schema = SCHEMA,
     ) -> None:
         self.position = position
         self.counts: dict[str, int] = {}
@@ -68,7 +66,6 @@ class Consumer:
         self._time = server_time or ServerTime(clock)
         self._clock = clock
         self._gap_seconds = gap_seconds
-        self._schema = schema
         self._windows = {topic: AckWindow(self._time, clock) for topic in COMMAND_TOPICS}
         self._ready: dict[Topic, deque[InFlight]] = {topic: deque() for topic in COMMAND_TOPICS}
         self._early: dict[str, dict[int, _Early]] = {}
@@ -227,7 +224,7 @@ class Consumer:
 
     def _admit(self, delivery: Delivery) -> None:
         self._verify(delivery)
-        envelope: Envelope = self._schema.decode(delivery.payload)
+        envelope: Envelope = SCHEMA.decode(delivery.payload)
         header, messages = envelope.header, envelope.messages
         if self._keys.is_required and header.identity != self.position.identity:
             raise ReplayedError(
@@ -246,7 +243,7 @@ class Consumer:
 
     def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
         producer, sequence = f"{header.producer}/{delivery.topic}", header.sequence
-        item = InFlight(delivery, command, header.trace, producer, sequence)
+        item = InFlight(delivery, command, producer, sequence)
         last = self._last.get(producer, -1)
         if sequence <= last:
             self._ack_duplicate(item, last)
@@ -301,7 +298,7 @@ class Consumer:
         if error.reason in {"forged", "oversized", "replayed"}:
             return
         try:
-            header = self._schema.decode_header(delivery.payload)
+            header = SCHEMA.decode_header(delivery.payload)
         except MessageError:
             return
         producer = f"{header.producer}/{delivery.topic}"
@@ -334,7 +331,7 @@ class Consumer:
         limit = item.command.expires_after_seconds
         if limit is None:
             return False
-        queued_ms = self._schema.decode_header(item.delivery.payload).queued_ms
+        queued_ms = SCHEMA.decode_header(item.delivery.payload).queued_ms
         window = self._windows[item.delivery.topic]
         return queued_ms / 1000 + window.age_seconds(item.delivery.entry_id) > limit
 
@@ -352,7 +349,7 @@ class Consumer:
         """
         try:
             self._verify(delivery)
-            header = self._schema.decode_header(delivery.payload)
+            header = SCHEMA.decode_header(delivery.payload)
         except MessageError:
             return False
         producer = f"{header.producer}/{delivery.topic}"
@@ -366,7 +363,7 @@ class Consumer:
         outcome = None
         try:
             self._verify(delivery)
-            for message in self._schema.decode(delivery.payload).messages:
+            for message in SCHEMA.decode(delivery.payload).messages:
                 outcome = self.position.outcome(message.id)
         except (MessageError, AttributeError):
             pass

@@ -19,7 +19,6 @@ class InFlight(NamedTuple):
 
     delivery: Delivery
     command: Command
-    trace: str | None
     producer: str
     """The producer and the topic, as `producer/topic`."""
     sequence: int

@@ -13,7 +13,7 @@ from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address
 from esper_fn.bus._connection import Connection, OverlongReplyError, Script
 from esper_fn.bus._messages import Topic
-from esper_fn.bus._timing import CircuitBreaker, Clock
+from esper_fn.bus._timing import CircuitBreaker
 from esper_fn.bus._transport import RUN_GROUP, RUN_NAME, exhausted_text
 from esper_fn.errors import BusError, BusUnavailableError
 
@@ -22,6 +22,8 @@ _REPAIR = Script(_scripts.REPAIR)
 _EXHAUSTED = Script(_scripts.EXHAUSTED)
 _PORTION = Script(_scripts.PORTION)
 _RUNS = Script(_scripts.RUNS)
+_ANSWER_SECONDS = 5.0
+"""How long to wait for an answer, unless a read waits for entries."""
 _LEASES = "esper:{*}:lease"
 """Pattern of the leases of all runs."""
 
@@ -32,15 +34,12 @@ class Keyspace:
     Args:
       address: address of the server.
       run: name of the run.
-      timeout_seconds: how long to wait for an answer.
-      clock: seconds on a clock that never goes back.
     """
 
-    def __init__(self, address: Address, run: str, *, timeout_seconds: float, clock: Clock) -> None:
+    def __init__(self, address: Address, run: str) -> None:
         self._address = address
         self._name = run
-        self._timeout = timeout_seconds
-        self._breaker = CircuitBreaker(clock=clock)
+        self._breaker = CircuitBreaker()
         self._connections: dict[str, Connection] = {}
         self._is_closed = False
 
@@ -67,7 +66,7 @@ class Keyspace:
 
     async def call(self, *arguments: Any) -> Any:
         """Calls a command; see `Connection.call`."""
-        return await self.connection("write").call(*arguments, timeout_seconds=self._timeout)
+        return await self.connection("write").call(*arguments, timeout_seconds=_ANSWER_SECONDS)
 
     async def script(self, script: Script, names: Sequence[str], arguments: list[Any]) -> Any:
         """Runs a script on keys, and again after removing those of a wrong type.
@@ -81,7 +80,7 @@ class Keyspace:
           BusError: a stream cannot take more entries.
         """
         keys = list(map(self.key, names))
-        run = partial(self.connection("write").run, timeout_seconds=self._timeout)
+        run = partial(self.connection("write").run, timeout_seconds=_ANSWER_SECONDS)
         try:
             return await run(script, keys, arguments)
         except ResponseError as error:
@@ -101,7 +100,7 @@ class Keyspace:
     async def portion(self, keys: list[str], arguments: list[Any]) -> Any:
         """Runs the script `PORTION`, on a connection of its own, as it may take long."""
         connection = self.connection("portions")
-        return await connection.run(_PORTION, keys, arguments, timeout_seconds=self._timeout)
+        return await connection.run(_PORTION, keys, arguments, timeout_seconds=_ANSWER_SECONDS)
 
     async def active_runs(self) -> list[str]:
         """Names of all runs on the server that have a lease."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
@@ -119,7 +120,7 @@ class MemoryTransport:
             for topic in topics:
                 stream = self._run().streams[topic]
                 state = self._group(stream, group)
-                now = self._broker.clock()
+                now = time.monotonic()
                 for key, entry in entries_after(stream, state.last, limit):
                     state.last = key
                     state.pending[key] = Pending(consumer, now, 1)
@@ -159,7 +160,7 @@ class MemoryTransport:
         with self._broker.lock:
             stream = self._run().streams[topic]
             pending = self._group(stream, group).pending
-            now = self._broker.clock()
+            now = time.monotonic()
             out: list[Delivery] = []
             for key, item in sorted(pending.items()):
                 if len(out) == limit:
@@ -188,13 +189,13 @@ class MemoryTransport:
         """See `Transport`."""
         with self._broker.lock:
             run = self._run()
-            left = run.expires_at - self._broker.clock()
+            left = run.expires_at - time.monotonic()
             if run.holder not in {None, holder} and left > 0 and not should_take_over:
                 raise LeaseHeldError(str(run.holder), left, run.epoch)
             run.epoch = max(run.epoch, least_epoch) + 1
             run.holder = run.owner = holder
             run.number, run.identity = 0, identity
-            run.expires_at = self._broker.clock() + lease_seconds
+            run.expires_at = time.monotonic() + lease_seconds
             start, leftovers, lost = {}, [], set()
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
@@ -241,7 +242,7 @@ class MemoryTransport:
         del last_read  # nothing moves a group in memory
         with self._broker.lock:
             run = self._check(lease)
-            run.holder, run.expires_at = lease.holder, self._broker.clock() + lease_seconds
+            run.holder, run.expires_at = lease.holder, time.monotonic() + lease_seconds
             run.identity = identity
             for topic in COMMAND_TOPICS:
                 self._group(run.streams[topic], lease.group)
@@ -282,15 +283,6 @@ class MemoryTransport:
             drop_oldest(stream, count)
             return count
 
-    async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
-        """See `Transport`."""
-        with self._broker.lock:
-            stream = self._run().streams[topic]
-            return [
-                Delivery(topic, entry_id_of(key), *entry)
-                for key, entry in entries_after(stream, entry_key(after), limit)
-            ]
-
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
         with self._broker.lock:
@@ -299,20 +291,15 @@ class MemoryTransport:
             stream.keys = list(stream.entries)
             return count
 
-    async def length(self, topic: Topic) -> int:
-        """See `Transport`."""
-        with self._broker.lock:
-            return len(self._run().streams[topic].entries)
-
     async def holder(self) -> str | None:
         """See `Transport`."""
         with self._broker.lock:
             run = self._run()
-            return run.holder if run.expires_at > self._broker.clock() else None
+            return run.holder if run.expires_at > time.monotonic() else None
 
     async def active_runs(self) -> list[str]:
         """See `Transport`."""
-        now = self._broker.clock()
+        now = time.monotonic()
         with self._broker.lock:
             return sorted(
                 name

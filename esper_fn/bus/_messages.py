@@ -390,14 +390,6 @@ COMMANDS: tuple[type[Command], ...] = get_args(AnyCommand)
 """All classes of commands; `esper_fn._verbs` describes them."""
 
 AnyMessage = (
-    AnyCommand
-    | Outcome
-    | Frame
-    | StepMetrics
-    | LifecycleEvent
-    | Alert
-    | CheckpointEvent
-    | Announcement
-    | Heartbeat
-    | DeadLetter
-)
+    AnyCommand | Outcome | Frame | StepMetrics | LifecycleEvent | Alert | CheckpointEvent
+    | Announcement | Heartbeat | DeadLetter
+)  # fmt: skip

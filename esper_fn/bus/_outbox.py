@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, Schema, check_size
+from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, check_size
 from esper_fn.bus._inflight import Ack
 from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
 from esper_fn.bus._signing import NO_KEYS, Keyring
@@ -49,7 +49,6 @@ class Publisher:
       max_queued: most messages that wait while the server is slow or away; the oldest are dropped
         and counted.
       clock: seconds on a clock that never goes back.
-      schema: the messages to encode.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Publisher:
         server_time: ServerTime | None = None,
         max_queued: int = 10_000,
         clock: Clock = time.monotonic,
-        schema: Schema = SCHEMA,
     ) -> None:
         self._transport = transport
         self._topic = topic
@@ -71,7 +69,6 @@ class Publisher:
         self._max_queued = max_queued
         self._retry = Retry()
         self._clock = clock
-        self._schema = schema
         self._queue: deque[_Queued] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -243,7 +240,7 @@ class Publisher:
             trace=first.trace,
             identity=self._identity or "",
         )
-        payload = self._schema.encode(header, [item.message for item in group])
+        payload = SCHEMA.encode(header, [item.message for item in group])
         check_size(self._topic, len(payload))
         return Entry(payload, self._keys.sign(self._stream, payload))
 

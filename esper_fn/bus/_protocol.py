@@ -209,23 +209,15 @@ class Portions:
         """New entries of a group, after those that a consumer got since `last`."""
         return await self._portion(topic, limit, "new", group, consumer, last)
 
-    async def page(self, topic: Topic, last: str, limit: int) -> list[Delivery]:
-        """So many entries after one, whatever their size."""
-        return await self._all(topic, limit, last, ["after"])
-
     async def idle(
         self, topic: Topic, group: str, consumer: str, *, seconds: float, limit: int
     ) -> list[Delivery]:
         """Entries that were delivered so long ago, claimed for a consumer."""
-        idle_ms = milliseconds(seconds) if seconds else 0
-        return await self._all(topic, limit, BEGINNING, ["idle", group, consumer, idle_ms])
-
-    async def _all(
-        self, topic: Topic, limit: int, first: str, selection: list[Any]
-    ) -> list[Delivery]:
         entries: list[Delivery] = []
+        first, idle_ms = BEGINNING, milliseconds(seconds) if seconds else 0
         while len(entries) < limit:
-            part = await self._portion(topic, limit - len(entries), *selection, first)
+            selection = ("idle", group, consumer, idle_ms, first)
+            part = await self._portion(topic, limit - len(entries), *selection)
             entries += part.deliveries
             first = part.following
             if part.is_all:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
@@ -69,23 +68,13 @@ class RedisTransport:
       address: address of the server.
       run: name of the run.
       has_key: whether messages are signed; if not, no other machine may reach the server.
-      timeout_seconds: how long to wait for answers, unless a read waits for entries.
-      clock: seconds on a clock that never goes back.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        run: str,
-        *,
-        has_key: bool,
-        timeout_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, address: Address, run: str, *, has_key: bool) -> None:
         self._address = address
         self._name = run
         self._has_key = has_key
-        self._keys = Keyspace(address, run, timeout_seconds=timeout_seconds, clock=clock)
+        self._keys = Keyspace(address, run)
         self._portions = Portions(self._keys.portion, self.stream)
         self._last_read: dict[tuple[str, Topic], str] = {}
         """The last entry that has arrived, by reader of a group and topic."""
@@ -336,19 +325,11 @@ class RedisTransport:
         """See `Transport`."""
         return int(await self._keys.call("XTRIM", self.stream(topic), "MINID", before))
 
-    async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
-        """See `Transport`."""
-        return await self._portions.page(topic, after, limit)
-
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """See `Transport`."""
         return (
             int(await self._keys.call("XDEL", self.stream(topic), *entry_ids)) if entry_ids else 0
         )
-
-    async def length(self, topic: Topic) -> int:
-        """See `Transport`."""
-        return int(await self._keys.call("XLEN", self.stream(topic)))
 
     async def holder(self) -> str | None:
         """See `Transport`."""

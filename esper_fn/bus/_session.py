@@ -257,14 +257,7 @@ class Session:
     async def receive(
         self, topic: Topic, failures: int
     ) -> AsyncIterator[tuple[list[Delivery], bool]]:
-        """Reads commands of a topic.
-
-        Yields:
-          Deliveries in order, and whether the stream has no more.
-
-        Raises:
-          FencedError: the lease does not hold.
-        """
+        """Reads commands of a topic; yields deliveries, and whether the stream has no more."""
         if failures or not self.is_identity_published:
             await self.renew()
         group, holder = self.lease.group, self.holder
@@ -281,11 +274,7 @@ class Session:
         yield deliveries, len(deliveries) < _READ_LIMIT and size_bytes < READ_BYTES
 
     async def settle(self, settlement: Settlement) -> int:
-        """Makes a settlement; returns how many entries it acknowledged.
-
-        Raises:
-          FencedError: the lease does not hold.
-        """
+        """Makes a settlement; returns how many entries it acknowledged."""
         await self.transport.settle(self.lease, settlement)
         return self.settlements.complete()
 
@@ -312,7 +301,7 @@ class Session:
         if self._generation != generation:
             self.num_data_losses += 1
             self._alert(
-                "server_lost_its_memory",
+                "bus_data_lost",
                 "the bus's server was restarted without its files or emptied; commands whose "
                 "senders are gone are lost; switch append-only persistence on",
             )

@@ -1,9 +1,9 @@
-"""Who may command: HMAC-SHA256 over the bytes as they travel.
+"""Signatures: HMAC-SHA256 over the bytes of an entry.
 
     signature = key_id || "." || HMAC-SHA256(key, "esper-bus 1" 0 stream 0 key_id 0 payload)
 
-The stream's name (run and topic) is part of it, so that a message cannot be moved to another
-stream; so is the parcel's format and every message's version, which lie in the payload.
+The signature covers the name of the stream, so a message cannot be moved to another stream. The
+payload holds the format of the envelope and the version of each message.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ KEY_FILE_VARIABLE = "ESPER_BUS_KEY_FILE"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keyring:
-    """The keys one side holds. To rotate: add the new key everywhere, then make it active
-    everywhere, then remove the old one.
+    """The keys of one side.
+
+    To rotate keys, add the new one everywhere, make it active everywhere, and remove the old one.
 
     Args:
-      active: id of the key that signs; None signs nothing and accepts everything.
-      keys: by id, at least 16 bytes each; any of them verifies.
+      active: id of the key that signs; with None nothing is signed and everything is accepted.
+      keys: keys by id, of at least 16 bytes; each of them verifies.
 
     Raises:
-      BusSecurityError: a short key, an id that is none, or an active key that is not there.
+      BusSecurityError: a key is too short, an id is not valid, or the active key is missing.
     """
 
     active: str | None = None
@@ -66,42 +67,45 @@ class Keyring:
         return bool(self.keys)
 
     def sign(self, stream: str, payload: bytes) -> bytes:
-        """The signature of a payload in a stream; empty without a key."""
+        """Signs a payload for a stream; the signature is empty without a key."""
         if self.active is None:
             return b""
         name = self.active.encode()
         return name + b"." + _mac(self.keys[self.active], stream, name, payload)
 
     def verify(self, stream: str, payload: bytes, signature: bytes) -> None:
-        """Holds a signature against the keys, in constant time.
+        """Verifies a signature in constant time; without keys, it accepts everything.
 
         Raises:
-          ForgedError: it is missing or does not hold. Nothing is checked without a key.
+          ForgedError: the signature is missing or wrong.
         """
         if not self.keys:
             return
         if not signature:
             raise ForgedError("the message is not signed, and this side requires it")
-        name, dot, given = signature.partition(b".")
+        name, dot, mac = signature.partition(b".")
         key = self.keys.get(name.decode("ascii", "replace")) if dot else None
         if key is None or len(signature) > _LONGEST_SIGNATURE:
             raise ForgedError(f"signed with a key that is not held here ({name[:16]!r})")
         # Bytes of any length compare in constant time; a truncated one is unequal.
-        if not hmac.compare_digest(_mac(key, stream, name, payload), given):
+        if not hmac.compare_digest(_mac(key, stream, name, payload), mac):
             raise ForgedError(f"the signature by key {name.decode()!r} does not hold")
 
 
 NO_KEYS = Keyring()
-"""Signs nothing, accepts everything: for a bus only this machine can reach."""
+"""Signs nothing and accepts everything, for a bus that only this machine can reach."""
 
 
 def read_keys(environment: Mapping[str, str] | None = None) -> Keyring:
-    """The keys of this process: `$ESPER_BUS_KEYS`, or the file `$ESPER_BUS_KEY_FILE` names.
+    """Reads the keys in `$ESPER_BUS_KEYS`, or in the file that `$ESPER_BUS_KEY_FILE` names.
 
-    Both hold `id:hex` pairs, apart by commas or lines; the first one signs.
+    Both hold pairs `id:hex`, separated by commas or lines; the first key signs.
+
+    Args:
+      environment: the variables; by default those of this process.
 
     Raises:
-      BusSecurityError: not such pairs, or a file that others may read.
+      BusSecurityError: the pairs are not valid, or other users may read the file.
     """
     environment = os.environ if environment is None else environment
     text, origin = environment.get(KEYS_VARIABLE, ""), f"${KEYS_VARIABLE}"
@@ -138,7 +142,7 @@ def _read_key_file(path: Path) -> str:
 
 
 def new_key(key_id: str = "first") -> str:
-    """A fresh key as `read_keys` reads it."""
+    """Makes a random key, in the form that `read_keys` reads."""
     return f"{key_id}:{secrets.token_hex(32)}"
 
 

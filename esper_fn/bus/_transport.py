@@ -290,16 +290,8 @@ class Transport(Protocol):
         """Removes the entries before one; returns how many there were."""
         ...
 
-    async def page(self, topic: Topic, *, after: str, limit: int) -> list[Delivery]:
-        """Reads entries after one without waiting."""
-        ...
-
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
         """Removes entries; returns how many there were."""
-        ...
-
-    async def length(self, topic: Topic) -> int:
-        """Counts the entries of a stream."""
         ...
 
     async def holder(self) -> str | None:

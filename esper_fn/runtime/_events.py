@@ -12,7 +12,7 @@ from esper_fn.lifecycle import EDGES, GUARD_EDGES, Cause, Gate, Stage
 _GATE_OF = {
     (edge.source, edge.target, edge.cause): edge.gates[-1] for edge in (*GUARD_EDGES, *EDGES)
 }
-_NAMES = [of.name for of in Stage]
+_NAMES = [stage.name for stage in Stage]
 _MEASURED = {
     Stage.DORMANT: "potential",
     Stage.TRAINING: "utility",
@@ -39,13 +39,13 @@ def lifecycle_events(growth: Growth, infos: StepInfo, first_step: int) -> list[d
     events = []
     for row, seed in np.argwhere(before != after).tolist():
         source, target = Stage(int(before[row, seed])), Stage(int(after[row, seed]))
-        place, layer, chunk = growth.layout.locate(seed)
+        site, layer, chunk = growth.layout.locate(seed)
         blueprint = int(infos.blueprint[row, seed])
         measured = _MEASURED.get(source)
         event: dict[str, Any] = {
             "step": first_step + row,
             "seed": seed,
-            "site": place.name,
+            "site": site.name,
             "layer": layer,
             "chunk": chunk,
             "blueprint": growth.layout.names[blueprint] if blueprint >= 0 else None,

@@ -1,4 +1,4 @@
-"""Settings and notes as JSON, with what it cannot say: infinities, NaN, keys of other types."""
+"""Settings and notes as JSON, with infinities, NaN and keys of any type."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 import redis
+from bus_support import lose_all, page
 from test_worker import SECRET, Loop, until
 
 from esper_fn import bus
@@ -23,7 +25,7 @@ def site(kind, request, run_name):
     """An address of either kind, and a way to empty the server."""
     broker = bus.Broker()
     if kind == "memory":
-        yield Site("memory", run_name, broker, broker.lose_all)
+        yield Site("memory", run_name, broker, partial(lose_all, broker))
         return
     with bus.PrivateServer() as server, redis.Redis(unix_socket_path=str(server.socket)) as raw:
         yield Site(server.url, run_name, broker, raw.flushall)
@@ -50,7 +52,7 @@ class Site:
             await transport.open()
             found = []
             for topic in (Topic.URGENT, Topic.COMMANDS):
-                found += await transport.page(topic, after="0-0", limit=100)
+                found += await page(transport, topic, after="0-0", limit=100)
             await transport.close()
             return found
 

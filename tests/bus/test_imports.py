@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from esper_fn import bus
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,6 +31,22 @@ def test_the_bus_is_loaded_only_when_it_is_used(code):
 
 def test_the_bus_and_the_monitoring_load_no_jax():
     assert loaded("import esper_fn.bus, esper_fn.monitoring", "jax", "flax", "rich") == "[]"
+
+
+COMMANDS = (
+    "Batch Cancel Checkpoint Cull Germinate Pause PauseSeed Release Resume ResumeSeed RollBack \
+SetGraft Stop Transition"
+)
+REPORTS = "Alert Announcement CheckpointEvent DeadLetter Frame Heartbeat LifecycleEvent Outcome \
+StepMetrics"
+PARTS = "COMMANDS Column Command Message SeedCommand SeedOutcome Topic verb"
+USE = "AsyncClient Broker Client Keyring NO_KEYS PrivateServer RunPosition connect connect_async \
+new_key read_keys"
+
+
+def test_the_public_names_are_these():
+    assert set(bus.__all__) == {*COMMANDS.split(), *REPORTS.split(), *PARTS.split(), *USE.split()}
+    assert {name for name in vars(bus) if name[0] != "_"} <= {*bus.__all__}
 
 
 def test_the_linter_sees_every_logger_and_refuses_words_made_in_advance():

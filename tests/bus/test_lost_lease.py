@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import redis
+from bus_support import lose, lose_all, lose_groups
 from test_worker import Loop, until
 
 from esper_fn import bus
@@ -68,21 +69,21 @@ class Place:
 
 def streams_deleted(place):
     if place.raw is None:
-        place.broker.lose(place.run, *COMMAND_STREAMS)
+        lose(place.broker, place.run, *COMMAND_STREAMS)
     else:
         place.raw.delete(*map(place.key, COMMAND_STREAMS))
 
 
 def all_streams_deleted(place):
     if place.raw is None:
-        place.broker.lose(place.run, *Topic)
+        lose(place.broker, place.run, *Topic)
     else:
         place.raw.delete(*map(place.key, Topic))
 
 
 def groups_destroyed(place):
     if place.raw is None:
-        place.broker.lose_groups(place.run)
+        lose_groups(place.broker, place.run)
         return
     for topic in COMMAND_STREAMS:
         for group in place.raw.xinfo_groups(place.key(topic)):
@@ -91,14 +92,14 @@ def groups_destroyed(place):
 
 def bookkeeping_deleted(place):
     if place.raw is None:
-        place.broker.lose(place.run)
+        lose(place.broker, place.run)
     else:
         place.raw.delete(*map(place.key, ("run", "lease", "sequences", "attempts")))
 
 
 def everything_deleted(place):
     if place.raw is None:
-        place.broker.lose_all()
+        lose_all(place.broker)
     else:
         place.raw.flushall()
 

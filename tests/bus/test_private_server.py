@@ -61,7 +61,7 @@ def test_its_files_are_in_memory_where_there_is_room(free, monkeypatch, tmp_path
 
 def test_where_tmpdir_says_otherwise_its_files_go_there(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert _server._roomy() is None
+    assert _server._memory_folder() is None
 
 
 def test_started_again_after_a_kill_and_stopped():

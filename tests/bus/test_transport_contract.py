@@ -7,7 +7,7 @@ import contextlib
 import time
 
 import pytest
-from bus_support import run_async
+from bus_support import length, page, run_async
 
 from esper_fn.bus import Topic
 from esper_fn.bus._messages import LIMITS
@@ -51,7 +51,7 @@ def test_entries_come_out_in_order_and_once_for_each_group(make):
         assert texts(await read(t, Topic.EVENTS, group="h")) == ["a", "b", "c"]
         assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 2
         assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 0
-        assert await t.length(Topic.EVENTS) == 3
+        assert await length(t, Topic.EVENTS) == 3
 
     run_async(main(), t)
 
@@ -78,7 +78,7 @@ def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
         await t.publish(Topic.URGENT, "p", 0, entries(*map(str, range(limit - 1))))
         with pytest.raises(BusyError, match=f"at most {limit:,}"):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
-        assert await t.length(Topic.URGENT) == limit - 1
+        assert await length(t, Topic.URGENT) == limit - 1
         held = await t.attach("h", lease_seconds=9)
         group = held.lease.group
         got = await read(t, Topic.URGENT, limit=500, group=group)
@@ -86,7 +86,7 @@ def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
         await t.acknowledge(Topic.URGENT, group, [d.entry_id for d in got])
         await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
-        assert await t.length(Topic.URGENT) == limit + 1
+        assert await length(t, Topic.URGENT) == limit + 1
 
     run_async(main(), t)
 
@@ -100,7 +100,7 @@ def test_telemetry_forgets_the_oldest(make):
             await t.publish(
                 Topic.TELEMETRY, "p", start, entries(*map(str, range(start, start + 500)))
             )
-        assert limit <= await t.length(Topic.TELEMETRY) <= 1.1 * limit
+        assert limit <= await length(t, Topic.TELEMETRY) <= 1.1 * limit
 
     run_async(main(), t)
 
@@ -144,7 +144,7 @@ def test_tail_shows_everyone_everything(make):
         await t.publish(Topic.EVENTS, "p", 1, entries("new"))
         for reader in (t, u):
             assert texts(await reader.tail(after, limit=9, wait_seconds=1)) == ["new"]
-        assert texts(await t.page(Topic.EVENTS, after="0-0", limit=9)) == ["old", "new"]
+        assert texts(await page(t, Topic.EVENTS, after="0-0", limit=9)) == ["old", "new"]
 
     run_async(main(), t, u)
 
@@ -246,8 +246,8 @@ def test_a_settlement_is_whole_and_counts_once(make):
         done = settlement(1, got[:2], outcomes=["A"], dead=["D"], sequences={"p/commands": 0})
         for _ in range(3):
             await t.settle(held.lease, done)
-        assert texts(await t.page(Topic.OUTCOMES, after="0-0", limit=9)) == ["A"]
-        assert texts(await t.page(Topic.DEAD, after="0-0", limit=9)) == ["D"]
+        assert texts(await page(t, Topic.OUTCOMES, after="0-0", limit=9)) == ["A"]
+        assert texts(await page(t, Topic.DEAD, after="0-0", limit=9)) == ["D"]
         again = await t.attach("h", lease_seconds=9)
         assert again.sequences == {"p/commands": 0}
         assert again.cursor[Topic.URGENT] == got[0].entry_id
@@ -288,10 +288,10 @@ def test_trim_and_discard(make):
 
     async def main():
         await t.publish(Topic.COMMANDS, "p", 0, entries(*"abcd"))
-        rows = await t.page(Topic.COMMANDS, after="0-0", limit=9)
+        rows = await page(t, Topic.COMMANDS, after="0-0", limit=9)
         assert await t.trim(Topic.COMMANDS, rows[2].entry_id) == 2
         assert await t.discard(Topic.COMMANDS, [rows[3].entry_id, rows[0].entry_id]) == 1
-        assert texts(await t.page(Topic.COMMANDS, after="0-0", limit=9)) == ["c"]
+        assert texts(await page(t, Topic.COMMANDS, after="0-0", limit=9)) == ["c"]
         assert await t.discard(Topic.COMMANDS, []) == 0
 
     run_async(main(), t)
@@ -303,13 +303,13 @@ def test_a_cancelled_call_leaves_nothing_for_the_next_one(make):
     async def main():
         await t.publish(Topic.EVENTS, "p", 0, entries("a"))
         for turn in range(40):
-            task = asyncio.create_task(t.length(Topic.EVENTS))
+            task = asyncio.create_task(length(t, Topic.EVENTS))
             for _ in range(turn % 4):
                 await asyncio.sleep(0)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            assert texts(await t.page(Topic.EVENTS, after="0-0", limit=9)) == ["a"]
+            assert texts(await page(t, Topic.EVENTS, after="0-0", limit=9)) == ["a"]
         waiting = asyncio.create_task(read(t, wait=None))
         await asyncio.sleep(0.05)
         waiting.cancel()
@@ -331,7 +331,7 @@ def test_a_closed_transport_says_so(make):
         await t.open()
         await t.close()
         with pytest.raises(BusUnavailableError, match="closed"):
-            await t.length(Topic.EVENTS)
+            await length(t, Topic.EVENTS)
 
     run_async(main())
 

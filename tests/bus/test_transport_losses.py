@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import redis
-from bus_support import run_async
+from bus_support import length, lose, lose_groups, run_async
 from test_worker import Loop, until
 
 from esper_fn import bus
@@ -19,14 +19,14 @@ STREAMS = (Topic.URGENT, Topic.COMMANDS)
 
 
 @pytest.fixture
-def lose(kind, request, make, run_name):
+def losses(kind, request, make, run_name):
     """Removes streams of the run, its groups, or all of it."""
     if kind == "memory":
         broker = make()._broker
         yield {
-            "streams": lambda: broker.lose(run_name, *STREAMS),
-            "groups": lambda: broker.lose_groups(run_name),
-            "rest": lambda: broker.lose(run_name),
+            "streams": lambda: lose(broker, run_name, *STREAMS),
+            "groups": lambda: lose_groups(broker, run_name),
+            "rest": lambda: lose(broker, run_name),
         }
         return
     keys = [f"esper:{{{run_name}}}:{topic}" for topic in STREAMS]
@@ -54,7 +54,7 @@ async def read(transport, lease):
 
 
 @pytest.mark.parametrize("what", ["streams", "groups", "rest"])
-def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, lose, what):
+def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, losses, what):
     t = make()
 
     async def main():
@@ -62,7 +62,7 @@ def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, los
         await publish(t, "p", 0, b"a")
         await publish(t, "p", 1, b"b")
         first, _ = await read(t, held.lease)
-        lose[what]()
+        losses[what]()
         with pytest.raises(FencedError) as caught:
             await t.renew(held.lease, lease_seconds=9)
         assert caught.value.epoch == 0
@@ -89,12 +89,12 @@ def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, los
     run_async(main(), t)
 
 
-def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, lose):
+def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, losses):
     t, u = make(), make()
 
     async def main():
         one = await t.attach("one", lease_seconds=9)
-        lose["rest"]()
+        losses["rest"]()
         two = await u.attach("two", lease_seconds=9)
         assert two.lease.epoch == one.lease.epoch
         for call in (
@@ -127,7 +127,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
             await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")], identity="a")
         assert other.value.identity == "b"
         await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")])
-        assert await t.length(Topic.COMMANDS) == 2
+        assert await length(t, Topic.COMMANDS) == 2
         await t.attach("h", lease_seconds=9)
         with pytest.raises(OtherRunError):
             await t.publish(Topic.COMMANDS, "p", 2, [Entry(b"b")], identity="b")
@@ -135,7 +135,9 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
     run_async(main(), t)
 
 
-def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(make, lose, caplog):
+def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
+    make, losses, caplog
+):
     """Both began with the same number, so neither has proved to be the newer one."""
     announcement = bus.Announcement(run="r", host="h", pid=1, sites={})
     blocks = []
@@ -168,8 +170,8 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
     first = Loop(Blocked, lease_seconds=0.6)
     try:
         blocks.append(1)
-        lose["rest"]()
-        lose["groups"]()
+        losses["rest"]()
+        losses["groups"]()
         second = Worker(make, announcement)
         second.start()
         owner = asyncio.run(holder())
@@ -187,7 +189,7 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         first.close()
 
 
-def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(make, lose):
+def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(make, losses):
     lost = []
 
     class Cut:
@@ -208,7 +210,7 @@ def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(mak
     loop = Loop(Cut, lease_seconds=0.6)
     try:
         lost += [True, True]
-        lose["groups"]()
+        losses["groups"]()
         until(lambda: not lost)
         until(lambda: loop.worker.position().epoch >= 4)
         assert loop.error is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 
+from bus_support import page
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -129,7 +130,7 @@ class Both(RuleBasedStateMachine):
     @rule()
     def look(self):
         for topic, expected in ((Topic.COMMANDS, self.log), (Topic.OUTCOMES, self.outcomes)):
-            memory, real = self.both(lambda t, at=topic: t.page(at, after="0-0", limit=1000))
+            memory, real = self.both(lambda t, at=topic: page(t, at, after="0-0", limit=1000))
             assert [d.payload for d in memory] == [d.payload for d in real] == expected
 
     def teardown(self):
