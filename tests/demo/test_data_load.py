@@ -150,8 +150,8 @@ class TestFiles:
         first, second = data.load(name), data.load(name)
         for split in SPLITS:
             for part in ("inputs", "targets"):
-                one, other = (getattr(loaded, f"{split}_{part}") for loaded in (first, second))
-                np.testing.assert_array_equal(one, other, strict=True)
+                left, right = (getattr(loaded, f"{split}_{part}") for loaded in (first, second))
+                np.testing.assert_array_equal(left, right, strict=True)
 
     @pytest.mark.parametrize("name", ["fashion-mnist", "mnist1d"])
     def test_splits_are_disjoint_and_complete(self, name: str) -> None:
@@ -284,8 +284,8 @@ class TestFailures:
         with pytest.raises(errors.CorruptDataError) as caught:
             data.load(NAME_OF[file])
         message = str(caught.value)
-        found = hashlib.sha256(damaged).hexdigest()
-        for said in (str(path), found, _files.FILES[file].sha256, "Delete it and fetch it again"):
+        digest = hashlib.sha256(damaged).hexdigest()
+        for said in (str(path), digest, _files.FILES[file].sha256, "Delete it and fetch it again"):
             assert said in message
 
     @pytest.mark.parametrize(

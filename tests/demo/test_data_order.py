@@ -72,10 +72,10 @@ class TestStratifiedSplit:
     @pytest.mark.parametrize("num_held_out", [1, 7, 30, 99])
     def test_parts_are_disjoint_and_keep_the_shares(self, num_held_out: int) -> None:
         labels = np.repeat([3, 5, 8], [60, 30, 10])
-        kept, held_out = stratified_split(labels, num_held_out=num_held_out, seed=0)
+        rest, held_out = stratified_split(labels, num_held_out=num_held_out, seed=0)
         assert len(held_out) == num_held_out
-        assert sorted([*kept, *held_out]) == list(range(100))
-        assert kept.dtype == held_out.dtype == np.int32
+        assert sorted([*rest, *held_out]) == list(range(100))
+        assert rest.dtype == held_out.dtype == np.int32
         for label, share in ((3, 0.6), (5, 0.3), (8, 0.1)):
             assert abs((labels[held_out] == label).sum() - share * num_held_out) < 1
 

@@ -130,7 +130,7 @@ class TestNpz:
             (zipped(x=b"", y=npy(ARRAYS["y"])), "EOF"),
         ],
         # Archives hold the time, and all workers must find the same tests.
-        ids=lambda of: of if isinstance(of, str) else f"{len(of)} bytes",
+        ids=lambda data: data if isinstance(data, str) else f"{len(data)} bytes",
     )
     def test_refuses_what_it_did_not_expect(self, content: bytes, reason: str) -> None:
         with pytest.raises(ValueError, match=reason):

@@ -44,5 +44,5 @@ def test_a_stage_without_seeds_falls_to_zero():
     exporter.update(bus.StepMetrics(step=1, loss=0.5, stages={"TRAINING": 2}))
     exporter.update(bus.StepMetrics(step=2, loss=0.5, stages={"FOSSILIZED": 2}))
     for stage, seeds in (("TRAINING", 0.0), ("FOSSILIZED", 2.0)):
-        found = registry.get_sample_value("esper_seeds", {"run": "r", "stage": stage})
-        assert found == seeds
+        value = registry.get_sample_value("esper_seeds", {"run": "r", "stage": stage})
+        assert value == seeds

@@ -26,7 +26,7 @@ def synthetic(
     num_dormant: int = 8,
     *,
     steps: int = 2_000,
-    every: int = 10,
+    interval: int = 10,
     repeats: int = 10,
     task: str = "classification",
     seed: int = 0,
@@ -51,7 +51,7 @@ def synthetic(
     metrics = _metrics(
         rng,
         steps=steps,
-        every=every,
+        interval=interval,
         events=events,
         alphas=alphas,
         total=num_seeds + num_dormant,
@@ -94,9 +94,8 @@ def _one_seed(
     stage = "DORMANT"
     spans: list[tuple[int, int, str]] = []
 
-    def move(to: str, cause: str, **measured: float | None) -> None:
+    def move(to: str, cause: str, **quantities: float | None) -> None:
         nonlocal stage
-        blueprint = ("low_rank", "mlp")[seed % 2]
         events.append(
             {
                 "arm": arm,
@@ -104,25 +103,25 @@ def _one_seed(
                 "seed": seed,
                 "site": site,
                 "chunk": chunk,
-                "blueprint": blueprint,
+                "blueprint": ("low_rank", "mlp")[seed % 2],
                 "from": stage,
                 "to": to,
                 "cause": cause,
-                "measured": measured,
+                "measured": quantities,
             }
         )
         stage = to
 
     for i, (to, cause) in enumerate(WAY):
-        measured: dict[str, float | None] = {}
+        quantities: dict[str, float | None] = {}
         if to == "GERMINATED":
-            measured = {"potential": float(np.exp(quality + rng.normal(0, 0.3)))}
+            quantities = {"potential": float(np.exp(quality + rng.normal(0, 0.3)))}
         elif i > 2:
-            measured = {
+            quantities = {
                 "contribution": float(0.01 * quality + rng.normal(0, 0.002)),
                 "stability": None if i == 3 else float(rng.uniform(0.8, 1)),
             }
-        move(to, cause, **measured)
+        move(to, cause, **quantities)
         if to == "FOSSILIZED":
             spans.append((step, steps, to))
             break
@@ -131,25 +130,35 @@ def _one_seed(
         spans.append((start, min(step, steps), to))
         if step >= steps:
             break
-        ends = {
-            "GERMINATED": (0.04, "CANCELLED", "command:cancel"),
-            "TRAINING": (0.1, "CULLED", "gate:utility_negative"),
-            "GRAFTING": (0.06, "ROLLED_BACK", "governor:non_finite"),
-            "EVALUATING": (0.75 if quality < 0 else 0.05, "CULLED", "gate:contribution_negative"),
-        }
-        chance, end, why = ends.get(to, (0.0, "", ""))
+        chance, end, why = _ends(quality).get(to, (0.0, "", ""))
         if rng.random() < chance:
             move(end, why, contribution=-0.004)
             step += 150
             if end != "ROLLED_BACK" and step < steps:
                 move("DORMANT", "embargo:over")
             break
-    for start, stop, at in spans:
-        if at in {"CULLED", "CANCELLED", "ROLLED_BACK", "DORMANT"}:
+    _add_alphas(alphas, seed, spans)
+
+
+def _ends(quality: float) -> dict[str, tuple[float, str, str]]:
+    """How likely a life ends in a stage, where it goes then, and why."""
+    return {
+        "GERMINATED": (0.04, "CANCELLED", "command:cancel"),
+        "TRAINING": (0.1, "CULLED", "gate:utility_negative"),
+        "GRAFTING": (0.06, "ROLLED_BACK", "governor:non_finite"),
+        "EVALUATING": (0.75 if quality < 0 else 0.05, "CULLED", "gate:contribution_negative"),
+    }
+
+
+def _add_alphas(
+    alphas: dict[int, dict[str, float]], seed: int, spans: list[tuple[int, int, str]]
+) -> None:
+    for start, stop, stage in spans:
+        if stage in {"CULLED", "CANCELLED", "ROLLED_BACK", "DORMANT"}:
             continue
         for t in range(start, stop + 1):
-            level = {"GERMINATED": 0.0, "TRAINING": 0.0}.get(at, 1.0)
-            if at == "GRAFTING":
+            level = {"GERMINATED": 0.0, "TRAINING": 0.0}.get(stage, 1.0)
+            if stage == "GRAFTING":
                 level = (t - start) / max(1, stop - start)
             alphas.setdefault(t, {})[str(seed)] = round(level, 4)
 
@@ -158,7 +167,7 @@ def _metrics(
     rng: np.random.Generator,
     *,
     steps: int,
-    every: int,
+    interval: int,
     events: list[dict[str, Any]],
     alphas: dict[str, dict[int, dict[str, float]]],
     total: int,
@@ -168,7 +177,7 @@ def _metrics(
     metrics = []
     stages = {arm: dict.fromkeys(range(total), "DORMANT") for arm in ("grown", "random")}
     pending = sorted(events, key=lambda e: e["step"])
-    for step in range(0, steps + 1, every):
+    for step in range(0, steps + 1, interval):
         while pending and pending[0]["step"] <= step:
             event = pending.pop(0)
             stages[event["arm"]][event["seed"]] = event["to"]
@@ -176,7 +185,7 @@ def _metrics(
             t = step / steps
             fall = np.exp(-t * (9 if arm in {"host", "static"} else 6))
             loss = floor[arm] + (2.3 - floor[arm]) * fall + rng.normal(0, 0.05)
-            is_measured = step % (every * 5) == 0
+            is_measured = step % (interval * 5) == 0
             accuracy = top[arm] - (top[arm] - 0.1) * fall**1.3 + rng.normal(0, 0.004)
             record: dict[str, Any] = {
                 "arm": arm,
@@ -189,8 +198,8 @@ def _metrics(
             if arm in stages:
                 adapters = alphas[arm].get(step, {})
                 record["parameters"] += 264 * len(adapters)
-                held = list(stages[arm].values())
-                record["stages"] = {s: held.count(s) for s in dict.fromkeys(held)}
+                current = list(stages[arm].values())
+                record["stages"] = {s: current.count(s) for s in dict.fromkeys(current)}
                 record["alpha"] = adapters
             metrics.append(record)
     return metrics

@@ -72,11 +72,11 @@ def test_stage_map_has_one_bar_for_each_stay(run: report.Run) -> None:
         for c in figure.axes[0].collections
         if isinstance(c, PolyCollection)
     }
-    wanted: dict[str, int] = {}
+    expected: dict[str, int] = {}
     for history in histories(run, "grown"):
         for stay in history.stays:
-            wanted[stay.stage] = wanted.get(stay.stage, 0) + 1
-    assert bars == wanted
+            expected[stay.stage] = expected.get(stay.stage, 0) + 1
+    assert bars == expected
     assert set(bars) == set(STAGES)
     assert {"encoder", "hidden.0", "hidden.1", "head", "#0", "#23"} <= set(words(figure))
     assert "Not drawn: 8 seeds that never left DORMANT." in words(figure)
@@ -110,9 +110,9 @@ def test_the_legend_holds_only_stages_that_occur() -> None:
 
 
 def test_histories_follow_the_events(run: report.Run) -> None:
-    found = histories(run, "grown")
-    assert [h.seed for h in found] == list(range(24))
-    for history in found:
+    seeds = histories(run, "grown")
+    assert [h.seed for h in seeds] == list(range(24))
+    for history in seeds:
         assert history.stays[0].stage == "DORMANT"
         assert history.stays[-1].end == 2_000
         for a, b in itertools.pairwise(history.stays):
@@ -198,8 +198,9 @@ def test_curves_hold_every_arm_and_name_it_at_its_end(
     for curve in curves(run, key):
         (line,) = lines(figure, label=curve.arm)
         np.testing.assert_array_equal(line.get_xdata(), curve.steps)
-        wanted = None if key == "parameters" else smooth(curve.values)
-        np.testing.assert_array_equal(line.get_ydata(), curve.values if wanted is None else wanted)
+        means = None if key == "parameters" else smooth(curve.values)
+        expected = curve.values if means is None else means
+        np.testing.assert_array_equal(line.get_ydata(), expected)
     for name in ("host alone", "grown", "random growth", "static, equal size"):
         assert any(word.startswith(f"{name}  ") for word in words(figure))
 
@@ -290,7 +291,7 @@ def test_without_matplotlib_the_remedy_is_named(
 
 
 @pytest.mark.parametrize(
-    ("places", "wanted"),
+    ("places", "expected"),
     [
         ([], []),
         ([5.0], [5.0]),
@@ -301,8 +302,8 @@ def test_without_matplotlib_the_remedy_is_named(
         ([4.0, 5.0, 7.0], [3.0 + 1 / 3, 5.0 + 1 / 3, 7.0 + 1 / 3]),
     ],
 )
-def test_spread_keeps_the_gap_and_the_order(places: list[float], wanted: list[float]) -> None:
-    np.testing.assert_allclose(spread(places, gap=2, low=0, high=10), wanted)
+def test_spread_keeps_the_gap_and_the_order(places: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(spread(places, gap=2, low=0, high=10), expected)
 
 
 def test_spread_squeezes_what_does_not_fit() -> None:

@@ -103,12 +103,12 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
         text = file.read_text()
         for line in [text] if file.suffix == ".json" else text.splitlines():
             json.loads(line, parse_constant=refuse_constant)
-    found = report.read(path)
-    assert found.events[0]["measured"] == {"a": None, "b": None}
-    assert found.metrics[0]["loss"] is None
-    assert found.metrics[0]["alpha"] == {"12": None}
-    assert found.summary["grown_accuracy"] is None
-    assert found.summary["nested"] == [{"x": [1.0, None]}]
+    run = report.read(path)
+    assert run.events[0]["measured"] == {"a": None, "b": None}
+    assert run.metrics[0]["loss"] is None
+    assert run.metrics[0]["alpha"] == {"12": None}
+    assert run.summary["grown_accuracy"] is None
+    assert run.summary["nested"] == [{"x": [1.0, None]}]
 
 
 def test_stages_may_be_given_as_enums(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_stages_may_be_given_as_enums(tmp_path: Path) -> None:
         folder.append_event({**EVENT, "from": stage(0), "to": stage(1), "step": np.int32(3)})
         folder.append_metrics({**METRICS, "stages": {stage(0): np.int64(3)}})
         folder.finish({})
-    found = report.read(tmp_path / "run")
-    assert found.events == [EVENT]
-    assert found.metrics == [METRICS]
+    run = report.read(tmp_path / "run")
+    assert run.events == [EVENT]
+    assert run.metrics == [METRICS]
 
 
 def test_lines_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:

@@ -173,11 +173,11 @@ def interval(mean: float, low: float, high: float) -> dict[str, Any]:
 
 
 def test_the_verdict_is_honest() -> None:
-    one = {"grown_accuracy": 0.90, "static_equal_params_accuracy": 0.92}
-    assert "ends 2.0 percentage points below a static network of equal size" in sentences(**one)
-    assert "These are single runs" in sentences(**one)
-    one["static_equal_params_accuracy"] = 0.9001
-    assert "equals a static network of equal size" in sentences(**one)
+    scores = {"grown_accuracy": 0.90, "static_equal_params_accuracy": 0.92}
+    assert "ends 2.0 percentage points below a static network of equal size" in sentences(**scores)
+    assert "These are single runs" in sentences(**scores)
+    scores["static_equal_params_accuracy"] = 0.9001
+    assert "equals a static network of equal size" in sentences(**scores)
     assert "is worse than a static network of equal size by 2.0 percentage points" in sentences(
         repeats=interval(-0.02, -0.03, -0.01)
     )
