@@ -400,6 +400,10 @@ class Growth:
             self, state, statistics, loss, drift=drift, has_broken=has_broken, commands=commands
         )
 
+    def gains(self, state: GrowthState) -> Float32[Array, "Q 4"]:
+        """The gains of every slot, the columns of `esper_kernels.Gains`; zero for free slots."""
+        return slot_gains(state.seeds, state.owner, state.settings)
+
     def newborn(
         self, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
     ) -> Params:
@@ -420,7 +424,7 @@ class Growth:
     def conclude(
         self,
         state: GrowthState,
-        moments: Sequence[Moments],
+        moments: Sequence[Sequence[Array]],
         loss: Scalar,
         chosen: Int32[Array, "V"],
         is_chosen: Bool[Array, "V"],
@@ -430,10 +434,11 @@ class Growth:
 
         Args:
           state: as it was surveyed.
-          moments: of each site.
+          moments: of each site the rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk.
           loss: on held-out data.
           chosen: from `on_trial`.
           is_chosen: from `on_trial`.
           missing: the loss without each of them.
         """
-        return conclude(self, state, moments, loss, chosen, is_chosen, missing)
+        own = [Moments(*site) for site in moments]
+        return conclude(self, state, own, loss, chosen, is_chosen, missing)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from torch_bridge._words import Words
+from torch_bridge._packing import ArrayPacker
 
 
 def tree(impl: str = "threefry2x32") -> dict[str, Any]:
@@ -34,7 +34,7 @@ def raw(leaf: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_every_bit_comes_back(impl: str) -> None:
     given = tree(impl)
-    words = Words(jax.eval_shape(lambda: given))
+    words = ArrayPacker(jax.eval_shape(lambda: given))
     packed = jax.jit(words.pack)(given)
     assert packed.dtype == jnp.int32
     assert packed.ndim == 1
@@ -47,4 +47,4 @@ def test_every_bit_comes_back(impl: str) -> None:
 
 def test_wide_leaves_are_refused() -> None:
     with pytest.raises(TypeError, match="float64 has more than 32 bits"):
-        Words({"wide": jax.ShapeDtypeStruct((2,), np.dtype("float64"))})
+        ArrayPacker({"wide": jax.ShapeDtypeStruct((2,), np.dtype("float64"))})
