@@ -67,12 +67,11 @@ shapes are the same, else from the beginning |
     | `growth.memory` | forgotten until the next survey |
     | `ring` | snapshots begin now: no roll-back goes back beyond this moment |
 
-    Shapes are larger then, so programs compile again. Arrays lie on the default device.
+    Programs compile again then. Arrays lie on the default device.
 
     Args:
-      source: a state, which is not changed, as `Fit.state`; or a step that `checkpoint.restore`
-        read back whole, whose value is a state, or a dict that has one, or a dict with `params`,
-        `opt_state` and `growth`. A `GrowthState` is for loops with an optimiser of their own.
+      source: a state, which is not changed; or a step that `checkpoint.restore` read back whole,
+        whose value is a state or a dict with one, or with `params`, `opt_state` and `growth`.
       growth: the larger one; blueprints are recognised by their names.
       optimizer: the one of the run; needless for a `GrowthState`.
       key: for the new slots' adapters.
