@@ -188,32 +188,7 @@ def chain(*policies: Policy) -> Policy:
     def decide(
         layout: Layout, state: Any, observation: Observation, requests: Requests, key: Key
     ) -> tuple[Any, Requests]:
-        states = []
-        first = 0
-        admitted = _admitted_before(policies, layout, state, observation)
-        for index, policy in enumerate(policies):
-            none = jnp.full_like(requests.kind, NONE)
-            new_state, after = policy.decide(
-                layout,
-                state[index],
-                observation._replace(is_admitted=admitted[index + 1]),
-                requests._replace(requested_by=none, vetoed_by=none),
-                jax.random.fold_in(key, index),
-            )
-            is_new, is_refused = after.requested_by != NONE, after.vetoed_by != NONE
-            requests = after._replace(
-                requested_by=jnp.where(
-                    is_new, after.requested_by + jnp.int8(first), requests.requested_by
-                ),
-                vetoed_by=jnp.where(
-                    is_refused,
-                    after.vetoed_by + jnp.int8(first),
-                    jnp.where(is_new, none, requests.vetoed_by),
-                ),
-            )
-            states.append(new_state)
-            first += len(policy.rules)
-        return tuple(states), requests
+        return _decide_in_turn(policies, layout, state, observation, requests, key)
 
     def admit(layout: Layout, state: Any, observation: Observation) -> Bool[Array, "G B"]:
         everything = jnp.ones(layout.tables.costs.shape, bool)
@@ -222,6 +197,41 @@ def chain(*policies: Policy) -> Policy:
 
     is_limiting = any(policy.admit is not None for policy in policies)
     return Policy(rules=rules, init=init, decide=decide, admit=admit if is_limiting else None)
+
+
+def _decide_in_turn(
+    policies: Sequence[Policy],
+    layout: Layout,
+    state: Any,
+    observation: Observation,
+    requests: Requests,
+    key: Key,
+) -> tuple[Any, Requests]:
+    states = []
+    first = 0
+    admitted = _admitted_before(policies, layout, state, observation)
+    for index, policy in enumerate(policies):
+        none = jnp.full_like(requests.kind, NONE)
+        new_state, after = policy.decide(
+            layout,
+            state[index],
+            observation._replace(is_admitted=admitted[index + 1]),
+            requests._replace(requested_by=none, vetoed_by=none),
+            jax.random.fold_in(key, index),
+        )
+        is_new, is_refused = after.requested_by != NONE, after.vetoed_by != NONE
+        offset = jnp.int8(first)
+        requests = after._replace(
+            requested_by=jnp.where(is_new, after.requested_by + offset, requests.requested_by),
+            vetoed_by=jnp.where(
+                is_refused,
+                after.vetoed_by + offset,
+                jnp.where(is_new, none, requests.vetoed_by),
+            ),
+        )
+        states.append(new_state)
+        first += len(policy.rules)
+    return tuple(states), requests
 
 
 def _admitted_before(
