@@ -23,7 +23,7 @@ PIP_FAILED := { echo "error: the installation failed; pip's message is above. Af
 DEV_EXTRAS := dev$(if $(TORCH),$(comma)integrations)
 
 .NOTPARALLEL: # two pip runs must not share one environment
-.PHONY: help demo test test-all lint format install install-dev clean FORCE
+.PHONY: help demo notebooks test test-all lint format install install-dev clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ format: install-dev ## repair what ruff can repair
 
 install: $(VENV)/.demo-installed ## install what the demo needs
 install-dev: $(VENV)/.dev-installed ## install what the tests need
+
+notebooks: install-dev ## run the notebooks and write them with their outputs
+	$(BIN)/python tests/notebooks/render.py
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	@if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi

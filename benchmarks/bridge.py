@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from benchmarks._bridge_hosts import Cnn, Gpt, adapted, grown, stepper
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
+from esper_kernels.torch import analyse_kernels_once
 
 STEPS = 16
 
@@ -155,7 +156,8 @@ def _gpt_rows(
         if has_peft:
             model, lora = adapted(bare, added)
             runners["peft"] = way(model, None, compiles)
-        samples = time_interleaved(runners, repeats=repeats, warmup=1)
+        with analyse_kernels_once():
+            samples = time_interleaved(runners, repeats=repeats, warmup=1)
         told = {
             "device": torch.cuda.get_device_name() if is_cuda else "cpu",
             "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         report,
         rollback,
         runtime,
+        telemetry,
     )
     from esper_fn._ambient import discover_sites, use_seeds
     from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo
@@ -64,6 +65,7 @@ _MODULES = (
     "report",
     "rollback",
     "runtime",
+    "telemetry",
 )
 _NAMES = {
     "NoSeeds": "_sites",
@@ -134,5 +136,6 @@ __all__ = [
     "rollback",
     "runtime",
     "site",
+    "telemetry",
     "use_seeds",
 ]

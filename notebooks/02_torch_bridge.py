@@ -78,8 +78,8 @@ held_y = torch.tensor(data.validation_targets[:256]).long()
 print(f"{data.name}: {len(train_x):,} images of {side} x {side}")
 
 # %% [markdown]
-# The model and the loop are plain PyTorch. We train it for a while and from then on treat it as
-# *given*: the **host**.
+# The model and the loop are plain PyTorch. We train the model for a while and from then on treat it
+# like a pretrained one: it is the **host**.
 
 
 # %%
@@ -118,10 +118,10 @@ for rows in batches(num_steps=300, seed=0):
 print(f"after 300 steps: {accuracy(host):.1%} of the test images are right")
 
 # %% [markdown]
-# **Where, what, when.** `targets` names modules as PEFT does: names or ends of names, patterns,
+# **Where, what, when.** `targets` names modules as PEFT does: by names or ends of names, patterns or
 # classes. The output of each is cut into chunks along its features (the channels of a convolution),
-# with a seed each. `blueprints` says what may grow there; the policy, when. Make the optimiser
-# afterwards: adapters are parameters of the model.
+# and each chunk has a seed. `blueprints` says what may grow there, and the policy says when. Make
+# the optimiser afterwards: adapters are parameters of the model.
 
 # %%
 model = copy.deepcopy(host)
@@ -139,8 +139,8 @@ same = torch.equal(model(test_x), host(test_x))
 print("bit for bit the host's output while nothing lives:", same)
 
 # %% [markdown]
-# **Train.** One line more than the loop above, and every 25 steps a survey on held-out images:
-# where would growth pay, and what are the living adapters worth?
+# **Train.** The loop has one line more than the one above, and every 25 steps a survey on held-out
+# images: where would growth pay, and what are the live adapters worth?
 
 # %%
 infos, losses = [], []
@@ -167,7 +167,7 @@ print(f"grown, the same steps: {accuracy(model):.1%}, {bridge.num_live} adapters
 
 # %% [markdown]
 # One run is an anecdote; `esper grow` compares with repeats and rivals. What happened to each seed
-# is on record, in the same form as in JAX, so the same pictures serve.
+# is recorded in the same form as in JAX, so the same figures show it.
 
 
 # %%
@@ -196,7 +196,7 @@ report.figures.stage_map(run)
 report.figures.alpha_curves(run)
 
 # %% [markdown]
-# **Give it back.** `unwrap` removes seeds and hooks. Adapters that are linear in the output of a
+# **Unwrap.** `unwrap` removes seeds and hooks. Adapters that are linear in the output of a
 # linear layer or a convolution are folded into its weights, as all are here, so inference costs
 # nothing more; others would stay as plain submodules named `grown`. The result can be exported.
 
@@ -257,8 +257,8 @@ def gpt2():
 
 
 # %% [markdown]
-# A transformer's block is a target too, also where it returns a tuple: `blocks("h")` is every block
-# of the list `h`. Their width is not known from their class, so we say it. The `Trainer` calls the
+# A block of a transformer is a target too, even if it returns a tuple: `blocks("h")` is every block
+# of the list `h`. Their class does not tell their width, so we pass it. The `Trainer` calls the
 # bridge through a callback.
 
 # %%
@@ -338,8 +338,8 @@ plt.show()
 
 # %% [markdown]
 # **Save and load.** A checkpoint is an ordinary state dict: the lifecycle is one tensor in it. A
-# model grown alike and loaded stands in the same stages, and `train(resume_from_checkpoint=...)`
-# just works.
+# model that is grown alike and loads it has its seeds in the same stages, and
+# `train(resume_from_checkpoint=...)` just works.
 
 # %%
 again = gpt2()
@@ -361,10 +361,10 @@ with torch.no_grad():
 print("the same output, bit for bit:", same)
 
 # %% [markdown]
-# ## 3. JAX functions in torch, torch modules in JAX
+# ## 3. JAX functions in torch
 #
-# The bridge also carries functions. A jitted JAX function becomes one that torch calls and
-# differentiates, here Huber's loss from Optax:
+# `to_torch` turns a jitted JAX function into one that torch calls and differentiates, here Huber's
+# loss from Optax:
 
 # %%
 import optax

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # Steering a run from elsewhere
 #
-# A growing network trains in one place; you sit in another. This notebook starts a real Redis
-# server of its own, trains a small network in a thread that knows nothing of you, and then asks
-# its seeds to grow, watches them, pauses it, and stops it, over the bus alone.
+# A growing network trains on one machine, and you sit at another. This notebook starts a Redis
+# server of its own and trains a small network in a thread. Over the bus alone it then asks seeds to
+# grow, watches them, pauses the run, and stops it.
 
 # %%
 # %matplotlib inline
@@ -35,8 +35,8 @@ from esper_fn import bus, runtime
 # %% [markdown]
 # ## A run on a bus
 #
-# The server is private to this notebook: a socket only you can open, append-only persistence on.
-# Elsewhere, name yours: `redis://127.0.0.1:6379/0`. `memory` would be a bus inside this process.
+# The server is private to this notebook: only you can open its socket. Elsewhere, name your own, such
+# as `redis://127.0.0.1:6379/0`; `memory` is a bus inside this process.
 
 # %%
 server = bus.PrivateServer()
@@ -92,7 +92,7 @@ run.start()
 # %% [markdown]
 # ## Asking for growth
 #
-# `send` waits for what becomes of a command. A refusal says why.
+# `send` waits for the outcome of a command. A refusal says why.
 
 # %%
 client = bus.connect(server.url, run="notebook")
@@ -106,8 +106,8 @@ refused = client.send(bus.Germinate(site="hidden", seed=0, blueprint="bottleneck
 print(refused.code, "-", refused.text)
 
 # %% [markdown]
-# The same command again, by its id, is answered and not repeated: whoever is unsure whether a
-# command got through sends it again.
+# If you are unsure whether a command arrived, send it again: a command with the same id is answered
+# and not repeated.
 
 # %%
 again = client.send(command)
@@ -116,8 +116,8 @@ print(again.step, again.code)
 # %% [markdown]
 # ## Watching
 #
-# The run tells the scalars of its steps, the state of all seeds as columns, and every change of a
-# stage, without waiting for anyone.
+# The run publishes the scalars of its steps, the state of all seeds, and every change of a stage. It
+# waits for nobody.
 
 # %%
 metrics, events = [], []
@@ -137,14 +137,14 @@ figure, axes = plt.subplots(figsize=(7, 3))
 axes.plot([m.step for m in metrics], [m.loss for m in metrics], linewidth=0.8)
 for event in events:
     axes.axvline(event.step, color="0.8", linewidth=0.6, zorder=0)
-axes.set(xlabel="step", ylabel="loss", yscale="log", title="told over the bus")
+axes.set(xlabel="step", ylabel="loss", yscale="log", title="what the run published")
 plt.show()
 
 # %% [markdown]
 # ## Several seeds at once, pausing, stopping
 #
-# A batch is applied as a whole or not at all. Paused, the run stands still at a step boundary. An
-# stop overtakes whatever waits.
+# A batch is applied whole or not at all. A paused run stands still between two steps. A stop
+# overtakes the commands that wait.
 
 # %%
 both = bus.Batch(

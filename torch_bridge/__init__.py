@@ -19,8 +19,6 @@
 >>> info = bridge.step(loss)
 """
 
-import os as _os
-
 try:
     import torch as _torch
 except ImportError as _error:
@@ -28,9 +26,6 @@ except ImportError as _error:
         "torch_bridge needs PyTorch 2.11 or newer, which is not installed: "
         "pip install 'esper-fn[torch]'"
     ) from _error
-
-# Read when JAX starts: torch needs the GPU's memory that JAX would reserve for itself.
-_os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from torch_bridge._adapters import register_blueprint
 from torch_bridge._bridge import Bridge
@@ -58,4 +53,4 @@ __all__ = [
     "tree_to_torch",
 ]
 
-del _os, _torch
+del _torch

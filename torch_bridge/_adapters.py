@@ -18,10 +18,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from esper_fn.base import AdapterSpec, Blueprint, Topology
+from esper_kernels.rule_torch import Leaves
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 
-Leaves: TypeAlias = dict[str, Tensor]
 Apply: TypeAlias = Callable[[Leaves, Tensor, Tensor, Topology], Tensor]
 """`(parameters [n, ...], u [n, ..., F], mask [n, F], topology) -> r [n, ..., G]`."""
 
@@ -34,7 +34,7 @@ PHI: dict[str, Activation] = {
 }
 
 
-def through(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
+def activation_gradient(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
     """`d_a * phi'(z)` of one of `PHI`, where `a = phi(z)`."""
     if name == "none":
         return d_a
@@ -45,7 +45,7 @@ def through(name: str, z: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(d_a, z, approximate="tanh")
 
 
-def inner(leaves: Leaves, rows: Tensor) -> Tensor:
+def project_down(leaves: Leaves, rows: Tensor) -> Tensor:
     """`rows down + bias` of `[n, N, F]`, in its dtype; without bias where there is none."""
     bias = leaves.get("bias")
     down = leaves["down"].to(rows.dtype)
@@ -148,8 +148,10 @@ def _shifted(u: Tensor, window: Sequence[int]) -> list[Tensor]:
     padded = F.pad(u, [0, 0, *edges])
     lengths = u.shape[-axes - 1 : -1]
     return [
-        padded[(..., *(slice(o, o + n) for o, n in zip(at, lengths, strict=True)), slice(None))]
-        for at in np.ndindex(*window)
+        padded[
+            (..., *(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True)), slice(None))
+        ]
+        for offsets in np.ndindex(*window)
     ]
 
 
@@ -262,12 +264,12 @@ def form_of(blueprint: Blueprint, spec: AdapterSpec) -> Form:
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        wanted = np.asarray(jax.jit(lambda p, u: blueprint.apply(p, u, spec, mask))(drawn, u))
+        expected = np.asarray(jax.jit(lambda p, u: blueprint.apply(p, u, spec, mask))(drawn, u))
     leaves = {name: torch.from_numpy(leaf)[None] for name, leaf in drawn.items()}
-    told = (torch.from_numpy(u)[None], torch.from_numpy(mask)[None], spec.topology)
+    inputs = (torch.from_numpy(u)[None], torch.from_numpy(mask)[None], spec.topology)
     for form in candidates:
-        got = form.apply(leaves, *told)[0].numpy()
-        if got.shape == wanted.shape and np.allclose(got, wanted, rtol=1e-3, atol=1e-3):
+        got = form.apply(leaves, *inputs)[0].numpy()
+        if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-3, atol=1e-3):
             return form
     raise BridgeError(
         f"blueprint {blueprint.name!r}: its torch form does not compute what its JAX form does "

@@ -56,5 +56,5 @@ def check_survey(closure: Any) -> None:
         )
 
 
-def _name(of: Any) -> str:
-    return f"{of!r}" if isinstance(of, str) else f"a {type(of).__name__}"
+def _name(value: Any) -> str:
+    return f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
+from esper_kernels import Gains
 from torch_bridge import _survey, _unwrap
 from torch_bridge._arguments import check_step, check_survey
-from torch_bridge._banks import Bank, banks_of, tell_optimizers, tell_sites
+from torch_bridge._banks import Bank, banks_of, update_learning, update_plans
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
@@ -29,12 +30,34 @@ from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 
 
+class _Hook(Protocol):
+    """What torch returns for a hook that it has registered."""
+
+    id: int
+
+    def remove(self) -> None: ...
+
+
 class Bridge:
     """A model that grows; made by `grow`.
 
-    Attributes:
+    Args:
       model: the model, changed in place.
-      growth: the static part, an `esper_fn.Growth`.
+      growth: the static part.
+      sites: the seeds of every target.
+      lifecycle: the state of every seed.
+      shared: what all sites share.
+      group: the ranks that decide together.
+      watch_every: steps between two measurements of dormant chunks; 0 for none.
+      lag: steps by which the lifecycle follows.
+      hooks: what `grow` has registered with the model.
+
+    Attributes:
+      model: the model.
+      growth: the static part.
+      sites: the seeds of every target, in the order of their numbers.
+      banks: where the adapters are.
+      optimizers: what watches the optimisers.
     """
 
     def __init__(
@@ -42,23 +65,22 @@ class Bridge:
         model: nn.Module,
         growth: ef.Growth,
         sites: Sequence[Seeds],
-        banks: Sequence[Bank],
         lifecycle: Lifecycle,
         shared: Shared,
         group: Group,
         watch_every: int,
         lag: int,
-        handles: Sequence[Any],
+        hooks: Sequence[_Hook],
     ) -> None:
         self.model = model
         self.growth = growth
         self.sites = list(sites)
-        self.banks = list(banks)
+        self.banks = banks_of(sites)
         self._lifecycle = lifecycle
         self._shared = shared
         self._group = group
         self._watch_every = watch_every
-        self._handles = list(handles)
+        self._hooks = list(hooks)
         adapters = self.adapter_parameters()
         known = {id(p) for p in adapters}
         host = [p for p in model.parameters() if id(p) not in known]
@@ -68,17 +90,17 @@ class Bridge:
         self._num_calls = 0
         self._lag = lag
         self._pending: list[Measured] = []
-        self._asked: list[Command] = []
+        self._commands: list[Command] = []
         self._reach = Reach(sites, watch_every)
         self._is_open = True
-        self._was: tuple[bytes, bytes] | None = None
+        self._last_plan: tuple[bytes, bytes] | None = None
         self._drive()
 
     def _drive(self) -> None:
         lifecycle = self._lifecycle
         lifecycle.is_driven = True
         lifecycle.on_load, lifecycle.make_room = self._loaded, self._make_room
-        self._was = None
+        self._last_plan = None
         self._refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bridge:
@@ -87,13 +109,13 @@ class Bridge:
         It knows no optimiser yet, and no measurement that is still under way.
         """
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        for name, of in vars(self).items():
+        for name, value in vars(self).items():
             if name in ("growth", "_group"):
-                setattr(twin, name, of)
-            elif name not in ("optimizers", "_pending", "_asked", "_was"):
-                setattr(twin, name, copy.deepcopy(of, memo))
+                setattr(twin, name, value)
+            elif name not in ("optimizers", "_pending", "_commands", "_last_plan"):
+                setattr(twin, name, copy.deepcopy(value, memo))
         twin.optimizers = Watcher(twin._host, twin.adapter_parameters())
-        twin._pending, twin._asked = [], list(self._asked)
+        twin._pending, twin._commands = [], list(self._commands)
         if twin._is_open:
             twin._drive()
         else:
@@ -156,11 +178,11 @@ class Bridge:
         ]
         width = max(len(site.site) for site in self.sites)
         for site in self.sites[:_MOST_LINES]:
-            cut = site.plan.cut
+            chunking = site.plan.chunking
             names = ", ".join(bank.name for bank in self.banks if bank.site is site)
             lines.append(
-                f"  {site.site:<{width}}  {cut.features} features in {cut.chunks} chunks, "
-                f"{site.plan.topology}: {names}"
+                f"  {site.site:<{width}}  {chunking.features} features in "
+                f"{chunking.chunks} chunks, {site.plan.topology}: {names}"
             )
         if len(self.sites) > _MOST_LINES:
             lines.append(f"  and {len(self.sites) - _MOST_LINES} more")
@@ -186,9 +208,9 @@ class Bridge:
         Raises:
           BridgeError: no optimiser seen so far holds all adapters.
         """
-        for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
-            self.optimizers.check(one)
-            self.optimizers.seen.add(one)
+        for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+            self.optimizers.check(each)
+            self.optimizers.seen.add(each)
         self.optimizers.check_complete()
         if scaler is not None:
             self.optimizers.scaler = scaler
@@ -234,22 +256,22 @@ class Bridge:
         self._pending.append(
             measure(self.sites, self.optimizers, self._group, loss, is_waiting=not self._lag)
         )
-        self._asked += commands
+        self._commands += commands
         if len(self._pending) <= self._lag:
             self._end_step()
             return None
-        found = read(self._pending.pop(0), self._group, self.layout)
-        self._reach.note(found.statistics)
-        self._tell_changes()
-        asked, self._asked = self._asked, []
-        info, born = self._lifecycle.advance(*found, asked)
+        measured = read(self._pending.pop(0), self._group, self.layout)
+        self._reach.note(measured.statistics)
+        self._warn_of_changes()
+        pending, self._commands = self._commands, []
+        info, newborns = self._lifecycle.advance(*measured, pending)
         with torch.no_grad():
-            for slot, leaves in born:
-                self._bear(slot, leaves)
+            for slot, leaves in newborns:
+                self._write_newborn(slot, leaves)
         self._end_step()
         return info
 
-    def _tell_changes(self) -> None:
+    def _warn_of_changes(self) -> None:
         changes, self._lifecycle.changes = self._lifecycle.changes, []
         if changes:
             warnings.warn(
@@ -264,7 +286,7 @@ class Bridge:
         self._num_calls += 1
         self._refresh()
 
-    def _bear(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
+    def _write_newborn(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
         bank = self._bank_of(slot)
         local = slot - bank.start
         params = bank.site.parameters_of(bank.name, (local,))
@@ -279,23 +301,23 @@ class Bridge:
     # --- plans -------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        """Tells every site who lives there now, and optimisers who learns."""
+        """Updates the plan of every site, and what optimisers may move."""
         gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
-        if gains[:, 3].any():
+        if Gains.from_columns(gains).output_damping.any():
             # Damping is in units of the mean loss over all ranks, and of it unscaled.
             factor = self.optimizers.scale_now() * self._group.size
-            gains = gains * np.array([1, 1, 1, factor], np.float32)
+            gains = gains * np.array(Gains(1, 1, 1, factor), np.float32)
         watching = bool(self._watch_every) and self._num_steps % self._watch_every == 0
         is_new = not self._num_calls  # the first step compiles what later ones with work to do run
         self._shared.is_busy = watching or is_new or bool(np.any(gains != 0))
-        was, self._was = self._was, (gains.tobytes(), owner.tobytes())
-        if was == self._was:
+        before, self._last_plan = self._last_plan, (gains.tobytes(), owner.tobytes())
+        if before == self._last_plan:
             for site in self.sites:
                 if site.plan.is_watching != watching:
                     site.plan = replace(site.plan, is_watching=watching)
             return
-        tell_sites(self.sites, self.banks, gains, owner, is_watching=watching)
-        tell_optimizers(self.optimizers, self.banks, gains[:, 1] != 0)
+        update_plans(self.sites, self.banks, gains, owner, is_watching=watching)
+        update_learning(self.optimizers, self.banks, gains)
 
     def _make_room(self, capacity: int) -> None:
         """Room for as many adapters as a checkpoint holds."""
@@ -307,7 +329,7 @@ class Bridge:
 
     def _loaded(self) -> None:
         self._num_steps = int(self._lifecycle.state.step)
-        self._was = None
+        self._last_plan = None
         self.optimizers.before = None
         self._pending.clear()
         self._refresh()
@@ -328,7 +350,7 @@ class Bridge:
         """
         self._check_open()
         check_survey(closure)
-        return _survey.survey(self, closure)
+        return _survey.survey(self.sites, self._shared, self._lifecycle, self._group, closure)
 
     def unwrap(self) -> nn.Module:
         """The model without seeds, with the same outputs.
@@ -340,11 +362,11 @@ class Bridge:
         ends here.
         """
         self._check_open()
-        staying = _unwrap.unwrap(self)
+        staying = _unwrap.unwrap(self.model, self.sites)
         self._is_open = False
-        for handle in self._handles:
-            if handle.id not in staying:
-                handle.remove()
+        for hook in self._hooks:
+            if hook.id not in staying:
+                hook.remove()
         self.optimizers.close()
         return self.model
 

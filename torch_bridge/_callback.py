@@ -38,13 +38,13 @@ class Pace:
             raise BridgeError(f"survey_every is {survey_every}; it must be at least 1")
         self.bridge, self._survey, self._survey_every = bridge, survey, survey_every
         self._losses: list[torch.Tensor] = []
-        self._asked: list[Command] = []
+        self._commands: list[Command] = []
         self.last_info: ef.StepInfo | None = None
         self.last_survey: ef.SurveyInfo | None = None
 
     def ask(self, *commands: Command) -> None:
         """Hand commands to the next step; see `esper_fn.commands`."""
-        self._asked += commands
+        self._commands += commands
 
     def add(self, loss: torch.Tensor) -> None:
         """Take the share of one micro-batch in the step's loss."""
@@ -58,9 +58,9 @@ class Pace:
                 "the training step"
             )
         loss = torch.stack(self._losses).sum()
-        commands = tuple(self._asked)
+        commands = tuple(self._commands)
         self._losses.clear()
-        self._asked.clear()
+        self._commands.clear()
         self.last_info = self.bridge.step(loss, commands)
         if self._survey is not None and number % self._survey_every == 0:
             self.last_survey = self.bridge.survey(self._survey)

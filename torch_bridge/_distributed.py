@@ -37,7 +37,7 @@ class Group:
             dist.all_reduce(values, group=self._group)
         return values
 
-    def of_mean(self, statistics: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
+    def mean_loss(self, statistics: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
         """Summed statistics [S, K] and loss as those of the mean loss."""
         size = self.size
         if size > 1:

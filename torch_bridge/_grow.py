@@ -4,27 +4,52 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 import esper_fn as ef
-from esper_fn.base import Topology
-from esper_kernels import NUM_GAINS, Chunking
-from torch_bridge import _load
-from torch_bridge._adapters import form_of
-from torch_bridge._banks import banks_of, tell_copy
+from esper_fn.base import Blueprint, Topology
+from esper_kernels import Chunking
+from torch_bridge import _compiler, _load
+from torch_bridge._adapters import Form, form_of
+from torch_bridge._banks import refresh_copy
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
+from torch_bridge._forward import grow_output
 from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._plan import BankSlots, SitePlan
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
-from torch_bridge._targets import Place, Targets, by_pattern, find
+from torch_bridge._targets import Match, Targets, by_pattern, find
+
+Empty: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
+"""By blueprint and leaf, zeros for all slots of a site."""
+
+
+class GrowthOptions(TypedDict, total=False):
+    """What `grow` passes on to `esper_fn.Growth`, which has the defaults.
+
+    Attributes:
+      policy: what asks for births and culls.
+      graft: how newborn adapters come to act, one schedule or several.
+      governor: the guard outside every policy.
+      settings: the thresholds of the lifecycle.
+      max_ablations: seeds whose contribution one survey measures.
+      directed_births: seeds that are born along directions which a survey found.
+    """
+
+    policy: ef.policies.Policy | None
+    graft: ef.grafting.AlphaSchedule | Sequence[ef.grafting.AlphaSchedule] | None
+    governor: ef.governors.Governor | None
+    settings: ef.lifecycle.Settings | None
+    max_ablations: int | None
+    directed_births: int
 
 
 def grow(
@@ -33,14 +58,8 @@ def grow(
     targets: Targets = "all-linear",
     exclude: Targets = (),
     chunks: int | Mapping[str, int] | None = None,
-    blueprints: Mapping[str, ef.base.Blueprint] | None = None,
+    blueprints: Mapping[str, Blueprint] | None = None,
     capacity: int = 16,
-    policy: Any = None,
-    graft: Any = None,
-    governor: Any = None,
-    settings: Any = None,
-    max_ablations: int | None = None,
-    directed_births: int = 0,
     features: Mapping[str, int] | None = None,
     topology: Topology | Mapping[str, Topology] | None = None,
     freeze_host: bool = False,
@@ -48,139 +67,72 @@ def grow(
     watch_every: int = 16,
     lag: int = 0,
     seed: int = 0,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     verbose: bool = True,
+    **growth: Unpack[GrowthOptions],
 ) -> Bridge:
     """Puts seeds after some modules of a model, so that it grows while it trains.
 
-    The model keeps its class, its attributes, its parameters' names and its forward; each target
-    gets a child module `seeds` with the adapters' parameters, and a forward hook. While nothing
-    lives, outputs and gradients are the bare model's, bit for bit. Make the optimiser afterwards.
+    Each target gets a child module `seeds` and a forward hook. Make the optimiser afterwards, and
+    compile afterwards. `docs/bridge.md` explains every argument.
 
     Args:
       model: any `nn.Module`; changed in place.
-      targets: whose outputs grow: `"all-linear"`, a module's name or the end of one (`"fc1"`), a
-        regular expression for a whole name (`blocks("h")` for every block of the list `h`), a
-        module class, a function of `(name, module)`, or a sequence of these. A target returns a
-        tensor, or a tuple that begins with one. `"all-linear"` leaves out the output head, routers
-        of experts, and layers that their parents read instead of calling them (to grow such a layer
-        all the same, name it), and modules under several names, which nothing can grow.
-      exclude: what `targets` shall not take, said in the same words; a module's name stands for all
-        that is inside of it, too.
-      chunks: seeds along the feature axis, 16 if left out. A number counts for all targets, and
-        those with fewer features have one seed a feature; a mapping says it by pattern, exactly.
-      blueprints: what may grow, by name; `{"low_rank": ef.blueprints.low_rank()}` if left out.
+      targets: whose outputs grow; a name, pattern, class or function, or several.
+      exclude: what `targets` shall leave out, with all that is inside of it.
+      chunks: seeds along the feature axis, for all or by pattern; 16, or fewer for narrow layers.
+      blueprints: what may grow, by name; `low_rank` if left out.
       capacity: adapters alive at once, for each target and blueprint.
-      policy: as in `esper_fn.Growth`, and so are `graft`, `governor`, `settings`,
-        `max_ablations` and `directed_births`.
-      graft: see there.
-      governor: see there.
-      settings: see there.
-      max_ablations: see there.
-      directed_births: see there.
       features: widths of the last axis by pattern, for targets whose class does not tell.
-      topology: `vector`, `sequence` or `image`, for all or by pattern; by itself, convolutions are
-        images and everything else is a vector.
-      freeze_host: takes `requires_grad` from the model's own parameters, so that only adapters
-        learn. Say it here: whoever freezes all parameters after this call freezes the adapters too.
-      stacked: one parameter for each bank tensor, `[P, ...]`, in place of one for each adapter. For
-        thousands of live adapters; needs an optimiser that works element by element, whose step
-        count adapters of a bank then share.
-      watch_every: dormant chunks are measured in every so manieth step; 0 for never. Live ones are
-        always.
-      lag: training steps by which the lifecycle follows. With 0 `bridge.step` waits for the device;
-        with 1 it reads what the step before measured, so that a GPU need not wait for Python:
-        every decision then comes one step later. An adapter that breaks reaches nothing meanwhile.
+      topology: of all targets or by pattern; images for convolutions, else vectors.
+      freeze_host: takes `requires_grad` from the model's own parameters.
+      stacked: whether the adapters of a bank are rows of one parameter.
+      watch_every: steps between two measurements of dormant chunks; 0 for none.
+      lag: steps by which the lifecycle follows, so that a GPU need not wait for Python.
       seed: of everything random in the lifecycle.
       process_group: whose ranks decide together; the default one, if there is any.
       verbose: prints what was found.
+      **growth: see `GrowthOptions`.
 
     Returns:
       The bridge, whose `step` follows every `optimizer.step()`.
 
     Raises:
       BridgeError: a target that matches nothing or cannot carry seeds, a blueprint without a form
-        in torch; says what to do.
+        in torch; the message says what to do.
       LayoutError: sites, blueprints and capacity do not fit together.
 
-    >>> import esper_fn as ef
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> bridge = grow(model, targets="0", chunks=2, verbose=False)
     >>> bridge.layout.num_seeds
     2
     """
+    options = _Options(freeze_host, stacked, watch_every, lag, seed, process_group, verbose)
+    _check(model, blueprints, options)
     cpu_device()  # before the arrays of the layout start JAX wherever it likes
-    _check(model, blueprints, watch_every=watch_every, lag=lag)
-    for name, flag in {"freeze_host": freeze_host, "stacked": stacked, "verbose": verbose}.items():
-        if not isinstance(flag, bool):
-            raise BridgeError(f"{name} must be True or False, got {flag!r}")
-    places, skipped = find(model, targets, features, exclude)
-    sites = _sites(places, chunks, topology)
-    growth = ef.Growth(
-        sites=sites,
-        blueprints=blueprints or {"low_rank": ef.blueprints.low_rank()},
-        capacity=capacity,
-        policy=policy,
-        graft=graft,
-        governor=governor,
-        settings=settings,
-        max_ablations=max_ablations,
-        directed_births=directed_births,
-    )
-    layout = growth.layout
-    # Before anything is changed: a blueprint without a torch form must leave the model as it was.
-    forms = [
-        form_of(layout.blueprints[bank.blueprint], sites[bank.site].spec)
-        for bank in layout.tables.banks
-    ]
-    if freeze_host:
-        model.requires_grad_(False)
-        model.zero_grad()  # an optimiser moves whatever has a gradient, frozen or not
-    lifecycle = Lifecycle(growth, seed)
-    empty = lifecycle.empty_adapters()
-    shared = Shared(lifecycle, tell_copy)
-    starts = np.cumsum([0, *(site.num_seeds for site in sites)])
-    slots: list[list[BankSlots]] = [[] for _ in sites]
-    for bank, form in zip(layout.tables.banks, forms, strict=True):
-        name, first = layout.names[bank.blueprint], int(starts[bank.site])
-        slots[bank.site].append(BankSlots(name, bank.start, bank.num_slots, first, form))
-    seeds = [
-        _seeds(place, site, empty[site.name], shared, tuple(own), stacked, model)
-        for place, site, own in zip(places, sites, slots, strict=True)
-    ]
-    banks = banks_of(seeds)
-    for own in seeds:
-        kernels = [bank.form.kernel for bank in banks if bank.site is own]
-        own.activation = kernels[0] if len(kernels) == 1 else None
-    seeds[0].keep_record()
-    handles = [
-        model.register_forward_pre_hook(shared.begin, prepend=True),
-        model.register_forward_hook(shared.end, always_call=True),
-        model.register_load_state_dict_pre_hook(_load.prepare),
-    ]
-    _tell_compiler()
-    for place, own in zip(places, seeds, strict=True):
-        place.module.add_module("seeds", own)
-        handles.append(place.module.register_forward_hook(own.hook))
-    bridge = Bridge(
-        model,
-        growth,
-        seeds,
-        banks,
-        lifecycle,
-        shared,
-        Group(process_group),
-        watch_every,
-        lag,
-        handles,
-    )
+    matches, skipped = find(model, targets, features, exclude)
+    sites = _sites(matches, chunks, topology)
+    blueprints = blueprints or {"low_rank": ef.blueprints.low_rank()}
+    static = ef.Growth(sites=sites, blueprints=blueprints, capacity=capacity, **growth)
+    bridge = _assemble(model, matches, static, options)
     if verbose:
-        left_out = "".join(f"  left out by 'all-linear': {n} ({w})\n" for n, w in skipped.items())
+        reasons = skipped.items()
+        left_out = "".join(f"  left out by 'all-linear': {name} ({why})\n" for name, why in reasons)
         sys.stdout.write(f"{bridge.summary()}\n{left_out}")
     return bridge
 
 
-def _check(model: object, blueprints: object, **counts: object) -> None:
+class _Options(NamedTuple):
+    freeze_host: bool
+    stacked: bool
+    watch_every: int
+    lag: int
+    seed: int
+    process_group: ProcessGroup | None
+    verbose: bool
+
+
+def _check(model: object, blueprints: object, options: _Options) -> None:
     if not isinstance(model, nn.Module):
         raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
@@ -194,84 +146,122 @@ def _check(model: object, blueprints: object, **counts: object) -> None:
             "blueprints={'low_rank': ef.blueprints.low_rank()}"
         )
     for name, blueprint in (blueprints or {}).items():
-        if not isinstance(name, str) or not isinstance(blueprint, ef.base.Blueprint):
+        if not isinstance(name, str) or not isinstance(blueprint, Blueprint):
             raise BridgeError(
                 f"blueprints[{name!r}] must be a blueprint under a name, got "
                 f"{type(blueprint).__name__}; make one by calling a function of ef.blueprints, as "
                 "{'low_rank': ef.blueprints.low_rank(rank=8)}"
             )
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise BridgeError(f"{name} must be an int, at least 0, got {value!r}")
+    for name in ("watch_every", "lag"):
+        count = getattr(options, name)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise BridgeError(f"{name} must be an int, at least 0, got {count!r}")
+    for name in ("freeze_host", "stacked", "verbose"):
+        flag = getattr(options, name)
+        if not isinstance(flag, bool):
+            raise BridgeError(f"{name} must be True or False, got {flag!r}")
 
 
-def _tell_compiler() -> None:
-    """Makes `torch.compile` look at hooks.
+def _assemble(
+    model: nn.Module, matches: Sequence[Match], growth: ef.Growth, options: _Options
+) -> Bridge:
+    """Changes the model; all that can fail for what was asked comes first."""
+    bank_slots = _bank_slots(growth.layout)
+    lifecycle = Lifecycle(growth, options.seed)
+    empty = lifecycle.empty_adapters()
+    if options.freeze_host:
+        model.requires_grad_(False)
+        model.zero_grad()  # an optimiser moves whatever has a gradient, frozen or not
+    shared = Shared(lifecycle, refresh_copy)
+    seeds = [
+        _seeds(match, site, empty[site.name], shared, slots, options.stacked, model)
+        for match, site, slots in zip(matches, growth.layout.sites, bank_slots, strict=True)
+    ]
+    seeds[0].add_record()
+    hooks = [
+        model.register_forward_pre_hook(shared.begin, prepend=True),
+        model.register_forward_hook(shared.end, always_call=True),
+        model.register_load_state_dict_pre_hook(_load.prepare),
+    ]
+    for match, own in zip(matches, seeds, strict=True):
+        match.module.add_module("seeds", own)
+        _compiler.mark(match.module)
+        hooks.append(match.module.register_forward_hook(grow_output))
+    group = Group(options.process_group)
+    return Bridge(
+        model, growth, seeds, lifecycle, shared, group, options.watch_every, options.lag, hooks
+    )
 
-    By default it compiles the hooks there are and trusts that none are added: it would go on
-    running what it compiled of this model before, or of a bare one of the same class.
+
+def _bank_slots(layout: ef.Layout) -> list[tuple[BankSlots, ...]]:
+    """The banks of each site.
+
+    Raises:
+      BridgeError: a blueprint has no torch form.
     """
-    import torch._dynamo
-
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()
-
-
-def _sites(places: Sequence[Place], chunks: Any, topology: Any) -> list[ef.Site]:
-    kinds = by_pattern(topology, places, "topology", None)
-    most = 16 if chunks is None else chunks
-    counts = by_pattern(most, places, "chunks", 1)
-    widest = max(place.features for place in places)
-    if chunks is None or (isinstance(most, int) and most <= widest):
-        counts = [min(most, place.features) for place in places]
-    sites = []
-    for place, count, kind in zip(places, counts, kinds, strict=True):
-        is_image = place.axis == 1 and isinstance(place.module, _IMAGES)
-        sites.append(
-            ef.site(
-                place.name,
-                features=place.features,
-                chunks=count,
-                topology=kind or ("image" if is_image else "vector"),
-            )
-        )
-    return sites
+    starts = np.cumsum([0, *(site.num_seeds for site in layout.sites)]).tolist()
+    slots: list[list[BankSlots]] = [[] for _ in layout.sites]
+    for bank in layout.tables.banks:
+        blueprint, site = layout.blueprints[bank.blueprint], layout.sites[bank.site]
+        form: Form = form_of(blueprint, site.spec)
+        name, first_seed = layout.names[bank.blueprint], starts[bank.site]
+        slots[bank.site].append(BankSlots(name, bank.start, bank.num_slots, first_seed, form))
+    return [tuple(banks) for banks in slots]
 
 
 _IMAGES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 
+def _sites(
+    matches: Sequence[Match],
+    chunks: int | Mapping[str, int] | None,
+    topology: Topology | Mapping[str, Topology] | None,
+) -> list[ef.Site]:
+    topologies = by_pattern(topology, matches, "topology", None)
+    most = 16 if chunks is None else chunks
+    counts = by_pattern(most, matches, "chunks", 1)
+    widest = max(match.features for match in matches)
+    if chunks is None or (isinstance(most, int) and most <= widest):
+        counts = [min(count, match.features) for count, match in zip(counts, matches, strict=True)]
+    sites = []
+    for match, count, chosen in zip(matches, counts, topologies, strict=True):
+        is_image = match.axis == 1 and isinstance(match.module, _IMAGES)
+        sites.append(
+            ef.site(
+                match.name,
+                features=match.features,
+                chunks=count,
+                topology=chosen or ("image" if is_image else "vector"),
+            )
+        )
+    return sites
+
+
 def _seeds(
-    place: Place,
+    match: Match,
     site: ef.Site,
-    adapters: Mapping[str, Mapping[str, np.ndarray]],
+    empty: Empty,
     shared: Shared,
-    slots: tuple[BankSlots, ...],
+    bank_slots: tuple[BankSlots, ...],
     is_stacked: bool,
     model: nn.Module,
 ) -> Seeds:
     like = next(
-        (p for p in (*place.module.parameters(), *model.parameters()) if p.is_floating_point()),
+        (p for p in (*match.module.parameters(), *model.parameters()) if p.is_floating_point()),
         torch.zeros(()),
     )
-    options = {"device": like.device, "dtype": like.dtype}
     banks: dict[str, list[dict[str, Tensor]]] = {}
-    for name, leaves in adapters.items():
-        count = next((len(leaf) for leaf in leaves.values()), 0)
-        each = [
+    for name, leaves in empty.items():
+        num_slots = next((len(leaf) for leaf in leaves.values()), 0)
+        slots = [
             # Not `.to(like)`: the adapters of a quantised layer would be quantised.
-            {of: torch.tensor(leaf[slot], **options) for of, leaf in leaves.items()}
-            for slot in range(count)
+            {
+                leaf: torch.tensor(rows[slot], device=like.device, dtype=like.dtype)
+                for leaf, rows in leaves.items()
+            }
+            for slot in range(num_slots)
         ]
-        banks[name] = each or [{}]
-    cut = Chunking(site.features, site.chunks)
-    plan = SitePlan(
-        cut=cut,
-        topology=site.topology,
-        banks=(),
-        gains=torch.zeros((site.chunks, NUM_GAINS)),
-        row=torch.full((site.chunks,), -1, dtype=torch.int32),
-        is_watching=False,
-    )
-    own = Seeds(site.name, place.axis, plan, banks, shared, slots, is_stacked=is_stacked)
+        banks[name] = slots or [{}]
+    plan = SitePlan.dormant(Chunking(site.features, site.chunks), site.topology)
+    own = Seeds(site.name, match.axis, plan, banks, shared, bank_slots, is_stacked=is_stacked)
     return own.to(like.device)

@@ -14,29 +14,33 @@ import torch
 from torch import Tensor
 
 import esper_fn as ef
-from esper_fn._layout import slot_gains
-from esper_fn._sites import Moments
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
 from torch_bridge import _saved
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
-from torch_bridge._words import Words
+from torch_bridge._packing import ArrayPacker
 
 Arrays = dict[str, np.ndarray]
+
+
+def _do_nothing(*arguments: Any) -> None:
+    del arguments
+
+
 MIN_ROWS = 4
 """Rows for commands in most steps."""
 
 
-class Born(NamedTuple):
+class Newborn(NamedTuple):
     """A newborn adapter."""
 
     slot: int
     leaves: Arrays
 
 
-class _Told(NamedTuple):
-    """What the host learns of a step."""
+class _Output(NamedTuple):
+    """What the host reads of a step."""
 
     gains: Any
     """float32[Q, 4]: the columns of `Gains` of every slot."""
@@ -48,7 +52,28 @@ class _Told(NamedTuple):
     """bool[Q]."""
     info: Any = None
     key: Any = None
-    """Of the step's newborns."""
+    """The random key of the step's newborns."""
+
+
+class _Program:
+    """The compiled step for one number of rows of commands."""
+
+    def __init__(self, growth: ef.Growth, state: ArrayPacker) -> None:
+        self._growth, self._state = growth, state
+        self._output: Any = None
+        """The `ArrayPacker` of the output, known once the program was traced."""
+        self._run = jax.jit(self._trace)
+
+    def __call__(self, state: Any, measured: np.ndarray, commands: Any) -> tuple[Any, _Output]:
+        after, output = self._run(state, measured, commands)
+        read: _Output = self._output.read(np.asarray(output))
+        return after, read
+
+    def _trace(self, packed: Any, measured: Any, commands: Any) -> tuple[Any, Any]:
+        state = self._state.unpack(packed)
+        after, output = _advance(self._growth, state, measured, commands)
+        self._output = ArrayPacker(output)
+        return self._state.pack(after), self._output.pack(output)
 
 
 class Lifecycle:
@@ -60,8 +85,8 @@ class Lifecycle:
 
     def __init__(self, growth: ef.Growth, seed: int) -> None:
         self.device = cpu_device()
-        self.on_load: Callable[[], Any] = lambda: None
-        self.make_room: Callable[[int], Any] = lambda capacity: None
+        self.on_load: Callable[[], None] = _do_nothing
+        self.make_room: Callable[[int], None] = _do_nothing
         """Gives the model room for more adapters, where a checkpoint holds them."""
         self.is_driven = False
         """Whether a bridge moves it; a copied model's rests until its record is written."""
@@ -74,19 +99,19 @@ class Lifecycle:
     def begin(self, growth: ef.Growth, seed: int = 0) -> None:
         """All seeds dormant, under a growth that may have another capacity than before."""
         self.growth = growth
-        with self._here():
+        with self._on_cpu():
             # Without adapters, whose random numbers would take long to compile: a birth writes
             # them.
             begin = jax.jit(lambda key: growth.init(key)._replace(adapters={}))
             state = begin(jax.random.key(seed))
             self._no_commands = growth.commands((), MIN_ROWS)
-        self._words_of_state = Words(state)
-        self._pack_state = jax.jit(self._words_of_state.pack)
-        self._unpack_state = jax.jit(self._words_of_state.unpack)
-        self._step = jax.jit(partial(_advance, growth))
-        self._programs: dict[int, tuple[Any, Words]] = {}
-        self._conclude = jax.jit(growth.apply_survey)
-        self._on_trial = jax.jit(growth.seeds_to_ablate)
+        self._state_packer = ArrayPacker(state)
+        self._pack_state = jax.jit(self._state_packer.pack)
+        self._unpack_state = jax.jit(self._state_packer.unpack)
+        self._read = jax.jit(partial(_read, growth))
+        self._programs: dict[int, _Program] = {}
+        self._conclude = jax.jit(growth.conclude)
+        self._on_trial = jax.jit(growth.on_trial)
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -94,47 +119,47 @@ class Lifecycle:
     def state(self) -> ef.GrowthState:
         """A `GrowthState` whose adapters are an empty dict: torch holds them."""
         if self._unpacked is None:
-            with self._here():
-                self._unpacked = self._unpack_state(self._words)
+            with self._on_cpu():
+                self._unpacked = self._unpack_state(self._packed)
         return self._unpacked
 
     @state.setter
     def state(self, state: ef.GrowthState) -> None:
-        with self._here():
-            self._words = jax.device_put(self._pack_state(state), self.device)
-            self._told = jax.tree.map(np.asarray, _tell(state))
+        with self._on_cpu():
+            self._packed = jax.device_put(self._pack_state(state), self.device)
+            self._output = jax.tree.map(np.asarray, self._read(state))
         self._unpacked = state
         self.age += 1
 
     def __deepcopy__(self, memo: Any) -> Lifecycle:
-        """Of a copied model: at the same point, and from now on by itself.
+        """That of a copied model: at the same point, and from now on by itself.
 
         States are never changed in place, so the two share what is the same.
         """
         twin = memo[id(self)] = copy.copy(self)
-        twin.is_driven, twin.on_load, twin.make_room = False, lambda: None, lambda capacity: None
+        twin.is_driven, twin.on_load, twin.make_room = False, _do_nothing, _do_nothing
         return twin
 
     def empty_adapters(self) -> Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]:
         """Zeros for every slot of every bank: site -> blueprint -> name -> `[P, ...]`."""
-        with self._here():
+        with self._on_cpu():
             shapes = jax.eval_shape(self.growth.init, jax.random.key(0)).adapters
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
 
-    def _here(self) -> Any:
+    def _on_cpu(self) -> Any:
         return jax.default_device(self.device)
 
     def gains(self) -> np.ndarray:
         """float32[Q, 4]: the columns of `Gains` of every slot."""
-        return np.asarray(self._told.gains)
+        return np.asarray(self._output.gains)
 
     def owner(self) -> np.ndarray:
         """int32[Q]: the seed that holds each slot, or -1."""
-        return np.asarray(self._told.owner)
+        return np.asarray(self._output.owner)
 
     def stages(self) -> np.ndarray:
         """int8[S]."""
-        return np.asarray(self._told.stage)
+        return np.asarray(self._output.stage)
 
     def advance(
         self,
@@ -143,7 +168,7 @@ class Lifecycle:
         drift: np.ndarray,
         has_broken: np.ndarray,
         commands: Sequence[Command],
-    ) -> tuple[ef.StepInfo, list[Born]]:
+    ) -> tuple[ef.StepInfo, list[Newborn]]:
         """One step.
 
         Args:
@@ -156,33 +181,17 @@ class Lifecycle:
         Returns:
           What happened, with NumPy leaves, and the adapters to put into place.
         """
-        before, asked = self._words, self._pack(commands)
-        program, words_of_told = self._program(asked)
+        before, rows = self._packed, self._pack(commands)
+        size = rows.columns.shape[-1]
+        if size not in self._programs:
+            self._programs[size] = _Program(self.growth, self._state_packer)
         measured = np.concatenate([statistics.reshape(-1), [loss], drift, has_broken])
         # The state lies on the CPU device for good, so the program runs there.
-        words, told = program(before, measured.astype(np.float32), asked)
-        found = words_of_told.read(np.asarray(told))
-        self._words, self._told, self._unpacked = words, found, None
+        run = self._programs[size]
+        self._packed, self._output = run(before, measured.astype(np.float32), rows)
+        self._unpacked = None
         self.age += 1
-        return self._told.info, self._born(before)
-
-    def _program(self, asked: Any) -> tuple[Any, Words]:
-        """The compiled step for so many rows of commands, and how to read what it tells."""
-        size = asked.columns.shape[-1]
-        if size not in self._programs:
-            num_seeds, num_slots = self.growth.layout.num_seeds, self.growth.layout.num_slots
-            length = num_seeds * len(ef.Statistics._fields) + 1 + 2 * num_slots
-            measured = jax.ShapeDtypeStruct((length,), np.float32)
-            with self._here():
-                like = jax.eval_shape(self._step, self.state, measured, asked)[1]
-            state, told = self._words_of_state, Words(like)
-
-            def run(words: Any, measured: Any, commands: Any) -> tuple[Any, Any]:
-                after, found = self._step(state.unpack(words), measured, commands)
-                return state.pack(after), told.pack(found)
-
-            self._programs[size] = jax.jit(run), told
-        return self._programs[size]
+        return self._output.info, self._newborns(before)
 
     def _pack(self, commands: Sequence[Command]) -> Any:
         """Commands as arrays of few sizes, as each size is compiled once."""
@@ -191,26 +200,26 @@ class Lifecycle:
         size = MIN_ROWS
         while size < len(commands):
             size *= 4
-        with self._here():
+        with self._on_cpu():
             return self.growth.commands(commands, size)
 
-    def _born(self, before: Any) -> list[Born]:
-        slots = np.flatnonzero(self._told.is_born).tolist()
+    def _newborns(self, before: Any) -> list[Newborn]:
+        slots = np.flatnonzero(self._output.is_born).tolist()
         if not slots:
             return []
-        owner, found = self.owner(), []
-        with self._here():
+        owner, newborns = self.owner(), []
+        with self._on_cpu():
             old = self._unpack_state(before)
             impl = jax.random.key_impl(old.key)
-            key = jax.random.wrap_key_data(jnp.asarray(self._told.key), impl=impl)
+            key = jax.random.wrap_key_data(jnp.asarray(self._output.key), impl=impl)
             for slot in slots:
-                params = self.growth.newborn(key, slot, int(owner[slot]), old.directions)
-                found.append(Born(slot=slot, leaves=jax.device_get(params)))
-        return found
+                params = self.growth.newborn(key, slot, int(owner[slot]), old.memory)
+                newborns.append(Newborn(slot=slot, leaves=jax.device_get(params)))
+        return newborns
 
     def on_trial(self) -> list[int]:
         """The seeds whose contribution a survey measures now, -1 for a row without one."""
-        with self._here():
+        with self._on_cpu():
             chosen, is_chosen = self._on_trial(self.state)
         return np.where(np.asarray(is_chosen), np.asarray(chosen), NONE).tolist()
 
@@ -223,10 +232,10 @@ class Lifecycle:
     ) -> ef.SurveyInfo:
         """Takes in what a survey measured."""
         rows = np.asarray(chosen, np.int32)
-        with self._here():
+        with self._on_cpu():
             state, info = self._conclude(
                 self.state,
-                [Moments(*of) for of in moments],
+                list(moments),
                 np.float32(loss),
                 np.maximum(rows, 0),
                 rows != NONE,
@@ -269,10 +278,10 @@ class Lifecycle:
 
     def _take(self, fitted: _saved.Fitted) -> None:
         raw = self.state._replace(key=jax.random.key_data(self.state.key))
-        found = [jax.device_put(leaf, self.device) for leaf in fitted.leaves]
-        raw = jax.tree.unflatten(jax.tree.structure(raw), found)
+        leaves = [jax.device_put(leaf, self.device) for leaf in fitted.leaves]
+        raw = jax.tree.unflatten(jax.tree.structure(raw), leaves)
         impl = jax.random.key_impl(self.state.key)
-        with self._here():
+        with self._on_cpu():
             self.state = raw._replace(key=jax.random.wrap_key_data(raw.key, impl=impl))
 
 
@@ -286,22 +295,18 @@ def from_tensor(packed: Tensor) -> _saved.Saved:
     return _saved.parse(packed.numpy().tobytes())
 
 
-def _look(state: ef.GrowthState) -> _Told:
-    gains = slot_gains(state.seeds, state.owner, state.settings)
+def _read(growth: ef.Growth, state: ef.GrowthState) -> _Output:
     nobody = jnp.zeros(state.owner.shape, bool)
-    return _Told(gains, state.owner, state.seeds.stage, nobody)
-
-
-_tell = jax.jit(_look)
+    return _Output(growth.gains(state), state.owner, state.seeds.stage, nobody)
 
 
 def _advance(
     growth: ef.Growth, state: ef.GrowthState, measured: Any, commands: Any
-) -> tuple[ef.GrowthState, _Told]:
+) -> tuple[ef.GrowthState, _Output]:
     """One step. `measured`: the statistics of all seeds, the loss, drifts and failures of slots."""
     num_seeds, num_slots = growth.layout.num_seeds, growth.layout.num_slots
-    at = num_seeds * len(ef.Statistics._fields)
-    statistics, (loss,), drift, broken = jnp.split(measured, [at, at + 1, at + 1 + num_slots])
+    end = num_seeds * len(ef.Statistics._fields)
+    statistics, (loss,), drift, broken = jnp.split(measured, [end, end + 1, end + 1 + num_slots])
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
     after, info, key = growth.advance(
         state,
@@ -312,4 +317,4 @@ def _advance(
         commands=commands,
     )
     is_born = after.generation != state.generation
-    return after, _look(after)._replace(is_born=is_born, info=info, key=key)
+    return after, _read(growth, after)._replace(is_born=is_born, info=info, key=key)

@@ -81,7 +81,7 @@ def _is_router(last: str, above: str, module: nn.Module, parent: nn.Module) -> b
     experts = [child for name, child in parent.named_children() if "expert" in name]
     if not experts:
         return False
-    counts = [len(of) for of in experts if isinstance(of, (nn.ModuleList, nn.ModuleDict))]
+    counts = [len(group) for group in experts if isinstance(group, (nn.ModuleList, nn.ModuleDict))]
     return bool(_ROUTER.fullmatch(last)) or getattr(module, "out_features", None) in counts
 
 
@@ -90,7 +90,7 @@ def _heads(
 ) -> set[str]:
     """Heads as a model declares or names them, or else the layer that comes last."""
     declared = [_declared(module) for module in (model, *named.values())]
-    heads = {name for name, of in linear.items() if any(of is head for head in declared)}
+    heads = {name for name, child in linear.items() if any(child is head for head in declared)}
     for name, module in named.items():
         if _has_head_name(name):
             several = isinstance(module, (nn.ModuleList, nn.ModuleDict))
@@ -99,15 +99,15 @@ def _heads(
     if heads:
         return heads
     firsts: dict[int, str] = {}
-    for name, of in named.items():
-        firsts.setdefault(id(of), name)
+    for name, child in named.items():
+        firsts.setdefault(id(child), name)
     leaves = [
         name
-        for name, of in named.items()
-        if firsts[id(of)] == name
-        and (name in linear or next(of.parameters(recurse=False), None) is not None)
+        for name, child in named.items()
+        if firsts[id(child)] == name
+        and (name in linear or next(child.parameters(recurse=False), None) is not None)
     ]
-    return {of for of in leaves[-1:] if of in linear and not _is_repeated(of, named)}
+    return {child for child in leaves[-1:] if child in linear and not _is_repeated(child, named)}
 
 
 def _declared(module: nn.Module) -> nn.Module | None:
@@ -136,9 +136,9 @@ def _is_repeated(name: str, named: Mapping[str, nn.Module]) -> bool:
     parts = name.split(".")
     for depth in range(1, len(parts)):
         above, block = ".".join(parts[: depth - 1]), named[".".join(parts[:depth])]
-        beside = [of for _, of in named[above].named_children()] if above else []
+        beside = [sibling for _, sibling in named[above].named_children()] if above else []
         if isinstance(named.get(above), (nn.ModuleList, nn.Sequential)) and any(
-            type(of) is type(block) for of in beside if of is not block
+            type(sibling) is type(block) for sibling in beside if sibling is not block
         ):
             return True
     return False

@@ -37,11 +37,19 @@ def prepare(model: nn.Module, state: StateDict, prefix: str, *rest: Any) -> None
       BridgeError: it does not fit; nothing has been written.
     """
     del rest
-    every = {f"{prefix}{n}.": of for n, of in model.named_modules() if isinstance(of, Seeds)}
+    every = {
+        f"{prefix}{n}.": site_module
+        for n, site_module in model.named_modules()
+        if isinstance(site_module, Seeds)
+    }
     for name, site in every.items():
         if site.record is not None and name + "lifecycle" in state:
             # A part of the model may have been grown by itself, with a lifecycle of its own.
-            sites = {n: of for n, of in every.items() if of.shared is site.shared}
+            sites = {
+                n: site_module
+                for n, site_module in every.items()
+                if site_module.shared is site.shared
+            }
             _prepare(model, state, prefix, name, sites)
 
 
@@ -53,15 +61,15 @@ def _prepare(
     packed, age = unseal(state[first + "lifecycle"])
     saved = from_tensor(packed)
     fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
-    places = {of.site: name for name, of in sites.items()}
+    places = {own.site: name for name, own in sites.items()}
     adapters = _adapters(saved, lifecycle, state, places)
     _check_adapters(adapters, sites)
     _check_host(model, state, prefix)
     if fitted.capacity:
         lifecycle.make_room(fitted.capacity)
         fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
-    wanted = [name + key for name, of in sites.items() for key, _ in of.named_parameters()]
-    if not fitted.is_other and all(key in state for key in wanted):
+    keys = [name + key for name, own in sites.items() for key, _ in own.named_parameters()]
+    if not fitted.is_other and all(key in state for key in keys):
         return
     leaves = dict(zip(lifecycle.leaves(), fitted.leaves, strict=True))
     packed = to_tensor(_saved.describe(lifecycle.growth, leaves, fitted.changes))
@@ -81,7 +89,7 @@ def _adapters(
 ) -> Adapters:
     """The adapters that a state dict holds for seeds."""
     before = _saved.layout_of(saved, lifecycle.growth)
-    owner, found = saved.leaves[".owner"], {}
+    owner, adapters = saved.leaves[".owner"], {}
     for bank in before.tables.banks:
         site, blueprint = _saved.twin_name(before, bank)
         if site not in places:
@@ -92,8 +100,8 @@ def _adapters(
         for slot in range(bank.num_slots):
             if owner[bank.start + slot] != NONE:
                 rows = {leaf: _row(state, above, leaf, slot) for leaf in names}
-                found[bank.start + slot] = (places[site], blueprint, rows)
-    return found
+                adapters[bank.start + slot] = (places[site], blueprint, rows)
+    return adapters
 
 
 def _row(state: StateDict, above: str, leaf: str, slot: int) -> Any:
@@ -107,11 +115,11 @@ def _check_adapters(adapters: Adapters, sites: Mapping[str, Seeds]) -> None:
     for name, blueprint, rows in adapters.values():
         own = _now(sites[name], blueprint, 0)
         for leaf in {**own, **rows}:
-            there = getattr(rows.get(leaf), "shape", None)
-            if leaf not in own or there != own[leaf].shape:
+            shape = getattr(rows.get(leaf), "shape", None)
+            if leaf not in own or shape != own[leaf].shape:
                 raise BridgeError(
                     f"the state dict's adapters of blueprint {blueprint!r} at {sites[name].site!r} "
-                    f"have {leaf} {None if there is None else tuple(there)}, the model's "
+                    f"have {leaf} {None if shape is None else tuple(shape)}, the model's "
                     f"{tuple(own[leaf].shape) if leaf in own else None}: grow it with the "
                     "blueprint's options as when it was saved. Nothing was loaded"
                 )
@@ -121,12 +129,12 @@ def _check_host(model: nn.Module, state: StateDict, prefix: str) -> None:
     """That nothing of the host will be refused after a part of it is written."""
     own = [*model.named_parameters(), *model.named_buffers()]
     wrong = [
-        f"{name} {tuple(state[prefix + name].shape)}, not {tuple(of.shape)}"
-        for name, of in own
-        if isinstance(there := state.get(prefix + name), Tensor)
-        and there.shape != of.shape
+        f"{name} {tuple(state[prefix + name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own
+        if isinstance(loaded := state.get(prefix + name), Tensor)
+        and loaded.shape != tensor.shape
         and ".seeds." not in name
-        and not (there.shape == (1,) and not of.shape)  # as torch allows
+        and not (loaded.shape == (1,) and not tensor.shape)  # as torch allows
     ]
     if wrong:
         raise BridgeError(
@@ -166,7 +174,7 @@ def _lay_out(
         for leaf in site.names_of(blueprint):
             if site.is_stacked:
                 like = rows[0][leaf]
-                state[above + leaf] = torch.stack([of[leaf].to(like) for of in rows])
+                state[above + leaf] = torch.stack([row[leaf].to(like) for row in rows])
                 continue
-            for slot, of in enumerate(rows):
-                state[f"{above}{slot}.{leaf}"] = of[leaf]
+            for slot, row in enumerate(rows):
+                state[f"{above}{slot}.{leaf}"] = row[leaf]

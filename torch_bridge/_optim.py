@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +69,8 @@ class Watcher:
         self.scale = 1.0
         me = weakref.ref(self)
         self._handles = [
-            register_optimizer_step_pre_hook(lambda of, args, kwargs: _pre(me, of, args, kwargs)),
-            register_optimizer_step_post_hook(lambda of, args, kwargs: _post(me, of)),
+            register_optimizer_step_pre_hook(partial(_pre, me)),
+            register_optimizer_step_post_hook(partial(_post, me)),
         ]
         for handle in self._handles:
             weakref.finalize(self, handle.remove)
@@ -112,17 +113,19 @@ class Watcher:
         every = list(self._holds.items())
         if not self._adapters or not every:
             return
-        now = [(of, held) for of, held in every if held.last_step == self._num_steps]
-        stepped = set().union(*(held.host for _, held in now))
+        now = [
+            (optimizer, holds) for optimizer, holds in every if holds.last_step == self._num_steps
+        ]
+        stepped = set().union(*(holds.host for _, holds in now))
         missing = set(self._adapters)
-        for _, held in every:
-            is_replaced = held.last_step < self._num_steps and held.host & stepped
-            is_resting = bool(now) and held.last_step < self._num_steps - _PATIENCE_STEPS
+        for _, holds in every:
+            is_replaced = holds.last_step < self._num_steps and holds.host & stepped
+            is_resting = bool(now) and holds.last_step < self._num_steps - _PATIENCE_STEPS
             if not is_replaced and not is_resting:
-                missing -= held.adapters
+                missing -= holds.adapters
         if not missing:
             return
-        kinds = ", ".join(sorted({type(of).__name__ for of, _ in now or every}))
+        kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer, _ in now or every}))
         raise BridgeError(
             f"{len(missing)} of {len(self._adapters)} parameters of adapters are in no optimiser "
             f"that steps ({kinds}): it was made before grow(), or from a part of the model. Make "
@@ -137,7 +140,7 @@ class Watcher:
         Raises:
           BridgeError: some do not, as after freezing the whole model.
         """
-        learning = [p for of in self.learning.groups for p in of.params]
+        learning = [p for rows in self.learning.groups for p in rows.params]
         frozen = [p for p in (self.adapters if with_resting else learning) if not p.requires_grad]
         if frozen:
             raise BridgeError(
@@ -160,9 +163,9 @@ class Watcher:
         if self.before is None and self.learning.groups:
             self.before = self.learning.snapshot()
         for bank in self.partial:
-            of_state = [of for p in bank.params for of in _rows_of(optimizer, p)]
-            for of in (*bank.params, *of_state):
-                self._saved.append((of, of.detach().clone(), bank.learns))
+            of_state = [tensor for p in bank.params for tensor in _rows_of(optimizer, p)]
+            for tensor in (*bank.params, *of_state):
+                self._saved.append((tensor, tensor.detach().clone(), bank.learns))
 
     def scale_now(self) -> float:
         """By what the next loss is multiplied."""
@@ -176,15 +179,15 @@ class Watcher:
     def after_step(self, optimizer: Any) -> None:
         """Puts resting rows of stacked adapters back."""
         with torch.no_grad():
-            known = {id(of) for of, _, _ in self._saved}
-            for of, old, learns in self._saved:
-                _put_back(of, old, learns)
+            known = {id(tensor) for tensor, _, _ in self._saved}
+            for tensor, old, learns in self._saved:
+                _put_back(tensor, old, learns)
             self._saved.clear()
             for bank in self.partial:
                 for p in bank.params:
-                    for of in _rows_of(optimizer, p):
-                        if id(of) not in known:  # made in this very step
-                            _put_back(of, torch.zeros_like(of), bank.learns)
+                    for tensor in _rows_of(optimizer, p):
+                        if id(tensor) not in known:  # made in this very step
+                            _put_back(tensor, torch.zeros_like(tensor), bank.learns)
 
     def forget(self, params: list[nn.Parameter], slot: int | None) -> None:
         """Removes what optimisers remember of a newborn: all of it, or one row where stacked."""
@@ -194,18 +197,18 @@ class Watcher:
                     optimizer.state.pop(p, None)
                     p.grad = None
                     continue
-                for of in _rows_of(optimizer, p):
-                    of[slot] = 0
+                for row in _rows_of(optimizer, p):
+                    row[slot] = 0
 
 
 def _rows_of(optimizer: Any, p: nn.Parameter) -> list[Tensor]:
     """What an optimiser remembers of each number of a parameter."""
     remembered = optimizer.state.get(p, {}).values()
-    return [of for of in remembered if isinstance(of, Tensor) and of.shape == p.shape]
+    return [value for value in remembered if isinstance(value, Tensor) and value.shape == p.shape]
 
 
-def _put_back(of: Tensor, old: Tensor, learns: Tensor) -> None:
-    of.copy_(torch.where(learns.reshape(-1, *(1,) * (of.ndim - 1)), of, old))
+def _put_back(tensor: Tensor, old: Tensor, learns: Tensor) -> None:
+    tensor.copy_(torch.where(learns.reshape(-1, *(1,) * (tensor.ndim - 1)), tensor, old))
 
 
 def _pre(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -233,7 +236,8 @@ def _pre(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return args[:1], {**kwargs, "closure": with_watcher}
 
 
-def _post(me: Any, optimizer: Optimizer) -> None:
+def _post(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    del args, kwargs
     watcher = me()
     if watcher is not None:
         watcher.after_step(optimizer)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from esper_fn.base import Topology
-from esper_kernels import Chunking, Gains
+from esper_kernels import NUM_GAINS, Chunking, Gains
 from torch_bridge._adapters import Form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BankPlan:
     """The live adapters of one bank, in the order of their chunks."""
 
-    bank: str
+    name: str
+    """The blueprint's."""
     form: Form
     leaves: tuple[str, ...]
     """The names of its parameters."""
@@ -38,8 +39,9 @@ class BankPlan:
     is_all: bool
     """Every chunk of an even split is served, in order."""
     acts: bool
-    """Whether an adapter acts; of n adapters some may have a gain of 0."""
-    feels: bool
+    """Whether an adapter acts; of n adapters some may have an `output_scale` of 0."""
+    is_felt: bool
+    """Whether an adapter has an `input_grad_scale`; that of some may be 0."""
     is_full: bool
     """Every adapter acts, learns with a gain of 1, is felt and is not damped."""
     is_damped: bool
@@ -48,6 +50,16 @@ class BankPlan:
     def is_whole(self, leaf: Tensor) -> bool:
         """Whether `[P, ...]` are the parameters of the live adapters, in order."""
         return self.is_leading and len(self.slots) == leaf.shape[0]
+
+    def select(self, leaf: Tensor) -> Tensor:
+        """The rows of the live adapters out of `[P, ...]`."""
+        return leaf if self.is_whole(leaf) else leaf.index_select(0, self.rows)
+
+    def scatter(self, gradient: Tensor, leaf: Tensor) -> Tensor:
+        """The gradient of the live adapters as one of `leaf`, `[P, ...]`."""
+        if self.is_whole(leaf):
+            return gradient
+        return torch.zeros_like(leaf).index_copy_(0, self.rows, gradient)
 
     def to(self, device: torch.device) -> BankPlan:
         """The same on another device."""
@@ -62,8 +74,8 @@ class BankPlan:
 
 
 def plan_bank(
-    cut: Chunking,
-    bank: str,
+    chunking: Chunking,
+    name: str,
     form: Form,
     leaves: tuple[str, ...],
     slots: np.ndarray,
@@ -73,41 +85,37 @@ def plan_bank(
     """The plan of a bank's live adapters, on the CPU.
 
     Args:
-      cut: of the site.
-      bank: the blueprint's name.
+      chunking: of the site.
+      name: the blueprint's.
       form: what computes it.
       leaves: the names of its parameters.
       slots: int[n], local to the bank.
       chunks: int[n].
-      gains: float32[n, 4].
+      gains: float32[n, 4], the columns of `Gains`.
     """
     order = np.argsort(chunks, kind="stable")
     slots, chunks = slots[order].astype(np.int64), chunks[order].astype(np.int64)
-    mask = cut.mask[chunks]
     columns = None
-    if not cut.is_even:
-        columns = torch.from_numpy(cut.columns[chunks].reshape(-1).astype(np.int64))
-    named = Gains.from_columns(gains)
+    if not chunking.is_even:
+        columns = torch.from_numpy(chunking.columns[chunks].reshape(-1).astype(np.int64))
+    own = Gains.from_columns(gains)
+    is_damped = bool(np.any(own.output_damping != 0))
     return BankPlan(
-        bank=bank,
+        name=name,
         form=form,
         leaves=leaves,
         rows=torch.from_numpy(slots),
         chunk=torch.from_numpy(chunks),
         slots=tuple(slots.tolist()),
         is_leading=bool(np.array_equal(slots, np.arange(len(slots)))),
-        mask=torch.from_numpy(mask),
+        mask=torch.from_numpy(chunking.mask[chunks]),
         columns=columns,
-        is_all=cut.is_even and len(chunks) == cut.chunks,
-        acts=bool(np.any(named.output_scale != 0)),
-        feels=bool(np.any(named.input_grad_scale != 0)),
-        is_full=bool(
-            np.all(named.output_scale != 0)
-            and np.all(named.param_grad_scale == 1)
-            and np.all(named.input_grad_scale != 0)
-            and np.all(named.output_damping == 0)
-        ),
-        is_damped=bool(np.any(named.output_damping != 0)),
+        is_all=chunking.is_even and len(chunks) == chunking.chunks,
+        acts=bool(np.any(own.output_scale != 0)),
+        is_felt=bool(np.any(own.input_grad_scale != 0)),
+        is_full=not is_damped
+        and bool(np.all(gains[:, :3] != 0) and np.all(own.param_grad_scale == 1)),
+        is_damped=is_damped,
     )
 
 
@@ -122,11 +130,11 @@ class BankSlots(NamedTuple):
     form: Form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SitePlan:
     """What a site computes until the next `bridge.step`."""
 
-    cut: Chunking
+    chunking: Chunking
     topology: Topology
     banks: tuple[BankPlan, ...]
     """Those in which an adapter lives."""
@@ -136,16 +144,31 @@ class SitePlan:
     """int32[C]: the row of the chunk's adapter in the one live bank, -1 for none."""
     is_watching: bool
     """Whether dormant chunks are measured too."""
-    bound: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """What serves the live bank, as it is found out: kernels by rows and dtypes."""
+
+    @classmethod
+    def dormant(cls, chunking: Chunking, topology: Topology) -> SitePlan:
+        """A site at which nothing lives and nothing is measured."""
+        return cls(
+            chunking=chunking,
+            topology=topology,
+            banks=(),
+            gains=torch.zeros((chunking.chunks, NUM_GAINS)),
+            row=torch.full((chunking.chunks,), -1, dtype=torch.int32),
+            is_watching=False,
+        )
+
+    @property
+    def measures(self) -> bool:
+        """Whether a backward pass measures anything."""
+        return bool(self.banks) or self.is_watching
 
     @cached_property
-    def act(self) -> Tensor:
+    def output_scale(self) -> Tensor:
         """[C, 1, 1] of `gains`."""
         return Gains.from_columns(self.gains).output_scale[:, None, None]
 
     @cached_property
-    def feel(self) -> Tensor:
+    def input_grad_scale(self) -> Tensor:
         """[C, 1, 1] of `gains`."""
         return Gains.from_columns(self.gains).input_grad_scale[:, None, None]
 
@@ -156,5 +179,4 @@ class SitePlan:
             banks=tuple(bank.to(device) for bank in self.banks),
             gains=self.gains.to(device),
             row=self.row.to(device),
-            bound={},
         )

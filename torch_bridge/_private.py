@@ -61,13 +61,13 @@ class Weights:
         if getattr(module, "max_norm", None) is not None:
             return False
         return all(
-            of is None or (_is_own(of) and self._is_unread(module, leaf, of))
-            for leaf, of in _read(module).items()
+            tensor is None or (_is_own(tensor) and self._is_unread(module, leaf, tensor))
+            for leaf, tensor in _read(module).items()
         )
 
-    def _is_unread(self, module: nn.Module, leaf: str, of: Tensor) -> bool:
-        is_single = self._owners.get(storage(of)) == [(id(module), leaf)]
-        return is_single and not self._reads.may_read(module, leaf, of)
+    def _is_unread(self, module: nn.Module, leaf: str, tensor: Tensor) -> bool:
+        is_single = self._owners.get(storage(tensor)) == [(id(module), leaf)]
+        return is_single and not self._reads.may_read(module, leaf, tensor)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -85,15 +85,15 @@ def _read(module: nn.Module) -> dict[str, Any]:
     return {leaf: getattr(module, leaf, None) for leaf in ("weight", "bias")}
 
 
-def _is_own(of: Any) -> bool:
+def _is_own(tensor: Any) -> bool:
     """Whether it is an ordinary parameter, alone in memory that can be written."""
     return (
-        type(of) is nn.Parameter
-        and of.layout is torch.strided
-        and of.dtype in _FLOATS
-        and of.device.type != "meta"
-        and not of.is_inference()
-        and of.untyped_storage().nbytes() == of.numel() * of.element_size()
+        type(tensor) is nn.Parameter
+        and tensor.layout is torch.strided
+        and tensor.dtype in _FLOATS
+        and tensor.device.type != "meta"
+        and not tensor.is_inference()
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     )
 
 
@@ -102,7 +102,7 @@ def _owners() -> dict[int, list[tuple[int, str]]]:
 
     Not those of one model alone: what grows may be a part of a greater one, with a tied head.
     """
-    found: dict[int, list[tuple[int, str]]] = {}
+    owners: dict[int, list[tuple[int, str]]] = {}
     for part in gc.get_objects():
         if not issubclass(type(part), nn.Module):
             continue
@@ -111,21 +111,21 @@ def _owners() -> dict[int, list[tuple[int, str]]]:
             values = []  # wrappers list what their module has
         for registry in _REGISTERED:
             values += (vars(part).get(registry) or {}).items()
-        for key, of in values:
-            for tensor in _tensors(of) if key not in _REGISTERED else ():
-                found.setdefault(storage(tensor), []).append((id(part), key))
-    return found
+        for key, value in values:
+            for tensor in _tensors(value) if key not in _REGISTERED else ():
+                owners.setdefault(storage(tensor), []).append((id(part), key))
+    return owners
 
 
 _REGISTERED = ("_parameters", "_buffers")
 
 
-def _tensors(of: Any, depth: int = 2) -> Iterator[Tensor]:
-    if isinstance(of, Tensor):
-        yield of
-    elif depth and isinstance(of, (list, tuple, set)):
-        for each in of:
+def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set)):
+        for each in value:
             yield from _tensors(each, depth - 1)
-    elif depth and isinstance(of, Mapping):
-        for each in list(of.values()):
+    elif depth and isinstance(value, Mapping):
+        for each in list(value.values()):
             yield from _tensors(each, depth - 1)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from esper_kernels import Chunking
-from torch_bridge._adapters import Leaves
-from torch_bridge._chunks import column, take
-from torch_bridge._layer import outputs
+from esper_kernels import Gains
+from esper_kernels.rule_torch import Leaves, per_adapter
 from torch_bridge._plan import BankPlan, SitePlan
+from torch_bridge.backends._layout import gather, scatter
+from torch_bridge.backends._reference import run
 
 
 def is_transformed() -> bool:
@@ -25,30 +25,29 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def grown(plan: SitePlan, axis: int, x: Tensor, adapters: Sequence[Leaves]) -> Tensor:
-    """`x + act * r`, whose derivatives have the gains `learn` for adapters and `feel` for `x`."""
+def grow(plan: SitePlan, axis: int, x: Tensor, adapters: Sequence[Leaves]) -> Tensor:
+    """The grown activation; its derivatives have the gains of adapters and of what they read."""
     last = x.movedim(axis, -1)
     y = last
     for bank, leaves in zip(plan.banks, adapters, strict=True):
-        y = y + _laid(plan.cut, bank, _change(plan, bank, leaves, take(plan.cut, bank, last)), last)
+        change = _change(plan, bank, leaves, gather(plan.chunking, bank, last))
+        y = y + scatter(plan.chunking, bank, change, last)
     return y.movedim(-1, axis)
 
 
 def _change(plan: SitePlan, bank: BankPlan, leaves: Leaves, u: Tensor) -> Tensor:
-    by_leaves = outputs(plan, bank, leaves, u.detach())
-    by_input = outputs(plan, bank, {name: leaf.detach() for name, leaf in leaves.items()}, u)
+    by_leaves = run(plan, bank, leaves, u.detach())
+    by_input = run(plan, bank, {name: leaf.detach() for name, leaf in leaves.items()}, u)
     r = by_input.detach()
-    is_sound = r.flatten(1).sum(1, dtype=torch.float32).isfinite()
-    gains = plan.gains.index_select(0, bank.chunk)
+    gains = Gains.from_columns(plan.gains.index_select(0, bank.chunk))
     if bank.is_damped:
-        damping = torch.where(gains[:, 2] == 0, gains[:, 3], 0.0)
-        by_leaves = _Damped.apply(by_leaves, column(damping, r) * r.float())
+        damping = torch.where(gains.input_grad_scale == 0, gains.output_damping, 0.0)
+        by_leaves = _Damped.apply(by_leaves, per_adapter(damping, r) * r.float())
     parts = (r, by_leaves - r, by_input - r)
     total = torch.zeros_like(u, dtype=torch.float32)
-    for gain, part in zip(gains[:, :3].unbind(1), parts, strict=True):
-        wide = column(gain, part)
-        chosen = column(is_sound, part) & (wide != 0)
-        total = total + torch.where(chosen, wide * part.float(), 0.0)
+    for gain, part in zip(gains[:3], parts, strict=True):
+        scale = per_adapter(gain, part)
+        total = total + torch.where((scale != 0) & r.isfinite(), scale * part.float(), 0.0)
     return total.to(u.dtype)
 
 
@@ -74,15 +73,3 @@ class _Damped(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
     @staticmethod
     def jvp(ctx: Any, dr: Tensor, _: Any) -> Tensor:
         return dr.clone()
-
-
-def _laid(cut: Chunking, bank: BankPlan, values: Tensor, like: Tensor) -> Tensor:
-    """`[n, ..., F]` at the features of its chunks, zero elsewhere."""
-    laid = values.movedim(0, -2)
-    if bank.columns is not None:
-        wide = torch.zeros_like(like[..., :1]).expand(*like.shape[:-1], cut.features + 1)
-        return wide.index_add(-1, bank.columns, laid.flatten(-2))[..., :-1]
-    if bank.is_all:
-        return laid.flatten(-2)
-    wide = torch.zeros_like(like).unflatten(-1, (cut.chunks, cut.widest))
-    return wide.index_copy(-2, bank.chunk, laid).flatten(-2)

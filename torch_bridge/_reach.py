@@ -22,7 +22,7 @@ class Reach:
 
     def __init__(self, sites: Sequence[Seeds], watch_every: int) -> None:
         self._names = [site.site for site in sites]
-        self._starts = np.cumsum([0, *(site.plan.cut.chunks for site in sites)])[:-1]
+        self._starts = np.cumsum([0, *(site.plan.chunking.chunks for site in sites)])[:-1]
         self._is_reached = np.zeros(len(sites), bool)
         self._num_steps = 0
         self._enough_steps = max(_MIN_STEPS, _MIN_WATCHED_STEPS * watch_every)
@@ -38,7 +38,9 @@ class Reach:
         if self._is_over or self._num_steps < self._enough_steps:
             return
         self._is_over = True
-        never = [n for n, of in zip(self._names, self._is_reached, strict=True) if not of]
+        never = [
+            n for n, is_reached in zip(self._names, self._is_reached, strict=True) if not is_reached
+        ]
         more = f" and {len(never) - _MOST_NAMES} more" if never[_MOST_NAMES:] else ""
         warnings.warn(
             f"{len(never)} of {len(self._names)} targets were reached by no backward pass in "

@@ -48,13 +48,13 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
         is_in_place = is_in_place or name in ("iadd", "isub", "imul", "itruediv")
         if name in _ARITHMETIC:
             if isinstance(args[0], (list, tuple)):
-                found = [_newest(terms) for terms in _by_entry(args)]
+                newest = [_newest(terms) for terms in _by_entry(args)]
             else:
-                found = [_newest((*args, *(kwargs or {}).values()))]
+                newest = [_newest((*args, *(kwargs or {}).values()))]
             targets = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
             if not is_in_place:
-                return found if isinstance(args[0], (list, tuple)) else found[0]
-            for target, value in zip(targets, found, strict=True):
+                return newest if isinstance(args[0], (list, tuple)) else newest[0]
+            for target, value in zip(targets, newest, strict=True):
                 target.copy_(value)
             return None if isinstance(args[0], (list, tuple)) else args[0]
         if func.__name__ == "copy_" and args[0].shape != args[1].shape:
@@ -67,7 +67,7 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
         if is_in_place or func.__name__ == "__set__":
             for target in args[0] if isinstance(args[0], (list, tuple)) else args[:1]:
                 if isinstance(target, Record):
-                    _tell_owner(target)
+                    _notify_owner(target)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -82,28 +82,28 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
 def _by_entry(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """The terms for each entry of a `_foreach_` function."""
     for k in range(len(args[0])):
-        yield tuple(of[k] if isinstance(of, (list, tuple)) else of for of in args)
+        yield tuple(term[k] if isinstance(term, (list, tuple)) else term for term in args)
 
 
 def _newest(terms: tuple[Any, ...]) -> Record:
-    records = [of for of in terms if isinstance(of, Record)]
+    records = [record for record in terms if isinstance(record, Record)]
     newest = records[0]
-    for of in records[1:]:
-        if age_of(of) >= age_of(newest):
-            newest = of
+    for record in records[1:]:
+        if age_of(record) >= age_of(newest):
+            newest = record
     return newest
 
 
 def _plain(record: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
-        found: Tensor = record.detach().as_subclass(Tensor)
-        return found
+        plain: Tensor = record.detach().as_subclass(Tensor)
+        return plain
 
 
 def _bytes(record: Tensor, first: int = 0) -> bytes:
     part = _plain(record)[first:]
-    found: bytes = part.to(device="cpu", dtype=torch.uint8).numpy().tobytes()
-    return found
+    data: bytes = part.to(device="cpu", dtype=torch.uint8).numpy().tobytes()
+    return data
 
 
 def age_of(record: Tensor) -> int:
@@ -117,8 +117,8 @@ def seal(packed: Tensor, age: int) -> Record:
     data = packed.numpy().tobytes()
     tail = _MARK + age.to_bytes(8, "little")
     tail += zlib.crc32(data + tail).to_bytes(4, "little")
-    found: Record = torch.frombuffer(bytearray(data + tail), dtype=torch.uint8).as_subclass(Record)
-    return found
+    record: Record = torch.frombuffer(bytearray(data + tail), dtype=torch.uint8).as_subclass(Record)
+    return record
 
 
 def unseal(record: Any) -> tuple[Tensor, int]:
@@ -158,9 +158,9 @@ def write_(record: Tensor, value: Record) -> None:
         record.copy_(value)
 
 
-def _tell_owner(written: Record) -> None:
+def _notify_owner(written: Record) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         memory = written.untyped_storage().data_ptr()
-        owners = [of for of in _OWNERS if of.record.untyped_storage().data_ptr() == memory]
+        owners = [owner for owner in _OWNERS if owner.record.untyped_storage().data_ptr() == memory]
     for site in owners:
         site.receive()

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 import esper_fn as ef
-from esper_fn._layout._layout import Bank
 from esper_fn.lifecycle import NONE, NUM_STAGES
 from torch_bridge._errors import BridgeError
 
 _MAGIC = b"esper\x00\x02\n"
 _STATE = ("policy", "governor", "grafts", "settings", "loss", "key", "step", "memory")
+
+
+class LayoutBank(Protocol):
+    """What this needs of a bank of `Layout.tables`."""
+
+    @property
+    def site(self) -> int:
+        """Its number."""
+
+    @property
+    def blueprint(self) -> int:
+        """Its number."""
 
 
 class Saved(NamedTuple):
@@ -72,9 +83,9 @@ def describe(
 def write(saved: Saved) -> bytes:
     """A magic number, the header's length, the header as JSON, and the arrays."""
     header = saved._asdict()
-    header["leaves"] = [[p, str(of.dtype), list(of.shape)] for p, of in saved.leaves.items()]
+    header["leaves"] = [[p, str(leaf.dtype), list(leaf.shape)] for p, leaf in saved.leaves.items()]
     text = json.dumps(header, separators=(",", ":")).encode()
-    arrays = [np.ascontiguousarray(of).tobytes() for of in saved.leaves.values()]
+    arrays = [np.ascontiguousarray(leaf).tobytes() for leaf in saved.leaves.values()]
     return b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *arrays])
 
 
@@ -128,8 +139,8 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
     mine = describe(growth, own)
     alike = mine[:4] == saved[:4] and _forms(own) == _forms(saved.leaves)
     if capacity or alike:
-        leaves = list(saved.leaves.values()) if alike else []
-        return Fitted(leaves, slots, capacity, list(saved.changes), not alike, is_moved)
+        unchanged = list(saved.leaves.values()) if alike else []
+        return Fitted(unchanged, slots, capacity, list(saved.changes), not alike, is_moved)
     target = np.full(before.num_slots + 1, NONE)
     target[slots[slots != NONE]] = np.flatnonzero(slots != NONE)
     renumbered: dict[str, Any] = {
@@ -139,28 +150,28 @@ def fit(saved: Saved, growth: ef.Growth, own: Mapping[str, np.ndarray]) -> Fitte
             mine.grafts.index(name) if name in mine.grafts else 0 for name in saved.grafts
         ],
     }
-    found = {}
+    leaves: dict[str, np.ndarray] = {}
     for path, leaf in saved.leaves.items():
         if path.startswith(".seeds."):
-            found[path] = _renumber(leaf, renumbered[path]) if path in renumbered else leaf
+            leaves[path] = _renumber(leaf, renumbered[path]) if path in renumbered else leaf
     for path in (".owner", ".generation"):
         rows = own[path].copy()
         rows[:] = NONE if path == ".owner" else 0
         rows[slots != NONE] = saved.leaves[path][slots[slots != NONE]]
-        found[path] = rows
+        leaves[path] = rows
     changes = list(saved.changes)
     for group in _STATE:
         theirs, ours = _group(saved.leaves, group), _group(own, group)
         if _forms(theirs) == _forms(ours):
-            found |= theirs
+            leaves |= theirs
         else:
             changes.append(group)
-    fitted = [found.get(path, of) for path, of in own.items()]
+    fitted = [leaves.get(path, leaf) for path, leaf in own.items()]
     return Fitted(fitted, slots, 0, changes, True, is_moved)
 
 
 def _group(leaves: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    return {path: of for path, of in leaves.items() if path.startswith(f".{name}")}
+    return {path: leaf for path, leaf in leaves.items() if path.startswith(f".{name}")}
 
 
 def _renumber(leaf: np.ndarray, to: Any) -> np.ndarray:
@@ -168,7 +179,7 @@ def _renumber(leaf: np.ndarray, to: Any) -> np.ndarray:
 
 
 def _forms(leaves: Mapping[str, np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(path, str(of.dtype), of.shape) for path, of in leaves.items()]
+    return [(path, str(leaf.dtype), leaf.shape) for path, leaf in leaves.items()]
 
 
 def layout_of(saved: Saved, growth: ef.Growth) -> ef.Layout:
@@ -205,14 +216,16 @@ def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Layout) -> No
         ".seeds.stage": (before.num_seeds, NUM_STAGES),
         ".seeds.parent": (before.num_seeds, NUM_STAGES),
     }
-    for path, of in own.items():
+    for path, leaf in own.items():
         if not (path.startswith(".seeds.") or path in limits):
             continue
-        there = saved.leaves.get(path)
-        shape = (limits[path][0],) if path in limits else of.shape
-        is_right = there is not None and there.dtype == of.dtype and there.shape == shape
-        if is_right and there is not None and path in limits:
-            is_right = bool(np.all((there >= NONE) & (there < limits[path][1])))
+        saved_leaf = saved.leaves.get(path)
+        shape = (limits[path][0],) if path in limits else leaf.shape
+        is_right = (
+            saved_leaf is not None and saved_leaf.dtype == leaf.dtype and saved_leaf.shape == shape
+        )
+        if is_right and saved_leaf is not None and path in limits:
+            is_right = bool(np.all((saved_leaf >= NONE) & (saved_leaf < limits[path][1])))
         if not is_right:
             raise BridgeError(
                 f"the state dict's lifecycle cannot be read (at {path}): it is damaged, or written "
@@ -225,7 +238,7 @@ def _slots(saved: Saved, before: ef.Layout, after: ef.Layout) -> tuple[np.ndarra
     such.
     """
     owner = saved.leaves[".owner"]
-    found, capacity, is_moved = np.full(after.num_slots, NONE), 0, False
+    sources, capacity, is_moved = np.full(after.num_slots, NONE), 0, False
     twins = {twin_name(after, bank): bank for bank in after.tables.banks}
     for bank in before.tables.banks:
         twin = twins[twin_name(before, bank)]
@@ -237,11 +250,11 @@ def _slots(saved: Saved, before: ef.Layout, after: ef.Layout) -> tuple[np.ndarra
         free = [slot for slot in range(twin.num_slots) if slot not in staying]
         for slot in used:
             to = slot if slot < twin.num_slots else free.pop(0)
-            found[twin.start + to] = bank.start + slot
+            sources[twin.start + to] = bank.start + slot
             is_moved |= to != slot
-    return found, capacity, is_moved
+    return sources, capacity, is_moved
 
 
-def twin_name(layout: ef.Layout, bank: Bank) -> tuple[str, str]:
+def twin_name(layout: ef.Layout, bank: LayoutBank) -> tuple[str, str]:
     """Site and blueprint of a bank."""
     return layout.sites[bank.site].name, layout.names[bank.blueprint]

@@ -23,14 +23,14 @@ class Rows:
     numel: int
     entry: Tensor
     """int64[rows]: whose adapter each row belongs to."""
-    at: list[tuple[int, nn.Parameter, int | None]]
+    position: list[tuple[int, nn.Parameter, int | None]]
     """Of each row: its entry, its parameter, and where in it if that is stacked."""
     _views: list[Tensor] = field(default_factory=list)
 
     def gather(self) -> Tensor:
         """[rows, numel], a copy."""
         places = [p.data_ptr() for p in self.params]
-        if places != [of.data_ptr() for of in self._views]:  # none yet, or the model has moved
+        if places != [view.data_ptr() for view in self._views]:  # none yet, or the model has moved
             self._views = [p.detach().reshape(-1, self.numel) for p in self.params]
         return torch.cat(self._views)
 
@@ -46,7 +46,7 @@ class Learning:
     def __init__(self, banks: Sequence[tuple[list[nn.Parameter], np.ndarray, bool]]) -> None:
         self.slots = np.concatenate([slots for _, slots, _ in banks] or [np.zeros(0, np.int64)])
         """int64[n]: the flat slot of each entry."""
-        found: dict[tuple[object, ...], list[tuple[nn.Parameter, list[int], bool]]] = {}
+        alike: dict[tuple[object, ...], list[tuple[nn.Parameter, list[int], bool]]] = {}
         first = 0
         for params, slots, is_stacked in banks:
             entries = list(range(first, first + len(slots)))
@@ -55,44 +55,46 @@ class Learning:
             for k, p in enumerate(params):
                 own = entries if is_stacked else [entries[k // per_slot]]
                 key = (p.device, p.dtype, p.numel() // len(own))
-                found.setdefault(key, []).append((p, own, is_stacked))
+                alike.setdefault(key, []).append((p, own, is_stacked))
         self.groups = [
             Rows(
-                params=[p for p, _, _ in of],
-                numel=of[0][0].numel() // len(of[0][1]),
-                entry=torch.tensor([e for _, own, _ in of for e in own]).to(of[0][0].device),
-                at=[
+                params=[p for p, _, _ in members],
+                numel=members[0][0].numel() // len(members[0][1]),
+                entry=torch.tensor([e for _, own, _ in members for e in own]).to(
+                    members[0][0].device
+                ),
+                position=[
                     (e, p, row if stacked else None)
-                    for p, own, stacked in of
+                    for p, own, stacked in members
                     for row, e in enumerate(own)
                 ],
             )
-            for of in found.values()
+            for members in alike.values()
         ]
 
     def snapshot(self) -> list[Tensor]:
         """The adapters' numbers now."""
-        return [of.gather() for of in self.groups]
+        return [rows.gather() for rows in self.groups]
 
-    def drift(self, before: Sequence[Tensor], place: torch.device) -> Tensor:
+    def drift(self, before: Sequence[Tensor], device: torch.device) -> Tensor:
         """float32[n]: `|new - old| / |old|` of each adapter: 0 if that was 0, not finite if
         broken.
         """
         shape = (len(self.slots),)
-        moved, size = (torch.zeros(shape, device=place, dtype=torch.float32) for _ in range(2))
-        for of, old in zip(self.groups, before, strict=True):
+        moved, size = (torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(2))
+        for rows, old in zip(self.groups, before, strict=True):
             wide = old.float()
-            change = (of.gather().float() - wide).square().sum(1)
-            entry = of.entry.to(place)
-            moved.index_add_(0, entry, change.to(place))
-            size.index_add_(0, entry, wide.square().sum(1).to(place))
+            change = (rows.gather().float() - wide).square().sum(1)
+            entry = rows.entry.to(device)
+            moved.index_add_(0, entry, change.to(device))
+            size.index_add_(0, entry, wide.square().sum(1).to(device))
         return moved.sqrt() / size.sqrt().masked_fill(size == 0, torch.inf)
 
     def put_back(self, entry: int, before: Sequence[Tensor]) -> None:
         """Gives one adapter the numbers it had."""
         with torch.no_grad():
-            for of, old in zip(self.groups, before, strict=True):
-                for row, (own, p, inner) in enumerate(of.at):
+            for rows, old in zip(self.groups, before, strict=True):
+                for row, (own, p, inner) in enumerate(rows.position):
                     if own == entry:
                         target = p if inner is None else p[inner]
                         target.copy_(old[row].reshape(target.shape))

@@ -6,16 +6,16 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+import esper_fn as ef
 from torch_bridge._errors import BridgeError
-
-if TYPE_CHECKING:
-    from torch_bridge._site import Seeds
+from torch_bridge._lifecycle import Lifecycle
 
 NO_PICKLE = (
     "a grown model cannot be pickled; save model.state_dict() with safetensors, grow a "
@@ -23,18 +23,44 @@ NO_PICKLE = (
 )
 
 
+class Site(Protocol):
+    """What `Shared` needs of a site; `torch_bridge._site.Seeds` is one."""
+
+    @property
+    def first_seed(self) -> int:
+        """The number of its first seed among all."""
+
+    def make_room(self, layout: ef.Layout) -> None:
+        """Gives the banks the slots that a larger layout has for them."""
+
+    def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:
+        """Puts new numbers into one slot."""
+
+
+@dataclass
+class Survey:
+    """A survey that is under way."""
+
+    moments: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By site, the second moments gathered so far."""
+    probes: list[Tensor] = field(default_factory=list)
+    """Zeros whose gradient makes backward passes come to each site."""
+    with_moments: bool = False
+    """Whether passes gather moments now."""
+
+
 class Shared:
     """What all sites of one model share: its lifecycle, and what happens in this step.
 
     Args:
       lifecycle: the state of every seed.
-      tell: gives the sites of a copy, which has no bridge, their plans.
+      refresh: gives the sites of a copy, which has no bridge, their plans.
     """
 
-    def __init__(self, lifecycle: Any, tell: Callable[[Shared], None]) -> None:
+    def __init__(self, lifecycle: Lifecycle, refresh: Callable[[Shared], None]) -> None:
         self.lifecycle = lifecycle
-        self.tell = tell
-        self.sites: list[weakref.ref[Seeds]] = []
+        self.refresh = refresh
+        self.sites: list[weakref.ref[Any]] = []
         """Those there are; the copy of a part of a model has a part of them."""
         self.copies: weakref.WeakSet[Shared] = weakref.WeakSet()
         self.is_average = False
@@ -44,10 +70,7 @@ class Shared:
         the bare model's, the other one serves every step in which there is anything to do."""
         self.called: dict[int, set[str]] = {}
         """The sites called in the forward pass that a thread is in, by the thread's number."""
-        self.moments: dict[str, list[Tensor]] | None = None
-        """Where a survey gathers second moments; None outside of one."""
-        self.anchors: list[Tensor] = []
-        self.with_moments = False
+        self.survey: Survey | None = None
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the whole model."""
@@ -59,10 +82,14 @@ class Shared:
         if not torch.compiler.is_compiling():
             self.called.pop(threading.get_ident(), None)
 
-    def living_sites(self) -> list[Seeds]:
-        """In the order of their seeds."""
-        found = [site for of in self.sites if (site := of()) is not None]
-        return sorted(found, key=lambda site: site.first_seed)
+    def add(self, site: Site) -> None:
+        """A site joins."""
+        self.sites.append(weakref.ref(site))
+
+    def living_sites(self) -> list[Any]:
+        """The sites that there are, in the order of their seeds."""
+        living = [site for ref in self.sites if (site := ref()) is not None]
+        return sorted(living, key=lambda site: site.first_seed)
 
     def make_room(self, capacity: int) -> None:
         """Gives every bank more slots; all seeds and adapters stay as they are.
@@ -70,10 +97,10 @@ class Shared:
         Copies that no bridge drives get the slots too: averages go through both models' parameters
         in pairs.
         """
-        layout, age = self.lifecycle.growth.layout, self.lifecycle.age
-        if capacity <= layout.capacity:
+        growth, age = self.lifecycle.growth, self.lifecycle.age
+        if capacity <= growth.layout.capacity:
             return
-        larger = self.lifecycle.growth.replace(capacity=capacity)
+        larger = growth.replace(capacity=capacity)
         before = self.lifecycle.pack()
         self.lifecycle.begin(larger)
         self.lifecycle.restore(before)
@@ -85,7 +112,7 @@ class Shared:
                 copied.lifecycle.make_room(capacity)
 
     def begin_averages(
-        self, site: Seeds, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
+        self, site: Site, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
     ) -> None:
         """Lets averages of a newborn begin with it, and not with who had its slot before.
 
@@ -103,20 +130,26 @@ class Shared:
         raise BridgeError(NO_PICKLE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """Of the copy; its sites enter themselves."""
+        """That of the copy; its sites enter themselves."""
         lifecycle = copy.deepcopy(self.lifecycle, memo)
-        twin = memo[id(self)] = self.__class__(lifecycle, self.tell)
+        twin = memo[id(self)] = self.__class__(lifecycle, self.refresh)
         twin.is_busy = self.is_busy
         self.copies.add(twin)
         if not lifecycle.is_driven:  # else its bridge was copied with it
-            me = weakref.ref(twin)
-            lifecycle.on_load = lambda: (shared := me()) and shared.tell(shared)
-            lifecycle.make_room = partial(_make_room_in_copy, me)
+            ref = weakref.ref(twin)
+            lifecycle.on_load = partial(_refresh_copy, ref)
+            lifecycle.make_room = partial(_make_room_in_copy, ref)
         return twin
 
 
-def _make_room_in_copy(of: weakref.ref[Shared], capacity: int) -> None:
-    shared = of()
+def _refresh_copy(ref: weakref.ref[Shared]) -> None:
+    shared = ref()
+    if shared is not None:
+        shared.refresh(shared)
+
+
+def _make_room_in_copy(ref: weakref.ref[Shared], capacity: int) -> None:
+    shared = ref()
     if shared is not None:
         shared.make_room(capacity)
-        shared.tell(shared)  # no bridge does
+        shared.refresh(shared)  # no bridge does

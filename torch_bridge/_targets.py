@@ -27,7 +27,7 @@ _CONVOLUTIONS = (
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
-class Place(NamedTuple):
+class Match(NamedTuple):
     """One target."""
 
     name: str
@@ -51,11 +51,11 @@ def find(
     targets: Targets,
     features: Mapping[str, int] | None = None,
     exclude: Targets = (),
-) -> tuple[list[Place], dict[str, str]]:
+) -> tuple[list[Match], dict[str, str]]:
     """The modules that `targets` name and `exclude` does not, in the model's own order.
 
     Returns:
-      The places, and what `all-linear` left out, with the reason.
+      The targets, and what `all-linear` left out, with the reason.
 
     Raises:
       BridgeError: a target matches nothing, or something that cannot carry seeds.
@@ -63,21 +63,21 @@ def find(
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    wanted = _several(targets)
-    if not wanted:
+    patterns = _several(targets)
+    if not patterns:
         raise BridgeError("targets is empty; name modules, or take 'all-linear'")
-    for target in wanted:
-        found = {name: of for name, of in named.items() if _matches(target, name, of)}
-        if not found:
+    for target in patterns:
+        matching = {n: module for n, module in named.items() if _matches(target, n, module)}
+        if not matching:
             raise BridgeError(_nothing("targets", target, named))
         if target == ALL_LINEAR:
             skipped = _linear.left_out(named, model)
-            found = {name: of for name, of in found.items() if name not in skipped}
-        chosen |= found
+            matching = {n: module for n, module in matching.items() if n not in skipped}
+        chosen |= matching
     for target in _several(exclude):
-        if not any(_matches(target, name, of) for name, of in named.items()):
+        if not any(_matches(target, n, module) for n, module in named.items()):
             raise BridgeError(_nothing("exclude", target, named))
-        chosen = {name: of for name, of in chosen.items() if not _is_under(target, name, named)}
+        chosen = {n: module for n, module in chosen.items() if not _is_under(target, n, named)}
     if not chosen:
         raise BridgeError(
             f"targets={targets!r} leaves nothing to grow: exclude={exclude!r}, and 'all-linear' "
@@ -85,19 +85,19 @@ def find(
         )
     skipped = {name: reason for name, reason in skipped.items() if name not in chosen}
     widths = dict(features or {})
-    places = [
-        _place(name, module, _of_pattern(widths, name, module, None))
+    matches = [
+        _match(name, module, _of_pattern(widths, name, module, None))
         for name, module in named.items()
         if name in chosen
     ]
-    _check_shared(named, places)
-    unused = [p for p in widths if not any(_matches(p, of.name, of.module) for of in places)]
+    _check_shared(named, matches)
+    unused = [p for p in widths if not any(_matches(p, m.name, m.module) for m in matches)]
     if unused:
         raise BridgeError(
             f"features names {unused}, which match no target; targets are "
-            f"{_some(of.name for of in places)}"
+            f"{_some(match.name for match in matches)}"
         )
-    return places, skipped
+    return matches, skipped
 
 
 def _several(targets: Targets) -> list[Any]:
@@ -109,30 +109,30 @@ def _is_under(target: Any, name: str, named: Mapping[str, nn.Module]) -> bool:
     """Whether a pattern matches a module or one that it is inside of."""
     parts = name.split(".")
     above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    return any(_matches(target, of, named[of]) for of in above)
+    return any(_matches(target, parent, named[parent]) for parent in above)
 
 
 def by_pattern(
-    values: Value | Mapping[str, Value], places: Sequence[Place], argument: str, default: Value
+    values: Value | Mapping[str, Value], matches: Sequence[Match], argument: str, default: Value
 ) -> list[Value]:
-    """One value a place, from a value for all or a mapping of patterns (the first match counts).
+    """One value a target, from a value for all or a mapping of patterns (the first match counts).
 
     Raises:
       BridgeError: a pattern that matches no target.
     """
     if not isinstance(values, Mapping):
-        return [values] * len(places)
+        return [values] * len(matches)
     for pattern in values:
-        if not any(_matches(pattern, of.name, of.module) for of in places):
+        if not any(_matches(pattern, match.name, match.module) for match in matches):
             raise BridgeError(
                 f"{argument} names {pattern!r}, which matches no target; targets are "
-                f"{_some(of.name for of in places)}"
+                f"{_some(match.name for match in matches)}"
             )
-    return [_of_pattern(values, of.name, of.module, default) for of in places]
+    return [_of_pattern(values, match.name, match.module, default) for match in matches]
 
 
 def _of_pattern(values: Mapping[str, Any], name: str, module: nn.Module, default: Any) -> Any:
-    return next((of for p, of in values.items() if _matches(p, name, module)), default)
+    return next((value for p, value in values.items() if _matches(p, name, module)), default)
 
 
 def _matches(target: Any, name: str, module: nn.Module) -> bool:
@@ -170,7 +170,7 @@ def _some(names: Any, most: int = 12) -> str:
     return ", ".join(every[:most]) + (f", and {len(every) - most} more" if every[most:] else "")
 
 
-def _place(name: str, module: nn.Module, told: int | None) -> Place:
+def _match(name: str, module: nn.Module, chosen: int | None) -> Match:
     if isinstance(module, _CONTAINERS):
         remedy = "a layer inside it" if list(module.children()) else "another module"
         raise BridgeError(
@@ -185,19 +185,19 @@ def _place(name: str, module: nn.Module, told: int | None) -> Place:
     known = _known(module)
     if known is not None:
         width, axis = known
-        if told is not None and told != width:
+        if chosen is not None and chosen != width:
             raise BridgeError(
-                f"features says {told} for target {name!r}, a {type(module).__name__} whose "
+                f"features says {chosen} for target {name!r}, a {type(module).__name__} whose "
                 f"output has {width}"
             )
-        return Place(name, module, width, axis)
-    if told is None:
+        return Match(name, module, width, axis)
+    if chosen is None:
         raise BridgeError(
             f"target {name!r} ({type(module).__name__}): the width of its output is not known from "
             f"its class; say features={{{name!r}: WIDTH}} for the last axis of its output (or of "
             "the first one, if it returns a tuple)"
         )
-    return Place(name, module, int(told), -1)
+    return Match(name, module, int(chosen), -1)
 
 
 def _known(module: nn.Module) -> tuple[int, int] | None:
@@ -230,12 +230,12 @@ def _last_width(module: nn.Module) -> int | None:
     return width if isinstance(width, int) and _linear.is_linear(module) else None
 
 
-def _check_shared(named: Mapping[str, nn.Module], places: Sequence[Place]) -> None:
-    for place in places:
-        names = [name for name, module in named.items() if module is place.module]
+def _check_shared(named: Mapping[str, nn.Module], matches: Sequence[Match]) -> None:
+    for match in matches:
+        names = [name for name, module in named.items() if module is match.module]
         if len(names) > 1:
             raise BridgeError(
-                f"target {place.name!r} is one module under {len(names)} names ({_some(names)}): "
+                f"target {match.name!r} is one module under {len(names)} names ({_some(names)}): "
                 "its seeds would serve several places at once; give each its own module, or leave "
                 "it out of targets"
             )

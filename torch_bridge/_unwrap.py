@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torch_bridge import _nested
+from esper_kernels import Gains
+from esper_kernels.rule_torch import per_adapter
+from torch_bridge import _compiler, _nested
 from torch_bridge._adapters import is_built_in
+from torch_bridge._forward import grow_output
 from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights, is_transposed_linear
-from torch_bridge._site import Seeds, _first
-
-if TYPE_CHECKING:
-    from torch_bridge._bridge import Bridge
+from torch_bridge._site import Seeds, first_tensor
 
 
 class Affine(NamedTuple):
@@ -40,21 +40,25 @@ class Site(NamedTuple):
     """The banks that stay."""
 
 
-def unwrap(bridge: Bridge) -> set[int]:
+def unwrap(model: nn.Module, seeds: Sequence[Seeds]) -> set[int]:
     """Folds and removes the seeds of every site.
+
+    Args:
+      model: the grown model.
+      seeds: of all its sites.
 
     Returns:
       The ids of forward hooks that stay where they are.
     """
     targets = {
-        id(of._modules["seeds"]): (name, of)
-        for name, of in bridge.model.named_modules()
-        if of._modules.get("seeds") is not None
+        id(child): (name, module)
+        for name, module in model.named_modules()
+        if (child := module._modules.get("seeds")) is not None
     }
     # A target that has been taken out of the model since takes its seeds with it.
-    chosen = [(*targets[id(own)], own) for own in bridge.sites if id(own) in targets]
-    hooks = {id(own): _hook_of(module, own) for _, module, own in chosen}
-    weights = Weights(bridge.model, {of for of in hooks.values() if of is not None})
+    chosen = [(*targets[id(own)], own) for own in seeds if id(own) in targets]
+    hooks = {id(own): _hook_of(module) for _, module, own in chosen}
+    weights = Weights(model, {hook for hook in hooks.values() if hook is not None})
     with torch.no_grad():
         # All are computed before one is written: what fails must leave the model as it was.
         sites = [_fold(weights, name, module, own) for name, module, own in chosen]
@@ -64,6 +68,7 @@ def unwrap(bridge: Bridge) -> set[int]:
     for site in sites:
         hook = hooks[id(site.own)]
         del site.module._modules["seeds"]
+        _compiler.unmark(site.module)
         if site.rest:
             name = _free_name(site.module)
             grown = Grown(site.own, site.rest)
@@ -76,9 +81,9 @@ def unwrap(bridge: Bridge) -> set[int]:
     return staying
 
 
-def _hook_of(module: nn.Module, own: Seeds) -> int | None:
+def _hook_of(module: nn.Module) -> int | None:
     hooks = module._forward_hooks.items()
-    return next((key for key, of in hooks if getattr(of, "__self__", None) is own), None)
+    return next((key for key, hook in hooks if hook is grow_output), None)
 
 
 def _free_name(module: nn.Module) -> str:
@@ -105,36 +110,36 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
     def __init__(self, site: Seeds, banks: list[BankPlan]) -> None:
         super().__init__()
         self.site, self.axis, self.topology = site.site, site.axis, site.plan.topology
-        self._cut = site.plan.cut
-        self._banks: list[tuple[str, Callable[..., Tensor], tuple[int, ...], bool]] = []
+        self._chunking = site.plan.chunking
+        self._banks: list[tuple[str, Callable[..., Tensor], bool]] = []
         for bank in banks:
-            act = site.plan.gains[:, 0].index_select(0, bank.chunk)
+            scale = Gains.from_columns(site.plan.gains).output_scale
             leaves = site.rows_of(bank)
-            names = site.names_of(bank.bank)
+            names = site.names_of(bank.name)
             inner = nn.Module()
             for name, leaf in zip(names, leaves, strict=True):
                 inner.register_parameter(name, nn.Parameter(leaf.detach().clone()))
-            inner.register_buffer("act", act.clone())
+            inner.register_buffer("output_scale", scale.index_select(0, bank.chunk))
             inner.register_buffer("mask", bank.mask.clone())
             inner.register_buffer("chunk", bank.chunk.clone())
             if bank.columns is not None:
                 inner.register_buffer("columns", bank.columns.clone())
-            self.add_module(bank.bank, inner)
-            self._banks.append((bank.bank, bank.form.apply, bank.slots, bank.is_all))
+            self.add_module(bank.name, inner)
+            self._banks.append((bank.name, bank.form.apply, bank.is_all))
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the target."""
         del args
-        x, rebuild = _first(self, module, output)
+        x, rebuild = first_tensor(self, module, output)
         return rebuild(self(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x + act * adapter(x)`, in the dtype of `x`; an adapter that is not finite reaches
-        nothing.
+        """`x + output_scale * adapter(x)`, in the dtype of `x`; numbers that are not finite are
+        not added.
         """
         if x.is_nested:
-            parts, together = _nested.apart(x, is_pointwise=self.topology == "vector")
-            return together([self.forward(part) for part in parts])
+            parts, join = _nested.split(x, is_pointwise=self.topology == "vector")
+            return join([self.forward(part) for part in parts])
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self._grown(x)
@@ -143,36 +148,34 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
     def _grown(self, x: Tensor) -> Tensor:
         last = x.movedim(self.axis, -1)
         y = last.float()
-        for name, apply, slots, is_all in self._banks:
+        for name, apply, is_all in self._banks:
             inner: Any = getattr(self, name)
-            u = self._take(inner, is_all, last)
             leaves = dict(inner.named_parameters())
-            r = apply(leaves, u, inner.mask, self.topology).float()
-            one_each = (len(slots), *(1,) * (r.ndim - 1))
-            act = inner.act.reshape(one_each)
-            is_acting = (act != 0) & r.flatten(1).sum(1).isfinite().reshape(one_each)
+            r = apply(leaves, self._gather(inner, is_all, last), inner.mask, self.topology).float()
+            scale = per_adapter(inner.output_scale, r)
+            change = torch.where((scale != 0) & r.isfinite(), scale * r, 0.0)
             # Added over zeros: written in place it could not be exported.
-            y = y + self._lay_out(inner, is_all, torch.where(is_acting, act * r, 0.0), y)
+            y = y + self._scatter(inner, is_all, change, y)
         return y.to(x.dtype).movedim(-1, self.axis)
 
-    def _take(self, inner: Any, is_all: bool, x: Tensor) -> Tensor:
-        cut = self._cut
-        if not cut.is_even:
+    def _gather(self, inner: Any, is_all: bool, x: Tensor) -> Tensor:
+        chunking = self._chunking
+        if not chunking.is_even:
             padded = nn.functional.pad(x, (0, 1))
-            chunks = padded.index_select(-1, inner.columns).unflatten(-1, (-1, cut.widest))
+            chunks = padded.index_select(-1, inner.columns).unflatten(-1, (-1, chunking.widest))
             return chunks.movedim(-2, 0)
-        split = x.unflatten(-1, (cut.chunks, cut.widest))
+        split = x.unflatten(-1, (chunking.chunks, chunking.widest))
         return (split if is_all else split.index_select(-2, inner.chunk)).movedim(-2, 0)
 
-    def _lay_out(self, inner: Any, is_all: bool, values: Tensor, like: Tensor) -> Tensor:
-        laid = values.movedim(0, -2)
-        if not self._cut.is_even:
+    def _scatter(self, inner: Any, is_all: bool, values: Tensor, like: Tensor) -> Tensor:
+        chunking, rows = self._chunking, values.movedim(0, -2)
+        if not chunking.is_even:
             wide = like.new_zeros((*like.shape[:-1], like.shape[-1] + 1))
-            return wide.index_add(-1, inner.columns, laid.flatten(-2))[..., :-1]
+            return wide.index_add(-1, inner.columns, rows.flatten(-2))[..., :-1]
         if is_all:
-            return laid.flatten(-2)
-        wide = like.new_zeros((*like.shape[:-1], self._cut.chunks, self._cut.widest))
-        return wide.index_copy(-2, inner.chunk, laid).flatten(-2)
+            return rows.flatten(-2)
+        wide = like.new_zeros((*like.shape[:-1], chunking.chunks, chunking.widest))
+        return wide.index_copy(-2, inner.chunk, rows).flatten(-2)
 
 
 def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
@@ -192,30 +195,31 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
 
 def _affine(own: Seeds, bank: BankPlan) -> list[Affine] | None:
     """What the adapters do to the features, where that is linear in each position alone."""
-    leaves = dict(zip(own.names_of(bank.bank), own.rows_of(bank), strict=True))
-    cut = own.plan.cut
+    leaves = dict(zip(own.names_of(bank.name), own.rows_of(bank), strict=True))
+    chunking = own.plan.chunking
+    scales = Gains.from_columns(own.plan.gains).output_scale
     is_low_rank = bank.form.activation == "none" and set(leaves) <= {"down", "up", "bias"}
     is_diagonal = is_built_in(bank.form, "scale_shift") or is_built_in(bank.form, "noop")
     if not (is_low_rank or is_diagonal):
         return None
-    found = []
+    affine = []
     for index, chunk in enumerate(bank.chunk.tolist()):
-        start, size = int(cut.starts[chunk]), int(cut.sizes[chunk])
-        act = own.plan.gains[chunk, 0].double()
+        start, size = int(chunking.starts[chunk]), int(chunking.sizes[chunk])
+        scale = scales[chunk].double()
         adapter = {name: leaf[index].double() for name, leaf in leaves.items()}
-        if act == 0 or not adapter:
+        if scale == 0 or not adapter:
             continue
         if is_low_rank:
             up = adapter["up"][:, :size]
-            matrix = act * (adapter["down"][:size] @ up)
+            matrix = scale * (adapter["down"][:size] @ up)
             shift = (
-                act * (adapter["bias"] @ up) if "bias" in adapter else torch.zeros_like(matrix[0])
+                scale * (adapter["bias"] @ up) if "bias" in adapter else torch.zeros_like(matrix[0])
             )
         else:
-            matrix = torch.diag(act * adapter["scale"][:size])
-            shift = act * adapter["shift"][:size]
-        found.append(Affine(slice(start, start + size), matrix, shift, is_diagonal))
-    return found
+            matrix = torch.diag(scale * adapter["scale"][:size])
+            shift = scale * adapter["shift"][:size]
+        affine.append(Affine(slice(start, start + size), matrix, shift, is_diagonal))
+    return affine
 
 
 class WeightLayout(NamedTuple):
@@ -257,16 +261,16 @@ def _folded(
     moved = weight.movedim(axes.axis, -1)
     old = earlier.get("bias", None if axes.is_table else module.bias)
     bias = weight.new_zeros(moved.shape[-1]) if old is None else old.detach().clone()
-    for of in chunks:
-        if not axes.is_mixing and not of.is_diagonal:
+    for chunk in chunks:
+        if not axes.is_mixing and not chunk.is_diagonal:
             return None
-        shift = of.shift
+        own = moved[..., chunk.features]
         if axes.is_table:
-            sound = _add_(moved[..., of.features], of.matrix, shift)
+            is_sound = _add_(own, chunk.matrix, chunk.shift)
         else:
-            sound = _add_(moved[..., of.features], of.matrix, torch.zeros_like(shift))
-            sound = sound and _add_(bias[of.features], of.matrix, shift)
-        if not sound:
+            is_sound = _add_(own, chunk.matrix, torch.zeros_like(chunk.shift))
+            is_sound = is_sound and _add_(bias[chunk.features], chunk.matrix, chunk.shift)
+        if not is_sound:
             return None
     if axes.is_table or (old is None and not bias.any()):
         return {"weight": weight}

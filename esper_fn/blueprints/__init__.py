@@ -5,8 +5,9 @@ is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it 
 """
 
 from esper_fn.base import AdapterSpec, Blueprint, Cost
+from esper_fn.blueprints._bottleneck import bottleneck
 from esper_fn.blueprints._check import check
-from esper_fn.blueprints._dense import bottleneck, gated, low_rank, noop, normalised, scale_shift
+from esper_fn.blueprints._dense import gated, low_rank, noop, normalised, scale_shift
 from esper_fn.blueprints._spatial import (
     bottleneck_conv,
     depthwise_conv,

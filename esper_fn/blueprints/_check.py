@@ -1,8 +1,9 @@
-"""Whether a blueprint keeps the contract of `esper_fn.base`."""
+"""Whether a blueprint keeps the contract."""
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,21 @@ _SHAPES: dict[Topology, tuple[int, ...]] = {
 def check(blueprint: Blueprint, *, features: int = 6) -> None:
     """Runs a blueprint at every topology it claims and raises where it breaks its contract.
 
-    Looked at: the parameters' dtype, the output's shape and dtype (float32 and bfloat16), identity
-    at birth, that some parameter receives a gradient at birth, that the stated cost counts the real
-    parameters; of `init_along` that it makes the same leaves, the identity as well, and without any
-    direction exactly what `init` makes; and that `apply` is the form that `activation` names.
+    Parameters and output must have the right shapes and dtypes, in float32 and bfloat16. A newborn
+    must be the identity, and some parameter must receive a gradient. The stated cost must count the
+    real parameters. `init_along` must make the same leaves, the identity as well, and without any
+    direction exactly what `init` makes. `apply` must have the form that `activation` names.
+
+    Args:
+      blueprint: any one.
+      features: of the chunk it is tried on.
 
     Raises:
-      TypeError: it is no blueprint.
-      ValueError: naming the blueprint, the topology, and what was found instead.
+      TypeError: it is no `Blueprint`.
+      ValueError: it breaks the contract; the message names the topology and says how.
+
+    >>> from esper_fn import blueprints
+    >>> check(blueprints.low_rank(rank=2))
     """
     check_kind("blueprint", blueprint, Blueprint, "call its factory: `low_rank(rank=8)`")
     _check_signatures(blueprint)
@@ -68,7 +76,7 @@ def _check_signatures(blueprint: Blueprint) -> None:
             )
         try:
             signature = inspect.signature(function)
-        except ValueError:  # built in, it tells none
+        except ValueError:  # a builtin without one
             continue
         try:
             signature.bind(*range(call.count(",") + 1))
@@ -79,11 +87,13 @@ def _check_signatures(blueprint: Blueprint) -> None:
             ) from None
 
 
-def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type) -> None:
-    asked = jnp.dtype(dtype).name
+def _fail(blueprint: Blueprint, case: str, finding: str) -> None:
+    raise ValueError(f"blueprint {blueprint.name!r} on {case}: {finding}")
 
-    def fail(found: str) -> None:
-        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {asked}: {found}")
+
+def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type) -> None:
+    dtype_name = jnp.dtype(dtype).name
+    fail = partial(_fail, blueprint, f"{spec.topology} {dtype_name}")
 
     def output(params: Params, x: Array) -> Array:
         return blueprint.apply(params, x, spec, jnp.ones((spec.inputs,), bool))
@@ -102,12 +112,12 @@ def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type)
         fail(f"init must return a tree of arrays, got {described(params)} with other leaves")
     if any(leaf.dtype != dtype for leaf in leaves):
         dtypes = sorted({leaf.dtype.name for leaf in leaves})
-        fail(f"init must make {asked} parameters, got {dtypes}")
+        fail(f"init must make {dtype_name} parameters, got {dtypes}")
     r = jax.eval_shape(output, params, x)
     if not hasattr(r, "shape"):
         fail(f"apply must return one array, got {described(r)}")
     if r.shape != shape or r.dtype != dtype:
-        fail(f"apply must return {shape} {asked}, got {r.shape} {r.dtype}")
+        fail(f"apply must return {shape} {dtype_name}, got {r.shape} {r.dtype}")
     r, slopes = at_birth(params, x, jnp.asarray(rng.standard_normal(shape), dtype))
     if not np.all(np.asarray(r) == 0):
         fail("the output at birth must be exactly zero; zero the last matrix in `init`")
@@ -126,9 +136,7 @@ def _check_along(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | typ
     if blueprint.init_along is None:
         return
 
-    def fail(found: str) -> None:
-        asked = jnp.dtype(dtype).name
-        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology} {asked}: {found}")
+    fail = partial(_fail, blueprint, f"{spec.topology} {jnp.dtype(dtype).name}")
 
     @jax.jit
     def output(params: Params, x: Array) -> Array:
@@ -136,10 +144,10 @@ def _check_along(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | typ
 
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((*_SHAPES[spec.topology], spec.inputs)), dtype)
-    told = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
+    directions = jnp.asarray(rng.standard_normal((spec.inputs, 2)), jnp.float32)
     key = jax.random.key(0)
     params = blueprint.init(key, spec, dtype)
-    directed = blueprint.init_along(jax.random.clone(key), spec, dtype, told)
+    directed = blueprint.init_along(jax.random.clone(key), spec, dtype, directions)
     if jax.tree.map(jnp.shape, directed) != jax.tree.map(jnp.shape, params) or any(
         leaf.dtype != dtype for leaf in jax.tree.leaves(directed)
     ):
@@ -148,7 +156,7 @@ def _check_along(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | typ
         fail("the output at birth along directions must be exactly zero")
     alike = jax.tree.map(
         lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
-        blueprint.init_along(jax.random.clone(key), spec, dtype, jnp.zeros_like(told)),
+        blueprint.init_along(jax.random.clone(key), spec, dtype, jnp.zeros_like(directions)),
         params,
     )
     if not jax.tree.all(alike):
@@ -159,8 +167,7 @@ def _check_activation(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype 
     if blueprint.activation is None or spec.inputs != spec.outputs or dtype != jnp.float32:
         return
 
-    def fail(found: str) -> None:
-        raise ValueError(f"blueprint {blueprint.name!r} on {spec.topology}: {found}")
+    fail = partial(_fail, blueprint, spec.topology)
 
     rng = np.random.default_rng(0)
     params = jax.tree.map(

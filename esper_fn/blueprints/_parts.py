@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, DType, Float, Float32, Key, Params
+from esper_fn.base import AdapterSpec
 
 
 def lecun_normal(key: Key, shape: tuple[int, ...], dtype: DType) -> Float[Array, "..."]:
@@ -22,9 +23,9 @@ def spanning(
     """`lecun_normal` of shape `(F, width)` whose first columns are `directions`, where not zero."""
     inputs, count = directions.shape
     drawn = lecun_normal(key, (inputs, width), dtype)
-    told = jnp.zeros((inputs, width), dtype)
-    told = told.at[:, : min(count, width)].set(directions[:, :width].astype(dtype))
-    return jnp.where(jnp.any(told != 0, axis=0, keepdims=True), told, drawn)
+    columns = jnp.zeros((inputs, width), dtype)
+    columns = columns.at[:, : min(count, width)].set(directions[:, :width].astype(dtype))
+    return jnp.where(jnp.any(columns != 0, axis=0, keepdims=True), columns, drawn)
 
 
 def mirrored(directions: Float32[Array, "F U"]) -> Float32[Array, "F V"]:
@@ -43,8 +44,22 @@ def cast(params: Params, x: Array) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
 
 
-def positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
     """Raises `ValueError` for a size that is not a positive int."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def two_matrices(key: Key, spec: AdapterSpec, width: int, dtype: DType) -> dict[str, Array]:
+    """Parameters of `phi(x down + bias) up`, with `up = 0`."""
+    return {
+        "down": lecun_normal(key, (spec.inputs, width), dtype),
+        "bias": jnp.zeros((width,), dtype),
+        "up": jnp.zeros((width, spec.outputs), dtype),
+    }
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """`x + bias` for a bias of the last axis."""
+    return x + bias.reshape(*(1,) * (x.ndim - 1), -1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from esper_fn._typing import Array, DType, Key, Params
 from esper_fn.base import AdapterSpec, Blueprint, Cost
-from esper_fn.blueprints._parts import cast, lecun_normal, positive
+from esper_fn.blueprints._parts import cast, check_positive, lecun_normal
 
 
 def _num_axes(spec: AdapterSpec) -> int:
@@ -30,15 +30,15 @@ def _shifted(x: Array, window: tuple[int, ...]) -> list[Array]:
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - num_axes - 1) + inner + [(0, 0)])
     lengths = x.shape[-num_axes - 1 : -1]
     return [
-        padded[(..., *(slice(o, o + n) for o, n in zip(at, lengths, strict=True)), slice(None))]
-        for at in np.ndindex(*window)
+        padded[(..., *(slice(o, o + n) for o, n in zip(offset, lengths, strict=True)), slice(None))]
+        for offset in np.ndindex(*window)
     ]
 
 
 def _convolve(x: Array, kernel: Array) -> Array:
     """Same-size convolution over the spatial axes; left-padded (causal) over one axis."""
-    seen = jnp.concatenate(_shifted(x, kernel.shape[:-2]), axis=-1)
-    return seen @ kernel.reshape(-1, kernel.shape[-1])
+    neighbours = jnp.concatenate(_shifted(x, kernel.shape[:-2]), axis=-1)
+    return neighbours @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _convolve_depthwise(x: Array, kernel: Array) -> Array:
@@ -58,8 +58,14 @@ def squeeze_excite(width: int = 4) -> Blueprint:
 
     Args:
       width: inner width R.
+
+    Returns:
+      The blueprint.
+
+    Raises:
+      ValueError: `width` is no positive int.
     """
-    positive(width=width)
+    check_positive(width=width)
 
     def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return {
@@ -75,8 +81,8 @@ def squeeze_excite(width: int = 4) -> Blueprint:
         if is_image:
             pooled = jnp.mean(wide, axis=(-3, -2), keepdims=True)
         else:
-            seen = jnp.arange(1, x.shape[-2] + 1, dtype=jnp.float32)
-            pooled = jnp.cumsum(wide, axis=-2) / seen.reshape(*(1,) * (x.ndim - 2), -1, 1)
+            count = jnp.arange(1, x.shape[-2] + 1, dtype=jnp.float32)
+            pooled = jnp.cumsum(wide, axis=-2) / count.reshape(*(1,) * (x.ndim - 2), -1, 1)
         inner = jax.nn.relu(pooled.astype(x.dtype) @ params["down"])
         return x * (2 * jax.nn.sigmoid(inner @ params["up"]) - 1)
 
@@ -93,8 +99,14 @@ def depthwise_conv(window: int = 3) -> Blueprint:
 
     Args:
       window: positions along each spatial axis.
+
+    Returns:
+      The blueprint.
+
+    Raises:
+      ValueError: `window` is no positive int.
     """
-    positive(window=window)
+    check_positive(window=window)
 
     def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         del key
@@ -117,8 +129,14 @@ def bottleneck_conv(width: int = 4, window: int = 3) -> Blueprint:
     Args:
       width: inner width R.
       window: positions of the inner convolution along each spatial axis.
+
+    Returns:
+      The blueprint.
+
+    Raises:
+      ValueError: an argument is no positive int.
     """
-    positive(width=width, window=window)
+    check_positive(width=width, window=window)
 
     def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         down_key, conv_key = jax.random.split(key)
@@ -151,8 +169,14 @@ def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
       width: width R of queries, keys and values.
       is_causal: on a sequence, whether a position sees only itself and its past; an image is
         always seen whole.
+
+    Returns:
+      The blueprint.
+
+    Raises:
+      ValueError: `width` is no positive int.
     """
-    positive(width=width)
+    check_positive(width=width)
 
     def init(key: Key, spec: AdapterSpec, dtype: DType) -> Params:
         return {
@@ -169,9 +193,9 @@ def self_attention(width: int = 8, is_causal: bool = True) -> Blueprint:
         scores = jnp.einsum("...tr,...sr->...ts", query, key).astype(jnp.float32) * width**-0.5
         if is_causal and not is_image:
             length = rows.shape[-2]
-            seen = jnp.tril(jnp.ones((length, length), bool))
-            seen = seen.reshape(*(1,) * (scores.ndim - 2), length, length)
-            scores = jnp.where(seen, scores, -jnp.inf)
+            is_visible = jnp.tril(jnp.ones((length, length), bool))
+            is_visible = is_visible.reshape(*(1,) * (scores.ndim - 2), length, length)
+            scores = jnp.where(is_visible, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         r: Array = jnp.einsum("...ts,...sr->...tr", weights, value) @ params["up"]
         return r.reshape(x.shape)

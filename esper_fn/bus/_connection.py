@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+from pathlib import Path
 from typing import Any
 
 import hiredis
@@ -35,6 +36,7 @@ from esper_fn.bus._timing import CircuitBreaker
 from esper_fn.errors import BusAddressError, BusSecurityError, BusUnavailableError
 
 _CONNECT_SECONDS = 2.0
+_LUA = Path(__file__).parent / "lua"
 MAX_REPLY_BYTES = 4 << 20
 """Largest answer; a connection that brings more is dropped, as anybody may write entries."""
 
@@ -69,10 +71,15 @@ class _Parser(_AsyncHiredisParser):
 
 
 class Script:
-    """A Lua script with its digest."""
+    """A Lua script of the folder `lua`, which the server runs as one transaction.
 
-    def __init__(self, text: str) -> None:
-        self.text = text.strip()
+    Args:
+      name: name of its file.
+      shared: names of files with functions that it calls.
+    """
+
+    def __init__(self, name: str, *shared: str) -> None:
+        self.text = "".join((_LUA / f"{part}.lua").read_text("utf-8") for part in (*shared, name))
         self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address
 from esper_fn.bus._connection import Connection, OverlongReplyError, Script
 from esper_fn.bus._messages import Topic
@@ -18,10 +17,10 @@ from esper_fn.bus._transport import RUN_GROUP, RUN_NAME, exhausted_text
 from esper_fn.errors import BusError, BusUnavailableError
 
 _LOGGER = logging.getLogger(__name__)
-_REPAIR = Script(_scripts.REPAIR)
-_EXHAUSTED = Script(_scripts.EXHAUSTED)
-_PORTION = Script(_scripts.PORTION)
-_RUNS = Script(_scripts.RUNS)
+_REPAIR = Script("repair")
+_EXHAUSTED = Script("exhausted", "groups")
+_PORTION = Script("portion")
+_RUNS = Script("runs")
 _ANSWER_SECONDS = 5.0
 """How long to wait for an answer, unless a read waits for entries."""
 _LEASES = "esper:{*}:lease"
@@ -98,7 +97,7 @@ class Keyspace:
         return await run(script, keys, arguments)
 
     async def portion(self, keys: list[str], arguments: list[Any]) -> Any:
-        """Runs the script `PORTION`, on a connection of its own, as it may take long."""
+        """Runs the script `portion`, on a connection of its own, as it may take long."""
         connection = self.connection("portions")
         return await connection.run(_PORTION, keys, arguments, timeout_seconds=_ANSWER_SECONDS)
 

@@ -28,7 +28,7 @@ _MAX_ENTRIES = 500
 
 
 def settlement_arguments(lease: Lease, settlement: Settlement) -> list[Any]:
-    """The arguments of the script `SETTLE`, in its order."""
+    """The arguments of the script `settle`, in its order."""
     acks = {topic: settlement.acks.get(topic, ()) for topic in COMMAND_TOPICS}
     arguments: list[Any] = [
         lease.epoch,
@@ -95,7 +95,7 @@ def _max_stored_bytes(topic: Topic) -> int:
 def attachment(
     holder: str, streams: Mapping[str, Topic], answer: list[Any]
 ) -> tuple[Attachment, dict[Topic, dict[str, int]]]:
-    """An answer to the script `ATTACH`.
+    """An answer to the script `attach`.
 
     Args:
       holder: holder of the lease.
@@ -138,7 +138,7 @@ class Portion(NamedTuple):
 
 
 class Portions:
-    """Reads streams by the script `PORTION`, which limits every answer to about `READ_BYTES`.
+    """Reads streams by the script `portion`, which limits every answer to about `READ_BYTES`.
 
     An ordinary command may answer with more than `MAX_REPLY_BYTES`, as anybody can write entries of
     any size. The script withholds those that are too large. It costs the server more and cannot

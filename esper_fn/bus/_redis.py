@@ -10,7 +10,6 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from esper_fn.bus import _scripts
 from esper_fn.bus._address import Address, check_reach
 from esper_fn.bus._connection import OverlongReplyError, Script
 from esper_fn.bus._keyspace import Keyspace
@@ -49,11 +48,11 @@ _LONGEST_BLOCK_SECONDS = 20.0
 """A blocking read is repeated after that, to notice a connection that is silently dead."""
 _BLOCK_GRACE_SECONDS = 3.0
 
-_PUBLISH = Script(_scripts.PUBLISH)
-_ATTACH = Script(_scripts.ATTACH)
-_RENEW = Script(_scripts.RENEW)
-_RELEASE = Script(_scripts.RELEASE)
-_SETTLE = Script(_scripts.SETTLE)
+_PUBLISH = Script("publish")
+_ATTACH = Script("attach", "newest", "before")
+_RENEW = Script("renew", "newest", "before", "groups")
+_RELEASE = Script("release")
+_SETTLE = Script("settle", "newest")
 _MISSING = ("NOGROUP", "UNBLOCKED", "WRONGTYPE")
 """How a server says that a group or its stream does not exist (any more)."""
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from esper_fn._text import plain
 from esper_fn.demo import jobs
 from esper_fn.demo.hosts import count_parameters
-from esper_fn.report._words import ACCURACY_KEY, DIFFERENCE_KEY, PARAMS_KEY
+from esper_fn.report._words import ACCURACY_KEY, DIFFERENCE_KEY, PARAMS_KEY, STAGES
 
 _ARMS = {
     "host": "host, no growth",
@@ -21,19 +21,6 @@ _ARMS = {
     "uniform": "grown in every layer",
     "random": "grown at random",
     "static": "static, equal size",
-}
-_SHORT = {
-    "DORMANT": "dormant",
-    "GERMINATED": "germinated",
-    "TRAINING": "training",
-    "GRAFTING": "grafting",
-    "STABILIZATION": "stabilizing",
-    "EVALUATING": "evaluating",
-    "FINE_TUNING": "fine-tuning",
-    "FOSSILIZED": "fossil",
-    "CULLED": "culled",
-    "CANCELLED": "cancelled",
-    "ROLLED_BACK": "rolled back",
 }
 _SECONDS_BETWEEN_LINES = 0.5
 
@@ -72,7 +59,8 @@ class Screen:
             return
         self._last = now
         stages = ", ".join(
-            f"{count} {_SHORT[stage]}" for stage, count in (progress.stages or {}).items()
+            f"{count} {STAGES[stage].label.lower()}"
+            for stage, count in (progress.stages or {}).items()
         )
         self._console.print(
             f"  {_ARMS[progress.arm]:<21} step {progress.step:>6,}  loss {progress.loss:7.4f}  "
@@ -86,12 +74,9 @@ class Screen:
         self._done += 1
         if self._repeats == 1:
             return
+        scores = ", ".join(f"{arm} {row[key]:.1%}" for arm, key in ACCURACY_KEY.items())
         self._console.print(
-            f"run {self._done}/{self._repeats}, seed {row['seed']}: "
-            f"host {row['host_accuracy']:.1%}, grown {row['grown_accuracy']:.1%}, "
-            f"uniform {row['uniform_growth_accuracy']:.1%}, "
-            f"random {row['random_growth_accuracy']:.1%}, "
-            f"static {row['static_equal_params_accuracy']:.1%}  "
+            f"run {self._done}/{self._repeats}, seed {row['seed']}: {scores}  "
             f"({row['seeds_fossilized']} kept, {row['seeds_culled']} removed, "
             f"{row['wall_seconds']:.0f} s)",
             soft_wrap=True,

@@ -314,10 +314,12 @@ def adaptive(
         countdown = jnp.where(
             observation.is_spike, state.calm_steps, jnp.maximum(state.countdown - 1, 0.0)
         )
-        of_momentum, quick = fast.update(state.momentum, observation, alpha)
+        momentum_state, quick = fast.update(state.momentum, observation, alpha)
         quick = jnp.where(observation.drift <= state.max_drift, quick, alpha)
-        of_stability, slow = careful.update(state.stability, observation, alpha)
-        state = state._replace(momentum=of_momentum, stability=of_stability, countdown=countdown)
+        stability_state, slow = careful.update(state.stability, observation, alpha)
+        state = state._replace(
+            momentum=momentum_state, stability=stability_state, countdown=countdown
+        )
         return state, jnp.where(countdown > 0, slow, quick)
 
     return AlphaSchedule("adaptive", init, update, fast.max_step)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from esper_fn._arguments import check_numbers
-from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import OWNS_ADAPTER, is_in
-from esper_fn.lifecycle._commands import Requests
-from esper_fn.policies._base import Observation, Policy, rule
+from esper_fn.policies._base import Observation, Policy, Requests, rule
 from esper_fn.policies._select import (
     Score,
     blueprint_by_group,
     check_arguments,
-    request_best,
+    request_best_if,
     score_index,
 )
 
@@ -84,39 +83,40 @@ def grow(
             last=jnp.int32(-1),
         )
 
-    def decide(
-        layout: Layout, state: GrowState, observation: Observation, requests: Requests, key: Key
-    ) -> tuple[GrowState, Requests]:
-        is_first = state.last < 0
-        is_due = is_first | ((observation.step - state.last >= state.every) & _pays(observation))
-        is_blind = (state.score == score_index("potential")) & ~jnp.any(
-            observation.seeds.num_potentials > 0
-        )
-        reads_potential = (state.score == score_index("potential")) & ~is_blind
-        seeds = observation.seeds
-        best = jnp.max(jnp.where(seeds.num_potentials > 0, seeds.potential, 0.0))
-        reference = jnp.where(is_first | (state.reference <= 0), best, state.reference)
-        after = cond(
-            is_due,
-            lambda requests: request_best(
-                layout,
-                observation,
-                requests,
-                score=jnp.where(is_blind, score_index("even"), state.score),
-                blueprint=blueprint,
-                count=layout.num_seeds if count is None else count,
-                key=key,
-                floor=jnp.where(reads_potential, state.min_share * reference, -jnp.inf),
-                # The last adapter of the seed had a negative contribution.
-                is_barred=(seeds.contribution < 0) & (seeds.potential <= reference),
-            ),
-            lambda requests: requests,
-            requests,
-        )
-        last = jnp.where(is_due, observation.step, state.last)
-        return state._replace(last=last, reference=reference), after
+    return rule("grow", init, partial(_decide, blueprint, count))
 
-    return rule("grow", init, decide)
+
+def _decide(
+    blueprint: str | None,
+    count: int | None,
+    layout: Layout,
+    state: GrowState,
+    observation: Observation,
+    requests: Requests,
+    key: Key,
+) -> tuple[GrowState, Requests]:
+    seeds = observation.seeds
+    is_first = state.last < 0
+    is_due = is_first | ((observation.step - state.last >= state.every) & _pays(observation))
+    is_by_potential = state.score == score_index("potential")
+    has_survey = jnp.any(seeds.num_potentials > 0)
+    best = jnp.max(jnp.where(seeds.num_potentials > 0, seeds.potential, 0.0))
+    reference = jnp.where(is_first | (state.reference <= 0), best, state.reference)
+    after = request_best_if(
+        is_due,
+        layout,
+        observation,
+        requests,
+        score=jnp.where(is_by_potential & ~has_survey, score_index("even"), state.score),
+        blueprint=blueprint,
+        count=layout.num_seeds if count is None else count,
+        key=key,
+        floor=jnp.where(is_by_potential & has_survey, state.min_share * reference, -jnp.inf),
+        # The last adapter of the seed had a negative contribution.
+        is_barred=(seeds.contribution < 0) & (seeds.potential <= reference),
+    )
+    last = jnp.where(is_due, observation.step, state.last)
+    return state._replace(last=last, reference=reference), after
 
 
 def _pays(observation: Observation) -> Bool[Array, ""]:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from esper_fn._arguments import check_counts, check_numbers, described
-from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._leaves import LARGEST
 from esper_fn._records import record
 from esper_fn._typing import Array, Float32, Int32, Key
-from esper_fn.commands import Command, Commands
-from esper_fn.commands._pack import pack
+from esper_fn.commands import Command, Commands, pack
 from esper_fn.lifecycle import Stage
-from esper_fn.lifecycle._commands import Requests
-from esper_fn.policies._base import Observation, Policy, rule
+from esper_fn.policies._base import Observation, Policy, Requests, rule
 from esper_fn.policies._select import (
     Score,
     blueprint_by_group,
     check_arguments,
-    request_best,
+    request_best_if,
     score_index,
 )
 
@@ -84,19 +82,15 @@ def periodic(
     ) -> tuple[PeriodicState, Requests]:
         num_steps = observation.step - state.start
         is_due = (num_steps >= 0) & (num_steps % state.every == 0)
-        return state, cond(
+        return state, request_best_if(
             is_due,
-            lambda requests: request_best(
-                layout,
-                observation,
-                requests,
-                score=state.score,
-                blueprint=blueprint,
-                count=count,
-                key=key,
-            ),
-            lambda requests: requests,
+            layout,
+            observation,
             requests,
+            score=state.score,
+            blueprint=blueprint,
+            count=count,
+            key=key,
         )
 
     def init(layout: Layout) -> PeriodicState:
@@ -163,35 +157,37 @@ def plateau(
             last_gain=jnp.int32(0),
         )
 
-    def decide(
-        layout: Layout, state: PlateauState, observation: Observation, requests: Requests, key: Key
-    ) -> tuple[PlateauState, Requests]:
-        loss = observation.loss.slow
-        is_known = observation.loss.num_steps > 0
-        has_fallen = is_known & (loss < state.best - state.min_gain * jnp.abs(loss))
-        seeds = observation.seeds
-        is_newborn = (seeds.stage == Stage.GERMINATED) & (seeds.steps_in_stage == 0)
-        has_grown = jnp.any(is_newborn & ~seeds.is_paused)
-        state = state._replace(
-            best=jnp.where(has_fallen, loss, state.best),
-            last_gain=jnp.where(has_fallen | has_grown, observation.step, state.last_gain),
-        )
-        return state, cond(
-            observation.step - state.last_gain >= state.patience,
-            lambda requests: request_best(
-                layout,
-                observation,
-                requests,
-                score=state.score,
-                blueprint=blueprint,
-                count=count,
-                key=key,
-            ),
-            lambda requests: requests,
-            requests,
-        )
+    return rule("plateau", init, partial(_decide_plateau, blueprint, count))
 
-    return rule("plateau", init, decide)
+
+def _decide_plateau(
+    blueprint: str | None,
+    count: int,
+    layout: Layout,
+    state: PlateauState,
+    observation: Observation,
+    requests: Requests,
+    key: Key,
+) -> tuple[PlateauState, Requests]:
+    loss, seeds = observation.loss, observation.seeds
+    bound = state.best - state.min_gain * jnp.abs(loss.slow)
+    has_fallen = (loss.num_steps > 0) & (loss.slow < bound)
+    is_newborn = (seeds.stage == Stage.GERMINATED) & (seeds.steps_in_stage == 0)
+    has_grown = jnp.any(is_newborn & ~seeds.is_paused)
+    state = state._replace(
+        best=jnp.where(has_fallen, loss.slow, state.best),
+        last_gain=jnp.where(has_fallen | has_grown, observation.step, state.last_gain),
+    )
+    return state, request_best_if(
+        observation.step - state.last_gain >= state.patience,
+        layout,
+        observation,
+        requests,
+        score=state.score,
+        blueprint=blueprint,
+        count=count,
+        key=key,
+    )
 
 
 @record
@@ -211,7 +207,7 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
       grafts: names of the growth's alpha schedules, in order, where a command names one.
 
     Returns:
-      The policy. Its `init` raises what `Growth.commands` raises.
+      The policy. Its `init` raises what `esper_fn.commands.pack` raises.
 
     Raises:
       TypeError: an event is no such pair.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import check_counts
+from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
+from esper_fn.commands import Kind
 from esper_fn.lifecycle import NONE, Stage
-from esper_fn.lifecycle._commands import Kind, Requests
-from esper_fn.policies._base import Observation, request
+from esper_fn.policies._base import Observation, Requests, request
 
 Score: TypeAlias = Literal["potential", "gradient", "random", "even"]
 _SCORES = ("potential", "gradient", "random", "even")
@@ -172,6 +173,23 @@ def request_best(
     row = jnp.where(fits, index, layout.num_seeds)
     is_new = jnp.zeros(seeds.stage.shape, bool).at[row].set(True, mode="drop")
     return request(requests, is_new, seed_blueprint, worth)
+
+
+def request_best_if(
+    is_due: Bool[Array, ""],
+    layout: Layout,
+    observation: Observation,
+    requests: Requests,
+    **arguments: Any,
+) -> Requests:
+    """`request_best` with these arguments, computed only where it is due."""
+    result: Requests = cond(
+        is_due,
+        lambda requests: request_best(layout, observation, requests, **arguments),
+        lambda requests: requests,
+        requests,
+    )
+    return result
 
 
 def _scores(

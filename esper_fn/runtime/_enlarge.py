@@ -64,15 +64,14 @@ def enlarge(
 `growth.seeds`; others the growth's own |
     | `growth.policy`, `growth.governor`, what wraps the optimiser | as before where structure and \
 shapes are the same, else from the beginning |
-    | `growth.directions` | cleared until the next survey |
+    | `growth.memory` | forgotten until the next survey |
     | `ring` | snapshots begin now: no roll-back goes back beyond this moment |
 
-    Shapes are larger then, so programs compile again. Arrays lie on the default device.
+    Programs compile again then. Arrays lie on the default device.
 
     Args:
-      source: a state, which is not changed, as `Fit.state`; or a step that `checkpoint.restore`
-        read back whole, whose value is a state, or a dict that has one, or a dict with `params`,
-        `opt_state` and `growth`. A `GrowthState` is for loops with an optimiser of their own.
+      source: a state, which is not changed; or a step that `checkpoint.restore` read back whole,
+        whose value is a state or a dict with one, or with `params`, `opt_state` and `growth`.
       growth: the larger one; blueprints are recognised by their names.
       optimizer: the one of the run; needless for a `GrowthState`.
       key: for the new slots' adapters.
@@ -151,8 +150,8 @@ def _growth_state(
         changes.append(f"growth.seeds: {num_new} new, dormant")
     if (num_new := int((sources.slot == NONE).sum())) > 0:
         changes.append(f"growth.adapters, opt_state.adapters: {num_new} new slots, fresh")
-    if fresh.directions is not None or saved.directions is not None:
-        changes.append("growth.directions: cleared until the next survey")
+    if fresh.memory is not None or saved.memory is not None:
+        changes.append("growth.memory: forgotten until the next survey")
 
     def restart_or_keep(name: str) -> Any:
         old, own = getattr(saved, name), getattr(fresh, name)

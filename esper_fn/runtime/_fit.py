@@ -52,10 +52,10 @@ def fit(
     checkpoints: Checkpoints | None = None,
     steering: Steering | None = None,
 ) -> Fit:
-    """Trains and grows.
+    """Trains and grows, in compiled segments of steps.
 
-    Steps run in compiled segments; commands are applied and results reported between segments,
-    never inside one. A segment of one step is two programs, and commands are applied between them.
+    Commands are applied and results reported between segments, never inside one. A segment of one
+    step is two programs, and commands are applied between them.
 
     Args:
       growth: the static part.
@@ -66,19 +66,15 @@ def fit(
       num_steps: in all.
       key: for adapters and policies.
       survey_batch: a held-out batch for surveys, needless without them.
-      start: the growth to start from, or a whole state, whose parameters and snapshots are taken
-        then; `growth.init(key)` when left out.
+      start: the growth, or a whole state, to start from; `growth.init(key)` when left out.
       options: intervals and limits; `FitOptions()` when left out.
       program: from `compile_fit`, to share one compilation between runs.
       commands: `commands(step)` gives the commands of that step; they are applied at its end.
       listener: called after each segment.
-      should_stop: called after each segment; True ends the run there, saved if there are
-        `checkpoints`. See `termination`.
-      checkpoints: saves, and goes on from what was saved. A run that goes on is bit for bit the one
-        that was never stopped, its record included; the listener hears only of new segments.
-        Thresholds and other numbers of state are those saved, whatever the arguments say.
-      steering: from `steer`, opened: commands come in and reports go out over a bus, between
-        segments, in place of `commands`. A stop ends the run as `should_stop` does.
+      should_stop: called after each segment; True ends the run. See `termination`.
+      checkpoints: saves, and resumes from what was saved: bit for bit the run that was never
+        stopped. Numbers of the state are those saved, whatever the arguments say.
+      steering: from `steer`, opened: commands come and reports go over a bus, between segments.
 
     Returns:
       The last state and the record of the run.
@@ -86,18 +82,13 @@ def fit(
     Raises:
       ResumeError: the folder holds a run with other settings; names the first that differs.
       NoCheckpointError: it holds steps, but none is sound.
-      NonFiniteLossError: the loss is not finite and there is no snapshot to go back to, or going
-        back did not help.
+      NonFiniteLossError: the loss is not finite, and a roll-back is impossible or did not help.
     """
-    hooks = Hooks(
-        commands=commands, listener=listener, should_stop=should_stop, checkpoints=checkpoints
-    )
+    hooks = Hooks(commands, listener, should_stop, checkpoints)
     options = options or FitOptions()
     if steering is not None:
         options = replace(options, max_commands=steering.max_commands)
         hooks = steered(hooks, steering)
-    if options.survey_every is not None:
-        check_survey_batch(survey_batch)
     program = program or compile_fit(growth, loss_fn, optimizer, survey_every=options.survey_every)
     state = _first_state(growth, optimizer, params, key, start, options)
     run = _Run(growth, program, checked_batches(batches), survey_batch, options, hooks, num_steps)
@@ -142,6 +133,8 @@ class _Run:
         hooks: Hooks,
         num_steps: int,
     ) -> None:
+        if options.survey_every is not None:
+            check_survey_batch(survey_batch)
         if program.survey_every != options.survey_every:
             raise ValueError(
                 f"program was compiled with survey_every={program.survey_every!r}, options have "

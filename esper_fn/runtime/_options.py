@@ -50,27 +50,27 @@ class FitOptions:
                 raise ValueError(f"{name} must be an int, at least {bound}, got {value!r}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Hooks:
     """Who acts on a run between its segments.
 
     Attributes:
       commands: gives the commands of the segment that begins with a step.
-      answer: gets a segment's first step, and a function that brings its `Outcomes` to the host.
       listener: gets each segment.
-      should_start: whether to begin at all; called once.
       should_stop: whether to end; called after each segment.
-      should_save: whether to save now; called after each segment.
       checkpoints: where to save.
+      should_start: whether to begin at all; called once.
+      should_save: whether to save now; called after each segment.
+      answer: gets a segment's first step, and a function that brings its `Outcomes` to the host.
     """
 
     commands: Callable[[int], Sequence[Command]] | None = None
-    answer: Callable[[int, Callable[[], Any]], None] | None = None
     listener: Listener | None = None
-    should_start: Callable[[], bool] | None = None
     should_stop: Callable[[], bool] | None = None
-    should_save: Callable[[], bool] | None = None
     checkpoints: Checkpoints | None = None
+    should_start: Callable[[], bool] | None = None
+    should_save: Callable[[], bool] | None = None
+    answer: Callable[[int, Callable[[], Any]], None] | None = None
 
 
 def steered(hooks: Hooks, steering: Steering) -> Hooks:

@@ -97,7 +97,7 @@ def pack(state: TrainState) -> TrainState:
     if state.ring is None:
         return state
     snapshots = tuple(
-        jax.tree.map(_row(place), state.ring.snapshots) for place in range(state.ring.num_snapshots)
+        jax.tree.map(_row(index), state.ring.snapshots) for index in range(state.ring.num_snapshots)
     )
     ring: Any = PackedRing(**{**state.ring._asdict(), "snapshots": snapshots})
     return state._replace(ring=ring)
@@ -116,8 +116,8 @@ def parts_of(state: TrainState) -> tuple[str, ...]:
     """The `parts` of `Writer.save` for `{"state": pack(state)}`: what is stored on its own."""
     size = 0 if state.ring is None else state.ring.num_snapshots
     names = ["params", "opt_state", "growth"]
-    for place in range(size):
-        names += [f"ring/snapshots/{place}/{name}" for name in ("params", "opt_state")]
+    for index in range(size):
+        names += [f"ring/snapshots/{index}/{name}" for name in ("params", "opt_state")]
     return tuple(f"state/{name}" for name in names)
 
 
@@ -141,12 +141,12 @@ def example(state: TrainState) -> TrainState:
     return state._replace(ring=ring)
 
 
-def _row(place: int) -> Any:
+def _row(index: int) -> Any:
     def read(leaf: Any) -> Any:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         if is_key or jax.default_backend() != "cpu":
-            return leaf[place]
-        return np.asarray(leaf)[place]
+            return leaf[index]
+        return np.asarray(leaf)[index]
 
     return read
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -24,3 +25,15 @@ def _one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels' reference serves a CPU, not Triton's interpreter, which may be loaded."""
+    from torch_bridge.backends import _statistics
+
+    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
+        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
+    _statistics.KERNEL_DEVICES.add("cpu")
+    yield
+    _statistics.KERNEL_DEVICES.discard("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,20 +12,26 @@ from torch.utils.checkpoint import checkpoint
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
-from torch_bridge import _kernels
+from torch_bridge.backends import Triton, _passes
 
 BLUEPRINTS = {"gated": ef.blueprints.gated(4), "low_rank": ef.blueprints.low_rank(2)}
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("make", "compiles"), [(Mlp, False), (Mlp, True), (Cnn, False)])
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+@pytest.mark.parametrize(
+    ("make", "compiles", "dtype", "stacked"),
+    [
+        (Mlp, False, torch.float32, False),
+        (Mlp, False, torch.bfloat16, True),
+        (Mlp, True, torch.float32, True),
+        (Mlp, True, torch.bfloat16, False),
+        (Cnn, False, torch.float32, True),
+        (Cnn, False, torch.bfloat16, False),
+    ],
+)
 def test_a_site_by_kernel_is_the_site_without(
     monkeypatch: Any, make: Any, dtype: torch.dtype, stacked: bool, compiles: bool
 ) -> None:
-    # The reference, not Triton's interpreter, which `tests/conftest.py` has loaded.
-    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
-        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
     model = make().to(dtype)
     names = ["fc1", "fc2"] if make is Mlp else ["conv1", "conv2"]
     bridge = grow(model, names, blueprints=BLUEPRINTS, stacked=stacked)
@@ -34,19 +39,17 @@ def test_a_site_by_kernel_is_the_site_without(
     place(bridge, {**rows, 3: ("low_rank", Stage.FOSSILIZED, 1.0)})
     x = torch.randn((5, 6) if make is Mlp else (2, 1, 6, 6), dtype=dtype)
     calls = []
-    forward = _kernels.forward
+    forward = Triton.forward
 
-    def counted(*told: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return forward(*told)
+        return forward(*arguments, **options)
 
-    monkeypatch.setattr(_kernels, "forward", counted)
+    monkeypatch.setattr(Triton, "forward", counted)
     found = []
-    for devices in (set(), {"cpu"}):
+    for order in ((_passes.REFERENCE,), _passes.BACKENDS):
         torch._dynamo.reset()
-        monkeypatch.setattr(_kernels, "DEVICES", devices)
-        for site in bridge.sites:
-            site.plan.bound.clear()
+        monkeypatch.setattr(_passes, "BACKENDS", order)
         run: nn.Module = torch.compile(model, backend="aot_eager") if compiles else model
         y = run(x)
         grads = gradients(model, y.float().square().sum())
@@ -65,14 +68,10 @@ def test_a_site_by_kernel_is_the_site_without(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiler_meets_the_kernels_themselves(
-    monkeypatch: Any, backend: str, stacked: bool
-) -> None:
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+def test_a_compiler_meets_the_kernels_themselves(backend: str, stacked: bool) -> None:
     """A site of one bank: no stage compiles anew, and all it computes is what eager code does."""
     torch._dynamo.reset()
-    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
-    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
-        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
     seen: list[str] = []
 
     def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -107,7 +106,7 @@ def test_a_compiler_meets_the_kernels_themselves(
         torch.testing.assert_close(own_statistics, statistics)
         for site, own in zip(bridge.sites, own_statistics, strict=True):
             if own is not None:
-                site.hear(own)
+                site.state.add(own)
         optimizer.step()
         stages |= set(bridge.step(loss, commands.get(step, ())).stage.tolist())
     assert stages >= {Stage.DORMANT, Stage.TRAINING, Stage.GRAFTING, Stage.CULLED}
@@ -122,12 +121,10 @@ class Checkpointed(Transformer):
         return self.head(x)
 
 
+@pytest.mark.usefixtures("kernels_on_a_cpu")
 @pytest.mark.parametrize("case", ["checkpointed", "batches", "frozen_host", "frozen_adapters"])
-def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -> None:
+def test_compiled_kernels_read_what_eager_ones_do(case: str) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
-    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
-        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
     is_deep = case == "checkpointed"
     model: nn.Module = Checkpointed() if is_deep else Mlp()
     host = list(model.parameters())
@@ -157,11 +154,9 @@ def test_compiled_kernels_read_what_eager_ones_do(monkeypatch: Any, case: str) -
     assert len(programs) == (2 if case == "batches" else 1)  # one for all further batch sizes
 
 
-def test_adapters_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+def test_adapters_in_another_dtype_are_another_call() -> None:
     # What was compiled for one dtype would read the other's bits, as under autocast.
-    monkeypatch.setattr(_kernels, "DEVICES", {"cpu"})
-    if (kernel := sys.modules.get("esper_kernels.graft.triton_cuda")) is not None:
-        monkeypatch.setattr(kernel, "IS_INTERPRETED", False)
     model = Mlp()
     bridge = grow(model, "fc1", blueprints=BLUEPRINTS)
     place(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.7)})
@@ -169,6 +164,5 @@ def test_adapters_in_another_dtype_are_another_call(monkeypatch: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         site.to(dtype)
         model(torch.randn(5, 6))
-        assert {case.case.adapter_dtype for case in site.plan.bound.values()} >= {
-            str(dtype).removeprefix("torch.")
-        }
+        calls = _passes.BACKENDS[0].calls[site.plan].values()
+        assert {call.case.adapter_dtype for call in calls} >= {str(dtype).removeprefix("torch.")}

@@ -241,5 +241,5 @@ def test_a_moved_model_grows_on(dtype: torch.dtype) -> None:
     loss = model(torch.randn(5, 6, dtype=dtype)).square().mean()
     loss.backward()
     assert loss.dtype == dtype
-    assert bridge.sites[0].heard[0].dtype == torch.float32
+    assert bridge.sites[0].state.statistics.dtype == torch.float32
     bridge.step(loss)

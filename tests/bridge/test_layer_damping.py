@@ -51,7 +51,7 @@ def by_hand(
     bank: str, bridge: Any, chunk: int, h: Tensor, dy: Tensor, damping: float
 ) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
     """`(d r / d theta)^T (dy + damping r)` and r in float64 by JAX's form; the adapter's name."""
-    cut = bridge.sites[0].plan.cut
+    cut = bridge.sites[0].plan.chunking
     own = slice(int(cut.starts[chunk]), int(cut.starts[chunk] + cut.sizes[chunk]))
     slot = int(bridge.state.seeds.slot[chunk])
     prefix = f"{bank}.{slot}."
@@ -81,7 +81,7 @@ def test_an_adapter_behind_the_host_descends_the_damped_objective(bank: str, cut
     x, dy = torch.randn(9, 6), torch.randn(9, CUTS[cut][0])
     found = pulled(model, bridge, x, dy)
     h = (x @ model[0].weight.T + model[0].bias).detach()
-    cut_of = bridge.sites[0].plan.cut
+    cut_of = bridge.sites[0].plan.chunking
     slope = torch.split(dy, cut_of.sizes.tolist(), dim=1)
     for chunk, damping in enumerate((DAMPING, DAMPING, 0.0)):
         wanted, r, prefix = by_hand(bank, bridge, chunk, h, dy, damping)
@@ -118,7 +118,7 @@ def test_learning_behind_the_host_ends_at_a_minimum(bank: str) -> None:
         optimizer.zero_grad()
         model(x).backward(dy)
         optimizer.step()
-        bridge.sites[0].take_heard()
+        bridge.sites[0].take_statistics()
     h = (x @ model[0].weight.T + model[0].bias).detach()
     for chunk in (0, 1):
         _, r, _ = by_hand(bank, bridge, chunk, h, dy, DAMPING)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from living import enliven, quiet, scatter
+from bridges import place
+from living import quiet, scatter
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import torch_bridge
+from esper_fn.lifecycle import Stage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
@@ -373,6 +375,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str, Callable[[Any], Any]]
     "own forward": (own_forward, X, "fc", nothing),
     "lazy": (lazy, X, "fc", nothing),
 }
+
+
+def enliven(bridge: torch_bridge.Bridge, noise: float = 0.3) -> None:
+    """Makes all seeds act for good, with random adapters."""
+    fossil = ("low_rank", Stage.FOSSILIZED, 1.0)
+    place(bridge, dict.fromkeys(range(bridge.layout.num_seeds), fossil), noise)
+    scatter(bridge, noise)
 
 
 def unwrapped(

@@ -55,11 +55,11 @@ def bits(leaf: Any) -> Any:
     return (type(leaf), leaf.hex() if isinstance(leaf, float) else leaf)
 
 
-def assert_same(one: Any, two: Any) -> None:
+def assert_same(first: Any, second: Any) -> None:
     """Equal structure, types and bits."""
-    assert jax.tree.structure(one) == jax.tree.structure(two)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
+        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
     ):
         assert bits(a) == bits(b), jax.tree_util.keystr(path)
 

@@ -117,9 +117,9 @@ def transformer() -> Job:
     source = np.random.default_rng(0)
     text = np.zeros(5000, np.int32)  # each sign is the sum of the two before it, or any
     text[:] = source.integers(0, 11, 5000)
-    for at in range(2, 5000):
+    for index in range(2, 5000):
         if source.random() < 0.9:
-            text[at] = (text[at - 1] + text[at - 2]) % 11
+            text[index] = (text[index - 1] + text[index - 2]) % 11
 
     def batches(first: int, count: int) -> Any:
         starts = (np.arange(first, first + count)[:, None] * 40 + 5 * np.arange(8)) % 4900
@@ -155,12 +155,12 @@ def main_job() -> Job:
 
 def digest(value: Any) -> str:
     """Of every bit of a value's leaves."""
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)  # noqa: PLW2901 -- the key's bits
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
+        whole.update(np.asarray(leaf).tobytes())
+    return whole.hexdigest()
 
 
 def main(folder: str, num_steps: str, every: str, seconds: str) -> int:

@@ -30,9 +30,9 @@ def restored(job: Job, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.R
     folder = tmp_path_factory.mktemp("enlarge") / "run"
     with checkpoint.Writer(folder, on_failure=fail) as writer:
         job.fit(num_steps=50, checkpoints=runtime.Checkpoints(writer=writer))
-    found = checkpoint.restore(folder)
-    assert (found.value["state"].growth.owner >= 0).sum() >= 2
-    return found
+    step = checkpoint.restore(folder)
+    assert (step.value["state"].growth.owner >= 0).sum() >= 2
+    return step
 
 
 def numbers(tree: Any) -> Any:
@@ -119,9 +119,9 @@ def adapter(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
     )
     assert seed.slot is not None
     assert seed.blueprint is not None
-    at = seed.slot - bank.start
-    assert 0 <= at < bank.num_slots
-    return jax.tree.map(lambda leaf: leaf[at], banks[seed.site][seed.blueprint])
+    row = seed.slot - bank.start
+    assert 0 <= row < bank.num_slots
+    return jax.tree.map(lambda leaf: leaf[row], banks[seed.site][seed.blueprint])
 
 
 def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoint.Restored) -> None:
@@ -134,8 +134,8 @@ def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoin
 
     old = jax.tree.map(jax.numpy.asarray, restored.value["state"])
     batch = jax.tree.map(lambda leaf: leaf[0], job.batches(50, 1))
-    before = job.loss_fn(old.params, job.growth.seeds(old.growth), batch)
-    after = loss_fn(state.params, growth.seeds(state.growth), batch)
+    before = jax.jit(job.loss_fn)(old.params, job.growth.seeds(old.growth), batch)
+    after = jax.jit(loss_fn)(state.params, growth.seeds(state.growth), batch)
     np.testing.assert_allclose(before, after, rtol=1e-6)
     done = runtime.fit(
         growth, loss_fn, job.optimizer, job.params, job.batches,
@@ -169,13 +169,13 @@ def test_what_lives_is_never_dropped(
 def test_refusals(job: Job, restored: checkpoint.Restored) -> None:
     def layout(**changes: Any) -> ef.Growth:
         old = job.growth.layout
-        given = {
+        arguments = {
             "sites": old.sites,
             "blueprints": {"bottleneck": old.blueprints[0]},
             "capacity": 2,
             **changes,
         }
-        return ef.Growth(**given, policy=job.growth.policy, graft=ef.grafting.linear(12))
+        return ef.Growth(**arguments, policy=job.growth.policy, graft=ef.grafting.linear(12))
 
     wide = [ef.site(job.growth.layout.sites[0].name, features=8, chunks=4)]
     for growth, message in (

@@ -153,8 +153,8 @@ def test_orbax_alone_would_have_read_the_flipped_bit(run: Path) -> None:
     part = next(
         folder for folder in (step_folder(run, 2) / "data").iterdir() if folder in file.parents
     )
-    found = _orbax.read(part, {"leaf0": ((300_000,), np.dtype(np.float32))})["leaf0"]
-    assert (found != value(2, big=300_000)["big"]).sum() == 1
+    arrays = _orbax.read(part, {"leaf0": ((300_000,), np.dtype(np.float32))})["leaf0"]
+    assert (arrays != value(2, big=300_000)["big"]).sum() == 1
 
 
 def test_what_was_read_is_compared_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +162,9 @@ def test_what_was_read_is_compared_too(run: Path, monkeypatch: pytest.MonkeyPatc
     read = _orbax.read
 
     def late(folder: Path, expected: Any) -> Any:
-        found = {name: array.copy() for name, array in read(folder, expected).items()}
-        next(iter(found.values())).reshape(-1).view(np.uint8)[3] ^= 1
-        return found
+        arrays = {name: array.copy() for name, array in read(folder, expected).items()}
+        next(iter(arrays.values())).reshape(-1).view(np.uint8)[3] ^= 1
+        return arrays
 
     monkeypatch.setattr(_orbax, "read", late)
     with pytest.raises(CorruptCheckpointError, match="is not the one that was saved"):

@@ -132,7 +132,7 @@ def test_a_newer_format_stays(tmp_path: Path) -> None:
     back = newer_format(folder)
     save_next(folder)
     decisions = checkpoint.prune(folder, checkpoint.latest(1))
-    assert [one.is_kept for one in decisions] == [True] * 4
+    assert [decision.is_kept for decision in decisions] == [True] * 4
     with checkpoint.Writer(folder, on_failure=fail) as writer:
         writer.save(5, value(5))
     back()
@@ -184,7 +184,9 @@ def test_a_newest_step_that_cannot_be_read_is_passed_over_said_and_stays(
                     checkpoint.restore(copy, 3)
                 restored = writer.restore()
             assert restored.step == 2
-            assert [(one.step, one.verdict) for one in restored.passed_over] == [(3, "unreadable")]
+            assert [(decision.step, decision.verdict) for decision in restored.passed_over] == [
+                (3, "unreadable")
+            ]
             writer.save(3, value(3))  # the run comes there again
             writer.save(4, value(4))
         (aside,) = (copy / "set_aside").iterdir()

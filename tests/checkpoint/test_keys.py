@@ -47,19 +47,19 @@ for _kind in (Color, Level, Word, Right):
     checkpoint.register(_kind, f"tests.{_kind.__name__}")
 
 
-def same(one: Any, two: Any) -> None:
+def same(first: Any, second: Any) -> None:
     """Equal to the last bit, keys of the same types in the same order (JAX cannot sort them)."""
-    assert type(one) is type(two)
-    if isinstance(one, dict):
-        assert [(type(k), repr(k)) for k in one] == [(type(k), repr(k)) for k in two]
-        for a, b in zip(one.values(), two.values(), strict=True):
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert [(type(k), repr(k)) for k in first] == [(type(k), repr(k)) for k in second]
+        for a, b in zip(first.values(), second.values(), strict=True):
             same(a, b)
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
             same(a, b)
     else:
-        assert bits(one) == bits(two)
+        assert bits(first) == bits(second)
 
 
 TREE: dict[Any, Any] = {

@@ -57,13 +57,13 @@ def stopped_at(job: Job, folder: Path, step: int, **options: Any) -> runtime.Fit
     return second
 
 
-def assert_same_run(one: runtime.Fit, two: runtime.Fit) -> None:
-    np.testing.assert_array_equal(one.losses, two.losses)
-    assert one.events == two.events
-    assert_same(one.state, two.state)
+def assert_same_run(first: runtime.Fit, second: runtime.Fit) -> None:
+    np.testing.assert_array_equal(first.losses, second.losses)
+    assert first.events == second.events
+    assert_same(first.state, second.state)
     for name in ("num_rollbacks", "num_parameters", "adapter_flops", "num_passes", "survey_flops"):
-        assert getattr(one, name) == getattr(two, name), name
-    assert one.rollbacks == two.rollbacks
+        assert getattr(first, name) == getattr(second, name), name
+    assert first.rollbacks == second.rollbacks
 
 
 def test_the_run_has_something_to_lose(whole: runtime.Fit) -> None:
@@ -224,7 +224,7 @@ def test_a_failing_disk_does_not_end_training_and_is_told_within_one_interval(
 ) -> None:
     from esper_fn.checkpoint import _orbax
 
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
     when: list[int] = []
     write, calls = _orbax.write, 0
 
@@ -238,13 +238,13 @@ def test_a_failing_disk_does_not_end_training_and_is_told_within_one_interval(
     monkeypatch.setattr(_orbax, "write", sometimes)
 
     def listen(segment: runtime.Segment) -> None:
-        when.append(len(told))
+        when.append(len(errors))
 
-    with checkpoint.Writer(tmp_path, on_failure=told.append) as writer:
+    with checkpoint.Writer(tmp_path, on_failure=errors.append) as writer:
         saving = runtime.Checkpoints(writer=writer, every_steps=20)
         done = job.fit(num_steps=STEPS, checkpoints=saving, listener=listen)
     assert_same_run(whole, done)
-    assert len(told) == 2
+    assert len(errors) == 2
     # Saved after 60 steps and failed; known when the next step is saved, after 80.
     assert when[80 // 5] == 1
     assert checkpoint.steps(tmp_path)[-1] == STEPS
@@ -374,8 +374,8 @@ def test_sigterm_saves_at_the_segments_end_and_exits_with_0_and_a_fresh_process_
     after, _ = start(tmp_path / "run", 60, 1000, 0).communicate(timeout=60)
     assert f"resumed {step} done 60 saved 60" in after
     never_stopped = job.fit(num_steps=60)
-    wanted = digest((never_stopped.state, never_stopped.losses))
-    assert f"digest {wanted} {never_stopped.events}" in after
+    expected = digest((never_stopped.state, never_stopped.losses))
+    assert f"digest {expected} {never_stopped.events}" in after
 
 
 # --- long ones ---------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ def history(*numbers: int, size: int = 10, **metrics: list[float]) -> list[Step]
     ]
 
 
-def kept(keep: Retention, steps: list[Step], **options: Any) -> list[int]:
-    given = {"protected": {}, **options}
-    return [one.step for one in decide(keep, steps, **given) if one.is_kept]
+def chosen(keep: Retention, steps: list[Step], **options: Any) -> list[int]:
+    arguments = {"protected": {}, **options}
+    return [row.step for row in decide(keep, steps, **arguments) if row.is_kept]
 
 
 STEPS = history(0, 100, 200, 250, 300, 400, loss=[9, 3, 5, float("nan"), 3, 4])
@@ -60,36 +60,36 @@ STEPS = history(0, 100, 200, 250, 300, 400, loss=[9, 3, 5, float("nan"), 3, 4])
     ],
 )
 def test_table(keep: Retention, expected: list[int]) -> None:
-    assert kept(keep, STEPS) == expected
+    assert chosen(keep, STEPS) == expected
 
 
 def test_protected_steps_stay_and_count_first() -> None:
-    assert kept(within_bytes(20), STEPS, protected={0: "last good"}) == [0, 400]
-    assert kept(latest(1), STEPS, protected={100: "pinned"}) == [100, 400]
+    assert chosen(within_bytes(20), STEPS, protected={0: "last good"}) == [0, 400]
+    assert chosen(latest(1), STEPS, protected={100: "pinned"}) == [100, 400]
 
 
 def test_room_is_made_for_a_step_about_to_be_written() -> None:
-    assert kept(within_bytes(30), STEPS, incoming_bytes=10) == [300, 400]
-    assert kept(latest(3) & within_bytes(30), STEPS, incoming_bytes=25) == []
+    assert chosen(within_bytes(30), STEPS, incoming_bytes=10) == [300, 400]
+    assert chosen(latest(3) & within_bytes(30), STEPS, incoming_bytes=25) == []
 
 
 def test_shared_files_count_once() -> None:
     steps = [Step(step=n, blobs={"host": 100, f"own {n}": 1}, metrics={}) for n in range(5)]
-    assert kept(within_bytes(103), steps) == [2, 3, 4]
+    assert chosen(within_bytes(103), steps) == [2, 3, 4]
 
 
 def test_damaged_steps_go_once_a_sound_one_is_newer() -> None:
     bad = Step(step=150, blobs={}, metrics={"loss": 0.0}, is_sound=False)
     newest = Step(step=500, blobs={}, metrics={}, is_sound=False)
-    decisions = {one.step: one for one in decide(everything(), [*STEPS, bad, newest], protected={})}
+    decisions = {row.step: row for row in decide(everything(), [*STEPS, bad, newest], protected={})}
     assert not decisions[150].is_kept
     assert decisions[500].is_kept
     assert "no newer step is sound" in decisions[500].why
-    assert 150 not in kept(best(1, "loss"), [*STEPS, bad])
+    assert 150 not in chosen(best(1, "loss"), [*STEPS, bad])
 
 
 def test_every_decision_says_why() -> None:
-    rows = {one.step: one.why for one in decide(latest(1) | best(1, "loss"), STEPS, protected={})}
+    rows = {row.step: row.why for row in decide(latest(1) | best(1, "loss"), STEPS, protected={})}
     assert rows[400] == "among the latest 1"
     assert rows[300] == "among the 1 best by loss (3)"
     assert rows[0] == "not kept by (latest(1) | best(1, 'loss', 'min'))"
@@ -136,7 +136,7 @@ HISTORIES = st.lists(
         metrics=st.dictionaries(st.just("loss"), st.floats()),
         is_sound=st.booleans(),
     ),
-    unique_by=lambda one: one.step,
+    unique_by=lambda row: row.step,
 )
 
 
@@ -144,20 +144,20 @@ HISTORIES = st.lists(
 def test_protected_steps_never_go_and_each_step_is_decided_once(
     keep: Retention, steps: list[Step], data: st.DataObject
 ) -> None:
-    numbers = [one.step for one in steps]
+    numbers = [row.step for row in steps]
     shielded = data.draw(st.sets(st.sampled_from(numbers))) if numbers else set()
     decisions = decide(keep, steps, protected=dict.fromkeys(shielded, "why"))
-    assert [one.step for one in decisions] == sorted(numbers)
-    assert all(one.is_kept for one in decisions if one.step in shielded)
+    assert [row.step for row in decisions] == sorted(numbers)
+    assert all(row.is_kept for row in decisions if row.step in shielded)
     assert decisions == decide(keep, reversed(steps), protected=dict.fromkeys(shielded, "why"))
 
 
 @given(st.integers(1, 100), HISTORIES, st.integers(0, 50))
 def test_what_a_budget_keeps_fits_it(budget: int, steps: list[Step], incoming: int) -> None:
-    sound = [one for one in steps if one.is_sound]
+    sound = [row for row in steps if row.is_sound]
     decisions = decide(within_bytes(budget), sound, protected={}, incoming_bytes=incoming)
     blobs: dict[str, int] = {}
-    for one in sorted(sound, key=lambda one: -one.step):
-        if {d.step: d.is_kept for d in decisions}[one.step]:
-            blobs |= one.blobs
+    for row in sorted(sound, key=lambda row: -row.step):
+        if {d.step: d.is_kept for d in decisions}[row.step]:
+            blobs |= row.blobs
     assert sum(blobs.values()) + incoming <= budget or not blobs

@@ -65,8 +65,8 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
             state = run(state)
             writer.save(step, {"state": state})
     for step in range(3):
-        found = checkpoint.restore(tmp_path, step).value["state"]
-        assert np.unique(found).tolist() == [step + 1]
+        saved = checkpoint.restore(tmp_path, step).value["state"]
+        assert np.unique(saved).tolist() == [step + 1]
 
 
 def test_unchanged_parts_are_not_written_twice(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_prune_dry_run_says_and_does_nothing(tmp_path: Path) -> None:
     for step in range(4):
         checkpoint.save(tmp_path, step, {"x": np.full(2, step)})
     decisions = checkpoint.prune(tmp_path, checkpoint.every(2), dry_run=True)
-    assert [(one.step, one.is_kept, one.why) for one in decisions] == [
+    assert [(decision.step, decision.is_kept, decision.why) for decision in decisions] == [
         (0, True, "a multiple of 2"),
         (1, False, "not kept by every(2)"),
         (2, True, "a multiple of 2"),
@@ -181,25 +181,25 @@ def test_what_a_killed_writer_left_is_never_listed_and_goes(tmp_path: Path) -> N
 def test_a_failed_save_is_told_once_leaves_nothing_and_the_next_one_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
     write = _orbax.write
 
     def full(folder: Path, arrays: Any) -> None:
         write(folder, arrays)
         raise OSError(28, "No space left on device")
 
-    with checkpoint.Writer(tmp_path, on_failure=told.append) as writer:
+    with checkpoint.Writer(tmp_path, on_failure=errors.append) as writer:
         writer.save(1, {"x": np.ones(2)})
         writer.wait()
         monkeypatch.setattr(_orbax, "write", full)
         writer.save(2, {"x": np.ones(2)})
         assert not writer.wait()
-        assert [type(error) for error in told] == [OSError]
+        assert [type(error) for error in errors] == [OSError]
         assert list((tmp_path / ".work").iterdir()) == []
         monkeypatch.setattr(_orbax, "write", write)
         writer.save(3, {"x": np.ones(2)})
         assert writer.wait()
-        assert (writer.num_saved, writer.num_failed, len(told)) == (2, 1, 1)
+        assert (writer.num_saved, writer.num_failed, len(errors)) == (2, 1, 1)
     assert checkpoint.steps(tmp_path) == [1, 3]
 
 
@@ -219,14 +219,14 @@ def test_a_failed_save_warns_unless_told_otherwise(
 def test_a_budget_without_room_for_two_steps_refuses_and_keeps_the_good_one(
     tmp_path: Path,
 ) -> None:
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
     keep = checkpoint.latest(5) & checkpoint.within_bytes(6_000_000)
-    with checkpoint.Writer(tmp_path, keep=keep, on_failure=told.append) as writer:
+    with checkpoint.Writer(tmp_path, keep=keep, on_failure=errors.append) as writer:
         for step in range(2):
             writer.save(step, {"x": np.full(1 << 20, step, np.float32)})
             writer.wait()
     assert checkpoint.steps(tmp_path) == [0]
-    assert "must have room for two steps" in str(told[0])
+    assert "must have room for two steps" in str(errors[0])
 
 
 def test_nothing_to_restore(tmp_path: Path) -> None:

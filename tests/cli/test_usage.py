@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from esper_fn import cli
+from esper_fn.demo import data, jobs
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,14 @@ def test_a_wrong_call_exits_with_2(
     message = capsys.readouterr().err
     assert all(word in message for word in said), message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["grow", "--help"])
+    text = re.sub(r"-\n +", "-", capsys.readouterr().out)  # names break after a hyphen
+    words = set(re.findall(r"[a-z][a-z0-9-]*", text))
+    assert {*jobs.POLICIES, *data.names()} <= words
 
 
 def test_missing_data_exits_with_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

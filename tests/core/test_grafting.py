@@ -18,7 +18,6 @@ from esper_fn.commands import set_graft
 from esper_fn.grafting import AlphaSchedule, Observation
 from esper_fn.grafting._select import ROUNDING, restart, update_alpha
 from esper_fn.lifecycle import Gate, Stage
-from esper_fn.lifecycle._loss import track_loss
 
 NAMES = ("linear", "drift_controlled", "momentum", "adaptive", "stability", "grad_norm_gated")
 MONOTONE = ("linear", "drift_controlled", "momentum", "grad_norm_gated")
@@ -364,7 +363,7 @@ def drive_all() -> Any:
                 shown = reading(6, live=1.0)._replace(
                     gradient_square=jnp.full((6,), jnp.square(now.gradient))
                 )
-                _, is_spike = track_loss(state.loss, now.loss)
+                _, is_spike = ef.lifecycle.track_loss(state.loss, now.loss)
                 state, info = made.growth.update(state, adapters, shown, now.loss, commands)
                 return state, (info.alpha, info.stage, is_spike)
 

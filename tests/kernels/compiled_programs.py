@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from esper_kernels.graft import _operations
 from esper_kernels.graft._specs import SPECS
+from esper_kernels.torch import analyse_kernels_once
 
 
 class Driver:
@@ -71,6 +72,6 @@ if __name__ == "__main__":
 
             setattr(triton_kernel_wrap, name, counted)
     (spec,) = (spec for spec in SPECS if spec.name == sys.argv[1])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with analyse_kernels_once(), FakeTensorMode(allow_non_fake_inputs=True):
         trace(spec, getattr(torch, sys.argv[2]), int(sys.argv[3]))
     print("asked", len(asked))

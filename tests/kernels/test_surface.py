@@ -54,6 +54,7 @@ def test_public_surface():
     }
     assert set(esper_kernels.torch.__all__) == {
         "Calls",
+        "analyse_kernels_once",
         "bind",
         "explain",
         "graft",

@@ -84,9 +84,9 @@ def finished() -> runtime.Fit:
 
 
 def test_a_seed_travels_from_dormant_to_fossil_through_its_gates(finished: runtime.Fit) -> None:
-    kept = [event["seed"] for event in finished.events if event["to"] == "FOSSILIZED"]
-    assert kept
-    life = [event for event in finished.events if event["seed"] == kept[0]]
+    fossils = [event["seed"] for event in finished.events if event["to"] == "FOSSILIZED"]
+    assert fossils
+    life = [event for event in finished.events if event["seed"] == fossils[0]]
     assert [event["to"] for event in life[:6]] == [
         "GERMINATED",
         "GRAFTING",
@@ -115,10 +115,10 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(finished: runtime.Fit) -> No
     again = fit()
     np.testing.assert_array_equal(finished.losses, again.losses)
     assert finished.events == again.events
-    for one, two in zip(
+    for first, second in zip(
         jax.tree.leaves(finished.state.params), jax.tree.leaves(again.state.params), strict=True
     ):
-        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(first, second)
 
 
 def test_a_whole_run_in_one_scan_decides_as_the_segments_do(finished: runtime.Fit) -> None:
@@ -149,34 +149,25 @@ def test_commands_are_taken_between_segments() -> None:
     assert bool(done.state.growth.seeds.is_paused[seed])
 
 
-def test_a_start_may_be_given_and_is_not_consumed() -> None:
+def quiet() -> ef.GrowthState:
+    """A start from which nothing grows."""
     start = GROWTH.init(jax.random.key(5))
-    quiet = start._replace(
-        policy=(start.policy[0]._replace(start=jnp.int32(10**6)), *start.policy[1:])
-    )
-    done = fit(start=quiet, num_steps=40)
+    first = start.policy[0]._replace(start=jnp.int32(10**6))
+    return start._replace(policy=(first, *start.policy[1:]))
+
+
+def test_a_start_is_not_consumed_and_dormant_growth_trains_the_host_as_no_growth_does() -> None:
+    start = quiet()
+    done = fit(start=start, num_steps=40)
     assert done.events == []
-    assert int(quiet.step) == 0
-
-
-def test_dormant_growth_trains_the_host_as_no_growth_does() -> None:
-    quiet = grow(P.never())
-    with_seeds = runtime.fit(
-        quiet,
-        loss_fn,
-        OPTIMIZER,
-        PARAMS,
-        batches,
-        num_steps=40,
-        key=jax.random.key(1),
-        survey_batch=SURVEY,
-        options=runtime.FitOptions(survey_every=None, segment_steps=20),
-    )
+    assert int(start.step) == 0
+    assert done.adapter_flops == 0
     bare = runtime.fit_host(
         loss_fn, optax.adamw(1e-2), PARAMS, batches, num_steps=40, segment_steps=20
     )
-    np.testing.assert_allclose(with_seeds.losses, bare.losses, rtol=1e-4)
-    assert with_seeds.adapter_flops == 0
+    np.testing.assert_allclose(done.losses, bare.losses, rtol=1e-4)
+    assert repr(done).startswith("Fit(40 steps; loss ")
+    assert "seeds: all DORMANT; 0 adapter parameters; 0 roll-backs" in repr(done)
 
 
 def test_a_non_finite_loss_is_rolled_back_and_training_goes_on(

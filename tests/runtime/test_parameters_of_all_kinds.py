@@ -100,8 +100,8 @@ def test_a_step_of_ones_own_takes_them_too() -> None:
     opt_state = optimizer.init((params, state.adapters))
     losses, after = [], params
     for turn in range(4):
-        asked = GROWTH.commands([cmd.germinate(0, "scale")] if turn == 0 else [], size=1)
-        after, state, opt_state, loss = step(after, state, opt_state, asked)
+        commands = GROWTH.commands([cmd.germinate(0, "scale")] if turn == 0 else [], size=1)
+        after, state, opt_state, loss = step(after, state, opt_state, commands)
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     for name in after.keys() - {"w", "b"}:
@@ -118,10 +118,10 @@ def test_one_step_after_another_is_compiled_once() -> None:
     state = runtime.init(
         optimizer, PARAMS["whole numbers and keys"], GROWTH.init(jax.random.key(1))
     )
-    state, _ = step(state, X, X, GROWTH.commands())
+    state, _ = step(state, X, X, cmd.no_commands())
     with runtime.count_compilations() as count:
         for _ in range(2):
-            state, _ = step(state, X, X, GROWTH.commands())
+            state, _ = step(state, X, X, cmd.no_commands())
     assert count.num_compiled == 0
 
 

@@ -81,7 +81,7 @@ def segmented(loss: Any = loss_fn) -> Any:
 
 
 @cache
-def wanted() -> Any:
+def expected() -> Any:
     """The conditional form's infos: two segments and a part of a third, a command at first."""
     run = jax.jit(conditional(), compiler_options=QUICK)
     return run(start(), batches(0, STEPS - 1), HELD_OUT, command())[1]
@@ -101,8 +101,8 @@ def same(infos: Any, others: Any) -> None:
 def test_decisions_are_those_of_the_conditional_form() -> None:
     run = jax.jit(segmented(), compiler_options=QUICK)
     after, infos = run(start(), batches(0, STEPS - 1), HELD_OUT, command())
-    same(infos, wanted())
-    np.testing.assert_array_equal(infos.outcomes.code, wanted().outcomes.code)
+    same(infos, expected())
+    np.testing.assert_array_equal(infos.outcomes.code, expected().outcomes.code)
     assert int(after.growth.step) == STEPS - 1
     assert (np.asarray(infos.stage[-1]) > 0).all()  # two by the policy, one by the command
 
@@ -111,17 +111,17 @@ def evaluations(run: Any) -> tuple[Any, int]:
     """What a population's run tells, and how often a member's loss on held-out data was taken."""
     members = jax.tree.map(lambda *rows: jnp.stack(rows), *map(start, range(MEMBERS)))
     population = jax.jit(jax.vmap(run, in_axes=(0, None, None)), compiler_options=QUICK)
-    told = batches(0, STEPS)
+    inputs = batches(0, STEPS)
     COUNTED.clear()
-    _, infos = jax.block_until_ready(population(members, told, HELD_OUT))
+    _, infos = jax.block_until_ready(population(members, inputs, HELD_OUT))
     jax.effects_barrier()
     return infos, sum(COUNTED)
 
 
 def test_under_vmap_a_survey_runs_once_a_segment() -> None:
     infos, num_segmented = evaluations(segmented(counted))
-    told, num_conditional = evaluations(conditional(counted))
-    same(infos, told)
+    others, num_conditional = evaluations(conditional(counted))
+    same(infos, others)
     # One with the probes and, as long as one of the members has an adapter on trial, one ablation.
     on_trial = np.isin(infos.stage, [Stage.EVALUATING, Stage.FINE_TUNING]).any((0, 2))
     before = np.concatenate([[False], on_trial[:-1]])
@@ -132,7 +132,7 @@ def test_under_vmap_a_survey_runs_once_a_segment() -> None:
 
 @pytest.mark.slow
 def test_fit_decides_the_same_however_long_its_segments_are() -> None:
-    told = []
+    runs = []
     for length in (STEPS, 6):  # 6 is no multiple: there the survey stays a conditional
         done = runtime.fit(
             growth(),
@@ -148,12 +148,12 @@ def test_fit_decides_the_same_however_long_its_segments_are() -> None:
             ),
         )
         assert done.num_compiled == 0
-        told.append(done)
-    one, other = told
-    np.testing.assert_allclose(one.losses, other.losses, rtol=1e-5)
-    moves = [[(e["step"], e["seed"], e["to"]) for e in done.events] for done in told]
+        runs.append(done)
+    first, second = runs
+    np.testing.assert_allclose(first.losses, second.losses, rtol=1e-5)
+    moves = [[(e["step"], e["seed"], e["to"]) for e in done.events] for done in runs]
     assert moves[0] == moves[1] != []
-    assert (one.num_passes, one.survey_flops) == (other.num_passes, other.survey_flops)
+    assert (first.num_passes, first.survey_flops) == (second.num_passes, second.survey_flops)
 
 
 def test_a_state_between_two_surveys_keeps_their_steps() -> None:
@@ -161,7 +161,7 @@ def test_a_state_between_two_surveys_keeps_their_steps() -> None:
     run = runtime.compile_fit(growth(), loss_fn, OPTIMIZER, survey_every=EVERY)
     state, _ = run(start(), batches(0, 3), HELD_OUT, command())
     _, infos = run(state, batches(3, 8), HELD_OUT, growth().commands())
-    same(infos, jax.tree.map(lambda leaf: leaf[3:], wanted()))
+    same(infos, jax.tree.map(lambda leaf: leaf[3:], expected()))
 
 
 def test_a_survey_needs_to_know_how_often() -> None:

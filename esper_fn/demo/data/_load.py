@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,10 +24,7 @@ _NUM_CLASSES = 10
 _Parsed = TypeVar("_Parsed")
 
 
-class _Loader(Protocol):
-    def __call__(
-        self, *, folder: str | os.PathLike[str] | None, context_length: int
-    ) -> Dataset: ...
+_Folder = str | os.PathLike[str] | None
 
 
 def names() -> tuple[str, ...]:
@@ -40,9 +36,7 @@ def names() -> tuple[str, ...]:
     return tuple(_LOADERS)
 
 
-def load(
-    name: str, *, folder: str | os.PathLike[str] | None = None, context_length: int = 64
-) -> Dataset:
+def load(name: str, *, folder: _Folder = None, context_length: int = 64) -> Dataset:
     """Returns a dataset, split the same way every time.
 
     Nothing is downloaded and nothing is unpickled: a file is looked for in `folder`, or else in
@@ -72,10 +66,10 @@ def load(
         raise UnknownDatasetError(
             f"name={name!r} is no dataset; choose one of {', '.join(names())}."
         )
-    return _LOADERS[name](folder=folder, context_length=context_length)
+    return _LOADERS[name](folder, context_length)
 
 
-def _digits(*, folder: str | os.PathLike[str] | None, context_length: int) -> Dataset:
+def _digits(folder: _Folder, context_length: int) -> Dataset:
     del folder, context_length
     try:
         from sklearn.datasets import load_digits
@@ -90,18 +84,11 @@ def _digits(*, folder: str | os.PathLike[str] | None, context_length: int) -> Da
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=360, stratify=labels, random_state=_SPLIT_SEED
     )
-    return _classification(
-        "digits",
-        inputs=images[rest],
-        labels=labels[rest],
-        test_inputs=images[test],
-        test_labels=labels[test],
-        num_validation=237,
-        unit=16,
-    )
+    train, test = (images[rest], labels[rest]), (images[test], labels[test])
+    return _classification("digits", train, test, num_validation=237, unit=16)
 
 
-def _fashion_mnist(*, folder: str | os.PathLike[str] | None, context_length: int) -> Dataset:
+def _fashion_mnist(folder: _Folder, context_length: int) -> Dataset:
     del context_length
     files = {
         part: (
@@ -119,20 +106,11 @@ def _fashion_mnist(*, folder: str | os.PathLike[str] | None, context_length: int
         parse_labels = partial(_parse_idx_labels, num_examples=len(images))
         return images[..., None], _parse(labels_file, paths[labels_file], parse_labels)
 
-    images, labels = read("train", 60_000)
-    test_images, test_labels = read("t10k", 10_000)
-    return _classification(
-        "fashion-mnist",
-        inputs=images,
-        labels=labels,
-        test_inputs=test_images,
-        test_labels=test_labels,
-        num_validation=5_000,
-        unit=255,
-    )
+    train, test = read("train", 60_000), read("t10k", 10_000)
+    return _classification("fashion-mnist", train, test, num_validation=5_000, unit=255)
 
 
-def _mnist1d(*, folder: str | os.PathLike[str] | None, context_length: int) -> Dataset:
+def _mnist1d(folder: _Folder, context_length: int) -> Dataset:
     del context_length
     file = "mnist1d/mnist1d.npz"
 
@@ -151,18 +129,12 @@ def _mnist1d(*, folder: str | os.PathLike[str] | None, context_length: int) -> D
         return arrays
 
     arrays = _parse(file, locate((file,), folder)[file], parse)
-    return _classification(
-        "mnist1d",
-        inputs=arrays["x"],
-        labels=arrays["y"],
-        test_inputs=arrays["x_test"],
-        test_labels=arrays["y_test"],
-        num_validation=500,
-        unit=1,  # published with zero mean and unit deviation
-    )
+    train, test = (arrays["x"], arrays["y"]), (arrays["x_test"], arrays["y_test"])
+    # It is published with zero mean and unit deviation.
+    return _classification("mnist1d", train, test, num_validation=500, unit=1)
 
 
-def _shakespeare(*, folder: str | os.PathLike[str] | None, context_length: int) -> Dataset:
+def _shakespeare(folder: _Folder, context_length: int) -> Dataset:
     file = "tinyshakespeare/input.txt"
     characters, vocabulary = _parse(file, locate((file,), folder)[file], encode_text)
     starts = [len(characters) * twentieths // 20 for twentieths in (0, 18, 19, 20)]
@@ -185,14 +157,12 @@ def _shakespeare(*, folder: str | os.PathLike[str] | None, context_length: int) 
     )
 
 
-_LOADERS: Mapping[str, _Loader] = MappingProxyType(
-    {
-        "digits": _digits,
-        "fashion-mnist": _fashion_mnist,
-        "mnist1d": _mnist1d,
-        "shakespeare": _shakespeare,
-    }
-)
+_LOADERS: Mapping[str, Callable[[_Folder, int], Dataset]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "mnist1d": _mnist1d,
+    "shakespeare": _shakespeare,
+}
 
 
 def _parse(name: str, path: Path, parser: Callable[[bytes], _Parsed]) -> _Parsed:
@@ -218,28 +188,23 @@ def _parse_idx_labels(content: bytes, *, num_examples: int) -> np.ndarray:
 
 def _classification(
     name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
     *,
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    test_inputs: np.ndarray,
-    test_labels: np.ndarray,
     num_validation: int,
     unit: float,
 ) -> Dataset:
-    def scaled(values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float32) / np.float32(unit)
-
-    targets = labels.astype(np.int32)
-    train, held_out = stratified_split(targets, num_held_out=num_validation, seed=_SPLIT_SEED)
+    inputs, targets = train[0].astype(np.float32) / np.float32(unit), train[1].astype(np.int32)
+    rest, held_out = stratified_split(targets, num_held_out=num_validation, seed=_SPLIT_SEED)
     return Dataset(
         name=name,
         task="classification",
-        train_inputs=scaled(inputs[train]),
-        train_targets=targets[train],
-        validation_inputs=scaled(inputs[held_out]),
+        train_inputs=inputs[rest],
+        train_targets=targets[rest],
+        validation_inputs=inputs[held_out],
         validation_targets=targets[held_out],
-        test_inputs=scaled(test_inputs),
-        test_targets=test_labels.astype(np.int32),
+        test_inputs=test[0].astype(np.float32) / np.float32(unit),
+        test_targets=test[1].astype(np.int32),
         num_classes=_NUM_CLASSES,
         input_shape=inputs.shape[1:],
     )

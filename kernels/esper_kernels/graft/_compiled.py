@@ -8,14 +8,10 @@ Their names' number changes with their kernels: compilers cache programs on disk
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
-import torch._higher_order_ops.triton_kernel_wrap as kernel_wrap
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -44,41 +40,6 @@ def _is_open(case: Case, x: Tensor, implementation: str) -> bool:
         and not IS_INTERPRETED
         and choose_for(case, x, implementation).implementation == "triton"
     )
-
-
-_KERNELS = (forward_kernel, watch_kernel, backward_kernel, reduce_kernel)
-
-
-def _remembering(look: Callable[..., Any]) -> Callable[..., Any]:
-    """`look(kernel, kwargs, descriptors)`, what a kernel accesses, asked once for ours."""
-    found: dict[Any, Any] = {}
-
-    @wraps(look)
-    def remembered(kernel: Any, kwargs: Mapping[str, Any], *rest: Any) -> Any:
-        function = next((of for of in _KERNELS if of in (kernel, kernel.fn)), None)
-        if function is None:
-            return look(kernel, kwargs, *rest)
-        kinds = ((name, str(getattr(of, "dtype", of))) for name, of in kwargs.items())
-        key = function.__name__, frozenset(kinds)
-        if key not in found:
-            found[key] = look(kernel, kwargs, *rest)
-        return copy.copy(found[key])
-
-    return remembered
-
-
-def _ask_once() -> None:
-    """Lets torch find out once, not at every call and in every pass, what our kernels access.
-
-    It translates a kernel and walks through it for that, some 0.1 s, about nine times for each
-    launch in a program: minutes for a model of a hundred sites. It offers no other way to tell.
-    """
-    for name in ("identify_accessed_tensors", "identify_mutated_tensors"):  # of torch 2.13, 2.11
-        if hasattr(kernel_wrap, name):
-            setattr(kernel_wrap, name, _remembering(getattr(kernel_wrap, name)))
-
-
-_ask_once()
 
 
 @triton_op("esper::graft_open_v2", mutates_args=())
@@ -137,8 +98,8 @@ def graft_open_backward(
         dx, d_down, d_up, d_bias, d_gate, channels = backward_op(
             x, dy, down, up, bias, gate, slot, gains, watched, activation, implementation
         )
-        told = torch.cat([watched, channels], dim=1) if is_beside else channels
-        return dx, d_down, d_up, d_bias, d_gate, told
+        statistics = torch.cat([watched, channels], dim=1) if is_beside else channels
+        return dx, d_down, d_up, d_bias, d_gate, statistics
     tiles = backward_tiles(case)
     tiles = replace(tiles, is_bulk=tiles.is_bulk and case.width <= NARROW)
     main, reduce, room = backward_launches(case, tiles, False, is_beside, is_open=True)

@@ -1,4 +1,4 @@
-"""The definition of `graft` in plain torch."""
+"""`graft` in plain torch: the rule of `esper_kernels.rule_torch`, one adapter a chunk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esper_kernels._records import Adapter
+from esper_kernels import rule_torch
+from esper_kernels._records import Adapter, BackwardStatistics, Gains
 from esper_kernels.graft._case import Case
+from esper_kernels.rule_torch import Leaves
 
 
 def refuses(case: Case) -> str | None:
@@ -18,24 +20,22 @@ def refuses(case: Case) -> str | None:
 
 
 def split(case: Case, x: Tensor) -> Tensor:
-    """[N, D] as [N, C, F], zero where a narrow chunk is padded."""
+    """[N, D] as [C, N, F], zero where a narrow chunk is padded."""
     if case.is_even:
-        return x.reshape(x.shape[0], case.chunks, case.width)
+        return x.reshape(x.shape[0], case.chunks, case.width).movedim(1, 0)
     wide = case.num_wide * case.width
     head = x[:, :wide].reshape(x.shape[0], case.num_wide, case.width)
     tail = x[:, wide:].reshape(x.shape[0], case.chunks - case.num_wide, case.width - 1)
-    return torch.cat([head, torch.nn.functional.pad(tail, (0, 1))], dim=1)
+    return torch.cat([head, torch.nn.functional.pad(tail, (0, 1))], dim=1).movedim(1, 0)
 
 
 def _join(case: Case, parts: Tensor) -> Tensor:
+    """The inverse of `split`."""
+    rows = parts.movedim(0, 1)
     if case.is_even:
-        return parts.reshape(parts.shape[0], case.features)
-    head, tail = parts[:, : case.num_wide], parts[:, case.num_wide :, :-1]
+        return rows.reshape(rows.shape[0], case.features)
+    head, tail = rows[:, : case.num_wide], rows[:, case.num_wide :, :-1]
     return torch.cat([head.flatten(1), tail.flatten(1)], dim=1)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _activate(activation: str, h: Tensor) -> Tensor:
@@ -48,17 +48,23 @@ def _activate(activation: str, h: Tensor) -> Tensor:
     return h
 
 
-def _run(activation: str, u: Tensor, down: Tensor, up: Tensor, *rest: Tensor) -> Tensor:
-    """`r` of every chunk from matrices with one row a chunk."""
-    bias, gate = (*rest, None, None)[:2]
-    h = torch.einsum("ncf,cfr->ncr", u, down)
-    if bias is not None and bias.numel():
-        h = h + bias
-    if gate is not None:
-        a = torch.nn.functional.silu(torch.einsum("ncf,cfr->ncr", u, gate)) * h
+def _run(case: Case, leaves: Leaves, u: Tensor) -> Tensor:
+    """`r` of every chunk, [C, N, F], from matrices with one row a chunk."""
+    own = {name: leaf.to(u.dtype) for name, leaf in leaves.items()}
+    if not case.is_even:
+        # What a slot holds beyond a narrow chunk's width is nobody's.
+        is_real = split(case, u.new_ones((1, case.features)))[:, 0] != 0
+        own["up"] = torch.where(is_real[:, None, :], own["up"], 0.0)
+        for name in own.keys() & {"down", "gate"}:
+            own[name] = torch.where(is_real[:, :, None], own[name], 0.0)
+    h = torch.bmm(u, own["down"])
+    if "bias" in own:
+        h = h + own["bias"][:, None, :]
+    if "gate" in own:
+        a = torch.nn.functional.silu(torch.bmm(u, own["gate"])) * h
     else:
-        a = _activate(activation, h)
-    return torch.einsum("ncr,crf->ncf", a, up)
+        a = _activate(case.activation, h)
+    return torch.bmm(a, own["up"])
 
 
 def is_live(case: Case, slot: Tensor, gains: Tensor) -> Tensor:
@@ -66,47 +72,33 @@ def is_live(case: Case, slot: Tensor, gains: Tensor) -> Tensor:
     return (slot >= 0) & (slot < case.slots) & (gains != 0).any(dim=1)
 
 
-def _gather(case: Case, adapter: Adapter, slot: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """down, up, bias (empty for none), and gate where there is one, a row a chunk."""
+def _gather(case: Case, adapter: Adapter, slot: Tensor) -> Leaves:
+    """The matrices that there are, a row a chunk."""
     rows = slot.clamp(0, case.slots - 1).long()
-    bias = adapter.down.new_zeros((case.slots, 0)) if adapter.bias is None else adapter.bias
-    leaves = [adapter.down, adapter.up, bias, *([] if adapter.gate is None else [adapter.gate])]
-    down, up, bias, *gate = (leaf[rows].to(dtype) for leaf in leaves)
-    if not case.is_even:
-        # What a slot holds beyond a narrow chunk's width is nobody's.
-        is_real = split(case, down.new_ones((1, case.features)))[0] != 0
-        down, *gate = (torch.where(is_real[:, :, None], leaf, 0.0) for leaf in (down, *gate))
-        up = torch.where(is_real[:, None, :], up, 0.0)
-    return [down, up, bias, *gate]
-
-
-def _add(base: Tensor, gain: Tensor, values: Tensor) -> Tensor:
-    """`base + gain * values`; `base` itself where the gain is 0 or a value is not finite."""
-    gain = gain.to(_wide(base.dtype))[None, :, None]
-    wide = base.to(gain.dtype) + gain * values.to(gain.dtype)
-    return torch.where((gain != 0) & values.isfinite(), wide.to(base.dtype), base)
+    leaves = adapter._asdict().items()
+    return {name: leaf[rows] for name, leaf in leaves if leaf is not None}
 
 
 def watch(case: Case, x: Tensor) -> Tensor:
-    """[C, 5]: `num_values, total, square, num_features, num_dead`."""
-    wide = x.to(_wide(x.dtype))
+    """[C, 5]: the columns of `ForwardStatistics`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     total, square = wide.sum(0, keepdim=True), (wide * wide).sum(0, keepdim=True)
     narrow = case.chunks - case.num_wide if not case.is_even else 0
     widths = torch.full((case.chunks,), case.width, dtype=wide.dtype, device=x.device)
     widths[case.chunks - narrow :] -= 1
-    is_dead = split(case, (square == 0).to(wide.dtype))
-    sums = [split(case, of)[0].sum(1) for of in (total, square)]
-    return torch.stack([widths * x.shape[0], *sums, widths, is_dead[0].sum(1)], dim=1)
+    is_dead = (square == 0).to(wide.dtype)
+    totals, squares, num_dead = (split(case, row).sum((1, 2)) for row in (total, square, is_dead))
+    return torch.stack([widths * x.shape[0], totals, squares, widths, num_dead], dim=1)
 
 
 def forward(
     case: Case, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`y` and `watched`; see the README beside this file."""
-    act = torch.where(is_live(case, slot, gains), gains[:, 0], 0.0)
+    scale = torch.where(is_live(case, slot, gains), Gains.from_columns(gains).output_scale, 0.0)
     u = split(case, x)
-    r = _run(case.activation, u, *_gather(case, adapter, slot, x.dtype))
-    return _join(case, _add(u, act, r)), watch(case, x)
+    r = _run(case, _gather(case, adapter, slot), u)
+    return _join(case, rule_torch.blend(u, scale, r)), watch(case, x)
 
 
 def backward(
@@ -120,48 +112,33 @@ def backward(
 ) -> tuple[Tensor, Adapter, Tensor]:
     """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
     live = is_live(case, slot, gains)
-    learn, feel, damping = (torch.where(live, gains[:, k], 0.0) for k in (1, 2, 3))
+    own = Gains.from_columns(torch.where(live[:, None], gains, 0.0))
     u, slope = split(case, x), split(case, dy)
-    narrow = _gather(case, adapter, slot, x.dtype)
-    pulled = torch.func.vjp(partial(_run, case.activation), u, *narrow)
-    r = pulled[0]
-    # An adapter that is felt is not damped, so `d_u` is the host's own wherever it is read.
-    damping = torch.where(feel == 0, damping, 0.0)
-    d_u, *d_narrow = pulled[1](_add(slope, damping, r))
-
-    wide = _wide(x.dtype)
-    gradient_square = slope.to(wide).square().sum((0, 2))
-    output_square = r.to(wide).square().sum((0, 2))
-    utility = -(slope.to(wide) * r.to(wide)).sum((0, 2))
-    is_sound = output_square.isfinite()
-    is_flowing = is_sound & d_u.isfinite().all(2).all(0)
-    for leaf in d_narrow:
-        is_flowing = is_flowing & leaf.isfinite().flatten(1).all(1)
-    fed = gradient_square.isfinite() & watched[:, 2].isfinite()
-
-    rows = torch.where(live & is_flowing & (learn != 0), slot, case.slots).long()
-
-    def learned(leaf: Tensor, of: Tensor) -> Tensor:
-        share = leaf.to(wide) * learn.to(wide).reshape(-1, *(1,) * (leaf.ndim - 1))
-        room = of.new_zeros((case.slots + 1, *of.shape[1:]))
-        room[rows] = share.to(of.dtype)
-        return room[:-1]
-
-    down, up, bias, *rest = d_narrow
-    d_adapter = Adapter(
-        down=learned(down, adapter.down),
-        up=learned(up, adapter.up),
-        bias=None if adapter.bias is None else learned(bias, adapter.bias),
-        gate=None if adapter.gate is None else learned(rest[0], adapter.gate),
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pulled = rule_torch.pullback(
+        partial(torch.func.vjp, partial(_run, case)),
+        own,
+        _gather(case, adapter, slot),
+        u,
+        slope,
+        input_square=watched[:, 2],
+        gradient_square=slope.to(wide).square().sum((1, 2)),
     )
-    channels = [
-        live.to(wide),
-        torch.where(live & is_sound, output_square, 0.0),
-        torch.where(live & is_sound, utility, 0.0),
-        (live & fed & ~is_flowing).to(wide),
-    ]
-    dx = _join(case, _add(slope, feel, d_u))
-    return dx, d_adapter, torch.stack([gradient_square, *channels], dim=1)
+    is_learning = live & pulled.is_flowing & (own.param_grad_scale != 0)
+    rows = torch.where(is_learning, slot, case.slots).long()
+
+    def scattered(leaf: Tensor, gradient: Tensor) -> Tensor:
+        slots = leaf.new_zeros((case.slots + 1, *leaf.shape[1:]))
+        slots[rows] = gradient.to(leaf.dtype)
+        return slots[:-1]
+
+    d_adapter = {
+        name: scattered(getattr(adapter, name), leaf) for name, leaf in pulled.d_adapters.items()
+    }
+    first, *rest = pulled.statistics
+    measured = BackwardStatistics(first, *(torch.where(live, column, 0.0) for column in rest))
+    dx = _join(case, rule_torch.blend(slope, own.input_grad_scale, pulled.d_u))
+    return dx, Adapter(**d_adapter), torch.stack(measured, dim=1)
 
 
 class Calls:
@@ -191,10 +168,10 @@ class Calls:
         """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
         it.
         """
-        rows, slope = (of.reshape(-1, x.shape[-1]) for of in (x, dy))
+        rows, slope = (activation.reshape(-1, x.shape[-1]) for activation in (x, dy))
         dx, d_adapter, channels = backward(self.case, rows, slope, adapter, slot, gains, watched)
-        told = torch.cat([watched, channels], dim=1) if is_beside else channels
-        return dx.reshape(x.shape), d_adapter, told
+        statistics = torch.cat([watched, channels], dim=1) if is_beside else channels
+        return dx.reshape(x.shape), d_adapter, statistics
 
 
 def bind(case: Case, x: Tensor) -> Calls:

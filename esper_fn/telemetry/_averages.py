@@ -1,0 +1,103 @@
+"""From the sums of one step to the averages in the seeds' rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from esper_fn._typing import Array, Bool, Float32
+from esper_fn.lifecycle import FAST_STEPS, SLOW_STEPS, SeedState, average
+from esper_kernels import Statistics
+
+
+class SeedEvidence(NamedTuple):
+    """What this step alone showed of each seed."""
+
+    has_error: Bool[Array, "S"]
+    gradient_ratio: Float32[Array, "S"]
+    """Gradient norm over its average before this step; 1 where there is none yet."""
+
+
+MAX_GRADIENT_RATIO = 30.0
+"""What one step may count for in the average of the gradient norm, so that a single spike does not
+make the next hundred steps look small."""
+
+
+MAX_GRADIENT_SCALE = 1e6
+"""`|dy| / |x|` of a chunk that is zero or almost."""
+
+
+def _ratio(numerator: Array, denominator: Array | float) -> Array:
+    return numerator / jnp.maximum(denominator, 1.0)
+
+
+def take_in(
+    seeds: SeedState,
+    statistics: Statistics,
+    is_spike: Bool[Array, ""],
+    adapter_error: Bool[Array, "S"],
+) -> tuple[SeedState, SeedEvidence]:
+    """The rows with one step's statistics averaged in.
+
+    A seed whose site was not reached, or whose measurement is not finite, keeps its averages.
+
+    Args:
+      seeds: before.
+      statistics: sums over the step, from the taps.
+      is_spike: whether the loss left its band.
+      adapter_error: adapters whose parameters would have become non-finite.
+
+    Returns:
+      The rows after, and what this step alone showed.
+    """
+    told = seeds.telemetry
+    mean = _ratio(statistics.total, statistics.num_values)
+    spread = _ratio(statistics.square, statistics.num_values)
+    gradient = jnp.sqrt(statistics.gradient_square)
+    size = jnp.sqrt(jnp.maximum(statistics.square, 0.0))
+    share = jnp.sqrt(statistics.output_square / jnp.maximum(statistics.square, 1e-30))
+    worth = statistics.utility
+    usual = told.gradient_norm
+    counted = jnp.where(usual > 0, jnp.minimum(gradient, MAX_GRADIENT_RATIO * usual), gradient)
+
+    is_seen = (statistics.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
+    is_live = is_seen & (statistics.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
+
+    def watched(old: Array, new: Array) -> Array:
+        return jnp.where(is_seen, average(old, new, told.num_steps, FAST_STEPS), old)
+
+    def judged(old: Array, new: Array, memory_steps: float = FAST_STEPS) -> Array:
+        return jnp.where(is_live, average(old, new, told.num_live_steps, memory_steps), old)
+
+    telemetry = told._replace(
+        mean=watched(told.mean, mean),
+        variance=watched(told.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
+        dead_fraction=watched(
+            told.dead_fraction, _ratio(statistics.num_dead, statistics.num_features)
+        ),
+        gradient_norm=watched(usual, counted),
+        gradient_scale=watched(
+            told.gradient_scale,
+            gradient / jnp.maximum(size, gradient / MAX_GRADIENT_SCALE + 1e-30),
+        ),
+        output_share=judged(told.output_share, share),
+        utility=judged(told.utility, worth),
+        utility_slow=judged(told.utility_slow, worth, SLOW_STEPS),
+        num_steps=told.num_steps + is_seen.astype(jnp.int32),
+        num_live_steps=told.num_live_steps + is_live.astype(jnp.int32),
+    )
+    has_error = (statistics.num_errors > 0) | adapter_error
+    seeds = seeds._replace(
+        telemetry=telemetry,
+        stability=average(
+            seeds.stability, jnp.where(is_spike, 0.0, 1.0), seeds.steps_in_stage, SLOW_STEPS
+        ),
+        error_count=seeds.error_count + has_error.astype(jnp.int32),
+    )
+    return seeds, SeedEvidence(
+        has_error=has_error,
+        gradient_ratio=jnp.where(
+            is_seen & (told.num_steps > 0) & (usual > 0), gradient / jnp.maximum(usual, 1e-30), 1.0
+        ),
+    )
