@@ -54,6 +54,7 @@ TEXT_POINTS: Final = 9.0
 SMALL_POINTS: Final = 8.0
 TITLE_INCHES: Final = 0.08  # the left edge of titles, legends and notes
 _LEGEND_ROW_INCHES: Final = 0.22
+_LEGEND_COLUMNS: Final = 7
 
 _SETTINGS: Final = {
     "axes.axisbelow": True,
@@ -276,55 +277,37 @@ class Key(NamedTuple):
 
 
 def legend(sheet: Canvas, keys: Sequence[Key], top: float) -> None:
-    """Writes `keys` from left to right, in rows of about equally many, `top` inches down."""
-    for row, entries in enumerate(_legend_rows(keys)):
-        x = TITLE_INCHES
-        y = 1 - (top + 0.1 + row * _LEGEND_ROW_INCHES) / sheet.height
-        for key in entries:
-            sheet.figure.add_artist(_marker(key, (x + 0.06) / sheet.width, y))
-            sheet.figure.text(
-                (x + 0.19) / sheet.width,
-                y,
-                key.words,
-                va="center_baseline",
-                fontsize=TEXT_POINTS,
-                color=MUTED,
-                parse_math=False,
-            )
-            x += _key_inches(key)
+    """Writes `keys` in rows from left to right, `top` inches down."""
+    from matplotlib.lines import Line2D
+
+    # Matplotlib fills column by column.
+    entries = [key for column in range(_LEGEND_COLUMNS) for key in keys[column::_LEGEND_COLUMNS]]
+    lines = [
+        Line2D(
+            [], [], color=key.color, linestyle="-" if key.marker == "-" else "none",
+            linewidth=2.2, marker="" if key.marker == "-" else key.marker,
+            markersize=8 if key.marker == "s" else 6,
+            markeredgewidth=1.6 if key.marker in "x+" else 0,
+        )
+        for key in entries
+    ]  # fmt: skip
+    sheet.figure.legend(
+        lines,
+        [key.words for key in entries],
+        loc="upper left",
+        bbox_to_anchor=(TITLE_INCHES / sheet.width, 1 - top / sheet.height),
+        ncols=min(len(keys), _LEGEND_COLUMNS),
+        labelcolor=MUTED,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1,
+        handletextpad=0.5,
+        labelspacing=0.6,
+        columnspacing=1.8,
+    )
 
 
 def legend_height(keys: Sequence[Key]) -> float:
     """Returns the height of the legend of `keys`, in inches."""
-    return _LEGEND_ROW_INCHES * len(_legend_rows(keys))
-
-
-def _legend_rows(keys: Sequence[Key]) -> list[Sequence[Key]]:
-    total = sum(_key_inches(key) for key in keys)
-    num_rows = max(1, math.ceil(total / (WIDTH_INCHES - 2 * TITLE_INCHES)))
-    length = math.ceil(len(keys) / num_rows)
-    return [keys[i : i + length] for i in range(0, len(keys), length)]
-
-
-def _key_inches(key: Key) -> float:
-    from matplotlib.textpath import TextPath
-
-    words = TextPath((0, 0), key.words, size=TEXT_POINTS).get_extents().width / 72
-    return 0.19 + float(words) + 0.24
-
-
-def _marker(key: Key, x: float, y: float) -> Any:
-    from matplotlib.lines import Line2D
-
-    if key.marker == "-":
-        return Line2D([x - 0.006, x + 0.008], [y, y], color=key.color, linewidth=2.2)
-    is_stroke = key.marker in "x+"
-    return Line2D(
-        [x],
-        [y],
-        linestyle="none",
-        marker=key.marker,
-        markersize=8 if key.marker == "s" else 6,
-        markeredgewidth=1.6 if is_stroke else 0,
-        color=key.color,
-    )
+    return _LEGEND_ROW_INCHES * math.ceil(len(keys) / _LEGEND_COLUMNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -40,19 +41,20 @@ def timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "wall_seconds"}
 
 
+def stop_after(num_calls: int) -> Callable[[], bool]:
+    """A function that is False `num_calls` times and True from then on."""
+    calls = itertools.count()
+    return lambda: next(calls) >= num_calls
+
+
 def stopped_again_and_again(
     comparison: jobs.Comparison, folder: Path, run: Callable[[], Any]
 ) -> tuple[Any, int]:
-    """What `run` gives when it is stopped ever later and taken up each time; and how often."""
+    """What `run` returns when it is stopped ever later and resumed each time; and how often."""
     for num_stops in range(40):
-        num_calls = 0
-
-        def should_stop(limit: int = num_stops + 1) -> bool:
-            nonlocal num_calls
-            num_calls += 1
-            return num_calls > limit
-
-        checkpoints = jobs.ArmCheckpoints(folder, every_steps=1000, should_stop=should_stop)
+        checkpoints = jobs.ArmCheckpoints(
+            folder, every_steps=1000, should_stop=stop_after(num_stops + 1)
+        )
         with saved(comparison, checkpoints):
             try:
                 return run(), num_stops
