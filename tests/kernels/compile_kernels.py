@@ -71,7 +71,10 @@ def compile_all(spec, dtype):
         triton_cuda.watch(case, x)
         triton_cuda.backward(case, x, x, adapter, slot, gains, watched)
     # As a compiler starts it: with arrays, whose tiles the kernel describes.
-    main = _triton_plan.backward_launches(case, backward_tiles(case), False, True, is_open=True)[0]
+    tiles = backward_tiles(case)
+    main = _triton_plan.backward_launches(
+        case, tiles, is_counted=False, is_beside=True, is_open=True
+    ).main
     bank = [x if leaf is None else leaf for leaf in adapter]
     given = x, x, x, *bank, slot, gains, watched, watched, *bank, watched, slot
     sizes = case.rows, case.features, case.chunks, case.slots

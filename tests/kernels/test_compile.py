@@ -17,7 +17,7 @@ BOTH = {"forward_kernel", "backward_kernel", "reduce_kernel"}
 @pytest.mark.parametrize(
     ("spec", "dtype", "more"),
     [
-        ("vision", "bfloat16", {"watch_kernel"}),
+        ("vision", "bfloat16", {"statistics_kernel"}),
         pytest.param("gated_remainder", "bfloat16", set(), marks=pytest.mark.slow),
         pytest.param("odd", "float32", set(), marks=pytest.mark.slow),
     ],
@@ -41,11 +41,11 @@ def test_compiler_knows_what_kernels_write(spec, dtype, tmp_path):
         lines_of("compiled_programs.py", tmp_path, spec, dtype, str(num)) for num in (1, 2)
     )
     gate = ["d_gate_ptr"] if spec.startswith("gated") else []
-    gradients = ["channels_ptr", "d_bias_ptr", "d_down_ptr", *gate, "d_up_ptr"]
+    gradients = ["d_bias_ptr", "d_down_ptr", *gate, "d_up_ptr", "out_ptr"]
     is_split = len(once) == 5
     assert once[:-1] == [
-        " ".join(["forward_kernel", "sums_ptr" if is_split else "watched_ptr", "y_ptr"]),
-        *(["watch_kernel watched_ptr"] if is_split else []),
+        " ".join(["forward_kernel", "sums_ptr" if is_split else "statistics_ptr", "y_ptr"]),
+        *(["statistics_kernel statistics_ptr"] if is_split else []),
         "backward_kernel dx_ptr left_ptr",
         " ".join(["reduce_kernel", *gradients]),
     ]

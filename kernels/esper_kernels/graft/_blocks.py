@@ -56,7 +56,7 @@ class _Line(NamedTuple):
 
 
 _FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
-_BACKWARD = (_Line(16, 64, 4, 3, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
+_BACKWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
 _NARROW_FORWARD = (_Line(16, 256, 4, 6, 2), *_FORWARD)
 _NARROW_BACKWARD = (_Line(16, 128, 4, 3, 2), *_BACKWARD)
 """Where chunks are at most 16 wide; measured at 16,384 rows of 64 chunks."""
@@ -78,10 +78,15 @@ def multiprocessors(case: Case) -> int:
     return MULTIPROCESSORS.get(case.device, _USUAL)
 
 
+def has_engine(case: Case) -> bool:
+    """Tell whether the device is of Hopper's generation or newer, with a copy engine for tiles."""
+    return case.device.startswith(BULK_DEVICES)
+
+
 def _is_bulk(case: Case) -> bool:
-    """Whether the copy engine can move this case's tiles: whole, aligned, a power of two wide."""
+    """Tell whether the engine can move this case's tiles: whole, aligned, a power of two wide."""
     return (
-        case.device.startswith(BULK_DEVICES)
+        has_engine(case)
         and case.dtype == "bfloat16"
         and case.is_even
         and padded(case)[0] == case.width

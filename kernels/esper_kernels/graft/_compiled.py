@@ -29,7 +29,7 @@ from esper_kernels.graft._triton_forward import forward_kernel
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_plan import backward_launches, forward_launches
 from esper_kernels.graft._triton_reduce import reduce_kernel
-from esper_kernels.graft._triton_watch import watch_kernel
+from esper_kernels.graft._triton_statistics import statistics_kernel
 
 
 def _is_open(case: Case, x: Tensor, implementation: str) -> bool:
@@ -42,7 +42,7 @@ def _is_open(case: Case, x: Tensor, implementation: str) -> bool:
     )
 
 
-@triton_op("esper::graft_open_v2", mutates_args=())
+@triton_op("esper::graft_open_v3", mutates_args=())
 def graft_open(
     x: Tensor,
     down: Tensor,
@@ -63,7 +63,9 @@ def graft_open(
         )
         return y, watched
     tiles = without_engine(forward_tiles(case))
-    main, finish, room = forward_launches(case, tiles, False, False)
+    main, finish, room = forward_launches(
+        case, tiles, only_reads=False, is_counted=False, is_compiled=True
+    )
     y = torch.empty_like(x)
     watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
     left = x.new_empty((room,), dtype=torch.float32) if room else watched
@@ -73,11 +75,13 @@ def graft_open(
         x, y, *bank, slot, gains, left, watched, slot, *sizes, **main.constants
     )
     if finish is not None:
-        wrap_triton(watch_kernel)[(finish.programs,)](left, watched, case.rows, **finish.constants)
+        wrap_triton(statistics_kernel)[(finish.programs,)](
+            left, watched, case.rows, **finish.constants
+        )
     return y, watched
 
 
-@triton_op("esper::graft_open_backward_v2", mutates_args=())
+@triton_op("esper::graft_open_backward_v3", mutates_args=())
 def graft_open_backward(
     x: Tensor,
     dy: Tensor,
@@ -102,7 +106,9 @@ def graft_open_backward(
         return dx, d_down, d_up, d_bias, d_gate, statistics
     tiles = backward_tiles(case)
     tiles = replace(tiles, is_bulk=tiles.is_bulk and case.width <= NARROW)
-    main, reduce, room = backward_launches(case, tiles, False, is_beside, is_open=True)
+    main, reduce, room = backward_launches(
+        case, tiles, is_counted=False, is_beside=is_beside, is_open=True, is_compiled=True
+    )
     dx, d_down, d_up = torch.empty_like(x), torch.empty_like(down), torch.empty_like(up)
     d_bias, d_gate = (x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate))
     columns = NUM_STATISTICS if is_beside else NUM_BACKWARD_STATISTICS

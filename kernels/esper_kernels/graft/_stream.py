@@ -11,9 +11,9 @@ from torch import Tensor
 
 _SIZE = 1 << 20
 _MOST = 1024
-"""Counters that one stream is given: as many chunks as are ever counted."""
-_MOST_KEPT = 1 << 20
-"""Floats that a stream keeps for its next call."""
+"""Counters that one stream has: as many chunks as are ever counted."""
+_MOST_FLOATS = 1 << 20
+"""Floats that a stream retains for its next call."""
 
 _pools: dict[int, Tensor] = {}
 _used: dict[int, int] = {}
@@ -68,13 +68,13 @@ def arrivals(x: Tensor, chunks: int, stream: Stream) -> Tensor | None:
 
 def floats(x: Tensor, size: int, stream: Stream) -> Tensor:
     """float32, `size` or longer, that holds anything; the stream's next call overwrites it."""
-    if stream.is_captured or size > _MOST_KEPT:
+    if stream.is_captured or size > _MOST_FLOATS:
         return x.new_empty((size,), dtype=torch.float32)
     key = stream.device, stream.name
-    kept = _floats.get(key)
-    if kept is None or kept.shape[0] < size:
-        kept = _floats[key] = x.new_empty((size,), dtype=torch.float32)
-    return kept
+    memory = _floats.get(key)
+    if memory is None or memory.shape[0] < size:
+        memory = _floats[key] = x.new_empty((size,), dtype=torch.float32)
+    return memory
 
 
 def _take(device: torch.device, number: int, size: int) -> Tensor | None:

@@ -3,183 +3,188 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
+    Bank,
+    Shape,
     activate_with_slope,
+    await_release,
     blend,
     dot,
-    find,
-    load_adapter,
+    find_seed,
+    load_matrices,
     load_tile,
-    locate,
     narrow,
     release,
+    start_walk,
     store_tile,
+    tile_of,
+    zero_padding,
 )
-from esper_kernels.graft._triton_reduce import (
-    add_up_channels,
-    add_up_gradients,
-    find_chunk,
-    parts_of,
-    store_gradients,
-)
+from esper_kernels.graft._triton_reduce import Share, finish, parts, zero_unused
+
+
+class Hidden(NamedTuple):
+    """What going back through the activation of one tile needs and gives."""
+
+    a: Any
+    r: Any
+    slope: Any
+    """What the adapter descends: `dy`, or `dy + output_damping * r`."""
+    slope_h: Any
+    slope_z: Any
+    """The gate's, for `gated`."""
+    worth: Any
+    """[BM]: -<dy, r>."""
+
+
+class Sums(NamedTuple):
+    """Sums by row of a tile, over all tiles of a walk."""
+
+    slope_square: Any
+    output_square: Any
+    worth: Any
+    flaw: Any
+    """0, or NaN once something was not finite."""
+
+
+class Gradients(NamedTuple):
+    """An adapter's gradients over all tiles of a walk."""
+
+    down: Any
+    up: Any
+    """Transposed: 64 rows fill a warp group's product."""
+    bias: Any
+    gate: Any
 
 
 @triton.jit
-def _pull_range(
-    x_ptr,
-    dy_ptr,
-    dx_ptr,
-    down_ptr,
-    up_ptr,
-    bias_ptr,
-    gate_ptr,
-    shares_ptr,
-    sums_at,
-    slot,
-    chunk,
-    split,
-    feel,
-    damping,
-    start,
-    width,
-    N,
-    D,
-    CHUNKS,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BR: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BULK: tl.constexpr,
-    CHAINED: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    ALL_COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
-    """One split of one live chunk: writes `dx`, leaves a share of the gradients and all sums but
-    that of dy^2, which it returns by row. `DAMPED` adapters descend `dy + damping r`; none is felt.
+def _recompute(u, dy, matrices, seed, tile, DAMPED: tl.constexpr, S: tl.constexpr):
+    """The adapter of one tile, forward and back to its hidden layer."""
+    dtype: tl.constexpr = u.dtype
+    h = dot(u, matrices.down, S.PRECISION)
+    if not DAMPED:
+        slope_a = dot(dy, tl.trans(matrices.up), S.PRECISION)
+    if S.HAS_BIAS:
+        h += matrices.bias
+    if S.ACTIVATION == "gated":
+        a_slope, g_slope = activate_with_slope(dot(u, matrices.gate, S.PRECISION), "silu")
+        a = a_slope * h
+    else:
+        a, a_slope = activate_with_slope(h, S.ACTIVATION)
+    a = zero_padding(a, S)
+    if not S.ALL_ROWS:
+        # Rows beyond the batch hold phi(bias), which is no output.
+        a = tl.where(tile.is_row[:, None], a, 0.0)
+    if DAMPED:
+        a = narrow(a, dtype)
+        r = dot(a, matrices.up, S.PRECISION)
+        wide = dy.to(tl.float32)
+        worth = tl.sum(wide * r, axis=1)
+        slope = narrow(wide + seed.output_damping * r, dtype)
+        slope_a = dot(slope, tl.trans(matrices.up), S.PRECISION)
+    else:
+        worth = tl.sum(slope_a * a, axis=1)
+        slope = dy
+    slope_h = zero_padding(slope_a * a_slope, S)
+    slope_z = slope_h
+    if S.ACTIVATION == "gated":
+        slope_z = zero_padding(slope_a * h * g_slope, S)
+    if not DAMPED:
+        a = narrow(a, dtype)
+        r = dot(a, matrices.up, S.PRECISION)
+    return Hidden(a, r, slope, slope_h, slope_z, worth)
+
+
+@triton.jit
+def _pull(
+    x_ptr, dy_ptr, dx_ptr, bank, seed, walk, STAGES: tl.constexpr, DAMPED: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Write `dx` of a live chunk, and return its gradients and sums.
+
+    `DAMPED` adapters descend `dy + output_damping r`; `dx` does not follow them.
     """
-    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
-    rows = tl.arange(0, BM)
-    cols = tl.arange(0, BF)
-    ranks = tl.arange(0, BR)
-    is_real = cols < width
-    begin = split * BM
-    STEP: tl.constexpr = SPLITS * BM
-    stride = tl.cast(D, tl.int64) * STEP
-    corner = begin.to(tl.int64) * D + start
-    offsets = rows[:, None] * D + cols[None, :]
-    slope_square = tl.zeros([BM], tl.float32)
-    down, up, bias, gate = load_adapter(
-        down_ptr,
-        up_ptr,
-        bias_ptr,
-        gate_ptr,
-        slot,
-        width,
-        cols,
-        ranks,
-        RANK,
-        WIDTH,
-        HAS_BIAS,
-        ACTIVATION,
-        dtype,
-    )
-    d_down = tl.zeros([BF, BR], tl.float32)
-    d_up = tl.zeros([BF, BR], tl.float32)  # transposed: 64 rows fill a warp group's product
-    d_gate = tl.zeros([BF, BR], tl.float32)
-    if HAS_BIAS:
-        d_bias = tl.zeros([BM // 16, 8, BR], tl.float32)
-    output_square = tl.zeros([BM], tl.float32)
-    worth = tl.zeros([BM], tl.float32)
-    limit = tl.where(feel != 0, float("inf"), 0.0)  # beyond it d_u is not felt
-    blight = tl.zeros([BM], tl.float32)  # 0, or NaN once something was not finite
-    for tile in tl.range(0, TILES, num_stages=STAGES):
-        row = begin + tile * STEP
-        at = corner + tile * stride + offsets
-        is_row = row + rows < N
-        u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-        dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-        h = dot(u, down, PRECISION)
-        if not DAMPED:
-            slope_a = dot(dy, tl.trans(up), PRECISION)
-        if HAS_BIAS:
-            h += bias
-        if ACTIVATION == "gated":
-            a_slope, g_slope = activate_with_slope(dot(u, gate, PRECISION), "silu")
-            a = a_slope * h
-        else:
-            a, a_slope = activate_with_slope(h, ACTIVATION)
-        if BR != RANK:
-            a = tl.where(ranks[None, :] < RANK, a, 0.0)
-        if not ALL_ROWS:
-            # Rows beyond the batch hold phi(bias), which is no output.
-            a = tl.where(is_row[:, None], a, 0.0)
-        if DAMPED:
-            a = narrow(a, dtype)
-            r = dot(a, up, PRECISION)
-            wide = dy.to(tl.float32)
-            worth -= tl.sum(wide * r, axis=1)
-            slope = narrow(wide + damping * r, dtype)
-            slope_a = dot(slope, tl.trans(up), PRECISION)
-        else:
-            worth -= tl.sum(slope_a * a, axis=1)
-            slope = dy
-        slope_h = slope_a * a_slope
-        if BR != RANK:
-            slope_h = tl.where(ranks[None, :] < RANK, slope_h, 0.0)
-        d_h = narrow(slope_h, dtype)
-        if not DAMPED:
-            a = narrow(a, dtype)
-            r = dot(a, up, PRECISION)
-        output_square += tl.sum(r * r, axis=1)
-        d_up += dot(tl.trans(slope), a, PRECISION)
-        d_down += dot(tl.trans(u), d_h, PRECISION)
-        if HAS_BIAS:
+    dtype: tl.constexpr = x_ptr.dtype if S.BULK else x_ptr.dtype.element_ty
+    matrices = load_matrices(bank, seed.slot, walk.width, dtype, S)
+    slope_square = tl.zeros([S.BM], tl.float32)
+    d_down = tl.zeros([S.BF, S.BR], tl.float32)
+    d_up = tl.zeros([S.BF, S.BR], tl.float32)
+    d_gate = tl.zeros([S.BF, S.BR], tl.float32)
+    d_bias = tl.zeros([S.BM // 16, 8, S.BR], tl.float32)
+    output_square = tl.zeros([S.BM], tl.float32)
+    worth = tl.zeros([S.BM], tl.float32)
+    flaw = tl.zeros([S.BM], tl.float32)
+    limit = tl.where(seed.input_grad_scale != 0, float("inf"), 0.0)  # from which on d_u is left out
+    for number in tl.range(0, S.TILES, num_stages=STAGES):
+        tile = tile_of(walk, number, S)
+        u = load_tile(x_ptr, tile, S)
+        dy = load_tile(dy_ptr, tile, S)
+        hidden = _recompute(u, dy, matrices, seed, tile, DAMPED, S)
+        worth -= hidden.worth
+        output_square += tl.sum(hidden.r * hidden.r, axis=1)
+        d_h = narrow(hidden.slope_h, dtype)
+        d_up += dot(tl.trans(hidden.slope), hidden.a, S.PRECISION)
+        d_down += dot(tl.trans(u), d_h, S.PRECISION)
+        if S.HAS_BIAS:
             # A thread of a matrix product holds rows 8 apart: this sum stays within it.
-            d_bias += tl.sum(tl.reshape(slope_h, [BM // 16, 2, 8, BR]), axis=1)
-        d_u = dot(d_h, tl.trans(down), PRECISION)
-        if ACTIVATION == "gated":
-            slope_z = slope_a * h * g_slope
-            if BR != RANK:
-                slope_z = tl.where(ranks[None, :] < RANK, slope_z, 0.0)
-            d_z = narrow(slope_z, dtype)
-            d_gate += dot(tl.trans(u), d_z, PRECISION)
-            d_u += dot(d_z, tl.trans(gate), PRECISION)
+            d_bias += tl.sum(tl.reshape(hidden.slope_h, [S.BM // 16, 2, 8, S.BR]), axis=1)
+        d_u = dot(d_h, tl.trans(matrices.down), S.PRECISION)
+        if S.ACTIVATION == "gated":
+            d_z = narrow(hidden.slope_z, dtype)
+            d_gate += dot(tl.trans(u), d_z, S.PRECISION)
+            d_u += dot(d_z, tl.trans(matrices.gate), S.PRECISION)
         wide = dy.to(tl.float32)
         slope_square += tl.sum(wide * wide, axis=1)
-        blight += tl.sum(d_u * 0.0, axis=1)
-        dx = blend(dy, d_u, feel, limit)
-        store_tile(dx_ptr, row, start, at, dx, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
+        flaw += tl.sum(d_u * 0.0, axis=1)
+        store_tile(dx_ptr, tile, blend(dy, d_u, seed.input_grad_scale, limit), S)
+    gradients = Gradients(d_down, d_up, d_bias, d_gate)
+    return gradients, Sums(slope_square, output_square, worth, flaw)
+
+
+@triton.jit
+def _pull_and_leave(
+    x_ptr, dy_ptr, dx_ptr, bank, seed, walk, share_ptr, sums_ptr, STAGES: tl.constexpr,
+    DAMPED: tl.constexpr, CHAINED: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """Do the same, leave a share of the gradients and all sums but that of dy^2, and return it."""
+    gradients, sums = _pull(x_ptr, dy_ptr, dx_ptr, bank, seed, walk, STAGES, DAMPED, S)
     release(CHAINED)
-    share = shares_ptr + (split * CHUNKS + chunk).to(tl.int64) * K
-    is_share = (cols[:, None] < WIDTH) & (ranks[None, :] < RANK)
-    by_row = share + cols[:, None] * RANK + ranks[None, :]
-    by_rank = share + WIDTH * RANK + ranks[None, :] * WIDTH + cols[:, None]
-    tl.store(by_row, d_down, mask=is_share)
-    tl.store(by_rank, d_up, mask=is_share)
-    broken = tl.sum(blight, axis=0)
-    broken += tl.sum(tl.sum(d_down * 0.0 + d_up * 0.0, axis=1), axis=0)
-    if HAS_BIAS:
-        of_ranks = tl.sum(tl.sum(d_bias, axis=1), axis=0)
-        tl.store(share + 2 * WIDTH * RANK + ranks, of_ranks, mask=ranks < RANK)
-        broken += tl.sum(of_ranks * 0.0, axis=0)
-    if ACTIVATION == "gated":
-        tl.store(by_row + K - WIDTH * RANK, d_gate, mask=is_share)
-        broken += tl.sum(tl.sum(d_gate * 0.0, axis=1), axis=0)
-    tl.store(sums_at + 1, tl.sum(output_square, axis=0))
-    tl.store(sums_at + 2, tl.sum(worth, axis=0))
-    tl.store(sums_at + 3, broken)
+    cols, ranks = tl.arange(0, S.BF), tl.arange(0, S.BR)
+    is_share = (cols[:, None] < S.WIDTH) & (ranks[None, :] < S.RANK)
+    by_row = share_ptr + cols[:, None] * S.RANK + ranks[None, :]
+    by_rank = share_ptr + H.SIZE + ranks[None, :] * S.WIDTH + cols[:, None]
+    tl.store(by_row, gradients.down, mask=is_share)
+    tl.store(by_rank, gradients.up, mask=is_share)
+    flaw = tl.sum(sums.flaw, axis=0)
+    flaw += tl.sum(tl.sum(gradients.down * 0.0 + gradients.up * 0.0, axis=1), axis=0)
+    if S.HAS_BIAS:
+        d_bias = tl.sum(tl.sum(gradients.bias, axis=1), axis=0)
+        tl.store(share_ptr + 2 * H.SIZE + ranks, d_bias, mask=ranks < S.RANK)
+        flaw += tl.sum(d_bias * 0.0, axis=0)
+    if S.ACTIVATION == "gated":
+        tl.store(by_row + H.ENTRIES - H.SIZE, gradients.gate, mask=is_share)
+        flaw += tl.sum(tl.sum(gradients.gate * 0.0, axis=1), axis=0)
+    tl.store(sums_ptr + 1, tl.sum(sums.output_square, axis=0))
+    tl.store(sums_ptr + 2, tl.sum(sums.worth, axis=0))
+    tl.store(sums_ptr + 3, flaw)
+    return sums.slope_square
+
+
+@triton.jit
+def _pass_on(dy_ptr, dx_ptr, walk, S: tl.constexpr):
+    """Copy `dy` to `dx`, and return the sums of dy^2."""
+    slope_square = tl.zeros([S.BM], tl.float32)
+    for number in tl.range(0, S.TILES, num_stages=S.STAGES):
+        tile = tile_of(walk, number, S)
+        dy = load_tile(dy_ptr, tile, S)
+        store_tile(dx_ptr, tile, dy, S)
+        wide = dy.to(tl.float32)
+        slope_square += tl.sum(wide * wide, axis=1)
     return slope_square
 
 
@@ -194,30 +199,30 @@ def backward_kernel(
     gate_ptr,
     slot_ptr,
     gains_ptr,
-    left_ptr,  # what every split leaves: see `parts_of`
-    watched_ptr,
+    left_ptr,  # what every split leaves: see `parts`
+    statistics_ptr,
     d_down_ptr,
     d_up_ptr,
     d_bias_ptr,
     d_gate_ptr,
-    channels_ptr,
+    out_ptr,  # backward statistics
     arrivals_ptr,  # [C], zeros before and after
     N,
     D,
     CHUNKS,
     SLOTS,
-    K: tl.constexpr,
+    ENTRIES: tl.constexpr,
     BK: tl.constexpr,
     BS: tl.constexpr,
     BC: tl.constexpr,
     IS_COUNTED: tl.constexpr,  # whether the last program of a chunk adds up
-    BESIDE: tl.constexpr,  # whether `channels` have `watched` before them
+    BESIDE: tl.constexpr,  # whether the forward statistics stand before them
     NARROW: tl.constexpr,
     NUM_WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     SPLITS: tl.constexpr,
-    TILES: tl.constexpr,  # of one split
+    TILES: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
     BR: tl.constexpr,
@@ -226,165 +231,50 @@ def backward_kernel(
     HAS_BIAS: tl.constexpr,
     BULK: tl.constexpr,
     OPENS: tl.constexpr,  # whether activations are arrays, whose tiles are described here
-    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
+    CHAINED: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: one chunk, every SPLITS-th tile of rows."""
-    pid = tl.program_id(0)
-    chunk = pid % CHUNKS
-    split = pid // CHUNKS
-    slot, _, learn, feel, damping, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
-    start, width = locate(chunk, NARROW, NUM_WIDE)
+    await_release(CHAINED)
+    S: tl.constexpr = Shape(
+        NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
+        ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
+    )  # fmt: skip
+    H: tl.constexpr = Share(
+        ENTRIES, WIDTH * RANK, RANK, HAS_BIAS, ACTIVATION == "gated", SPLITS, BK, BS, BC
+    )
+    program = tl.program_id(0)
+    chunk = program % CHUNKS
+    split = program // CHUNKS
+    seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
     if OPENS:
         x_ptr = tl.make_tensor_descriptor(x_ptr, [N, D], [D, 1], [BM, BF])
         dy_ptr = tl.make_tensor_descriptor(dy_ptr, [N, D], [D, 1], [BM, BF])
         dx_ptr = tl.make_tensor_descriptor(dx_ptr, [N, D], [D, 1], [BM, BF])
-    rows = tl.arange(0, BM)
-    cols = tl.arange(0, BF)
-    ALL_COLS: tl.constexpr = (NUM_WIDE == 0) and (BF == NARROW)
-    is_real = cols < width
-    begin = split * BM
-    STEP: tl.constexpr = SPLITS * BM
-    stride = tl.cast(D, tl.int64) * STEP
-    corner = begin.to(tl.int64) * D + start
-    offsets = rows[:, None] * D + cols[None, :]
-    sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
-    sums_at = sums_ptr + (split * CHUNKS + chunk) * 4
-    slope_square = tl.zeros([BM], tl.float32)
-
-    if is_live & (damping != 0) & (feel == 0):
-        slope_square = _pull_range(
-            x_ptr,
-            dy_ptr,
-            dx_ptr,
-            down_ptr,
-            up_ptr,
-            bias_ptr,
-            gate_ptr,
-            shares_ptr,
-            sums_at,
-            slot,
-            chunk,
-            split,
-            feel,
-            damping,
-            start,
-            width,
-            N,
-            D,
-            CHUNKS,
-            K,
-            WIDTH,
-            RANK,
-            SPLITS,
-            TILES,
-            BM,
-            BF,
-            BR,
-            1,  # a damped chunk is not to cost the others registers or shared memory
-            ACTIVATION,
-            HAS_BIAS,
-            BULK,
-            CHAINED,
-            ALL_ROWS,
-            ALL_COLS,
-            PRECISION,
-            DAMPED=True,
-        )
-    elif is_live:
-        slope_square = _pull_range(
-            x_ptr,
-            dy_ptr,
-            dx_ptr,
-            down_ptr,
-            up_ptr,
-            bias_ptr,
-            gate_ptr,
-            shares_ptr,
-            sums_at,
-            slot,
-            chunk,
-            split,
-            feel,
-            damping,
-            start,
-            width,
-            N,
-            D,
-            CHUNKS,
-            K,
-            WIDTH,
-            RANK,
-            SPLITS,
-            TILES,
-            BM,
-            BF,
-            BR,
-            STAGES,
-            ACTIVATION,
-            HAS_BIAS,
-            BULK,
-            CHAINED,
-            ALL_ROWS,
-            ALL_COLS,
-            PRECISION,
-            DAMPED=False,
-        )
+    walk = start_walk(chunk, split * BM, N, D, S)
+    bank = Bank(down_ptr, up_ptr, bias_ptr, gate_ptr)
+    sums_ptr, shares_ptr = parts(left_ptr, CHUNKS, H)
+    own_sums_ptr = sums_ptr + program * 4
+    own_share_ptr = shares_ptr + program.to(tl.int64) * ENTRIES
+    if seed.is_live & (seed.output_damping != 0) & (seed.input_grad_scale == 0):
+        # One tile in flight: a damped chunk takes no shared memory from the others.
+        slope_square = _pull_and_leave(
+            x_ptr, dy_ptr, dx_ptr, bank, seed, walk, own_share_ptr, own_sums_ptr,
+            1, True, CHAINED, S, H,
+        )  # fmt: skip
+    elif seed.is_live:
+        slope_square = _pull_and_leave(
+            x_ptr, dy_ptr, dx_ptr, bank, seed, walk, own_share_ptr, own_sums_ptr,
+            STAGES, False, CHAINED, S, H,
+        )  # fmt: skip
     else:
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            row = begin + tile * STEP
-            at = corner + tile * stride + offsets
-            is_row = row + rows < N
-            dy = load_tile(dy_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            store_tile(dx_ptr, row, start, at, dy, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            wide = dy.to(tl.float32)
-            slope_square += tl.sum(wide * wide, axis=1)
-    tl.store(sums_at, tl.sum(slope_square, axis=0))
+        slope_square = _pass_on(dy_ptr, dx_ptr, walk, S)
+    tl.store(own_sums_ptr, tl.sum(slope_square, axis=0))
     if IS_COUNTED:
-        SIZE: tl.constexpr = WIDTH * RANK
-        for other in range(pid, SLOTS, CHUNKS * SPLITS):
-            if find_chunk(slot_ptr, other, CHUNKS, BC) < 0:
-                for first in range(0, K, BK):
-                    k = first + tl.arange(0, BK)
-                    store_gradients(
-                        d_down_ptr,
-                        d_up_ptr,
-                        d_bias_ptr,
-                        d_gate_ptr,
-                        other,
-                        k,
-                        tl.zeros([BK], tl.float32),
-                        K,
-                        SIZE,
-                        RANK,
-                        HAS_BIAS,
-                        ACTIVATION == "gated",
-                    )
-        tl.debug_barrier()  # all threads have stored what this program leaves
-        before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
-        if before == SPLITS - 1:
-            tl.store(arrivals_ptr + chunk, 0)
-            add_up_channels(
-                sums_ptr, watched_ptr, channels_ptr, chunk, is_live, CHUNKS, SPLITS, BS, BESIDE
-            )
-            if (slot >= 0) & (slot < SLOTS):
-                for first in range(0, K, BK):
-                    k = first + tl.arange(0, BK)
-                    total = add_up_gradients(
-                        shares_ptr, sums_ptr, chunk, learn, is_live, k, CHUNKS, SPLITS, K, BK, BS
-                    )
-                    store_gradients(
-                        d_down_ptr,
-                        d_up_ptr,
-                        d_bias_ptr,
-                        d_gate_ptr,
-                        slot,
-                        k,
-                        total,
-                        K,
-                        SIZE,
-                        RANK,
-                        HAS_BIAS,
-                        ACTIVATION == "gated",
-                    )
+        gradients = Bank(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr)
+        zero_unused(slot_ptr, gradients, program, SLOTS, CHUNKS, H)
+        finish(
+            sums_ptr, shares_ptr, arrivals_ptr, statistics_ptr, out_ptr, gradients, seed, chunk,
+            SLOTS, CHUNKS, BESIDE, H,
+        )  # fmt: skip

@@ -7,117 +7,65 @@ import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
+    Bank,
+    Shape,
     activate,
+    await_release,
     blend,
     dot,
-    find,
+    find_seed,
     fold,
-    load_adapter,
+    load_matrices,
     load_tile,
-    locate,
     narrow,
     release,
+    start_walk,
     store_tile,
+    tile_of,
+    zero_padding,
 )
-from esper_kernels.graft._triton_watch import (
-    finish,
-    leave_sums,
-    store_watched,
-)
+from esper_kernels.graft._triton_statistics import finish, leave_sums, store_statistics
 
 
 @triton.jit
-def _graft_range(
-    x_ptr,
-    y_ptr,
-    down_ptr,
-    up_ptr,
-    bias_ptr,
-    gate_ptr,
-    slot,
-    act,
-    start,
-    width,
-    begin,
-    does_act,
-    N,
-    D,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    TILES,
-    STEP,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BR: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    BULK: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    ALL_COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`y` of TILES tiles of one chunk, STEP rows apart; the sum of x, each feature's of x^2."""
-    dtype = x_ptr.dtype if BULK else x_ptr.dtype.element_ty
-    rows = tl.arange(0, BM)
-    cols = tl.arange(0, BF)
-    ranks = tl.arange(0, BR)
-    is_real = cols < width
-    stride = tl.cast(D, tl.int64) * STEP
-    corner = begin.to(tl.int64) * D + start
-    offsets = rows[:, None] * D + cols[None, :]
-    total = tl.zeros([GROUP, BF], tl.float32)
-    square = tl.zeros([GROUP, BF], tl.float32)
-    if does_act:
-        down, up, bias, gate = load_adapter(
-            down_ptr,
-            up_ptr,
-            bias_ptr,
-            gate_ptr,
-            slot,
-            width,
-            cols,
-            ranks,
-            RANK,
-            WIDTH,
-            HAS_BIAS,
-            ACTIVATION,
-            dtype,
-        )
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            row = begin + tile * STEP
-            at = corner + tile * stride + offsets
-            is_row = row + rows < N
-            u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            h = dot(u, down, PRECISION)
-            if HAS_BIAS:
-                h += bias
-            if ACTIVATION == "gated":
-                a = activate(dot(u, gate, PRECISION), "silu") * h
-            else:
-                a = activate(h, ACTIVATION)
-            if BR != RANK:
-                a = tl.where(ranks[None, :] < RANK, a, 0.0)
-            r = dot(narrow(a, dtype), up, PRECISION)
-            y = blend(u, r, act, float("inf"))
-            store_tile(y_ptr, row, start, at, y, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            wide = u.to(tl.float32)
-            total += fold(wide, BM, GROUP, BF)
-            square += fold(wide * wide, BM, GROUP, BF)
-    else:
-        for tile in tl.range(0, TILES, num_stages=STAGES):
-            row = begin + tile * STEP
-            at = corner + tile * stride + offsets
-            is_row = row + rows < N
-            u = load_tile(x_ptr, row, start, at, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            if not IN_PLACE:
-                store_tile(y_ptr, row, start, at, u, is_row, is_real, BULK, ALL_ROWS, ALL_COLS)
-            wide = u.to(tl.float32)
-            total += fold(wide, BM, GROUP, BF)
-            square += fold(wide * wide, BM, GROUP, BF)
-    return tl.sum(tl.sum(total, axis=0), axis=0), tl.sum(square, axis=0)
+def _act(x_ptr, y_ptr, bank, seed, walk, GROUP: tl.constexpr, S: tl.constexpr):
+    """Write `y` where an adapter acts. Sums of x and of x^2, `[GROUP, BF]` each."""
+    dtype: tl.constexpr = x_ptr.dtype if S.BULK else x_ptr.dtype.element_ty
+    total = tl.zeros([GROUP, S.BF], tl.float32)
+    square = tl.zeros([GROUP, S.BF], tl.float32)
+    matrices = load_matrices(bank, seed.slot, walk.width, dtype, S)
+    for number in tl.range(0, S.TILES, num_stages=S.STAGES):
+        tile = tile_of(walk, number, S)
+        u = load_tile(x_ptr, tile, S)
+        h = dot(u, matrices.down, S.PRECISION)
+        if S.HAS_BIAS:
+            h += matrices.bias
+        if S.ACTIVATION == "gated":
+            a = activate(dot(u, matrices.gate, S.PRECISION), "silu") * h
+        else:
+            a = activate(h, S.ACTIVATION)
+        r = dot(narrow(zero_padding(a, S), dtype), matrices.up, S.PRECISION)
+        store_tile(y_ptr, tile, blend(u, r, seed.output_scale, float("inf")), S)
+        wide = u.to(tl.float32)
+        total += fold(wide, GROUP, S)
+        square += fold(wide * wide, GROUP, S)
+    return total, square
+
+
+@triton.jit
+def _pass_on(x_ptr, y_ptr, walk, COPIES: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr):
+    """Copy `x` to `y`, or only read it. The same sums."""
+    total = tl.zeros([GROUP, S.BF], tl.float32)
+    square = tl.zeros([GROUP, S.BF], tl.float32)
+    for number in tl.range(0, S.TILES, num_stages=S.STAGES):
+        tile = tile_of(walk, number, S)
+        u = load_tile(x_ptr, tile, S)
+        if COPIES:
+            store_tile(y_ptr, tile, u, S)
+        wide = u.to(tl.float32)
+        total += fold(wide, GROUP, S)
+        square += fold(wide * wide, GROUP, S)
+    return total, square
 
 
 @triton.jit
@@ -131,7 +79,7 @@ def forward_kernel(
     slot_ptr,
     gains_ptr,
     sums_ptr,  # [programs, BF + PAD]
-    watched_ptr,  # [C, 5]
+    statistics_ptr,  # [C, 5]
     arrivals_ptr,  # [C], zeros before and after
     N,
     D,
@@ -142,7 +90,7 @@ def forward_kernel(
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     SPLITS: tl.constexpr,
-    TILES: tl.constexpr,  # of one split
+    TILES: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
     BR: tl.constexpr,
@@ -150,71 +98,37 @@ def forward_kernel(
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IN_PLACE: tl.constexpr,  # only measured: no adapter acts and nothing is written
+    ONLY_READS: tl.constexpr,  # no adapter acts and nothing is written
     BULK: tl.constexpr,
-    CHAINED: tl.constexpr,  # whether a second kernel adds up, and waits for this one
+    CHAINED: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
-    PAD: tl.constexpr,
-    IS_COUNTED: tl.constexpr,
+    IS_COUNTED: tl.constexpr,  # whether the last program of a chunk adds up
 ):
     """One program: one chunk, every SPLITS-th tile of rows, so that all work side by side."""
-    pid = tl.program_id(0)
-    chunk = pid % CHUNKS
-    split = pid // CHUNKS
-    slot, act, _, _, _, is_live = find(slot_ptr, gains_ptr, chunk, SLOTS)
-    start, width = locate(chunk, NARROW, NUM_WIDE)
-    total, squares = _graft_range(
-        x_ptr,
-        y_ptr,
-        down_ptr,
-        up_ptr,
-        bias_ptr,
-        gate_ptr,
-        slot,
-        act,
-        start,
-        width,
-        split * BM,
-        is_live & (act != 0),
-        N,
-        D,
-        WIDTH,
-        RANK,
-        TILES,
-        SPLITS * BM,
-        BM,
-        BF,
-        BR,
-        GROUP,
-        STAGES,
-        ACTIVATION,
-        HAS_BIAS,
-        IN_PLACE,
-        BULK,
-        ALL_ROWS,
-        (NUM_WIDE == 0) and (BF == NARROW),
-        PRECISION,
-    )
+    await_release(CHAINED)
+    S: tl.constexpr = Shape(
+        NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
+        ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
+    )  # fmt: skip
+    program = tl.program_id(0)
+    chunk = program % CHUNKS
+    seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
+    walk = start_walk(chunk, (program // CHUNKS) * BM, N, D, S)
+    if seed.is_live & (seed.output_scale != 0):
+        bank = Bank(down_ptr, up_ptr, bias_ptr, gate_ptr)
+        total, square = _act(x_ptr, y_ptr, bank, seed, walk, GROUP, S)
+    else:
+        total, square = _pass_on(x_ptr, y_ptr, walk, not ONLY_READS, GROUP, S)
+    total, squares = tl.sum(tl.sum(total, axis=0), axis=0), tl.sum(square, axis=0)
     release(CHAINED)
     if SPLITS == 1:
-        is_real = tl.arange(0, BF) < width
-        store_watched(watched_ptr, chunk, N, width, is_real, total, squares)
+        is_column = tl.arange(0, BF) < walk.width
+        store_statistics(statistics_ptr, chunk, N, walk.width, is_column, total, squares)
     else:
-        leave_sums(sums_ptr, pid, total, squares, BF, PAD)
+        leave_sums(sums_ptr, program, total, squares, BF)
         if IS_COUNTED:
             finish(
-                sums_ptr,
-                watched_ptr,
-                arrivals_ptr,
-                chunk,
-                chunk,
-                CHUNKS,
-                SPLITS,
-                N,
-                width,
-                BS,
-                BF,
-                PAD,
+                sums_ptr, statistics_ptr, arrivals_ptr, chunk, CHUNKS, SPLITS, N, walk.width, BS, BF
             )

@@ -1,4 +1,4 @@
-"""Starts Triton kernels without asking Triton again what it found out at their first call."""
+"""Starts Triton kernels without asking Triton again what it compiled at their first call."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Launch:
     """One kernel for arguments that differ in nothing but where tensors lie.
 
     Triton binds, inspects and hashes every argument of every call to find what it compiled; that
-    takes longer than most of these kernels. Here the first call goes that way and the others start
-    what it found.
+    takes longer than most of these kernels. Here only the first call does so, and the others start
+    what it compiled.
 
     Args:
       kernel: takes tiles, arrays and numbers of a call, then the constants.
@@ -58,7 +58,7 @@ class Launch:
     def __call__(
         self, tiles: Sequence[Tile], arrays: Sequence[Tensor], numbers: Sequence[int], stream: int
     ) -> None:
-        """Starts it on the current device.
+        """Start it on the current device.
 
         Args:
           tiles: activations that the copy engine moves.
@@ -66,41 +66,40 @@ class Launch:
           numbers: sizes.
           stream: the current one, as CUDA names it.
         """
-        places = [of.data_ptr() for of in arrays]
-        every = 0
-        for place in places:
-            every |= place
-        # Triton compiles apart for what begins elsewhere than at 16 bytes, so that goes its way.
-        is_aligned = every % 16 == 0
+        addresses = [array.data_ptr() for array in arrays]
+        union = 0
+        for address in addresses:
+            union |= address
+        # Triton compiles apart for arrays that do not begin at multiples of 16 bytes.
+        is_aligned = union % 16 == 0
         if is_aligned and self._start is not None:
-            # A place instead of its tensor: Triton asks the driver about every tensor.
-            given = *tiles, *places, *numbers, *self._tail
+            # Addresses instead of tensors: Triton asks the driver about every tensor.
+            arguments = *tiles, *addresses, *numbers, *self._tail
             if self._opens:
-                _allocating().run(self._start, *given, stream=stream)
+                _allocating().run(self._start, *arguments, stream=stream)
             else:
-                self._start(*given, stream=stream)
+                self._start(*arguments, stream=stream)
             return
-        told = [of.checked() for of in tiles]
+        checked = [tile.checked() for tile in tiles]
         run = self.kernel[self._grid]
-        compiled = _allocating().run(run, *told, *arrays, *numbers, **self.constants)
+        compiled = _allocating().run(run, *checked, *arrays, *numbers, **self.constants)
         if is_aligned and isinstance(compiled, CompiledKernel):
-            num_given = len(tiles) + len(arrays) + len(numbers)
-            names = self.kernel.arg_names[num_given:]
+            names = self.kernel.arg_names[len(tiles) + len(arrays) + len(numbers) :]
             self._tail = tuple(self.constants[name] for name in names)
             self._start = compiled[self._grid]
 
 
 def _allocating() -> Context:
     """A context of this thread with a Triton allocator; the caller's own stays as it is."""
-    found: Context | None = getattr(_THREAD, "context", None)
-    if found is None:
-        found = _THREAD.context = Context()
-        found.run(triton.set_allocator, _allocate)
-    return found
+    context: Context | None = getattr(_THREAD, "context", None)
+    if context is None:
+        context = _THREAD.context = Context()
+        context.run(triton.set_allocator, _allocate)
+    return context
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Bytes for a kernel on the current stream of the current device."""
+    """Allocate bytes for a kernel on the current stream of the current device."""
     del alignment, stream  # torch's memory begins at multiples of 512
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -110,14 +109,14 @@ _THREAD = threading.local()
 
 def are_aligned(*arrays: Tensor) -> bool:
     """Whether all begin at multiples of 16 bytes."""
-    places = 0
-    for of in arrays:
-        places |= of.data_ptr()
-    return places % 16 == 0
+    union = 0
+    for array in arrays:
+        union |= array.data_ptr()
+    return union % 16 == 0
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of `x` the current one, on which Triton starts its kernels."""
+    """Make the device of `x` the current one, on which Triton starts its kernels."""
     device = x.get_device()
     if device < 0 or device == torch.cuda.current_device():
         return _NOWHERE

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,6 +24,98 @@ _GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBE = tl.constexpr(0.044715)
 
 
+class Shape(NamedTuple):
+    """What a kernel knows of its case when it is compiled; a constant of the kernel."""
+
+    NARROW: Any
+    """Features of a narrow chunk."""
+    NUM_WIDE: Any
+    """How many chunks, the first ones, are one wider; 0 when all are narrow."""
+    WIDTH: Any
+    """F."""
+    RANK: Any
+    BM: Any
+    """Rows of a tile."""
+    BF: Any
+    """Width of a tile."""
+    BR: Any
+    """Rank of a tile."""
+    STEP: Any
+    """Rows from one tile of a program to its next."""
+    TILES: Any
+    """Tiles of one program."""
+    STAGES: Any
+    ACTIVATION: Any
+    HAS_BIAS: Any
+    BULK: Any
+    """Whether the copy engine moves tiles."""
+    ALL_ROWS: Any
+    """Whether every row of every tile is real."""
+    PRECISION: Any
+
+
+class Bank(NamedTuple):
+    """Where the matrices of all slots begin, or those of their gradients."""
+
+    down: Any
+    up: Any
+    bias: Any
+    gate: Any
+
+
+class Seed(NamedTuple):
+    """The seed of a chunk."""
+
+    slot: Any
+    output_scale: Any
+    param_grad_scale: Any
+    input_grad_scale: Any
+    output_damping: Any
+    is_live: Any
+    """Whether an adapter is at work."""
+
+
+class Walk(NamedTuple):
+    """The tiles of one program, all of one chunk."""
+
+    row: Any
+    """The first tile's first row."""
+    start: Any
+    """The chunk's first feature."""
+    width: Any
+    """The chunk's features."""
+    num_rows: Any
+    """N."""
+    offsets: Any
+    """[BM, BF]: of a tile's entries from its corner."""
+    corner: Any
+    """Offset of the first tile's corner."""
+    stride: Any
+    """From one corner to the next."""
+
+
+class Tile(NamedTuple):
+    """One tile of a walk."""
+
+    row: Any
+    start: Any
+    entries: Any
+    """[BM, BF]: offsets."""
+    is_row: Any
+    """[BM]"""
+    is_column: Any
+    """[BF]"""
+
+
+class Matrices(NamedTuple):
+    """One adapter; bias and gate stand for nothing where it has none."""
+
+    down: Any
+    up: Any
+    bias: Any
+    gate: Any
+
+
 @triton.jit
 def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
     """First feature and width of a chunk, cut as `numpy.array_split` does."""
@@ -34,37 +127,102 @@ def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
 
 
 @triton.jit
-def find(slot_ptr, gains_ptr, chunk, SLOTS):
-    """Slot, gains and whether an adapter is at work in the chunk."""
+def find_seed(slot_ptr, gains_ptr, chunk, SLOTS):
+    """The seed of a chunk."""
     slot = tl.load(slot_ptr + chunk)
     output_scale = tl.load(gains_ptr + chunk * GAINS)
     param_grad_scale = tl.load(gains_ptr + chunk * GAINS + 1)
     input_grad_scale = tl.load(gains_ptr + chunk * GAINS + 2)
     output_damping = tl.load(gains_ptr + chunk * GAINS + 3)
-    is_served = (slot >= 0) & (slot < SLOTS)
+    has_slot = (slot >= 0) & (slot < SLOTS)
     acts_or_learns = (output_scale != 0) | (param_grad_scale != 0)
-    is_live = is_served & (acts_or_learns | (input_grad_scale != 0) | (output_damping != 0))
-    return slot, output_scale, param_grad_scale, input_grad_scale, output_damping, is_live
+    is_live = has_slot & (acts_or_learns | (input_grad_scale != 0) | (output_damping != 0))
+    return Seed(slot, output_scale, param_grad_scale, input_grad_scale, output_damping, is_live)
 
 
 @triton.jit
-def load_matrix(
-    ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
-):
-    """`[F, R]` of one slot, zero beyond the chunk's width and the rank."""
-    at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + cols[:, None] * RANK + ranks[None, :]
-    is_real = (cols[:, None] < width) & (ranks[None, :] < RANK)
-    return narrow(tl.load(at, mask=is_real, other=0.0), dtype)
+def start_walk(chunk, row, N, D, S: tl.constexpr):
+    """The walk over a chunk's tiles, from `row` on."""
+    start, width = locate(chunk, S.NARROW, S.NUM_WIDE)
+    offsets = tl.arange(0, S.BM)[:, None] * D + tl.arange(0, S.BF)[None, :]
+    corner = row.to(tl.int64) * D + start
+    return Walk(row, start, width, N, offsets, corner, tl.cast(D, tl.int64) * S.STEP)
 
 
 @triton.jit
-def load_up(
-    ptr, slot, width, cols, ranks, RANK: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
-):
-    """`[R, F]` of one slot, zero beyond the chunk's width and the rank."""
-    at = ptr + slot.to(tl.int64) * (WIDTH * RANK) + ranks[:, None] * WIDTH + cols[None, :]
-    is_real = (cols[None, :] < width) & (ranks[:, None] < RANK)
-    return narrow(tl.load(at, mask=is_real, other=0.0), dtype)
+def tile_of(walk, number, S: tl.constexpr):
+    """A tile of a walk by its number."""
+    row = walk.row + number * S.STEP
+    entries = walk.corner + number * walk.stride + walk.offsets
+    is_row = row + tl.arange(0, S.BM) < walk.num_rows
+    return Tile(row, walk.start, entries, is_row, tl.arange(0, S.BF) < walk.width)
+
+
+@triton.jit
+def load_tile(ptr, tile, S: tl.constexpr):
+    """The entries of a tile, zero where there are none."""
+    ALL_COLS: tl.constexpr = (S.NUM_WIDE == 0) and (S.BF == S.NARROW)
+    if S.BULK:
+        values = ptr.load([tile.row, tile.start])
+    elif S.ALL_ROWS and ALL_COLS:
+        values = tl.load(ptr + tile.entries)
+    elif ALL_COLS:  # a mask over columns would keep loads from being wide
+        values = tl.load(ptr + tile.entries, mask=tile.is_row[:, None], other=0.0)
+    else:
+        mask = tile.is_row[:, None] & tile.is_column[None, :]
+        values = tl.load(ptr + tile.entries, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def store_tile(ptr, tile, values, S: tl.constexpr):
+    """Writes where `load_tile` reads."""
+    ALL_COLS: tl.constexpr = (S.NUM_WIDE == 0) and (S.BF == S.NARROW)
+    if S.BULK:
+        ptr.store([tile.row, tile.start], values)
+    elif S.ALL_ROWS and ALL_COLS:
+        tl.store(ptr + tile.entries, values)
+    elif ALL_COLS:
+        tl.store(ptr + tile.entries, values, mask=tile.is_row[:, None])
+    else:
+        tl.store(ptr + tile.entries, values, mask=tile.is_row[:, None] & tile.is_column[None, :])
+
+
+@triton.jit
+def load_matrices(bank, slot, width, dtype: tl.constexpr, S: tl.constexpr):
+    """The adapter of one slot, zero beyond the chunk's width and the rank."""
+    cols, ranks = tl.arange(0, S.BF), tl.arange(0, S.BR)
+    down = _load_down(bank.down, slot, width, dtype, S)
+    base = bank.up + slot.to(tl.int64) * (S.WIDTH * S.RANK)
+    is_real = (cols[None, :] < width) & (ranks[:, None] < S.RANK)
+    up = tl.load(base + ranks[:, None] * S.WIDTH + cols[None, :], mask=is_real, other=0.0)
+    up = narrow(up, dtype)
+    bias = tl.zeros([1, 1], tl.float32)
+    if S.HAS_BIAS:
+        bias = tl.load(bank.bias + slot * S.RANK + ranks, mask=ranks < S.RANK, other=0.0)
+        bias = narrow(bias, dtype).to(tl.float32)[None, :]
+    gate = down
+    if S.ACTIVATION == "gated":
+        gate = _load_down(bank.gate, slot, width, dtype, S)
+    return Matrices(down, up, bias, gate)
+
+
+@triton.jit
+def _load_down(ptr, slot, width, dtype: tl.constexpr, S: tl.constexpr):
+    """`[F, R]` of one slot."""
+    cols, ranks = tl.arange(0, S.BF), tl.arange(0, S.BR)
+    base = ptr + slot.to(tl.int64) * (S.WIDTH * S.RANK)
+    is_real = (cols[:, None] < width) & (ranks[None, :] < S.RANK)
+    values = tl.load(base + cols[:, None] * S.RANK + ranks[None, :], mask=is_real, other=0.0)
+    return narrow(values, dtype)
+
+
+@triton.jit
+def zero_padding(hidden, S: tl.constexpr):
+    """`[BM, BR]` with zeros beyond the rank."""
+    if S.BR != S.RANK:
+        hidden = tl.where(tl.arange(0, S.BR)[None, :] < S.RANK, hidden, 0.0)
+    return hidden
 
 
 @triton.jit
@@ -95,13 +253,14 @@ def activate_with_slope(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def fold(values, ROWS: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr):
-    """Sums of every GROUP-th row, `[ROWS, COLS]` to `[GROUP, COLS]`: within a thread, mostly."""
-    return tl.sum(tl.reshape(values, [ROWS // GROUP, GROUP, COLS]), axis=0)
+def fold(values, GROUP: tl.constexpr, S: tl.constexpr):
+    """Sums of every GROUP-th row, `[BM, BF]` to `[GROUP, BF]`: within a thread, mostly."""
+    return tl.sum(tl.reshape(values, [S.BM // GROUP, GROUP, S.BF]), axis=0)
 
 
 @triton.jit
 def is_finite(values):
+    """Whether neither infinite nor NaN."""
     return tl.abs(values) < float("inf")
 
 
@@ -122,83 +281,6 @@ def narrow(values, dtype: tl.constexpr):
         bits = tl.where(values == values, rounded, bits) & 0xFFFF0000  # noqa: PLR0124
         return bits.to(tl.float32, bitcast=True).to(dtype)
     return values.to(dtype)
-
-
-@triton.jit
-def load_adapter(
-    down_ptr,
-    up_ptr,
-    bias_ptr,
-    gate_ptr,
-    slot,
-    width,
-    cols,
-    ranks,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """`down`, `up`, and bias and gate, which stand for nothing where an adapter has none."""
-    down = load_matrix(down_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-    up = load_up(up_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-    bias = tl.zeros([1, 1], tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + slot * RANK + ranks, mask=ranks < RANK, other=0.0)
-        bias = narrow(bias, dtype).to(tl.float32)[None, :]
-    gate = down
-    if ACTIVATION == "gated":
-        gate = load_matrix(gate_ptr, slot, width, cols, ranks, RANK, WIDTH, dtype)
-    return down, up, bias, gate
-
-
-@triton.jit
-def load_tile(
-    ptr,
-    row,
-    start,
-    at,
-    is_row,
-    is_real,
-    BULK: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    ALL_COLS: tl.constexpr,
-):
-    """A tile at `row` and feature `start`, zero where there is none; `ptr + at` are its entries."""
-    if BULK:
-        tile = ptr.load([row, start])
-    elif ALL_ROWS and ALL_COLS:
-        tile = tl.load(ptr + at)
-    elif ALL_COLS:  # a mask over columns would keep loads from being wide
-        tile = tl.load(ptr + at, mask=is_row[:, None], other=0.0)
-    else:
-        tile = tl.load(ptr + at, mask=is_row[:, None] & is_real[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def store_tile(
-    ptr,
-    row,
-    start,
-    at,
-    tile,
-    is_row,
-    is_real,
-    BULK: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    ALL_COLS: tl.constexpr,
-):
-    """Where `load_tile` loads."""
-    if BULK:
-        ptr.store([row, start], tile)
-    elif ALL_ROWS and ALL_COLS:
-        tl.store(ptr + at, tile)
-    elif ALL_COLS:
-        tl.store(ptr + at, tile, mask=is_row[:, None])
-    else:
-        tl.store(ptr + at, tile, mask=is_row[:, None] & is_real[None, :])
 
 
 # Two entries at a time: what the compiler makes of a select between bfloat16 numbers converts and
@@ -246,14 +328,14 @@ def blend(base, values, gain, limit):
 
 
 @triton.jit
-def release(IS_CHAINED: tl.constexpr):
-    """Lets the kernel that waits for this one start its programs."""
-    if IS_CHAINED and not _IS_INTERPRETED:
+def release(CHAINED: tl.constexpr):
+    """Let the next kernel of the stream start its programs, if it was launched to wait for us."""
+    if CHAINED and not _IS_INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def await_release(IS_CHAINED: tl.constexpr):
-    """Waits until the kernel before this one has written everything."""
-    if IS_CHAINED and not _IS_INTERPRETED:
+def await_release(CHAINED: tl.constexpr):
+    """Wait until the kernel before this one has written everything."""
+    if CHAINED and not _IS_INTERPRETED:
         tl.extra.cuda.gdc_wait()

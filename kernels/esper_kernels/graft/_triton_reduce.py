@@ -3,62 +3,75 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._triton_parts import GAINS, await_release, find, is_finite
+from esper_kernels.graft._triton_parts import Bank, await_release, find_seed, is_finite
 
 
-@triton.jit
-def parts_of(left_ptr, CHUNKS, SPLITS: tl.constexpr):
-    """Sums [S, C, 4] (dy^2, r^2, -dy r, not finite) and shares [S, C, K] of S splits.
+class Share(NamedTuple):
+    """How the splits' shares of an adapter's gradients lie in memory; a constant of a kernel.
 
     A share is down [F, R], up [R, F], bias [R], gate [F, R].
     """
-    return left_ptr, left_ptr + tl.cast(CHUNKS, tl.int64) * (SPLITS * 4)
+
+    ENTRIES: Any
+    SIZE: Any
+    """F R"""
+    RANK: Any
+    HAS_BIAS: Any
+    IS_GATED: Any
+    SPLITS: Any
+    BK: Any
+    """Entries that are added up at once."""
+    BS: Any
+    """Splits, as a power of two."""
+    BC: Any
+    """Chunks that are searched at once."""
+
+
+@triton.jit
+def parts(left_ptr, CHUNKS, H: tl.constexpr):
+    """Sums [S, C, 4] (dy^2, r^2, -dy r, not finite) and shares [S, C, ENTRIES] of S splits."""
+    return left_ptr, left_ptr + tl.cast(CHUNKS, tl.int64) * (H.SPLITS * 4)
 
 
 @triton.jit
 def find_chunk(slot_ptr, slot, CHUNKS, BC: tl.constexpr):
     """The chunk that a slot serves, -1 for none."""
-    found = tl.full([BC], -1, tl.int32)
+    chunk = tl.full([BC], -1, tl.int32)
     for first in range(0, CHUNKS, BC):
         chunks = first + tl.arange(0, BC)
         slots = tl.load(slot_ptr + chunks, mask=chunks < CHUNKS, other=-1)
-        found = tl.where(slots == slot, chunks, found)
-    return tl.max(found, axis=0)
+        chunk = tl.where(slots == slot, chunks, chunk)
+    return tl.max(chunk, axis=0)
 
 
 @triton.jit
-def add_up_channels(
-    sums_ptr,
-    watched_ptr,
-    channels_ptr,
-    chunk,
-    is_live,
-    CHUNKS,
-    SPLITS: tl.constexpr,
-    BS: tl.constexpr,
-    BESIDE: tl.constexpr,
-):
-    """One chunk's row of `channels` from the splits' sums, `BESIDE` that of `watched`."""
-    splits = tl.arange(0, BS)
-    sums_at = sums_ptr + (splits * CHUNKS + chunk) * 4
-    is_split = splits < SPLITS
-    squares = tl.load(sums_at, mask=is_split, other=0.0, cache_modifier=".cg")
+def add_up_statistics(
+    sums_ptr, statistics_ptr, out_ptr, chunk, is_live, CHUNKS, BESIDE: tl.constexpr,
+    H: tl.constexpr,
+):  # fmt: skip
+    """One chunk's row of backward statistics, `BESIDE` that of the forward ones."""
+    splits = tl.arange(0, H.BS)
+    rows = sums_ptr + (splits * CHUNKS + chunk) * 4
+    is_split = splits < H.SPLITS
+    squares = tl.load(rows, mask=is_split, other=0.0, cache_modifier=".cg")
     slope_square = tl.sum(squares, axis=0)
-    out = channels_ptr + chunk * 5
+    out = out_ptr + chunk * 5
     if BESIDE:
         column = tl.arange(0, 8)
-        row = tl.load(watched_ptr + chunk * 5 + column, mask=column < 5)
-        tl.store(channels_ptr + chunk * 10 + column, row, mask=column < 5)
+        row = tl.load(statistics_ptr + chunk * 5 + column, mask=column < 5)
+        tl.store(out_ptr + chunk * 10 + column, row, mask=column < 5)
         out += chunk * 5 + 5
     tl.store(out, slope_square)
     if is_live:
-        square, worth, broken = _sum_sums(sums_at, is_split)
+        square, worth, flaw = _sum_sums(rows, is_split)
         is_sound = is_finite(square)
-        is_fed = is_finite(slope_square) & is_finite(tl.load(watched_ptr + chunk * 5 + 2))
-        is_error = is_fed & ((broken != 0) | (not is_sound))
+        is_input_finite = is_finite(tl.load(statistics_ptr + chunk * 5 + 2))
+        is_error = is_finite(slope_square) & is_input_finite & ((flaw != 0) | (not is_sound))
         tl.store(out + 1, 1.0)
         tl.store(out + 2, tl.where(is_sound, square, 0.0))
         tl.store(out + 3, tl.where(is_sound, worth, 0.0))
@@ -70,84 +83,93 @@ def add_up_channels(
 
 @triton.jit
 def add_up_gradients(
-    shares_ptr,
-    sums_ptr,
-    chunk,
-    learn,
-    is_live,
-    k,
-    CHUNKS,
-    SPLITS: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    BS: tl.constexpr,
+    shares_ptr, sums_ptr, chunk, param_grad_scale, is_live, k, CHUNKS, H: tl.constexpr
 ):
-    """Entries `k` of a chunk's share, over the splits in order; zeros where none is learned."""
-    splits = tl.arange(0, BS)
-    total = tl.zeros([BK], tl.float32)
-    if is_live & (learn != 0):
-        square, _, broken = _sum_sums(sums_ptr + (splits * CHUNKS + chunk) * 4, splits < SPLITS)
-        if (broken == 0) & is_finite(square):
-            share = shares_ptr + chunk.to(tl.int64) * K + k
-            for _split in range(SPLITS):
-                total += tl.load(share, mask=k < K, other=0.0, cache_modifier=".cg")
-                share += CHUNKS * K
-            total *= learn
+    """Entries `k` of a chunk's gradients, 0 where nothing is learned or something is broken."""
+    splits = tl.arange(0, H.BS)
+    total = tl.zeros([H.BK], tl.float32)
+    if is_live & (param_grad_scale != 0):
+        rows = sums_ptr + (splits * CHUNKS + chunk) * 4
+        square, _, flaw = _sum_sums(rows, splits < H.SPLITS)
+        if (flaw == 0) & is_finite(square):
+            share = shares_ptr + chunk.to(tl.int64) * H.ENTRIES + k
+            for _split in range(H.SPLITS):
+                total += tl.load(share, mask=k < H.ENTRIES, other=0.0, cache_modifier=".cg")
+                share += CHUNKS * H.ENTRIES
+            total *= param_grad_scale
     return total
 
 
 @triton.jit
-def store_gradients(
-    d_down_ptr,
-    d_up_ptr,
-    d_bias_ptr,
-    d_gate_ptr,
-    slot,
-    k,
-    total,
-    K: tl.constexpr,
-    SIZE: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_GATED: tl.constexpr,
-):
+def store_gradients(gradients, slot, k, total, H: tl.constexpr):
     """Entries `k` of a share into the gradients of one slot."""
-    base = tl.cast(slot, tl.int64) * SIZE
-    tl.store(d_down_ptr + base + k, total, mask=k < SIZE)
-    tl.store(d_up_ptr + base + k - SIZE, total, mask=(k >= SIZE) & (k < 2 * SIZE))
-    if HAS_BIAS:
-        is_bias = (k >= 2 * SIZE) & (k < 2 * SIZE + RANK)
-        tl.store(d_bias_ptr + slot * RANK + k - 2 * SIZE, total, mask=is_bias)
-    if IS_GATED:
-        is_gate = (k >= K - SIZE) & (k < K)
-        tl.store(d_gate_ptr + base + k - (K - SIZE), total, mask=is_gate)
+    base = tl.cast(slot, tl.int64) * H.SIZE
+    tl.store(gradients.down + base + k, total, mask=k < H.SIZE)
+    tl.store(gradients.up + base + k - H.SIZE, total, mask=(k >= H.SIZE) & (k < 2 * H.SIZE))
+    if H.HAS_BIAS:
+        is_bias = (k >= 2 * H.SIZE) & (k < 2 * H.SIZE + H.RANK)
+        tl.store(gradients.bias + slot * H.RANK + k - 2 * H.SIZE, total, mask=is_bias)
+    if H.IS_GATED:
+        is_gate = (k >= H.ENTRIES - H.SIZE) & (k < H.ENTRIES)
+        tl.store(gradients.gate + base + k - (H.ENTRIES - H.SIZE), total, mask=is_gate)
 
 
 @triton.jit
-def _sum_sums(at, is_real):
+def _sum_sums(rows, is_split):
     """Sums over the splits: r^2, -dy r, and 0 or NaN."""
-    square = tl.sum(tl.load(at + 1, mask=is_real, other=0.0, cache_modifier=".cg"), axis=0)
-    worth = tl.sum(tl.load(at + 2, mask=is_real, other=0.0, cache_modifier=".cg"), axis=0)
-    broken = tl.sum(tl.load(at + 3, mask=is_real, other=0.0, cache_modifier=".cg"), axis=0)
-    return square, worth, broken
+    square = tl.sum(tl.load(rows + 1, mask=is_split, other=0.0, cache_modifier=".cg"), axis=0)
+    worth = tl.sum(tl.load(rows + 2, mask=is_split, other=0.0, cache_modifier=".cg"), axis=0)
+    flaw = tl.sum(tl.load(rows + 3, mask=is_split, other=0.0, cache_modifier=".cg"), axis=0)
+    return square, worth, flaw
+
+
+@triton.jit
+def zero_unused(slot_ptr, gradients, program, SLOTS, CHUNKS, H: tl.constexpr):
+    """Zero the gradients of slots that serve no chunk; the programs share them."""
+    for slot in range(program, SLOTS, CHUNKS * H.SPLITS):
+        if find_chunk(slot_ptr, slot, CHUNKS, H.BC) < 0:
+            for first in range(0, H.ENTRIES, H.BK):
+                k = first + tl.arange(0, H.BK)
+                store_gradients(gradients, slot, k, tl.zeros([H.BK], tl.float32), H)
+
+
+@triton.jit
+def finish(
+    sums_ptr, shares_ptr, arrivals_ptr, statistics_ptr, out_ptr, gradients, seed, chunk,
+    SLOTS, CHUNKS, BESIDE: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """The last program of a chunk to arrive adds up; its counter is 0 again afterwards."""
+    tl.debug_barrier()  # all threads have stored what this program leaves
+    before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
+    if before == H.SPLITS - 1:
+        tl.store(arrivals_ptr + chunk, 0)
+        add_up_statistics(sums_ptr, statistics_ptr, out_ptr, chunk, seed.is_live, CHUNKS, BESIDE, H)
+        if (seed.slot >= 0) & (seed.slot < SLOTS):
+            for first in range(0, H.ENTRIES, H.BK):
+                k = first + tl.arange(0, H.BK)
+                scale = seed.param_grad_scale
+                total = add_up_gradients(
+                    shares_ptr, sums_ptr, chunk, scale, seed.is_live, k, CHUNKS, H
+                )
+                store_gradients(gradients, seed.slot, k, total, H)
 
 
 @triton.jit
 def reduce_kernel(
     left_ptr,
-    watched_ptr,
+    statistics_ptr,
     slot_ptr,
     gains_ptr,
     d_down_ptr,
     d_up_ptr,
     d_bias_ptr,
     d_gate_ptr,
-    channels_ptr,
+    out_ptr,
     SLOTS,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
-    K: tl.constexpr,
-    SIZE: tl.constexpr,  # F * R
+    ENTRIES: tl.constexpr,
+    SIZE: tl.constexpr,
     RANK: tl.constexpr,
     BK: tl.constexpr,
     BS: tl.constexpr,
@@ -157,39 +179,26 @@ def reduce_kernel(
     CHAINED: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
-    """The first C programs: one chunk's channels. The others: a piece of one slot's gradients."""
-    pid = tl.program_id(0)
-    sums_ptr, shares_ptr = parts_of(left_ptr, CHUNKS, SPLITS)
-    if pid < CHUNKS:
-        _, _, _, _, _, is_live = find(slot_ptr, gains_ptr, pid, SLOTS)
+    """The first C programs: one chunk's statistics. The others: a piece of a slot's gradients."""
+    H: tl.constexpr = Share(ENTRIES, SIZE, RANK, HAS_BIAS, IS_GATED, SPLITS, BK, BS, BC)
+    program = tl.program_id(0)
+    sums_ptr, shares_ptr = parts(left_ptr, CHUNKS, H)
+    if program < CHUNKS:
+        seed = find_seed(slot_ptr, gains_ptr, program, SLOTS)
         await_release(CHAINED)
-        add_up_channels(
-            sums_ptr, watched_ptr, channels_ptr, pid, is_live, CHUNKS, SPLITS, BS, BESIDE
+        add_up_statistics(
+            sums_ptr, statistics_ptr, out_ptr, program, seed.is_live, CHUNKS, BESIDE, H
         )
     else:
-        PIECES: tl.constexpr = (K + BK - 1) // BK
-        slot = (pid - CHUNKS) // PIECES
-        piece = (pid - CHUNKS) % PIECES
+        PIECES: tl.constexpr = (ENTRIES + BK - 1) // BK
+        slot = (program - CHUNKS) // PIECES
+        piece = (program - CHUNKS) % PIECES
         chunk = find_chunk(slot_ptr, slot, CHUNKS, BC)
         await_release(CHAINED)
         k = piece * BK + tl.arange(0, BK)
         total = tl.zeros([BK], tl.float32)
         if chunk >= 0:
-            learn = tl.load(gains_ptr + chunk * GAINS + 1)
-            total = add_up_gradients(
-                shares_ptr, sums_ptr, chunk, learn, learn != 0, k, CHUNKS, SPLITS, K, BK, BS
-            )
-        store_gradients(
-            d_down_ptr,
-            d_up_ptr,
-            d_bias_ptr,
-            d_gate_ptr,
-            slot,
-            k,
-            total,
-            K,
-            SIZE,
-            RANK,
-            HAS_BIAS,
-            IS_GATED,
-        )
+            seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
+            scale = seed.param_grad_scale
+            total = add_up_gradients(shares_ptr, sums_ptr, chunk, scale, scale != 0, k, CHUNKS, H)
+        store_gradients(Bank(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr), slot, k, total, H)

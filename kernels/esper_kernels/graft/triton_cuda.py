@@ -30,11 +30,10 @@ from esper_kernels.graft._stream import Stream, arrivals, current_stream, floats
 from esper_kernels.graft._triton_launch import Layout, Tile, are_aligned, on_device_of
 from esper_kernels.graft._triton_parts import IS_INTERPRETED
 from esper_kernels.graft._triton_plan import (
-    Pulling,
-    Watching,
+    Pass,
     backward_launches,
     forward_launches,
-    share_of,
+    share_entries,
 )
 
 MAX_SIDE = 256
@@ -81,10 +80,10 @@ class Calls:
         self._backward_tiles = tiles or backward_tiles(case)
         self._sizes = case.rows, case.features, case.chunks, case.slots
         self._layouts: dict[int, Layout] = {}
-        self._watched: dict[tuple[bool, ...], Watching] = {}
-        self._pulled: dict[tuple[bool, bool, bool], Pulling] = {}
-        self._is_small = share_of(case) <= MAX_SHARE
-        self._nobody: tuple[Tensor, Tensor] | None = None
+        self._forward: dict[tuple[bool, bool, bool], Pass] = {}
+        self._backward: dict[tuple[bool, bool, bool], Pass] = {}
+        self._is_small = share_entries(case) <= MAX_SHARE
+        self._no_seeds: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
@@ -92,13 +91,13 @@ class Calls:
         """`y` and `watched`; `x` is contiguous and may have any leading shape."""
         y = torch.empty_like(x)
         with on_device_of(x):
-            return y, self._watch(x, y, adapter, slot, gains, self._forward_tiles)
+            return y, self._run_forward(x, y, adapter, slot, gains)
 
     def watch(self, x: Tensor) -> Tensor:
         """`watched` of all chunks, whatever lives there."""
         with on_device_of(x):
-            nobody = self._nobody or self._made_nobody(x)
-            return self._watch(x, x, Adapter(x, x), *nobody, self._forward_tiles)
+            slot, gains = self._no_seeds or self._make_no_seeds(x)
+            return self._run_forward(x, x, Adapter(x, x), slot, gains)
 
     def backward(
         self,
@@ -115,43 +114,44 @@ class Calls:
         it.
         """
         case, tiles, bank = self.case, self._backward_tiles, _bank(x, adapter)
-        tiles = tiles if are_aligned(x, dy) else _without_engine(tiles)
+        tiles = tiles if are_aligned(x, dy) else replace(tiles, is_bulk=False)
         dx = torch.empty_like(x)
         d_adapter = Adapter(*(None if leaf is None else torch.empty_like(leaf) for leaf in adapter))
-        learned = _bank(x, d_adapter)
+        gradients = _bank(x, d_adapter)
         columns = NUM_STATISTICS if is_beside else NUM_BACKWARD_STATISTICS
         channels = x.new_empty((case.chunks, columns), dtype=torch.float32)
         with on_device_of(x):
             stream = current_stream(x)
             counters = arrivals(x, case.chunks, stream) if self._is_small else None
             key = tiles.is_bulk, counters is not None, is_beside
-            launches = self._pulled.get(key)
+            launches = self._backward.get(key)
             if launches is None:
-                launches = self._pulled[key] = backward_launches(
-                    case, tiles, *key[1:], is_open=self._opens
+                launches = self._backward[key] = backward_launches(
+                    case, tiles, is_counted=key[1], is_beside=is_beside, is_open=self._opens
                 )
-            main, reduce, room = launches
-            left = self._room(x, room, stream, is_alone=reduce is None)
+            main, finish, room = launches
+            left = self._scratch(x, room, stream, is_alone=finish is None)
             views, plain = ((), (x, dy, dx)) if self._opens else self._views(tiles, x, dy, dx)
-            counted = slot if counters is None else counters
-            given = *plain, *bank, slot, gains, left, watched, *learned, channels, counted
-            main(views, given, self._sizes, stream.name)
-            if reduce is not None:
-                told = left, watched, slot, gains, *learned, channels
-                reduce((), told, (case.slots,), stream.name)
+            counters = slot if counters is None else counters
+            results = *gradients, channels
+            arrays = *plain, *bank, slot, gains, left, watched, *results, counters
+            main(views, arrays, self._sizes, stream.name)
+            if finish is not None:
+                arrays = left, watched, slot, gains, *results
+                finish((), arrays, (case.slots,), stream.name)
         return dx, d_adapter, channels
 
-    def _made_nobody(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots and gains that serve no chunk; kept unless a graph captures their making."""
+    def _make_no_seeds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Make slots and gains that serve no chunk; remember them unless a graph captures this."""
         chunks = self.case.chunks
         slot = torch.full((chunks,), -1, dtype=torch.int32, device=x.device)
-        nobody = slot, torch.zeros((chunks, NUM_GAINS), device=x.device)
+        no_seeds = slot, torch.zeros((chunks, NUM_GAINS), device=x.device)
         if not current_stream(x).is_captured:
-            self._nobody = nobody
-        return nobody
+            self._no_seeds = no_seeds
+        return no_seeds
 
-    def _room(self, x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
-        """Where programs leave sums; a stream's own memory only where one kernel does all.
+    def _scratch(self, x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
+        """Memory for the programs' sums; a stream's own memory only where one kernel does all.
 
         Another thread may start a kernel on the stream between two of this one.
         """
@@ -160,7 +160,7 @@ class Calls:
         return x.new_empty((size,), dtype=torch.float32)
 
     def _views(self, tiles: Tiles, *activations: Tensor) -> tuple[Sequence[Tile], Sequence[Tensor]]:
-        """What a kernel takes for activations: tiles, or arrays."""
+        """Activations as a kernel takes them: tiles, or arrays."""
         if not tiles.is_bulk:
             return (), activations
         layout = self._layouts.get(tiles.rows)
@@ -168,39 +168,32 @@ class Calls:
             case = self.case
             sides = [case.rows, case.features], [case.features, 1]
             layout = self._layouts[tiles.rows] = *sides, [tiles.rows, case.width]
-        return [Tile(of, layout) for of in activations], ()
+        return [Tile(activation, layout) for activation in activations], ()
 
-    def _watch(
-        self,
-        x: Tensor,
-        y: Tensor,
-        adapter: Adapter,
-        slot: Tensor,
-        gains: Tensor,
-        tiles: Tiles,
+    def _run_forward(
+        self, x: Tensor, y: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
     ) -> Tensor:
-        case, bank = self.case, _bank(x, adapter)
-        tiles = tiles if are_aligned(x, y) else _without_engine(tiles)
+        """`watched`; also writes `y`, unless it is `x`."""
+        case, tiles, bank = self.case, self._forward_tiles, _bank(x, adapter)
+        tiles = tiles if are_aligned(x, y) else replace(tiles, is_bulk=False)
         stream = current_stream(x)
         counters = arrivals(x, case.chunks, stream) if tiles.splits > 1 else None
         key = tiles.is_bulk, y is x, counters is not None
-        launches = self._watched.get(key)
+        launches = self._forward.get(key)
         if launches is None:
-            launches = self._watched[key] = forward_launches(case, tiles, *key[1:])
+            launches = self._forward[key] = forward_launches(
+                case, tiles, only_reads=key[1], is_counted=key[2]
+            )
         main, finish, room = launches
         watched = x.new_empty((case.chunks, NUM_FORWARD_STATISTICS), dtype=torch.float32)
-        left = self._room(x, room, stream, is_alone=finish is None) if room else watched
+        left = self._scratch(x, room, stream, is_alone=finish is None) if room else watched
         views, plain = self._views(tiles, x, y)
-        counted = slot if counters is None else counters
-        main(views, (*plain, *bank, slot, gains, left, watched, counted), self._sizes, stream.name)
+        counters = slot if counters is None else counters
+        arrays = *plain, *bank, slot, gains, left, watched, counters
+        main(views, arrays, self._sizes, stream.name)
         if finish is not None:
             finish((), (left, watched), (case.rows,), stream.name)
         return watched
-
-
-def _without_engine(tiles: Tiles) -> Tiles:
-    """The copy engine wants activations that begin at multiples of 16 bytes."""
-    return replace(tiles, is_bulk=False) if tiles.is_bulk else tiles
 
 
 def _bank(x: Tensor, adapter: Adapter) -> list[Tensor]:
@@ -212,8 +205,8 @@ def _bank(x: Tensor, adapter: Adapter) -> list[Tensor]:
 def calls(
     case: Case, device: torch.device, tiles: Tiles | None = None, *, is_bound: bool = False
 ) -> Calls:
-    """The passes of a case; kept, as is what Triton compiles for them."""
-    del device  # for which alone they are compiled
+    """The passes of a case, remembered as is what Triton compiles for them."""
+    del device  # the one for which they are compiled
     return Calls(case, tiles, is_bound=is_bound)
 
 
