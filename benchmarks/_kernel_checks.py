@@ -24,18 +24,22 @@ class Arguments(NamedTuple):
     gains: torch.Tensor
 
 
-def to_jax(of: Arguments) -> Arguments:
-    return Arguments(*jax.tree.map(jnp.from_dlpack, tuple(of)))
+def to_jax(arguments: Arguments) -> Arguments:
+    """The same as arrays of JAX, which share its memory."""
+    return Arguments(*jax.tree.map(jnp.from_dlpack, tuple(arguments)))
 
 
-def step(backend: Any, case: Case, of: Arguments) -> Any:
-    x, dy, adapter, slot, gains = of
+def step(backend: Any, case: Case, arguments: Arguments) -> Any:
+    """Forward and backward."""
+    x, dy, adapter, slot, gains = arguments
     y, watched = backend.forward(case, x, adapter, slot, gains)
     return y, watched, backend.backward(case, x, dy, adapter, slot, gains, watched)
 
 
-def forward(backend: Any, case: Case, of: Arguments) -> Any:
-    return backend.forward(case, of.x, of.adapter, of.slot, of.gains)
+def forward(backend: Any, case: Case, arguments: Arguments) -> Any:
+    """Forward alone."""
+    x, _, adapter, slot, gains = arguments
+    return backend.forward(case, x, adapter, slot, gains)
 
 
 def flat(results: Any) -> list[torch.Tensor]:
@@ -44,20 +48,21 @@ def flat(results: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf is not None]
 
 
-def error_of(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found.double() - true).norm() / true.norm())
+def error_of(result: torch.Tensor, true: torch.Tensor) -> float:
+    """The size of the difference over the size of the truth."""
+    return float((result.double() - true).norm() / true.norm())
 
 
-def hold(
+def verify(
     case: Case,
-    of: Arguments,
-    found: Mapping[str, Callable[[], Any]],
+    arguments: Arguments,
+    runs: Mapping[str, Callable[[], Any]],
     *,
     live: torch.Tensor | None = None,
 ) -> None:
-    """Refuses to time what is further from float64 than twice the reference, or differs twice.
+    """Refuse to time what is further from float64 than twice the reference, or differs twice.
 
-    Each of `found` gives `y`, `watched` and, where it has them, `dx`, the adapter's gradients and
+    Each of `runs` gives `y`, `watched` and, where it has them, `dx`, the adapter's gradients and
     `channels`. With `live` [C] what is measured is compared as zero elsewhere.
     """
 
@@ -67,14 +72,17 @@ def hold(
     def masked(results: Any) -> list[torch.Tensor]:
         y, watched, (dx, d_adapter, channels) = results
         if live is not None:
-            watched, channels = (torch.where(live[:, None], of, 0) for of in (watched, channels))
+            watched, channels = (
+                torch.where(live[:, None], measured, 0) for measured in (watched, channels)
+            )
         return flat((y, watched, (dx, d_adapter, channels)))
 
-    adapter = Adapter(*(wide(leaf) for leaf in of.adapter))
-    exactly = Arguments(of.x.double(), of.dy.double(), adapter, of.slot, of.gains.double())
+    adapter = Adapter(*(wide(leaf) for leaf in arguments.adapter))
+    x, dy, gains = (leaf.double() for leaf in (arguments.x, arguments.dy, arguments.gains))
+    exactly = Arguments(x, dy, adapter, arguments.slot, gains)
     true = masked(step(reference_torch, case, exactly))
-    usual = masked(step(reference_torch, case, of))
-    for name, run in found.items():
+    usual = masked(step(reference_torch, case, arguments))
+    for name, run in runs.items():
         first, again = flat(run()), flat(run())
         for k, (ours, twice) in enumerate(zip(first, again, strict=True)):
             error, allowed = error_of(ours, true[k]), 2 * error_of(usual[k], true[k]) + 2.0**-16
@@ -85,20 +93,22 @@ def hold(
                 )
 
 
-def hold_in_place(case: Case, of: Arguments, pallas: Any) -> None:
+def verify_in_place(case: Case, arguments: Arguments, pallas: Any) -> None:
     """Pallas's forms in place; what they leave alone must also keep its bits."""
-    live = (of.slot >= 0) & (of.gains != 0).any(dim=1)
+    live = (arguments.slot >= 0) & (arguments.gains != 0).any(dim=1)
 
     @jax.jit
-    def on_jax(of: Arguments) -> Any:
-        y, watched = pallas.forward_in_place(case, of.x, of.adapter, of.slot, of.gains)
-        rest = pallas.backward_in_place(case, of.x, of.dy, of.adapter, of.slot, of.gains, watched)
+    def both(arguments: Arguments) -> Any:
+        x, dy, adapter, slot, gains = arguments
+        y, watched = pallas.forward_in_place(case, x, adapter, slot, gains)
+        rest = pallas.backward_in_place(case, x, dy, adapter, slot, gains, watched)
         return y, watched, rest
 
-    run = partial(on_jax, to_jax(of))
-    hold(case, of, {"pallas in place": run}, live=live)
+    run = partial(both, to_jax(arguments))
+    verify(case, arguments, {"pallas in place": run}, live=live)
     dormant = (~live).nonzero()[:, 0]
-    for k, (after, before) in enumerate(zip(flat(run())[:3:2], (of.x, of.dy), strict=False)):
+    pairs = zip(flat(run())[:3:2], (arguments.x, arguments.dy), strict=True)
+    for k, (after, before) in enumerate(pairs):
         still, unchanged = (
             leaf.view(torch.int16).view(case.rows, case.chunks, -1)[:, dormant]
             for leaf in (after, before)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the device too
@@ -25,10 +26,10 @@ from benchmarks._device_timing import time_jax, time_torch
 from benchmarks._kernel_checks import (
     Arguments,
     forward,
-    hold,
-    hold_in_place,
     step,
     to_jax,
+    verify,
+    verify_in_place,
 )
 from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise
@@ -39,6 +40,7 @@ from esper_kernels.graft.jax import explain as explain_jax
 NUM_SETS = 3
 ACTIVATION_PASSES = 2.5
 Rows = dict[str, Row]
+Calls = list[Callable[[], object]]
 
 
 def measure(*, quick: bool) -> Mapping[str, Row]:
@@ -79,57 +81,58 @@ def _draw(spec: Spec, seed: int, live: int | None = None) -> Arguments:
     )
 
 
-def _case(of: Arguments) -> Case:
+def _case(arguments: Arguments) -> Case:
+    x, _, adapter, slot, gains = arguments
     name = torch.cuda.get_device_name()
-    return check(of.x, of.adapter, of.slot, of.gains, activation="relu", device=name)
+    return check(x, adapter, slot, gains, activation="relu", device=name)
+
+
+def _each(function: Callable[[Arguments], object], sets: Sequence[Arguments]) -> Calls:
+    return [partial(function, arguments) for arguments in sets]
 
 
 def _headline(rank: int, *, repeats: int) -> Rows:
     spec = Spec(name="headline", rows=16384, features=4096, chunks=64, slots=64, rank=rank)
     sets = [_draw(spec, seed) for seed in range(NUM_SETS)]
     case = _case(sets[0])
-    found = {"triton": partial(step, triton_cuda, case, sets[0])}
+    runs = {"triton": partial(step, triton_cuda, case, sets[0])}
     pallas = _pallas(sets[0])
     if pallas is not None:
-        found["pallas"] = partial(jax.jit(partial(step, pallas, case)), to_jax(sets[0]))
-    hold(case, sets[0], found)
+        runs["pallas"] = partial(jax.jit(partial(step, pallas, case)), to_jax(sets[0]))
+    verify(case, sets[0], runs)
     torch.cuda.empty_cache()
-    outputs = [torch.empty_like(of.x) for of in sets]
-    compiled_forward = torch.compile(lambda of: forward(reference_torch, case, of))
-    compiled_step = torch.compile(lambda of: step(reference_torch, case, of))
 
+    def reference_forward(arguments: Arguments) -> Any:
+        return forward(reference_torch, case, arguments)
+
+    def reference_step(arguments: Arguments) -> Any:
+        return step(reference_torch, case, arguments)
+
+    reference = {"forward": reference_forward, "step": reference_step}
+    compiled = {name: torch.compile(function) for name, function in reference.items()}
     with ThreadPoolExecutor() as pool:
         programs = pool.submit(_programs, case, sets[0])
-        compiled_forward(sets[0]), compiled_step(sets[0])
+        for function in compiled.values():
+            function(sets[0])
         programs.result()
-
-    def each(function: Callable[[Arguments], object]) -> list[Callable[[], object]]:
-        return [lambda of=of: function(of) for of in sets]  # type: ignore[misc]
-
+    copies = [partial(torch.empty_like(each.x).copy_, each.x) for each in sets]
     samples = time_torch(
         {
-            "copy": [
-                lambda of=of, y=y: y.copy_(of.x)  # type: ignore[misc]
-                for of, y in zip(sets, outputs, strict=True)
-            ],
-            "forward_triton": each(lambda of: forward(triton_cuda, case, of)),
-            "step_triton": each(lambda of: step(triton_cuda, case, of)),
+            "copy": copies,
+            "forward_triton": _each(partial(forward, triton_cuda, case), sets),
+            "step_triton": _each(partial(step, triton_cuda, case), sets),
         },
-        {
-            "forward_eager": each(lambda of: forward(reference_torch, case, of)),
-            "step_eager": each(lambda of: step(reference_torch, case, of)),
-            "forward_compile": each(compiled_forward),
-            "step_compile": each(compiled_step),
-        },
+        {f"{name}_eager": _each(function, sets) for name, function in reference.items()}
+        | {f"{name}_compile": _each(function, sets) for name, function in compiled.items()},
         repeats=repeats,
     )
     samples |= _time_programs(programs.result(), sets, repeats=repeats)
     return _headline_rows(rank, spec, samples)
 
 
-def _pallas(of: Arguments) -> Any:
+def _pallas(arguments: Arguments) -> Any:
     """The backend where it can run here, else None."""
-    x, _, adapter, slot, gains = to_jax(of)
+    x, _, adapter, slot, gains = to_jax(arguments)
     if "pallas" in explain_jax(x, adapter, slot, gains, activation="relu").refusals:
         return None
     from esper_kernels.graft import pallas_mosaic_gpu
@@ -137,38 +140,38 @@ def _pallas(of: Arguments) -> Any:
     return pallas_mosaic_gpu
 
 
-def _programs(case: Case, of: Arguments) -> dict[str, Any]:
+def _programs(case: Case, arguments: Arguments) -> dict[str, Any]:
     """XLA's and Pallas's forward and step, compiled side by side."""
-    backends = {"xla": reference_jax, "pallas": _pallas(of)}
+    backends = {"xla": reference_jax, "pallas": _pallas(arguments)}
     functions = {
         f"{name}_{backend}": partial(function, module, case)
         for backend, module in backends.items()
         if module is not None
         for name, function in (("forward", forward), ("step", step))
     }
-    argument = to_jax(of)
+    inputs = to_jax(arguments)
     with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda f: jax.jit(f).lower(argument).compile(), functions.values())
+        compiled = pool.map(lambda f: jax.jit(f).lower(inputs).compile(), functions.values())
         return dict(zip(functions, compiled, strict=True))
 
 
 def _time_programs(
     programs: Mapping[str, Any], sets: Sequence[Arguments], *, repeats: int
 ) -> dict[str, list[float]]:
-    inputs = [(to_jax(of),) for of in sets]
-    return {name: time_jax(of, inputs, repeats=repeats) for name, of in programs.items()}
+    inputs = [(to_jax(arguments),) for arguments in sets]
+    return {name: time_jax(run, inputs, repeats=repeats) for name, run in programs.items()}
 
 
 def _headline_rows(rank: int, spec: Spec, samples: Mapping[str, list[float]]) -> Rows:
-    one = spec.rows * spec.features * 2
+    activation_bytes = spec.rows * spec.features * 2
     passes = {"copy": 2, "forward": 2, "step": 5}
     copy = samples["copy"]
     shape = f"{spec.rows} x {spec.features} bfloat16, {spec.chunks} chunks, R = {rank}"
-    rate = 2 * one / sorted(copy)[len(copy) // 2]
+    rate = 2 * activation_bytes / median(copy)
     rows: Rows = {}
     for name, seconds in samples.items():
-        counted = passes[name.split("_")[0]] * one
-        per_second = counted / sorted(seconds)[len(seconds) // 2]
+        counted = passes[name.split("_")[0]] * activation_bytes
+        per_second = counted / median(seconds)
         rows[f"{name}_r{rank}"] = summarise(
             seconds,
             "us",
@@ -201,7 +204,7 @@ def _in_place(*, repeats: int) -> Rows:
     case, pallas = _case(whole[0]), _pallas(whole[0])
     if pallas is None:
         return {}
-    hold_in_place(case, few[0], pallas)
+    verify_in_place(case, few[0], pallas)
     torch.cuda.empty_cache()
 
     def small(arguments: Arguments) -> Arguments:
@@ -210,17 +213,15 @@ def _in_place(*, repeats: int) -> Rows:
 
     # Four chunks read and written 16 bytes at a time, and nothing else done.
     wide = [s.x.view(torch.complex128).view(spec.rows, 4, 16, -1)[:, :, 0] for s in whole]
-    touch = time_torch({"touch": [partial(x.add_, 0) for x in wide]}, {}, repeats=repeats)["touch"]
-    program = jax.jit(partial(forward, pallas, case))
-    every = time_jax(program, [(to_jax(s),) for s in whole], repeats=repeats)
+    bare = time_torch({"pass": [partial(x.add_, 0) for x in wide]}, {}, repeats=repeats)["pass"]
     all_live, four = (
         _time_in_place(pallas, case, [*map(small, sets)], repeats) for sets in (whole, few)
     )
     return {
-        "in_place_touch_4_of_64": summarise(touch, "us"),
+        "in_place_pass_4_of_64": summarise(bare, "us"),
         "in_place_pallas_4_of_64_r16": summarise(four, "us"),
         "in_place_pallas_all_r16": summarise(all_live, "us"),
-        "in_place_pallas_4_of_64_over_all_live_r16": ratio(four, every),
+        "in_place_pallas_4_of_64_over_pass_r16": ratio(four, bare),
     }
 
 
@@ -247,13 +248,12 @@ def _time_in_place(
 
 def _small(*, repeats: int) -> Rows:
     spec = Spec(name="small", rows=32, features=512, chunks=8, slots=8, rank=16)
-    of = _draw(spec, 0)
-    case = _case(of)
-    samples = time_torch(
-        {"small": [lambda: forward(triton_cuda, case, of)]}, {}, repeats=repeats, inner=100
-    )
+    arguments = _draw(spec, 0)
+    case = _case(arguments)
+    works = {"small": [partial(forward, triton_cuda, case, arguments)]}
+    samples = time_torch(works, {}, repeats=repeats, inner=100)
     rows = {"small_forward_triton": summarise(samples["small"], "us", shape="32 x 512, 8 chunks")}
-    seconds = _time_programs(_programs(case, of), [of], repeats=repeats)
+    seconds = _time_programs(_programs(case, arguments), [arguments], repeats=repeats)
     for name in ("xla", "pallas"):
         if f"forward_{name}" in seconds:
             rows[f"small_forward_{name}"] = summarise(seconds[f"forward_{name}"], "us")
@@ -272,15 +272,11 @@ def _many_seeds(*, repeats: int) -> Rows:
     step(triton_cuda, case, sets[0])
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    one = spec.rows * spec.features * 2
-    banks = sum(leaf.nbytes for of in sets for leaf in of.adapter if leaf is not None)
-    samples = time_torch(
-        {"step": [lambda of=of: step(triton_cuda, case, of) for of in sets]},  # type: ignore[misc]
-        {},
-        repeats=max(3, repeats // 3),
-        inner=layers,
-    )
-    told = {
+    scratch = extra - 2 * spec.rows * spec.features * 2
+    banks = sum(leaf.nbytes for each in sets for leaf in each.adapter if leaf is not None)
+    works = {"step": _each(partial(step, triton_cuda, case), sets)}
+    samples = time_torch(works, {}, repeats=max(3, repeats // 3), inner=layers)
+    facts = {
         "seeds": layers * spec.chunks,
         "layers": layers,
         "batch_rows": rows_of_batch,
@@ -288,8 +284,8 @@ def _many_seeds(*, repeats: int) -> Rows:
     }
     return {
         "seed_work_12288_seeds_triton": summarise(
-            [layers * seconds for seconds in samples["step"]], "ms", **told
+            [layers * seconds for seconds in samples["step"]], "ms", **facts
         ),
-        "memory_of_banks_12288_seeds": exact(banks / 2**20, "MiB", **told),
-        "memory_of_scratch_12288_seeds": exact((extra - 2 * one) / 2**20, "MiB", **told),
+        "memory_of_banks_12288_seeds": exact(banks / 2**20, "MiB", **facts),
+        "memory_of_scratch_12288_seeds": exact(scratch / 2**20, "MiB", **facts),
     }

@@ -56,7 +56,7 @@ class _Line(NamedTuple):
 
 
 _FORWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 64, 4, 5, 2), _Line(256, 64, 8, 2, 2))
-_BACKWARD = (_Line(16, 64, 4, 4, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
+_BACKWARD = (_Line(32, 64, 4, 4, 2), _Line(64, 128, 8, 3, 1), _Line(256, 64, 8, 1, 1))
 _NARROW_FORWARD = (_Line(16, 256, 4, 6, 2), *_FORWARD)
 _NARROW_BACKWARD = (_Line(16, 128, 4, 3, 2), *_BACKWARD)
 """Where chunks are at most 16 wide; measured at 16,384 rows of 64 chunks."""
@@ -117,7 +117,7 @@ def _choose(case: Case, table: tuple[_Line, ...]) -> Tiles:
 
 
 def forward_tiles(case: Case) -> Tiles:
-    """Of the forward pass.
+    """Choose tiles of the forward pass.
 
     >>> case = Case(rows=16384, features=4096, chunks=64, slots=64, rank=16, dtype="bfloat16",
     ...             adapter_dtype="float32", has_bias=True, activation="relu", device="NVIDIA H200")
@@ -128,5 +128,15 @@ def forward_tiles(case: Case) -> Tiles:
 
 
 def backward_tiles(case: Case) -> Tiles:
-    """Of the backward pass; each split costs a share of the adapter's gradients."""
-    return _choose(case, _BACKWARD if padded(case)[0] > 16 else _NARROW_BACKWARD)
+    """Choose tiles of the backward pass; each split costs a share of the adapter's gradients."""
+    if padded(case)[0] <= 16:
+        return _choose(case, _NARROW_BACKWARD)
+    tiles = _choose(case, _BACKWARD)
+    if tiles.rows == 32:
+        return tiles
+    # Triton 3.6 unrolls the loop of a program that has a single tile, and gets the products of
+    # 64 rows and more wrong that are left.
+    pairs = case.rows // (2 * tiles.rows)
+    if pairs:
+        return replace(tiles, splits=min(tiles.splits, pairs))
+    return replace(tiles, rows=32, warps=4)
