@@ -10,7 +10,7 @@ from typing import Any
 
 _NAMES = ("identify_accessed_tensors", "identify_mutated_tensors")
 """What looks for the tensors that a kernel writes, in torch 2.13 and in torch 2.11."""
-_KERNELS = frozenset(("forward_kernel", "watch_kernel", "backward_kernel", "reduce_kernel"))
+_KERNELS = frozenset(("forward_kernel", "statistics_kernel", "backward_kernel", "reduce_kernel"))
 
 
 @contextmanager
