@@ -88,12 +88,12 @@ def test_an_explicit_release_ends_a_quarantine_at_once(guarded: Any) -> None:
 
 def test_the_veto_lasts_its_steps(guarded: Any) -> None:
     state = start(guarded)
-    told = []
+    codes = []
     for loss in [1.0, np.nan, *[1.0] * (VETO + 1)]:
         _, info = guarded.step(state, [germinate(1, "scale")], loss=loss)
-        told.append(Code(int(info.outcomes.code[0])))
+        codes.append(Code(int(info.outcomes.code[0])))
         state, info = guarded.step(state, loss=loss)
-    assert told == [Code.DONE, *[Code.VETOED] * VETO, Code.DONE, Code.DONE]
+    assert codes == [Code.DONE, *[Code.VETOED] * VETO, Code.DONE, Code.DONE]
 
 
 def test_a_second_alarm_starts_the_veto_anew(guarded: Any) -> None:
@@ -207,7 +207,7 @@ def judge(governor: Any, losses: Any, *, restored: Any = None, state: Any = None
     """Alarms over a run; `restored` is the loss track that a roll-back brings back."""
     seeds = ef.lifecycle.seed_state(2)
 
-    def one(carry: Any, loss: Any) -> Any:
+    def step(carry: Any, loss: Any) -> Any:
         state, track = carry
         track, _ = track_loss(track, loss)
         observation = Observation(seeds=seeds, loss=loss, track=track, drift=jnp.zeros((2,)))
@@ -219,7 +219,7 @@ def judge(governor: Any, losses: Any, *, restored: Any = None, state: Any = None
         return (state, track), verdict.alarm
 
     start = (governor.init(2) if state is None else state, loss_track())
-    _, alarms = jax.jit(lambda told: jax.lax.scan(one, start, told))(jnp.asarray(losses))
+    _, alarms = jax.jit(lambda losses: jax.lax.scan(step, start, losses))(jnp.asarray(losses))
     return [Alarm(alarm) for alarm in np.asarray(alarms).tolist()]
 
 
@@ -266,12 +266,12 @@ def test_data_that_changed_for_good_raise_one_alarm_and_a_new_level_is_learned(
 ) -> None:
     losses = np.concatenate([noisy(1.0, 0.02, 300), noisy(10.0, 0.02, 1500), noisy(100, 1, 300)])
     # `rollback.update` restores the loss averages too.
-    kept = calm_track() if is_restored else None
-    alarms = judge(standard(veto_steps=200), losses, restored=kept)
-    found = np.flatnonzero(np.asarray(alarms) == Alarm.DIVERGENCE)
-    assert len(found) == 2
-    assert 300 < found[0] < 450
-    assert 1800 < found[1] < 1950
+    restored = calm_track() if is_restored else None
+    alarms = judge(standard(veto_steps=200), losses, restored=restored)
+    steps = np.flatnonzero(np.asarray(alarms) == Alarm.DIVERGENCE)
+    assert len(steps) == 2
+    assert 300 < steps[0] < 450
+    assert 1800 < steps[1] < 1950
 
 
 def test_a_short_rise_is_forgiven() -> None:

@@ -107,12 +107,12 @@ def test_an_adapter_born_late_is_updated_as_one_born_at_the_start(kind: str, sch
         grads, params = (_host(turn), _banks(_random(turn))), (host, _banks(bank))
         (_, late), aged = update(grads, aged, params, ONE_MORE, ALL)
         (_, early), young = update(grads, young, params, NOBODY, ALL)
-        of_late, of_early = (
+        rows = [
             jax.tree.map(lambda leaf: leaf[1], updates["site"]["adapter"])
             for updates in (late, early)
-        )
-        assert same_bits(of_late, of_early)
-    own = [jax.tree.map(lambda leaf: leaf[1], kept.adapters) for kept in (aged, young)]
+        ]
+        assert same_bits(*rows)
+    own = [jax.tree.map(lambda leaf: leaf[1], state.adapters) for state in (aged, young)]
     assert same_bits(*own)
 
 
@@ -146,17 +146,20 @@ def test_the_host_and_each_adapter_get_what_optax_gives_them_alone(kind: str) ->
     host, bank = _host(0), _random(0)
     state = optimizer.init((host, _banks(bank)))
     alone = plain.init(host)
-    one = jax.tree.map(lambda leaf: leaf[2], bank)
-    of_one = plain.init(one)
+    adapter = jax.tree.map(lambda leaf: leaf[2], bank)
+    adapter_state = plain.init(adapter)
     step = jax.jit(plain.update, compiler_options=QUICK)
     for turn in range(3):
         grads = (_host(turn), _banks(_random(turn)))
-        (of_host, of_banks), state = update(grads, state, (host, _banks(bank)), NOBODY, ALL)
-        want, alone = step(grads[0], alone, host)
-        want_one, of_one = step(jax.tree.map(lambda leaf: leaf[2], _random(turn)), of_one, one)
-        got_one = jax.tree.map(lambda leaf: leaf[2], of_banks["site"]["adapter"])
+        updates, state = update(grads, state, (host, _banks(bank)), NOBODY, ALL)
+        host_update, alone = step(grads[0], alone, host)
+        gradient = jax.tree.map(lambda leaf: leaf[2], _random(turn))
+        adapter_update, adapter_state = step(gradient, adapter_state, adapter)
+        row = jax.tree.map(lambda leaf: leaf[2], updates[1]["site"]["adapter"])
         for got, other in zip(
-            jax.tree.leaves((of_host, got_one)), jax.tree.leaves((want, want_one)), strict=True
+            jax.tree.leaves((updates[0], row)),
+            jax.tree.leaves((host_update, adapter_update)),
+            strict=True,
         ):
             np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-7)
 
@@ -266,8 +269,8 @@ def test_in_the_real_loop_a_newborn_starts_afresh_and_waits() -> None:
     orders = {0: ef.commands.germinate(0, "low_rank"), 7: ef.commands.cull(0)}
     orders[8] = ef.commands.germinate(1, "low_rank")
     for turn in range(14):
-        asked = growth.commands([orders[turn]] if turn in orders else [], size=1)
-        params, state, opt_state, info = step(params, state, opt_state, x, asked)
+        commands = growth.commands([orders[turn]] if turn in orders else [], size=1)
+        params, state, opt_state, info = step(params, state, opt_state, x, commands)
         counts.append(count())
         stages.append([Stage(int(s)).name for s in info.stage])
     # Born in step 0, waiting in 1 and 2, learning from 4 on; the second one alike from step 8 on.
@@ -301,7 +304,7 @@ def test_a_birth_is_noticed_however_many_updates_were_left_out() -> None:
         return jnp.mean(jnp.square(seeds.grow("h", x @ params) - 1))
 
     @partial(jax.jit, compiler_options=QUICK)
-    def step(params: Any, state: Any, opt_state: Any, x: Any, asked: Any, learns: Any) -> Any:
+    def step(params: Any, state: Any, opt_state: Any, x: Any, commands: Any, learns: Any) -> Any:
         loss, grads, statistics = growth.value_and_grad(loss_fn)(params, state, x)
         pair = (params, state.adapters)
 
@@ -312,7 +315,7 @@ def test_a_birth_is_noticed_however_many_updates_were_left_out() -> None:
         (params, adapters), opt_state = jax.lax.cond(
             learns, update, lambda _: (pair, opt_state), None
         )
-        state, _ = growth.update(state, adapters, statistics, loss, asked)
+        state, _ = growth.update(state, adapters, statistics, loss, commands)
         return params, state, opt_state
 
     params, x = jnp.eye(6), jnp.ones((3, 6)) * jnp.arange(6.0).reshape(1, 6)
@@ -325,9 +328,9 @@ def test_a_birth_is_noticed_however_many_updates_were_left_out() -> None:
     }
     counts = []
     for turn in range(35):
-        asked = growth.commands([orders[turn]] if turn in orders else [], size=1)
+        commands = growth.commands([orders[turn]] if turn in orders else [], size=1)
         learns = jnp.bool_(turn < 20 or turn >= 30)
-        params, state, opt_state = step(params, state, opt_state, x, asked, learns)
+        params, state, opt_state = step(params, state, opt_state, x, commands, learns)
         counts.append(int(opt_state.adapters["h"]["low_rank"][0].count[0]))
     assert counts[19] > 10
     assert counts[30:] == [1, 2, 3, 4, 5]

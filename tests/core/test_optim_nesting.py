@@ -43,8 +43,8 @@ def pair(seed: int) -> Any:
 
 
 def slots(births: Any = (0, 0, 0), learns: Any = (True, True, True)) -> Any:
-    of_bank = Slots(generation=jnp.asarray(births, jnp.int32), learns=jnp.asarray(learns))
-    return {"site": {"adapter": of_bank, "empty": of_bank}}
+    bank_slots = Slots(generation=jnp.asarray(births, jnp.int32), learns=jnp.asarray(learns))
+    return {"site": {"adapter": bank_slots, "empty": bank_slots}}
 
 
 def plain() -> Any:
@@ -157,8 +157,8 @@ def test_transformations_before_and_after_act_on_host_and_adapters_alike() -> No
     optimizer = optax.chain(optax.scale(3.0), per_adapter(optax.sgd(1.0)), optax.scale(0.5))
     params = pair(0)
     updates, _ = optimizer.update(pair(1), optimizer.init(params), params, slots=slots())
-    wanted = jax.tree.map(lambda leaf: -1.5 * leaf, pair(1))
-    for own, other in zip(jax.tree.leaves(updates), jax.tree.leaves(wanted), strict=True):
+    expected = jax.tree.map(lambda leaf: -1.5 * leaf, pair(1))
+    for own, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-6)
 
 
