@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,14 +93,18 @@ def init(
                 f"{name} must be an int, at least 1, got {value!r}; to do without roll-backs, keep "
                 "no ring (`snapshot_every=None` or `num_snapshots=0` in `runtime`)"
             )
-    now = take_snapshot(params, opt_state, state)
-    step = jnp.asarray(state.step, jnp.int32)
+    return _first_ring(take_snapshot(params, opt_state, state), state.step, every, num_snapshots)
+
+
+@partial(jax.jit, static_argnums=3)
+def _first_ring(now: Snapshot, step: Any, every: Any, num_snapshots: int) -> Ring:
+    step, every = jnp.asarray(step, jnp.int32), jnp.asarray(every, jnp.int32)
     return Ring(
         # A stack is divided among devices as what it is made of.
         snapshots=jax.tree.map(lambda leaf: jnp.stack([leaf] * num_snapshots), now),
-        steps=jnp.where(jnp.arange(num_snapshots) == 0, step, jnp.int32(NONE)),
+        steps=jnp.where(jnp.arange(num_snapshots) == 0, step, NONE),
         next_step=step + every,
-        every=jnp.int32(every),
+        every=every,
     )
 
 
