@@ -63,7 +63,7 @@ class Training:
         self, steering: Any, num_steps: int, should_stop: Callable[[], bool] | None = None
     ) -> list[float]:
         """Trains; seconds of each step from `_FIRST` on."""
-        at = [time.perf_counter()]
+        times = [time.perf_counter()]
         runtime.fit(
             self.growth, _loss, self.optimizer, self.params,
             lambda first, count: (self.inputs, self.targets),
@@ -71,9 +71,9 @@ class Training:
             survey_batch=(self.inputs[0], self.targets[0]),
             options=runtime.FitOptions(survey_every=None, segment_steps=1, max_commands=16),
             program=self.program, steering=steering, should_stop=should_stop,
-            listener=lambda _: at.append(time.perf_counter()),
+            listener=lambda _: times.append(time.perf_counter()),
         )  # fmt: skip
-        return np.diff(at[_FIRST:]).tolist()
+        return np.diff(times[_FIRST:]).tolist()
 
 
 def _loss(params: Any, seeds: Any, batch: Any) -> Any:
@@ -161,8 +161,8 @@ def loop_rows(server: bus.PrivateServer, ask: Ask, *, num_pairs: int) -> dict[st
     cores = os.sched_getaffinity(0)
     others = sorted(cores - {max(cores)}) or sorted(cores)
     with bus.PrivateServer() as doomed, _one_core():
-        for one in (server, doomed):
-            os.sched_setaffinity(one.pid, others)
+        for single in (server, doomed):
+            os.sched_setaffinity(single.pid, others)
         return _rows(server, doomed, lambda run, step: ask(run, step, others), num_pairs, cores)
 
 
@@ -255,11 +255,11 @@ def _two_programs(training: Training) -> Row:
         states[0], infos = training.program(states[0], batch, survey, lambda: silence)
         jax.device_get(infos)
 
-    def one() -> None:
+    def single() -> None:
         states[1], infos = training.program(states[1], batch, survey, silence)
         jax.device_get(infos)
 
-    times = time_interleaved({"two": two, "one": one}, repeats=200, warmup=20)
+    times = time_interleaved({"two": two, "one": single}, repeats=200, warmup=20)
     return ratio(times["two"], times["one"])
 
 
@@ -288,12 +288,12 @@ def _answers(
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        told = ask(run, step_seconds)
+        answers = ask(run, step_seconds)
     finally:
         is_over.set()
         thread.join()
-    waits = np.asarray(told["waits"])
-    beyond = waits - np.asarray(steps)[np.asarray(told["steps"]) - _FIRST]
+    waits = np.asarray(answers["waits"])
+    beyond = waits - np.asarray(steps)[np.asarray(answers["steps"]) - _FIRST]
     p99, step = float(np.quantile(waits, 0.99)), float(np.median(steps))
     about = {
         "num_samples": len(waits),

@@ -53,9 +53,6 @@ def _redis(options: dict[str, Any]) -> Any:
     return redis_asyncio.Redis.from_url(options["url"], protocol=2, socket_timeout=None)
 
 
-# --- ours -----------------------------------------------------------------------------------------
-
-
 async def publish_telemetry(options: dict[str, Any]) -> dict[str, Any]:
     """Publishes messages as fast as the server takes them, none dropped."""
     transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
@@ -92,16 +89,16 @@ async def consume_telemetry(options: dict[str, Any]) -> dict[str, Any]:
     seen, first, size = 0, None, 0
     last = time.perf_counter()
     while seen < options["count"]:
-        found = await transport.read(
+        result = await transport.read(
             [Topic.TELEMETRY], "bench", "one", limit=64, wait_seconds=_WAIT_SECONDS
         )
-        if not found:
+        if not result:
             break
         first = first or time.perf_counter()
-        for delivery in found:
+        for delivery in result:
             size += len(delivery.payload)
             seen += len(SCHEMA.decode(delivery.payload).messages)
-        await transport.acknowledge(Topic.TELEMETRY, "bench", [d.entry_id for d in found])
+        await transport.acknowledge(Topic.TELEMETRY, "bench", [d.entry_id for d in result])
         last = time.perf_counter()
     await transport.close()
     return {"seen": seen, "seconds": last - (first or last), "bytes": size}
@@ -139,10 +136,10 @@ class _Noting(RedisTransport):
         self._received = received
 
     async def read(self, *arguments: Any, **options: Any) -> list[Delivery]:
-        found = await super().read(*arguments, **options)
+        result = await super().read(*arguments, **options)
         now = time.time_ns()
-        self._received.update((delivery.entry_id, now) for delivery in found)
-        return found
+        self._received.update((delivery.entry_id, now) for delivery in result)
+        return result
 
 
 async def receive_commands(options: dict[str, Any]) -> dict[str, Any]:
@@ -189,9 +186,6 @@ async def ask(options: dict[str, Any]) -> dict[str, Any]:
     return {"waits": waits, "steps": steps}
 
 
-# --- bare redis-py --------------------------------------------------------------------------------
-
-
 _BATCH = (
     "for i = 1, #ARGV do redis.call('XADD', KEYS[1], 'MAXLEN', '~', 200000, '*', 'm', ARGV[i]) end"
 )
@@ -225,13 +219,13 @@ async def bare_consume(options: dict[str, Any]) -> dict[str, Any]:
     seen, first = 0, None
     last = time.perf_counter()
     while seen < options["count"]:
-        found = await client.xreadgroup(
+        result = await client.xreadgroup(
             "bench", "one", {options["run"]: ">"}, count=100, block=int(_WAIT_SECONDS * 1000)
         )
-        if not found:
+        if not result:
             break
         first = first or time.perf_counter()
-        rows = found[0][1]
+        rows = result[0][1]
         await client.xack(options["run"], "bench", *(row[0] for row in rows))
         seen += len(rows)
         last = time.perf_counter()
@@ -280,20 +274,17 @@ async def bare_receive(options: dict[str, Any]) -> dict[str, Any]:
     _say_ready()
     waits: list[float] = []
     while len(waits) < options["count"]:
-        found = await client.xreadgroup(
+        result = await client.xreadgroup(
             "bench", "one", {options["run"]: ">"}, count=256, block=int(_WAIT_SECONDS * 1000)
         )
-        if not found:
+        if not result:
             break
         now = time.time_ns()
-        rows = found[0][1]
+        rows = result[0][1]
         waits += [(now - int(row[1][b"m"].rstrip(b"x"))) / 1e6 for row in rows]
         await client.xack(options["run"], "bench", *(row[0] for row in rows))
     await client.aclose()
     return _latencies(waits)
-
-
-# --- FastStream -----------------------------------------------------------------------------------
 
 
 async def fast_publish(options: dict[str, Any]) -> dict[str, Any]:
@@ -344,9 +335,6 @@ async def fast_consume(options: dict[str, Any]) -> dict[str, Any]:
     return {"seen": seen, "seconds": last - (first or last)}
 
 
-# --- parts ----------------------------------------------------------------------------------------
-
-
 async def _on_time(options: dict[str, Any], put: Callable[[int], Awaitable[None]]) -> None:
     """Calls `put` at a steady rate, in ticks of a millisecond; late ticks are made up for."""
     began = time.perf_counter()
@@ -379,19 +367,10 @@ def _say_ready() -> None:
 SIDES: dict[str, Side] = {
     side.__name__: side
     for side in (
-        publish_telemetry,
-        consume_telemetry,
-        send_commands,
-        receive_commands,
-        ask,
-        bare_publish,
-        bare_consume,
-        bare_send,
-        bare_receive,
-        fast_publish,
-        fast_consume,
+        publish_telemetry, consume_telemetry, send_commands, receive_commands, ask, bare_publish,
+        bare_consume, bare_send, bare_receive, fast_publish, fast_consume,
     )
-}
+}  # fmt: skip
 
 
 def main() -> None:
@@ -405,8 +384,8 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         began = time.process_time()
-        found: dict[str, Any] = runner.run(side(options))  # type: ignore[arg-type]
-        print(json.dumps({"cpu_seconds": time.process_time() - began, **found}), flush=True)
+        result: dict[str, Any] = runner.run(side(options))  # type: ignore[arg-type]
+        print(json.dumps({"cpu_seconds": time.process_time() - began, **result}), flush=True)
 
 
 if __name__ == "__main__":

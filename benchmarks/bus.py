@@ -53,12 +53,12 @@ def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[s
     lost = 0
     for _ in range(repeats):
         for name, (producer, consumer, kind, count) in pairs.items():
-            found = _pair(server, producer, consumer, {"kind": kind, "count": count})
+            results = _pair(server, producer, consumer, {"kind": kind, "count": count})
             # From the first message read to the last acknowledgement.
-            rates[name].append(found["seen"] / max(found["seconds"], 1e-9))
+            rates[name].append(results["seen"] / max(results["seconds"], 1e-9))
             if name.startswith(("telemetry_ours", "telemetry_frames")):
-                lost += count - found["seen"]
-                sizes[name] = found["bytes"] / max(1, found["seen"])
+                lost += count - results["seen"]
+                sizes[name] = results["bytes"] / max(1, results["seen"])
     rows = {
         name: summarise(values, "messages/s", bytes_a_message=sizes.get(name, 300))
         for name, values in rates.items()
@@ -81,28 +81,28 @@ def _commands(*, seconds: int, rounds: int) -> dict[str, Row]:
     rate = 10_000
     options = {"rate": rate, "count": rate * seconds}
     sides = {"": ("send_commands", "receive_commands"), "redis_": ("bare_send", "bare_receive")}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
             with _server() as server:
-                found[name].append(_pair(server, *sides[name], options))
+                results[name].append(_pair(server, *sides[name], options))
     rows: dict[str, Row] = {}
-    for name, each in found.items():
-        by_second = np.median(np.concatenate([one["p99_by_second"] for one in each]))
-        cost = sum(one["cpu_seconds"] for one in each) / (rounds * options["count"]) * 1e6
+    for name, each in results.items():
+        by_second = np.median(np.concatenate([result["p99_by_second"] for result in each]))
+        cost = sum(result["cpu_seconds"] for result in each) / (rounds * options["count"]) * 1e6
         for which in ("p50", "p99"):
             rows[f"commands_{name}{which}"] = summarise(
-                [one[which] / 1000 for one in each],  # of seconds
+                [result[which] / 1000 for result in each],  # of seconds
                 "ms",
                 p99_of_the_median_second_ms=by_second,
                 cpu_us_a_message=cost,
                 offered_per_second=rate,
                 seconds=seconds,
             )
-    ours, bare = ([one["p99"] for one in each] for each in found.values())
-    over = [one / other for one, other in zip(ours, bare, strict=True)]
+    ours, bare = ([result["p99"] for result in each] for each in results.values())
+    over = [result / other for result, other in zip(ours, bare, strict=True)]
     rows["commands_p99_over_redis"] = summarise(over, "ratio")
-    lost = sum(options["count"] - one["seen"] for one in found[""])
+    lost = sum(options["count"] - result["seen"] for result in results[""])
     rows["commands_lost"] = exact(lost, "messages", of=rounds * options["count"])
     return rows
 
@@ -125,7 +125,7 @@ def _raw(server: bus.PrivateServer) -> dict[str, Row]:
     program = os.environ.get("ESPER_REDIS_BENCHMARK") or shutil.which("redis-benchmark")
     if program is None:
         return {}
-    told = subprocess.run(
+    output = subprocess.run(
         [program, "-s", str(server.socket), "-n", "200000", "-c", "50", "-P", "16", "-q", "--csv",
          "XADD", "raw", "MAXLEN", "~", "1000", "*", "m", "x" * 300],
         check=True,
@@ -133,7 +133,10 @@ def _raw(server: bus.PrivateServer) -> dict[str, Row]:
         text=True,
     )  # fmt: skip
     rate = float(
-        told.stdout.strip().splitlines()[-1].split(",")[-7 if "," in told.stdout else 1].strip('"')
+        output.stdout.strip()
+        .splitlines()[-1]
+        .split(",")[-7 if "," in output.stdout else 1]
+        .strip('"')
     )
     return {"redis_benchmark_xadd": exact(rate, "messages/s", connections=50, pipeline=16)}
 
@@ -141,19 +144,19 @@ def _raw(server: bus.PrivateServer) -> dict[str, Row]:
 def _pair(
     server: bus.PrivateServer, producer: str, consumer: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    told = {**options, "url": server.url, "run": f"b-{secrets.token_hex(6)}"}
-    reader = _start(consumer, told)
+    options = {**options, "url": server.url, "run": f"b-{secrets.token_hex(6)}"}
+    reader = _start(consumer, options)
     stdout: Any = reader.stdout
     for line in stdout:  # FastStream logs on stdout
         if line.strip() == "ready":
             break
     else:
         raise RuntimeError(f"{consumer} did not start")
-    writer = _start(producer, told)
+    writer = _start(producer, options)
     sent = _result(writer, producer)
-    found = _result(reader, consumer)
-    both = sent["cpu_seconds"] + found["cpu_seconds"]
-    return {**sent, **found, "cpu_seconds": both}
+    results = _result(reader, consumer)
+    both = sent["cpu_seconds"] + results["cpu_seconds"]
+    return {**sent, **results, "cpu_seconds": both}
 
 
 def _start(side: str, options: Mapping[str, Any]) -> subprocess.Popen[str]:
@@ -169,5 +172,5 @@ def _result(process: subprocess.Popen[str], side: str) -> dict[str, Any]:
     out, _ = process.communicate(timeout=300)
     if process.returncode:
         raise subprocess.SubprocessError(f"{side} ended with status {process.returncode}")
-    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return found
+    results: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return results

@@ -78,8 +78,6 @@ class Consumer:
         self._attempts: dict[tuple[Topic, str], int] = {}
         self._undone: dict[str, int] = {}
 
-    # --- for the I/O thread ---------------------------------------------------------------------
-
     def restart(
         self,
         attempts: dict[tuple[Topic, str], int],
@@ -166,8 +164,6 @@ class Consumer:
         """Whether `collect_acks` would return any."""
         return bool(self._acks)
 
-    # --- for the training loop ------------------------------------------------------------------
-
     def take(self, limit: int) -> list[InFlight]:
         """Returns the next commands, urgent ones first; expired ones are refused.
 
@@ -215,8 +211,6 @@ class Consumer:
         return any(
             item.command.id not in self._running for ready in self._ready.values() for item in ready
         )
-
-    # --- parts ---------------------------------------------------------------------------------
 
     def _verify(self, delivery: Delivery) -> None:
         check_size(delivery.topic, delivery.size_bytes)

@@ -312,8 +312,6 @@ class MemoryTransport:
         self._is_closed = True
         self._broker.wake()
 
-    # --- parts: the caller has the lock ---------------------------------------------------------
-
     def _run(self) -> Run:
         if self._is_closed:
             raise BusUnavailableError("this connection to the bus is closed; open another one")

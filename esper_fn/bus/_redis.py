@@ -349,8 +349,6 @@ class RedisTransport:
         """See `Transport`."""
         await self._keys.close()
 
-    # --- parts ---------------------------------------------------------------------------------
-
     async def _make_groups(self, streams: Sequence[str], group: str) -> None:
         if group.startswith(RUN_GROUP):
             raise FencedError(f"the lease on run {self._name!r} of group {group} is over")

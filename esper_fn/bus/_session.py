@@ -144,8 +144,6 @@ class Session:
             for topic, limit in options.outbox_limits.items()
         }
 
-    # --- publishing -----------------------------------------------------------------------------
-
     def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         """Queues telemetry or events; never waits."""
         self._publishers[topic].offer(messages)
@@ -177,8 +175,6 @@ class Session:
         except Exception as error:
             _LOGGER.debug("the lease is left to expire: %s", error)
         await self.transport.close()
-
-    # --- the lease ------------------------------------------------------------------------------
 
     async def connect(self) -> None:
         """Connects to the server."""
@@ -320,8 +316,6 @@ class Session:
             text = exhausted_text(self.transport.stream(topic) for topic in sorted(new))
             self._alert("bus_stream_exhausted", f"commands do not reach the run any more: {text}")
         self._exhausted = topics
-
-    # --- supervision ----------------------------------------------------------------------------
 
     def start(self, works: Iterable[Work]) -> None:
         """Starts tasks, each of which repeats its work, and the heartbeat."""

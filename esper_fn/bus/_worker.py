@@ -74,8 +74,6 @@ class Worker:
         self.num_settled = 0
         """Entries that the server knows to be acknowledged."""
 
-    # --- for whoever owns the loop --------------------------------------------------------------
-
     def start(self, *, is_listening: bool = True) -> None:
         """Connects and takes the lease of the run.
 
@@ -157,8 +155,6 @@ class Worker:
         """How often the server had lost its data."""
         return 0 if self._session is None else self._session.num_data_losses
 
-    # --- for the training loop ------------------------------------------------------------------
-
     def take(self, step: int, limit: int) -> list[InFlight]:
         """Returns at most `limit` commands to apply.
 
@@ -235,8 +231,6 @@ class Worker:
         while self._finished:
             self._consumer.finish(*self._finished.popleft())
         return self._consumer
-
-    # --- the I/O thread -------------------------------------------------------------------------
 
     async def _open(self) -> None:
         options = self._options

@@ -88,8 +88,6 @@ class Steering:
     def __exit__(self, *error: object) -> None:
         self.worker.close()
 
-    # --- what `fit` calls -----------------------------------------------------------------------
-
     def commands(self, step: int) -> list[commands.Command]:
         """Returns the commands of the segment that begins with a step.
 
@@ -217,8 +215,6 @@ class Steering:
     def is_stopped(self) -> bool:
         """Whether the run was stopped over the bus."""
         return self._stop is not None
-
-    # --- parts ---------------------------------------------------------------------------------
 
     def _restart(self, position: bus.RunPosition) -> None:
         self.worker.close()

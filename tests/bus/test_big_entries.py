@@ -22,8 +22,7 @@ from esper_fn.bus._messages import LIMITS
 from esper_fn.cli import main
 
 BIG = 40_000_000
-MOST_GROWTH = 24 << 20
-"""Resident, of this process with its readers and writers, at its peak."""
+MOST_GROWTH = 24 << 20  # peak of resident memory of this process, readers and writers included
 
 
 @contextlib.contextmanager
@@ -31,10 +30,9 @@ def small(most=MOST_GROWTH):
     """The process never holds much more memory within the block than before it."""
 
     def status(name):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) << 10
-        return pytest.skip("no peak of resident memory is told here")
+        rows = map(str.split, Path("/proc/self/status").read_text().splitlines())
+        sizes = [int(row[1]) << 10 for row in rows if row[0] == f"{name}:"]
+        return sizes[0] if sizes else pytest.skip("no peak of resident memory is shown here")
 
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -45,7 +43,7 @@ def small(most=MOST_GROWTH):
     assert status("VmHWM") - before < most
 
 
-class Place:
+class Rig:
     """A server of its own, a run's name, and who writes there past every check."""
 
     def __init__(self, server, run):
@@ -71,11 +69,11 @@ class Place:
     def on_server(self, command, *arguments):
         """Runs a command of which `LONG` stands for 40 MB that this process never sees."""
         script = """
-        for i, one in ipairs(ARGV) do
-          local first, last = string.find(one, 'LONG', 1, true)
+        for i, argument in ipairs(ARGV) do
+          local first, last = string.find(argument, 'LONG', 1, true)
           if first then
             local long = string.rep('9', 40000000)
-            ARGV[i] = string.sub(one, 1, first - 1) .. long .. string.sub(one, last + 1)
+            ARGV[i] = string.sub(argument, 1, first - 1) .. long .. string.sub(argument, last + 1)
           end
         end
         redis.call(unpack(ARGV))
@@ -88,15 +86,15 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path, run_name):
+def rig(tmp_path, run_name):
     # Quicker without a file, and nothing here asks for one.
     with bus.PrivateServer(tmp_path / "server", options={"appendonly": "no"}) as server:
-        place = Place(server, run_name)
-        with place.ends:
-            yield place
+        rig = Rig(server, run_name)
+        with rig.ends:
+            yield rig
 
 
-def parcel(*messages, sequence=0, producer="raw"):
+def envelope(*messages, sequence=0, producer="raw"):
     header = Header(format=FORMAT, producer=producer, sequence=sequence, issued_at_ms=1)
     return SCHEMA.encode(header, messages)
 
@@ -114,14 +112,14 @@ SHAPES = {
     ("topic", "shape"),
     [*((Topic.COMMANDS, shape) for shape in SHAPES), (Topic.URGENT, "payload")],
 )
-def test_a_run_takes_the_neighbours_of_a_large_entry(place, topic, shape):
-    loop, client = place.loop(), place.client()
+def test_a_run_takes_the_neighbours_of_a_large_entry(rig, topic, shape):
+    loop, client = rig.loop(), rig.client()
     first, second = (
         bus.Cull(seed=seed) if topic is Topic.COMMANDS else bus.Stop() for seed in range(2)
     )
     assert client.send(first, wait_seconds=10).is_done
     with small():
-        place.add(topic, *SHAPES[shape])
+        rig.add(topic, *SHAPES[shape])
         began = time.monotonic()
         assert client.send(second, wait_seconds=10).is_done
         assert time.monotonic() - began < 3
@@ -132,29 +130,29 @@ def test_a_run_takes_the_neighbours_of_a_large_entry(place, topic, shape):
     assert letter.from_topic == topic
     assert BIG <= letter.size_bytes < BIG + 100
     assert (letter.payload, letter.signature) == (b"", b"")
-    until(lambda: pending(place, topic) == 0)
+    until(lambda: pending(rig, topic) == 0)
     assert loop.error is None
 
 
-def pending(place, topic):
-    return sum(group["pending"] for group in place.raw.xinfo_groups(place.key(topic)))
+def pending(rig, topic):
+    return sum(group["pending"] for group in rig.raw.xinfo_groups(rig.key(topic)))
 
 
-def test_large_entries_that_wait_for_a_run_keep_nothing_from_it(place):
+def test_large_entries_that_wait_for_a_run_keep_nothing_from_it(rig):
     commands = [bus.Cull(seed=seed, id=f"c{seed}") for seed in range(4)]
     for number, command in enumerate(commands):
-        place.raw.xadd(place.key(Topic.COMMANDS), {"m": parcel(command, sequence=number)})
+        rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": envelope(command, sequence=number)})
         for _ in range(2):
-            place.add(Topic.COMMANDS, "m", "LONG")
+            rig.add(Topic.COMMANDS, "m", "LONG")
     with small():
-        loop, client = place.loop(), place.client()
+        loop, client = rig.loop(), rig.client()
         until(lambda: len(loop.effects) == 4, 20)
         until(lambda: len(client.dead_letters()) == 8, 20)
         # It took everything at once, and reads as before.
-        until(lambda: pending(place, Topic.COMMANDS) == 0)
-        before = calls(place.raw)
+        until(lambda: pending(rig, Topic.COMMANDS) == 0)
+        before = calls(rig.raw)
         time.sleep(0.5)
-        assert calls(place.raw) - before < 60
+        assert calls(rig.raw) - before < 60
         last = bus.Cull(seed=9)
         assert client.send(last, wait_seconds=10).is_done
     assert loop.effects == ["c0", "c1", "c2", "c3", last.id]
@@ -164,12 +162,12 @@ def calls(raw):
     return sum(row["calls"] for row in raw.info("commandstats").values())
 
 
-def test_an_urgent_command_does_not_wait_for_large_entries(place):
+def test_an_urgent_command_does_not_wait_for_large_entries(rig):
     for _ in range(8):
-        place.add(Topic.COMMANDS, "m", "LONG")
-    client = place.client()
+        rig.add(Topic.COMMANDS, "m", "LONG")
+    client = rig.client()
     with small():
-        loop, stop = place.loop(), bus.Stop()
+        loop, stop = rig.loop(), bus.Stop()
         began = time.monotonic()
         assert client.send(stop, wait_seconds=10).is_done
         assert time.monotonic() - began < 5  # two seconds on a quiet machine
@@ -177,28 +175,28 @@ def test_an_urgent_command_does_not_wait_for_large_entries(place):
     assert loop.effects == [stop.id]
 
 
-def test_as_many_commands_as_large_as_allowed_are_taken_once_and_in_order(place):
+def test_as_many_commands_as_large_as_allowed_are_taken_once_and_in_order(rig):
     limit = LIMITS[Topic.COMMANDS].max_entry_bytes
     sent = []
     for number in range(300):
         command = bus.Batch(
             commands=tuple(bus.Cull(seed=i, site="s" * 180, sender="x" * 180) for i in range(150)),
         )
-        payload = parcel(command, sequence=number)
+        payload = envelope(command, sequence=number)
         assert 0.9 * limit < len(payload) <= limit
-        place.raw.xadd(place.key(Topic.COMMANDS), {"m": payload})
+        rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": payload})
         sent.append(command.id)
-    loop = place.loop(limit=64)
+    loop = rig.loop(limit=64)
     until(lambda: len(loop.effects) == 300, 30)
     assert loop.effects == sent
-    assert place.client().dead_letters() == []
+    assert rig.client().dead_letters() == []
 
 
-def test_a_million_fields_are_one_large_entry(place):
+def test_a_million_fields_are_one_large_entry(rig):
     fields = itertools.chain.from_iterable((b"ab", b"cd") for _ in range(500_000))
-    place.raw.execute_command("XADD", place.key(Topic.COMMANDS), "*", *fields)
+    rig.raw.execute_command("XADD", rig.key(Topic.COMMANDS), "*", *fields)
     with small(40 << 20):
-        loop, client = place.loop(), place.client()
+        loop, client = rig.loop(), rig.client()
         assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
         until(client.dead_letters)
     ((_, letter),) = client.dead_letters()
@@ -206,29 +204,28 @@ def test_a_million_fields_are_one_large_entry(place):
     assert len(loop.effects) == 1
 
 
-def test_the_next_process_finds_a_large_entry_that_the_last_one_had(place):
-    t, u = place.transport(), place.transport()
+def test_the_next_process_finds_a_large_entry_that_the_last_one_had(rig):
+    t, u = rig.transport(), rig.transport()
 
     async def whole():
-        one = await t.attach("one", lease_seconds=9)
-        place.raw.xadd(place.key(Topic.COMMANDS), {"m": b"a"})
-        place.add(Topic.COMMANDS, "m", "LONG")
-        place.raw.xadd(place.key(Topic.COMMANDS), {"m": b"b"})
-        found = []
-        while len(found) < 3:
-            found += await t.read([Topic.COMMANDS], one.lease.group, "one", limit=9, wait_seconds=5)
-        assert [d.payload for d in found] == [b"a", b"", b"b"]
-        claimed = await t.claim(Topic.COMMANDS, one.lease.group, "one", idle_seconds=0, limit=9)
-        assert [(d.payload, d.size_bytes < BIG) for d in claimed] == [
-            (b"a", True),
-            (b"", False),
-            (b"b", True),
-        ]
-        cursor = {Topic.COMMANDS: found[-1].entry_id}
-        two = await u.attach("two", lease_seconds=9, cursor=cursor, should_take_over=True)
-        assert [d.payload for d in two.leftovers] == [b"a", b"", b"b"]
-        assert {d.deliveries for d in two.leftovers} >= {4}
-        return two.leftovers[1]
+        older = await t.attach("one", lease_seconds=9)
+        rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": b"a"})
+        rig.add(Topic.COMMANDS, "m", "LONG")
+        rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": b"b"})
+        entries = []
+        while len(entries) < 3:
+            entries += await t.read(
+                [Topic.COMMANDS], older.lease.group, "one", limit=9, wait_seconds=5
+            )
+        assert [d.payload for d in entries] == [b"a", b"", b"b"]
+        claimed = await t.claim(Topic.COMMANDS, older.lease.group, "one", idle_seconds=0, limit=9)
+        sizes = [(d.payload, d.size_bytes < BIG) for d in claimed]
+        assert sizes == [(b"a", True), (b"", False), (b"b", True)]
+        cursor = {Topic.COMMANDS: entries[-1].entry_id}
+        newer = await u.attach("two", lease_seconds=9, cursor=cursor, should_take_over=True)
+        assert [d.payload for d in newer.leftovers] == [b"a", b"", b"b"]
+        assert {d.deliveries for d in newer.leftovers} >= {4}
+        return newer.leftovers[1]
 
     with small():
         assert run_async(whole(), t, u).withheld_bytes == BIG + 1
@@ -242,8 +239,8 @@ def test_the_next_process_finds_a_large_entry_that_the_last_one_had(place):
         (Topic.OUTCOMES, "payload"),
     ],
 )
-def test_who_follows_a_run_sees_the_neighbours_of_a_large_entry(place, topic, shape):
-    client, messages = place.client(), []
+def test_who_follows_a_run_sees_the_neighbours_of_a_large_entry(rig, topic, shape):
+    client, messages = rig.client(), []
     end = threading.Event()
 
     def follow():
@@ -258,14 +255,14 @@ def test_who_follows_a_run_sees_the_neighbours_of_a_large_entry(place, topic, sh
     follower = threading.Thread(target=follow, daemon=True)
     with small():
         # So large an entry is the last one when it begins, too.
-        place.add(topic, *SHAPES[shape])
+        rig.add(topic, *SHAPES[shape])
         follower.start()
-        until(lambda: calls_of(place.raw, "xread") >= 2)
+        until(lambda: calls_of(rig.raw, "xread") >= 2)
         alerts = [bus.Alert(name=name, level="info", text="w") for name in ("first", "last")]
-        place.raw.xadd(place.key(Topic.EVENTS), {"m": parcel(alerts[0])})
-        place.add(topic, *SHAPES[shape])
+        rig.raw.xadd(rig.key(Topic.EVENTS), {"m": envelope(alerts[0])})
+        rig.add(topic, *SHAPES[shape])
         time.sleep(0.2)
-        place.raw.xadd(place.key(Topic.EVENTS), {"m": parcel(alerts[1])})
+        rig.raw.xadd(rig.key(Topic.EVENTS), {"m": envelope(alerts[1])})
         assert end.wait(10)
     follower.join()
     assert messages == ["first", "last"]
@@ -277,27 +274,27 @@ def calls_of(raw, command):
     return sum(client["cmd"] == command for client in clients)
 
 
-def test_a_sender_hears_what_became_of_it_though_outcomes_are_large(place):
-    loop, client = place.loop(), place.client()
+def test_a_sender_hears_what_became_of_it_though_outcomes_are_large(rig):
+    loop, client = rig.loop(), rig.client()
     with small():
         for _ in range(3):
-            place.add(Topic.OUTCOMES, "m", "LONG")
+            rig.add(Topic.OUTCOMES, "m", "LONG")
             assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
-        with bus.connect(place.url, run=place.run, keys=bus.NO_KEYS) as other:
-            place.add(Topic.OUTCOMES, "m", "LONG")
+        with bus.connect(rig.url, run=rig.run, keys=bus.NO_KEYS) as other:
+            rig.add(Topic.OUTCOMES, "m", "LONG")
             assert other.send(bus.Cull(seed=1), wait_seconds=10).is_done
     assert len(loop.effects) == 4
 
 
-def test_all_telemetry_as_large_as_allowed_is_followed_a_little_at_a_time(place):
+def test_all_telemetry_as_large_as_allowed_is_followed_a_little_at_a_time(rig):
     limit = LIMITS[Topic.TELEMETRY].max_entry_bytes
     column = bus.Column.from_array(np.zeros(limit - 300, np.uint8))
     for number in range(100):
-        payload = parcel(bus.Frame(step=number, columns={"a": column}), sequence=number)
+        payload = envelope(bus.Frame(step=number, columns={"a": column}), sequence=number)
         assert 0.99 * limit < len(payload) <= limit
-        place.raw.xadd(place.key(Topic.TELEMETRY), {"m": payload})
+        rig.raw.xadd(rig.key(Topic.TELEMETRY), {"m": payload})
     del payload
-    client = place.client()
+    client = rig.client()
     with small():
         frames = client.watch([Topic.TELEMETRY], seconds=20, from_beginning=True)
         steps = [frame.step for frame in itertools.islice(frames, 100)]
@@ -306,40 +303,36 @@ def test_all_telemetry_as_large_as_allowed_is_followed_a_little_at_a_time(place)
 
 
 def bomb(num_bytes):
-    """A parcel whose messages take a byte each."""
-    head = parcel()[:-1]
+    """A envelope whose messages take a byte each."""
+    head = envelope()[:-1]
     return head + b"\xdd" + num_bytes.to_bytes(4, "big") + b"\xc0" * num_bytes
 
 
-def test_a_small_parcel_that_would_be_large_in_memory_is_not_made(place):
-    client = place.client()
+def test_a_small_envelope_that_would_be_large_in_memory_is_not_made(rig):
+    client = rig.client()
     for _ in range(3):
-        place.raw.xadd(place.key(Topic.TELEMETRY), {"m": bomb(1_000_000)})
+        rig.raw.xadd(rig.key(Topic.TELEMETRY), {"m": bomb(1_000_000)})
     last = bus.StepMetrics(step=7, loss=0.5)
-    place.raw.xadd(place.key(Topic.TELEMETRY), {"m": parcel(last)})
+    rig.raw.xadd(rig.key(Topic.TELEMETRY), {"m": envelope(last)})
     with small():
-        (found,) = itertools.islice(
+        (entries,) = itertools.islice(
             client.watch([Topic.TELEMETRY], seconds=20, from_beginning=True), 1
         )
-    assert found.step == 7
+    assert entries.step == 7
     assert client.asynchronous.num_refused == 3
 
 
-def test_dlq_list_shows_the_neighbours_of_a_large_letter(place, capsys):
+def test_dlq_list_shows_the_neighbours_of_a_large_letter(rig, capsys):
     letter = bus.DeadLetter(
-        reason="forged",
-        text="w",
-        from_topic="commands",
-        entry_id="1-1",
-        size_bytes=1,
+        reason="forged", text="w", from_topic="commands", entry_id="1-1", size_bytes=1,
         payload=b"\x00" * 120_000,
-    )
+    )  # fmt: skip
     names = []
     for number in range(600):
         if number in {0, 300}:
-            place.add(Topic.DEAD, "m", "LONG")
-        names.append(place.raw.xadd(place.key(Topic.DEAD), {"m": parcel(letter)}).decode())
-    where = ["--bus", place.url, "--run", place.run]
+            rig.add(Topic.DEAD, "m", "LONG")
+        names.append(rig.raw.xadd(rig.key(Topic.DEAD), {"m": envelope(letter)}).decode())
+    where = ["--bus", rig.url, "--run", rig.run]
     capsys.readouterr()
     with small():
         assert main(["dlq", *where, "list"]) == 0
@@ -348,26 +341,22 @@ def test_dlq_list_shows_the_neighbours_of_a_large_letter(place, capsys):
     with small():
         assert main(["dlq", *where, "show", names[-1]]) == 0
         assert main(["dlq", *where, "drop", names[-1]]) == 0
-    assert place.raw.xlen(place.key(Topic.DEAD)) == 601
+    assert rig.raw.xlen(rig.key(Topic.DEAD)) == 601
 
 
-def test_a_letter_behind_many_entries_that_are_none_is_sent_again(place, capsys):
+def test_a_letter_behind_many_entries_that_are_none_is_sent_again(rig, capsys):
     for _ in range(250):
-        place.raw.xadd(place.key(Topic.DEAD), {"m": b"x"})
+        rig.raw.xadd(rig.key(Topic.DEAD), {"m": b"x"})
     letter = bus.DeadLetter(
-        reason="gap",
-        text="w",
-        from_topic="commands",
-        entry_id="1-1",
-        size_bytes=1,
-        payload=parcel(bus.Cull(seed=1)),
-    )
-    name = place.raw.xadd(place.key(Topic.DEAD), {"m": parcel(letter)}).decode()
-    where = ["--bus", place.url, "--run", place.run]
+        reason="gap", text="w", from_topic="commands", entry_id="1-1", size_bytes=1,
+        payload=envelope(bus.Cull(seed=1)),
+    )  # fmt: skip
+    name = rig.raw.xadd(rig.key(Topic.DEAD), {"m": envelope(letter)}).decode()
+    where = ["--bus", rig.url, "--run", rig.run]
     assert main(["dlq", *where, "list"]) == 0
     assert main(["dlq", *where, "replay", name]) == 0
     assert "sent again" in capsys.readouterr().out
-    assert place.raw.xlen(place.key(Topic.COMMANDS)) == 1
+    assert rig.raw.xlen(rig.key(Topic.COMMANDS)) == 1
 
 
 LARGE_KEYS = {
@@ -381,31 +370,31 @@ LARGE_KEYS = {
 
 
 @pytest.mark.parametrize("what", LARGE_KEYS)
-def test_large_values_in_the_runs_keys_reach_nobody(place, what):
+def test_large_values_in_the_runs_keys_reach_nobody(rig, what):
     command, name, *rest = LARGE_KEYS[what]
     keys = bus.Keyring(active="k", keys={"k": b"0" * 32})
-    loop, client = place.loop(keys, lease_seconds=1.5), place.client(keys)
+    loop, client = rig.loop(keys, lease_seconds=1.5), rig.client(keys)
     assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
     with small():
-        place.on_server(command, place.key(name), *rest)
+        rig.on_server(command, rig.key(name), *rest)
         began = time.monotonic()
         stop = bus.Stop()
         assert client.send(stop, wait_seconds=10, must_listen=False).is_done
         assert time.monotonic() - began < 4
         loop.close()
-        place.on_server(command, place.key(name), *rest)
+        rig.on_server(command, rig.key(name), *rest)
         if what == "lease":
-            place.raw.pexpire(place.key(name), 100)
-        again = place.loop(keys, lease_seconds=1.5)
+            rig.raw.pexpire(rig.key(name), 100)
+        again = rig.loop(keys, lease_seconds=1.5)
         assert client.send(bus.Cull(seed=1), wait_seconds=10, must_listen=False).is_done
     assert len(again.effects) == 1
     assert loop.error is None
 
 
-def test_names_of_runs_too_large_to_be_any_are_not_read(place):
-    place.loop()
+def test_names_of_runs_too_large_to_be_any_are_not_read(rig):
+    rig.loop()
     for number in range(2):
-        place.on_server("SET", f"esper:{{LONG{number}}}:lease", "1 x")
-    client = place.client()
+        rig.on_server("SET", f"esper:{{LONG{number}}}:lease", "1 x")
+    client = rig.client()
     with small():
-        assert client.active_runs() == [place.run]
+        assert client.active_runs() == [rig.run]

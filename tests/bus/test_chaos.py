@@ -56,8 +56,8 @@ class Sender(threading.Thread):
 
     async def _work(self):
         async with bus.connect_async(self._url, run=self._run, keys=bus.NO_KEYS) as client:
-            for at in range(0, len(self.commands), self._at_once):
-                some = self.commands[at : at + self._at_once]
+            for first in range(0, len(self.commands), self._at_once):
+                some = self.commands[first : first + self._at_once]
                 await asyncio.gather(
                     *(client.send(c, wait_seconds=None, must_listen=False) for c in some)
                 )
@@ -262,7 +262,7 @@ def raw_entry(transport, payload, keys=bus.NO_KEYS, topic=Topic.COMMANDS):
     return Entry(payload, keys.sign(transport.stream(topic), payload))
 
 
-def parcel(command, *, producer="raw", sequence=0, format_=FORMAT, identity=""):
+def envelope(command, *, producer="raw", sequence=0, format_=FORMAT, identity=""):
     header = Header(
         format=format_,
         producer=producer,
@@ -279,7 +279,7 @@ SECRET = bus.Keyring(active="k1", keys={"k1": b"0" * 32})
 def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
     loop = Loop(maker(server.url, run_name, SECRET), keys=SECRET)
     identity = loop.worker.position().identity
-    good = parcel(bus.Cull(seed=1, id="good"), identity=identity)
+    good = envelope(bus.Cull(seed=1, id="good"), identity=identity)
 
     async def inject():
         t = make_transport(server.url, run_name, keys=SECRET)
@@ -287,8 +287,8 @@ def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
         signed = raw_entry(t, good, SECRET)
         elsewhere = Entry(good, SECRET.sign(t.stream(Topic.OUTCOMES), good))
         big = LIMITS[Topic.COMMANDS].max_entry_bytes + 1
-        strange = parcel(bus.StepMetrics(step=1, loss=0.0), producer="odd", identity=identity)
-        downgraded = parcel(bus.Cull(seed=1, id="down"), producer="down", format_=0)
+        strange = envelope(bus.StepMetrics(step=1, loss=0.0), producer="odd", identity=identity)
+        downgraded = envelope(bus.Cull(seed=1, id="down"), producer="down", format_=0)
         for number, entry in enumerate(
             [
                 signed,

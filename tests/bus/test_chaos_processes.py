@@ -60,7 +60,7 @@ def test_a_publisher_that_is_killed_leaves_whole_commands_and_all_that_were_acce
     loop.close()
 
 
-def test_of_two_runs_that_race_for_a_place_one_acts_at_a_time(server, run_name, tmp_path):
+def test_of_two_runs_that_race_for_a_lease_one_acts_at_a_time(server, run_name, tmp_path):
     def effects(folder):
         path = folder / "state.json"
         return json.loads(path.read_text())["effects"] if path.exists() else []

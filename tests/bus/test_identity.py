@@ -50,11 +50,11 @@ class Site:
         async def main():
             transport = self.transport()
             await transport.open()
-            found = []
+            entries = []
             for topic in (Topic.URGENT, Topic.COMMANDS):
-                found += await page(transport, topic, after="0-0", limit=100)
+                entries += await page(transport, topic, after="0-0", limit=100)
             await transport.close()
-            return found
+            return entries
 
         return asyncio.run(main())
 
@@ -62,9 +62,9 @@ class Site:
         async def main():
             transport = self.transport()
             await transport.open()
-            for number, one in enumerate(deliveries):
+            for number, entry in enumerate(deliveries):
                 await transport.publish(
-                    one.topic, "thief", number, [Entry(one.payload, one.signature)]
+                    entry.topic, "thief", number, [Entry(entry.payload, entry.signature)]
                 )
             await transport.close()
 

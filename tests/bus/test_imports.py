@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def loaded(code, *names):
     script = f"{code}\nimport sys\nprint([n for n in {list(names)!r} if n in sys.modules])"
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    return told.stdout.strip()
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(

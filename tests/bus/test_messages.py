@@ -81,10 +81,10 @@ def messages(kind):
 @given(data=st.data())
 def test_encode_then_decode_is_the_identity(kind, data):
     sent = tuple(data.draw(st.lists(messages(kind), min_size=1, max_size=3)))
-    parcel = SCHEMA.decode(SCHEMA.encode(HEADER, sent))
-    assert parcel.messages == sent
-    assert parcel.header == HEADER
-    assert all(type(message) is kind for message in parcel.messages)
+    envelope = SCHEMA.decode(SCHEMA.encode(HEADER, sent))
+    assert envelope.messages == sent
+    assert envelope.header == HEADER
+    assert all(type(message) is kind for message in envelope.messages)
 
 
 def test_every_message_has_a_topic_a_version_and_words():
@@ -96,27 +96,27 @@ def test_every_message_has_a_topic_a_version_and_words():
 
 
 def test_a_forked_process_names_its_commands_differently():
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c",
          "import os\nfrom esper_fn.bus._messages import new_id\nnew_id()\nchild = os.fork()\n"
          "os.write(1, (new_id() + ' ').encode())\nif child: os.waitpid(child, 0)"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert len(set(told.stdout.split())) == 2
+    assert len(set(output.stdout.split())) == 2
 
 
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
-def test_bytes_that_are_no_parcel_are_refused_and_nothing_else_happens(payload):
+def test_bytes_that_are_no_envelope_are_refused_and_nothing_else_happens(payload):
     with pytest.raises((UndecodableError, UnsupportedVersionError)):
         SCHEMA.decode(payload)
 
 
 @given(st.integers(0, 200), st.integers(1, 255))
 @settings(max_examples=80, deadline=None)
-def test_a_damaged_parcel_is_refused_or_read_as_something_lawful(at, flip):
+def test_a_damaged_envelope_is_refused_or_read_as_something_lawful(offset, flip):
     good = bytearray(SCHEMA.encode(HEADER, [bus.Germinate(seed=1, blueprint="mlp", id="i" * 40)]))
-    good[at % len(good)] ^= flip
+    good[offset % len(good)] ^= flip
     try:
         for message in SCHEMA.decode(bytes(good)).messages:
             msgspec.convert(msgspec.to_builtins(message), type(message))
@@ -161,11 +161,11 @@ LATER = Schema(LaterPing | bus.Cull, {"ping/1": to_two})
 
 def test_a_rolling_upgrade_goes_both_ways():
     mixed = [OldPing(name="a", millis=1500), bus.Cull(seed=3, id="c")]
-    found = TWO.decode(ONE.encode(HEADER, mixed)).messages
-    assert found == (NewPing(name="a", seconds=1.5), mixed[1])
+    decoded = TWO.decode(ONE.encode(HEADER, mixed)).messages
+    assert decoded == (NewPing(name="a", seconds=1.5), mixed[1])
     with pytest.raises(UnsupportedVersionError, match="'ping/2': this side knows ping/1"):
         ONE.decode(TWO.encode(HEADER, [NewPing(name="a", seconds=1.5)]))
-    # Neighbours of an unknown kind lie in other parcels and are not touched.
+    # Neighbours of an unknown kind lie in other envelopes and are not touched.
     assert ONE.decode(TWO.encode(HEADER, mixed[1:])).messages == (mixed[1],)
     # Within a version: more fields are ignored by the old side, and have defaults on the new one.
     assert TWO.decode(LATER.encode(HEADER, [LaterPing(name="a", seconds=1.0)])).messages == (
@@ -215,13 +215,13 @@ def test_columns_are_arrays_of_any_size():
 KEYS = bus.Keyring(active="a", keys={"a": b"k" * 16, "b": b"l" * 16})
 
 
-@given(payload=st.binary(max_size=80), at=st.integers(0, 500), flip=st.integers(1, 255))
+@given(payload=st.binary(max_size=80), offset=st.integers(0, 500), flip=st.integers(1, 255))
 @settings(max_examples=80, deadline=None)
-def test_any_flipped_byte_breaks_a_signature(payload, at, flip):
+def test_any_flipped_byte_breaks_a_signature(payload, offset, flip):
     signature = KEYS.sign("stream", payload)
     KEYS.verify("stream", payload, signature)
     whole = bytearray(payload + signature)
-    whole[at % len(whole)] ^= flip
+    whole[offset % len(whole)] ^= flip
     with pytest.raises(ForgedError):
         KEYS.verify("stream", bytes(whole[: len(payload)]), bytes(whole[len(payload) :]))
     with pytest.raises(ForgedError):

@@ -79,8 +79,8 @@ def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
         with pytest.raises(BusyError, match=f"at most {limit:,}"):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
         assert await length(t, Topic.URGENT) == limit - 1
-        held = await t.attach("h", lease_seconds=9)
-        group = held.lease.group
+        attached = await t.attach("h", lease_seconds=9)
+        group = attached.lease.group
         got = await read(t, Topic.URGENT, limit=500, group=group)
         with pytest.raises(BusyError):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
@@ -157,8 +157,8 @@ def test_one_who_waits_for_entries_keeps_no_other_waiting(make):
         await asyncio.sleep(0.05)
         early = {Topic.EVENTS: "0-0"}
         async with asyncio.timeout(2):
-            (found,) = await transport.tail(early, limit=9, wait_seconds=0.0)
-        assert found.payload == b"old"
+            (entry,) = await transport.tail(early, limit=9, wait_seconds=0.0)
+        assert entry.payload == b"old"
         await transport.publish(Topic.EVENTS, "p", 1, [Entry(b"new")])
         assert [delivery.payload for delivery in await waits] == [b"new"]
 
@@ -207,7 +207,7 @@ def test_one_holder_at_a_time(make):
     t, u = make(), make()
 
     async def main():
-        one = await t.attach("one", lease_seconds=0.3)
+        older = await t.attach("one", lease_seconds=0.3)
         with pytest.raises(LeaseHeldError, match="held by one"):
             await u.attach("two", lease_seconds=9)
         assert (
@@ -215,20 +215,20 @@ def test_one_holder_at_a_time(make):
             if hasattr(t, "_broker")
             else t.run in await u.active_runs()
         )
-        renewed = await t.renew(one.lease, lease_seconds=0.3)
+        renewed = await t.renew(older.lease, lease_seconds=0.3)
         assert renewed.server_ms > 1_600_000_000_000
         await asyncio.sleep(0.4)
-        two = await u.attach("two", lease_seconds=9)
-        assert two.lease.epoch > one.lease.epoch
+        newer = await u.attach("two", lease_seconds=9)
+        assert newer.lease.epoch > older.lease.epoch
         with pytest.raises(FencedError, match="driven by two"):
-            await t.renew(one.lease, lease_seconds=9)
+            await t.renew(older.lease, lease_seconds=9)
         with pytest.raises(FencedError, match="must not go on"):
-            await t.settle(one.lease, settlement(1))
-        await t.release(one.lease)  # does not end the other's
-        await u.renew(two.lease, lease_seconds=9)
-        three = await t.attach("three", lease_seconds=9, should_take_over=True, least_epoch=70)
-        assert three.lease.epoch == 71
-        await t.release(three.lease)
+            await t.settle(older.lease, settlement(1))
+        await t.release(older.lease)  # does not end the other's
+        await u.renew(newer.lease, lease_seconds=9)
+        newest = await t.attach("three", lease_seconds=9, should_take_over=True, least_epoch=70)
+        assert newest.lease.epoch == 71
+        await t.release(newest.lease)
         assert t.run not in await u.active_runs()
 
     run_async(main(), t, u)
@@ -238,14 +238,14 @@ def test_a_settlement_is_whole_and_counts_once(make):
     t = make()
 
     async def main():
-        held = await t.attach("h", lease_seconds=9)
+        attached = await t.attach("h", lease_seconds=9)
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
         await t.publish(Topic.URGENT, "p", 0, entries("stop"))
-        got = await read(t, Topic.URGENT, Topic.COMMANDS, group=held.lease.group)
+        got = await read(t, Topic.URGENT, Topic.COMMANDS, group=attached.lease.group)
         assert texts(got) == ["stop", "a", "b"]
         done = settlement(1, got[:2], outcomes=["A"], dead=["D"], sequences={"p/commands": 0})
         for _ in range(3):
-            await t.settle(held.lease, done)
+            await t.settle(attached.lease, done)
         assert texts(await page(t, Topic.OUTCOMES, after="0-0", limit=9)) == ["A"]
         assert texts(await page(t, Topic.DEAD, after="0-0", limit=9)) == ["D"]
         again = await t.attach("h", lease_seconds=9)
@@ -253,7 +253,7 @@ def test_a_settlement_is_whole_and_counts_once(make):
         assert again.cursor[Topic.URGENT] == got[0].entry_id
         assert again.attempts == {(Topic.COMMANDS, got[2].entry_id): 1}
         with pytest.raises(FencedError):
-            await read(t, group=held.lease.group)
+            await read(t, group=attached.lease.group)
         rest = await read(t, Topic.URGENT, Topic.COMMANDS, group=again.lease.group)
         assert texts(rest) == ["b"]
         await t.settle(again.lease, settlement(1, rest, sequences={"p/commands": -1}))
@@ -267,10 +267,10 @@ def test_a_run_restored_to_an_earlier_position_gets_its_commands_again(make):
     t = make()
 
     async def main():
-        held = await t.attach("h", lease_seconds=9)
+        attached = await t.attach("h", lease_seconds=9)
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b", "c"))
-        got = await read(t, group=held.lease.group)
-        await t.settle(held.lease, settlement(1, got[:2]))
+        got = await read(t, group=attached.lease.group)
+        await t.settle(attached.lease, settlement(1, got[:2]))
         saved = {Topic.COMMANDS: got[0].entry_id}
         again = await t.attach("h", lease_seconds=9, cursor=saved)
         assert texts(await read(t, group=again.lease.group)) == ["b", "c"]

@@ -1,4 +1,4 @@
-"""What a transport says of a place that was removed or belongs to somebody else."""
+"""What a transport says of a lease that was removed or belongs to somebody else."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ async def read(transport, lease):
 
 
 @pytest.mark.parametrize("what", ["streams", "groups", "rest"])
-def test_a_removed_place_is_nobodys_and_is_taken_again_from_the_cursor(make, losses, what):
+def test_a_removed_lease_is_nobodys_and_is_taken_again_from_the_cursor(make, losses, what):
     t = make()
 
     async def main():
-        held = await t.attach("h", lease_seconds=9)
+        attached = await t.attach("h", lease_seconds=9)
         await publish(t, "p", 0, b"a")
         await publish(t, "p", 1, b"b")
-        first, _ = await read(t, held.lease)
+        first, _ = await read(t, attached.lease)
         losses[what]()
         with pytest.raises(FencedError) as caught:
-            await t.renew(held.lease, lease_seconds=9)
+            await t.renew(attached.lease, lease_seconds=9)
         assert caught.value.epoch == 0
         if what != "rest":
             with pytest.raises(FencedError):
-                await read(t, held.lease)
+                await read(t, attached.lease)
             with pytest.raises(FencedError):
-                await t.claim(Topic.COMMANDS, held.lease.group, "c", idle_seconds=0.0, limit=9)
+                await t.claim(Topic.COMMANDS, attached.lease.group, "c", idle_seconds=0.0, limit=9)
         again = await t.attach(
             "h",
             lease_seconds=9,
-            least_epoch=held.lease.epoch,
+            least_epoch=attached.lease.epoch,
             cursor={Topic.COMMANDS: first.entry_id},
             counts_attempts=False,
         )
-        assert again.lease.epoch > held.lease.epoch
+        assert again.lease.epoch > attached.lease.epoch
         assert again.attempts == {}
         await t.renew(again.lease, lease_seconds=9)
         await publish(t, "q", 0, b"c")
@@ -93,21 +93,21 @@ def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, losses
     t, u = make(), make()
 
     async def main():
-        one = await t.attach("one", lease_seconds=9)
+        older = await t.attach("one", lease_seconds=9)
         losses["rest"]()
-        two = await u.attach("two", lease_seconds=9)
-        assert two.lease.epoch == one.lease.epoch
+        other_one = await u.attach("two", lease_seconds=9)
+        assert other_one.lease.epoch == older.lease.epoch
         for call in (
-            t.renew(one.lease, lease_seconds=9),
-            t.settle(one.lease, Settlement(1, {}, {}, {})),
+            t.renew(older.lease, lease_seconds=9),
+            t.settle(older.lease, Settlement(1, {}, {}, {})),
         ):
             with pytest.raises(FencedError) as caught:
                 await call
             assert caught.value.epoch == 0  # nobody has proved to be newer
-        await u.renew(two.lease, lease_seconds=9)
-        with pytest.raises(LeaseHeldError) as held:
-            await t.attach("one", lease_seconds=9, least_epoch=one.lease.epoch)
-        assert held.value.epoch == two.lease.epoch
+        await u.renew(other_one.lease, lease_seconds=9)
+        with pytest.raises(LeaseHeldError) as attached:
+            await t.attach("one", lease_seconds=9, least_epoch=older.lease.epoch)
+        assert attached.value.epoch == other_one.lease.epoch
 
     run_async(main(), t, u)
 
@@ -119,9 +119,9 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
         with pytest.raises(OtherRunError) as nobody:
             await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
         assert nobody.value.identity == ""
-        held = await t.attach("h", lease_seconds=9, identity="a")
+        attached = await t.attach("h", lease_seconds=9, identity="a")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
-        await t.renew(held.lease, lease_seconds=9, identity="b")
+        await t.renew(attached.lease, lease_seconds=9, identity="b")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")  # it is there
         with pytest.raises(OtherRunError) as other:
             await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")], identity="a")
@@ -135,7 +135,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
     run_async(main(), t)
 
 
-def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
+def test_a_run_whose_lease_somebody_took_on_an_emptied_server_goes_on_and_waits(
     make, losses, caplog
 ):
     """Both began with the same number, so neither has proved to be the newer one."""
@@ -189,7 +189,7 @@ def test_a_run_whose_place_somebody_took_on_an_emptied_server_goes_on_and_waits(
         first.close()
 
 
-def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(make, losses):
+def test_a_lease_taken_again_whose_answer_got_lost_does_not_fence_itself_off(make, losses):
     lost = []
 
     class Cut:
@@ -202,10 +202,10 @@ def test_a_place_taken_again_whose_answer_got_lost_does_not_fence_itself_off(mak
             return getattr(self.inner, name)
 
         async def attach(self, *args, **options):
-            found = await self.inner.attach(*args, **options)
+            attached_again = await self.inner.attach(*args, **options)
             if lost and lost.pop():
                 raise BusUnavailableError("cut")
-            return found
+            return attached_again
 
     loop = Loop(Cut, lease_seconds=0.6)
     try:

@@ -107,16 +107,16 @@ class Both(RuleBasedStateMachine):
         self.number += 1
 
         async def once(transport):
-            of = [pair[self.transports.index(transport)] for pair in now]
-            told = Settlement(
+            deliveries = [pair[self.transports.index(transport)] for pair in now]
+            settlement = Settlement(
                 self.number,
-                {Topic.COMMANDS: [d.entry_id for d in of]},
-                {Topic.COMMANDS: of[-1].entry_id},
+                {Topic.COMMANDS: [d.entry_id for d in deliveries]},
+                {Topic.COMMANDS: deliveries[-1].entry_id},
                 {"p/commands": self.settled},
-                [Entry(b"o" + d.payload) for d in of],
+                [Entry(b"o" + d.payload) for d in deliveries],
             )
             for _ in range(1 + repeat):
-                await transport.settle(lease, told)
+                await transport.settle(lease, settlement)
 
         answers = self.both(once)
         if stale:

@@ -91,8 +91,8 @@ def loop(make):
         return loops[-1]
 
     yield build
-    for one in loops:
-        one.close()
+    for each in loops:
+        each.close()
 
 
 def until(condition, seconds=30):
@@ -121,7 +121,7 @@ def test_the_same_command_again_gets_the_first_outcome(loop, connect):
     assert running.effects == [command.id]
 
 
-def test_a_command_sent_again_before_it_is_in_force_is_carried_out_once(loop, connect):
+def test_a_command_sent_again_before_it_is_applied_is_carried_out_once(loop, connect):
     running, client = loop(start=False), connect()
     command, other = bus.Cull(seed=3), bus.Cull(seed=4)
     for sent in (command, command, other):
@@ -326,7 +326,7 @@ def test_a_fresh_run_does_not_repeat_what_is_settled(loop, connect):
     assert second.effects == [fresh.id]
 
 
-def test_the_holder_is_unique_and_a_stolen_place_ends_the_old_loop(loop):
+def test_the_holder_is_unique_and_a_stolen_lease_ends_the_old_loop(loop):
     first = loop(lease_seconds=1.0)
     with pytest.raises(LeaseHeldError):
         loop(lease_seconds=1.0)

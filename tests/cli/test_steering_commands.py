@@ -178,15 +178,15 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(esper, loop, server,
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
         client.send(bus.Cull(seed=1, expires_after_seconds=1e-9), wait_seconds=10)
         client.send(bus.Cull(seed=2, expires_after_seconds=1e-9), wait_seconds=10)
-        (one, letter), (two, _) = client.dead_letters()
+        (first, letter), (second, _) = client.dead_letters()
     assert letter.reason == "expired"
     status, out, _ = esper("dlq", "list")
     assert status == 0
     assert "2 dead letters" in out
-    assert one in out
-    assert "older than" in esper("dlq", "show", one)[1]
-    assert esper("dlq", "drop", two)[1] == "1 dropped\n"
-    assert "sent again" in esper("dlq", "replay", one)[1]
+    assert first in out
+    assert "older than" in esper("dlq", "show", first)[1]
+    assert esper("dlq", "drop", second)[1] == "1 dropped\n"
+    assert "sent again" in esper("dlq", "replay", first)[1]
     assert "no dead letter '1-1'" in esper("dlq", "show", "1-1")[2]
 
 
@@ -213,6 +213,6 @@ def test_grow_is_steered_and_stopped_from_another_process(server, tmp_path):
         born = client.send(bus.Germinate(seed=0, blueprint="bottleneck"), wait_seconds=200)
         assert born.is_done
         assert client.send(bus.Stop(reason="e2e", sender="t"), wait_seconds=60).is_done
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "by t: e2e" in told
+    assert "by t: e2e" in errors

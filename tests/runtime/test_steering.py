@@ -204,18 +204,18 @@ def test_a_command_that_comes_during_a_step_takes_force_in_it(url, name):
         fitted = fit(steering, num_steps=8, batches=late)
         steps = {e["seed"]: e["step"] for e in fitted.events if e["to"] == "GERMINATED"}
         assert steps == {0: 3, 1: 4}
-        told = client.watch([bus.Topic.OUTCOMES], seconds=20, from_beginning=True)
-        answers = {o.command_id: o.step for o in itertools.islice(told, len(sent))}
+        messages = client.watch([bus.Topic.OUTCOMES], seconds=20, from_beginning=True)
+        answers = {o.command_id: o.step for o in itertools.islice(messages, len(sent))}
         assert answers == {command.id: step for step, command in sent.items()}
 
 
 def test_a_segment_of_one_step_decides_as_a_longer_one_does():
     start = {"commands": lambda first: [ef.commands.germinate(1, "scale")] * (first == 0)}
-    one, many = (fit(None, num_steps=60, segment_steps=length, **start) for length in (1, 20))
-    assert one.events == many.events
-    assert [e["to"] for e in one.events][:2] == ["GERMINATED", "GRAFTING"]
-    np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)
-    assert one.num_compiled == many.num_compiled == 0
+    single, many = (fit(None, num_steps=60, segment_steps=length, **start) for length in (1, 20))
+    assert single.events == many.events
+    assert [e["to"] for e in single.events][:2] == ["GERMINATED", "GRAFTING"]
+    np.testing.assert_allclose(single.losses, many.losses, rtol=1e-5)
+    assert single.num_compiled == many.num_compiled == 0
 
 
 def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
@@ -236,10 +236,10 @@ def test_telemetry_shows_the_seeds_without_a_transfer_of_its_own(url, name):
         client.send(bus.Germinate(seed=1, blueprint="scale"))
         run.steering.checkpoint_failed(OSError("disk full"))
         kinds = {}
-        wanted = {bus.Frame, bus.StepMetrics, bus.LifecycleEvent, bus.Announcement}
+        needed = {bus.Frame, bus.StepMetrics, bus.LifecycleEvent, bus.Announcement}
         for message in client.watch(seconds=20, from_beginning=True):
             kinds.setdefault(type(message), message)
-            if wanted | {bus.CheckpointEvent} <= set(kinds):
+            if needed | {bus.CheckpointEvent} <= set(kinds):
                 break
         assert (kinds[bus.CheckpointEvent].what, kinds[bus.CheckpointEvent].text) == (
             "failed",
@@ -264,8 +264,8 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
             early = bus.Germinate(seed=0, blueprint="scale")
             assert client.send(early).is_done
             assert client.send(bus.Checkpoint()).is_done
-            told = client.watch([bus.Topic.EVENTS], seconds=20, from_beginning=True)
-            saved = next(m for m in told if isinstance(m, bus.CheckpointEvent))
+            messages = client.watch([bus.Topic.EVENTS], seconds=20, from_beginning=True)
+            saved = next(m for m in messages if isinstance(m, bus.CheckpointEvent))
             assert saved.what == "saved"
             assert saved.step in checkpoint.steps(tmp_path)
             late = bus.Germinate(seed=1, blueprint="scale")
@@ -317,7 +317,9 @@ def test_commands_are_forgotten_when_no_checkpoint_needs_them(url, name, tmp_pat
 
 
 def test_positions_of_an_earlier_process_are_kept_until_its_steps_are_gone(tmp_path):
-    at = {step: bus.RunPosition(cursor={bus.Topic.COMMANDS: f"{step}-0"}) for step in range(5)}
+    positions = {
+        step: bus.RunPosition(cursor={bus.Topic.COMMANDS: f"{step}-0"}) for step in range(5)
+    }
     with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
         for step in (0, 1):
             writer.save(step, {"x": np.ones(2)})
@@ -325,14 +327,14 @@ def test_positions_of_an_earlier_process_are_kept_until_its_steps_are_gone(tmp_p
     with checkpoint.Writer(tmp_path, keep=checkpoint.latest(2)) as writer:
         saved = SavedPositions(writer)
         writer.restore()
-        assert saved.restore(at[1]) == 1
+        assert saved.restore(positions[1]) == 1
         assert saved.newly_saved() is None
         assert saved.oldest() is None  # nobody here knows where step 0 stood
         oldest = []
         for step in (2, 3, 4):
-            saved.add(step, at[step])
+            saved.add(step, positions[step])
             writer.save(step, {"x": np.ones(2)})
             writer.wait()
             assert saved.newly_saved() == step
             oldest.append(saved.oldest())
-    assert oldest == [at[1].cursor, at[2].cursor, at[3].cursor]
+    assert oldest == [positions[1].cursor, positions[2].cursor, positions[3].cursor]

@@ -110,8 +110,8 @@ def test_a_run_paused_before_its_first_step_ends_without_it(first_steps, tmp_pat
         client.send(bus.Pause(), wait_seconds=None, must_listen=False)
 
         def should_stop():
-            told = client.watch([bus.Topic.OUTCOMES], seconds=0.05, from_beginning=True)
-            return any(outcome.is_done for outcome in told)
+            outcomes = client.watch([bus.Topic.OUTCOMES], seconds=0.05, from_beginning=True)
+            return any(outcome.is_done for outcome in outcomes)
 
         fitted = run(6, should_stop)
     assert fitted.num_steps == len(fitted.losses) == first_steps
