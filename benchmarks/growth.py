@@ -32,7 +32,7 @@ from esper_fn.demo.jobs import mean_interval
 
 
 def measure(*, quick: bool) -> Mapping[str, Row]:
-    """All rows; `quick` takes few seeds and short runs."""
+    """Measures all rows; `quick` takes few seeds and short runs."""
     rows = _digits(num_seeds=2 if quick else 10, steps=100 if quick else 1500)
     rows |= _labels(num_seeds=2 if quick else 5, num_tasks=2 if quick else 30)
     if importlib.util.find_spec("peft") is None:
@@ -44,7 +44,7 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
 
 
 def difference(ours: list[float], theirs: list[float], unit: str, **extra: object) -> Row:
-    """The mean of `ours - theirs`, paired, with its 95 % interval."""
+    """Takes the mean of `ours - theirs`, paired, with its 95 % interval."""
     interval = mean_interval(np.subtract(ours, theirs))
     return Row(
         median=interval["mean"],

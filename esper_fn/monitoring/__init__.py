@@ -1,4 +1,4 @@
-"""Watching runs with Prometheus and Grafana. No JAX inside; needs the extra `bus`.
+"""Exports runs to Prometheus and Grafana; needs the extra `bus`, and no JAX.
 
 The folder `monitoring/` of the repository has a dashboard and alert rules for these metrics.
 """

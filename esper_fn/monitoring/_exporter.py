@@ -1,4 +1,4 @@
-"""Messages of a run as Prometheus metrics."""
+"""Exports the messages of a run as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Exporter:
                     child.set(value)
 
     def _admit(self, name: str, labels: tuple[str, ...]) -> bool:
-        """Whether there is a series of these labels, or room for it."""
+        """Admits a series of these labels if it exists or there is room for it."""
         if (name, *labels) in self._series:
             return True
         # A flood of labels must not crowd out the metrics without any.

@@ -1,4 +1,4 @@
-"""One table: each metric with the message it comes from and how it is read."""
+"""Lists each metric with the message it comes from and how it is read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _event_counter(
     message_type: type[bus.Message],
     labels: tuple[str, ...] = (),
 ) -> Metric:
-    """A counter of messages; its labels are fields of the message."""
+    """Makes a counter of messages; its labels are fields of the message."""
 
     def read(message: bus.Message) -> list[Sample]:
         return [(tuple(getattr(message, field) for field in labels), 1.0)]

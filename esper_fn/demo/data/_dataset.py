@@ -1,4 +1,4 @@
-"""The record that every loader returns.
+"""Defines the record that every loader returns.
 
 Axis letters: `N` examples of one split, `T` characters of one window; `...` is the shape of
 one example.

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """What one array of an npz file has to be: at most `max_examples` of `example_shape`."""
+    """The requirements on an array of an npz file: at most `max_examples` of `example_shape`."""
 
     dtype: str
     max_examples: int

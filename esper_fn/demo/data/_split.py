@@ -1,4 +1,4 @@
-"""A split of labelled examples that stays the same in every release of numpy."""
+"""Splits labelled examples in a way that stays the same in every release of numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ready jobs that compare growth with its rivals.
+"""Compares growth with its rivals in ready jobs.
 
 >>> from esper_fn.demo import data, jobs
 >>> comparison = jobs.prepare(jobs.get("digits"), data.load("digits"))

@@ -31,7 +31,7 @@ _SCORES: Mapping[str, policies.Score] = {"uniform": "even", "random": "random"}
 
 
 class ArmResult(NamedTuple):
-    """What came of an arm."""
+    """The outcome of an arm."""
 
     accuracy: float
     """Fraction of the test targets that the trained network predicts."""
@@ -222,7 +222,7 @@ class Comparison:
         return min(25, self._eval_every())
 
     def _is_scored(self, segment: runtime.Segment) -> bool:
-        """Whether the network is evaluated after a segment: the first, the last, and some more."""
+        """Tells whether a segment ends with an evaluation: the first, the last, and some more."""
         last = segment.first_step + segment.num_steps
         is_end = last <= self._segment_steps() or last == self.steps
         return is_end or last % self._eval_every() == 0
