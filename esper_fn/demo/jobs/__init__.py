@@ -10,7 +10,7 @@ from esper_fn.demo.jobs._checkpoints import ArmCheckpoints, StoppedError
 from esper_fn.demo.jobs._compare import SURVEY_EVERY, ArmResult, Comparison, prepare, run
 from esper_fn.demo.jobs._evaluate import make_evaluate, make_loss
 from esper_fn.demo.jobs._export import FORMATS, export_run
-from esper_fn.demo.jobs._jobs import POLICIES, Job, get, growth_arguments, names, static_host
+from esper_fn.demo.jobs._jobs import POLICIES, Job, get, names, static_host
 from esper_fn.demo.jobs._progress import Progress
 from esper_fn.demo.jobs._summary import intervals, mean_interval, summarize
 
@@ -26,7 +26,6 @@ __all__ = [
     "StoppedError",
     "export_run",
     "get",
-    "growth_arguments",
     "intervals",
     "make_evaluate",
     "make_loss",

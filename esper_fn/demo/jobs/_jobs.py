@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from esper_fn import blueprints, policies
+from esper_fn import policies
 from esper_fn._growth import Growth
+from esper_fn.blueprints import Blueprint, bottleneck, bottleneck_conv
 from esper_fn.demo import hosts
 from esper_fn.demo.data import Dataset
 from esper_fn.demo.hosts import Host, count_parameters
@@ -22,8 +23,7 @@ class Job:
       data: name of the data set.
       host: makes the host.
       family: makes hosts of the same kind by size, none with a narrow layer: the static rivals.
-      blueprints: names of the factories in `esper_fn.blueprints` of what may grow.
-      sizes: keyword arguments of their factories.
+      blueprints: what may grow.
       batch_size: examples a step.
       learning_rate: of AdamW, decayed to zero by a cosine.
       steps: default number of steps.
@@ -35,8 +35,7 @@ class Job:
     data: str
     host: Callable[[Dataset], Host]
     family: Callable[[Dataset, int], Host]
-    blueprints: tuple[str, ...]
-    sizes: dict[str, Any]
+    blueprints: Mapping[str, Blueprint]
     batch_size: int
     learning_rate: float
     steps: int
@@ -50,6 +49,8 @@ def _shape(data: Dataset) -> tuple[int, int, int]:
     return height, width, channels
 
 
+_paired = partial(bottleneck, activation="gelu", birth="paired")
+
 _JOBS = {
     job.data: job
     for job in (
@@ -57,8 +58,7 @@ _JOBS = {
             data="digits",
             host=lambda d: hosts.mlp((64, 32, 2, 32, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((64, size, size, size, d.num_classes)),
-            blueprints=("bottleneck",),
-            sizes={"width": 8, "activation": "gelu", "birth": "paired"},
+            blueprints={"bottleneck": _paired(width=8)},
             batch_size=64,
             learning_rate=3e-3,
             steps=1500,
@@ -70,8 +70,7 @@ _JOBS = {
             data="mnist1d",
             host=lambda d: hosts.mlp((40, 64, 2, 64, d.num_classes), spans=3, chunks=8),
             family=lambda d, size: hosts.mlp((40, size, size, size, d.num_classes)),
-            blueprints=("bottleneck",),
-            sizes={"width": 16, "activation": "gelu", "birth": "paired"},
+            blueprints={"bottleneck": _paired(width=16)},
             batch_size=128,
             learning_rate=3e-3,
             steps=3000,
@@ -87,8 +86,10 @@ _JOBS = {
             family=lambda d, size: hosts.conv(
                 _shape(d), (size, 2 * size), hidden=2 * size, classes=d.num_classes
             ),
-            blueprints=("bottleneck_conv", "bottleneck"),
-            sizes={"width": 8},
+            blueprints={
+                "bottleneck_conv": bottleneck_conv(width=8),
+                "bottleneck": bottleneck(width=8),
+            },
             batch_size=64,
             learning_rate=2e-3,
             steps=1000,
@@ -104,8 +105,7 @@ _JOBS = {
             family=lambda d, size: hosts.transformer(
                 vocabulary=d.num_classes, length=d.input_shape[0], width=64, blocks=2, hidden=size
             ),
-            blueprints=("bottleneck",),
-            sizes={"width": 16},
+            blueprints={"bottleneck": bottleneck(width=16)},
             batch_size=16,
             learning_rate=2e-3,
             steps=1000,
@@ -168,19 +168,14 @@ def make_policy(
     )
 
 
-def growth_arguments(job: Job, host: Host) -> dict[str, Any]:
-    """Returns the arguments of `Growth` that say what can grow in a job, and at which sites."""
-    return {
-        "sites": host.sites,
-        "blueprints": {name: getattr(blueprints, name)(**job.sizes) for name in job.blueprints},
-        "capacity": job.capacity,
-    }
-
-
 def make_growth(job: Job, host: Host, policy: str | None, *, steps: int) -> Growth:
     """Makes the growing network of a job, with the defaults and a policy; None is the default."""
-    chosen = None if policy is None else make_policy(policy, job, steps=steps)
-    return Growth(**growth_arguments(job, host), policy=chosen)
+    return Growth(
+        sites=host.sites,
+        blueprints=job.blueprints,
+        capacity=job.capacity,
+        policy=None if policy is None else make_policy(policy, job, steps=steps),
+    )
 
 
 def static_host(job: Job, data: Dataset, count: int) -> Host:
