@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -180,13 +181,10 @@ def make_growth(job: Job, host: Host, policy: str | None, *, steps: int) -> Grow
 
 def static_host(job: Job, data: Dataset, count: int) -> Host:
     """Makes the static host of a job whose number of parameters is nearest to `count`."""
-    best, best_gap = None, float("inf")
-    for size in range(1, 4097):
-        candidate = job.family(data, size)
-        gap = abs(count_parameters(candidate) - count)
-        if gap >= best_gap:
-            break
-        best, best_gap = candidate, gap
-    if best is None:
-        raise ValueError(f"no static host has about {count} parameters")
-    return best
+
+    def parameters(size: int) -> int:
+        return count_parameters(job.family(data, size))
+
+    size = 1 + bisect_left(range(1, 4096), count, key=parameters)  # the first that is large enough
+    sizes = range(max(1, size - 1), size + 1)
+    return job.family(data, min(sizes, key=lambda size: abs(parameters(size) - count)))
