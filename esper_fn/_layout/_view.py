@@ -96,7 +96,7 @@ def view(
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
     """
-    chunk = local_chunk(layout, owner)
+    chunk = jnp.where(jnp.any(gains_of_slots != 0, axis=-1), local_chunk(layout, owner), -1)
     views, configs = [], []
     for index, site in enumerate(layout.sites):
         banks = [bank for bank in layout.tables.banks if bank.site == index]

@@ -93,9 +93,9 @@ def _window(
 
 def adapter_of_chunk(chunking: Chunking, chunk: Int32[Array, "n"]) -> Int32[Array, "C"]:
     """Which of n adapters serves each chunk, -1 for none; negative chunks are served by none."""
-    adapters = jnp.arange(chunk.shape[0], dtype=jnp.int32)
-    target = jnp.where(chunk >= 0, chunk, chunking.chunks)
-    return jnp.full((chunking.chunks,), -1, jnp.int32).at[target].set(adapters, mode="drop")
+    adapters = jnp.arange(chunk.shape[0], dtype=jnp.int32)[None, :]
+    chunks = jnp.arange(chunking.chunks, dtype=jnp.int32)[:, None]
+    return jnp.max(jnp.where(chunk[None, :] == chunks, adapters, -1), axis=1)
 
 
 def _join(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import esper_kernels.jax as kernels
 from esper_fn._sites._chunks import adapter_of_chunk
-from esper_fn._sites._schedule import Banks, BankView, SiteConfig, is_live
+from esper_fn._sites._schedule import Banks, BankView, SiteConfig
 from esper_fn._typing import Array, Float32, Int32, Params
 from esper_fn.errors import LayoutError
 from esper_kernels import Adapter, BackwardStatistics
@@ -51,7 +51,7 @@ def _call(
     config: SiteConfig, index: int, bank: BankView
 ) -> tuple[tuple[Adapter, Int32[Array, "C"], Float32[Array, "C 4"]], dict[str, Any]]:
     """A kernel's arguments that describe the adapters: matrices, each chunk's slot and gains."""
-    slot = adapter_of_chunk(config.site.target, jnp.where(is_live(bank), bank.chunk, -1))
+    slot = adapter_of_chunk(config.site.target, bank.chunk)
     gains = jnp.where((slot >= 0)[:, None], bank.gains[jnp.maximum(slot, 0)], 0.0)
     options = {
         "activation": config.blueprints[index].activation,

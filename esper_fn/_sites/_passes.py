@@ -122,7 +122,7 @@ def backward(
         return gradients
     if served:
         gradients = SiteGradients(*_kernels.backward(config, banks, served, source, statistics, dy))
-    squares = gradients.statistics[:, 0]
+    squares = gradients.statistics[:, :1]
 
     gradients = gradients._replace(d_source=rule_jax.bits(gradients.d_source))
     for index in rest:
@@ -134,13 +134,12 @@ def backward(
         # leaves XLA free to work in the buffer of `dy` and to go on with the host meanwhile.
         slope = (dy if site.is_span else d_source).astype(jnp.float32)
         by_feature = jnp.sum(jnp.square(slope), axis=tuple(range(dy.ndim - 1)))
-        squares = jnp.sum(split(by_feature, site.target), axis=-1)
-        is_live = gradients.statistics[:, 1] > 0
-        squares = jnp.where(is_live, gradients.statistics[:, 0], squares)
+        squares = jnp.sum(split(by_feature, site.target), axis=-1, keepdims=True)
+        is_live = gradients.statistics[:, 1:2] > 0
+        squares = jnp.where(is_live, gradients.statistics[:, :1], squares)
     # A kernel measured all of `dy`, the loops once more what they serve.
-    return gradients._replace(
-        d_source=d_source, statistics=gradients.statistics.at[:, 0].set(squares)
-    )
+    statistics = jnp.concatenate([squares, gradients.statistics[:, 1:]], axis=-1)
+    return gradients._replace(d_source=d_source, statistics=statistics)
 
 
 def _pull_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,25 +27,25 @@ class SiteConfig(NamedTuple):
     is_stacked: bool = False
     """Whether the arrays have a leading axis of layers, over which a scan goes."""
 
+    def anonymous(self) -> SiteConfig:
+        """The same for every site that computes alike, so that JAX traces one function for all."""
+        site = replace(self.site, name="site", layers=None, positions=1)
+        return self._replace(site=site, is_stacked=False)
+
 
 class BankView(NamedTuple):
     """Slots of one bank at one layer of a site, all of them or those that compute now."""
 
     adapters: Params
     chunk: Int32[Array, "P"]
-    """The chunk each slot serves; negative for a slot with nothing to do."""
+    """The chunk each slot serves; negative for a slot that neither acts nor learns."""
     gains: Float32[Array, "P 4"]
-    """The columns of `Gains`; all zero for a free slot."""
+    """The columns of `Gains`."""
 
 
 Banks = tuple[BankView, ...]
 Run = Callable[[Int32[Array, "n"], BankView, Any], Any]
 """`run(slot, rows, carry) -> carry` computes n slots."""
-
-
-def is_live(bank: BankView) -> Bool[Array, "P"]:
-    """Slots that act or learn."""
-    return (bank.chunk >= 0) & jnp.any(bank.gains != 0, axis=-1)
 
 
 def for_each_live(adapters_at_once: int | None, bank: BankView, run: Run, carry: Any) -> Any:
@@ -57,13 +58,13 @@ def for_each_live(adapters_at_once: int | None, bank: BankView, run: Run, carry:
         negative chunk; in a loop its slot number lies beyond the bank.
       carry: what `run` changes.
     """
-    live, num_slots = is_live(bank), bank.chunk.shape[0]
+    num_slots = bank.chunk.shape[0]
     slots = jnp.arange(num_slots, dtype=jnp.int32)
     if adapters_at_once is None:
-        return run(slots, bank._replace(chunk=jnp.where(live, bank.chunk, -1)), carry)
+        return run(slots, bank, carry)
 
     def next_after(slot: Int32[Array, ""]) -> Int32[Array, "n"]:
-        waiting = jnp.where(live & (slots > slot), slots, num_slots)
+        waiting = jnp.where((bank.chunk >= 0) & (slots > slot), slots, num_slots)
         if adapters_at_once == 1:
             return jnp.min(waiting, keepdims=True)
         return jnp.sort(waiting)[:adapters_at_once]

@@ -127,7 +127,7 @@ class Seeds:
             x, source = vary_alike(x, source), vary_alike(source, x)
         banks = tuple(bank._replace(adapters=vary_alike(bank.adapters, x)) for bank in view.banks)
         tap, moments = vary_alike(view.tap, x), vary_alike(view.probe, x)
-        return by_compiler(partial(_grow, config), x, banks, tap, moments, x, source)
+        return by_compiler(partial(_grow, config.anonymous()), x, banks, tap, moments, x, source)
 
     def layers(self, name: str) -> Seeds:
         """The seeds of a site with layers, every array with leading axis L: `xs` of a `lax.scan`.
@@ -155,6 +155,7 @@ class Seeds:
         return Seeds(SeedsStructure((config,), self._structure.visits), (view,))
 
 
+@partial(jax.jit, static_argnums=0)
 def _grow(
     config: SiteConfig,
     banks: tuple[BankView, ...],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esper_fn._sites import Moments
 from esper_fn._typing import Array, Float32
@@ -44,6 +46,35 @@ def potentials(moments: Moments) -> Potentials:
     right = _factor(moments.dy_dy / _count(moments))
     white = jax.scipy.linalg.solve_triangular(right, jnp.swapaxes(half, -1, -2), lower=True)
     return Potentials(raw=_leading(crossed), whitened=_leading(white))
+
+
+def potentials_by_site(moments: Sequence[Moments]) -> list[Potentials]:
+    """`potentials` of many sites; sites with chunks of one size are computed together.
+
+    Args:
+      moments: of each site, with any leading axes.
+
+    Returns:
+      Flat scores of each site, `[L * C]`.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, moment in enumerate(moments):
+        groups.setdefault(moment.x_dy.shape[-2:], []).append(index)
+    scores: dict[int, Potentials] = {}
+    for members in groups.values():
+        flat = [_flat(moments[index]) for index in members]
+        joined = potentials(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat))
+        ends = np.cumsum([len(moment.num_rows) for moment in flat])[:-1]
+        parts = [jnp.split(score, ends) for score in joined]
+        scores |= {index: Potentials(*part) for index, *part in zip(members, *parts, strict=True)}
+    return [scores[index] for index in range(len(moments))]
+
+
+def _flat(moments: Moments) -> Moments:
+    return Moments(
+        moments.num_rows.reshape(-1),
+        *(leaf.reshape(-1, *leaf.shape[-2:]) for leaf in moments[1:]),
+    )
 
 
 def directions(moments: Moments) -> Float32[Array, "... F U"]:
