@@ -17,7 +17,8 @@ import esper_fn as ef
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from esper_fn import policies, runtime
 from esper_fn.demo import hosts
-from esper_fn.lifecycle import Stage, state_bytes_per_seed
+from esper_fn.lifecycle import Stage
+from esper_fn.lifecycle._state import state_bytes_per_seed
 
 Runner = Callable[[], object]
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         report,
         rollback,
         runtime,
-        telemetry,
     )
     from esper_fn._ambient import discover_sites, use_seeds
     from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo
@@ -65,7 +64,6 @@ _MODULES = (
     "report",
     "rollback",
     "runtime",
-    "telemetry",
 )
 _NAMES = {
     "NoSeeds": "_sites",
@@ -136,6 +134,5 @@ __all__ = [
     "rollback",
     "runtime",
     "site",
-    "telemetry",
     "use_seeds",
 ]

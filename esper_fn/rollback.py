@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._control import once_if
-from esper_fn._growth import Growth, GrowthState, forget
-from esper_fn._layout import per_slot_tree, select_slots
+from esper_fn._growth import Growth, GrowthState
+from esper_fn._layout import map_banks, select_slots, split_by_bank
 from esper_fn._records import record
+from esper_fn._survey import clear_directions
 from esper_fn._typing import Adapters, Array, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import NONE, LossTrack
@@ -172,12 +173,12 @@ def update(
         return old._replace(adapters=adapters, generation=now.generation)
 
     chosen = once_if(goes_back, restore, now)
-    memory = state.memory
-    if memory is not None:
-        memory = forget(memory, goes_back)
+    directions = state.directions
+    if directions is not None:
+        directions = clear_directions(directions, goes_back)
     steps_undone = jnp.where(goes_back, state.step - ring.steps[places.target], 0)
     ring = _dated(ring._replace(snapshots=snapshots), places, state.step, is_due, goes_back)
-    state = state._replace(adapters=chosen.adapters, loss=chosen.loss, memory=memory)
+    state = state._replace(adapters=chosen.adapters, loss=chosen.loss, directions=directions)
     return chosen.params, chosen.opt_state, state, ring, steps_undone
 
 
@@ -216,15 +217,5 @@ def _dated(ring: Ring, places: _Places, step: Any, is_due: Any, goes_back: Any) 
 
 def _with_newborns(growth: Growth, now: Snapshot, old: Snapshot) -> Adapters:
     """The old adapters, and the present one in each slot where one was born since."""
-    is_newborn = per_slot_tree(growth.layout, now.generation != old.generation)
-
-    def choose(is_new: Array, new: Any, previous: Any) -> Any:
-        return jax.tree.map(lambda a, b: select_slots(is_new, a, b), new, previous)
-
-    return {
-        site: {
-            name: choose(is_newborn[site][name], bank, old.adapters[site][name])
-            for name, bank in banks.items()
-        }
-        for site, banks in now.adapters.items()
-    }
+    is_newborn = split_by_bank(growth.layout, now.generation != old.generation)
+    return map_banks(select_slots, is_newborn, now.adapters, old.adapters)

@@ -110,8 +110,8 @@ class Lifecycle:
         self._unpack_state = jax.jit(self._state_packer.unpack)
         self._read = jax.jit(partial(_read, growth))
         self._programs: dict[int, _Program] = {}
-        self._conclude = jax.jit(growth.conclude)
-        self._on_trial = jax.jit(growth.on_trial)
+        self._conclude = jax.jit(growth.apply_survey)
+        self._on_trial = jax.jit(growth.seeds_to_ablate)
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -213,7 +213,7 @@ class Lifecycle:
             impl = jax.random.key_impl(old.key)
             key = jax.random.wrap_key_data(jnp.asarray(self._output.key), impl=impl)
             for slot in slots:
-                params = self.growth.newborn(key, slot, int(owner[slot]), old.memory)
+                params = self.growth.newborn(key, slot, int(owner[slot]), old.directions)
                 newborns.append(Newborn(slot=slot, leaves=jax.device_get(params)))
         return newborns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +12,28 @@ import numpy as np
 
 from esper_fn import governors, grafting, lifecycle, policies
 from esper_fn._arguments import check_kind, described
-from esper_fn._growth._state import GrowthState
-from esper_fn._layout import Layout, has_directed, init_adapters
+from esper_fn._growth._state import GrowthState, Parts
+from esper_fn._layout import Layout, init_adapters
 from esper_fn._sites import Visits
+from esper_fn._survey import has_directed
 from esper_fn._typing import Adapters, Array, Scalar
 from esper_fn.base import Implementation
-from esper_fn.commands import Command, Commands
+from esper_fn.commands import Command
 from esper_fn.errors import LayoutError
 from esper_fn.grafting._select import ROUNDING
 from esper_fn.lifecycle import Stage
+from esper_fn.lifecycle._commands import Commands
 from esper_fn.policies._base import check_order
 from esper_kernels import Statistics
-
-if TYPE_CHECKING:
-    from esper_fn._growth._growth import Growth
 
 _OTHER = "use the state of this growth's own `init`, or the growth that the state belongs to"
 
 
-def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = True) -> None:
+def check_state(parts: Parts, state: Any, call: str, *, with_adapters: bool = True) -> None:
     """Raises unless `state` is one of this growth.
 
     Args:
-      growth: whose it should be.
+      parts: of the growth that it should belong to.
       state: as it came.
       call: the call and the order of its arguments, for the message.
       with_adapters: whether its adapters are looked at too; a host outside of JAX keeps them
@@ -45,7 +44,7 @@ def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = 
       LayoutError: it is one of another growth.
     """
     check_kind("state", state, GrowthState, f"the call is {call}, with `growth.init(key)` as state")
-    layout = growth.layout
+    layout = parts.layout
     for name, leaf, size in (
         ("seeds", state.seeds.stage, layout.num_seeds),
         ("slots", state.owner, layout.num_slots),
@@ -54,23 +53,24 @@ def check_state(growth: Growth, state: Any, call: str, *, with_adapters: bool = 
             raise LayoutError(
                 f"state has {jnp.shape(leaf)[-1:]} {name}, this growth has {size}; {_OTHER}"
             )
-    for name, own in (("policy", _policy(growth)), ("governor", _governor(growth))):
+    policy, governor = _state_shapes(layout, parts.policy, parts.governor)
+    for name, own in (("policy", policy), ("governor", governor)):
         pair: list[Any] = [jax.tree.structure(tree) for tree in (getattr(state, name), own)]
         if pair[0] != pair[1]:
             raise LayoutError(
                 f"state.{name} belongs to another {name} than this growth's; {_OTHER}"
             )
-    if len(state.grafts) != len(growth.grafts):
+    if len(state.grafts) != len(parts.grafts):
         raise LayoutError(
             f"state.grafts has {len(state.grafts)} alpha schedules, this growth has "
-            f"{[graft.name for graft in growth.grafts]}; {_OTHER}"
+            f"{[graft.name for graft in parts.grafts]}; {_OTHER}"
         )
     if with_adapters:
-        check_adapters(growth, state.adapters, "state.adapters")
+        check_adapters(layout, state.adapters, "state.adapters")
 
 
-def check_adapters(growth: Growth, adapters: Any, argument: str) -> None:
-    """Raises `TypeError` or `LayoutError` unless `adapters` are of this growth's layout."""
+def check_adapters(layout: Layout, adapters: Any, argument: str) -> None:
+    """Raises `TypeError` or `LayoutError` unless `adapters` are those of a layout."""
     check_kind(
         argument,
         adapters,
@@ -78,21 +78,21 @@ def check_adapters(growth: Growth, adapters: Any, argument: str) -> None:
         "they are the second half of what `optax.apply_updates((params, state.adapters), updates)` "
         "returns",
     )
-    for site, of_site in _adapter_shapes(growth.layout).items():
-        for name, wanted in of_site.items():
-            there = f"{argument}[{site!r}][{name!r}]"
+    for site, banks in _adapter_shapes(layout).items():
+        for name, expected in banks.items():
+            entry = f"{argument}[{site!r}][{name!r}]"
             try:
                 bank = adapters[site][name]
             except (KeyError, TypeError):
-                raise LayoutError(f"{there} is missing; {_OTHER}") from None
-            leaves, own = jax.tree.leaves(bank), jax.tree.leaves(wanted)
+                raise LayoutError(f"{entry} is missing; {_OTHER}") from None
+            leaves, own = jax.tree.leaves(bank), jax.tree.leaves(expected)
             shapes = [tuple(jnp.shape(leaf)) for leaf in leaves]
-            if [s[max(len(s) - len(o.shape), 0) :] for s, o in zip(shapes, own, strict=False)] != [
-                o.shape for o in own
-            ] or len(leaves) != len(own):
+            # An axis in front is that of many states under `vmap`.
+            inner = [s[max(len(s) - len(o.shape), 0) :] for s, o in zip(shapes, own, strict=False)]
+            if inner != [leaf.shape for leaf in own] or len(leaves) != len(own):
                 raise LayoutError(
-                    f"{there} has leaves of shapes {shapes}, this growth's are "
-                    f"{[o.shape for o in own]}; {_OTHER}"
+                    f"{entry} has leaves of shapes {shapes}, this growth's are "
+                    f"{[leaf.shape for leaf in own]}; {_OTHER}"
                 )
 
 
@@ -103,13 +103,10 @@ def _adapter_shapes(layout: Layout) -> Adapters:
 
 
 @lru_cache(maxsize=64)
-def _policy(growth: Growth) -> Any:
-    return jax.eval_shape(lambda: growth.policy.init(growth.layout))
-
-
-@lru_cache(maxsize=64)
-def _governor(growth: Growth) -> Any:
-    return jax.eval_shape(lambda: growth.governor.init(growth.layout.num_seeds))
+def _state_shapes(
+    layout: Layout, policy: policies.Policy, governor: governors.Governor
+) -> tuple[Any, Any]:
+    return jax.eval_shape(lambda: (policy.init(layout), governor.init(layout.num_seeds)))
 
 
 def check_statistics(statistics: Any) -> None:

@@ -9,44 +9,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esper_fn import governors, grafting, lifecycle, policies, telemetry
-from esper_fn._arguments import check_function, check_key
-from esper_fn._control import vary_alike
-from esper_fn._growth._births import newborn
+from esper_fn import governors, grafting, lifecycle, policies
+from esper_fn._arguments import check_key
+from esper_fn._growth._advance import advance
 from esper_fn._growth._checks import (
     check_options,
     check_parts,
     check_policy,
-    check_reached,
     check_state,
     checked_grafts,
-    loss_of,
-    no_gradient,
 )
-from esper_fn._growth._state import GrowthState, LossFn, StepInfo, SurveyInfo
-from esper_fn._growth._survey import conclude, on_trial, survey
-from esper_fn._growth._update import advance, update
+from esper_fn._growth._gradients import make_gradients
+from esper_fn._growth._newborns import newborn
+from esper_fn._growth._seed import read_seed
+from esper_fn._growth._state import GrowthState, LossFn, Parts, StepInfo
+from esper_fn._growth._survey import SurveyOptions, make_survey
+from esper_fn._growth._update import update
 from esper_fn._layout import (
     Layout,
-    Memory,
     init_adapters,
     make_layout,
-    no_directions,
-    per_slot_tree,
+    map_banks,
     slot_gains,
-    statistics_of,
+    split_by_bank,
     view,
     zero_taps,
 )
-from esper_fn._leaves import check_leaves, combine, partition
-from esper_fn._sites import Moments, Seeds, Site, Visits
+from esper_fn._sites import Moments, Seeds, Site, Statistics
+from esper_fn._survey import (
+    NUM_DIRECTIONS,
+    Ablations,
+    SiteDirections,
+    SurveyInfo,
+    apply_survey,
+    no_directions,
+    seeds_to_ablate,
+)
 from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
 from esper_fn.base import Blueprint, Implementation
-from esper_fn.commands import Command, Commands, pack
+from esper_fn.commands import Command
+from esper_fn.commands._pack import pack
 from esper_fn.grafting._select import init_states
-from esper_fn.lifecycle import NONE, Stage
-from esper_fn.optim import AdapterGradients, Slots
-from esper_kernels import Statistics
+from esper_fn.lifecycle import NONE
+from esper_fn.lifecycle._commands import Commands
+from esper_fn.lifecycle._loss import loss_track
+from esper_fn.lifecycle._state import seed_state
+from esper_fn.optim import Slots
 
 # The program runs once: it takes less time to run it slowly than to optimise it.
 _INIT_OPTIONS: dict[str, bool | int | str] = {"xla_backend_optimization_level": 0}
@@ -80,11 +88,11 @@ class Growth:
         every bank of the form that a blueprint's `activation` names, except over spans.
       max_ablations: seeds measured by ablation in one survey; None for all that are to be judged.
       directed_births: N, the dormant seeds of highest potential in each layer of each site whose
-        directions (`telemetry.directions`) a survey remembers. If such a seed germinates before
-        the next survey, with a blueprint that offers `init_along`, its adapter begins along them;
-        any other adapter begins as the blueprint's `init` says. A survey replaces what an earlier
-        one remembered; one that did not reach a site, or found nothing finite there, forgets it,
-        and so does a roll-back. With 0, the default, there is no memory and no cost.
+        directions a survey stores. If such a seed germinates before the next survey, with a
+        blueprint that offers `init_along`, its adapter begins along them; any other adapter begins
+        as the blueprint's `init` says. A survey replaces what an earlier one stored; one that did
+        not reach a site, or measured nothing finite there, clears it, and so does a roll-back. With
+        0, the default, nothing is stored and nothing costs.
 
     Attributes:
       layout: the sites, blueprints and slots, with the indices of seeds and slots.
@@ -180,8 +188,15 @@ class Growth:
         """
         return Growth(**{**self._arguments, **changes})
 
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.layout, self.policy, self.grafts, self.governor)
+
     def init(self, key: Key) -> GrowthState:
-        """All seeds dormant, all slots free.
+        """The state before the first step: all seeds are dormant, all slots free.
+
+        Args:
+          key: a random key; the state keeps a part of it for what it draws later.
 
         Raises:
           TypeError: `key` is no random key.
@@ -193,25 +208,33 @@ class Growth:
         adapter_key, key = jax.random.split(key)
         num_slots = self.layout.num_slots
         return GrowthState(
-            seeds=lifecycle.seed_state(self.layout.num_seeds),
+            seeds=seed_state(self.layout.num_seeds),
             adapters=init_adapters(self.layout, adapter_key),
             owner=jnp.full((num_slots,), NONE, jnp.int32),
             generation=jnp.zeros((num_slots,), jnp.int32),
-            loss=lifecycle.loss_track(),
+            loss=loss_track(),
             settings=self.settings,
             grafts=init_states(self.grafts, self.layout.num_seeds),
             policy=self.policy.init(self.layout),
             governor=self.governor.init(self.layout.num_seeds),
             key=key,
             step=jnp.int32(0),
-            memory=no_directions(self.layout, self.directed_births, telemetry.NUM_DIRECTIONS)
+            directions=no_directions(self.layout, self.directed_births, NUM_DIRECTIONS)
             if self.directed_births
             else None,
         )
 
     def seeds(self, state: GrowthState) -> Seeds:
-        """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`."""
-        check_state(self, state, "growth.seeds(state)")
+        """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`.
+
+        Args:
+          state: the network as it is.
+
+        Raises:
+          TypeError: `state` is no `GrowthState`.
+          LayoutError: it is one of another growth.
+        """
+        check_state(self._parts, state, "growth.seeds(state)")
         return view(
             self.layout,
             state.owner,
@@ -223,59 +246,50 @@ class Growth:
         )
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:
-        """What `optim.per_adapter` must know of every slot."""
-        check_state(self, state, "growth.slots(state)", with_adapters=False)
-        births = per_slot_tree(self.layout, state.generation)
-        learns = per_slot_tree(
-            self.layout, slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+        """What `optim.per_adapter` needs to know of every slot, as its argument `slots`.
+
+        Args:
+          state: before the step.
+
+        Returns:
+          `optim.Slots` of each bank: site -> blueprint -> slots.
+        """
+        check_state(self._parts, state, "growth.slots(state)", with_adapters=False)
+        learns = slot_gains(state.seeds, state.owner, state.settings)[:, 1] != 0
+        return map_banks(
+            Slots, split_by_bank(self.layout, state.generation), split_by_bank(self.layout, learns)
         )
-        return {
-            site: {
-                name: Slots(generation=at_site[name], learns=learns[site][name]) for name in at_site
-            }
-            for site, at_site in births.items()
-        }
 
     def commands(self, commands: Sequence[Command] = (), size: int = 4) -> Commands:
-        """Commands as arrays for `update`; see `esper_fn.commands.pack`."""
+        """Commands as one array of a fixed size, so that no step is compiled anew.
+
+        Args:
+          commands: for one step, made by the functions of `esper_fn.commands`. Of two commands for
+            one seed the first one counts.
+          size: number of rows, at least as many as there are commands.
+
+        Raises:
+          CommandError: more commands than rows, or a seed that does not exist.
+          UnknownNameError: a blueprint or alpha schedule that the growth was not given.
+        """
         return pack(self.layout, [graft.name for graft in self.grafts], commands, size)
 
     def seed(self, state: GrowthState, index: int) -> lifecycle.Seed:
-        """One seed to read; transfers a row from the device."""
-        check_state(self, state, "growth.seed(state, index)", with_adapters=False)
-        place, layer, chunk = self.layout.locate(index)
-        row = jax.device_get(jax.tree.map(lambda leaf: leaf[index], state.seeds))
-        told = row.telemetry
+        """One seed to read; transfers a row from the device.
 
-        def known(value: Any, count: Any) -> float | None:
-            return float(value) if count > 0 else None
-
-        return lifecycle.Seed(
-            index=index,
-            site=place.name,
-            layer=layer,
-            chunk=chunk,
-            stage=Stage(int(row.stage)),
-            parent=Stage(int(row.parent)),
-            steps_in_stage=int(row.steps_in_stage),
-            blueprint=self.layout.names[int(row.blueprint)] if row.blueprint >= 0 else None,
-            slot=int(row.slot) if row.slot >= 0 else None,
-            alpha=float(row.alpha),
-            graft=self.grafts[int(row.graft)].name,
-            embargo_steps=int(row.embargo_steps),
-            error_count=int(row.error_count),
-            stability=float(row.stability),
-            utility=known(told.utility, told.num_live_steps),
-            potential=known(row.potential, row.num_potentials),
-            contribution=known(row.contribution, row.num_contributions),
-        )
+        Args:
+          state: the network as it is.
+          index: of the seed; `growth.layout.seed_index(site, chunk)` finds one.
+        """
+        check_state(self._parts, state, "growth.seed(state, index)", with_adapters=False)
+        return read_seed(self.layout, [graft.name for graft in self.grafts], state.seeds, index)
 
     def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Like `jax.value_and_grad` of `loss_fn(params, seeds, *args)`, with the seeds measured.
 
         Each site loops over its live adapters, `adapters_at_once` in a round, so time and memory
         follow the number alive. Under `vmap` over states every round selects among whole
-        activations: use `growth(adapters_at_once=None)` there.
+        activations: use `Growth(adapters_at_once=None)` there.
 
         Leaves of `params` that are no floating numbers (counts, flags, random keys) are constants:
         their gradient is the empty one of `jax.grad(allow_int=True)`.
@@ -295,37 +309,9 @@ class Growth:
           TypeError, ValueError: while tracing, for a loss that is not one floating number, and for
             arguments of the wrong kind; at once for a `loss_fn` that is no function.
         """
-        check_function("loss_fn", loss_fn, "loss_fn(params, seeds, *args)")
-
-        def run(params: Params, state: GrowthState, *args: Any, **kwargs: Any) -> Any:
-            check_state(self, state, "(params, state, *args)")
-            check_leaves("params", params)
-            visits = Visits()
-            learning, still = partition(params)
-            gains = slot_gains(state.seeds, state.owner, state.settings)
-
-            def loss(learning: Params, adapters: Adapters, taps: Any) -> Any:
-                seeds = view(
-                    self.layout,
-                    state.owner,
-                    gains,
-                    adapters,
-                    taps,
-                    at_once=self.adapters_at_once,
-                    implementation=self.implementation,
-                    visits=visits,
-                )
-                value = loss_fn(combine(learning, still), seeds, *args, **kwargs)
-                return loss_of(value, has_aux)
-
-            value, (slopes, d_adapters, d_taps) = jax.value_and_grad(
-                loss, argnums=(0, 1, 2), has_aux=has_aux
-            )(learning, state.adapters, vary_alike(zero_taps(self.layout), state.owner))
-            check_reached(self.layout, visits)
-            d_params = combine(slopes, jax.tree.map(no_gradient, still))
-            return value, (d_params, AdapterGradients(d_adapters)), statistics_of(d_taps)
-
-        return run
+        return make_gradients(
+            self._parts, self.adapters_at_once, self.implementation, loss_fn, has_aux=has_aux
+        )
 
     def update(
         self,
@@ -341,16 +327,16 @@ class Growth:
 
         Args:
           state: before the step.
-          adapters: parameters after the optimiser's update; adapters that do not learn keep their
-            old ones whatever stands here, bit for bit, and so does one that became non-finite.
+          adapters: parameters after the optimiser's update. An adapter that does not learn, or
+            whose parameters are not finite, keeps those it had before, bit for bit.
           statistics: from `value_and_grad`.
           loss: the training loss of the step.
-          commands: what people ask, from `commands`.
+          commands: from `Growth.commands`; None for none.
 
         Returns:
           The state for the next step, and what happened.
         """
-        return update(self, state, adapters, statistics, loss, commands)
+        return update(self._parts, state, adapters, statistics, loss, commands)
 
     def survey(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Measures where growth would pay and what living seeds are worth.
@@ -358,8 +344,8 @@ class Growth:
         Growth potential of every chunk from the gradient's second moments, and, for up to
         `max_ablations` seeds in EVALUATING or FINE_TUNING, the loss without each of them minus the
         loss with it. A loss that is not finite measures nothing; if it is so only with a seed, that
-        counts as an error of the seed. With `directed_births`, the state remembers where adapters
-        of the most promising dormant seeds should look. Give it held-out batches.
+        counts as an error of the seed. With `directed_births`, the state stores the directions in
+        which adapters of the most promising dormant seeds begin. Give it held-out batches.
 
         Args:
           loss_fn: as in `value_and_grad`; deterministic.
@@ -368,9 +354,10 @@ class Growth:
         Returns:
           A function of `(params, state, *args, **kwargs)` that returns `(state, SurveyInfo)`.
         """
-        return survey(self, loss_fn, has_aux=has_aux)
+        options = SurveyOptions(self.adapters_at_once, self.implementation, self.max_ablations)
+        return make_survey(self._parts, options, loss_fn, has_aux=has_aux)
 
-    # For a host outside of JAX, which keeps the adapters itself (`torch_bridge`): the same steps
+    # For a host outside of JAX, which holds the adapters itself (`torch_bridge`): the same steps
     # with the state's adapters left alone.
 
     def advance(
@@ -383,21 +370,27 @@ class Growth:
         has_broken: Bool[Array, "S"],
         commands: Commands | None = None,
     ) -> tuple[GrowthState, StepInfo, Key]:
-        """`update` without the adapters: whoever holds them settles and bears them.
+        """`update` without the adapters: whoever holds them restores and initialises them.
 
         Args:
-          state: before the step; its `adapters` are handed on.
+          state: before the step; its `adapters` stay as they are.
           statistics: as in `update`.
           loss: as in `update`.
           drift: how far each seed's adapter moved, over the size it had.
-          has_broken: seeds whose adapter became non-finite and was put back.
+          has_broken: seeds whose adapter became non-finite and was restored.
           commands: as in `update`.
 
         Returns:
           The state, what happened, and the key for `newborn` of the slots whose `generation` rose.
         """
         return advance(
-            self, state, statistics, loss, drift=drift, has_broken=has_broken, commands=commands
+            self._parts,
+            state,
+            statistics,
+            loss,
+            drift=drift,
+            has_broken=has_broken,
+            commands=commands,
         )
 
     def gains(self, state: GrowthState) -> Float32[Array, "Q 4"]:
@@ -405,40 +398,48 @@ class Growth:
         return slot_gains(state.seeds, state.owner, state.settings)
 
     def newborn(
-        self, key: Key, slot: int, seed: int = NONE, memory: Memory | None = None
+        self, key: Key, slot: int, seed: int = NONE, directions: SiteDirections | None = None
     ) -> Params:
         """The adapter that `update` puts into a slot, bit for bit. Not for use inside `jit`.
 
         Args:
           key: from `advance`.
           slot: on the flat slot axis.
-          seed: who holds it.
-          memory: of the state before `advance`.
+          seed: the seed that holds it.
+          directions: of the state before `advance`.
         """
-        return newborn(self.layout, key, slot, seed, memory)
+        return newborn(self.layout, key, slot, seed, directions)
 
-    def on_trial(self, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
-        """The seeds whose contribution a survey should measure now, and which rows are meant."""
-        return on_trial(self, state)
+    def seeds_to_ablate(self, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
+        """The seeds whose contribution a survey should measure now, and which rows count.
 
-    def conclude(
+        Args:
+          state: as it is surveyed.
+        """
+        return seeds_to_ablate(state.seeds, self.max_ablations)
+
+    def apply_survey(
         self,
         state: GrowthState,
         moments: Sequence[Sequence[Array]],
         loss: Scalar,
         chosen: Int32[Array, "V"],
         is_chosen: Bool[Array, "V"],
-        missing: Float32[Array, "V"],
+        losses_without: Float32[Array, "V"],
     ) -> tuple[GrowthState, SurveyInfo]:
-        """What a survey makes of its measurements.
+        """The state with a survey's measurements, and what they are.
 
         Args:
           state: as it was surveyed.
           moments: of each site the rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk.
           loss: on held-out data.
-          chosen: from `on_trial`.
-          is_chosen: from `on_trial`.
-          missing: the loss without each of them.
+          chosen: from `seeds_to_ablate`.
+          is_chosen: from `seeds_to_ablate`.
+          losses_without: the loss without each of them.
         """
         own = [Moments(*site) for site in moments]
-        return conclude(self, state, own, loss, chosen, is_chosen, missing)
+        ablations = Ablations(seed=chosen, is_measured=is_chosen, loss=losses_without)
+        seeds, directions, info = apply_survey(
+            self.layout, state.seeds, state.directions, own, loss, ablations
+        )
+        return state._replace(seeds=seeds, directions=directions), info

@@ -1,18 +1,28 @@
-"""What a growing network is made of, and what it tells."""
+"""What a growing network is made of, and what a step of it reports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from esper_fn import governors, lifecycle
-from esper_fn._layout import Memory
+from esper_fn import governors, grafting, policies
+from esper_fn._layout import Layout
 from esper_fn._records import record
+from esper_fn._survey import SiteDirections
 from esper_fn._typing import Adapters, Array, Bool, Float32, Int8, Int32, Key
-from esper_fn.commands import Outcomes
-from esper_fn.lifecycle import SeedState
+from esper_fn.lifecycle import LossTrack, SeedState, Settings
+from esper_fn.lifecycle._commands import Outcomes
 
 LossFn = Callable[..., Any]
+
+
+class Parts(NamedTuple):
+    """What a step needs of a growth; static."""
+
+    layout: Layout
+    policy: policies.Policy
+    grafts: tuple[grafting.AlphaSchedule, ...]
+    governor: governors.Governor
 
 
 @record
@@ -25,15 +35,15 @@ class GrowthState(NamedTuple):
     """The seed that holds each slot, or `NONE`."""
     generation: Int32[Array, "Q"]
     """Adapters born in each slot so far: by this number an optimiser knows a new one."""
-    loss: lifecycle.LossTrack
-    settings: lifecycle.Settings
+    loss: LossTrack
+    settings: Settings
     grafts: tuple[Any, ...]
     """The alpha schedules' states."""
     policy: Any
     governor: Any
     key: Key
     step: Int32[Array, ""]
-    memory: Memory | None = None
+    directions: SiteDirections | None = None
     """Directions for adapters to come, of the last survey; None without `directed_births`."""
 
 
@@ -77,15 +87,3 @@ class StepInfo(NamedTuple):
     num_barren: Int32[Array, ""]
     """Dormant seeds whose measured potential is exactly zero: their chunk is dead or no gradient
     reaches it, and no policy that goes by a measurement will ask for them."""
-
-
-class SurveyInfo(NamedTuple):
-    """What a survey measured."""
-
-    loss: Float32[Array, ""]
-    raw_potential: Float32[Array, "S"]
-    potential: Float32[Array, "S"]
-    ablated: Int32[Array, "V"]
-    """Seeds whose contribution was measured, or `NONE`."""
-    contribution: Float32[Array, "V"]
-    """Loss without the seed minus loss with it; 0 where `ablated` is `NONE`."""

@@ -1,17 +1,22 @@
-"""All sites of a host and the room for their adapters: tables, allocation, directions."""
+"""All sites of a host and the slots of their adapters: tables, allocation, trees of banks."""
 
-from esper_fn._layout._allocate import (
-    UNSERVED,
-    allocate,
-    give,
-    give_birth,
-    release,
+from esper_fn._layout._allocate import allocate, free_slots
+from esper_fn._layout._banks import (
+    bank_indices,
+    join_banks,
+    map_banks,
     select_slots,
+    split_by_bank,
 )
-from esper_fn._layout._directions import Directions, Memory, has_directed, no_directions
-from esper_fn._layout._layout import Layout, init_adapters, make_layout
+from esper_fn._layout._layout import (
+    Bank,
+    Layout,
+    alike_banks,
+    init_adapters,
+    make_layout,
+    serves,
+)
 from esper_fn._layout._view import (
-    per_slot_tree,
     slot_gains,
     statistics_of,
     view,
@@ -20,21 +25,20 @@ from esper_fn._layout._view import (
 )
 
 __all__ = [
-    "UNSERVED",
-    "Directions",
+    "Bank",
     "Layout",
-    "Memory",
+    "alike_banks",
     "allocate",
-    "give",
-    "give_birth",
-    "has_directed",
+    "bank_indices",
+    "free_slots",
     "init_adapters",
+    "join_banks",
     "make_layout",
-    "no_directions",
-    "per_slot_tree",
-    "release",
+    "map_banks",
     "select_slots",
+    "serves",
     "slot_gains",
+    "split_by_bank",
     "statistics_of",
     "view",
     "zero_probes",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +19,8 @@ from esper_fn._sites import (
 )
 from esper_fn._typing import Adapters, Array, Float32, Int32
 from esper_fn.base import Implementation
-from esper_fn.lifecycle import NONE, SeedState, Settings, Stage, gains
+from esper_fn.lifecycle import NONE, SeedState, Settings, Stage
+from esper_fn.lifecycle._state import gains
 from esper_kernels import NUM_STATISTICS, Gains, Statistics
 
 Taps = tuple[Array, ...]
@@ -141,12 +140,3 @@ def statistics_of(taps: Taps) -> Statistics:
     return Statistics.from_columns(
         jnp.concatenate([tap.reshape(-1, NUM_STATISTICS) for tap in taps])
     )
-
-
-def per_slot_tree(layout: Layout, values: Array) -> Mapping[str, Mapping[str, Array]]:
-    """`[Q, ...]` in the shape of the adapters: site -> blueprint -> `[P, ...]`."""
-    tree: dict[str, dict[str, Array]] = {site.name: {} for site in layout.sites}
-    for bank in layout.tables.banks:
-        site, name = layout.sites[bank.site].name, layout.names[bank.blueprint]
-        tree[site][name] = values[bank.start : bank.start + bank.num_slots]
-    return tree

@@ -14,7 +14,8 @@ from esper_fn._layout import Layout
 from esper_fn._sites import BankView, Site, SiteConfig, forward
 from esper_fn._typing import Adapters, Array, Params
 from esper_fn.errors import LayoutError
-from esper_fn.lifecycle import SeedState, Stage, gains
+from esper_fn.lifecycle import SeedState, Stage
+from esper_fn.lifecycle._state import gains
 from esper_kernels import Gains
 
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from esper_fn._arguments import check_kind
 from esper_fn.governors._base import Alarm, Governor, Observation, Verdict
-from esper_fn.lifecycle import Stage, loss_track, seed_state, track_loss
+from esper_fn.lifecycle import Stage
+from esper_fn.lifecycle._loss import loss_track, track_loss
+from esper_fn.lifecycle._state import seed_state
 
 _NUM_SEEDS = 5
 _LOSSES = (1.0, 0.9, 1.1, 1.0, 50.0, 80.0, float("nan"), float("inf"), 1.0, 0.0, -3.0, 1e30)

@@ -1,91 +1,42 @@
-"""Stages, the table of transitions, gates, and the pure functions that move seeds along it."""
+"""The life of a seed: its stages, the table of transitions, gates and their thresholds.
 
-from esper_fn.lifecycle._advance import (
-    LossTrack,
-    Move,
-    average,
-    enter,
-    follow,
-    has_training_place,
-    is_legal,
-    loss_track,
-    loss_variation,
-    stay,
-    track_loss,
-    waiting_for,
-)
-from esper_fn.lifecycle._gates import (
-    EDGES,
-    GUARD_EDGES,
-    Cause,
-    Edge,
-    Gate,
-    Settings,
-    Signals,
-    settings,
-)
+>>> from esper_fn.lifecycle import TRANSITIONS, Stage
+>>> bool(TRANSITIONS[Stage.DORMANT, Stage.GERMINATED])
+True
+"""
+
+from esper_fn.lifecycle._gates import EDGES, GUARD_EDGES, Cause, Edge, Gate
+from esper_fn.lifecycle._loss import LossTrack
+from esper_fn.lifecycle._settings import Settings, settings
 from esper_fn.lifecycle._stages import (
     ACTS,
-    GAIN_CONSTANT,
-    GAIN_OF_ALPHA,
     NUM_STAGES,
     ON_ITS_WAY,
     OWNS_ADAPTER,
-    SUCCESSORS,
     TRANSITIONS,
     Stage,
 )
-from esper_fn.lifecycle._state import (
-    FAST_STEPS,
-    NONE,
-    SLOW_STEPS,
-    Seed,
-    SeedState,
-    Telemetry,
-    gains,
-    is_in,
-    seed_state,
-    state_bytes_per_seed,
-)
+from esper_fn.lifecycle._state import FAST_STEPS, NONE, Seed, SeedState, Telemetry, is_in
 
 __all__ = [
     "ACTS",
     "EDGES",
     "FAST_STEPS",
-    "GAIN_CONSTANT",
-    "GAIN_OF_ALPHA",
     "GUARD_EDGES",
     "NONE",
     "NUM_STAGES",
     "ON_ITS_WAY",
     "OWNS_ADAPTER",
-    "SLOW_STEPS",
-    "SUCCESSORS",
     "TRANSITIONS",
     "Cause",
     "Edge",
     "Gate",
     "LossTrack",
-    "Move",
     "Seed",
     "SeedState",
     "Settings",
-    "Signals",
     "Stage",
     "Telemetry",
-    "average",
-    "enter",
-    "follow",
-    "gains",
-    "has_training_place",
     "is_in",
-    "is_legal",
-    "loss_track",
-    "loss_variation",
-    "seed_state",
     "settings",
-    "state_bytes_per_seed",
-    "stay",
-    "track_loss",
-    "waiting_for",
 ]

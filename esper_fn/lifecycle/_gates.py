@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from esper_fn._arguments import check_counts, check_numbers, described
-from esper_fn._records import record
-from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
-from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage, as_stage
+from esper_fn._typing import Array, Bool, Scalar
+from esper_fn.lifecycle._settings import Settings
+from esper_fn.lifecycle._stages import Stage
 from esper_fn.lifecycle._state import FAST_STEPS, SeedState, per_stage
 
 
@@ -62,194 +60,6 @@ class Cause(IntEnum):
     """The longest stay in the stage was over."""
     MEASURED_WORTHLESS = 7
     ERRORS = 8
-
-
-@record
-class Settings(NamedTuple):
-    """Thresholds of the gates: arrays in the state, so tuning one never recompiles."""
-
-    min_steps: Int32[Array, "11"]
-    max_steps: Int32[Array, "11"]
-    """Longest stay; 0 means for ever (DORMANT, FOSSILIZED) or until the embargo is over (CULLED,
-    CANCELLED). That of ROLLED_BACK is the quarantine."""
-    max_training: Int32[Array, ""]
-    """Seeds that may be in TRAINING at once."""
-    embargo_steps: Int32[Array, ""]
-    max_errors: Int32[Array, ""]
-    utility_variation: Float32[Array, ""]
-    """Largest relative gap between the fast and the slow utility average that counts as settled."""
-    loss_variation: Float32[Array, ""]
-    """The same for the training loss."""
-    min_stability: Float32[Array, ""]
-    min_contribution: Float32[Array, ""]
-    """What a seed must be worth (in units of the loss) to be kept for good."""
-    min_surveys: Int32[Array, ""]
-    """Ablations a verdict needs."""
-    train_first: Bool[Array, ""]
-    """Whether adapters learn in TRAINING, behind the host, before they act."""
-    trust: Float32[Array, ""]
-    """Size of an adapter's output, as a share of its chunk's, to which TRAINING leads at most."""
-    is_frozen: Bool[Array, "11"]
-    """Stages whose adapters stand still."""
-
-
-_MIN_STEPS: Mapping[Stage, int] = MappingProxyType(
-    {
-        Stage.GERMINATED: 1,
-        Stage.TRAINING: 30,
-        Stage.STABILIZATION: 20,
-        Stage.EVALUATING: 5,
-        Stage.FINE_TUNING: 50,
-    }
-)
-_MAX_STEPS: Mapping[Stage, int] = MappingProxyType(
-    {
-        Stage.GERMINATED: 500,
-        Stage.TRAINING: 150,
-        Stage.GRAFTING: 600,
-        Stage.STABILIZATION: 150,
-        Stage.EVALUATING: 400,
-        Stage.FINE_TUNING: 600,
-    }
-)
-
-_UNLIMITED = np.iinfo(np.int32).max
-
-
-def settings(
-    *,
-    min_steps: Mapping[Stage, int] | None = None,
-    max_steps: Mapping[Stage, int] | None = None,
-    max_training: int | None = None,
-    embargo_steps: int = 100,
-    quarantine_steps: int | None = 500,
-    max_errors: int = 3,
-    utility_variation: float = 0.25,
-    loss_variation: float = 0.05,
-    min_stability: float = 0.8,
-    min_contribution: float = 0.0,
-    min_surveys: int = 2,
-    train_first: bool = False,
-    trust: float = 0.1,
-    freeze: Collection[Stage] = (),
-) -> Settings:
-    """The gates' thresholds.
-
-    An adapter is the identity when it is born, so by default it acts from its first step
-    (GERMINATED is followed by GRAFTING) and learns from a loss that answers to it, in every stage
-    until it is judged and after. With `train_first` it learns in TRAINING before, while the host
-    stays as it is, bit for bit. There the loss does not answer to its output `r`; so it descends
-    `<dy, r> + damping/2 |r|^2` with `damping = |dy| / (trust |x|)`, at whose minimum `|r|` is at
-    most `trust` times the size of its chunk `x`.
-
-    Args:
-      min_steps: shortest stays, of the stages to change, in training steps.
-      max_steps: longest stays, of the stages to change, in training steps.
-      max_training: seeds that may be in TRAINING at once; None for as many as have a slot.
-      embargo_steps: training steps from a removal until the seed may germinate again.
-      quarantine_steps: training steps from a roll-back until the seed may germinate again; with
-        None it waits for `commands.release`, which ends a quarantine at any time.
-      max_errors: non-finite measurements after which an adapter in EVALUATING is removed.
-      utility_variation: largest relative gap between the fast and the slow utility average that
-        counts as settled.
-      loss_variation: the same for the training loss.
-      min_stability: share of calm steps, in [0, 1], that an adapter in EVALUATING must show.
-      min_contribution: fall of the held-out loss that an adapter must be worth to be kept for good.
-      min_surveys: ablations that a verdict needs.
-      train_first: whether adapters learn behind the host before they act.
-      trust: see above.
-      freeze: stages in which adapters stand still: some of GRAFTING, STABILIZATION, EVALUATING,
-        FINE_TUNING and FOSSILIZED.
-
-    Returns:
-      The settings, arrays that are part of the state: changing one never recompiles.
-
-    Raises:
-      TypeError: an argument that is no number, or no dictionary or list of stages.
-      UnknownNameError: a stage that is none, its name as a string for instance.
-      ValueError: a stay that is negative, a longest stay shorter than the shortest, no longest
-        stay for a stage that holds an adapter on its way (a seed could hang there for ever), a stay
-        for any other stage, a count that is too small to mean anything, a `trust` that is not
-        positive, or a stage to freeze in which adapters do not act.
-
-    >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
-    500
-    """
-    shortest = np.zeros(NUM_STAGES, np.int32)
-    longest = np.zeros(NUM_STAGES, np.int32)
-    for argument, target, usual, values in (
-        ("min_steps", shortest, _MIN_STEPS, min_steps),
-        ("max_steps", longest, _MAX_STEPS, max_steps),
-    ):
-        if values is not None and not isinstance(values, Mapping):
-            raise TypeError(
-                f"{argument} must be a dict of stages and steps, `{{Stage.TRAINING: 50}}` for "
-                f"instance, got {described(values)}"
-            )
-        for stage, value in {**usual, **(values or {})}.items():
-            known = as_stage(stage, argument)
-            check_counts(**{f"{argument}[{known.name}]": value})
-            target[known] = value
-    for stage in Stage:
-        if shortest[stage] < 0 or longest[stage] < 0:
-            raise ValueError(f"the stay in {stage.name} must not be negative")
-        if stage in _MAX_STEPS and not max(shortest[stage], 1) <= longest[stage]:
-            raise ValueError(
-                f"max_steps[{stage.name}] is {longest[stage]} but must be at least 1 and at least "
-                f"min_steps[{stage.name}] = {shortest[stage]}: every such stage has to end"
-            )
-        if stage not in _MAX_STEPS and (shortest[stage] or longest[stage]):
-            raise ValueError(
-                f"{stage.name} ends by no dwell; leave it out of min_steps and max_steps, which "
-                f"serve {[of.name for of in _MAX_STEPS]} (for ROLLED_BACK set quarantine_steps)"
-            )
-    for name, value, least in (
-        ("max_training", 1 if max_training is None else max_training, 1),
-        ("embargo_steps", embargo_steps, 0),
-        ("quarantine_steps", 1 if quarantine_steps is None else quarantine_steps, 1),
-        ("max_errors", max_errors, 1),
-        ("min_surveys", min_surveys, 1),
-    ):
-        check_counts(**{name: value})
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    check_numbers(
-        utility_variation=utility_variation,
-        loss_variation=loss_variation,
-        min_stability=min_stability,
-        min_contribution=min_contribution,
-        trust=trust,
-    )
-    if not isinstance(train_first, int | np.bool_ | np.ndarray | jnp.ndarray):
-        raise TypeError(f"train_first must be True or False, got {described(train_first)}")
-    if not trust > 0:
-        raise ValueError(f"trust must be positive, got {trust!r}")
-    if isinstance(freeze, str) or not isinstance(freeze, Collection):
-        raise TypeError(
-            f"freeze must be a list of stages, `freeze=[Stage.FOSSILIZED]` for instance, got "
-            f"{freeze!r}"
-        )
-    acting = [stage for stage in Stage if ACTS[stage]]
-    frozen = [as_stage(stage, "freeze") for stage in freeze]
-    for stage in frozen:
-        if stage not in acting:
-            raise ValueError(f"freeze may name {[one.name for one in acting]}, got {stage!r}")
-    longest[Stage.ROLLED_BACK] = quarantine_steps or 0
-    return Settings(
-        min_steps=jnp.asarray(shortest),
-        max_steps=jnp.asarray(longest),
-        max_training=jnp.int32(_UNLIMITED if max_training is None else max_training),
-        embargo_steps=jnp.int32(embargo_steps),
-        max_errors=jnp.int32(max_errors),
-        utility_variation=jnp.float32(utility_variation),
-        loss_variation=jnp.float32(loss_variation),
-        min_stability=jnp.float32(min_stability),
-        min_contribution=jnp.float32(min_contribution),
-        min_surveys=jnp.int32(min_surveys),
-        train_first=jnp.bool_(train_first),
-        trust=jnp.float32(trust),
-        is_frozen=jnp.asarray(np.isin(np.arange(NUM_STAGES), [int(one) for one in frozen])),
-    )
 
 
 class Signals(NamedTuple):

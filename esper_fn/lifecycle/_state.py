@@ -16,6 +16,8 @@ from esper_fn.lifecycle._stages import GAIN_CONSTANT, GAIN_OF_ALPHA, Stage
 
 NONE = -1
 """Marks "no slot", "no blueprint", "nobody"."""
+UNSERVED = -2
+"""In place of a slot: the blueprint cannot grow at that site."""
 
 
 FAST_STEPS = 10

@@ -8,15 +8,14 @@ One of your own is `rule(name, init, decide)`, where `request` and `refuse` add 
 `check` tells whether it keeps the contract.
 """
 
+from esper_fn.lifecycle._commands import Requests, no_requests
 from esper_fn.policies._base import (
     Admit,
     Decide,
     Init,
     Observation,
     Policy,
-    Requests,
     chain,
-    no_requests,
     refuse,
     request,
     rule,

@@ -12,8 +12,8 @@ from esper_fn._arguments import check_kind
 from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
-from esper_fn.commands import Kind
 from esper_fn.lifecycle import NONE, LossTrack, SeedState, Stage
+from esper_fn.lifecycle._commands import Kind, Requests
 
 
 class Observation(NamedTuple):
@@ -27,24 +27,6 @@ class Observation(NamedTuple):
     is_admitted: Bool[Array, "G B"] | None = None
     """Whether the limits behind a rule still have room for one adapter, by layer of a site and by
     blueprint. None where no limit behind it depends on the adapter."""
-
-
-class Requests(NamedTuple):
-    """What the rules so far ask for, one row a seed, and which rule asked or refused."""
-
-    kind: Int8[Array, "S"]
-    """A `Kind`; NONE asks nothing."""
-    blueprint: Int8[Array, "S"]
-    graft: Int8[Array, "S"]
-    """Index of an alpha schedule; NONE takes the first."""
-    target: Int8[Array, "S"]
-    """The stage to go to, for a `Kind.TRANSITION`."""
-    priority: Float32[Array, "S"]
-    """A later rule that has no room for all requests serves larger ones first."""
-    requested_by: Int8[Array, "S"]
-    """Index in `Policy.rules` of the rule that asked, or NONE."""
-    vetoed_by: Int8[Array, "S"]
-    """Index of the rule that refused, or NONE; NONE again where a later rule asked anew."""
 
 
 class Init(Protocol):
@@ -90,30 +72,6 @@ class Policy(NamedTuple):
     admit: Admit | None = None
     """What the rules before this one see as `Observation.is_admitted`, so that they ask for what
     fits; None where the adapter makes no difference."""
-
-
-def no_requests(num_seeds: int) -> Requests:
-    """Requests that ask for nothing.
-
-    Args:
-      num_seeds: S.
-
-    Returns:
-      Requests whose every `kind` is `Kind.NONE`.
-
-    >>> int(no_requests(3).kind.sum())
-    0
-    """
-    none = jnp.full((num_seeds,), NONE, jnp.int8)
-    return Requests(
-        kind=jnp.zeros((num_seeds,), jnp.int8),
-        blueprint=none,
-        graft=none,
-        target=none,
-        priority=jnp.zeros((num_seeds,), jnp.float32),
-        requested_by=none,
-        vetoed_by=none,
-    )
 
 
 def rule(name: str, init: Init, decide: Decide, admit: Admit | None = None) -> Policy:

@@ -13,9 +13,11 @@ from esper_fn._arguments import check_kind
 from esper_fn._layout import Layout, make_layout
 from esper_fn._sites import site
 from esper_fn._typing import Array
-from esper_fn.commands import Kind
-from esper_fn.lifecycle import NONE, NUM_STAGES, Stage, loss_track, seed_state, track_loss
-from esper_fn.policies._base import Observation, Policy, Requests, no_requests, request
+from esper_fn.lifecycle import NONE, NUM_STAGES, Stage
+from esper_fn.lifecycle._commands import Kind, Requests, no_requests
+from esper_fn.lifecycle._loss import loss_track, track_loss
+from esper_fn.lifecycle._state import seed_state
+from esper_fn.policies._base import Observation, Policy, request
 from esper_fn.policies._select import seed_blueprints
 
 _STEPS = 24

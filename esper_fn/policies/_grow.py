@@ -12,7 +12,8 @@ from esper_fn._layout import Layout
 from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import OWNS_ADAPTER, is_in
-from esper_fn.policies._base import Observation, Policy, Requests, rule
+from esper_fn.lifecycle._commands import Requests
+from esper_fn.policies._base import Observation, Policy, rule
 from esper_fn.policies._select import (
     Score,
     blueprint_by_group,

@@ -13,10 +13,10 @@ from esper_fn._layout import Layout
 from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32, Key
 from esper_fn.lifecycle import NONE, ON_ITS_WAY, is_in
+from esper_fn.lifecycle._commands import Requests
 from esper_fn.policies._base import (
     Observation,
     Policy,
-    Requests,
     by_priority,
     can_germinate,
     if_germinating,

@@ -13,9 +13,11 @@ from esper_fn._layout import Layout
 from esper_fn._leaves import LARGEST
 from esper_fn._records import record
 from esper_fn._typing import Array, Float32, Int32, Key
-from esper_fn.commands import Command, Commands, pack
+from esper_fn.commands import Command, Commands
+from esper_fn.commands._pack import pack
 from esper_fn.lifecycle import Stage
-from esper_fn.policies._base import Observation, Policy, Requests, rule
+from esper_fn.lifecycle._commands import Requests
+from esper_fn.policies._base import Observation, Policy, rule
 from esper_fn.policies._select import (
     Score,
     blueprint_by_group,
@@ -207,7 +209,7 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
       grafts: names of the growth's alpha schedules, in order, where a command names one.
 
     Returns:
-      The policy. Its `init` raises what `esper_fn.commands.pack` raises.
+      The policy. Its `init` raises what `Growth.commands` raises.
 
     Raises:
       TypeError: an event is no such pair.

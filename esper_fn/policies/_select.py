@@ -12,9 +12,9 @@ from esper_fn._arguments import check_counts
 from esper_fn._control import cond
 from esper_fn._layout import Layout
 from esper_fn._typing import Array, Bool, Float32, Int8, Int32, Key
-from esper_fn.commands import Kind
 from esper_fn.lifecycle import NONE, Stage
-from esper_fn.policies._base import Observation, Requests, request
+from esper_fn.lifecycle._commands import Kind, Requests
+from esper_fn.policies._base import Observation, request
 
 Score: TypeAlias = Literal["potential", "gradient", "random", "even"]
 _SCORES = ("potential", "gradient", "random", "even")

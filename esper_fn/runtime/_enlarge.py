@@ -64,7 +64,7 @@ def enlarge(
 `growth.seeds`; others the growth's own |
     | `growth.policy`, `growth.governor`, what wraps the optimiser | as before where structure and \
 shapes are the same, else from the beginning |
-    | `growth.memory` | forgotten until the next survey |
+    | `growth.directions` | cleared until the next survey |
     | `ring` | snapshots begin now: no roll-back goes back beyond this moment |
 
     Programs compile again then. Arrays lie on the default device.
@@ -150,8 +150,8 @@ def _growth_state(
         changes.append(f"growth.seeds: {num_new} new, dormant")
     if (num_new := int((sources.slot == NONE).sum())) > 0:
         changes.append(f"growth.adapters, opt_state.adapters: {num_new} new slots, fresh")
-    if fresh.memory is not None or saved.memory is not None:
-        changes.append("growth.memory: forgotten until the next survey")
+    if fresh.directions is not None or saved.directions is not None:
+        changes.append("growth.directions: cleared until the next survey")
 
     def restart_or_keep(name: str) -> Any:
         old, own = getattr(saved, name), getattr(fresh, name)

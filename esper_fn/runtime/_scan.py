@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from esper_fn._growth import StepInfo
 from esper_fn._growth._checks import check_commands
 from esper_fn._typing import Array
-from esper_fn.commands import Commands, no_commands
+from esper_fn.commands import Commands
+from esper_fn.lifecycle._commands import no_commands
 from esper_fn.runtime._step import Step, Survey, TrainState, check_survey_batch
 
 Scan = Callable[..., tuple[TrainState, StepInfo]]

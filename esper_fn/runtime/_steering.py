@@ -13,6 +13,7 @@ from esper_fn.bus import Outcome, SeedOutcome
 from esper_fn.bus._inflight import InFlight
 from esper_fn.bus._worker import Worker
 from esper_fn.commands import Code
+from esper_fn.commands._pack import pack_on_host
 from esper_fn.errors import EsperError, RunStoppedError
 from esper_fn.runtime._positions import SavedPositions
 from esper_fn.runtime._records import Segment
@@ -308,7 +309,7 @@ class Steering:
             if isinstance(command, bus.Batch):
                 translated = commands.batch(translated, command.id)
             # It knows every name; what it refuses must not reach the loop.
-            commands.pack_on_host(self._growth.layout, self._grafts, translated, self.max_commands)
+            pack_on_host(self._growth.layout, self._grafts, translated, self.max_commands)
         except (EsperError, ValueError) as error:
             self._finish(item, "REFUSED", str(error))
             return None

@@ -15,6 +15,7 @@ import esper_fn as ef
 from esper_fn import Statistics
 from esper_fn._layout import make_layout
 from esper_fn.governors import Alarm, Governor, Verdict
+from esper_fn.lifecycle._loss import loss_track
 
 NONE = -1
 ACTING = (3, 4, 5, 6, 7)
@@ -102,7 +103,7 @@ class Rig(NamedTuple):
 
 
 def calm_track(num_steps: int = 1000, loss: float = 1.0, deviation: float = 0.01) -> Any:
-    return ef.lifecycle.loss_track()._replace(
+    return loss_track()._replace(
         fast=jnp.float32(loss),
         slow=jnp.float32(loss),
         square=jnp.float32(deviation**2),

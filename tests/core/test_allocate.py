@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,21 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esper_fn as ef
-from esper_fn._layout import (
-    UNSERVED,
-    allocate,
-    give,
-    give_birth,
-    init_adapters,
-    make_layout,
-    release,
-    select_slots,
-)
+from esper_fn._growth._newborns import init_newborns
+from esper_fn._layout import allocate, free_slots, init_adapters, make_layout, select_slots
+from esper_fn.lifecycle._resolve import take_slots
+from esper_fn.lifecycle._state import UNSERVED
 
 LAYOUT = small_layout()
 NUM_SEEDS, NUM_SLOTS = 7, 10
 _allocate = jax.jit(lambda owner, asks, blueprint: allocate(LAYOUT, owner, asks, blueprint))
-_give, _release = jax.jit(give), jax.jit(release)
+_take, _free = jax.jit(take_slots), jax.jit(free_slots)
 
 
 def by_loop(owner: list[int], asks: list[bool], blueprint: list[int]) -> list[int]:
@@ -67,8 +62,7 @@ def test_allocation_is_the_loops(owner: list[int], asks: list[bool], blueprint: 
         jnp.asarray(owner, jnp.int32), jnp.asarray(asks), jnp.asarray(blueprint, jnp.int8)
     )
     assert slot.tolist() == by_loop(owner, asks, blueprint)
-    given_to = slot >= 0
-    after = np.asarray(_give(jnp.asarray(owner, jnp.int32), slot, given_to))
+    after = np.asarray(_take(jnp.asarray(owner, jnp.int32), slot, slot >= 0))
     for index in range(NUM_SLOTS):
         takers = np.flatnonzero(np.asarray(slot) == index)
         assert len(takers) <= 1
@@ -86,7 +80,7 @@ def test_release_frees_exactly_those_who_hold_no_adapter(
 ) -> None:
     owner = np.full(NUM_SLOTS, NONE, np.int32)
     owner[:num_held] = seeds[:num_held]
-    after = _release(jnp.asarray(owner), jnp.asarray(holds))
+    after = _free(jnp.asarray(owner), jnp.asarray(holds))
     expected = [seed if seed != NONE and holds[seed] else NONE for seed in owner.tolist()]
     assert after.tolist() == expected
 
@@ -94,7 +88,7 @@ def test_release_frees_exactly_those_who_hold_no_adapter(
 def test_a_release_leaves_holes_that_are_filled_again() -> None:
     owner = jnp.asarray([0, 1, 3, 4, 5, 6, NONE, NONE, NONE, NONE], jnp.int32)
     holds = jnp.ones((7,), bool).at[jnp.asarray([0, 4])].set(False)
-    owner = _release(owner, holds)
+    owner = _free(owner, holds)
     assert owner.tolist() == [NONE, 1, 3, NONE, 5, 6, NONE, NONE, NONE, NONE]
     asks = jnp.zeros((7,), bool).at[jnp.asarray([2, 4])].set(True)
     slot = _allocate(owner, asks, jnp.zeros((7,), jnp.int8))
@@ -118,7 +112,8 @@ def test_birth_touches_only_the_newborn(low_rank: Any) -> None:
     old = init_adapters(low_rank, jax.random.key(0))
     old = jax.tree.map(lambda leaf: leaf + jnp.float32(np.nan), old)
     is_born = jnp.zeros((low_rank.num_slots,), bool).at[jnp.asarray([1, 9])].set(True)
-    birth = jax.jit(lambda adapters, born, key: give_birth(low_rank, adapters, born, key))
+    owner = jnp.arange(low_rank.num_slots, dtype=jnp.int32)
+    birth = jax.jit(partial(init_newborns, low_rank, owner=owner))
     new = birth(old, is_born, jax.random.key(1))
     born = {("a", "low_rank"): [1], ("b", "low_rank"): [1]}
     for site, at_site in new.items():
@@ -133,6 +128,24 @@ def test_birth_touches_only_the_newborn(low_rank: Any) -> None:
     other = birth(old, is_born, jax.random.key(2))
     a, b = (np.asarray(adapters["a"]["low_rank"]["down"][1]) for adapters in (new, other))
     assert not np.array_equal(a, b)
+
+
+def test_a_newborn_depends_on_no_adapter_before_it(low_rank: Any) -> None:
+    """The derivative is that of a plain selection, forward and backward."""
+    old = init_adapters(low_rank, jax.random.key(0))
+    is_born = jnp.zeros((low_rank.num_slots,), bool).at[jnp.asarray([1, 9])].set(True)
+    owner = jnp.arange(low_rank.num_slots, dtype=jnp.int32)
+
+    def fresh(adapters: Any) -> Any:
+        return init_newborns(low_rank, adapters, is_born, jax.random.key(1), owner=owner)
+
+    ones = jax.tree.map(jnp.ones_like, old)
+    pushed = jax.jit(lambda: jax.jvp(fresh, (old,), (ones,))[1])()
+    pulled = jax.jit(lambda: jax.vjp(fresh, old)[1](ones)[0])()
+    for tangents in (pushed, pulled):
+        flat = [np.asarray(leaf) for leaf in jax.tree.leaves(tangents["a"]["low_rank"])]
+        assert all((leaf[1] == 0).all() and (leaf[[0, 2, 3]] == 1).all() for leaf in flat)
+        assert all((leaf == 1).all() for leaf in jax.tree.leaves(tangents["b"]["scale"]))
 
 
 def test_select_slots_takes_rows() -> None:

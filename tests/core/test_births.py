@@ -16,9 +16,9 @@ import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn._layout import make_layout
 from esper_fn._sites import Moments
+from esper_fn._survey import directions
 from esper_fn.base import AdapterSpec
 from esper_fn.lifecycle import Stage
-from esper_fn.telemetry import directions
 
 RIDGE, DIRECTIONS = 1e-3, 4
 NONE = -1
@@ -233,7 +233,7 @@ def setting(directed: int = 2, dtype: str = "float32") -> Any:
 def _remembered(state: Any) -> dict[int, np.ndarray]:
     """Seed -> directions."""
     told = {}
-    for memory in state.memory:
+    for memory in state.directions:
         rows = np.asarray(memory.seed).reshape(-1), np.asarray(memory.along)
         flat = rows[1].reshape(-1, *rows[1].shape[2:])
         told |= {int(seed): along for seed, along in zip(rows[0], flat, strict=True) if seed >= 0}
@@ -266,7 +266,7 @@ def _rows_of_seeds(params: Any, x: jax.Array) -> list[tuple[np.ndarray, np.ndarr
 
 def test_memory_holds_each_seeds_own_directions() -> None:
     _, params, state, x, survey, _ = setting()
-    assert [memory.along.shape for memory in state.memory] == [
+    assert [memory.along.shape for memory in state.directions] == [
         (1, 2, 6, 4),
         (1, 1, 11, 4),
         (2, 2, 3, 3),
@@ -301,14 +301,14 @@ def test_memory_holds_each_seeds_own_directions() -> None:
 def test_an_adapter_is_born_along_its_seeds_directions_and_no_other(dtype: str) -> None:
     growth, params, state, x, survey, step = setting(2, dtype)
     plain, _, bare, _, _, plain_step = setting(0, dtype)
-    assert bare.memory is None
+    assert bare.directions is None
     surveyed, _ = survey(params, state, x)
     told = _remembered(surveyed)
     # The other order, so that slots and rows of the memory do not agree; seed 0 is forgotten, and
     # what stands in the memory for seed 3 is of no use to a blueprint without `init_along`.
-    hidden, *others = surveyed.memory
+    hidden, *others = surveyed.directions
     hidden = hidden._replace(seed=jnp.where(hidden.seed == 0, NONE, hidden.seed))
-    surveyed = surveyed._replace(memory=(hidden, *others))
+    surveyed = surveyed._replace(directions=(hidden, *others))
     first = [cmd.germinate(seed, "linear") for seed in (6, 1, 0)]
     later = [cmd.germinate(seed, "linear") for seed in (5, 2)] + [cmd.germinate(3, "norm")]
     born, info = step(step(surveyed, *first)[0], *later)
@@ -356,7 +356,7 @@ def test_stale_memory_is_not_used() -> None:
     growth, params, state, x, survey, step = setting()
     surveyed, _ = survey(params, state, x)
     born, _ = step(surveyed, cmd.germinate(2, "linear"))
-    assert not np.array_equal(born.memory[1].seed, surveyed.memory[1].seed)
+    assert not np.array_equal(born.directions[1].seed, surveyed.directions[1].seed)
     # A second life without a new survey begins as ever.
     gone, _ = step(born, cmd.cancel(2))
     while gone.seeds.stage[2] != Stage.DORMANT:

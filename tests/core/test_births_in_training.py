@@ -165,7 +165,7 @@ def test_births_compile_nothing_donate_and_repeat() -> None:
             given = state
             state, info = segment(state, batches, (X, Y), None)
             if index:
-                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.growth.memory))
+                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.growth.directions))
             counts.append(info)
         return state, counts
 
@@ -186,17 +186,17 @@ def test_without_directed_births_nothing_is_there() -> None:
     layout = _quick(0).layout
     for directed in (0, 3):
         state = jax.eval_shape(_quick(directed).init, jax.random.key(0))
-        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.directions))
         # N seeds of F U numbers and their names: whatever the number of chunks.
         assert kept == 4 * directed * (1 + 2 * 2)
-        assert (state.memory is None) == (directed == 0)
+        assert (state.directions is None) == (directed == 0)
     many = make_layout(
         sites=[ef.site("a", features=40_000, chunks=20_000)],
         blueprints={"low_rank": ef.blueprints.low_rank(2)},
         capacity=4,
     )
     state = jax.eval_shape(ef.Growth(**many.arguments, directed_births=8).init, jax.random.key(0))
-    kept = jax.tree.leaves((state.seeds, state.memory))
+    kept = jax.tree.leaves((state.seeds, state.directions))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) < 200 * many.num_seeds
     with pytest.raises(ValueError, match="directed_births must be an int, at least 0, got -1"):
         ef.Growth(**layout.arguments, directed_births=-1)
@@ -213,7 +213,7 @@ def test_a_roll_back_forgets() -> None:
     growth = _quick(2)
     params, state = jnp.ones((8, 3)) * 0.1, growth.init(jax.random.key(1))
     state, _ = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)(params, state, (X, Y))
-    assert np.all(np.asarray(state.memory[0].seed) >= 0)
+    assert np.all(np.asarray(state.directions[0].seed) >= 0)
     for should in (False, True):
         verdict = Verdict(
             alarm=jnp.int8(Alarm.CALM),
@@ -223,7 +223,7 @@ def test_a_roll_back_forgets() -> None:
         )
         ring = ef.rollback.init(params, (), state)
         _, _, after, _, _ = ef.rollback.update(growth, ring, params, (), state, verdict)
-        assert np.all((np.asarray(after.memory[0].seed) < 0) == should)
+        assert np.all((np.asarray(after.directions[0].seed) < 0) == should)
 
 
 # --- neuron pairing ----------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from esper_fn.commands import (
     cancel,
     cull,
     germinate,
-    no_commands,
     pause_seed,
     release,
     resume_seed,
@@ -30,6 +29,7 @@ from esper_fn.commands import (
 )
 from esper_fn.errors import CommandError, UnknownNameError
 from esper_fn.lifecycle import Cause, Stage
+from esper_fn.lifecycle._commands import no_commands
 
 S = Stage
 

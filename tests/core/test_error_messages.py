@@ -177,7 +177,7 @@ BAD_STATES: dict[str, tuple[Builder, str]] = {
             STATE,
             X,
             X,
-            cmd.no_commands(),
+            GROWTH.commands(),
         ),
         r"state must be a TrainState, got a GrowthState; make it with `runtime\.init",
     ),
@@ -407,7 +407,7 @@ BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
     "step, plain": (
         lambda: trace(
             lambda s, o: runtime.make_step(GROWTH, loss_fn, optax.adam(0.1))(  # type: ignore[arg-type]
-                runtime.TrainState(P, o, s, None), X, X, cmd.no_commands()
+                runtime.TrainState(P, o, s, None), X, X, GROWTH.commands()
             ),
             STATE,
             jax.eval_shape(optax.adam(0.1).init, (P, ADAPTERS)),

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from drive import NONE, calm_track, place, rig, silent, small_layout, state_faults, strict
 
-import esper_fn as ef
 from esper_fn import governors
 from esper_fn.commands import Code, germinate, release
 from esper_fn.governors import Alarm, Observation, check, disabled, standard
-from esper_fn.lifecycle import FAST_STEPS, Cause, Stage, loss_track, track_loss
+from esper_fn.lifecycle import FAST_STEPS, Cause, Stage
+from esper_fn.lifecycle._loss import loss_track, track_loss
+from esper_fn.lifecycle._state import seed_state
 
 S = Stage
 PATIENCE = 5
@@ -205,7 +206,7 @@ def test_a_broken_adapter_is_rolled_back_and_its_parameters_never_stand(
 
 def judge(governor: Any, losses: Any, *, restored: Any = None, state: Any = None) -> list[Alarm]:
     """Alarms over a run; `restored` is the loss track that a roll-back brings back."""
-    seeds = ef.lifecycle.seed_state(2)
+    seeds = seed_state(2)
 
     def step(carry: Any, loss: Any) -> Any:
         state, track = carry

@@ -14,7 +14,8 @@ from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
 from esper_fn._layout import make_layout
-from esper_fn.lifecycle import NUM_STAGES, Stage, gains
+from esper_fn.lifecycle import NUM_STAGES, Stage
+from esper_fn.lifecycle._state import gains
 from esper_kernels import Statistics
 
 ALPHA = 0.6

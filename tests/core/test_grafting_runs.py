@@ -16,6 +16,7 @@ from esper_fn._layout import make_layout
 from esper_fn.commands import set_graft
 from esper_fn.grafting._select import ROUNDING
 from esper_fn.lifecycle import Gate, Stage
+from esper_fn.lifecycle._loss import track_loss
 
 LENGTH = 400
 LONGEST = 300
@@ -90,7 +91,7 @@ def drive_all() -> Any:
                 shown = reading(6, live=1.0)._replace(
                     gradient_square=jnp.full((6,), jnp.square(now.gradient))
                 )
-                _, is_spike = ef.lifecycle.track_loss(state.loss, now.loss)
+                _, is_spike = track_loss(state.loss, now.loss)
                 state, info = made.growth.update(state, adapters, shown, now.loss, commands)
                 return state, (info.alpha, info.stage, is_spike)
 

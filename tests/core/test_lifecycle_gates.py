@@ -37,6 +37,7 @@ from esper_fn.commands import (
 )
 from esper_fn.lifecycle import EDGES, GUARD_EDGES, Cause, Gate, Stage
 from esper_fn.lifecycle._gates import TESTS
+from esper_fn.lifecycle._loss import average, loss_track, track_loss
 
 G, S, C = Gate, Stage, Cause
 
@@ -267,7 +268,7 @@ def test_without_any_measurement_every_way_ends(loss: float) -> None:
     state = place(rig.growth, rig.fresh(), start, embargo_steps=np.isin(start, (8, 9)) * 7)
     # No loss, no reading, no survey, no training place and a graft that would need 100 steps.
     state = limits(state, min_steps=1, max_steps=5, embargo_steps=7, max_training=0)
-    state = state._replace(loss=ef.lifecycle.loss_track())
+    state = state._replace(loss=loss_track())
     told = drive(rig, state, 3 * (5 + 1) + 7 + 2, loss=loss)
     final = told[-1][0]
     # What nobody measured is not removed once it acts fully.
@@ -654,7 +655,6 @@ def test_a_held_out_batch_that_is_not_finite_is_no_fault_of_any_adapter(
 
 
 def test_average_is_a_mean_first_and_forgets_later() -> None:
-    average = ef.lifecycle.average
     value = jnp.float32(0.0)
     for count, new in enumerate([4.0, 2.0, 6.0]):
         value = average(value, jnp.float32(new), jnp.int32(count), 3)
@@ -663,7 +663,7 @@ def test_average_is_a_mean_first_and_forgets_later() -> None:
 
 
 def track(losses: list[float], start: Any = None) -> tuple[Any, list[bool]]:
-    state = ef.lifecycle.loss_track() if start is None else start
+    state = loss_track() if start is None else start
     spikes = []
     for loss in losses:
         state, is_spike = _track(state, jnp.float32(loss))
@@ -671,7 +671,7 @@ def track(losses: list[float], start: Any = None) -> tuple[Any, list[bool]]:
     return state, spikes
 
 
-_track = jax.jit(ef.lifecycle.track_loss)
+_track = jax.jit(track_loss)
 
 
 def test_spikes_are_named_and_clipped() -> None:

@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 from drive import ACTING, HOLDING, LEGAL, NONE, place, row, strict, wide
 
-import esper_fn as ef
 from esper_fn.commands import Code, germinate, transition
-from esper_fn.lifecycle import (
-    ACTS,
-    ON_ITS_WAY,
-    OWNS_ADAPTER,
-    TRANSITIONS,
-    Cause,
-    Stage,
-    gains,
-    is_in,
-    is_legal,
-)
+from esper_fn.lifecycle import ACTS, ON_ITS_WAY, OWNS_ADAPTER, TRANSITIONS, Cause, Stage, is_in
+from esper_fn.lifecycle._moves import is_legal
+from esper_fn.lifecycle._state import gains, seed_state, state_bytes_per_seed
 
 CELLS = [(source, target) for source in range(11) for target in range(11)]
 COUNTERS = {"steps_in_stage", "embargo_steps"}
@@ -184,6 +175,6 @@ def test_is_in_takes_stages_and_masks() -> None:
 
 
 def test_a_seeds_row_is_small() -> None:
-    assert ef.lifecycle.state_bytes_per_seed() < 200
-    leaves = jax.tree.leaves(ef.lifecycle.seed_state(5))
+    assert state_bytes_per_seed() < 200
+    leaves = jax.tree.leaves(seed_state(5))
     assert all(leaf.shape[0] == 5 for leaf in leaves)

@@ -13,7 +13,9 @@ import pytest
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.commands import Kind
-from esper_fn.lifecycle import Stage, loss_track, seed_state
+from esper_fn.lifecycle import Stage
+from esper_fn.lifecycle._loss import loss_track
+from esper_fn.lifecycle._state import seed_state
 from esper_fn.policies import (
     Observation,
     Requests,

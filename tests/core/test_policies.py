@@ -16,7 +16,9 @@ import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.commands import Code, Kind, cull, germinate, pause_seed
 from esper_fn.errors import CommandError, UnknownNameError
-from esper_fn.lifecycle import Cause, Stage, loss_track, seed_state
+from esper_fn.lifecycle import Cause, Stage
+from esper_fn.lifecycle._loss import loss_track
+from esper_fn.lifecycle._state import seed_state
 from esper_fn.policies import (
     Observation,
     Requests,

@@ -16,8 +16,8 @@ from support import QUICK, blank, place, same_bits, standard
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn._sites import Moments
+from esper_fn._survey import potentials
 from esper_fn.lifecycle import Stage
-from esper_fn.telemetry import potentials
 
 RIDGE, DIRECTIONS = 1e-3, 4
 

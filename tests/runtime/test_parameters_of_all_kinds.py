@@ -118,10 +118,10 @@ def test_one_step_after_another_is_compiled_once() -> None:
     state = runtime.init(
         optimizer, PARAMS["whole numbers and keys"], GROWTH.init(jax.random.key(1))
     )
-    state, _ = step(state, X, X, cmd.no_commands())
+    state, _ = step(state, X, X, GROWTH.commands())
     with runtime.count_compilations() as count:
         for _ in range(2):
-            state, _ = step(state, X, X, cmd.no_commands())
+            state, _ = step(state, X, X, GROWTH.commands())
     assert count.num_compiled == 0
 
 

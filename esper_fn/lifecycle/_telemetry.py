@@ -7,12 +7,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bool, Float32
-from esper_fn.lifecycle import FAST_STEPS, SLOW_STEPS, SeedState, average
+from esper_fn.lifecycle._loss import average
+from esper_fn.lifecycle._state import FAST_STEPS, SLOW_STEPS, SeedState
 from esper_kernels import Statistics
 
 
 class SeedEvidence(NamedTuple):
-    """What this step alone showed of each seed."""
+    """What one step shows of each seed."""
 
     has_error: Bool[Array, "S"]
     gradient_ratio: Float32[Array, "S"]
@@ -20,8 +21,8 @@ class SeedEvidence(NamedTuple):
 
 
 MAX_GRADIENT_RATIO = 30.0
-"""What one step may count for in the average of the gradient norm, so that a single spike does not
-make the next hundred steps look small."""
+"""A step counts for at most so many times the average gradient norm, so that a single spike does
+not make the next hundred steps look small."""
 
 
 MAX_GRADIENT_SCALE = 1e6
@@ -32,11 +33,11 @@ def _ratio(numerator: Array, denominator: Array | float) -> Array:
     return numerator / jnp.maximum(denominator, 1.0)
 
 
-def take_in(
+def update_telemetry(
     seeds: SeedState,
     statistics: Statistics,
     is_spike: Bool[Array, ""],
-    adapter_error: Bool[Array, "S"],
+    has_broken: Bool[Array, "S"],
 ) -> tuple[SeedState, SeedEvidence]:
     """The rows with one step's statistics averaged in.
 
@@ -46,48 +47,48 @@ def take_in(
       seeds: before.
       statistics: sums over the step, from the taps.
       is_spike: whether the loss left its band.
-      adapter_error: adapters whose parameters would have become non-finite.
+      has_broken: seeds whose adapter's parameters would have become non-finite.
 
     Returns:
       The rows after, and what this step alone showed.
     """
-    told = seeds.telemetry
+    before = seeds.telemetry
     mean = _ratio(statistics.total, statistics.num_values)
     spread = _ratio(statistics.square, statistics.num_values)
     gradient = jnp.sqrt(statistics.gradient_square)
     size = jnp.sqrt(jnp.maximum(statistics.square, 0.0))
     share = jnp.sqrt(statistics.output_square / jnp.maximum(statistics.square, 1e-30))
     worth = statistics.utility
-    usual = told.gradient_norm
+    usual = before.gradient_norm
     counted = jnp.where(usual > 0, jnp.minimum(gradient, MAX_GRADIENT_RATIO * usual), gradient)
 
     is_seen = (statistics.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
     is_live = is_seen & (statistics.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
 
     def watched(old: Array, new: Array) -> Array:
-        return jnp.where(is_seen, average(old, new, told.num_steps, FAST_STEPS), old)
+        return jnp.where(is_seen, average(old, new, before.num_steps, FAST_STEPS), old)
 
     def judged(old: Array, new: Array, memory_steps: float = FAST_STEPS) -> Array:
-        return jnp.where(is_live, average(old, new, told.num_live_steps, memory_steps), old)
+        return jnp.where(is_live, average(old, new, before.num_live_steps, memory_steps), old)
 
-    telemetry = told._replace(
-        mean=watched(told.mean, mean),
-        variance=watched(told.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
+    telemetry = before._replace(
+        mean=watched(before.mean, mean),
+        variance=watched(before.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
         dead_fraction=watched(
-            told.dead_fraction, _ratio(statistics.num_dead, statistics.num_features)
+            before.dead_fraction, _ratio(statistics.num_dead, statistics.num_features)
         ),
         gradient_norm=watched(usual, counted),
         gradient_scale=watched(
-            told.gradient_scale,
+            before.gradient_scale,
             gradient / jnp.maximum(size, gradient / MAX_GRADIENT_SCALE + 1e-30),
         ),
-        output_share=judged(told.output_share, share),
-        utility=judged(told.utility, worth),
-        utility_slow=judged(told.utility_slow, worth, SLOW_STEPS),
-        num_steps=told.num_steps + is_seen.astype(jnp.int32),
-        num_live_steps=told.num_live_steps + is_live.astype(jnp.int32),
+        output_share=judged(before.output_share, share),
+        utility=judged(before.utility, worth),
+        utility_slow=judged(before.utility_slow, worth, SLOW_STEPS),
+        num_steps=before.num_steps + is_seen.astype(jnp.int32),
+        num_live_steps=before.num_live_steps + is_live.astype(jnp.int32),
     )
-    has_error = (statistics.num_errors > 0) | adapter_error
+    has_error = (statistics.num_errors > 0) | has_broken
     seeds = seeds._replace(
         telemetry=telemetry,
         stability=average(
@@ -98,6 +99,8 @@ def take_in(
     return seeds, SeedEvidence(
         has_error=has_error,
         gradient_ratio=jnp.where(
-            is_seen & (told.num_steps > 0) & (usual > 0), gradient / jnp.maximum(usual, 1e-30), 1.0
+            is_seen & (before.num_steps > 0) & (usual > 0),
+            gradient / jnp.maximum(usual, 1e-30),
+            1.0,
         ),
     )
