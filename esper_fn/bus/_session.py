@@ -46,8 +46,6 @@ class WorkerOptions:
       keys: keys to verify commands with and to sign with.
       lease_seconds: another process may take over after so long without a sign of this one.
       should_take_over: take the lease from an active process too.
-      keeps_commands: applied commands stay on the server until `Worker.trim` removes them, for a
-        run that may be restored to an earlier position.
       max_telemetry: most telemetry messages that wait for a slow server; the oldest are dropped.
       max_events: the same for events.
       gap_seconds: how long to wait for a missing number of a producer.
@@ -59,7 +57,6 @@ class WorkerOptions:
     keys: Keyring = NO_KEYS
     lease_seconds: float = 6.0
     should_take_over: bool = False
-    keeps_commands: bool = False
     max_telemetry: int = 10_000
     max_events: int = 20_000
     gap_seconds: float = 1.0

@@ -69,7 +69,8 @@ class Worker:
         self._session: Session | None = None
         self._is_listening = False
         self._num_untrimmed = 0
-        self.keeps_commands = self._options.keeps_commands
+        self.keeps_commands = False
+        """Applied commands stay on the server until `trim`, for a run that may be restored."""
         self.progress = Progress()
         self.num_settled = 0
         """Entries that the server knows to be acknowledged."""

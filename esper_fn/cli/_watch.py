@@ -28,7 +28,7 @@ _TOPICS = (Topic.TELEMETRY, Topic.EVENTS, Topic.OUTCOMES, Topic.DEAD)
 
 
 class Board:
-    """What has been told so far, as something to draw."""
+    """The state of a run, as its messages show it."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -37,8 +37,8 @@ class Board:
         self.alerts: deque[str] = deque(maxlen=5)
         self.is_paused = False
 
-    def take(self, message: bus.Message) -> str | None:
-        """Takes a message in; returns a line for a plain terminal."""
+    def update(self, message: bus.Message) -> str | None:
+        """Updates the board by a message; returns a line for a plain terminal."""
         line: str | None = None
         match message:
             case bus.StepMetrics():
@@ -53,7 +53,7 @@ class Board:
             case bus.Alert():
                 line = f"{message.level}: {message.text}"
             case bus.DeadLetter():
-                line = f"set aside ({message.reason}): {message.text}"
+                line = f"refused ({message.reason}): {message.text}"
             case bus.Outcome():
                 line = f"step {message.step}: {message.code} {message.text}".rstrip()
             case bus.CheckpointEvent():
@@ -67,7 +67,7 @@ class Board:
         return line
 
     def draw(self) -> Any:
-        """The table."""
+        """Draws the tables and the last lines."""
         # As `Text`, since plain strings are markup here.
         table = Table(title=Text(f"{plain(self.run)}{' (paused)' if self.is_paused else ''}"))
         for column in ("step", "loss", "steps/s", "live", "parameters", "roll-backs", "dropped"):
@@ -110,7 +110,7 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             messages = _exported(messages, monitoring.Exporter(run, registry))
         if not console.is_terminal:
             for message in messages:
-                line = board.take(message)
+                line = board.update(message)
                 if isinstance(message, bus.StepMetrics):
                     line = f"step {message.step}: loss {message.loss:.4f}, {message.stages}"
                 if line is not None:
@@ -118,7 +118,7 @@ def watch(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             return 0
         with Live(board.draw(), console=console, refresh_per_second=8) as live:
             for message in messages:
-                board.take(message)
+                board.update(message)
                 live.update(board.draw())
     return 0
 

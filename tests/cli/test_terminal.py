@@ -102,10 +102,10 @@ def test_a_piped_watch_shows_them_escaped(server, run_name, talking, capsys):
     _check(text)
     assert "\x1b" not in text
     assert f"warning: {SAFE}" in text
-    assert f"set aside ({SAFE}): {SAFE}" in text
+    assert f"refused ({SAFE}): {SAFE}" in text
     # Nothing begins a line of its own that the message did not get.
     assert {line.partition(" ")[0] for line in text.splitlines()} <= {
-        "step", "warning:", "set", "checkpoint",
+        "step", "warning:", "refused", "checkpoint",
     }  # fmt: skip
 
 
