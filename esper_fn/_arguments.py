@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def described(value: object) -> str:
@@ -37,6 +37,15 @@ def check_kind(argument: str, value: object, kind: Any, remedy: str) -> None:
         raise TypeError(
             f"{argument} must be {article} {kind.__name__}, got {described(value)}; {remedy}"
         )
+
+
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is an int of at least `least`, and no bool.
+
+    >>> is_count(1), is_count(0), is_count(True)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_numbers(**values: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from esper_fn._arguments import is_count
 from esper_fn._control import once_if
 from esper_fn._growth import Growth, GrowthState
 from esper_fn._layout import map_banks, select_slots, split_by_bank
@@ -89,7 +90,7 @@ def init(
       ValueError: `every` or `num_snapshots` is no int of at least 1.
     """
     for name, value in (("every", every), ("num_snapshots", num_snapshots)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_count(value):
             raise ValueError(
                 f"{name} must be an int, at least 1, got {value!r}; to do without roll-backs, keep "
                 "no ring (`snapshot_every=None` or `num_snapshots=0` in `runtime`)"

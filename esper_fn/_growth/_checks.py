@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import governors, grafting, lifecycle, policies
-from esper_fn._arguments import check_kind, described
+from esper_fn._arguments import check_kind, described, is_count
 from esper_fn._growth._state import GrowthState, Parts
 from esper_fn._layout import Layout, init_adapters
 from esper_fn._sites import Visits
@@ -268,5 +268,5 @@ def check_options(
 
 def check_count(name: str, value: object, least: int, also: str = "") -> None:
     """Raises `ValueError` unless `value` is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_count(value, least):
         raise ValueError(f"{name} must be an int, at least {least}{also}, got {value!r}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import check_kind, described
+from esper_fn._arguments import check_kind, described, is_count
 from esper_fn._sites import Site
 from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
 from esper_fn.base import Blueprint, Cost
@@ -223,7 +223,7 @@ def make_layout(
                 f"no blueprint serves site {place.name!r} ({place.topology}"
                 f"{', a span' if place.is_span else ''}); given: {sorted(blueprints)}"
             )
-    if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+    if not is_count(capacity):
         raise LayoutError(f"capacity must be a positive int, got {capacity!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise LayoutError(f"dtype must be a floating type, got {dtype!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esper_fn._arguments import is_count
 from esper_fn.base import TOPOLOGIES, AdapterSpec, Topology
 from esper_fn.errors import LayoutError
 from esper_kernels import Chunking
@@ -31,7 +32,7 @@ class Site:
         optional = {"source_features": self.source_features, "layers": self.layers}
         sizes |= {field: value for field, value in optional.items() if value is not None}
         for field, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise LayoutError(
                     f"site {self.name!r}: {field} must be a positive int, got {value!r}"
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from esper_fn._arguments import is_count
 from esper_fn._typing import Array, DType, Float, Float32, Key, Params
 from esper_fn.base import AdapterSpec
 
@@ -47,7 +48,7 @@ def cast(params: Params, x: Array) -> Params:
 def check_positive(**sizes: int) -> None:
     """Raises `ValueError` for a size that is not a positive int."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_count(value):
             raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 

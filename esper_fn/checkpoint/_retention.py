@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from esper_fn._arguments import is_count
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -245,5 +247,5 @@ def _own_bytes(steps: Sequence[Step], beside: Sequence[Step]) -> int:
 
 
 def _check(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_count(value, least):
         raise ValueError(f"{name} must be an int, at least {least}, got {value!r}")

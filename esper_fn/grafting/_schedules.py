@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._arguments import check_numbers
+from esper_fn._arguments import check_numbers, is_count
 from esper_fn._records import record
 from esper_fn._typing import Array, Float32
 from esper_fn.grafting._base import AlphaSchedule, Observation
@@ -14,7 +14,7 @@ from esper_fn.grafting._select import ROUNDING
 
 
 def _check_num_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+    if not is_count(num_steps):
         raise ValueError(f"num_steps must be a positive int, got {num_steps!r}")
     if num_steps > 1 / ROUNDING:
         raise ValueError(f"num_steps must be at most {1 / ROUNDING:.0f}, got {num_steps!r}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esper_fn import rollback
+from esper_fn._arguments import is_count
 from esper_fn.commands import Command
 from esper_fn.runtime._records import Listener
 from esper_fn.runtime._saving import Checkpoints
@@ -46,7 +47,7 @@ class FitOptions:
             value, bound = getattr(self, name), least.get(name, 1)
             if value is None and name in ("survey_every", "snapshot_every"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            if not is_count(value, bound):
                 raise ValueError(f"{name} must be an int, at least {bound}, got {value!r}")
 
 

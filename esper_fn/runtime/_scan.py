@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from esper_fn._arguments import is_count
 from esper_fn._growth import StepInfo
 from esper_fn._growth._checks import check_commands
 from esper_fn._typing import Array
@@ -81,7 +82,7 @@ def _check_survey(step: Step, survey: Survey | None, survey_every: int | None) -
             "scan_steps needs both survey= (from make_survey) and survey_every=, or neither; got "
             f"survey={survey!r}, survey_every={survey_every!r}"
         )
-    if survey_every is not None and (type(survey_every) is not int or survey_every < 1):
+    if survey_every is not None and not is_count(survey_every):
         raise ValueError(f"survey_every must be an int, at least 1, got {survey_every!r}")
     if survey is not None and getattr(step, "survey_every", None) is not None:
         raise ValueError(
