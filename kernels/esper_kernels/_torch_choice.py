@@ -20,19 +20,23 @@ def device_name(x: Tensor) -> str:
     return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
 
 
-def check_places(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """Holds all tensors to the device of `x` and to a contiguous layout.
+def check_devices(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Check that all tensors are on the device of `x` and contiguous.
 
     Raises:
       ArgumentError: one is elsewhere or has gaps; names which.
     """
-    for name, of in {"x": x, **others}.items():
-        if of is None:
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
             continue
-        if of.device != x.device:
-            raise ArgumentError(f"{name} is on {of.device}, x on {x.device}; move them together")
-        if not of.is_contiguous():
-            raise ArgumentError(f"{name} is not contiguous, strides {of.stride()}; .contiguous()")
+        if tensor.device != x.device:
+            raise ArgumentError(
+                f"{name} is on {tensor.device}, x on {x.device}; move them together"
+            )
+        if not tensor.is_contiguous():
+            raise ArgumentError(
+                f"{name} is not contiguous, strides {tensor.stride()}; .contiguous()"
+            )
 
 
 def refuses_triton(module: str, case: Any, x: Tensor) -> str | None:

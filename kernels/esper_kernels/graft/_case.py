@@ -96,8 +96,8 @@ def check(x: Any, adapter: Adapter, slot: Any, gains: Any, *, activation: str, d
     if slots < 1 or rank < 1:
         _fail("adapter.down.shape", tuple(adapter.down.shape), "at least one slot of rank 1")
     if (adapter.gate is not None) != (activation == "gated"):
-        found = "None" if adapter.gate is None else "given"
-        _fail("adapter.gate", found, "given exactly when activation is 'gated'")
+        state = "None" if adapter.gate is None else "given"
+        _fail("adapter.gate", state, "given exactly when activation is 'gated'")
     case = Case(
         rows=rows,
         features=features,

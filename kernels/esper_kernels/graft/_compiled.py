@@ -110,24 +110,27 @@ def graft_open_backward(
         case, tiles, is_counted=False, is_beside=is_beside, is_open=True, is_compiled=True
     )
     dx, d_down, d_up = torch.empty_like(x), torch.empty_like(down), torch.empty_like(up)
-    d_bias, d_gate = (x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate))
+    d_bias, d_gate = (
+        x.new_empty(0) if leaf is None else torch.empty_like(leaf) for leaf in (bias, gate)
+    )
     columns = NUM_STATISTICS if is_beside else NUM_BACKWARD_STATISTICS
-    told = x.new_empty((case.chunks, columns), dtype=torch.float32)
+    statistics = x.new_empty((case.chunks, columns), dtype=torch.float32)
     left = x.new_empty((room,), dtype=torch.float32)
     sizes = case.rows, case.features, case.chunks, case.slots
     bank = down, up, x if bias is None else bias, x if gate is None else gate
     # Matrices that an adapter lacks are never written; what stands for them must not seem to be.
-    learned = d_down, d_up, down if bias is None else d_bias, down if gate is None else d_gate
-    given = x, dy, dx, *bank, slot, gains, left, watched, *learned, told, slot, *sizes
-    wrap_triton(backward_kernel)[(main.programs,)](*given, **main.constants)
+    gradients = d_down, d_up, down if bias is None else d_bias, down if gate is None else d_gate
+    results = *gradients, statistics
+    arrays = x, dy, dx, *bank, slot, gains, left, watched, *results, slot
+    wrap_triton(backward_kernel)[(main.programs,)](*arrays, *sizes, **main.constants)
     if reduce is not None:
         wrap_triton(reduce_kernel)[(reduce.programs,)](
-            left, watched, slot, gains, *learned, told, case.slots, **reduce.constants
+            left, watched, slot, gains, *results, case.slots, **reduce.constants
         )
-    return dx, d_down, d_up, d_bias, d_gate, told
+    return dx, d_down, d_up, d_bias, d_gate, statistics
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, down, up, bias, gate, slot, gains, tap, activation, implementation = inputs
     ctx.save_for_backward(x, down, up, bias, gate, slot, gains, output[1])
     ctx.columns, ctx.static = 0 if tap is None else tap.shape[1], (activation, implementation)
@@ -137,11 +140,11 @@ def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
     del d_watched  # statistics have no derivative
     x, down, up, bias, gate, slot, gains, watched = ctx.saved_tensors
     is_beside = ctx.columns == NUM_STATISTICS
-    dx, d_down, d_up, d_bias, d_gate, told = graft_open_backward(
+    dx, d_down, d_up, d_bias, d_gate, statistics = graft_open_backward(
         x, dy.contiguous(), down, up, bias, gate, slot, gains, watched, *ctx.static, is_beside
     )
     d_bank = d_down, d_up, None if bias is None else d_bias, None if gate is None else d_gate
-    return dx, *d_bank, None, None, told if ctx.columns else None, None, None
+    return dx, *d_bank, None, None, statistics if ctx.columns else None, None, None
 
 
-graft_open.register_autograd(_pull, setup_context=_keep)
+graft_open.register_autograd(_pull, setup_context=_save)

@@ -20,7 +20,7 @@ from esper_kernels._records import (
     NUM_STATISTICS,
     Adapter,
 )
-from esper_kernels._torch_choice import check_places, device_name, refuses_triton
+from esper_kernels._torch_choice import check_devices, device_name, refuses_triton
 from esper_kernels.graft import reference_torch
 from esper_kernels.graft._case import Case, check
 
@@ -36,13 +36,13 @@ def check_call(
     *others: Tensor,
     tap: Tensor | None = None,
 ) -> Case:
-    """The case of a call; `others` are to be as `x` is."""
-    leaves = {f"adapter.{name}": of for name, of in adapter._asdict().items()}
-    check_places(x, {"slot": slot, "gains": gains, **leaves})
-    for of in others:
-        if of.shape != x.shape or of.dtype != x.dtype or of.device != x.device:
+    """Check a call and return its case; `others` must be as `x` is."""
+    leaves = {f"adapter.{name}": leaf for name, leaf in adapter._asdict().items()}
+    check_devices(x, {"slot": slot, "gains": gains, **leaves})
+    for other in others:
+        if (other.shape, other.dtype, other.device) != (x.shape, x.dtype, x.device):
             raise ArgumentError(
-                f"dy is {tuple(of.shape)} {of.dtype} on {of.device}; it must be as x: "
+                f"dy is {tuple(other.shape)} {other.dtype} on {other.device}; it must be as x: "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
     case = check(x, adapter, slot, gains, activation=activation, device=device_name(x))
@@ -106,10 +106,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     case = check_call(x, Adapter(down, up, bias, gate), slot, gains, activation)
     choose_for(case, x, implementation)
-    return torch.empty_like(x), of_chunks(x, slot, NUM_FORWARD_STATISTICS)
+    return torch.empty_like(x), _empty_rows(x, slot, NUM_FORWARD_STATISTICS)
 
 
-def of_chunks(x: Tensor, slot: Tensor, columns: int) -> Tensor:
+def _empty_rows(x: Tensor, slot: Tensor, columns: int) -> Tensor:
     return x.new_empty((slot.shape[0], columns), dtype=torch.float32)
 
 
@@ -150,12 +150,12 @@ def _(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_call(x, Adapter(down, up, bias, gate), slot, gains, activation, dy)
-    leaves = [x.new_empty(0) if of is None else torch.empty_like(of) for of in (bias, gate)]
+    leaves = [x.new_empty(0) if leaf is None else torch.empty_like(leaf) for leaf in (bias, gate)]
     bank = torch.empty_like(down), torch.empty_like(up), *leaves
-    return torch.empty_like(x), *bank, of_chunks(x, slot, NUM_BACKWARD_STATISTICS)
+    return torch.empty_like(x), *bank, _empty_rows(x, slot, NUM_BACKWARD_STATISTICS)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, down, up, bias, gate, slot, gains, tap, activation, implementation = inputs
     ctx.save_for_backward(x, down, up, bias, gate, slot, gains, output[1])
     ctx.columns, ctx.static = 0 if tap is None else tap.shape[1], (activation, implementation)
@@ -167,12 +167,12 @@ def _pull(ctx: Any, dy: Tensor, d_watched: Tensor) -> tuple[Tensor | None, ...]:
     dx, d_down, d_up, d_bias, d_gate, channels = backward_op(
         x, dy.contiguous(), down, up, bias, gate, slot, gains, watched, *ctx.static
     )
-    told = None
+    statistics = None
     if ctx.columns:
         is_alone = ctx.columns == NUM_BACKWARD_STATISTICS
-        told = channels if is_alone else torch.cat([watched, channels], dim=1)
+        statistics = channels if is_alone else torch.cat([watched, channels], dim=1)
     d_bank = d_down, d_up, None if bias is None else d_bias, None if gate is None else d_gate
-    return dx, *d_bank, None, None, told, None, None
+    return dx, *d_bank, None, None, statistics, None, None
 
 
-forward_op.register_autograd(_pull, setup_context=_keep)
+forward_op.register_autograd(_pull, setup_context=_save)

@@ -201,8 +201,8 @@ def _fwd(
     return (y, watched), (x, adapter, slot, gains, watched)
 
 
-def _bwd(static: tuple[Case, str], kept: Any, cotangents: tuple[Array, Array]) -> Any:
-    x, adapter, slot, gains, watched = kept
+def _bwd(static: tuple[Case, str], residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+    x, adapter, slot, gains, watched = residuals
     dx, d_adapter, channels = _module(static[1]).backward(
         static[0], x, cotangents[0], adapter, slot, gains, watched
     )

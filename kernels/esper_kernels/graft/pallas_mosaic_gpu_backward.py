@@ -15,7 +15,6 @@ needs no `r`: sum dy * r = sum a * g.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -37,16 +36,24 @@ from esper_kernels.graft.pallas_mosaic_gpu_parts import (
     block,
     is_live_at,
     load,
-    matrix,
     num_tiles,
     padded_rank,
     share_out,
     zero_rows,
     zero_tile,
 )
-
-NUM_SUMS = 4
-"""Sums by row of a tile: dy^2, r^2, dy * r, and NaN where an entry of p is not finite (else 0)."""
+from esper_kernels.graft.pallas_mosaic_gpu_rows import (
+    NUM_SUMS,
+    Memory,
+    Operands,
+    Range,
+    Results,
+    Seed,
+    is_narrow,
+    name_memory,
+    scratch_types,
+    x_stages,
+)
 
 
 @lru_cache(maxsize=256)
@@ -78,7 +85,7 @@ def backward_kernel(
         out_type=_outputs(case, chosen, share),
         grid=grid,
         grid_names=("program",),
-        scratch_types=_scratch(case, chosen),
+        scratch_types=scratch_types(case, chosen),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
 
@@ -103,9 +110,9 @@ def _separate(
     program = lax.axis_index("program")
     chunk, part = lax.rem(program, case.chunks), lax.div(program, case.chunks)
     live = is_live_at(case, slot, gains, chunk)
-    results = _Results(grads.at[part, chunk], sums.at[part, chunk], d_bias.at[part, chunk])
-    seed = _Seed(chunk, slot[chunk], gains[chunk, 2], live)
-    operands = _Operands(x, dy, dx, down, up, bias)
+    results = Results(grads.at[part, chunk], sums.at[part, chunk], d_bias.at[part, chunk])
+    seed = Seed(chunk, slot[chunk], gains[chunk, 2], live)
+    operands = Operands(x, dy, dx, down, up, bias)
     _walk(case, tuning, operands, seed, results, scratch, part, tuning.splits)
 
 
@@ -129,98 +136,14 @@ def _in_place(
 ) -> None:
     """The kernel's body where `dx` is `dy`: the programs share the rows of the live chunks."""
     program = lax.axis_index("program")
-    results = _Results(grads.at[program], sums.at[program], d_bias.at[program])
+    results = Results(grads.at[program], sums.at[program], d_bias.at[program])
 
     def serve(chunk: Any, part: Any, parts: Any) -> None:
-        seed = _Seed(chunk, slot[chunk], gains[chunk, 2], None)
-        operands = _Operands(x, dy, dy, down, up, bias)
+        seed = Seed(chunk, slot[chunk], gains[chunk, 2], None)
+        operands = Operands(x, dy, dy, down, up, bias)
         _walk(case, tuning, operands, seed, results, scratch, part, parts)
 
     share_out(case, share, words, where, serve)
-
-
-class _Operands(NamedTuple):
-    """References to what a kernel reads, and `dx`, which it writes."""
-
-    x: Any
-    dy: Any
-    dx: Any
-    down: Any
-    up: Any
-    bias: Any
-
-
-class _Results(NamedTuple):
-    """References to what one program leaves."""
-
-    grads: Any
-    sums: Any
-    d_bias: Any
-
-
-class _Seed(NamedTuple):
-    """The seed of a program's chunk."""
-
-    chunk: Any
-    slot: Any
-    input_grad_scale: Any
-    live: Any
-    """Whether an adapter is at work; None where only live chunks have programs."""
-
-
-class _Memory(NamedTuple):
-    """Shared memory of one program."""
-
-    x: Any
-    slope: Any
-    a: Any
-    da: Any
-    down: Any
-    up: Any
-    down_narrow: Any
-    """`down` as the products over R want it tiled, the same where there are many columns."""
-    up_narrow: Any
-    bias: Any
-    sums: Any
-    x_arrived: Any
-    slope_arrived: Any
-    matrices_arrived: Any
-
-
-def _is_narrow(case: Case) -> bool:
-    """Whether the hidden layer has fewer columns than the widest swizzle."""
-    return padded_rank(case) < COLUMNS
-
-
-def _x_stages(tuning: Tuning) -> int:
-    return max(2, tuning.stages - 1)
-
-
-def _scratch(case: Case, tuning: Tuning) -> tuple[Any, ...]:
-    """Shared memory in the order of `_Memory`, without matrices that would be there twice."""
-    width, rank, is_narrow = case.width, padded_rank(case), _is_narrow(case)
-    hidden = matrix(rank, ROWS) if is_narrow else matrix(ROWS, rank)
-    weight = matrix(rank, width)
-    return (
-        matrix(_x_stages(tuning), ROWS, width),
-        matrix(tuning.stages, ROWS, width),
-        hidden,
-        hidden,
-        weight,
-        weight,
-        *((matrix(rank, width, minor=rank),) * 2 if is_narrow else ()),
-        plgpu.SMEM((rank,), jnp.float32),
-        plgpu.SMEM((NUM_SUMS, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=_x_stages(tuning)),
-        plgpu.Barrier(num_barriers=tuning.stages),
-        plgpu.Barrier(num_arrivals=2 + 2 * is_narrow + case.has_bias),
-    )
-
-
-def _memory(case: Case, scratch: tuple[Any, ...]) -> _Memory:
-    """Name what `_scratch` describes."""
-    again = () if _is_narrow(case) else scratch[4:6]
-    return _Memory(*scratch[:6], *again, *scratch[6:])
 
 
 def _outputs(case: Case, tuning: Tuning, share: Share | None) -> tuple[Any, ...]:
@@ -236,83 +159,12 @@ def _outputs(case: Case, tuning: Tuning, share: Share | None) -> tuple[Any, ...]
     return (*sums, jax.ShapeDtypeStruct((case.chunks, 2), jnp.int32))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    """One program's range of rows of one chunk, and the tiles in flight for it."""
-
-    case: Case
-    tuning: Tuning
-    operands: _Operands
-    seed: _Seed
-    memory: _Memory
-    first: Any
-    """Number of its first tile."""
-    count: Any
-    """Tiles."""
-    columns: Any
-
-    def rows(self, ref: Any, step: Any) -> Any:
-        """The tile of an activation at a step."""
-        return ref.at[pl.ds((self.first + step) * ROWS, ROWS), self.columns]
-
-    def fetch_x(self, step: Any, buffer: Any) -> None:
-        """Start the copy of a tile of `x`."""
-        memory = self.memory
-        tile = self.rows(self.operands.x, step)
-        plgpu.copy_gmem_to_smem(tile, memory.x.at[buffer], memory.x_arrived.at[buffer])
-
-    def fetch_slope(self, step: Any, buffer: Any) -> None:
-        """Start the copy of a tile of `dy`."""
-        memory = self.memory
-        tile = self.rows(self.operands.dy, step)
-        plgpu.copy_gmem_to_smem(tile, memory.slope.at[buffer], memory.slope_arrived.at[buffer])
-
-    def send(self, step: Any, tile: Any) -> None:
-        """Start the copy of a tile into `dx`; the one before has left, so refill its buffer."""
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, self.rows(self.operands.dx, step))
-        refill = step - 1 + self.tuning.stages
-
-        @pl.when((step > 0) & (refill < self.count))
-        def _refill() -> None:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            self.fetch_slope(refill, lax.rem(refill, self.tuning.stages))
-
-    def when_live(self, do: Callable[[], None]) -> None:
-        """Do it where an adapter is at work."""
-        if self.seed.live is None:
-            do()
-        else:
-            pl.when(self.seed.live)(do)
-
-    def fetch_matrices(self) -> None:
-        """Start the copies of the adapter's matrices."""
-        memory, operands, slot = self.memory, self.operands, self.seed.slot
-        arrived = memory.matrices_arrived
-        plgpu.copy_gmem_to_smem(operands.down.at[slot], memory.down, arrived)
-        plgpu.copy_gmem_to_smem(operands.up.at[slot], memory.up, arrived)
-        if _is_narrow(self.case):
-            plgpu.copy_gmem_to_smem(operands.down.at[slot], memory.down_narrow, arrived)
-            plgpu.copy_gmem_to_smem(operands.up.at[slot], memory.up_narrow, arrived)
-        if self.case.has_bias:
-            plgpu.copy_gmem_to_smem(operands.bias.at[slot], memory.bias, arrived)
-
-    def fetch_first_tiles(self) -> None:
-        """Fill all buffers of tiles, those of `x` where an adapter is at work."""
-        live = self.seed.live
-        for ahead in range(self.tuning.stages):
-            pl.when(ahead < self.count)(partial(self.fetch_slope, ahead, ahead))
-        for ahead in range(_x_stages(self.tuning)):
-            is_needed = ahead < self.count if live is None else live & (ahead < self.count)
-            pl.when(is_needed)(partial(self.fetch_x, ahead, ahead))
-
-
 def _walk(
     case: Case,
     tuning: Tuning,
-    operands: _Operands,
-    seed: _Seed,
-    results: _Results,
+    operands: Operands,
+    seed: Seed,
+    results: Results,
     scratch: tuple[Any, ...],
     part: Any,
     parts: Any,
@@ -320,12 +172,12 @@ def _walk(
     """Walk over the range `part` of `parts` of a chunk's rows."""
     tiles = num_tiles(case)
     first = lax.div(part * tiles, parts)
-    rows = _Range(
+    rows = Range(
         case=case,
         tuning=tuning,
         operands=operands,
         seed=seed,
-        memory=_memory(case, scratch),
+        memory=name_memory(case, scratch),
         first=first,
         count=lax.div((part + 1) * tiles, parts) - first,
         columns=pl.ds(seed.chunk * case.width, case.width),
@@ -338,13 +190,13 @@ def _walk(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_slope(rows: _Range, slope: Any, k: int) -> tuple[Any, Any]:
+def _load_slope(rows: Range, slope: Any, k: int) -> tuple[Any, Any]:
     """A block of `dy` as it is and in float32."""
     narrow = load(block(slope, k, rows.case.width))
     return narrow, narrow.astype(jnp.float32)
 
 
-def _pass_dormant(rows: _Range, results: _Results) -> None:
+def _pass_dormant(rows: Range, results: Results) -> None:
     """`dx` is `dy`; only dy^2 is summed."""
     memory = rows.memory
 
@@ -374,7 +226,7 @@ class _Carry(NamedTuple):
     """[64, R], or 0 without a bias."""
 
 
-def _pull(rows: _Range, results: _Results) -> None:
+def _pull(rows: Range, results: Results) -> None:
     """Walk over a live chunk's tiles, and store its gradients and sums."""
     case, memory, rank = rows.case, rows.memory, padded_rank(rows.case)
     plgpu.barrier_wait(memory.matrices_arrived)
@@ -403,10 +255,10 @@ def _pull(rows: _Range, results: _Results) -> None:
     results.grads[0], results.grads[1] = pl.run_scoped(accumulate, gradient, gradient)
 
 
-def _pull_tile(rows: _Range, d_down: Any, d_up: Any, i: Any, carry: _Carry) -> _Carry:
+def _pull_tile(rows: Range, d_down: Any, d_up: Any, i: Any, carry: _Carry) -> _Carry:
     """One tile of a live chunk: its `dx`, and what it adds to gradients and sums."""
     case, memory = rows.case, rows.memory
-    buffer, x_buffer = lax.rem(i, rows.tuning.stages), lax.rem(i, _x_stages(rows.tuning))
+    buffer, x_buffer = lax.rem(i, rows.tuning.stages), lax.rem(i, x_stages(rows.tuning))
     tile, slope = memory.x.at[x_buffer], memory.slope.at[buffer]
     plgpu.barrier_wait(memory.x_arrived.at[x_buffer])
     plgpu.barrier_wait(memory.slope_arrived.at[buffer])
@@ -431,7 +283,7 @@ def _pull_tile(rows: _Range, d_down: Any, d_up: Any, i: Any, carry: _Carry) -> _
     plgpu.wgmma_wait(0)
     # All four warps have multiplied with all rows of the tiles before any is overwritten.
     plgpu.commit_smem()
-    refill = i + _x_stages(rows.tuning)
+    refill = i + x_stages(rows.tuning)
     pl.when(refill < rows.count)(partial(rows.fetch_x, refill, x_buffer))
     for k, changed in enumerate(moved):
         block(slope, k, case.width)[...] = changed
@@ -439,7 +291,7 @@ def _pull_tile(rows: _Range, d_down: Any, d_up: Any, i: Any, carry: _Carry) -> _
     return carry
 
 
-def _hidden(case: Case, memory: _Memory, tile: Any, slope: Any) -> tuple[Any, Any]:
+def _hidden(case: Case, memory: Memory, tile: Any, slope: Any) -> tuple[Any, Any]:
     """`x down` and `dy up^T`."""
 
     def multiply(h_sums: Any, g_sums: Any) -> Any:
@@ -454,7 +306,7 @@ def _hidden(case: Case, memory: _Memory, tile: Any, slope: Any) -> tuple[Any, An
 
 def _add_gradients(
     case: Case,
-    memory: _Memory,
+    memory: Memory,
     tiles: tuple[Any, Any],
     hidden: tuple[Any, Any],
     gradients: tuple[Any, Any],
@@ -462,21 +314,21 @@ def _add_gradients(
     """Start `d_up^T += dy^T a` and `d_down += x^T da`."""
     (tile, slope), (a, da), (d_down, d_up) = tiles, hidden, gradients
     a_stored, da_stored = memory.a, memory.da
-    if _is_narrow(case):
+    if is_narrow(case):
         a_stored.transpose((1, 0))[...] = a
         da_stored.transpose((1, 0))[...] = da
     else:
         a_stored[...] = a
         da_stored[...] = da
     plgpu.commit_smem()
-    if _is_narrow(case):
+    if is_narrow(case):
         a_stored, da_stored = a_stored.transpose((1, 0)), da_stored.transpose((1, 0))
     plgpu.wgmma(d_up, slope.transpose((1, 0)), a_stored)
     plgpu.wgmma(d_down, tile.transpose((1, 0)), da_stored)
 
 
 def _move_block(
-    rows: _Range, slope: Any, a: Any, da: Any, carry: _Carry, k: int
+    rows: Range, slope: Any, a: Any, da: Any, carry: _Carry, k: int
 ) -> tuple[_Carry, Any]:
     """The k-th block of columns of `dx`, and the sums with it."""
     width, memory = rows.case.width, rows.memory

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_kernels._dispatch import Choice
 from esper_kernels._records import Adapter
-from esper_kernels._torch_choice import check_places, device_name
+from esper_kernels._torch_choice import check_devices, device_name
 from esper_kernels.graft._case import check_watched
 from esper_kernels.graft._operations import (
     backend_of,
@@ -111,7 +111,7 @@ def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
     >>> watch(torch.ones(2, 4), 2).tolist()[0]
     [4.0, 4.0, 4.0, 2.0, 0.0]
     """
-    check_places(x, {})
+    check_devices(x, {})
     rows = x.detach().reshape(-1, x.shape[-1])
     case = check_watched(rows, chunks, device=device_name(x))
     watched: Tensor = backend_of(case, rows, implementation).watch(case, rows)
