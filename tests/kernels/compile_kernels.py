@@ -33,9 +33,9 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *given, num_warps=4, launch_pdl=False, **constants):
+    def launch(self, *arrays, num_warps=4, launch_pdl=False, **constants):
         names = self.kernel.arg_names
-        kinds = dict(zip(names, map(kind, given), strict=False))
+        kinds = dict(zip(names, map(kind, arrays), strict=False))
         kinds |= dict.fromkeys(constants, "constexpr")
         source = triton.compiler.ASTSource(
             self.kernel,
@@ -76,9 +76,9 @@ def compile_all(spec, dtype):
         case, tiles, is_counted=False, is_beside=True, is_open=True
     ).main
     bank = [x if leaf is None else leaf for leaf in adapter]
-    given = x, x, x, *bank, slot, gains, watched, watched, *bank, watched, slot
+    arrays = x, x, x, *bank, slot, gains, watched, watched, *bank, watched, slot
     sizes = case.rows, case.features, case.chunks, case.slots
-    main.kernel[(main.programs,)](*given, *sizes, **main.constants)
+    main.kernel[(main.programs,)](*arrays, *sizes, **main.constants)
 
 
 if __name__ == "__main__":

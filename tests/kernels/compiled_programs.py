@@ -41,8 +41,8 @@ def trace(spec, dtype, num_sites):
 
     def loss(x, down, up, bias, gate, slot, gains, tap):
         for _ in range(num_sites):
-            given = down, up, bias, gate, slot, gains, tap, spec.activation, "triton"
-            x = graft_open(2 * x, *given)[0]
+            rest = down, up, bias, gate, slot, gains, tap, spec.activation, "triton"
+            x = graft_open(2 * x, *rest)[0]
         return (x,)
 
     def learned(*shape, dtype=torch.float32):
@@ -54,24 +54,24 @@ def trace(spec, dtype, num_sites):
     bias = learned(spec.slots, spec.rank) if spec.has_bias else None
     gate = learned(*matrix) if spec.activation == "gated" else None
     slot, gains = torch.zeros(spec.chunks, dtype=torch.int32), torch.zeros(spec.chunks, 4)
-    given = x, learned(*matrix), up, bias, gate, slot, gains, learned(spec.chunks, 10)
-    aot_function(loss, fw_compiler=report, bw_compiler=report)(*given)[0].sum().backward()
+    inputs = x, learned(*matrix), up, bias, gate, slot, gains, learned(spec.chunks, 10)
+    aot_function(loss, fw_compiler=report, bw_compiler=report)(*inputs)[0].sum().backward()
 
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver())
     _operations.device_name = lambda x: "NVIDIA H200"
     _operations.refuses_triton = lambda module, case, x: None
-    asked = []
+    calls = []
     for name in ("identify_accessed_tensors", "identify_mutated_tensors"):
         if look := getattr(triton_kernel_wrap, name, None):
 
-            def counted(*given, look=look):
-                asked.append(given[0])
-                return look(*given)
+            def counted(*arguments, look=look):
+                calls.append(arguments[0])
+                return look(*arguments)
 
             setattr(triton_kernel_wrap, name, counted)
     (spec,) = (spec for spec in SPECS if spec.name == sys.argv[1])
     with analyse_kernels_once(), FakeTensorMode(allow_non_fake_inputs=True):
         trace(spec, getattr(torch, sys.argv[2]), int(sys.argv[3]))
-    print("asked", len(asked))
+    print("analysed", len(calls))

@@ -42,10 +42,12 @@ def _torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.from_numpy(array).to(DEVICE, dtype)
 
 
-def _wide(of: Any) -> Any:
-    if of is None:
+def _wide(leaf: Any) -> Any:
+    if leaf is None:
         return None
-    return of.detach().double().cpu().numpy() if isinstance(of, torch.Tensor) else np.float64(of)
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().double().cpu().numpy()
+    return np.float64(leaf)
 
 
 def torch_arguments(spec: Spec, inputs: Inputs, dtype: str) -> tuple[Any, ...]:

@@ -50,7 +50,7 @@ def test_compiler_knows_what_kernels_write(spec, dtype, tmp_path):
         " ".join(["reduce_kernel", *gradients]),
     ]
     assert len(twice) == 2 * len(once) - 1
-    assert once[-1] == twice[-1] == f"asked {len(once) - 1}"
+    assert once[-1] == twice[-1] == f"analysed {len(once) - 1}"
 
 
 def lines_of(script, cache, *arguments):

@@ -1,4 +1,4 @@
-"""What torch asks of an operation: registration, compilation, the form in place, clear errors."""
+"""What torch asks of an operation: registration, compilation, streams and graphs, clear errors."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -56,12 +56,12 @@ def assert_compiles(implementation, spec=TALL, dtype="float32", columns=5, **opt
     for function in (torch.compile(loss, fullgraph=True, **options), loss):
         for scale in (1.0, 0.5, 0.25):
             tap = torch.zeros((spec.chunks, columns), device=DEVICE)
-            given = (scale * x, *adapter, tap)
-            leaves = [None if of is None else of.clone().requires_grad_() for of in given]
+            inputs = (scale * x, *adapter, tap)
+            leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in inputs]
             total, *rest = function(*leaves)
             total.backward()
             grads = [leaf.grad for leaf in leaves if leaf is not None]
-            results.append([of.clone() for of in (*rest, *grads)])
+            results.append([result.clone() for result in (*rest, *grads)])
     for compiled, plain in zip(results[:3], results[3:], strict=True):
         for first, second in zip(compiled, plain, strict=True):
             assert torch.equal(first, second)
@@ -76,8 +76,8 @@ class TestRegistration:
     def test_operations_keep_torchs_contract(self, implementation):
         x, adapter, slot, gains = arguments()
         leaves = [None if leaf is None else leaf.requires_grad_() for leaf in adapter]
-        given = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
-        torch.library.opcheck(torch.ops.esper.graft.default, given)
+        inputs = (x.requires_grad_(), *leaves, slot, gains, None, "gelu", implementation)
+        torch.library.opcheck(torch.ops.esper.graft.default, inputs)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
     @pytest.mark.parametrize("columns", [5, 10])
@@ -146,7 +146,7 @@ class TestWatch:
         x = torch.randn(shape, device=DEVICE).to(getattr(torch, dtype))
         if x.numel():
             x[..., 5] = 0
-        kept = x.clone()
+        before = x.clone()
         watched = kernels.watch(x, chunks, implementation=implementation)
         width = -(-shape[-1] // chunks)
         nothing = Adapter(
@@ -156,9 +156,9 @@ class TestWatch:
         slot = torch.full((chunks,), -1, dtype=torch.int32, device=DEVICE)
         gains = torch.zeros((chunks, 4), device=DEVICE)
         rows = x.reshape(-1, shape[-1])
-        wanted = kernels.graft(rows, nothing, slot, gains, implementation=implementation)[1]
-        assert torch.equal(watched, wanted)
-        assert torch.equal(x, kept)
+        right = kernels.graft(rows, nothing, slot, gains, implementation=implementation)[1]
+        assert torch.equal(watched, right)
+        assert torch.equal(x, before)
         assert watched[:, 4].sum() == (1 if x.numel() else shape[-1])
 
     @needs_triton
@@ -190,7 +190,7 @@ class TestCounters:
         watched = triton_cuda.forward(case, x, adapter, slot, gains, tiles=tiles)[1]
         dy = torch.flip(x, (0,))
         pulled = triton_cuda.backward(case, x, dy, adapter, slot, gains, watched, tiles=tiles)
-        grads = [of for of in pulled[1] if of is not None]
+        grads = [leaf for leaf in pulled[1] if leaf is not None]
         return [watched, pulled[2], *grads]
 
     def test_are_zero_after_every_call(self):
@@ -201,31 +201,31 @@ class TestCounters:
 
     def test_change_no_bit(self, monkeypatch):
         counted = self.run()
-        monkeypatch.setattr(triton_cuda, "arrivals", lambda *given: None)
+        monkeypatch.setattr(triton_cuda, "arrivals", lambda *arguments: None)
         for first, second in zip(counted, self.run(), strict=True):
             assert torch.equal(first, second)
 
     def test_only_one_kernel_of_a_bound_call_uses_what_a_stream_keeps(self, monkeypatch):
-        asked = []
+        sizes = []
 
         def noting(x, size, stream):
-            asked.append(size)
+            sizes.append(size)
             return floats(x, size, stream)
 
         monkeypatch.setattr(triton_cuda, "floats", noting)
         self.run()
-        assert not asked
+        assert not sizes
         x, adapter, slot, gains = arguments(TALL)
         tiles = Tiles(rows=32, splits=3, warps=4, stages=1)
-        for num_asked, counters in ((2, arrivals), (0, lambda *given: None)):
+        for num_sizes, counters in ((2, arrivals), (0, lambda *arguments: None)):
             monkeypatch.setattr(triton_cuda, "arrivals", counters)
             bound = triton_cuda.Calls(
                 kernels_case(x, adapter, slot, gains), tiles=tiles, is_bound=True
             )
             watched = bound.forward(x, adapter, slot, gains)[1]
             bound.backward(x, x, adapter, slot, gains, watched)
-            assert len(asked) == num_asked
-            asked.clear()
+            assert len(sizes) == num_sizes
+            sizes.clear()
 
     def test_there_are_none_for_more_chunks_than_are_counted(self):
         x = torch.empty(1, device=DEVICE)
@@ -235,37 +235,37 @@ class TestCounters:
     def test_streams_and_graphs_have_their_own(self):
         x = torch.empty(1, device=DEVICE)
 
-        def take(of):
-            return of(x, 4, current_stream(x))
+        def take(function):
+            return function(x, 4, current_stream(x))
 
-        for of in (arrivals, floats):
-            here = take(of)
+        for function in (arrivals, floats):
+            first = take(function)
             with torch.cuda.stream(torch.cuda.Stream()):
-                there = take(of)
-            taken = [here, there]
+                second = take(function)
+            arrays = [first, second]
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                taken += [take(of), take(of)]
+                arrays += [take(function), take(function)]
                 x.zero_()  # torch warns of a graph with nothing in it
-            assert len({of.data_ptr() for of in taken}) == 4
-            assert take(of).data_ptr() == here.data_ptr()
+            assert len({array.data_ptr() for array in arrays}) == 4
+            assert take(function).data_ptr() == first.data_ptr()
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
     def test_graphs_beside_each_other_keep_their_results(self):
-        given = arguments(TALL, "bfloat16")
-        case = kernels_case(*given)
-        right = triton_cuda.forward(case, *given)[1]
-        graphs, streams, found = [], [], []
+        inputs = arguments(TALL, "bfloat16")
+        case = kernels_case(*inputs)
+        right = triton_cuda.forward(case, *inputs)[1]
+        graphs, streams, results = [], [], []
         for _ in range(4):
             graphs.append(torch.cuda.CUDAGraph())
             streams.append(torch.cuda.Stream())
             with torch.cuda.graph(graphs[-1]):
-                found.append(triton_cuda.forward(case, *given)[1])
+                results.append(triton_cuda.forward(case, *inputs)[1])
         for _ in range(20):
             for graph, stream in zip(graphs, streams, strict=True):
                 with torch.cuda.stream(stream):
                     graph.replay()
         torch.cuda.synchronize()
-        for watched in found:
+        for watched in results:
             assert torch.equal(watched, right)
 
 
@@ -277,36 +277,42 @@ class TestBoundCalls:
         x, adapter, slot, gains = arguments(replace(TALL, rank=rank), dtype)
         device = "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name()
         case = check(x, adapter, slot, gains, activation="gelu", device=device)
-        dy, asked = torch.flip(x, (0,)), []
+        dy, requests = torch.flip(x, (0,)), []
 
         def results(calls):
             y, watched = calls.forward(x, adapter, slot, gains)
             pulled = calls.backward(x, dy, adapter, slot, gains, watched, is_beside=True)
-            return [y, watched, pulled[0], pulled[2], *(of for of in pulled[1] if of is not None)]
+            return [
+                y,
+                watched,
+                pulled[0],
+                pulled[2],
+                *(leaf for leaf in pulled[1] if leaf is not None),
+            ]
 
         def thrice():
-            triton.set_allocator(lambda *given: asked.append(given))
+            triton.set_allocator(lambda *arguments: requests.append(arguments))
             return [results(bound) for _ in range(3)]
 
         bound = triton_cuda.Calls(case, is_bound=True)
         right = results(triton_cuda.Calls(case))
-        found = copy_context().run(thrice)
+        repeated = copy_context().run(thrice)
         with ThreadPoolExecutor(1) as other:
-            found += other.submit(thrice).result()
-        for each in found:
+            repeated += other.submit(thrice).result()
+        for each in repeated:
             for first, second in zip(each, right, strict=True):
                 assert torch.equal(first, second)
-        assert not asked  # the caller's own allocator serves the caller's kernels
+        assert not requests  # the caller's own allocator serves the caller's kernels
 
 
 class TestBadInput:
     def refuse(self, match, activation="gelu", **changes):
         x, adapter, slot, gains = arguments()
-        given = {"x": x, "adapter": adapter, "slot": slot, "gains": gains}
+        inputs = {"x": x, "adapter": adapter, "slot": slot, "gains": gains}
         for name, change in changes.items():
-            given[name] = change(given[name])
+            inputs[name] = change(inputs[name])
         with pytest.raises(ArgumentError, match=match):
-            kernels.graft(**given, activation=activation)
+            kernels.graft(**inputs, activation=activation)
 
     def test_dtype(self):
         self.refuse(r"x\.dtype is float16.*bfloat16 or float32", x=lambda x: x.half())

@@ -117,9 +117,9 @@ def test_explain_for_jax_while_tracing():
         chosen.append(explain(x, adapter, slot, gains))
         return x
 
-    given = _jax_arguments()
-    jax.eval_shape(trace, *given)
-    chosen.append(explain(*given))
+    arguments = _jax_arguments()
+    jax.eval_shape(trace, *arguments)
+    chosen.append(explain(*arguments))
     assert [choice.operation for choice in chosen] == ["graft"] * 2
     assert chosen[0] == chosen[1]
 

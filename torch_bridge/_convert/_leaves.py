@@ -217,5 +217,6 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _differ(here: torch.device, there: torch.device) -> bool:
-    return here.type != there.type or (there.index is not None and here.index != there.index)
+def _differ(current: torch.device, target: torch.device) -> bool:
+    is_elsewhere = target.index is not None and current.index != target.index
+    return current.type != target.type or is_elsewhere

@@ -33,10 +33,10 @@ _PROGRAMS: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictiona
 
 
 class Residual(NamedTuple):
-    """Where one residual is found: the `place` among the `input`s, `output`s or its `own` kind."""
+    """Where one residual is: at `position` among the `input`s, the `output`s or its `own` kind."""
 
     kind: str
-    place: int
+    position: int
 
 
 class Program:
@@ -125,8 +125,8 @@ class Program:
 
         both = Program(forward, self.avals, f"{self.name} (with residuals)", self.device)
         treedef, residual_avals = structure[-1]
-        found, kept = _locate(both, num_outs)
-        own = [num_outs + position for position in kept]
+        located, returned = _locate(both, num_outs)
+        own = [num_outs + position for position in returned]
         if len(own) < len(both.outs) - num_outs:
             slim = jaxpr_as_fun(both.closed)
             both = Program(
@@ -141,7 +141,7 @@ class Program:
             )
 
         def backward(*arrays: Any) -> list[Any]:
-            residuals, cotangents = arrays[: len(found)], arrays[len(found) :]
+            residuals, cotangents = arrays[: len(located)], arrays[len(located) :]
             pullback = jax.tree.unflatten(treedef, residuals)
             return _pull(pullback, self.outs, cotangents)
 
@@ -152,7 +152,7 @@ class Program:
             ),
             *self.cotangents,
         )
-        return both, found, Program(backward, avals, f"{self.name} (pullback)", self.device)
+        return both, located, Program(backward, avals, f"{self.name} (pullback)", self.device)
 
     @property
     def cotangents(self) -> Avals:
@@ -249,10 +249,10 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             *output[num_outs:], *(out for out in output[:num_outs] if not _is_inexact(out))
         )
         ctx.set_materialize_grads(False)
-        # Kept are the inputs (higher derivatives start from them) and what is not among them.
-        _, found, _ = ctx.program.with_residuals(ctx.needs)
-        places = {where.place for where in found if where.kind == "output"}
-        ctx.outputs = sorted(places) + list(range(num_outs, len(output)))
+        # The inputs are saved (higher derivatives start from them) and what is not among them.
+        _, located, _ = ctx.program.with_residuals(ctx.needs)
+        positions = {residual.position for residual in located if residual.kind == "output"}
+        ctx.outputs = sorted(positions) + list(range(num_outs, len(output)))
         ctx.save_for_backward(*inputs[3:], *(output[number] for number in ctx.outputs))
 
     @staticmethod
@@ -261,13 +261,13 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         saved = ctx.saved_tensors
         inputs = saved[: len(program.avals)]
         outputs = dict(zip(ctx.outputs, saved[len(inputs) :], strict=True))
-        _, found, _ = program.with_residuals(needs)
+        _, located, _ = program.with_residuals(needs)
         sources = {
-            "input": lambda place: inputs[place],
-            "output": lambda place: outputs[place],
-            "own": lambda place: outputs[len(program.outs) + place],
+            "input": lambda position: inputs[position],
+            "output": lambda position: outputs[position],
+            "own": lambda position: outputs[len(program.outs) + position],
         }
-        residuals = [sources[where.kind](where.place) for where in found]
+        residuals = [sources[residual.kind](residual.position) for residual in located]
         cotangents = [
             torch.zeros(out.shape, dtype=dtype, device=ctx.device) if grad is None else grad
             for grad, out, dtype in zip(grads, program.outs, program.dtypes, strict=False)
@@ -348,13 +348,13 @@ def _pull_now(
 def _vjp(function: Any, needs: tuple[bool, ...], arrays: Sequence[Any]) -> Any:
     """`jax.vjp` with respect to the inputs that need it."""
 
-    def of_needed(*needed: Any) -> Any:
+    def restricted(*needed: Any) -> Any:
         it = iter(needed)
         return function(
             *(next(it) if need else array for need, array in zip(needs, arrays, strict=True))
         )
 
-    return jax.vjp(of_needed, *(a for need, a in zip(needs, arrays, strict=True) if need))
+    return jax.vjp(restricted, *(a for need, a in zip(needs, arrays, strict=True) if need))
 
 
 def _pull(pullback: Any, outs: Avals, cotangents: Sequence[Any]) -> list[Any]:
@@ -376,19 +376,19 @@ def _locate(both: Program, num_outs: int) -> tuple[list[Residual], list[int]]:
     Returns:
       Where each residual is, and the positions of those that must be returned themselves.
     """
-    places: dict[int, Residual] = {}
-    for number, variable in enumerate(both.closed.jaxpr.invars):
-        places[id(variable)] = Residual(kind="input", place=number)
-    for number, variable in enumerate(both.closed.jaxpr.outvars[:num_outs]):
-        places.setdefault(id(variable), Residual(kind="output", place=number))
-    found: list[Residual] = []
-    kept: list[int] = []
+    known: dict[int, Residual] = {}
+    for position, variable in enumerate(both.closed.jaxpr.invars):
+        known[id(variable)] = Residual(kind="input", position=position)
+    for position, variable in enumerate(both.closed.jaxpr.outvars[:num_outs]):
+        known.setdefault(id(variable), Residual(kind="output", position=position))
+    located: list[Residual] = []
+    returned: list[int] = []
     for position, variable in enumerate(both.closed.jaxpr.outvars[num_outs:]):
-        if id(variable) not in places:
-            places[id(variable)] = Residual(kind="own", place=len(kept))
-            kept.append(position)
-        found.append(places[id(variable)])
-    return found, kept
+        if id(variable) not in known:
+            known[id(variable)] = Residual(kind="own", position=len(returned))
+            returned.append(position)
+        located.append(known[id(variable)])
+    return located, returned
 
 
 def _is_inexact(tensor: torch.Tensor) -> bool:

@@ -135,7 +135,7 @@ def to_torch(
 
     - *Derivatives*: `backward`, `torch.autograd.grad` and `torch.func.grad`, of any order. The
       first order keeps JAX's residuals and recomputes nothing; higher orders start again from the
-      inputs. Inputs of integers and bools have none. Forward mode is refused.
+      inputs. Integers and bools have none. Forward mode and `torch.vmap` are refused.
     - *`torch.compile(fullgraph=True)`* sees one operator. `fn` is traced once for each new
       combination of shapes, dtypes and static arguments, never for new values. torch puts results
       of dicts, lists and tuples together again, not of named tuples.
@@ -144,7 +144,6 @@ def to_torch(
       anything, so they may be written into. JAX has finished when the call returns.
     - *Devices*: JAX computes on its CPU device, and takes no memory on torch's GPU; outputs come
       back to where the first tensor argument is.
-    - *`torch.vmap`* is refused: `to_torch(jax.vmap(fn))` does it.
 
     `fn` must be pure, as for `jax.jit`; it is jitted if it is not yet. A graph that torch exports
     or saves cannot hold it.

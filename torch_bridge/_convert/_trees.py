@@ -50,7 +50,7 @@ def tree_to_jax(tree: Any, *, device: jax.Device | None = None, copy: bool | Non
     def leaf(path: Any, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return to_array(value, device, copy, _name(path, "the tensor"))
-        return _keep(path, value)
+        return _check_leaf(path, value)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -83,20 +83,20 @@ def tree_to_torch(
       >>> tree_to_torch([jax.numpy.arange(3)], copy=True)
       [tensor([0, 1, 2], dtype=torch.int32)]
     """
-    there = None if device is None else torch.device(device)
+    target = None if device is None else torch.device(device)
 
     def leaf(path: Any, value: Any) -> Any:
         if isinstance(value, jax.Array | np.ndarray | np.generic):
             array = np.asarray(value) if isinstance(value, np.generic) else value
-            return to_tensor(array, there, copy, _name(path, "the array"))
-        return _keep(path, value)
+            return to_tensor(array, target, copy, _name(path, "the array"))
+        return _check_leaf(path, value)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _keep(path: Any, value: Any) -> Any:
-    kept = torch.Tensor | jax.Array | np.ndarray | np.generic | bool | int | float | complex
-    if isinstance(value, kept):
+def _check_leaf(path: Any, value: Any) -> Any:
+    allowed = torch.Tensor | jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    if isinstance(value, allowed):
         return value
     raise BridgeError(
         f"{_name(path, 'the leaf')} is a {type(value).__name__}; a leaf must be a tensor, an array "
