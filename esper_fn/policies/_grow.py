@@ -18,7 +18,7 @@ from esper_fn.policies._select import (
     Score,
     blueprint_by_group,
     check_arguments,
-    request_best_if,
+    request_best,
     score_index,
 )
 
@@ -103,7 +103,7 @@ def _decide(
     has_survey = jnp.any(seeds.num_potentials > 0)
     best = jnp.max(jnp.where(seeds.num_potentials > 0, seeds.potential, 0.0))
     reference = jnp.where(is_first | (state.reference <= 0), best, state.reference)
-    after = request_best_if(
+    after = request_best(
         is_due,
         layout,
         observation,

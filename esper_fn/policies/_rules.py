@@ -22,7 +22,7 @@ from esper_fn.policies._select import (
     Score,
     blueprint_by_group,
     check_arguments,
-    request_best_if,
+    request_best,
     score_index,
 )
 
@@ -84,7 +84,7 @@ def periodic(
     ) -> tuple[PeriodicState, Requests]:
         num_steps = observation.step - state.start
         is_due = (num_steps >= 0) & (num_steps % state.every == 0)
-        return state, request_best_if(
+        return state, request_best(
             is_due,
             layout,
             observation,
@@ -180,7 +180,7 @@ def _decide_plateau(
         best=jnp.where(has_fallen, loss.slow, state.best),
         last_gain=jnp.where(has_fallen | has_grown, observation.step, state.last_gain),
     )
-    return state, request_best_if(
+    return state, request_best(
         observation.step - state.last_gain >= state.patience,
         layout,
         observation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,20 +54,25 @@ def seed_blueprints(layout: Layout, blueprint: str | None = None) -> Int8[Array,
     Raises:
       UnknownNameError: the layout offers no blueprint of that name.
     """
-    result: Array = layout.per_seed(blueprint_by_group(layout, blueprint))
-    return result
+    return jnp.asarray(blueprint_by_group(layout, blueprint)[_groups_of_seeds(layout)])
+
+
+def _groups_of_seeds(layout: Layout) -> np.ndarray:
+    """int32[S]: the layer of a site that each seed belongs to."""
+    sizes = layout.tables.group_size
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def _choose(
     layout: Layout, observation: Observation, blueprint: str | None
-) -> tuple[Int8[Array, "G"], Bool[Array, "G"]]:
+) -> tuple[Int8[Array, "G"], Bool[Array, "G"] | None]:
     """What to grow at each layer of a site, and whether the limits behind the rule admit it.
 
     Where a rule leaves the blueprint open, it is the first one that is admitted.
     """
     choice = jnp.asarray(blueprint_by_group(layout, blueprint))
     if observation.is_admitted is None:
-        return choice, jnp.ones(choice.shape, bool)
+        return choice, None
     if blueprint is None:
         options = jnp.asarray(layout.tables.pool_start >= 0) & observation.is_admitted
         first = jnp.argmax(options, axis=1).astype(jnp.int8)
@@ -87,6 +92,41 @@ def _room(layout: Layout, owner: Array, choice: Int8[Array, "G"]) -> Int32[Array
         .at[jnp.asarray(tables.slot_group)]
         .add(is_free.astype(jnp.int32))
     )
+
+
+_MAX_PAIRWISE_SEEDS = 512
+"""Up to here every pair of seeds is compared, which compiles in a third of the time of sorting."""
+
+
+def _is_among_best(
+    layout: Layout, worth: Float32[Array, "S"], room: Int32[Array, "G"], count: int
+) -> Bool[Array, "S"]:
+    """The `count` seeds of largest worth, of each group no more than there is room for.
+
+    Of equal seeds the first one is better; seeds whose worth is minus infinity never are.
+    """
+    group = _groups_of_seeds(layout)
+    if len(group) > _MAX_PAIRWISE_SEEDS:
+        return _is_among_best_sorted(group, worth, room, count)
+    index = np.arange(len(group))
+    is_better = (worth[None, :] > worth[:, None]) | (
+        (worth[None, :] == worth[:, None]) & jnp.asarray(index[None, :] < index[:, None])
+    )
+    is_alike = jnp.asarray(group[None, :] == group[:, None])
+    fits = jnp.sum(is_better & is_alike, axis=1, dtype=jnp.int32) < room[jnp.asarray(group)]
+    if count < len(group):
+        fits &= jnp.sum(is_better, axis=1, dtype=jnp.int32) < count
+    return fits & (worth > -jnp.inf)
+
+
+def _is_among_best_sorted(
+    group: np.ndarray, worth: Float32[Array, "S"], room: Int32[Array, "G"], count: int
+) -> Bool[Array, "S"]:
+    best, index = jax.lax.top_k(worth, min(count, len(group)))
+    group_of_best = jnp.asarray(group)[index]
+    fits = (best > -jnp.inf) & (_rank_in_group(group_of_best) < room[group_of_best])
+    row = jnp.where(fits, index, len(group))
+    return jnp.zeros(worth.shape, bool).at[row].set(True, mode="drop")
 
 
 def _rank_in_group(group: Int32[Array, "n"]) -> Int32[Array, "n"]:
@@ -119,10 +159,49 @@ def _even_spread(layout: Layout) -> Float32[Array, "S"]:
     return jnp.asarray(np.concatenate(order), jnp.float32)
 
 
+class _Best(NamedTuple):
+    """Seeds to ask for."""
+
+    is_requested: Bool[Array, "S"]
+    blueprint: Int8[Array, "S"]
+    worth: Float32[Array, "S"]
+
+
 def request_best(
+    is_due: Bool[Array, ""],
     layout: Layout,
     observation: Observation,
     requests: Requests,
+    **arguments: Any,
+) -> Requests:
+    """Asks for the best dormant seeds, but of no pool for more than it has room for.
+
+    If the limits behind the rule admit any of the adapters, it asks only for these. Otherwise it
+    asks all the same, so that the log shows the limit's refusal.
+
+    Args:
+      is_due: whether to ask now; else nothing is computed.
+      layout: of the growth.
+      observation: of this step.
+      requests: of the rules so far.
+      **arguments: of `_best`.
+
+    Returns:
+      The requests with the new ones.
+    """
+    none = jnp.zeros((layout.num_seeds,), bool)
+    best = cond(
+        is_due,
+        lambda: _best(layout, observation, requests.kind == Kind.NONE, **arguments),
+        lambda: _Best(none, none.astype(jnp.int8), none.astype(jnp.float32)),
+    )
+    return request(requests, best.is_requested, best.blueprint, best.worth)
+
+
+def _best(
+    layout: Layout,
+    observation: Observation,
+    is_open: Bool[Array, "S"],
     *,
     score: Int32[Array, ""],
     blueprint: str | None,
@@ -130,29 +209,24 @@ def request_best(
     key: Key,
     floor: Array | float = -jnp.inf,
     is_barred: Bool[Array, "S"] | None = None,
-) -> Requests:
-    """Asks for the `count` best dormant seeds, but of no pool for more than it has room for.
-
-    If the limits behind the rule admit any of the adapters, it asks only for these. Otherwise it
-    asks all the same, so that the log shows the limit's refusal.
+) -> _Best:
+    """The best seeds that can germinate.
 
     Args:
       layout: of the growth.
       observation: of this step.
-      requests: of the rules so far.
+      is_open: seeds of which nothing is asked yet.
       score: from `score_index`.
       blueprint: as in `periodic`.
       count: seeds to ask for at most.
       key: for random scores.
       floor: the least score to ask for.
       is_barred: seeds not to ask for.
-
-    Returns:
-      The requests with the new ones.
     """
     choice, is_admitted = _choose(layout, observation, blueprint)
     room = _room(layout, observation.owner, choice)
-    seed_blueprint = layout.per_seed(choice)
+    group = jnp.asarray(_groups_of_seeds(layout))
+    seed_blueprint = choice[group]
     seeds = observation.seeds
     worth, is_measured = _scores(layout, observation, score, key)
     can = (
@@ -160,36 +234,16 @@ def request_best(
         & ~seeds.is_paused
         & is_measured
         & (worth >= floor)
-        & layout.per_seed(room > 0)
+        & (room > 0)[group]
         & (seed_blueprint != NONE)
-        & (requests.kind == Kind.NONE)
+        & is_open
         & (True if is_barred is None else ~is_barred)
     )
-    fits_limits = can & layout.per_seed(is_admitted)
-    can = jnp.where(jnp.any(fits_limits), fits_limits, can)
-    best, index = jax.lax.top_k(jnp.where(can, worth, -jnp.inf), min(count, layout.num_seeds))
-    group = jnp.searchsorted(jnp.asarray(layout.tables.group_start), index, side="right") - 1
-    fits = (best > -jnp.inf) & (_rank_in_group(group) < room[group])
-    row = jnp.where(fits, index, layout.num_seeds)
-    is_new = jnp.zeros(seeds.stage.shape, bool).at[row].set(True, mode="drop")
-    return request(requests, is_new, seed_blueprint, worth)
-
-
-def request_best_if(
-    is_due: Bool[Array, ""],
-    layout: Layout,
-    observation: Observation,
-    requests: Requests,
-    **arguments: Any,
-) -> Requests:
-    """`request_best` with these arguments, computed only where it is due."""
-    result: Requests = cond(
-        is_due,
-        lambda requests: request_best(layout, observation, requests, **arguments),
-        lambda requests: requests,
-        requests,
-    )
-    return result
+    if is_admitted is not None:
+        fits_limits = can & is_admitted[group]
+        can = jnp.where(jnp.any(fits_limits), fits_limits, can)
+    is_requested = _is_among_best(layout, jnp.where(can, worth, -jnp.inf), room, count)
+    return _Best(is_requested=is_requested, blueprint=seed_blueprint, worth=worth)
 
 
 def _scores(

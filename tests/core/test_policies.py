@@ -22,6 +22,7 @@ from esper_fn.lifecycle._state import seed_state
 from esper_fn.policies import (
     Observation,
     Requests,
+    _select,
     budget,
     chain,
     cooldown,
@@ -791,3 +792,20 @@ def test_growth_refuses_a_policy_with_an_unknown_blueprint(policy):
             capacity=2,
             policy=policy,
         )
+
+
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_seeds_compared_in_pairs_are_those_that_sorting_finds(count: int, monkeypatch: Any) -> None:
+    """Few seeds are compared in pairs, many are sorted; ties go to the first seed in both."""
+    sites = [ef.site(str(size), features=size, chunks=size, layers=2) for size in (1, 3, 5, 9)]
+    wide = make_layout(sites=sites, blueprints={"scale": ef.blueprints.scale_shift()}, capacity=9)
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        worth = rng.integers(0, 6, wide.num_seeds).astype(np.float32)
+        worth[rng.uniform(size=worth.size) < 0.2] = -np.inf
+        room = jnp.asarray(rng.integers(0, 4, 8), jnp.int32)
+        pairs = _select._is_among_best(wide, jnp.asarray(worth), room, count)
+        with monkeypatch.context() as patch:
+            patch.setattr(_select, "_MAX_PAIRWISE_SEEDS", 0)
+            ordered = _select._is_among_best(wide, jnp.asarray(worth), room, count)
+        assert pairs.tolist() == ordered.tolist()
