@@ -246,7 +246,7 @@ class Outcome(Message, frozen=True, kw_only=True, tag="outcome/1"):
     seeds: tuple[SeedOutcome, ...] = ()
 
     @property
-    def is_done(self) -> bool:
+    def is_applied(self) -> bool:
         """Whether the command was applied."""
         return self.code == "DONE"
 

@@ -20,7 +20,7 @@ _LETTERS_AT_ONCE = 20
 _CLASSES = {bus.verb(kind).replace("_", "-"): kind for kind in bus.COMMANDS}
 _OPTIONS = ("site", "seed", "blueprint", "graft", "target", "file")
 _MAX_BATCH_BYTES = 256 * 1024
-DONE, NOT_DONE = 0, 1
+APPLIED, REFUSED = 0, 1
 
 
 def prepare(options: argparse.Namespace, growth: Any) -> Any:
@@ -68,7 +68,7 @@ def send(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         outcome = client.send(command, wait_seconds=options.wait)
     if outcome is None:
         say(f"accepted: {command.id}")
-        return DONE
+        return APPLIED
     return _show(outcome)
 
 
@@ -92,7 +92,7 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 count += 1
                 say(f"{name}  {letter.reason:<12} {letter.size_bytes:>8} bytes  {letter.text}")
             say(f"{count} dead letters")
-            return DONE
+            return APPLIED
         letters = {name: letter for name, letter in _letters(client) if name in options.letters}
         if unknown := [name for name in options.letters if name not in letters]:
             raise BusError(f"no dead letter {unknown[0]!r}; `esper dlq list` shows them")
@@ -104,7 +104,7 @@ def dlq(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 say(f"{name} sent again: {', '.join(client.replay(name))}")
         if options.action == "drop":
             say(f"{client.drop(options.letters)} dropped")
-    return DONE
+    return APPLIED
 
 
 def _letters(client: bus.Client) -> Iterator[tuple[str, bus.DeadLetter]]:
@@ -124,7 +124,7 @@ def key(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if not (name.isascii() and name.isidentifier() and len(name) <= 64):
         parser.error(f"argument --name: {name!r} must be letters, digits and _, at most 64")
     say(bus.new_key(name))
-    return DONE
+    return APPLIED
 
 
 def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bus.Command:
@@ -177,10 +177,10 @@ def _sender() -> str:
 
 def _show(outcome: bus.Outcome | None) -> int:
     if outcome is None:
-        return DONE
+        return APPLIED
     say(f"{outcome.code}" + (f": {outcome.text}" if outcome.text else ""))
     for seed in outcome.seeds:
         say(f"  seed {seed.seed}: {seed.code}, {seed.before} to {seed.after}")
     if outcome.step >= 0:
         say(f"  step {outcome.step}")
-    return DONE if outcome.is_done else NOT_DONE
+    return APPLIED if outcome.is_applied else REFUSED

@@ -117,11 +117,11 @@ def test_a_run_takes_the_neighbours_of_a_large_entry(rig, topic, shape):
     first, second = (
         bus.Cull(seed=seed) if topic is Topic.COMMANDS else bus.Stop() for seed in range(2)
     )
-    assert client.send(first, wait_seconds=10).is_done
+    assert client.send(first, wait_seconds=10).is_applied
     with small():
         rig.add(topic, *SHAPES[shape])
         began = time.monotonic()
-        assert client.send(second, wait_seconds=10).is_done
+        assert client.send(second, wait_seconds=10).is_applied
         assert time.monotonic() - began < 3
         until(client.dead_letters)
     assert loop.effects == [first.id, second.id]
@@ -154,7 +154,7 @@ def test_large_entries_that_wait_for_a_run_keep_nothing_from_it(rig):
         time.sleep(0.5)
         assert calls(rig.raw) - before < 60
         last = bus.Cull(seed=9)
-        assert client.send(last, wait_seconds=10).is_done
+        assert client.send(last, wait_seconds=10).is_applied
     assert loop.effects == ["c0", "c1", "c2", "c3", last.id]
 
 
@@ -169,7 +169,7 @@ def test_an_urgent_command_does_not_wait_for_large_entries(rig):
     with small():
         loop, stop = rig.loop(), bus.Stop()
         began = time.monotonic()
-        assert client.send(stop, wait_seconds=10).is_done
+        assert client.send(stop, wait_seconds=10).is_applied
         assert time.monotonic() - began < 5  # two seconds on a quiet machine
         until(lambda: len(client.dead_letters()) == 8, 20)
     assert loop.effects == [stop.id]
@@ -197,7 +197,7 @@ def test_a_million_fields_are_one_large_entry(rig):
     rig.raw.execute_command("XADD", rig.key(Topic.COMMANDS), "*", *fields)
     with small(40 << 20):
         loop, client = rig.loop(), rig.client()
-        assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+        assert client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
         until(client.dead_letters)
     ((_, letter),) = client.dead_letters()
     assert (letter.reason, letter.size_bytes) == ("oversized", 2_000_000)
@@ -279,10 +279,10 @@ def test_a_sender_hears_what_became_of_it_though_outcomes_are_large(rig):
     with small():
         for _ in range(3):
             rig.add(Topic.OUTCOMES, "m", "LONG")
-            assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+            assert client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
         with bus.connect(rig.url, run=rig.run, keys=bus.NO_KEYS) as other:
             rig.add(Topic.OUTCOMES, "m", "LONG")
-            assert other.send(bus.Cull(seed=1), wait_seconds=10).is_done
+            assert other.send(bus.Cull(seed=1), wait_seconds=10).is_applied
     assert len(loop.effects) == 4
 
 
@@ -374,19 +374,19 @@ def test_large_values_in_the_runs_keys_reach_nobody(rig, what):
     command, name, *rest = LARGE_KEYS[what]
     keys = bus.Keyring(active="k", keys={"k": b"0" * 32})
     loop, client = rig.loop(keys, lease_seconds=1.5), rig.client(keys)
-    assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+    assert client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
     with small():
         rig.on_server(command, rig.key(name), *rest)
         began = time.monotonic()
         stop = bus.Stop()
-        assert client.send(stop, wait_seconds=10, must_listen=False).is_done
+        assert client.send(stop, wait_seconds=10, must_listen=False).is_applied
         assert time.monotonic() - began < 4
         loop.close()
         rig.on_server(command, rig.key(name), *rest)
         if what == "lease":
             rig.raw.pexpire(rig.key(name), 100)
         again = rig.loop(keys, lease_seconds=1.5)
-        assert client.send(bus.Cull(seed=1), wait_seconds=10, must_listen=False).is_done
+        assert client.send(bus.Cull(seed=1), wait_seconds=10, must_listen=False).is_applied
     assert len(again.effects) == 1
     assert loop.error is None
 

@@ -133,7 +133,7 @@ def test_a_run_killed_between_effect_and_acknowledgement_acts_once(server, run_n
         until(lambda: len(effects(tmp_path)) >= 30, 20)
         with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
             # The seventh is in force; its outcome got lost with the process and is told now.
-            assert client.send(sender.commands[6], wait_seconds=10).is_done
+            assert client.send(sender.commands[6], wait_seconds=10).is_applied
         assert effects(tmp_path) == [c.id for c in sender.commands]
     finally:
         lives.kill()
@@ -144,16 +144,16 @@ def test_a_paused_run_that_was_replaced_is_fenced_off(server, run_name, tmp_path
     first = start_run(server.url, run_name, tmp_path)
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
         until(lambda: run_name in client.active_runs())
-        assert client.send(bus.Cull(seed=0), wait_seconds=10).is_done
+        assert client.send(bus.Cull(seed=0), wait_seconds=10).is_applied
         first.send_signal(signal.SIGSTOP)
         until(lambda: run_name not in client.active_runs())
         second = start_run(server.url, run_name, tmp_path)
         try:
             until(lambda: run_name in client.active_runs())
-            assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+            assert client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
             first.send_signal(signal.SIGCONT)
             assert first.wait(10) == 7
-            assert client.send(bus.Cull(seed=2), wait_seconds=10).is_done
+            assert client.send(bus.Cull(seed=2), wait_seconds=10).is_applied
             assert len(effects(tmp_path)) == 3
         finally:
             for process in (first, second):
@@ -253,7 +253,7 @@ def test_a_dead_server_costs_the_loop_nothing_and_clients_are_told(own_server, r
     loop._thread.start()
     command = bus.Cull(seed=2)
     until(lambda: not client.asynchronous.transport.is_down)
-    assert client.send(command, wait_seconds=20).is_done
+    assert client.send(command, wait_seconds=20).is_applied
     client.close()
     loop.close()
 
@@ -309,7 +309,7 @@ def test_what_must_not_act_is_set_aside_and_the_rest_goes_on(server, run_name):
 
     asyncio.run(inject())
     with bus.connect(server.url, run=run_name, keys=SECRET) as client:
-        assert client.send(bus.Cull(seed=2, id="last"), wait_seconds=10).is_done
+        assert client.send(bus.Cull(seed=2, id="last"), wait_seconds=10).is_applied
         until(lambda: len(client.dead_letters()) == 8)
         reasons = [letter.reason for _, letter in client.dead_letters()]
         assert reasons.count("forged") == 4
@@ -328,7 +328,7 @@ def test_an_oversized_message_is_refused_by_its_sender(server, run_name):
         culls = tuple(bus.Cull(seed=i, site="s" * 200, sender="x" * 200) for i in range(256))
         with pytest.raises(OversizedError, match="at most 65,536"):
             client.send(bus.Batch(commands=culls), wait_seconds=5)
-        assert client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+        assert client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
     loop.close()
 
 

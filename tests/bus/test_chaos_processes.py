@@ -50,7 +50,7 @@ def test_a_publisher_that_is_killed_leaves_whole_commands_and_all_that_were_acce
     until(lambda: len(loop.effects) > max(accepted))
     with bus.connect(server.url, run=run_name, keys=bus.NO_KEYS) as client:
         after = bus.Cull(seed=0, id="after")
-        assert client.send(after, wait_seconds=10).is_done  # the next sender waits for nobody
+        assert client.send(after, wait_seconds=10).is_applied  # the next sender waits for nobody
         assert client.dead_letters() == []
     # What was on its way may act too; then all before it does, each once and in order.
     *acted, last = loop.effects
@@ -80,14 +80,14 @@ def test_of_two_runs_that_race_for_a_lease_one_acts_at_a_time(server, run_name, 
             # A new command: one sent again may be answered while its second entry still waits, and
             # a process that knows nothing of the first one's state would carry it out.
             commands.append(bus.Cull(seed=0))
-            assert client.send(commands[-1], wait_seconds=10, must_listen=False).is_done
+            assert client.send(commands[-1], wait_seconds=10, must_listen=False).is_applied
             winner = 0 if effects(folders[0]) else 1
             # An outcome may be told a moment before the file is in its place.
             until(lambda: effects(folders[winner]) == [command.id for command in commands])
             assert effects(folders[1 - winner]) == []
             runs[winner].kill()
             last = bus.Cull(seed=0)
-            assert client.send(last, wait_seconds=10, must_listen=False).is_done
+            assert client.send(last, wait_seconds=10, must_listen=False).is_applied
             until(lambda: effects(folders[1 - winner]) == [last.id])
             assert effects(folders[winner]) == [command.id for command in commands]
             assert client.dead_letters() == []

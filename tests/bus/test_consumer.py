@@ -265,6 +265,6 @@ def test_the_position_goes_to_json_and_back_and_refuses_the_rest():
     position = rig.consumer.position
     back = RunPosition.from_dict(json.loads(json.dumps(position.as_dict())))
     assert back == position
-    assert back.outcome("c").is_done
+    assert back.outcome("c").is_applied
     with pytest.raises(ValueError, match="not a run's position"):
         RunPosition.from_dict({"epoch": "x"})

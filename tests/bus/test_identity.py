@@ -75,7 +75,7 @@ def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
     first = site.loop()
     with site.connect() as client:
         for command in (bus.Stop(), bus.Pause(), bus.Cull(seed=1)):
-            assert client.send(command, wait_seconds=10).is_done
+            assert client.send(command, wait_seconds=10).is_applied
     captured = site.captured()
     assert len(captured) == 3
     first.close()
@@ -85,7 +85,7 @@ def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
         site.put(captured)
         with site.connect() as client:
             fresh = bus.Cull(seed=2)
-            assert client.send(fresh, wait_seconds=10).is_done
+            assert client.send(fresh, wait_seconds=10).is_applied
             until(lambda: len(client.dead_letters()) == 3)
             letters = [letter for _, letter in client.dead_letters()]
             assert {letter.reason for letter in letters} == {"replayed"}
@@ -99,7 +99,7 @@ def test_captured_commands_do_not_act_in_a_new_run_of_the_same_name(site):
 def test_captured_commands_do_not_act_in_a_run_that_begins_with_them(site):
     first = site.loop()
     with site.connect() as client:
-        assert client.send(bus.Stop(), wait_seconds=10).is_done
+        assert client.send(bus.Stop(), wait_seconds=10).is_applied
     captured = site.captured()
     first.close()
     site.empty()
@@ -107,7 +107,7 @@ def test_captured_commands_do_not_act_in_a_run_that_begins_with_them(site):
     second = site.loop()
     try:
         with site.connect() as client:
-            assert client.send(bus.Cull(seed=2), wait_seconds=10).is_done
+            assert client.send(bus.Cull(seed=2), wait_seconds=10).is_applied
         assert len(second.effects) == 1
     finally:
         second.close()
@@ -117,9 +117,9 @@ def test_a_restored_run_stays_itself_and_takes_what_was_sent_meanwhile(site):
     first = site.loop()
     with site.connect() as client:
         early, late, waits = (bus.Cull(seed=seed) for seed in range(3))
-        assert client.send(early, wait_seconds=10).is_done
+        assert client.send(early, wait_seconds=10).is_applied
         saved = bus.RunPosition.from_dict(first.worker.position().as_dict())
-        assert client.send(late, wait_seconds=10).is_done
+        assert client.send(late, wait_seconds=10).is_applied
         first.close()
         client.send(waits, wait_seconds=None, must_listen=False)
         second = site.loop(position=saved)
@@ -127,7 +127,7 @@ def test_a_restored_run_stays_itself_and_takes_what_was_sent_meanwhile(site):
             assert second.worker.position().identity == saved.identity
             until(lambda: len(second.effects) == 2)
             assert second.effects == [late.id, waits.id]
-            assert client.send(waits, wait_seconds=10).is_done
+            assert client.send(waits, wait_seconds=10).is_applied
         finally:
             second.close()
 
@@ -137,7 +137,7 @@ def test_a_client_that_stays_signs_for_whichever_run_lives(site):
         for turn in range(3):
             loop = site.loop()
             command = bus.Cull(seed=turn)
-            assert client.send(command, wait_seconds=10).is_done
+            assert client.send(command, wait_seconds=10).is_applied
             assert loop.effects == [command.id]
             loop.close()
             if turn == 1:
@@ -180,12 +180,12 @@ def test_emptied_while_it_runs_a_run_refuses_what_was_captured_before(site):
         with site.connect() as client:
             done = [bus.Cull(seed=seed) for seed in range(3)]
             for command in done:
-                assert client.send(command, wait_seconds=10).is_done
+                assert client.send(command, wait_seconds=10).is_applied
             captured = site.captured()
             site.empty()
             site.put(captured)
             stop = bus.Stop()
-            assert client.send(stop, wait_seconds=10, must_listen=False).is_done
+            assert client.send(stop, wait_seconds=10, must_listen=False).is_applied
             time.sleep(0.2)
             assert loop.effects == [*(command.id for command in done), stop.id]
     finally:

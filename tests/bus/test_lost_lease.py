@@ -118,15 +118,15 @@ def test_a_stop_is_applied_at_once_though_the_lease_was_removed(rig, fault, capl
     loop, client = rig.loop, rig.client
     before = [bus.Cull(seed=seed) for seed in range(3)]
     for command in before:
-        assert client.send(command, wait_seconds=10).is_done
+        assert client.send(command, wait_seconds=10).is_applied
     fault(rig)
     stop = bus.Stop(reason="now")
     began = time.monotonic()
-    assert client.send(stop, wait_seconds=20, must_listen=False).is_done
+    assert client.send(stop, wait_seconds=20, must_listen=False).is_applied
     assert time.monotonic() - began < 4  # two seconds on a quiet machine
     after = bus.Cull(seed=9)
-    assert client.send(after, wait_seconds=20).is_done
-    assert client.send(before[0], wait_seconds=20).is_done  # answered again, not done again
+    assert client.send(after, wait_seconds=20).is_applied
+    assert client.send(before[0], wait_seconds=20).is_applied  # answered again, not done again
     assert loop.effects == [*(command.id for command in before), stop.id, after.id]
     assert loop.error is None
     assert 1 <= len(rig.alerts()) <= 2  # again where a slow machine renews while it repairs
@@ -221,14 +221,14 @@ def test_a_stop_is_applied_at_once_whatever_the_server_did(own_server, raw, run_
     try:
         before = [bus.Cull(seed=seed) for seed in range(3)]
         for command in before:
-            assert rig.client.send(command, wait_seconds=10).is_done
+            assert rig.client.send(command, wait_seconds=10).is_applied
         fault(raw, run_name)
         stop = bus.Stop()
         began = time.monotonic()
-        assert rig.client.send(stop, wait_seconds=20, must_listen=False).is_done
+        assert rig.client.send(stop, wait_seconds=20, must_listen=False).is_applied
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
         after = bus.Cull(seed=9)
-        assert rig.client.send(after, wait_seconds=20, must_listen=False).is_done
+        assert rig.client.send(after, wait_seconds=20, must_listen=False).is_applied
         assert rig.loop.effects == [*(command.id for command in before), stop.id, after.id]
         assert rig.loop.error is None
         quiet = rig.calls()
@@ -258,7 +258,7 @@ def test_streams_that_begin_anew_under_an_earlier_clock_are_read(own_server, raw
     rig = Rig(own_server.url, run_name, None, raw)
     try:
         done = bus.Cull(seed=1)
-        assert rig.client.send(done, wait_seconds=10).is_done
+        assert rig.client.send(done, wait_seconds=10).is_applied
         for topic in COMMAND_STREAMS:
             # As by a server whose clock was set back, or another one that took over.
             raw.delete(rig.key(topic))
@@ -268,7 +268,7 @@ def test_streams_that_begin_anew_under_an_earlier_clock_are_read(own_server, raw
             raw.execute_command("XADD", rig.key(topic), "1-1", "other", "fields")
             until(lambda: len(rig.client.dead_letters()) >= 1)
         stop = bus.Stop()
-        assert rig.client.send(stop, wait_seconds=20).is_done
+        assert rig.client.send(stop, wait_seconds=20).is_applied
         assert rig.loop.effects == [done.id, stop.id]
         until(lambda: len(rig.client.dead_letters()) == 2)
     finally:
@@ -279,15 +279,15 @@ def test_a_failover_to_a_server_that_lags_behind_loses_no_command(own_server, ra
     rig = Rig(own_server.url, run_name, None, raw)
     try:
         first, second = bus.Cull(seed=1), bus.Cull(seed=2)
-        assert rig.client.send(first, wait_seconds=10).is_done
+        assert rig.client.send(first, wait_seconds=10).is_applied
         copy = {key: raw.dump(key) for key in raw.keys("*")}
-        assert rig.client.send(second, wait_seconds=10).is_done
+        assert rig.client.send(second, wait_seconds=10).is_applied
         raw.flushall()
         for key, value in copy.items():
             raw.restore(key, 5_000 if key.endswith(b":lease") else 0, value, replace=True)
         stop = bus.Stop()
         began = time.monotonic()
-        assert rig.client.send(stop, wait_seconds=20).is_done
+        assert rig.client.send(stop, wait_seconds=20).is_applied
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
         assert rig.loop.effects == [first.id, second.id, stop.id]
     finally:
@@ -302,7 +302,7 @@ def test_a_lease_removed_again_and_again_costs_the_server_little(own_server, raw
             streams_deleted(rig)
             time.sleep(0.002)
         assert rig.calls() - before < 10_000  # 1,000 are the test's own
-        assert rig.client.send(bus.Stop(), wait_seconds=20).is_done
+        assert rig.client.send(bus.Stop(), wait_seconds=20).is_applied
         assert len(rig.alerts()) <= 6
     finally:
         rig.close()
@@ -354,17 +354,17 @@ def test_garbage_in_the_runs_keys_ends_nothing(own_server, raw, run_name, what):
         fault.func(rig, fault.keywords["name"], *fault.keywords["command"])
         began = time.monotonic()
         stop = bus.Stop()
-        assert rig.client.send(stop, wait_seconds=20, must_listen=False).is_done
+        assert rig.client.send(stop, wait_seconds=20, must_listen=False).is_applied
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
         time.sleep(0.5)  # several renewals
-        assert rig.client.send(bus.Cull(seed=2), wait_seconds=20).is_done
+        assert rig.client.send(bus.Cull(seed=2), wait_seconds=20).is_applied
         assert len(rig.loop.effects) == 3
         assert rig.loop.error is None
         assert not rig.loop.worker.is_fenced
         rig.loop.close()
         # The next one finds its way too.
         rig.loop = Loop(rig.transport)
-        assert rig.client.send(bus.Cull(seed=3), wait_seconds=20).is_done
+        assert rig.client.send(bus.Cull(seed=3), wait_seconds=20).is_applied
         assert len(rig.loop.effects) == 1
     finally:
         rig.close()

@@ -119,8 +119,8 @@ def exhaust(rig, topic):
 @pytest.mark.parametrize("remove", ["delete", "rename"])
 @pytest.mark.parametrize("topic", [Topic.URGENT, Topic.COMMANDS])
 def test_a_command_stream_that_takes_no_more_is_told_to_both_sides(rig, topic, remove):
-    assert rig.client.send(bus.Cull(seed=1), wait_seconds=20).is_done
-    assert rig.client.send(bus.Stop(), wait_seconds=20).is_done
+    assert rig.client.send(bus.Cull(seed=1), wait_seconds=20).is_applied
+    assert rig.client.send(bus.Stop(), wait_seconds=20).is_applied
     exhaust(rig, topic)
     until(lambda: "bus_stream_exhausted" in rig.alerts())
     command = bus.Stop() if topic is Topic.URGENT else bus.Cull(seed=2)
@@ -133,13 +133,13 @@ def test_a_command_stream_that_takes_no_more_is_told_to_both_sides(rig, topic, r
         rig.raw.delete(rig.key(topic))
     else:
         rig.raw.rename(rig.key(topic), rig.key("old"))
-    assert rig.client.send(command, wait_seconds=20).is_done
+    assert rig.client.send(command, wait_seconds=20).is_applied
     assert len(rig.loop.effects) == 3
     assert rig.loop.error is None
 
 
 def test_an_outcome_stream_that_takes_no_more_is_told(rig):
-    assert rig.client.send(bus.Cull(seed=1), wait_seconds=20).is_done
+    assert rig.client.send(bus.Cull(seed=1), wait_seconds=20).is_applied
     exhaust(rig, Topic.OUTCOMES)
     stop = bus.Stop()
     rig.client.send(stop, wait_seconds=None)
@@ -152,5 +152,5 @@ def test_an_outcome_stream_that_takes_no_more_is_told(rig):
     ]
     assert f"{rig.key(Topic.OUTCOMES)} can take no more entries" in words[0]
     rig.raw.delete(rig.key(Topic.OUTCOMES))
-    assert rig.client.send(stop, wait_seconds=20).is_done
+    assert rig.client.send(stop, wait_seconds=20).is_applied
     assert rig.loop.effects.count(stop.id) == 1

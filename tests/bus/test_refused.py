@@ -64,7 +64,7 @@ def test_a_bus_that_refuses_the_run_ends_nothing(own_server, raw, run_name, chan
     raw.ping()
     rig = Rig(own_server.url, run_name, None, raw, lease_seconds=0.9)
     try:
-        assert rig.client.send(bus.Cull(seed=1), wait_seconds=10).is_done
+        assert rig.client.send(bus.Cull(seed=1), wait_seconds=10).is_applied
         allow = change(raw)
         for client in raw.client_list():
             if client["id"] != str(raw.client_id()):
@@ -80,7 +80,7 @@ def test_a_bus_that_refuses_the_run_ends_nothing(own_server, raw, run_name, chan
         allow()
         stop = bus.Stop()
         began = time.monotonic()
-        assert rig.client.send(stop, wait_seconds=10, must_listen=False).is_done
+        assert rig.client.send(stop, wait_seconds=10, must_listen=False).is_applied
         assert time.monotonic() - began < 4  # two seconds on a quiet machine
         assert rig.loop.effects[-1] == stop.id
         until(lambda: "bus_refuses" in rig.alerts())

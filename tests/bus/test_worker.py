@@ -106,7 +106,7 @@ def test_a_command_takes_effect_and_its_sender_hears_of_it(loop, connect):
     running, client = loop(), connect()
     command = bus.Cull(site="hidden", seed=3)
     outcome = client.send(command, wait_seconds=10)
-    assert outcome.is_done
+    assert outcome.is_applied
     assert outcome.command_id == command.id
     assert running.effects == [command.id]
 
@@ -137,7 +137,7 @@ def test_a_command_sent_again_before_it_is_applied_is_carried_out_once(loop, con
     worker.flush()
     until(lambda: not worker.take(1, 4) and worker.num_waiting == 0)
     running._thread.start()
-    assert client.send(command, wait_seconds=10).is_done
+    assert client.send(command, wait_seconds=10).is_applied
     assert running.effects == []
 
 
@@ -234,7 +234,7 @@ def test_forged_unsigned_and_foreign_messages_never_take_effect(loop, connect, m
     for keys in (bus.NO_KEYS, wrong, strange):
         connect(keys).send(bus.Cull(seed=1), wait_seconds=None)
     command = bus.Cull(seed=2)
-    assert good.send(command, wait_seconds=10).is_done
+    assert good.send(command, wait_seconds=10).is_applied
     until(lambda: len(good.dead_letters()) == 3)
     assert {letter.reason for _, letter in good.dead_letters()} == {"forged"}
     assert running.effects == [command.id]
@@ -245,7 +245,7 @@ def test_keys_rotate_without_a_gap(loop, connect):
     both = {"k1": b"0" * 32, "k2": b"2" * 32}
     running = loop(keys=bus.Keyring(active="k2", keys=both))
     old, new = connect(SECRET), connect(bus.Keyring(active="k2", keys=both))
-    assert new.send(bus.Cull(seed=1), wait_seconds=10).is_done
+    assert new.send(bus.Cull(seed=1), wait_seconds=10).is_applied
     # An old sender is obeyed; it cannot verify an answer signed with a key it does not hold.
     old.send(bus.Cull(seed=1), wait_seconds=None)
     until(lambda: len(running.effects) == 2)

@@ -211,8 +211,8 @@ def test_grow_is_steered_and_stopped_from_another_process(server, tmp_path):
             assert time.monotonic() < end
             time.sleep(0.1)
         born = client.send(bus.Germinate(seed=0, blueprint="bottleneck"), wait_seconds=200)
-        assert born.is_done
-        assert client.send(bus.Stop(reason="e2e", sender="t"), wait_seconds=60).is_done
+        assert born.is_applied
+        assert client.send(bus.Stop(reason="e2e", sender="t"), wait_seconds=60).is_applied
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "by t: e2e" in errors

@@ -134,7 +134,7 @@ def until(condition, seconds=60):
 def test_commands_take_force_in_a_jitted_loop_and_are_answered(url, name):
     with running(url, name) as (run, client):
         born = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
-        assert born.is_done
+        assert born.is_applied
         (seed,) = born.seeds
         assert (seed.before, seed.after) == ("DORMANT", "GERMINATED")
         again = client.send(bus.Germinate(site=SITE.name, seed=0, blueprint="scale"))
@@ -161,7 +161,7 @@ def test_a_batch_is_whole_or_nothing(url, name):
         assert [seed.code for seed in outcome.seeds] == ["BATCH_REFUSED", "ILLEGAL_TRANSITION"]
         assert outcome.seeds[0].after == "DORMANT"
         good = bus.Batch(commands=tuple(bus.Germinate(seed=i, blueprint="scale") for i in range(2)))
-        assert client.send(good).is_done
+        assert client.send(good).is_applied
         large = bus.Batch(commands=tuple(bus.Cull(seed=i) for i in range(5)))
         assert "takes 4 a step" in client.send(large).text
 
@@ -223,7 +223,7 @@ def test_a_paused_run_ends_at_once_when_it_is_stopped(url, name):
         client.send(bus.Pause())
         count = len(run.steps)
         stop = client.send(bus.Stop(reason="enough", sender="me"))
-        assert stop.is_done
+        assert stop.is_applied
         run.thread.join(30)
         assert len(run.steps) == count
         assert run.fitted.num_steps == count
@@ -262,14 +262,14 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
     with checkpoint.Writer(tmp_path) as writer:
         with running(url, name, **options(writer)) as (run, client):
             early = bus.Germinate(seed=0, blueprint="scale")
-            assert client.send(early).is_done
-            assert client.send(bus.Checkpoint()).is_done
+            assert client.send(early).is_applied
+            assert client.send(bus.Checkpoint()).is_applied
             messages = client.watch([bus.Topic.EVENTS], seconds=20, from_beginning=True)
             saved = next(m for m in messages if isinstance(m, bus.CheckpointEvent))
             assert saved.what == "saved"
             assert saved.step in checkpoint.steps(tmp_path)
             late = bus.Germinate(seed=1, blueprint="scale")
-            assert client.send(late).is_done
+            assert client.send(late).is_applied
             # As after SIGKILL: what came after the checkpoint is not saved.
             run.steering.should_save = lambda: False
             writer.save = lambda *_, **__: None
@@ -277,8 +277,8 @@ def test_a_checkpoint_holds_the_position_and_later_commands_come_again(
     with checkpoint.Writer(tmp_path) as writer:
         with running(url, name, **options(writer)) as (run, client):
             outcome = client.send(late)
-            assert outcome.is_done
-            assert client.send(early).is_done
+            assert outcome.is_applied
+            assert client.send(early).is_applied
         events = [e for e in run.fitted.events if e["to"] == "GERMINATED"]
         assert [e["seed"] for e in events] == [0, 1]
         assert run.fitted.resumed_from is not None

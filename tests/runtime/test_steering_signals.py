@@ -51,7 +51,7 @@ def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, reques
     def operator():
         with bus.connect(url, run=name, keys=bus.NO_KEYS) as client:
             until(lambda: len(steps) > 2)
-            assert client.send(bus.Pause()).is_done
+            assert client.send(bus.Pause()).is_applied
             time.sleep(0.2)
             times["steps"] = len(steps)
             if fault is not None:
@@ -111,7 +111,7 @@ def test_a_run_paused_before_its_first_step_ends_without_it(first_steps, tmp_pat
 
         def should_stop():
             outcomes = client.watch([bus.Topic.OUTCOMES], seconds=0.05, from_beginning=True)
-            return any(outcome.is_done for outcome in outcomes)
+            return any(outcome.is_applied for outcome in outcomes)
 
         fitted = run(6, should_stop)
     assert fitted.num_steps == len(fitted.losses) == first_steps
@@ -147,5 +147,5 @@ def test_a_restored_run_keeps_its_identity_and_takes_what_was_sent_meanwhile(tmp
         assert first.identity
         assert second.identity == first.identity
         assert counts == {}
-        assert second.outcome(early.id).is_done
-        assert second.outcome(meanwhile.id).is_done
+        assert second.outcome(early.id).is_applied
+        assert second.outcome(meanwhile.id).is_applied
