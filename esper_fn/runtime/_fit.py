@@ -95,6 +95,12 @@ def fit(
     return run.loop(state).run()
 
 
+@jax.jit
+def _copied(tree: Any) -> Any:
+    """A copy of all leaves, as one program."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def _first_state(
     growth: Growth,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -107,13 +113,13 @@ def _first_state(
     start = growth.init(key) if start is None else start
     if isinstance(start, TrainState):
         start = unpack(start)
-    start = jax.tree.map(jnp.copy, strengthen(start))
+    start = _copied(strengthen(start))
     if isinstance(start, TrainState):
         return start
     check_leaves("params", params)
     return init(
         optimizer,
-        jax.tree.map(jnp.copy, strengthen(params)),
+        _copied(strengthen(params)),
         start,
         snapshot_every=options.snapshot_every,
         num_snapshots=options.num_snapshots,
@@ -258,9 +264,9 @@ def fit_host(
     batches = checked_batches(batches)
     run = program or compile_fit_host(loss_fn, optimizer)
     check_leaves("params", params)
-    params = jax.tree.map(jnp.copy, strengthen(params))
+    params = _copied(strengthen(params))
     # Copied, as some transformations keep the parameters themselves, and a segment donates both.
-    state = (params, jax.tree.map(jnp.copy, strengthen(optimizer.init(partition(params)[0]))))
+    state = (params, _copied(strengthen(optimizer.init(partition(params)[0]))))
 
     def advance(state: Any, first: int, record: dict[str, Any]) -> Advanced:
         del record
