@@ -49,17 +49,12 @@ class MemoryTransport:
 
     def __init__(self, run: str, broker: Broker | None = None) -> None:
         self._broker = broker or SHARED
-        self._name = run
+        self.run = run
         self._is_closed = False
-
-    @property
-    def run(self) -> str:
-        """See `Transport`."""
-        return self._name
 
     def stream(self, topic: Topic) -> str:
         """See `Transport`."""
-        return f"esper:{{{self._name}}}:{topic.value}"
+        return f"esper:{{{self.run}}}:{topic.value}"
 
     async def open(self) -> int:
         """See `Transport`."""
@@ -315,23 +310,23 @@ class MemoryTransport:
     def _run(self) -> Run:
         if self._is_closed:
             raise BusUnavailableError("this connection to the bus is closed; open another one")
-        return self._broker.run(self._name)
+        return self._broker.run(self.run)
 
     def _check(self, lease: Lease) -> Run:
         run = self._run()
         if (run.owner, run.epoch) == lease:
             return run
         if run.epoch <= lease.epoch or run.owner == lease.holder:
-            raise FencedError(f"the lease of run {self._name!r} (epoch {lease.epoch}) was removed")
+            raise FencedError(f"the lease of run {self.run!r} (epoch {lease.epoch}) was removed")
         raise FencedError(
-            f"run {self._name!r} is driven by {run.owner} now (epoch {run.epoch}); this process "
+            f"run {self.run!r} is driven by {run.owner} now (epoch {run.epoch}); this process "
             f"held epoch {lease.epoch} and must not go on",
             run.epoch,
         )
 
     def _group(self, stream: Stream, group: str) -> Group:
         if group.startswith(RUN_GROUP) and group not in stream.groups:
-            raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
+            raise FencedError(f"the lease on run {self.run!r} of group {group} is over")
         return stream.groups.setdefault(group, Group())
 
     def _add(self, run: Run, topic: Topic, entries: Sequence[Entry]) -> None:

@@ -14,7 +14,7 @@ from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, check_s
 from esper_fn.bus._inflight import Ack
 from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
 from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import Clock, Retry, ServerTime
+from esper_fn.bus._timing import Retry, ServerTime
 from esper_fn.bus._transport import Entry, OtherRunError, Settlement, Transport
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
@@ -48,7 +48,6 @@ class Publisher:
       server_time: the server's clock, for headers.
       max_queued: most messages that wait while the server is slow or away; the oldest are dropped
         and counted.
-      clock: seconds on a clock that never goes back.
     """
 
     def __init__(
@@ -59,16 +58,14 @@ class Publisher:
         keys: Keyring = NO_KEYS,
         server_time: ServerTime | None = None,
         max_queued: int = 10_000,
-        clock: Clock = time.monotonic,
     ) -> None:
         self._transport = transport
         self._topic = topic
         self._stream = transport.stream(topic)
         self._keys = keys
-        self._time = server_time or ServerTime(clock)
+        self._time = server_time or ServerTime()
         self._max_queued = max_queued
         self._retry = Retry()
-        self._clock = clock
         self._queue: deque[_Queued] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -88,7 +85,7 @@ class Publisher:
 
     def offer(self, messages: Iterable[Message]) -> None:
         """Queues messages without waiting; the oldest are dropped if there are too many."""
-        now = self._clock()
+        now = time.monotonic()
         self._queue.extend(_Queued(message, now) for message in messages)
         while len(self._queue) > self._max_queued:
             self._queue.popleft()
@@ -117,13 +114,13 @@ class Publisher:
                 "wait for their outcomes first"
             )
         accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Queued(message, self._clock(), trace, accepted))
+        self._queue.append(_Queued(message, time.monotonic(), trace, accepted))
         self._start()
         return accepted
 
     async def republish(self, message: Message, sequence: int) -> None:
         """Publishes a message that the server has lost, with its old number, until it succeeds."""
-        item, failures = _Queued(message, self._clock()), 0
+        item, failures = _Queued(message, time.monotonic()), 0
         while not await self._publish(sequence, [self._pack([item], sequence)], failures):
             failures += 1
 
@@ -236,7 +233,7 @@ class Publisher:
             producer=self.producer,
             sequence=sequence,
             issued_at_ms=self._time.now_ms(),
-            queued_ms=int((self._clock() - first.since) * 1000),
+            queued_ms=int((time.monotonic() - first.since) * 1000),
             trace=first.trace,
             identity=self._identity or "",
         )

@@ -71,17 +71,12 @@ class RedisTransport:
 
     def __init__(self, address: Address, run: str, *, has_key: bool) -> None:
         self._address = address
-        self._name = run
+        self.run = run
         self._has_key = has_key
         self._keys = Keyspace(address, run)
         self._portions = Portions(self._keys.portion, self.stream)
         self._last_read: dict[tuple[str, Topic], str] = {}
         """The last entry that has arrived, by reader of a group and topic."""
-
-    @property
-    def run(self) -> str:
-        """See `Transport`."""
-        return self._name
 
     @property
     def is_down(self) -> bool:
@@ -351,7 +346,7 @@ class RedisTransport:
 
     async def _make_groups(self, streams: Sequence[str], group: str) -> None:
         if group.startswith(RUN_GROUP):
-            raise FencedError(f"the lease on run {self._name!r} of group {group} is over")
+            raise FencedError(f"the lease on run {self.run!r} of group {group} is over")
         for stream in streams:
             try:
                 await self._keys.call("XGROUP", "CREATE", stream, group, BEGINNING, "MKSTREAM")
@@ -364,9 +359,9 @@ class RedisTransport:
             return
         epoch, holder = int(answer[1]), answer[2].decode(errors="replace")
         if epoch <= lease.epoch or holder == lease.holder:
-            raise FencedError(f"the lease of run {self._name!r} (epoch {lease.epoch}) was removed")
+            raise FencedError(f"the lease of run {self.run!r} (epoch {lease.epoch}) was removed")
         raise FencedError(
-            f"run {self._name!r} is driven by {holder} now (epoch {epoch}); this process held "
+            f"run {self.run!r} is driven by {holder} now (epoch {epoch}); this process held "
             f"epoch {lease.epoch} and must not go on",
             epoch,
         )

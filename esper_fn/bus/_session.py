@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from secrets import token_hex
@@ -18,7 +17,7 @@ from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message, Topi
 from esper_fn.bus._outbox import Publisher, Settlements
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import Clock, RateLimiter, Retry, ServerTime
+from esper_fn.bus._timing import RateLimiter, Retry, ServerTime
 from esper_fn.bus._transport import (
     OUTAGES,
     READ_BYTES,
@@ -51,7 +50,6 @@ class WorkerOptions:
       gap_seconds: how long to wait for a missing number of a producer.
       gather_seconds: how long telemetry and events gather before they are published together, as
         each publication takes processor time from training.
-      clock: seconds on a clock that never goes back.
     """
 
     keys: Keyring = NO_KEYS
@@ -61,7 +59,6 @@ class WorkerOptions:
     max_events: int = 20_000
     gap_seconds: float = 1.0
     gather_seconds: float = 0.2
-    clock: Clock = time.monotonic
 
     @property
     def outbox_limits(self) -> Mapping[Topic, int]:
@@ -108,7 +105,7 @@ class Session:
         self._progress = progress
         self._on_attach = on_attach
         self._on_fenced = on_fenced
-        self.time = ServerTime(options.clock)
+        self.time = ServerTime()
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
         self.lease = Lease("", 0)
         self.last_read: dict[Topic, str] = {}
@@ -124,19 +121,14 @@ class Session:
         self._retry = Retry()
         self._complaints: set[str] = set()
         """Complaints since the last renewal."""
-        self._alerts = RateLimiter(per_second=0.1, burst=5, clock=options.clock)
+        self._alerts = RateLimiter(per_second=0.1, burst=5)
         self.settlements = Settlements(
             self.holder, transport.stream, keys=options.keys, server_time=self.time
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._publishers = {
             topic: Publisher(
-                transport,
-                topic,
-                keys=options.keys,
-                server_time=self.time,
-                max_queued=limit,
-                clock=options.clock,
+                transport, topic, keys=options.keys, server_time=self.time, max_queued=limit
             )
             for topic, limit in options.outbox_limits.items()
         }

@@ -137,10 +137,8 @@ class Transport(Protocol):
     whether the call had an effect; repeat it.
     """
 
-    @property
-    def run(self) -> str:
-        """Name of the run."""
-        ...
+    run: str
+    """Name of the run."""
 
     def stream(self, topic: Topic) -> str:
         """Name of a topic's stream; signatures cover it."""

@@ -256,7 +256,6 @@ class Worker:
                 session.transport.stream,
                 keys=options.keys,
                 server_time=session.time,
-                clock=options.clock,
                 gap_seconds=options.gap_seconds,
             )
             await session.attach(is_first=True, uses_position=self._is_restored)

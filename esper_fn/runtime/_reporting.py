@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,20 +30,16 @@ class Reporter:
 
     Args:
       frames_per_second: most frames (the state of all seeds) in a second.
-      clock: seconds on a clock that never goes back.
     """
 
-    def __init__(
-        self, *, frames_per_second: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._clock = clock
-        self._limiter = RateLimiter(per_second=frames_per_second, burst=1, clock=clock)
+    def __init__(self, *, frames_per_second: float) -> None:
+        self._limiter = RateLimiter(per_second=frames_per_second, burst=1)
         self._reported_at: float | None = None
         self._num_rollbacks = 0
 
     def report(self, segment: Segment) -> SegmentReport:
         """Selects what to report of a segment; call it in the order of segments."""
-        now = self._clock()
+        now = time.monotonic()
         seconds, self._reported_at = now - (self._reported_at or now), now
         return SegmentReport(
             step=segment.first_step + segment.num_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -52,7 +51,6 @@ class Steering:
       make_worker: makes the worker, for a restored position or for None.
       max_commands: most commands in a segment; `fit` packs as many.
       frames_per_second: most reports of the state of all seeds in a second.
-      clock: seconds on a clock that never goes back.
     """
 
     def __init__(
@@ -62,12 +60,11 @@ class Steering:
         *,
         max_commands: int = 16,
         frames_per_second: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._growth = growth
         self._grafts = [graft.name for graft in growth.grafts]
         self._make_worker = make_worker
-        self._reporter = Reporter(frames_per_second=frames_per_second, clock=clock)
+        self._reporter = Reporter(frames_per_second=frames_per_second)
         self.max_commands = max_commands
         self._next: list[_Translation] | None = None
         """Commands for the next segment; None if the inbox was not looked at."""
