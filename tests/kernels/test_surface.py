@@ -89,7 +89,7 @@ def test_headline_tiles_are_the_measured_ones():
     ]
     assert shapes == [
         (64, 4, 4, 4, True),
-        (64, 4, 4, 3, True),
+        (64, 4, 4, 4, True),
         (64, 4, 4, 5, True),
         (128, 2, 8, 3, True),
     ]
