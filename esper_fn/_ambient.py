@@ -30,7 +30,7 @@ class Discovery:
         if known != site:
             raise LayoutError(
                 f"site {site.name!r} is declared twice, as {known} and as {site}; "
-                "give the two places different names"
+                "give the two sites different names"
             )
 
 
@@ -41,20 +41,23 @@ _SEEDS: ContextVar[AnySeeds | None] = ContextVar("esper_fn_seeds", default=None)
 
 @contextmanager
 def use_seeds(seeds: AnySeeds) -> Iterator[None]:
-    """Inside the block, `linen.Grow` and `nnx.Grow` modules use `seeds`.
+    """Inside the block, `Grow` modules of `esper_fn.flax` use `seeds`.
 
-    Put it around the model's call in the loss function; it holds no longer than the block, and in
-    this thread only. What is compiled inside (`jax.jit`, `nnx.jit`, a scan, each operation outside
+    Put the block around the model's call in the loss function. The seeds are in scope until its
+    end, in this thread only. What is compiled inside (`jax.jit`, `nnx.jit`, a scan, each operation outside
     of any of them) is compiled for these seeds alone. In the loss function of a compiled step that
     costs nothing. An evaluation would compile all anew for each `growth.seeds(state)`: to compile
     it once, compile a function that takes the seeds as an argument and enters the block itself.
 
+    Args:
+      seeds: those the loss function is given, `growth.seeds(state)`, or `ef.NoSeeds()`.
+
     Raises:
-      LayoutError: `seeds` are none.
+      LayoutError: `seeds` are of another type.
     """
     if not isinstance(seeds, AnySeeds):
         raise LayoutError(
-            f"using: seeds must be `Seeds` or `NoSeeds`, got {described(seeds)}; "
+            f"use_seeds: seeds must be `Seeds` or `NoSeeds`, got {described(seeds)}; "
             "take those the loss function is given, or `growth.seeds(state)`"
         )
     token = _SEEDS.set(seeds)
@@ -66,7 +69,7 @@ def use_seeds(seeds: AnySeeds) -> Iterator[None]:
 
 
 def discover_sites(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-    """The sites that `linen.Grow` and `nnx.Grow` modules declare, in the order of their calls.
+    """The sites that `Grow` modules of `esper_fn.flax` declare, in the order of their calls.
 
     Args:
       run: calls the model once, e.g. `lambda x: model(x)`; nothing is computed. An NNX model that
@@ -75,14 +78,17 @@ def discover_sites(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
       *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
       **kwargs: its keyword arguments.
 
+    Returns:
+      The sites, for `Growth(sites=...)`.
+
     Raises:
       LayoutError: no site, two different ones of the same name, or a model that changes its own
         state.
     """
-    found = Discovery()
+    discovery = Discovery()
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with use_seeds(found):
+        with use_seeds(discovery):
             return run(*args, **kwargs)
 
     try:
@@ -92,18 +98,16 @@ def discover_sites(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
         if type(error).__name__ != "TraceContextError":
             raise
         raise LayoutError(
-            "discover: the model changes its own state when it is called, as dropout and running "
+            "discover_sites: the model changes its own state when it is called, as dropout and running "
             "statistics do in training mode; call `model.eval()` first, or give the model a copy "
             "of its state inside `run` (`nnx.merge(*nnx.split(model))`)"
         ) from error
-    if not found.sites:
-        raise LayoutError(
-            "the model has no site; put `linen.Grow(...)` or `nnx.Grow(...)` after a layer"
-        )
-    return tuple(found.sites.values())
+    if not discovery.sites:
+        raise LayoutError("the model has no site; put a `Grow` of `esper_fn.flax` after a layer")
+    return tuple(discovery.sites.values())
 
 
-def grow_here(
+def grow_ambient(
     site: str,
     x: Array,
     source: Array | None,
@@ -112,18 +116,19 @@ def grow_here(
     topology: Topology,
 ) -> Array:
     """What a `Grow` module does, whichever library it belongs to."""
-    found = _SEEDS.get() if seeds is None else seeds
-    if found is None:
+    if seeds is None:
+        seeds = _SEEDS.get()
+    if seeds is None:
         raise LayoutError(
             f"site {site!r}: no seeds in scope; put `with ef.use_seeds(seeds):` around the model's "
             "call in the loss function, or pass seeds= (`ef.NoSeeds()` for the plain host)"
         )
-    if isinstance(found, Discovery):
+    if isinstance(seeds, Discovery):
         if not hasattr(x, "shape"):
             raise LayoutError(f"site {site!r}: x must be an array, got {described(x)}")
-        found.declare(_declared(site, x, source, chunks, topology))
+        seeds.declare(_declared(site, x, source, chunks, topology))
         return x
-    return found.grow(site, x, source=source)
+    return seeds.grow(site, x, source=source)
 
 
 def _declared(name: str, x: Array, source: Array | None, chunks: int, topology: Topology) -> Site:

@@ -102,7 +102,7 @@ print(f"after 400 steps: {jnp.mean(predicted == test_y):.1%} of the test digits 
 #
 # ## 2. The same loop, growing
 #
-# **Where.** One `ef.nnx.Grow` line marks a **site**. A site splits its features into chunks, and
+# **Where.** One `ef.flax.nnx.Grow` line marks a **site**. A site splits its features into chunks, and
 # each chunk gets a **seed**, where something may grow. With `source=`, what grows reads one
 # activation and writes into a later one; around the narrow layer this gives the layer more units.
 # We mark three sites and do not say which one is the mistake.
@@ -112,9 +112,9 @@ print(f"after 400 steps: {jnp.mean(predicted == test_y):.1%} of the test digits 
 class GrowingClassifier(Classifier):
     def __init__(self, rngs):
         super().__init__(rngs)
-        self.grow_hidden = ef.nnx.Grow("hidden", chunks=4)
-        self.grow_middle = ef.nnx.Grow("middle", chunks=2)
-        self.grow_late = ef.nnx.Grow("late", chunks=4)
+        self.grow_hidden = ef.flax.nnx.Grow("hidden", chunks=4)
+        self.grow_middle = ef.flax.nnx.Grow("middle", chunks=2)
+        self.grow_late = ef.flax.nnx.Grow("late", chunks=4)
 
     def __call__(self, x):
         hidden = self.grow_hidden(nnx.gelu(self.first(x)))

@@ -104,7 +104,7 @@ def closed_over() -> Any:
 class Dropping(nnx.Module):
     def __init__(self) -> None:
         self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
-        self.grow = ef.nnx.Grow("a")
+        self.grow = ef.flax.nnx.Grow("a")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.grow(self.drop(x))
@@ -115,7 +115,7 @@ class Normalised(nnx.Module):
         self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ef.nnx.Grow("a")(self.norm(x))
+        return ef.flax.nnx.Grow("a")(self.norm(x))
 
 
 class Conv(nn.Module):
@@ -123,7 +123,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ef.linen.Grow("a", topology=self.topology)(x)
+        return ef.flax.linen.Grow("a", topology=self.topology)(x)
 
 
 def blueprint(**parts: Any) -> Any:
@@ -384,7 +384,7 @@ BAD_PARTS: dict[str, tuple[Builder, str]] = {
         r"topology='image' needs an activation of at least 3 axes, got \(4, 6\)",
     ),
     "no activation": (
-        lambda: ef.discover_sites(lambda x: ef.nnx.Grow("a")((x, x)), X),  # type: ignore[arg-type]
+        lambda: ef.discover_sites(lambda x: ef.flax.nnx.Grow("a")((x, x)), X),  # type: ignore[arg-type]
         "site 'a': x must be an array, got a tuple",
     ),
     "dropout": (

@@ -21,8 +21,8 @@ class LinenModel(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         read = x
-        x = ef.linen.Grow("hidden", chunks=4)(nn.relu(nn.Dense(32)(x)))
-        return ef.linen.Grow("wide")(nn.Dense(10)(x), source=read)
+        x = ef.flax.linen.Grow("hidden", chunks=4)(nn.relu(nn.Dense(32)(x)))
+        return ef.flax.linen.Grow("wide")(nn.Dense(10)(x), source=read)
 
 
 def linen_model() -> tuple[Any, Any]:
@@ -36,9 +36,9 @@ def nnx_model() -> tuple[Any, Any]:
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.first = nnx.Linear(16, 32, rngs=rngs)
-            self.hidden = ef.nnx.Grow("hidden", chunks=4)
+            self.hidden = ef.flax.nnx.Grow("hidden", chunks=4)
             self.last = nnx.Linear(32, 10, rngs=rngs)
-            self.wide = ef.nnx.Grow("wide")
+            self.wide = ef.flax.nnx.Grow("wide")
 
         def __call__(self, x: jax.Array) -> jax.Array:
             y = self.last(self.hidden(nnx.relu(self.first(x))))
@@ -96,7 +96,7 @@ def test_the_scope_ends_with_its_block(model: tuple[Any, Any]) -> None:
 
 
 def test_seeds_may_be_passed_explicitly() -> None:
-    module = ef.nnx.Grow("hidden")
+    module = ef.flax.nnx.Grow("hidden")
     np.testing.assert_array_equal(module(X, seeds=ef.NoSeeds()), X)
 
 
@@ -105,7 +105,7 @@ def test_discovering_nothing_or_two_of_a_name_is_an_error() -> None:
         ef.discover_sites(lambda x: x, X)
 
     def doubled(x: jax.Array) -> jax.Array:
-        return ef.nnx.Grow("a", chunks=2)(ef.nnx.Grow("a", chunks=4)(x))
+        return ef.flax.nnx.Grow("a", chunks=2)(ef.flax.nnx.Grow("a", chunks=4)(x))
 
     with pytest.raises(LayoutError, match="'a' is declared twice"):
         ef.discover_sites(doubled, X)
@@ -113,5 +113,5 @@ def test_discovering_nothing_or_two_of_a_name_is_an_error() -> None:
 
 def test_positions_are_read_off_the_activation() -> None:
     image = jnp.zeros((2, 5, 7, 8))
-    (site,) = ef.discover_sites(ef.nnx.Grow("a", topology="image"), image)
+    (site,) = ef.discover_sites(ef.flax.nnx.Grow("a", topology="image"), image)
     assert (site.positions, site.features) == (35, 8)

@@ -32,12 +32,12 @@ GROWTH = ef.Growth(
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ef.linen.Grow("hidden")(jnp.tanh(x))
+        return ef.flax.linen.Grow("hidden")(jnp.tanh(x))
 
 
 class Nnx(nnx.Module):
     def __init__(self) -> None:
-        self.hidden = ef.nnx.Grow("hidden")
+        self.hidden = ef.flax.nnx.Grow("hidden")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.hidden(jnp.tanh(x))
