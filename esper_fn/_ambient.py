@@ -44,10 +44,11 @@ def use_seeds(seeds: AnySeeds) -> Iterator[None]:
     """Inside the block, `Grow` modules of `esper_fn.flax` use `seeds`.
 
     Put the block around the model's call in the loss function. The seeds are in scope until its
-    end, in this thread only. What is compiled inside (`jax.jit`, `nnx.jit`, a scan, each operation outside
-    of any of them) is compiled for these seeds alone. In the loss function of a compiled step that
-    costs nothing. An evaluation would compile all anew for each `growth.seeds(state)`: to compile
-    it once, compile a function that takes the seeds as an argument and enters the block itself.
+    end, in this thread only. What is compiled inside (`jax.jit`, `nnx.jit`, a scan, each operation
+    outside of any of them) is compiled for these seeds alone. In the loss function of a
+    compiled step that costs nothing. An evaluation would compile all anew for each
+    `growth.seeds(state)`: to compile it once, compile a function that takes the seeds as an
+    argument and enters the block itself.
 
     Args:
       seeds: those the loss function is given, `growth.seeds(state)`, or `ef.NoSeeds()`.
@@ -98,9 +99,9 @@ def discover_sites(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
         if type(error).__name__ != "TraceContextError":
             raise
         raise LayoutError(
-            "discover_sites: the model changes its own state when it is called, as dropout and running "
-            "statistics do in training mode; call `model.eval()` first, or give the model a copy "
-            "of its state inside `run` (`nnx.merge(*nnx.split(model))`)"
+            "discover_sites: the model changes its own state when it is called, as dropout and "
+            "running statistics do in training mode; call `model.eval()` first, or give the model "
+            "a copy of its state inside `run` (`nnx.merge(*nnx.split(model))`)"
         ) from error
     if not discovery.sites:
         raise LayoutError("the model has no site; put a `Grow` of `esper_fn.flax` after a layer")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from esper_fn._layout import Layout
 from esper_fn._sites import Moments
 from esper_fn._survey._directions import SiteDirections, store_directions
-from esper_fn._survey._potential import potentials
+from esper_fn._survey._potential import potentials_by_site
 from esper_fn._typing import Array, Bool, Float32, Int32, Scalar
 from esper_fn.lifecycle._loss import average
 from esper_fn.lifecycle._stages import Stage
@@ -62,9 +62,9 @@ def apply_survey(
       loss: on held-out data.
       ablations: the loss without some of the adapters.
     """
-    scores = [potentials(moment) for moment in moments]
-    raw = jnp.concatenate([score.raw.reshape(-1) for score in scores])
-    white = jnp.concatenate([score.whitened.reshape(-1) for score in scores])
+    scores = potentials_by_site(moments)
+    raw = jnp.concatenate([score.raw for score in scores])
+    white = jnp.concatenate([score.whitened for score in scores])
     is_reached = jnp.concatenate([moment.num_rows.reshape(-1) for moment in moments]) > 0
     is_measured = is_reached & jnp.isfinite(white) & jnp.isfinite(loss)
     seeds, contribution, is_known = _apply_ablations(seeds, loss, ablations)
