@@ -16,8 +16,8 @@ from benchmarks._records import BenchmarkError
 from benchmarks._timing import Row, exact, ratio, summarise, time_interleaved
 from benchmarks.lifecycle import lifecycle_rows, with_live
 from esper_fn import policies
-from esper_fn.base import Implementation
 from esper_fn.demo import data, jobs
+from esper_fn.types import Implementation
 
 WIDTH, DEPTH, ROWS = 4096, 48, 4096
 

@@ -19,6 +19,7 @@ from esper_fn import policies, runtime
 from esper_fn.demo import hosts
 from esper_fn.lifecycle import Stage
 from esper_fn.lifecycle._state import state_bytes_per_seed
+from esper_fn.types import Statistics
 
 Runner = Callable[[], object]
 
@@ -63,7 +64,7 @@ def lifecycle_rows(label: str, num_seeds: int, *, repeats: int) -> dict[str, Row
     drawn = jnp.asarray(source.random((2, num_seeds), np.float32) + 0.1)
     ones, zeros = jnp.ones((num_seeds,)), jnp.zeros((num_seeds,))
     statistics = [
-        ef.Statistics(
+        Statistics(
             num_values=8 * ones,
             total=row,
             square=row + 1,

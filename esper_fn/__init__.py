@@ -8,8 +8,11 @@
 ...     policy=ef.policies.plateau(patience=200),
 ... )
 
+The other public modules are imported by their names: `esper_fn.bus`, `esper_fn.export`,
+`esper_fn.monitoring`, `esper_fn.report`, `esper_fn.rollback` and `esper_fn.types`.
+
 Names are loaded when they are first used, so importing the package is quick and the parts that
-need no JAX (`report`, `errors`) do not load it.
+need no JAX (`bus`, `report`, `errors`) do not load it.
 """
 
 from __future__ import annotations
@@ -20,65 +23,46 @@ from esper_fn._version import __version__
 
 if TYPE_CHECKING:
     from esper_fn import (
-        base,
         blueprints,
-        bus,
         checkpoint,
         commands,
         errors,
-        export,
         flax,
         governors,
         grafting,
         lifecycle,
-        monitoring,
         optim,
         policies,
-        report,
-        rollback,
         runtime,
     )
     from esper_fn._ambient import discover_sites, use_seeds
     from esper_fn._growth import Growth, GrowthState, StepInfo, SurveyInfo
-    from esper_fn._layout import Layout
-    from esper_fn._sites import NoSeeds, Seeds, Site, Statistics, site
-    from esper_fn.lifecycle import Seed, SeedState, Stage
+    from esper_fn._sites import NoSeeds, site
+    from esper_fn.lifecycle import Stage
 
 _MODULES = (
-    "base",
     "blueprints",
-    "bus",
     "checkpoint",
     "commands",
     "errors",
-    "export",
     "flax",
     "governors",
     "grafting",
     "lifecycle",
-    "monitoring",
     "optim",
     "policies",
-    "report",
-    "rollback",
     "runtime",
 )
 _NAMES = {
-    "NoSeeds": "_sites",
     "Growth": "_growth",
     "GrowthState": "_growth",
-    "StepInfo": "_growth",
-    "Layout": "_layout",
-    "Statistics": "_sites",
-    "Seed": "lifecycle",
-    "SeedState": "lifecycle",
-    "Seeds": "_sites",
-    "Site": "_sites",
+    "NoSeeds": "_sites",
     "Stage": "lifecycle",
+    "StepInfo": "_growth",
     "SurveyInfo": "_growth",
     "discover_sites": "_ambient",
-    "use_seeds": "_ambient",
     "site": "_sites",
+    "use_seeds": "_ambient",
 }
 
 
@@ -101,34 +85,22 @@ def __dir__() -> list[str]:
 __all__ = [
     "Growth",
     "GrowthState",
-    "Layout",
     "NoSeeds",
-    "Seed",
-    "SeedState",
-    "Seeds",
-    "Site",
     "Stage",
-    "Statistics",
     "StepInfo",
     "SurveyInfo",
     "__version__",
-    "base",
     "blueprints",
-    "bus",
     "checkpoint",
     "commands",
     "discover_sites",
     "errors",
-    "export",
     "flax",
     "governors",
     "grafting",
     "lifecycle",
-    "monitoring",
     "optim",
     "policies",
-    "report",
-    "rollback",
     "runtime",
     "site",
     "use_seeds",

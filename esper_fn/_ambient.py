@@ -13,7 +13,7 @@ import jax
 from esper_fn._arguments import described
 from esper_fn._sites import Mark, NoSeeds, Seeds, Site, marked
 from esper_fn._typing import Array
-from esper_fn.base import Topology
+from esper_fn.blueprints._base import Topology
 from esper_fn.errors import LayoutError
 
 

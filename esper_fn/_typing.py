@@ -23,7 +23,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, PRNGKeyArray, UInt8
@@ -33,6 +33,9 @@ Params: TypeAlias = Any
 
 Adapters: TypeAlias = Mapping[str, Mapping[str, Params]]
 """site name -> blueprint name -> parameters stacked over the bank's slots, `[P, ...]`."""
+
+Implementation: TypeAlias = Literal["auto", "loops", "pallas", "reference"]
+"""What computes the adapters of a site; see `Growth`."""
 
 Key: TypeAlias = PRNGKeyArray
 DType: TypeAlias = Any
@@ -45,6 +48,7 @@ __all__ = [
     "DType",
     "Float",
     "Float32",
+    "Implementation",
     "Int8",
     "Int32",
     "Key",

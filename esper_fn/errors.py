@@ -208,3 +208,38 @@ class ForgedError(MessageError):
 
 class RunStoppedError(EsperError):
     """A run was ended by a command."""
+
+
+__all__ = [
+    "BusAddressError",
+    "BusError",
+    "BusSecurityError",
+    "BusUnavailableError",
+    "BusyError",
+    "CheckpointError",
+    "CommandError",
+    "CorruptCheckpointError",
+    "CorruptDataError",
+    "DataError",
+    "EsperError",
+    "FencedError",
+    "ForgedError",
+    "LayoutError",
+    "LeaseHeldError",
+    "MessageError",
+    "MissingDataError",
+    "NoCheckpointError",
+    "NoOutcomeError",
+    "NobodyListensError",
+    "NonFiniteLossError",
+    "OversizedError",
+    "ReplayedError",
+    "ResumeError",
+    "RunFolderError",
+    "RunStoppedError",
+    "UndecodableError",
+    "UnknownDatasetError",
+    "UnknownNameError",
+    "UnreadableCheckpointError",
+    "UnsupportedVersionError",
+]

@@ -220,3 +220,6 @@ def _with_newborns(growth: Growth, now: Snapshot, old: Snapshot) -> Adapters:
     """The old adapters, and the present one in each slot where one was born since."""
     is_newborn = split_by_bank(growth.layout, now.generation != old.generation)
     return map_banks(select_slots, is_newborn, now.adapters, old.adapters)
+
+
+__all__ = ["NUM_SNAPSHOTS", "Ring", "Snapshot", "init", "take_snapshot", "update"]

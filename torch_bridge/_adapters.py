@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from esper_fn.base import AdapterSpec, Blueprint, Topology
+from esper_fn.blueprints import AdapterSpec, Blueprint, Topology
 from esper_kernels.rule_torch import Leaves
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Layout
 from esper_kernels import Gains
 from torch_bridge import _survey, _unwrap
 from torch_bridge._arguments import check_step, check_survey
@@ -130,7 +131,7 @@ class Bridge:
         return self._lifecycle.state
 
     @property
-    def layout(self) -> ef.Layout:
+    def layout(self) -> Layout:
         """Sites, blueprints and capacity."""
         return self.growth.layout
 
@@ -144,7 +145,7 @@ class Bridge:
         """Adapters at work in the next step."""
         return int(np.any(self._lifecycle.gains() != 0, axis=1).sum())
 
-    def seed(self, index: int) -> ef.Seed:
+    def seed(self, index: int) -> ef.lifecycle.Seed:
         """One seed to read."""
         return self.growth.seed(self.state, index)
 

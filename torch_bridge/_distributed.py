@@ -8,10 +8,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-import esper_fn as ef
+from esper_fn.types import Statistics
 
-_SQUARES = [ef.Statistics._fields.index("gradient_square")]
-_LINEAR = [ef.Statistics._fields.index("utility")]
+_SQUARES = [Statistics._fields.index("gradient_square")]
+_LINEAR = [Statistics._fields.index("utility")]
 
 
 class Group:

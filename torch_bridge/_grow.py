@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 import esper_fn as ef
-from esper_fn.base import Blueprint, Topology
+from esper_fn.blueprints import Blueprint, Topology
+from esper_fn.types import Layout, Site
 from esper_kernels import Chunking
 from torch_bridge import _compiler, _load
 from torch_bridge._adapters import Form, form_of
@@ -193,7 +194,7 @@ def _assemble(
     )
 
 
-def _bank_slots(layout: ef.Layout) -> list[tuple[BankSlots, ...]]:
+def _bank_slots(layout: Layout) -> list[tuple[BankSlots, ...]]:
     """The banks of each site.
 
     Raises:
@@ -216,7 +217,7 @@ def _sites(
     matches: Sequence[Match],
     chunks: int | Mapping[str, int] | None,
     topology: Topology | Mapping[str, Topology] | None,
-) -> list[ef.Site]:
+) -> list[Site]:
     topologies = by_pattern(topology, matches, "topology", None)
     most = 16 if chunks is None else chunks
     counts = by_pattern(most, matches, "chunks", 1)
@@ -239,7 +240,7 @@ def _sites(
 
 def _seeds(
     match: Match,
-    site: ef.Site,
+    site: Site,
     empty: Empty,
     shared: Shared,
     bank_slots: tuple[BankSlots, ...],

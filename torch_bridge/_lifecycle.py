@@ -16,6 +16,7 @@ from torch import Tensor
 import esper_fn as ef
 from esper_fn.commands import Command
 from esper_fn.lifecycle import NONE
+from esper_fn.types import Statistics
 from torch_bridge import _saved
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
@@ -305,12 +306,12 @@ def _advance(
 ) -> tuple[ef.GrowthState, _Output]:
     """One step. `measured`: the statistics of all seeds, the loss, drifts and failures of slots."""
     num_seeds, num_slots = growth.layout.num_seeds, growth.layout.num_slots
-    end = num_seeds * len(ef.Statistics._fields)
+    end = num_seeds * len(Statistics._fields)
     statistics, (loss,), drift, broken = jnp.split(measured, [end, end + 1, end + 1 + num_slots])
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
     after, info, key = growth.advance(
         state,
-        ef.Statistics(*statistics.reshape(num_seeds, -1).T),
+        Statistics(*statistics.reshape(num_seeds, -1).T),
         loss,
         drift=jnp.zeros((num_seeds,), jnp.float32).at[where].set(drift, mode="drop"),
         has_broken=jnp.zeros((num_seeds,), bool).at[where].set(broken != 0, mode="drop"),

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import esper_fn as ef
+from esper_fn.types import Layout, Statistics
 from esper_kernels import NUM_STATISTICS
 from torch_bridge._distributed import Group
 from torch_bridge._optim import Watcher
 from torch_bridge._settle import Learning
 from torch_bridge._site import Seeds
 
-_GRADIENT_SQUARE = ef.Statistics._fields.index("gradient_square")
-_UTILITY = ef.Statistics._fields.index("utility")
+_GRADIENT_SQUARE = Statistics._fields.index("gradient_square")
+_UTILITY = Statistics._fields.index("utility")
 
 
 class Transfer:
@@ -96,7 +96,7 @@ def measure(
     )
 
 
-def read(measured: Measured, group: Group, layout: ef.Layout) -> Read:
+def read(measured: Measured, group: Group, layout: Layout) -> Read:
     """What arrived; adapters that broke get their old numbers back."""
     numbers = measured.numbers.finish()
     num_seeds, num_slots = layout.num_seeds, layout.num_slots

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esper_fn.base import Topology
+from esper_fn.blueprints import Topology
 from esper_kernels import NUM_GAINS, Chunking, Gains
 from torch_bridge._adapters import Form
 

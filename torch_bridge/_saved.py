@@ -11,6 +11,7 @@ import numpy as np
 
 import esper_fn as ef
 from esper_fn.lifecycle import NONE, NUM_STAGES
+from esper_fn.types import Layout
 from torch_bridge._errors import BridgeError
 
 _MAGIC = b"esper\x00\x02\n"
@@ -182,7 +183,7 @@ def _forms(leaves: Mapping[str, np.ndarray]) -> list[tuple[str, str, tuple[int, 
     return [(path, str(leaf.dtype), leaf.shape) for path, leaf in leaves.items()]
 
 
-def layout_of(saved: Saved, growth: ef.Growth) -> ef.Layout:
+def layout_of(saved: Saved, growth: ef.Growth) -> Layout:
     """The layout that was saved, made of this growth's sites and blueprints."""
     layout = growth.layout
     own = describe(growth, {})
@@ -205,7 +206,7 @@ def layout_of(saved: Saved, growth: ef.Growth) -> ef.Layout:
     )
 
 
-def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Layout) -> None:
+def _check(saved: Saved, own: Mapping[str, np.ndarray], before: Layout) -> None:
     """That every number is one which a growth can have."""
     limits = {
         ".owner": (before.num_slots, before.num_seeds),
@@ -233,7 +234,7 @@ def _check(saved: Saved, own: Mapping[str, np.ndarray], before: ef.Layout) -> No
             )
 
 
-def _slots(saved: Saved, before: ef.Layout, after: ef.Layout) -> tuple[np.ndarray, int, bool]:
+def _slots(saved: Saved, before: Layout, after: Layout) -> tuple[np.ndarray, int, bool]:
     """`slots`, `capacity` and `is_moved` of `Fitted`: adapters keep their slots if there are
     such.
     """
@@ -255,6 +256,6 @@ def _slots(saved: Saved, before: ef.Layout, after: ef.Layout) -> tuple[np.ndarra
     return sources, capacity, is_moved
 
 
-def twin_name(layout: ef.Layout, bank: LayoutBank) -> tuple[str, str]:
+def twin_name(layout: Layout, bank: LayoutBank) -> tuple[str, str]:
     """Site and blueprint of a bank."""
     return layout.sites[bank.site].name, layout.names[bank.blueprint]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import esper_fn as ef
+from esper_fn.types import Layout
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
 
@@ -30,7 +30,7 @@ class Site(Protocol):
     def first_seed(self) -> int:
         """The number of its first seed among all."""
 
-    def make_room(self, layout: ef.Layout) -> None:
+    def make_room(self, layout: Layout) -> None:
         """Gives the banks the slots that a larger layout has for them."""
 
     def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_fn import Layout
+from esper_fn.types import Layout
 from esper_kernels import NUM_STATISTICS
 from torch_bridge import _record
 from torch_bridge._errors import BridgeError

@@ -16,8 +16,7 @@ from esper_fn._growth._state import GrowthState, Parts
 from esper_fn._layout import Layout, init_adapters
 from esper_fn._sites import Visits
 from esper_fn._survey import has_directed
-from esper_fn._typing import Adapters, Array, Scalar
-from esper_fn.base import Implementation
+from esper_fn._typing import Adapters, Array, Implementation, Scalar
 from esper_fn.commands import Command
 from esper_fn.errors import LayoutError
 from esper_fn.grafting._select import ROUNDING

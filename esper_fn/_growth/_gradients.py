@@ -14,8 +14,7 @@ from esper_fn._growth._state import GrowthState, LossFn, Parts
 from esper_fn._layout import slot_gains, statistics_of, view, zero_taps
 from esper_fn._leaves import check_leaves, combine, partition
 from esper_fn._sites import Visits
-from esper_fn._typing import Adapters, Params
-from esper_fn.base import Implementation
+from esper_fn._typing import Adapters, Implementation, Params
 from esper_fn.optim import AdapterGradients
 
 

@@ -45,8 +45,19 @@ from esper_fn._survey import (
     no_directions,
     seeds_to_ablate,
 )
-from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params, Scalar
-from esper_fn.base import Blueprint, Implementation
+from esper_fn._typing import (
+    Adapters,
+    Array,
+    Bool,
+    DType,
+    Float32,
+    Implementation,
+    Int32,
+    Key,
+    Params,
+    Scalar,
+)
+from esper_fn.blueprints._base import Blueprint
 from esper_fn.commands import Command
 from esper_fn.commands._pack import pack
 from esper_fn.grafting._select import init_states

@@ -14,7 +14,7 @@ from esper_fn._control import vary_as_after
 from esper_fn._layout import Layout, alike_banks, map_banks, select_slots, split_by_bank
 from esper_fn._survey import Directions, SiteDirections
 from esper_fn._typing import Adapters, Array, Bool, DType, Float32, Int32, Key, Params
-from esper_fn.base import AdapterSpec, Blueprint
+from esper_fn.blueprints._base import AdapterSpec, Blueprint
 from esper_fn.lifecycle._state import NONE
 
 

@@ -15,8 +15,7 @@ from esper_fn._growth._state import GrowthState, LossFn, Parts
 from esper_fn._layout import slot_gains, view, zero_probes, zero_taps
 from esper_fn._leaves import check_leaves
 from esper_fn._survey import Ablations, SurveyInfo, apply_survey, losses_without, seeds_to_ablate
-from esper_fn._typing import Array, Params, Scalar
-from esper_fn.base import Implementation
+from esper_fn._typing import Array, Implementation, Params, Scalar
 from esper_fn.lifecycle._state import NONE
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from esper_fn._arguments import check_kind, described, is_count
 from esper_fn._sites import Site
 from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
-from esper_fn.base import Blueprint, Cost
+from esper_fn.blueprints._base import Blueprint, Cost
 from esper_fn.errors import LayoutError, UnknownNameError
 
 

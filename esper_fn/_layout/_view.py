@@ -17,8 +17,7 @@ from esper_fn._sites import (
     Visits,
     zero_moments,
 )
-from esper_fn._typing import Adapters, Array, Float32, Int32
-from esper_fn.base import Implementation
+from esper_fn._typing import Adapters, Array, Float32, Implementation, Int32
 from esper_fn.lifecycle import NONE, SeedState, Settings, Stage
 from esper_fn.lifecycle._state import gains
 from esper_kernels import NUM_STATISTICS, Gains, Statistics

@@ -19,7 +19,7 @@ from esper_fn._sites._schedule import (
     set_rows,
 )
 from esper_fn._typing import Array, Float, Float32, Int32, Params
-from esper_fn.base import Blueprint
+from esper_fn.blueprints._base import Blueprint
 from esper_fn.errors import LayoutError
 from esper_kernels import NUM_BACKWARD_STATISTICS, Gains, rule_jax
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from esper_fn._control import vary_as_after
 from esper_fn._sites._site import Site
-from esper_fn._typing import Array, Bool, Float32, Int32, Params
-from esper_fn.base import Blueprint, Implementation
+from esper_fn._typing import Array, Bool, Float32, Implementation, Int32, Params
+from esper_fn.blueprints._base import Blueprint
 
 
 class SiteConfig(NamedTuple):

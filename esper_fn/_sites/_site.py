@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper_fn._arguments import is_count
-from esper_fn.base import TOPOLOGIES, AdapterSpec, Topology
+from esper_fn.blueprints._base import TOPOLOGIES, AdapterSpec, Topology
 from esper_fn.errors import LayoutError
 from esper_kernels import Chunking
 

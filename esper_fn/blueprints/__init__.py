@@ -4,7 +4,17 @@ A blueprint is a value: make one with a factory and hand it to `esper_fn.Growth`
 is a `Blueprint` with your `init`, `apply` and `cost`; `check` tells whether it keeps the contract.
 """
 
-from esper_fn.base import AdapterSpec, Blueprint, Cost
+from esper_fn.blueprints._base import (
+    TOPOLOGIES,
+    AdapterSpec,
+    ApplyAdapter,
+    Blueprint,
+    Cost,
+    CostAdapter,
+    InitAdapter,
+    InitAlong,
+    Topology,
+)
 from esper_fn.blueprints._bottleneck import bottleneck
 from esper_fn.blueprints._check import check
 from esper_fn.blueprints._dense import gated, low_rank, noop, normalised, scale_shift
@@ -16,9 +26,15 @@ from esper_fn.blueprints._spatial import (
 )
 
 __all__ = [
+    "TOPOLOGIES",
     "AdapterSpec",
+    "ApplyAdapter",
     "Blueprint",
     "Cost",
+    "CostAdapter",
+    "InitAdapter",
+    "InitAlong",
+    "Topology",
     "bottleneck",
     "bottleneck_conv",
     "check",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, DType, Key, Params
-from esper_fn.base import (
+from esper_fn.blueprints._base import (
     TOPOLOGIES,
     AdapterSpec,
     ApplyAdapter,

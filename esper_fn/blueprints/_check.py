@@ -12,7 +12,7 @@ import numpy as np
 import esper_kernels.jax as kernels
 from esper_fn._arguments import check_kind, described
 from esper_fn._typing import Array, Params
-from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost, Topology
+from esper_fn.blueprints._base import TOPOLOGIES, AdapterSpec, Blueprint, Cost, Topology
 from esper_kernels import Adapter
 
 _SHAPES: dict[Topology, tuple[int, ...]] = {
@@ -193,5 +193,5 @@ def _check_activation(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype 
     if not np.allclose(y - rows, r, rtol=1e-4, atol=1e-4):
         fail(
             f"apply is not the form that activation={blueprint.activation!r} names; see "
-            "`esper_fn.base.Blueprint`, or leave it None"
+            "`esper_fn.blueprints.Blueprint`, or leave it None"
         )

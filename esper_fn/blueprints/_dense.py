@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn._typing import Array, DType, Key, Params
-from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost
+from esper_fn.blueprints._base import TOPOLOGIES, AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._parts import (
     add_bias,
     cast,

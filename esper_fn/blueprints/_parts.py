@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import is_count
 from esper_fn._typing import Array, DType, Float, Float32, Key, Params
-from esper_fn.base import AdapterSpec
+from esper_fn.blueprints._base import AdapterSpec
 
 
 def lecun_normal(key: Key, shape: tuple[int, ...], dtype: DType) -> Float[Array, "..."]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._typing import Array, DType, Key, Params
-from esper_fn.base import AdapterSpec, Blueprint, Cost
+from esper_fn.blueprints._base import AdapterSpec, Blueprint, Cost
 from esper_fn.blueprints._parts import cast, check_positive, lecun_normal
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from esper_fn._ambient import AnySeeds, grow_ambient
 from esper_fn._typing import Array
-from esper_fn.base import Topology
+from esper_fn.blueprints._base import Topology
 
 
 class Grow(nn.Module):  # type: ignore[misc]  # Flax is untyped here

@@ -6,7 +6,7 @@ from flax import nnx
 
 from esper_fn._ambient import AnySeeds, grow_ambient
 from esper_fn._typing import Array
-from esper_fn.base import Topology
+from esper_fn.blueprints._base import Topology
 
 
 class Grow(nnx.Module):  # type: ignore[misc]  # Flax is untyped here

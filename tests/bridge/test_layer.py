@@ -14,6 +14,7 @@ from torch import nn
 import esper_fn as ef
 import torch_bridge
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Statistics
 
 INPUTS: dict[str, tuple[Any, Any, torch.Tensor, dict[str, Any]]] = {
     "mlp": (Mlp, ["fc1", "fc2"], torch.randn(5, 6), {}),
@@ -97,7 +98,7 @@ def test_each_stage_has_its_four_gains(
     torch.testing.assert_close(model[0].bias.grad, wanted_d_h.sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, learn * grad)
-    told = dict(zip(ef.Statistics._fields, reading(site).T, strict=True))
+    told = dict(zip(Statistics._fields, reading(site).T, strict=True))
     torch.testing.assert_close(told["utility"][1], -(dy[:, 4:] * r).sum().detach())
     torch.testing.assert_close(told["output_square"][1], r.square().sum().detach())
     torch.testing.assert_close(told["gradient_square"][0], dy[:, :4].square().sum())
@@ -132,7 +133,7 @@ def test_a_site_in_which_all_live_computes_as_its_adapters_one_by_one(
     torch.testing.assert_close(model[0].bias.grad, d_h.reshape(-1, 8).sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, grad)
-    utility = reading(site)[:, ef.Statistics._fields.index("utility")]
+    utility = reading(site)[:, Statistics._fields.index("utility")]
     told = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), adapters, strict=True)]
     torch.testing.assert_close(utility, torch.stack(told).detach())
 
@@ -160,7 +161,7 @@ def test_blueprints_of_every_kind_agree_with_jax() -> None:
     every += [ef.blueprints.self_attention(4, is_causal=False)]
     for blueprint in every:
         for topology in blueprint.topologies:
-            form_of(blueprint, ef.base.AdapterSpec(6, 6, topology))
+            form_of(blueprint, ef.blueprints.AdapterSpec(6, 6, topology))
 
 
 def test_a_torch_form_that_computes_something_else_is_refused() -> None:
@@ -226,7 +227,7 @@ def test_accumulated_batches_add_up() -> None:
         for part in x.chunk(parts):
             (model(part).square().sum() / 8).backward()
         found.append(reading(bridge.sites[0]))
-    utility = ef.Statistics._fields.index("utility")
+    utility = Statistics._fields.index("utility")
     torch.testing.assert_close(found[1][:, utility], found[0][:, utility])
     np.testing.assert_allclose(found[1][:, 1:3], found[0][:, 1:3], rtol=1e-4)
 

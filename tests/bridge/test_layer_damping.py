@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Statistics
 
 BLUEPRINTS = {
     "low_rank": ef.blueprints.low_rank(2),
@@ -23,7 +24,7 @@ BLUEPRINTS = {
 }
 TRAINING, ACTING = (Stage.TRAINING, 0.0), (Stage.FINE_TUNING, 0.6)
 CUTS = {"even": (12, 3), "uneven": (11, 3)}
-UTILITY, ERRORS = (ef.Statistics._fields.index(name) for name in ("utility", "num_errors"))
+UTILITY, ERRORS = (Statistics._fields.index(name) for name in ("utility", "num_errors"))
 
 
 def grown(bank: str, cut: str, trust: float = 0.1) -> tuple[nn.Sequential, Any]:
@@ -56,7 +57,7 @@ def by_hand(
     slot = int(bridge.state.seeds.slot[chunk])
     prefix = f"{bank}.{slot}."
     adapter = dict(bridge.sites[0].get_submodule(bank)[slot].named_parameters())
-    spec = ef.base.AdapterSpec(cut.widest, cut.widest, "vector")
+    spec = ef.blueprints.AdapterSpec(cut.widest, cut.widest, "vector")
     mask = jnp.arange(cut.widest) < cut.sizes[chunk]
     with jax.enable_x64(True):
         pad = ((0, 0), (0, cut.widest - int(cut.sizes[chunk])))

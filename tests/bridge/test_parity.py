@@ -16,6 +16,7 @@ from torch import nn
 import esper_fn as ef
 import torch_bridge
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Layout
 
 STEPS, SURVEY_EVERY = 200, 10
 QUICK = {"xla_backend_optimization_level": 0}
@@ -74,7 +75,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, np.tanh(x @ teacher) ** 2
 
 
-def commands_at(step: int, layout: ef.Layout) -> list[Any]:
+def commands_at(step: int, layout: Layout) -> list[Any]:
     told = {
         20: [ef.commands.germinate(layout.seed_index("fc2", 1), "scale_shift")],
         33: [ef.commands.germinate(layout.seed_index("fc1", 3), "low_rank")],

@@ -109,7 +109,7 @@ def test_every_seed_and_adapter_is_where_it_was(job: Job, restored: checkpoint.R
     assert any("new slots, fresh" in change for change in changes)
 
 
-def adapter(growth: ef.Growth, banks: Any, seed: ef.Seed) -> Any:
+def adapter(growth: ef.Growth, banks: Any, seed: ef.lifecycle.Seed) -> Any:
     tables = growth.layout.tables
     bank = next(
         bank

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import esper_fn as ef
-from esper_fn import Statistics
 from esper_fn._layout import make_layout
 from esper_fn.governors import Alarm, Governor, Verdict
 from esper_fn.lifecycle._loss import loss_track
+from esper_fn.types import Statistics
 
 NONE = -1
 ACTING = (3, 4, 5, 6, 7)

@@ -13,8 +13,9 @@ from support import QUICK, adapter_of, blank, place, same_bits
 
 import esper_fn as ef
 from esper_fn._layout import init_adapters, make_layout
-from esper_fn.base import AdapterSpec, Cost
+from esper_fn.blueprints import AdapterSpec, Cost
 from esper_fn.lifecycle import Cause, Stage
+from esper_fn.types import Seeds
 
 CHUNKS, WIDTH = 6, 5
 BAD = 2  # the seed that is broken on purpose
@@ -48,7 +49,7 @@ LAYOUT = make_layout(
 )
 
 
-def loss_fn(params: Any, seeds: ef.Seeds, x: jax.Array) -> Any:
+def loss_fn(params: Any, seeds: Seeds, x: jax.Array) -> Any:
     h = x * jnp.broadcast_to(params["scale"], x.shape)
     y = seeds.grow("hidden", h)
     out = seeds.grow("over", jnp.tanh(y) @ params["out"], source=y)

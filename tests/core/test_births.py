@@ -17,8 +17,9 @@ from esper_fn import commands as cmd
 from esper_fn._layout import make_layout
 from esper_fn._sites import Moments
 from esper_fn._survey import directions
-from esper_fn.base import AdapterSpec
+from esper_fn.blueprints import AdapterSpec
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Layout
 
 RIDGE, DIRECTIONS = 1e-3, 4
 NONE = -1
@@ -189,7 +190,7 @@ NAMES = {
 
 
 @cache
-def layout_of(dtype: str = "float32") -> ef.Layout:
+def layout_of(dtype: str = "float32") -> Layout:
     return make_layout(sites=SITES, blueprints=NAMES, capacity=2, dtype=jnp.dtype(dtype))
 
 

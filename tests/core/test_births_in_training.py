@@ -15,8 +15,9 @@ from support import QUICK, mean_square, same_bits, standard
 
 import esper_fn as ef
 from esper_fn import commands as cmd
+from esper_fn import rollback
 from esper_fn._layout import make_layout
-from esper_fn.base import AdapterSpec
+from esper_fn.blueprints import AdapterSpec
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import Stage
 from esper_fn.runtime import count_compilations
@@ -221,8 +222,8 @@ def test_a_roll_back_forgets() -> None:
             should_roll_back=jnp.asarray(should),
             is_quarantined=jnp.zeros((4,), bool),
         )
-        ring = ef.rollback.init(params, (), state)
-        _, _, after, _, _ = ef.rollback.update(growth, ring, params, (), state, verdict)
+        ring = rollback.init(params, (), state)
+        _, _, after, _, _ = rollback.update(growth, ring, params, (), state, verdict)
         assert np.all((np.asarray(after.directions[0].seed) < 0) == should)
 
 

@@ -18,12 +18,13 @@ from support import blank, place, same_bits
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Layout
 
 
 class Host(NamedTuple):
     """A model with sites where compilers like to fuse: scalings before, residual sums after."""
 
-    layout: ef.Layout
+    layout: Layout
     loss: Any
     params: Any
     batch: Any

@@ -13,7 +13,7 @@ import pytest
 from support import QUICK, place, same_bits, standard
 
 import esper_fn as ef
-from esper_fn.base import TOPOLOGIES, AdapterSpec, Blueprint, Cost
+from esper_fn.blueprints import TOPOLOGIES, AdapterSpec, Blueprint, Cost
 from esper_fn.lifecycle import Stage
 
 SHAPES = {"vector": (6,), "sequence": (3, 5), "image": (3, 4, 4)}

@@ -14,12 +14,13 @@ import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn.lifecycle import Stage
 from esper_fn.runtime import count_compilations
+from esper_fn.types import Seeds
 
 X = jax.random.normal(jax.random.key(0), (16, 6))
 Y = jnp.sin(3 * X[:, :3])
 
 
-def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: Any) -> jax.Array:
+def loss_fn(params: jax.Array, seeds: Seeds, batch: Any) -> jax.Array:
     x, y = batch
     return mean_square(seeds.grow("a", x) @ params, y)
 

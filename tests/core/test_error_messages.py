@@ -18,12 +18,13 @@ import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn import runtime
 from esper_fn._layout import make_layout
-from esper_fn.base import Cost
+from esper_fn.blueprints import Cost
+from esper_fn.types import Layout
 
 X = jnp.ones((4, 6))
 
 
-def layout(name: str = "a", chunks: int = 2, rank: int = 1) -> ef.Layout:
+def layout(name: str = "a", chunks: int = 2, rank: int = 1) -> Layout:
     return make_layout(
         sites=[ef.site(name, features=6, chunks=chunks)],
         blueprints={"low_rank": ef.blueprints.low_rank(rank)},

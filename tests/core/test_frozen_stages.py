@@ -11,6 +11,7 @@ from support import make_step, mean_square, standard
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Seeds
 
 X = jax.random.normal(jax.random.key(0), (16, 6))
 
@@ -27,7 +28,7 @@ def test_an_acting_adapter_learns_unless_its_stage_is_frozen(stage: Stage, is_fr
         adapters_at_once=None,
     )
 
-    def loss_fn(params: jax.Array, seeds: ef.Seeds, batch: jax.Array) -> jax.Array:
+    def loss_fn(params: jax.Array, seeds: Seeds, batch: jax.Array) -> jax.Array:
         return mean_square(seeds.grow("a", batch) @ params, jnp.ones((16, 3)))
 
     params = jax.random.normal(jax.random.key(1), (6, 3))

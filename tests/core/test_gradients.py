@@ -16,6 +16,7 @@ import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.lifecycle import NUM_STAGES, Stage
 from esper_fn.lifecycle._state import gains
+from esper_fn.types import Seeds, Site
 from esper_kernels import Statistics
 
 ALPHA = 0.6
@@ -55,7 +56,7 @@ def batch() -> Any:
     ]
 
 
-def loss_fn(inputs: Any, seeds: ef.Seeds, weights: Any) -> jax.Array:
+def loss_fn(inputs: Any, seeds: Seeds, weights: Any) -> jax.Array:
     x, v = inputs
     y = seeds.grow("here", x)
     z = seeds.grow("across", v, source=x)
@@ -94,7 +95,7 @@ def plain_adapter(params: Any, u: jax.Array) -> jax.Array:
     return (hidden * jax.nn.sigmoid(hidden)) @ params["up"]
 
 
-def by_hand(given: Ran, site: ef.Site, stage: int) -> Any:
+def by_hand(given: Ran, site: Site, stage: int) -> Any:
     """`(d theta, d u)` of a seed's own adapter without gains, and its output."""
     seed = LAYOUT.seed_index(site.name, stage)
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)
@@ -135,7 +136,7 @@ def test_the_gains_of_a_stage(stage: Stage) -> None:
 @pytest.mark.parametrize("at_once", [None, 1, 3])
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 @pytest.mark.parametrize("stage", Stage)
-def test_gradients_of_every_stage(stage: Stage, site: ef.Site, at_once: int | None) -> None:
+def test_gradients_of_every_stage(stage: Stage, site: Site, at_once: int | None) -> None:
     given = ran(at_once)
     _, learn, feel = GAINS[stage]
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)

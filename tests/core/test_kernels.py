@@ -18,6 +18,7 @@ import esper_fn as ef
 import esper_kernels
 from esper_fn._layout import make_layout
 from esper_fn.lifecycle import Stage
+from esper_fn.types import Layout
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -25,7 +26,7 @@ def _normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
 
 
-def layout(features: int, chunks: int, **options: Any) -> ef.Layout:
+def layout(features: int, chunks: int, **options: Any) -> Layout:
     return make_layout(
         sites=[ef.site("here", features=features, chunks=chunks, topology="sequence", **options)],
         blueprints={

@@ -12,12 +12,13 @@ import pytest
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn.errors import LayoutError, UnknownNameError
+from esper_fn.types import Layout, Seeds, Site
 
 LOW_RANK = {"low_rank": ef.blueprints.low_rank(2)}
 CONV = {"conv": ef.blueprints.depthwise_conv()}
 
 
-def _layout(*sites: ef.Site, **changes: Any) -> ef.Layout:
+def _layout(*sites: Site, **changes: Any) -> Layout:
     given: dict[str, Any] = {"sites": sites, "blueprints": LOW_RANK, "capacity": 2, **changes}
     return make_layout(**given)
 
@@ -131,7 +132,7 @@ def _grow(*calls: Any) -> Any:
     growth = ef.Growth(**_layout(*SITES).arguments)
     state = growth.init(jax.random.key(0))
 
-    def loss(params: Any, seeds: ef.Seeds) -> Any:
+    def loss(params: Any, seeds: Seeds) -> Any:
         del params
         return [call(seeds) for call in calls]
 
@@ -205,7 +206,7 @@ def test_a_site_that_the_loss_never_reaches_is_named() -> None:
     growth = ef.Growth(**_layout(ef.site("near", features=6), ef.site("far", features=6)).arguments)
     state = growth.init(jax.random.key(0))
 
-    def loss(params: Any, seeds: ef.Seeds) -> Any:
+    def loss(params: Any, seeds: Seeds) -> Any:
         return jnp.sum(seeds.grow("near", params))
 
     with pytest.raises(LayoutError, match=r"never reaches site\(s\) \['far'\] .*; call .*'far'"):

@@ -18,6 +18,7 @@ import esper_fn as ef
 from esper_fn import commands as cmd
 from esper_fn import runtime
 from esper_fn.errors import LayoutError
+from esper_fn.types import Seeds
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
 GROWTH = ef.Growth(
@@ -86,7 +87,7 @@ BLOCKS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @functools.cache
-def seeds(scale: float) -> ef.Seeds:
+def seeds(scale: float) -> Seeds:
     """Seed 0 acts: it adds `scale * x` to its chunk."""
     state = GROWTH.init(jax.random.key(1))
     adapters = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), state.adapters)
@@ -129,7 +130,7 @@ def test_a_compiled_block_uses_the_seeds_of_the_block_it_runs_in(kind: str) -> N
 def test_a_compiled_block_inside_a_loss_is_traced_for_each_outer_trace(kind: str) -> None:
     run = BLOCKS[kind]
 
-    def loss(params: jax.Array, given: ef.Seeds) -> jax.Array:
+    def loss(params: jax.Array, given: Seeds) -> jax.Array:
         with ef.use_seeds(given):
             return jnp.sum(run(X * params))
 
@@ -161,7 +162,7 @@ def test_shapes_are_evaluated_with_the_seeds_of_the_block() -> None:
 def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
     run = jax.jit(linen_apply)
 
-    def loss_fn(params: jax.Array, given: ef.Seeds, batch: jax.Array) -> jax.Array:
+    def loss_fn(params: jax.Array, given: Seeds, batch: jax.Array) -> jax.Array:
         with ef.use_seeds(given):
             return jnp.mean(jnp.square(run(batch * params) - 1.0))
 
@@ -184,7 +185,7 @@ def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
 
 def test_a_function_that_takes_the_seeds_is_compiled_once() -> None:
     @jax.jit
-    def evaluate(given: ef.Seeds, x: jax.Array) -> jax.Array:
+    def evaluate(given: Seeds, x: jax.Array) -> jax.Array:
         with ef.use_seeds(given):
             return BLOCKS["jit"](x)
 

@@ -8,7 +8,7 @@ import jax
 
 from esper_fn._sites import NoSeeds, Seeds, Site
 from esper_fn._typing import Array, Key, Params
-from esper_fn.base import Blueprint
+from esper_fn.blueprints._base import Blueprint
 
 
 class Apply(Protocol):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from esper_fn._sites import NoSeeds, Seeds, Site, site
 from esper_fn._typing import Array, Key, Params
-from esper_fn.base import Blueprint
+from esper_fn.blueprints._base import Blueprint
 from esper_fn.demo.hosts._base import Host, dense, dense_init
 
 

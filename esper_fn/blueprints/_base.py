@@ -1,4 +1,4 @@
-"""The pairs of pure functions everything is made of."""
+"""What a blueprint is."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from esper_kernels import Activation
 Topology: TypeAlias = Literal["vector", "sequence", "image"]
 TOPOLOGIES: tuple[Topology, ...] = ("vector", "sequence", "image")
 
-Implementation: TypeAlias = Literal["auto", "loops", "pallas", "reference"]
-
 
 class AdapterSpec(NamedTuple):
-    """The place an adapter is built for."""
+    """What an adapter reads and writes."""
 
     inputs: int
     """Features it reads (of the widest chunk)."""
@@ -102,18 +100,3 @@ class Blueprint(NamedTuple):
     neurons: Activation | None = None
     """Names `phi` where what `apply` computes is `phi(x down + bias) up` up to rounding, however it
     is computed: a host may then take a finished adapter in as neurons of a layer of its own."""
-
-
-__all__ = [
-    "TOPOLOGIES",
-    "Activation",
-    "AdapterSpec",
-    "ApplyAdapter",
-    "Blueprint",
-    "Cost",
-    "CostAdapter",
-    "Implementation",
-    "InitAdapter",
-    "InitAlong",
-    "Topology",
-]
