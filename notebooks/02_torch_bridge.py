@@ -222,19 +222,19 @@ print("torch.export agrees:", torch.allclose(exported.module()(test_x[:4]), plai
 CONTEXT = 32
 try:
     text_data = load("shakespeare", context_length=CONTEXT)
-    windows, held = text_data.train_inputs, text_data.validation_inputs
+    windows, validation = text_data.train_inputs, text_data.validation_inputs
     num_characters = text_data.num_classes
     print("tiny Shakespeare")
 except ef.errors.MissingDataError:
     text = "\n".join(pydoc_data.topics.topics.values())
     characters = sorted(set(text))
     ids = np.array([characters.index(c) for c in text[: 400 * CONTEXT * 4]], np.int32)
-    windows, held = np.split(ids.reshape(-1, CONTEXT), [1500])
+    windows, validation = np.split(ids.reshape(-1, CONTEXT), [1500])
     num_characters = len(characters)
     print("Python's help pages")
 
 rows = torch.tensor(np.array(windows[:4_000])).long()
-held_rows = torch.tensor(np.array(held[:32])).long()
+held_rows = torch.tensor(np.array(validation[:32])).long()
 texts = [{"input_ids": row, "labels": row} for row in rows]
 
 

@@ -105,7 +105,7 @@ def _add_grow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "grow",
         help="grow a network on a data set and compare it with its rivals",
         description="Grows a network and trains, with the same data and steps, the host without "
-        "growth, growth at every layer alike and at random places, and a static network of equal "
+        "growth, growth at every layer alike and at random sites, and a static network of equal "
         "size.",
     )
     # Names are checked later against the jobs and policies, which cost an import of JAX.

@@ -32,7 +32,7 @@ _ACCURACY: Final = "Accuracy on data that no arm trained on; the marks show when
 _LOSS: Final = "Loss on the training batches; the marks below show when seeds moved."
 _HELD_OUT_LOSS: Final = "Loss on data that no arm trained on; the marks show when seeds moved."
 _ALPHA: Final = (
-    "Each line is one adapter: it is let in gradually, measured, and then kept or removed."
+    "Each line is one adapter: it is grafted, measured, and then kept or removed."
 )
 _PARAMETERS: Final = (
     "Growth pays for parameters only once they exist; removed adapters give theirs back."
@@ -67,8 +67,8 @@ def render(run: Run) -> str:
 <div class="verdict">{sentences}</div>
 {_figures(run)}
 <h2>The stages of a seed</h2>
-<p>A seed is a place in the host where a small network, its adapter, can grow. It moves through
-these stages; rules measured during training decide each step.</p>
+<p>A seed is a growth point of the host: a small network, its adapter, can grow there. It moves
+through these stages; rules measured during training decide each step.</p>
 <div class="wide">{tables.stage_table(run)}</div>
 <h2>What happened</h2>
 {tables.event_table(run)}

@@ -173,7 +173,7 @@ def alpha_curves(run: Run, *, arm: str = "grown") -> Figure:
     Returns:
       A figure with one line for each life of an adapter, at most `MAX_RAMPS` of them.
     """
-    title = "How adapters were let into the host"
+    title = "How adapters were grafted"
     lives = ramps(run, arm)
     if not lives:
         return empty(title, f"No adapter was recorded in the {ARM_LABEL.get(arm, arm)} run.")

@@ -186,6 +186,6 @@ def _fates(events: Iterable[dict[str, Any]]) -> dict[int, list[tuple[int, str]]]
 
 def _ramp(seed: int, life: list[tuple[int, float]], fates: Sequence[tuple[int, str]]) -> Ramp:
     steps, alpha = (np.array(column, dtype=np.float64) for column in zip(*life, strict=True))
-    # The first end after birth is this life's own: a seed cannot be born again before it ended.
+    # The first end after the start is this life's own: a seed germinates again only after it.
     fate_step, fate = next(((s, f) for s, f in fates if s >= steps[0]), (None, None))
     return Ramp(seed, steps, alpha, fate, fate_step)

@@ -45,7 +45,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     Args:
       figure: a figure of this package.
       name: unique in the page; keeps the ids of two figures apart.
-      description: what a screen reader says in its place.
+      description: what a screen reader says instead.
     """
     buffer = io.StringIO()
     with house_style(**{"svg.hashsalt": f"esper-fn-{name}"}):

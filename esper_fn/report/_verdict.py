@@ -13,7 +13,7 @@ _RIVAL: Final = {
     "static": "a static network of equal size",
     "host": "the host alone",
     "uniform": "growth at every layer alike",
-    "random": "growth at random places",
+    "random": "growth at random sites",
 }
 
 

@@ -56,7 +56,7 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Germinated",
         "#8acc75",
         "#9de679",
-        "A small network, the adapter, was just created for the seed. At birth it changes nothing.",
+        "A small network, the adapter, was just created for the seed. At first it changes nothing.",
     ),
     "TRAINING": StageInfo(
         "Training",
@@ -92,7 +92,7 @@ STAGES: Final[Mapping[str, StageInfo]] = {
         "Fossilized",
         "#00575c",
         "#079a7e",
-        "The adapter earned its place: it is a permanent part of the network and goes on learning.",
+        "The adapter is a permanent part of the network and goes on learning.",
     ),
     "CULLED": StageInfo(
         "Culled",
