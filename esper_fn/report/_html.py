@@ -31,9 +31,7 @@ _STAGES: Final = (
 _ACCURACY: Final = "Accuracy on data that no arm trained on; the marks show when seeds moved."
 _LOSS: Final = "Loss on the training batches; the marks below show when seeds moved."
 _HELD_OUT_LOSS: Final = "Loss on data that no arm trained on; the marks show when seeds moved."
-_ALPHA: Final = (
-    "Each line is one adapter: it is grafted, measured, and then kept or removed."
-)
+_ALPHA: Final = "Each line is one adapter: it is grafted, measured, and then kept or removed."
 _PARAMETERS: Final = (
     "Growth pays for parameters only once they exist; removed adapters give theirs back."
 )
