@@ -80,6 +80,23 @@ def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState
     assert_same(whole, runtime.enlarge(state.growth, larger, key=KEY, before=job.growth).state)
 
 
+def test_rows_of_an_alpha_schedule_follow_their_seeds_and_its_numbers_stay() -> None:
+    def make(*sites: Any, graft: Any) -> ef.Growth:
+        blueprints = {"scale": ef.blueprints.scale_shift()}
+        return ef.Growth(sites=sites, blueprints=blueprints, capacity=1, graft=graft)
+
+    front, old = ef.site("front", features=4), ef.site("old", features=4, chunks=2)
+    small = make(old, graft=[ef.grafting.momentum(50), ef.grafting.linear(40)])
+    state = small.init(KEY)
+    tuned = state.grafts[0]._replace(gain=np.float32(0.5), speed=np.float32([1.5, 2.5]))
+    state = state._replace(grafts=(tuned, state.grafts[1]))
+    large = make(front, old, graft=[ef.grafting.linear(30), ef.grafting.momentum(60)])
+    linear, momentum = runtime.enlarge(state, large, key=KEY, before=small).state.grafts
+    assert momentum.speed.tolist() == [1.0, 1.5, 2.5]
+    assert (float(momentum.gain), float(momentum.step)) == (0.5, np.float32(1 / 50))
+    assert float(linear.step) == np.float32(1 / 40)
+
+
 def test_there_and_nothing_more_is_the_same(job: Job, state: runtime.TrainState) -> None:
     carried, changes = runtime.enlarge(state, job.growth, job.optimizer, key=KEY, before=job.growth)
     assert changes == ("ring: snapshots begin now",)
