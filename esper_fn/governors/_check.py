@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import check_kind
+from esper_fn._arguments import check_kind, described
+from esper_fn._contract import Contract
 from esper_fn.governors._base import Alarm, Governor, Observation, Verdict
 from esper_fn.lifecycle import Stage
 from esper_fn.lifecycle._loss import loss_track, track_loss
@@ -36,27 +37,23 @@ def check(governor: Governor) -> None:
     >>> check(governors.standard())
     """
     check_kind("governor", governor, Governor, "call its factory: `standard()`")
+    contract = Contract("governor")
     state = governor.init(_NUM_SEEDS)
-    for path, leaf in jax.tree.leaves_with_path(state):
-        if not isinstance(leaf, jax.Array):
-            name = jax.tree_util.keystr(path) or "(root)"
-            raise ValueError(
-                f"governor: the state's leaf {name} must be a JAX array, got {type(leaf).__name__}"
-            )
+    contract.check_state(state)
     # Compiled once: what depends on a value must be array code.
     update = jax.jit(governor.update)
     track = loss_track()
     for step, loss in enumerate(_LOSSES * 3):
         track, _ = track_loss(track, jnp.float32(loss))
         observation = _observe(step, loss, track)
-        after, verdict = update(state, observation)
-        if _forms(after) != _forms(state):
-            raise ValueError(f"governor: update turns a state {_forms(state)} into {_forms(after)}")
-        _check_verdict(verdict)
+        result = update(state, observation)
+        contract.check_pair("update", result, "Verdict")
+        contract.check_same_form("update", state, result[0])
+        _check_verdict(contract, result[1])
         again = update(state, observation)
-        if not jax.tree.all(jax.tree.map(_is_same, again, (after, verdict))):
-            raise ValueError("governor: the same state and observation give different results")
-        state = after
+        if not jax.tree.all(jax.tree.map(_is_same, again, result)):
+            contract.fail("the same state and observation give different results")
+        state = result[0]
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -84,22 +81,13 @@ _FORMS = {
 }
 
 
-def _check_verdict(verdict: Verdict) -> None:
+def _check_verdict(contract: Contract, verdict: Any) -> None:
     if not isinstance(verdict, Verdict):
-        raise ValueError(
-            f"governor: update must return (state, Verdict), got {type(verdict).__name__} second"
-        )
-    for name, form in _FORMS.items():
+        contract.fail(f"update must return (state, Verdict), got {described(verdict)} second")
+    for name, (shape, dtype) in _FORMS.items():
         value = getattr(verdict, name)
-        if (value.shape, value.dtype.name) != form:
-            raise ValueError(
-                f"governor: verdict.{name} must be {form[1]}{list(form[0])}, got "
-                f"{value.dtype.name}{list(value.shape)}"
-            )
+        if (value.shape, value.dtype.name) != (shape, dtype):
+            form = f"{value.dtype.name}{list(value.shape)}"
+            contract.fail(f"verdict.{name} must be {dtype}{list(shape)}, got {form}")
     if int(verdict.alarm) not in set(Alarm):
-        raise ValueError(f"governor: verdict.alarm must be an Alarm, got {verdict.alarm}")
-
-
-def _forms(state: Any) -> Any:
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [(leaf.shape, leaf.dtype.name) for leaf in leaves]
+        contract.fail(f"verdict.alarm must be an Alarm, got {verdict.alarm}")

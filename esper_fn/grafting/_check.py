@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._arguments import check_kind
+from esper_fn._contract import Contract
 from esper_fn._typing import Array
 from esper_fn.grafting._base import AlphaSchedule, Observation
 from esper_fn.grafting._select import ROUNDING, update_alpha
@@ -35,39 +36,33 @@ def check(schedule: AlphaSchedule) -> None:
     >>> check(grafting.linear(num_steps=10))
     """
     check_kind("schedule", schedule, AlphaSchedule, "call its factory: `linear(num_steps=100)`")
+    contract = Contract(f"alpha schedule {schedule.name!r}")
     if not schedule.max_step > 0 or not 0 <= schedule.start_alpha <= 1:
-        _fail(
-            schedule,
+        contract.fail(
             "max_step must be positive and start_alpha between 0 and 1, got "
             f"{schedule.max_step} and {schedule.start_alpha}",
         )
     state = schedule.init(_NUM_SEEDS)
-    _check_state(schedule, state)
+    contract.check_state(state)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if leaf.ndim and leaf.shape[0] != _NUM_SEEDS:
+            contract.fail(
+                f"init: the state's leaf {jax.tree_util.keystr(path) or '(root)'} must have no "
+                f"axes, or one row for each of the {_NUM_SEEDS} seeds, got shape {leaf.shape}"
+            )
     # Compiled once: what depends on a value must be array code.
     update = jax.jit(schedule.update)
     rng = np.random.default_rng(0)
     for _ in range(20):
         observation = _draw(rng)
         alpha = jnp.asarray(rng.uniform(size=_NUM_SEEDS), jnp.float32)
-        state = _check_update(schedule, update, state, observation, alpha)
-    _check_end(schedule)
-
-
-def _fail(schedule: AlphaSchedule, finding: str) -> None:
-    raise ValueError(f"alpha schedule {schedule.name!r}: {finding}")
-
-
-def _check_state(schedule: AlphaSchedule, state: Any) -> None:
-    for path, leaf in jax.tree.leaves_with_path(state):
-        name = f"the state's leaf {jax.tree_util.keystr(path) or '(root)'}"
-        if not isinstance(leaf, jax.Array):
-            _fail(schedule, f"{name} must be a JAX array, got {type(leaf).__name__}")
-        if leaf.ndim and leaf.shape[0] != _NUM_SEEDS:
-            _fail(
-                schedule,
-                f"{name} must have no axes, or one row for each of the {_NUM_SEEDS} seeds, got "
-                f"shape {leaf.shape}",
-            )
+        result = update(state, observation, alpha)
+        contract.check_pair("update", result, "alpha")
+        contract.check_same_form("update", state, result[0])
+        _check_update(contract, schedule, state, alpha, result)
+        _check_rows(contract, update, state, observation, alpha)
+        state = result[0]
+    _check_end(contract, schedule)
 
 
 def _draw(rng: np.random.Generator) -> Observation:
@@ -82,30 +77,30 @@ def _draw(rng: np.random.Generator) -> Observation:
 
 
 def _check_update(
-    schedule: AlphaSchedule, update: Any, state: Any, observation: Observation, alpha: Array
-) -> Any:
-    after, moved = update(state, observation, alpha)
-    if _forms(after) != _forms(state):
-        _fail(schedule, f"update turns a state {_forms(state)} into {_forms(after)}")
+    contract: Contract, schedule: AlphaSchedule, state: Any, alpha: Array, result: Any
+) -> None:
+    after, moved = result
     if moved.shape != alpha.shape or moved.dtype != alpha.dtype:
-        _fail(
-            schedule,
-            f"update must return alpha as float32[S], got {moved.dtype}{list(moved.shape)}",
-        )
+        form = f"{moved.dtype}{list(moved.shape)}"
+        contract.fail(f"update must return alpha as float32[S], got {form}")
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         if old.ndim == 0 and not np.array_equal(old, new):
-            _fail(schedule, f"update must leave its numbers as they are, got {new} for {old}")
+            contract.fail(f"update must leave its numbers as they are, got {new} for {old}")
     change = np.abs(np.clip(np.asarray(moved), 0, 1) - np.asarray(alpha)).max()
     if not change <= schedule.max_step + ROUNDING:
-        _fail(schedule, f"alpha moves by {change} in one step, max_step is {schedule.max_step}")
+        contract.fail(f"alpha moves by {change} in one step, max_step is {schedule.max_step}")
+
+
+def _check_rows(
+    contract: Contract, update: Any, state: Any, observation: Observation, alpha: Array
+) -> None:
     order = np.arange(_NUM_SEEDS)[::-1]
     turned = jax.tree.map(lambda x: x[order] if x.ndim else x, (state, observation, alpha))
-    if not np.array_equal(update(*turned)[1], moved[order]):
-        _fail(schedule, "a seed's alpha must depend on that seed's row alone")
-    return after
+    if not np.array_equal(update(*turned)[1], update(state, observation, alpha)[1][order]):
+        contract.fail("a seed's alpha must depend on that seed's row alone")
 
 
-def _check_end(schedule: AlphaSchedule) -> None:
+def _check_end(contract: Contract, schedule: AlphaSchedule) -> None:
     calm = Observation(
         is_spike=jnp.zeros((1,), bool),
         loss_trend=jnp.full((1,), -0.01, jnp.float32),
@@ -133,9 +128,4 @@ def _check_end(schedule: AlphaSchedule) -> None:
         lambda carry: (carry[1][0] < 1) & (carry[2] < most), step, start
     )
     if float(alpha[0]) < 1:
-        _fail(schedule, f"alpha must reach 1 in calm steps, it is {alpha[0]} after {most}")
-
-
-def _forms(state: Any) -> Any:
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [(leaf.shape, leaf.dtype.name) for leaf in leaves]
+        contract.fail(f"alpha must reach 1 in calm steps, it is {alpha[0]} after {most}")

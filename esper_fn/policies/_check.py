@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import blueprints
-from esper_fn._arguments import check_kind
+from esper_fn._arguments import check_kind, described
+from esper_fn._contract import Contract
 from esper_fn._layout import Layout, make_layout
 from esper_fn._sites import site
 from esper_fn._typing import Array
@@ -42,14 +43,12 @@ def check(policy: Policy, layout: Layout | None = None) -> None:
     >>> check(policies.periodic(every=3))
     """
     check_kind("policy", policy, Policy, "call its factory: `plateau()`")
+    contract = Contract(f"policy {list(policy.rules)}")
     if not all(isinstance(name, str) for name in policy.rules):
-        _fail(policy, f"rules must be names, got {policy.rules!r}")
+        contract.fail(f"rules must be names, got {policy.rules!r}")
     layout = _small_layout() if layout is None else layout
     state = policy.init(layout)
-    for path, leaf in jax.tree.leaves_with_path(state):
-        if not isinstance(leaf, jax.Array):
-            name = jax.tree_util.keystr(path) or "(root)"
-            _fail(policy, f"the state's leaf {name} must be an array, got {type(leaf).__name__}")
+    contract.check_state(state)
 
     # Compiled once: what depends on a value must be array code.
     @jax.jit
@@ -63,19 +62,15 @@ def check(policy: Policy, layout: Layout | None = None) -> None:
         observation = _observe(layout, rng, step, track)
         requests = _wishes(layout, rng, observation)
         key = jax.random.key(step)
-        after, decided = decide(state, observation, requests, key)
-        if _forms(after) != _forms(state):
-            _fail(policy, f"decide turns a state {_forms(state)} into {_forms(after)}")
-        _check_requests(policy, layout, requests, decided)
+        result = decide(state, observation, requests, key)
+        contract.check_pair("decide", result, "requests")
+        contract.check_same_form("decide", state, result[0])
+        _check_requests(contract, policy, layout, requests, result[1])
         again = decide(state, observation, requests, jax.random.clone(key))
-        if not jax.tree.all(jax.tree.map(_is_same, again, (after, decided))):
-            _fail(policy, "the same arguments lead to different decisions")
-        _check_admit(policy, layout, state, observation)
-        state = after
-
-
-def _fail(policy: Policy, finding: str) -> None:
-    raise ValueError(f"policy {list(policy.rules)}: {finding}")
+        if not jax.tree.all(jax.tree.map(_is_same, again, result)):
+            contract.fail("the same arguments lead to different decisions")
+        _check_admit(contract, policy, layout, state, observation)
+        state = result[0]
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -129,13 +124,14 @@ def _wishes(layout: Layout, rng: np.random.Generator, observation: Observation) 
     return request(no_requests(layout.num_seeds), is_wished, seed_blueprints(layout), 1.0)
 
 
-def _check_requests(policy: Policy, layout: Layout, before: Requests, after: Requests) -> None:
+def _check_requests(
+    contract: Contract, policy: Policy, layout: Layout, before: Requests, after: Any
+) -> None:
     if not isinstance(after, Requests):
-        _fail(policy, f"decide must return (state, Requests), got {type(after).__name__} second")
+        contract.fail(f"decide must return (state, Requests), got {described(after)} second")
     for name, old, new in zip(Requests._fields, before, after, strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            _fail(
-                policy,
+            contract.fail(
                 f"requests.{name} must be {old.dtype}{list(old.shape)}, got "
                 f"{new.dtype}{list(new.shape)}",
             )
@@ -149,28 +145,24 @@ def _check_requests(policy: Policy, layout: Layout, before: Requests, after: Req
     for name, (low, high) in bounds.items():
         values = np.asarray(getattr(after, name))
         if values.min() < low or values.max() > high:
-            _fail(policy, f"requests.{name} must be between {low} and {high}, got {values}")
+            contract.fail(f"requests.{name} must be between {low} and {high}, got {values}")
     kind = np.asarray(after.kind)
     is_changed = np.asarray(before.kind) != kind
     if (is_changed & (kind != Kind.NONE) & (np.asarray(after.requested_by) == NONE)).any():
-        _fail(policy, "a request lacks the rule that made it; make the policy with `rule`")
+        contract.fail("a request lacks the rule that made it; make the policy with `rule`")
     if (is_changed & (kind == Kind.NONE) & (np.asarray(after.vetoed_by) == NONE)).any():
-        _fail(policy, "a refusal lacks the rule that made it; make the policy with `rule`")
+        contract.fail("a refusal lacks the rule that made it; make the policy with `rule`")
 
 
-def _check_admit(policy: Policy, layout: Layout, state: Any, observation: Observation) -> None:
+def _check_admit(
+    contract: Contract, policy: Policy, layout: Layout, state: Any, observation: Observation
+) -> None:
     if policy.admit is None:
         return
     is_admitted = policy.admit(layout, state, observation)
     shape = layout.tables.costs.shape
     if is_admitted.shape != shape or is_admitted.dtype != bool:
-        _fail(
-            policy,
+        contract.fail(
             f"admit must return bool{list(shape)}, got "
             f"{is_admitted.dtype}{list(is_admitted.shape)}",
         )
-
-
-def _forms(state: Any) -> Any:
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [(leaf.shape, str(leaf.dtype)) for leaf in leaves]

@@ -341,7 +341,7 @@ def test_check_finds_what_breaks_the_contract() -> None:
         (plain._replace(update=wide), r"is_quarantined must be bool\[5\], got bool\[\]"),
         (plain._replace(update=growing), "update turns a state"),
         (plain._replace(update=lambda state, seen: (state, 3)), r"must return \(state, Verdict\)"),
-        (plain._replace(init=lambda num_seeds: 3.0), "must be a JAX array, got float"),
+        (plain._replace(init=lambda num_seeds: 3.0), "must be a JAX array, got 3.0"),
     ):
         with pytest.raises(ValueError, match=message):
             check(wrong)

@@ -80,8 +80,9 @@ def altered(update: Any = None, init: Any = None, **fields: Any) -> AlphaSchedul
     [
         (altered(max_step=0.0), "max_step must be positive"),
         (altered(max_step=0.05), "alpha moves by 0.1"),
-        (altered(init=lambda num_seeds: 0.1), "must be a JAX array, got float"),
+        (altered(init=lambda num_seeds: 0.1), "must be a JAX array, got 0.1"),
         (altered(init=lambda num_seeds: jnp.zeros((3,))), "one row for each of the 5 seeds"),
+        (altered(lambda state, seen, alpha: alpha), r"update must return \(state, alpha\), got an"),
         (altered(lambda state, seen, alpha: (state, alpha)), "must reach 1 in calm steps"),
         (
             altered(lambda state, seen, alpha: (state, alpha.mean())),

@@ -721,7 +721,7 @@ def test_check_finds_what_breaks_the_contract() -> None:
         return state, requests
 
     for wrong, message in (
-        (policy(quiet, lambda layout: 1.0), "must be an array, got float"),
+        (policy(quiet, lambda layout: 1.0), "must be a JAX array, got 1.0"),
         (policy(everywhere), "requests.blueprint must be between -1 and 2, got"),
         (policy(by_chance), "the same arguments lead to different decisions"),
         (policy(lambda layout, state, seen, asks, key: ((state,), asks)), "decide turns a state"),
