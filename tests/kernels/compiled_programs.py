@@ -4,12 +4,17 @@ Prints a line for every kernel of a forward and of a backward pass: its name, an
 arguments torch found that it writes. Triton is told of a Hopper GPU, torch that its kernels serve.
 """
 
+import ast
+import builtins
 import sys
 
 import torch
 import triton
 from torch._functorch.aot_autograd import aot_function
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.codegen.wrapper import (
+    user_defined_triton_kernel_transitive_closure_source_code as source_of,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -32,7 +37,22 @@ def report(graph, inputs):
         if node.target is triton_kernel_wrap.triton_kernel_wrapper_functional:
             kernel = triton_kernel_wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
             print(kernel.fn.__name__, *sorted(node.kwargs["tensors_to_clone"]))
+            plain = kernel if hasattr(kernel, "src") else kernel.fn  # torch wraps some for options
+            if missing := undefined(source_of(plain)):
+                print("its copy lacks", *sorted(missing))
     return graph.forward
+
+
+def undefined(source):
+    """The names that inductor's copy of a kernel, and of what that calls, leaves undefined."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    known |= {alias.asname or alias.name for node in imports for alias in node.names}
+    return {node.id for node in names} - known - {"triton", "tl", *dir(builtins)}
 
 
 def trace(spec, dtype, num_sites):

@@ -3,14 +3,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
-    Bank,
-    Shape,
     activate_with_slope,
     await_release,
     blend,
@@ -19,47 +15,14 @@ from esper_kernels.graft._triton_parts import (
     load_matrices,
     load_tile,
     narrow,
+    record,
     release,
     start_walk,
     store_tile,
     tile_of,
     zero_padding,
 )
-from esper_kernels.graft._triton_reduce import Share, finish, parts, zero_unused
-
-
-class Hidden(NamedTuple):
-    """What going back through the activation of one tile needs and gives."""
-
-    a: Any
-    r: Any
-    slope: Any
-    """What the adapter descends: `dy`, or `dy + output_damping * r`."""
-    slope_h: Any
-    slope_z: Any
-    """The gate's, for `gated`."""
-    worth: Any
-    """[BM]: -<dy, r>."""
-
-
-class Sums(NamedTuple):
-    """Sums by row of a tile, over all tiles of a walk."""
-
-    slope_square: Any
-    output_square: Any
-    worth: Any
-    flaw: Any
-    """0, or NaN once something was not finite."""
-
-
-class Gradients(NamedTuple):
-    """An adapter's gradients over all tiles of a walk."""
-
-    down: Any
-    up: Any
-    """Transposed: 64 rows fill a warp group's product."""
-    bias: Any
-    gate: Any
+from esper_kernels.graft._triton_reduce import finish, parts, zero_unused
 
 
 @triton.jit
@@ -97,7 +60,7 @@ def _recompute(u, dy, matrices, seed, tile, DAMPED: tl.constexpr, S: tl.constexp
     if not DAMPED:
         a = narrow(a, dtype)
         r = dot(a, matrices.up, S.PRECISION)
-    return Hidden(a, r, slope, slope_h, slope_z, worth)
+    return record("Hidden")(a, r, slope, slope_h, slope_z, worth)
 
 
 @triton.jit
@@ -142,8 +105,8 @@ def _pull(
         slope_square += tl.sum(wide * wide, axis=1)
         flaw += tl.sum(d_u * 0.0, axis=1)
         store_tile(dx_ptr, tile, blend(dy, d_u, seed.input_grad_scale, limit), S)
-    gradients = Gradients(d_down, d_up, d_bias, d_gate)
-    return gradients, Sums(slope_square, output_square, worth, flaw)
+    gradients = record("Gradients")(d_down, d_up, d_bias, d_gate)
+    return gradients, record("Sums")(slope_square, output_square, worth, flaw)
 
 
 @triton.jit
@@ -237,11 +200,11 @@ def backward_kernel(
 ):
     """One program: one chunk, every SPLITS-th tile of rows."""
     await_release(CHAINED)
-    S: tl.constexpr = Shape(
+    S: tl.constexpr = record("Shape")(
         NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
         ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
     )  # fmt: skip
-    H: tl.constexpr = Share(
+    H: tl.constexpr = record("Share")(
         ENTRIES, WIDTH * RANK, RANK, HAS_BIAS, ACTIVATION == "gated", SPLITS, BK, BS, BC
     )
     program = tl.program_id(0)
@@ -253,7 +216,7 @@ def backward_kernel(
         dy_ptr = tl.make_tensor_descriptor(dy_ptr, [N, D], [D, 1], [BM, BF])
         dx_ptr = tl.make_tensor_descriptor(dx_ptr, [N, D], [D, 1], [BM, BF])
     walk = start_walk(chunk, split * BM, N, D, S)
-    bank = Bank(down_ptr, up_ptr, bias_ptr, gate_ptr)
+    bank = record("Bank")(down_ptr, up_ptr, bias_ptr, gate_ptr)
     sums_ptr, shares_ptr = parts(left_ptr, CHUNKS, H)
     own_sums_ptr = sums_ptr + program * 4
     own_share_ptr = shares_ptr + program.to(tl.int64) * ENTRIES
@@ -272,7 +235,7 @@ def backward_kernel(
         slope_square = _pass_on(dy_ptr, dx_ptr, walk, S)
     tl.store(own_sums_ptr, tl.sum(slope_square, axis=0))
     if IS_COUNTED:
-        gradients = Bank(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr)
+        gradients = record("Bank")(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr)
         zero_unused(slot_ptr, gradients, program, SLOTS, CHUNKS, H)
         finish(
             sums_ptr, shares_ptr, arrivals_ptr, statistics_ptr, out_ptr, gradients, seed, chunk,

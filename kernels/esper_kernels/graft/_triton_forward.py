@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 
 from esper_kernels.graft._triton_parts import (
-    Bank,
-    Shape,
     activate,
     await_release,
     blend,
@@ -18,6 +16,7 @@ from esper_kernels.graft._triton_parts import (
     load_matrices,
     load_tile,
     narrow,
+    record,
     release,
     start_walk,
     store_tile,
@@ -108,7 +107,7 @@ def forward_kernel(
 ):
     """One program: one chunk, every SPLITS-th tile of rows, so that all work side by side."""
     await_release(CHAINED)
-    S: tl.constexpr = Shape(
+    S: tl.constexpr = record("Shape")(
         NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
         ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
     )  # fmt: skip
@@ -117,7 +116,7 @@ def forward_kernel(
     seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
     walk = start_walk(chunk, (program // CHUNKS) * BM, N, D, S)
     if seed.is_live & (seed.output_scale != 0):
-        bank = Bank(down_ptr, up_ptr, bias_ptr, gate_ptr)
+        bank = record("Bank")(down_ptr, up_ptr, bias_ptr, gate_ptr)
         total, square = _act(x_ptr, y_ptr, bank, seed, walk, GROUP, S)
     else:
         total, square = _pass_on(x_ptr, y_ptr, walk, not ONLY_READS, GROUP, S)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,96 +23,12 @@ _GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBE = tl.constexpr(0.044715)
 
 
-class Shape(NamedTuple):
-    """What a kernel knows of its case when it is compiled; a constant of the kernel."""
+@triton.constexpr_function
+def record(name):
+    """A class of `_triton_records`: a compiler that copies a kernel's source copies no classes."""
+    from esper_kernels.graft import _triton_records
 
-    NARROW: Any
-    """Features of a narrow chunk."""
-    NUM_WIDE: Any
-    """How many chunks, the first ones, are one wider; 0 when all are narrow."""
-    WIDTH: Any
-    """F."""
-    RANK: Any
-    BM: Any
-    """Rows of a tile."""
-    BF: Any
-    """Width of a tile."""
-    BR: Any
-    """Rank of a tile."""
-    STEP: Any
-    """Rows from one tile of a program to its next."""
-    TILES: Any
-    """Tiles of one program."""
-    STAGES: Any
-    ACTIVATION: Any
-    HAS_BIAS: Any
-    BULK: Any
-    """Whether the copy engine moves tiles."""
-    ALL_ROWS: Any
-    """Whether every row of every tile is real."""
-    PRECISION: Any
-
-
-class Bank(NamedTuple):
-    """Where the matrices of all slots begin, or those of their gradients."""
-
-    down: Any
-    up: Any
-    bias: Any
-    gate: Any
-
-
-class Seed(NamedTuple):
-    """The seed of a chunk."""
-
-    slot: Any
-    output_scale: Any
-    param_grad_scale: Any
-    input_grad_scale: Any
-    output_damping: Any
-    is_live: Any
-    """Whether an adapter is at work."""
-
-
-class Walk(NamedTuple):
-    """The tiles of one program, all of one chunk."""
-
-    row: Any
-    """The first tile's first row."""
-    start: Any
-    """The chunk's first feature."""
-    width: Any
-    """The chunk's features."""
-    num_rows: Any
-    """N."""
-    offsets: Any
-    """[BM, BF]: of a tile's entries from its corner."""
-    corner: Any
-    """Offset of the first tile's corner."""
-    stride: Any
-    """From one corner to the next."""
-
-
-class Tile(NamedTuple):
-    """One tile of a walk."""
-
-    row: Any
-    start: Any
-    entries: Any
-    """[BM, BF]: offsets."""
-    is_row: Any
-    """[BM]"""
-    is_column: Any
-    """[BF]"""
-
-
-class Matrices(NamedTuple):
-    """One adapter; bias and gate stand for nothing where it has none."""
-
-    down: Any
-    up: Any
-    bias: Any
-    gate: Any
+    return getattr(_triton_records, name)
 
 
 @triton.jit
@@ -137,7 +52,9 @@ def find_seed(slot_ptr, gains_ptr, chunk, SLOTS):
     has_slot = (slot >= 0) & (slot < SLOTS)
     acts_or_learns = (output_scale != 0) | (param_grad_scale != 0)
     is_live = has_slot & (acts_or_learns | (input_grad_scale != 0) | (output_damping != 0))
-    return Seed(slot, output_scale, param_grad_scale, input_grad_scale, output_damping, is_live)
+    return record("Seed")(
+        slot, output_scale, param_grad_scale, input_grad_scale, output_damping, is_live
+    )
 
 
 @triton.jit
@@ -146,7 +63,7 @@ def start_walk(chunk, row, N, D, S: tl.constexpr):
     start, width = locate(chunk, S.NARROW, S.NUM_WIDE)
     offsets = tl.arange(0, S.BM)[:, None] * D + tl.arange(0, S.BF)[None, :]
     corner = row.to(tl.int64) * D + start
-    return Walk(row, start, width, N, offsets, corner, tl.cast(D, tl.int64) * S.STEP)
+    return record("Walk")(row, start, width, N, offsets, corner, tl.cast(D, tl.int64) * S.STEP)
 
 
 @triton.jit
@@ -155,7 +72,7 @@ def tile_of(walk, number, S: tl.constexpr):
     row = walk.row + number * S.STEP
     entries = walk.corner + number * walk.stride + walk.offsets
     is_row = row + tl.arange(0, S.BM) < walk.num_rows
-    return Tile(row, walk.start, entries, is_row, tl.arange(0, S.BF) < walk.width)
+    return record("Tile")(row, walk.start, entries, is_row, tl.arange(0, S.BF) < walk.width)
 
 
 @triton.jit
@@ -204,7 +121,7 @@ def load_matrices(bank, slot, width, dtype: tl.constexpr, S: tl.constexpr):
     gate = down
     if S.ACTIVATION == "gated":
         gate = _load_down(bank.gate, slot, width, dtype, S)
-    return Matrices(down, up, bias, gate)
+    return record("Matrices")(down, up, bias, gate)
 
 
 @triton.jit

@@ -3,33 +3,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from esper_kernels.graft._triton_parts import Bank, await_release, find_seed, is_finite
-
-
-class Share(NamedTuple):
-    """How the splits' shares of an adapter's gradients lie in memory; a constant of a kernel.
-
-    A share is down [F, R], up [R, F], bias [R], gate [F, R].
-    """
-
-    ENTRIES: Any
-    SIZE: Any
-    """F R"""
-    RANK: Any
-    HAS_BIAS: Any
-    IS_GATED: Any
-    SPLITS: Any
-    BK: Any
-    """Entries that are added up at once."""
-    BS: Any
-    """Splits, as a power of two."""
-    BC: Any
-    """Chunks that are searched at once."""
+from esper_kernels.graft._triton_parts import await_release, find_seed, is_finite, record
 
 
 @triton.jit
@@ -180,7 +157,7 @@ def reduce_kernel(
     BESIDE: tl.constexpr,
 ):
     """The first C programs: one chunk's statistics. The others: a piece of a slot's gradients."""
-    H: tl.constexpr = Share(ENTRIES, SIZE, RANK, HAS_BIAS, IS_GATED, SPLITS, BK, BS, BC)
+    H: tl.constexpr = record("Share")(ENTRIES, SIZE, RANK, HAS_BIAS, IS_GATED, SPLITS, BK, BS, BC)
     program = tl.program_id(0)
     sums_ptr, shares_ptr = parts(left_ptr, CHUNKS, H)
     if program < CHUNKS:
@@ -201,4 +178,6 @@ def reduce_kernel(
             seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
             scale = seed.param_grad_scale
             total = add_up_gradients(shares_ptr, sums_ptr, chunk, scale, scale != 0, k, CHUNKS, H)
-        store_gradients(Bank(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr), slot, k, total, H)
+        store_gradients(
+            record("Bank")(d_down_ptr, d_up_ptr, d_bias_ptr, d_gate_ptr), slot, k, total, H
+        )
