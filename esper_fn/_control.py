@@ -1,4 +1,4 @@
-"""Control flow in place."""
+"""Control flow that works in the buffers of its carry, and inside a `shard_map`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from esper_fn._typing import Array, Bool
 Carry = TypeVar("Carry")
 
 
-def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """`run(carry)` where `is_wanted`, else `carry`: a loop of one round or none.
+def once_if(predicate: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """`run(carry)` where the predicate holds, else `carry`: a loop of one round or none.
 
     `jax.lax.cond` would copy every array that a branch hands on untouched; the carry of a loop
     stays in its buffer. Differentiable in both modes, any number of times: derivatives do go
     through a `cond`.
     """
-    carry = vary_as_after(run, carry, is_wanted)
+    carry = vary_as_after(run, carry, predicate)
     leaves, structure = jax.tree.flatten(carry)
     # What `run` closes over becomes an argument: a derivative rule may hold no tracer. Traced
     # twice, as newer JAX keeps what was closed over in the first trace.
@@ -31,7 +31,7 @@ def once_if(is_wanted: Bool[Array, ""], run: Callable[[Carry], Carry], carry: Ca
     explicit = jax.make_jaxpr(
         lambda leaves, consts: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(*leaves)
     )(leaves, traced.consts)
-    chosen = _once_if(_with_consts(explicit), is_wanted, leaves, traced.consts)
+    chosen = _once_if(_with_consts(explicit), predicate, leaves, traced.consts)
     return jax.tree.unflatten(structure, chosen)
 
 
@@ -41,35 +41,35 @@ def _with_consts(explicit: ClosedJaxpr) -> Callable[[list[Array], list[Array]], 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _once_if(
-    run: Callable[..., list[Array]], is_wanted: Array, leaves: list[Array], consts: list[Array]
+    run: Callable[..., list[Array]], predicate: Array, leaves: list[Array], consts: list[Array]
 ) -> list[Array]:
     def once(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        wanted, leaves = state
-        return jnp.zeros_like(wanted), run(leaves, consts)
+        predicate, leaves = state
+        return jnp.zeros_like(predicate), run(leaves, consts)
 
-    return jax.lax.while_loop(lambda state: state[0], once, (is_wanted, leaves))[1]
+    return jax.lax.while_loop(lambda state: state[0], once, (predicate, leaves))[1]
 
 
 @_once_if.defjvp
-def _follow(run: Callable[..., list[Array]], primals: Any, tangents: Any) -> Any:
-    is_wanted, leaves, consts = primals
+def _once_if_tangent(run: Callable[..., list[Array]], primals: Any, tangents: Any) -> Any:
+    predicate, leaves, consts = primals
     _, d_leaves, d_consts = tangents
-    moves = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+    is_inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
 
-    def moving(of: list[Array]) -> list[Array]:
-        return [leaf for leaf, does in zip(of, moves, strict=True) if does]
+    def inexact(tangents: list[Array]) -> list[Array]:
+        return [leaf for leaf, is_kept in zip(tangents, is_inexact, strict=True) if is_kept]
 
-    def complete(of: list[Array]) -> list[Any]:
-        rest = iter(of)
+    def complete(inexact_tangents: list[Array]) -> list[Any]:
+        rest = iter(inexact_tangents)
         return [
-            next(rest) if does else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
-            for leaf, does in zip(leaves, moves, strict=True)
+            next(rest) if is_kept else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+            for leaf, is_kept in zip(leaves, is_inexact, strict=True)
         ]
 
-    def push(d_moving: list[Array]) -> list[Array]:
-        return moving(jax.jvp(run, (leaves, consts), (complete(d_moving), d_consts))[1])
+    def push(d_inexact: list[Array]) -> list[Array]:
+        return inexact(jax.jvp(run, (leaves, consts), (complete(d_inexact), d_consts))[1])
 
-    pushed = jax.lax.cond(is_wanted, push, lambda d_moving: d_moving, moving(d_leaves))
+    pushed = jax.lax.cond(predicate, push, lambda d_inexact: d_inexact, inexact(d_leaves))
     return _once_if(run, *primals), complete(pushed)
 
 
@@ -81,8 +81,8 @@ def cond(
 ) -> Carry:
     """`jax.lax.cond`, whose branches may differ in how they vary inside a `shard_map`."""
     if _is_sharded():
-        of_first, of_second = (jax.eval_shape(branch, *operands) for branch in (first, second))
-        first, second = _like(first, of_second), _like(second, of_first)
+        shapes = [jax.eval_shape(branch, *operands) for branch in (first, second)]
+        first, second = _like(first, shapes[1]), _like(second, shapes[0])
     chosen: Carry = jax.lax.cond(is_first, first, second, *operands)
     return chosen
 
@@ -96,7 +96,7 @@ def vary_as_after(run: Callable[[Carry], Carry], carry: Carry, *like: Any) -> Ca
     if not _is_sharded():
         return carry
     marked: Carry = jax.tree.map(
-        lambda leaf, of: vary_alike(leaf, of, *like), carry, jax.eval_shape(run, carry)
+        lambda leaf, after: vary_alike(leaf, after, *like), carry, jax.eval_shape(run, carry)
     )
     return marked
 
@@ -108,7 +108,7 @@ def _is_sharded() -> bool:
 def by_compiler(run: Callable[..., Array], like: Array, *operands: Any) -> Array:
     """`run(*operands)`, divided among devices by the compiler; the result is divided as `like` is.
 
-    Over mesh axes of type Explicit JAX would want to be told how each intermediate is divided.
+    Over mesh axes of type Explicit JAX would ask how each intermediate is divided.
     """
     mesh = jax.typeof(like).sharding.mesh
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -133,7 +133,6 @@ def vary_alike(tree: Any, *like: Any) -> Any:
 
 
 def _varying_axes(x: Any) -> frozenset[str]:
-    of = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    # None where nothing is kept track of: `shard_map(check_vma=False)`, `pmap`.
-    kind = of.manual_axis_type
+    kind = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type
+    # None where JAX does not track it: `shard_map(check_vma=False)`, `pmap`.
     return frozenset() if kind is None else frozenset(kind.varying)

@@ -1,6 +1,6 @@
-"""The grown network without its growing: for other programs, and for whoever asks how it came."""
+"""The grown network without its growing: files for other programs, and the lineage of its seeds."""
 
-from esper_fn.export._adapters import Adapter, FixedSeeds, acting, fixed, fold
+from esper_fn.export._adapters import Adapter, FixedSeeds, acting_adapters, fixed_seeds, fold
 from esper_fn.export._files import (
     Network,
     read_safetensors,
@@ -14,8 +14,8 @@ __all__ = [
     "Adapter",
     "FixedSeeds",
     "Network",
-    "acting",
-    "fixed",
+    "acting_adapters",
+    "fixed_seeds",
     "fold",
     "lineage",
     "read_safetensors",

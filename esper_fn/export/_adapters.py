@@ -33,10 +33,14 @@ class Adapter(NamedTuple):
     params: Params
 
 
-def acting(growth: Growth, state: GrowthState) -> list[Adapter]:
+def acting_adapters(growth: Growth, state: GrowthState) -> list[Adapter]:
     """The adapters that act, in the order of their seeds; parameters are NumPy's.
 
     Adapters that only learn behind the host are no part of the network.
+
+    Args:
+      growth: the growing network.
+      state: of it.
     """
     seeds, adapters = jax.device_get((state.seeds, state.adapters))
     scale = np.asarray(gains(jnp.asarray(seeds.stage), jnp.asarray(seeds.alpha)))[:, 0]
@@ -75,7 +79,7 @@ class FixedSeeds:
     """Stands in for `Seeds` where what has grown is fixed: no slots, no lifecycle, no state."""
 
     def __init__(self, layout: Layout, banks: dict[str, dict[str, BankView]]) -> None:
-        """See `fixed`."""
+        """See `fixed_seeds`."""
         self._layout, self._banks = layout, banks
 
     def tree_flatten(self) -> tuple[tuple[Any], Layout]:
@@ -117,8 +121,12 @@ class FixedSeeds:
         return FixedSeeds(self._layout, {name: at_site})
 
 
-def fixed(layout: Layout, adapters: Sequence[Adapter]) -> FixedSeeds:
+def fixed_seeds(layout: Layout, adapters: Sequence[Adapter]) -> FixedSeeds:
     """The adapters as seeds for a forward pass, `host.apply(params, seeds, inputs)`.
+
+    Args:
+      layout: of the growing network.
+      adapters: those of `acting_adapters`.
 
     Raises:
       LayoutError: an adapter of a site or blueprint that the layout does not have.
@@ -130,7 +138,7 @@ def fixed(layout: Layout, adapters: Sequence[Adapter]) -> FixedSeeds:
     banks: dict[str, dict[str, BankView]] = {}
     for site in layout.sites:
         for name in layout.names:
-            own = [one for one in adapters if (one.site, one.blueprint) == (site.name, name)]
+            own = [a for a in adapters if (a.site, a.blueprint) == (site.name, name)]
             if own:
                 banks.setdefault(site.name, {})[name] = _bank(own, site)
     return FixedSeeds(layout, banks)
@@ -168,10 +176,12 @@ def fold(
     """Takes fossils into the host's own parameters, where that is the same function.
 
     Args:
-      host_fold: `Host.fold`, or None for a host that cannot.
-      layout: of the run.
-      params: of the host.
-      adapters: from `acting`.
+      host_fold: `host_fold(params, site, blueprint, adapter_params, output_scale)` returns the
+        host's new parameters, or None where it cannot take the adapter in; None for a host that
+        never can.
+      layout: of the growing network.
+      params: parameters of the host.
+      adapters: those of `acting_adapters`.
 
     Returns:
       Parameters, the adapters that remain beside them, and those that were folded.
@@ -179,12 +189,14 @@ def fold(
     rest, folded = [], []
     for adapter in adapters:
         blueprint = layout.blueprints[layout.blueprint_index(adapter.blueprint)]
-        taken = None
+        new_params = None
         if host_fold is not None and adapter.stage == Stage.FOSSILIZED.name:
-            taken = host_fold(params, adapter.site, blueprint, adapter.params, adapter.output_scale)
-        if taken is None:
+            new_params = host_fold(
+                params, adapter.site, blueprint, adapter.params, adapter.output_scale
+            )
+        if new_params is None:
             rest.append(adapter)
         else:
-            params = taken
+            params = new_params
             folded.append(adapter)
     return params, rest, folded

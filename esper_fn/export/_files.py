@@ -25,7 +25,7 @@ class Network(NamedTuple):
     """A network read back."""
 
     params: Params
-    """Of the host, folded adapters included."""
+    """Parameters of the host, folded adapters included."""
     adapters: list[Adapter]
     note: Mapping[str, Any]
 
@@ -37,8 +37,8 @@ def write_safetensors(
 
     Args:
       path: the file.
-      params: of the host.
-      adapters: that act beside it.
+      params: parameters of the host.
+      adapters: those that act beside it.
       note: JSON for `Network.note`.
 
     Raises:
@@ -72,6 +72,9 @@ def write_safetensors(
 def read_safetensors(path: Path) -> Network:
     """Reads what `write_safetensors` wrote.
 
+    Args:
+      path: the file.
+
     Raises:
       CheckpointError: another file, or of a newer version.
     """
@@ -80,10 +83,10 @@ def read_safetensors(path: Path) -> Network:
 
     try:
         with safetensors.safe_open(path, framework="flax") as file:
-            told = (file.metadata() or {}).get("esper_fn")
-            content = json.loads(told) if told else None
+            header = (file.metadata() or {}).get("esper_fn")
+            content = json.loads(header) if header else None
             if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: it is not an {FORMAT}'s")
+                raise CheckpointError(f"{path}: the file is not an {FORMAT}")
             if content.get("version") != VERSION:
                 raise CheckpointError(
                     f"{path}: version {content.get('version')!r}; this one reads {VERSION}"
@@ -105,7 +108,7 @@ def read_safetensors(path: Path) -> Network:
             note=content["note"],
         )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: it lacks {error}") from None
+        raise CheckpointError(f"{path}: the file lacks {error}") from None
 
 
 def write_stablehlo(
@@ -122,7 +125,7 @@ def write_stablehlo(
         `network.mlirbc`, the same as StableHLO in MLIR's portable bytecode.
       network: `inputs -> logits`.
       inputs: an example, `[N, ...]`; only shape and dtype are read.
-      platforms: it is to run on.
+      platforms: those on which it is to run.
 
     Returns:
       The files.
@@ -142,7 +145,11 @@ def write_stablehlo(
 
 
 def read_stablehlo(folder: Path) -> Callable[[Any], Array]:
-    """The program that `write_stablehlo` wrote: `inputs -> logits`."""
+    """The program that `write_stablehlo` wrote: `inputs -> logits`.
+
+    Args:
+      folder: the same as for `write_stablehlo`.
+    """
     from jax import export
 
     data = (folder / "network.jax_export").read_bytes()

@@ -1,4 +1,4 @@
-"""How a network came to be: every germination, graft and verdict, and who asked."""
+"""How a network came to be: every germination, graft and verdict, and who requested it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from esper_fn.export._adapters import Adapter
 FORMAT = "esper-fn lineage"
 VERSION = 1
 
+_VERDICT = ("step", "from", "to", "cause", "measured")
 _ENDS = ("FOSSILIZED", "CULLED", "CANCELLED", "ROLLED_BACK")
 
 
@@ -28,7 +29,7 @@ def lineage(
       rollbacks: `Fit.rollbacks`.
       adapters: exported beside the host.
       folded: exported inside it.
-      note: JSON to keep along.
+      note: JSON to store with it.
 
     Returns:
       `lives`, in order of birth: where, which blueprint, `requested_by` (`command`, or
@@ -39,38 +40,14 @@ def lineage(
     lives: list[dict[str, Any]] = []
     current: dict[int, dict[str, Any]] = {}
     for event in events:
-        seed, target = event["seed"], event["to"]
-        if target == "GERMINATED":
-            life = {
-                **{name: event[name] for name in ("seed", "site", "layer", "chunk", "blueprint")},
-                "requested_by": event["cause"],
-                "germinated_step": event["step"],
-                "training_step": None,
-                "graft_began_step": None,
-                "graft_ended_step": None,
-                "verdicts": [],
-                "fate": None,
-                "fate_step": None,
-                "exported_as": None,
-            }
-            lives.append(life)
-            current[seed] = life
-            continue
-        life_now = current.get(seed)
-        if life_now is None:
-            continue
-        verdict = {name: event[name] for name in ("step", "from", "to", "cause", "measured")}
-        life_now["verdicts"].append(verdict)
-        if target == "TRAINING":
-            life_now["training_step"] = event["step"]
-        if target == "GRAFTING":
-            life_now["graft_began_step"] = event["step"]
-        if event["from"] == "GRAFTING":
-            life_now["graft_ended_step"] = event["step"]
-        if target in _ENDS:
-            life_now["fate"], life_now["fate_step"] = target, event["step"]
-        if target == "DORMANT":
-            del current[seed]
+        seed = event["seed"]
+        if event["to"] == "GERMINATED":
+            current[seed] = _germinated(event)
+            lives.append(current[seed])
+        elif seed in current:
+            _record(current[seed], event)
+            if event["to"] == "DORMANT":
+                del current[seed]
     for exported, kind in ((adapters, "adapter"), (folded, "folded")):
         for adapter in exported:
             if adapter.seed in current:
@@ -82,3 +59,33 @@ def lineage(
         "rollbacks": [dict(row) for row in rollbacks],
         "note": dict(note or {}),
     }
+
+
+def _germinated(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A life at its beginning."""
+    return {
+        **{name: event[name] for name in ("seed", "site", "layer", "chunk", "blueprint")},
+        "requested_by": event["cause"],
+        "germinated_step": event["step"],
+        "training_step": None,
+        "graft_began_step": None,
+        "graft_ended_step": None,
+        "verdicts": [],
+        "fate": None,
+        "fate_step": None,
+        "exported_as": None,
+    }
+
+
+def _record(life: dict[str, Any], event: Mapping[str, Any]) -> None:
+    """Adds a change of stage to a life."""
+    step, target = event["step"], event["to"]
+    life["verdicts"].append({name: event[name] for name in _VERDICT})
+    if target == "TRAINING":
+        life["training_step"] = step
+    if target == "GRAFTING":
+        life["graft_began_step"] = step
+    if event["from"] == "GRAFTING":
+        life["graft_ended_step"] = step
+    if target in _ENDS:
+        life["fate"], life["fate_step"] = target, step

@@ -81,7 +81,7 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
         )
     )(params, state, inputs)
     assert np.abs(wanted - bare).max() > 1e-2
-    adapters = export.acting(growth, state)
+    adapters = export.acting_adapters(growth, state)
     assert 1 not in [adapter.seed for adapter in adapters]
     folded_params, rest, folded = export.fold(host.fold, growth.layout, params, adapters)
     assert bool(folded) == (name == "mlp")
@@ -91,7 +91,7 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
     export.write_safetensors(file, folded_params, rest, {"x": [1]})
     network = export.read_safetensors(file)
     assert network.note == {"x": [1]}
-    seeds = export.fixed(growth.layout, network.adapters)
+    seeds = export.fixed_seeds(growth.layout, network.adapters)
     found = jax.jit(host.apply)(network.params, seeds, inputs)
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
 
@@ -112,7 +112,9 @@ def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
     spans = [s for s in range(growth.layout.num_seeds) if growth.layout.locate(s)[0].is_span]
     state = alive(growth, dict.fromkeys(spans, (Stage.FOSSILIZED, 1.0, "bottleneck")))
     params = jax.jit(MLP.init)(jax.random.key(1))
-    folded, rest, taken = export.fold(MLP.fold, growth.layout, params, export.acting(growth, state))
+    folded, rest, taken = export.fold(
+        MLP.fold, growth.layout, params, export.acting_adapters(growth, state)
+    )
     assert (len(rest), len(taken)) == (0, 6)
     assert [layer["weight"].shape for layer in folded] == [(6, 16), (16, 13), (13, 15), (15, 3)]
 
@@ -133,7 +135,7 @@ def test_relu_neurons_are_not_folded_into_a_gelu_layer() -> None:
     )
     span = growth.layout.seed_index("layer1.0", 0)
     state = alive(growth, {span: (Stage.FOSSILIZED, 1.0, "b")})
-    adapters = export.acting(growth, state)
+    adapters = export.acting_adapters(growth, state)
     params = jax.jit(MLP.init)(jax.random.key(1))
     assert export.fold(MLP.fold, growth.layout, params, adapters) == (params, adapters, [])
 

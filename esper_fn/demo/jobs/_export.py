@@ -58,7 +58,7 @@ def export_run(
     dataset, host, growth = _rebuild(settings, data_folder)
     state = restored.value["state"]
     accuracy = _accuracy(host, state.params, growth.seeds(state.growth), dataset)
-    adapters = export.acting(growth, state.growth)
+    adapters = export.acting_adapters(growth, state.growth)
     params, rest, folded = export.fold(host.fold, growth.layout, state.params, adapters)
     note = {
         "data": settings["data"],
@@ -111,7 +111,7 @@ def _write_safetensors(
     file = out / "network.safetensors"
     export.write_safetensors(file, network.params, network.adapters, note)
     written = export.read_safetensors(file)
-    seeds = export.fixed(network.layout, written.adapters)
+    seeds = export.fixed_seeds(network.layout, written.adapters)
     return [file], _accuracy(network.host, written.params, seeds, dataset)
 
 
@@ -120,7 +120,7 @@ def _write_stablehlo(
 ) -> tuple[list[Path], float]:
     """Writes a network, and returns the files and the test accuracy of what they hold."""
     del note  # lineage.json has it
-    seeds: Any = export.fixed(network.layout, network.adapters)
+    seeds: Any = export.fixed_seeds(network.layout, network.adapters)
     apply = partial(network.host.apply, network.params, seeds)
     files = export.write_stablehlo(out, apply, dataset.test_inputs)
     logits = np.asarray(export.read_stablehlo(out)(dataset.test_inputs))
