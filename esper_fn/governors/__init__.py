@@ -7,10 +7,9 @@ contract.
 
 from esper_fn.governors._base import Alarm, Governor, Init, Observation, Update, Verdict
 from esper_fn.governors._check import check
-from esper_fn.governors._standard import NOISE_DEVIATIONS, disabled, standard
+from esper_fn.governors._standard import disabled, standard
 
 __all__ = [
-    "NOISE_DEVIATIONS",
     "Alarm",
     "Governor",
     "Init",

@@ -31,7 +31,7 @@ class StandardState(NamedTuple):
     """The loss's standard deviation then."""
 
 
-NOISE_DEVIATIONS = 4.0
+_NOISE_DEVIATIONS = 4.0
 
 
 def standard(
@@ -44,7 +44,7 @@ def standard(
     """Watches for a non-finite loss, for divergence and for drift.
 
     The loss has diverged when its fast average has been above
-    `best + (max_ratio - 1) |best| + NOISE_DEVIATIONS noise` for `patience` steps in a row. Here
+    `best + (max_ratio - 1) |best| + 4 noise` for `patience` steps in a row. Here
     `best` is the lowest slow average so far, which may be negative, and `noise` is the loss's
     standard deviation at that time: without it a loss near zero would raise alarms by noise alone.
     After a divergence the governor learns `best` anew.
@@ -100,7 +100,7 @@ def _update(state: StandardState, observation: Observation) -> tuple[StandardSta
     is_best = is_warm & ~has_no_best & (track.slow < state.best)
     best = jnp.where(is_best, track.slow, state.best)
     noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
-    bound = best + (state.max_ratio - 1) * jnp.abs(best) + NOISE_DEVIATIONS * noise
+    bound = best + (state.max_ratio - 1) * jnp.abs(best) + _NOISE_DEVIATIONS * noise
     is_bad = is_warm & (track.fast > bound)
     num_bad = jnp.where(is_bad, state.num_bad + 1, 0)
     has_diverged = num_bad >= state.patience

@@ -49,7 +49,7 @@ write_safetensors write_stablehlo"
     ),
     "esper_fn.flax": "linen nnx",
     "esper_fn.governors": (
-        "Alarm Governor Init NOISE_DEVIATIONS Observation Update Verdict check disabled standard"
+        "Alarm Governor Init Observation Update Verdict check disabled standard"
     ),
     "esper_fn.grafting": (
         "AlphaSchedule Init Observation Update adaptive check drift_controlled grad_norm_gated \
