@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 from esper_fn._sites import Mark, NoSeeds, Seeds, Site, marked
 from esper_fn._typing import Array
 from esper_fn.blueprints._base import Topology
@@ -58,7 +58,7 @@ def use_seeds(seeds: AnySeeds) -> Iterator[None]:
     """
     if not isinstance(seeds, AnySeeds):
         raise LayoutError(
-            f"use_seeds: seeds must be `Seeds` or `NoSeeds`, got {described(seeds)}; "
+            f"use_seeds: seeds must be `Seeds` or `NoSeeds`, got {describe(seeds)}; "
             "take those the loss function is given, or `growth.seeds(state)`"
         )
     token = _SEEDS.set(seeds)
@@ -126,7 +126,7 @@ def grow_ambient(
         )
     if isinstance(seeds, Discovery):
         if not hasattr(x, "shape"):
-            raise LayoutError(f"site {site!r}: x must be an array, got {described(x)}")
+            raise LayoutError(f"site {site!r}: x must be an array, got {describe(x)}")
         seeds.declare(_declared(site, x, source, chunks, topology))
         return x
     return seeds.grow(site, x, source=source)

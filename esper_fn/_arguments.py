@@ -8,11 +8,11 @@ from numbers import Real
 from typing import Any, TypeGuard
 
 
-def described(value: object) -> str:
+def describe(value: object) -> str:
     """A value's kind, short: `a list`, or `the function plateau, not called`.
 
-    >>> described([1]), described(described)
-    ('a list', 'the function described, not called')
+    >>> describe([1]), describe(describe)
+    ('a list', 'the function describe, not called')
     """
     if isinstance(value, type):
         return f"the class {value.__name__}, not called"
@@ -27,7 +27,7 @@ def described(value: object) -> str:
 def check_key(key: object) -> None:
     """Raises `TypeError` unless `key` may be a random key."""
     if not (hasattr(key, "dtype") and hasattr(key, "shape")):
-        raise TypeError(f"key must be a random key, `jax.random.key(0)` say, got {described(key)}")
+        raise TypeError(f"key must be a random key, `jax.random.key(0)` say, got {describe(key)}")
 
 
 def check_kind(argument: str, value: object, kind: Any, remedy: str) -> None:
@@ -35,7 +35,7 @@ def check_kind(argument: str, value: object, kind: Any, remedy: str) -> None:
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(
-            f"{argument} must be {article} {kind.__name__}, got {described(value)}; {remedy}"
+            f"{argument} must be {article} {kind.__name__}, got {describe(value)}; {remedy}"
         )
 
 
@@ -52,7 +52,7 @@ def check_numbers(**values: object) -> None:
     """Raises `TypeError` for an argument that is no number; arrays without axes are numbers."""
     for argument, value in values.items():
         if not _is_number(value):
-            raise TypeError(f"{argument} must be a number, got {described(value)}{_bare(value)}")
+            raise TypeError(f"{argument} must be a number, got {describe(value)}{_bare(value)}")
 
 
 def check_counts(**values: object) -> None:
@@ -60,7 +60,7 @@ def check_counts(**values: object) -> None:
     for argument, value in values.items():
         if not _is_number(value):
             raise TypeError(
-                f"{argument} must be a whole number, got {described(value)}{_bare(value)}"
+                f"{argument} must be a whole number, got {describe(value)}{_bare(value)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{argument} must be a whole number, got {value!r}")
@@ -70,7 +70,7 @@ def check_function(argument: str, value: object, call: str) -> None:
     """Raises `TypeError` unless a value can be called."""
     if not callable(value):
         raise TypeError(
-            f"{argument} must be a function, called as `{call}`, got {described(value)}; pass the "
+            f"{argument} must be a function, called as `{call}`, got {describe(value)}; pass the "
             "function itself, not what it returns"
         )
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 
 
 class Contract:
@@ -33,7 +33,7 @@ class Contract:
     def check_pair(self, call: str, result: Any, second: str) -> None:
         """Raises unless a function returned `(state, second)`."""
         if not isinstance(result, tuple) or len(result) != 2:
-            self.fail(f"{call} must return (state, {second}), got {described(result)}")
+            self.fail(f"{call} must return (state, {second}), got {describe(result)}")
 
     def check_same_form(self, call: str, before: Any, after: Any) -> None:
         """Raises unless two states have the same structure, shapes and dtypes."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 
 LARGEST = float(np.finfo(np.float32).max)
 """In place of infinity in a state, which `jax_debug_infs` would take for a fault."""
@@ -29,7 +29,7 @@ def check_leaves(argument: str, tree: Any) -> None:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
             raise TypeError(
                 f"{argument}{jax.tree_util.keystr(path)} must be an array or a number, got "
-                f"{described(leaf)}; keep what is neither out of the tree (with NNX "
+                f"{describe(leaf)}; keep what is neither out of the tree (with NNX "
                 "`nnx.split(model, nnx.Param, ...)`)"
             )
 

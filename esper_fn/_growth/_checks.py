@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import governors, grafting, lifecycle, policies
-from esper_fn._arguments import check_kind, described, is_count
+from esper_fn._arguments import check_kind, describe, is_count
 from esper_fn._growth._state import GrowthState, Parts
 from esper_fn._layout import Layout, init_adapters
 from esper_fn._sites import Visits
@@ -123,7 +123,7 @@ def check_commands(commands: Any) -> Commands | None:
     if commands is None:
         return None
     if not isinstance(commands, Commands):
-        what = "one Command" if isinstance(commands, Command) else described(commands)
+        what = "one Command" if isinstance(commands, Command) else describe(commands)
         raise TypeError(
             f"commands must be Commands or None, got {what}; pack them for this very step: "
             "`growth.commands([...])`"
@@ -149,7 +149,7 @@ def scalar_loss(loss: Any, argument: str = "loss", *, must_learn: bool = False) 
         shape, dtype = None, None
     if loss is None or dtype is None or isinstance(loss, Sequence):
         raise TypeError(
-            f"{argument} must be one number, got {described(loss)}"
+            f"{argument} must be one number, got {describe(loss)}"
             + ("; with more than the loss, set has_aux=True" if isinstance(loss, tuple) else "")
         )
     if shape:
@@ -173,7 +173,7 @@ def loss_of(value: Any, has_aux: bool) -> Any:
     if not has_aux:
         return scalar_loss(value, returned, must_learn=True)
     if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"{returned} must be `(loss, aux)` with has_aux, got {described(value)}")
+        raise TypeError(f"{returned} must be `(loss, aux)` with has_aux, got {describe(value)}")
     return scalar_loss(value[0], "the loss that loss_fn returns", must_learn=True), value[1]
 
 

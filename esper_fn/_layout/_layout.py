@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import check_kind, described, is_count
+from esper_fn._arguments import check_kind, describe, is_count
 from esper_fn._sites import Site
 from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
 from esper_fn.blueprints._base import Blueprint, Cost
@@ -195,7 +195,7 @@ def make_layout(
         check_kind("sites: each", place, Site, "make a list of them with `ef.site` and `ef.site`")
     if not isinstance(blueprints, Mapping):
         raise TypeError(
-            f"blueprints must be a dict of names and blueprints, got {described(blueprints)}; "
+            f"blueprints must be a dict of names and blueprints, got {describe(blueprints)}; "
             '`{"low_rank": ef.blueprints.low_rank()}` for instance'
         )
     for name, blueprint in blueprints.items():

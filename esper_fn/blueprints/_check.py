@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import esper_kernels.jax as kernels
-from esper_fn._arguments import check_kind, described
+from esper_fn._arguments import check_kind, describe
 from esper_fn._typing import Array, Params
 from esper_fn.blueprints._base import TOPOLOGIES, AdapterSpec, Blueprint, Cost, Topology
 from esper_kernels import Adapter
@@ -72,7 +72,7 @@ def _check_signatures(blueprint: Blueprint) -> None:
         if not callable(function):
             raise ValueError(
                 f"blueprint {blueprint.name!r}: {name} must be a function called as `{call}`, got "
-                f"{described(function)}"
+                f"{describe(function)}"
             )
         try:
             signature = inspect.signature(function)
@@ -109,13 +109,13 @@ def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type)
     params = blueprint.init(jax.random.key(0), spec, dtype)
     leaves = jax.tree.leaves(params)
     if not all(hasattr(leaf, "dtype") for leaf in leaves):
-        fail(f"init must return a tree of arrays, got {described(params)} with other leaves")
+        fail(f"init must return a tree of arrays, got {describe(params)} with other leaves")
     if any(leaf.dtype != dtype for leaf in leaves):
         dtypes = sorted({leaf.dtype.name for leaf in leaves})
         fail(f"init must make {dtype_name} parameters, got {dtypes}")
     r = jax.eval_shape(output, params, x)
     if not hasattr(r, "shape"):
-        fail(f"apply must return one array, got {described(r)}")
+        fail(f"apply must return one array, got {describe(r)}")
     if r.shape != shape or r.dtype != dtype:
         fail(f"apply must return {shape} {dtype_name}, got {r.shape} {r.dtype}")
     r, slopes = at_birth(params, x, jnp.asarray(rng.standard_normal(shape), dtype))
@@ -126,7 +126,7 @@ def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type)
     count = sum(leaf.size for leaf in leaves)
     cost = blueprint.cost(spec, 1)
     if not isinstance(cost, Cost):
-        fail(f"cost must return `Cost(parameters=..., flops=...)`, got {described(cost)}")
+        fail(f"cost must return `Cost(parameters=..., flops=...)`, got {describe(cost)}")
     stated = cost.parameters
     if stated != count:
         fail(f"cost states {stated} parameters, init makes {count}")

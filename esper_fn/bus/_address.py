@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, quote, unquote
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 from esper_fn.errors import BusAddressError, BusSecurityError
 
 MEMORY = "memory"
@@ -105,7 +105,7 @@ def parse_address(url: str) -> Address:
     """
     if not isinstance(url, str):
         raise TypeError(
-            f"the address of a bus must be a string, got {described(url)}; write one like "
+            f"the address of a bus must be a string, got {describe(url)}; write one like "
             f"{_EXAMPLES}"
         )
     url = url.strip()

@@ -8,7 +8,7 @@ from numbers import Integral
 import jax
 import numpy as np
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 from esper_fn._layout import Layout
 from esper_fn.commands._factories import Command
 from esper_fn.errors import CommandError, UnknownNameError
@@ -83,13 +83,11 @@ def _check(commands: object) -> None:
     remedy = "pass a list of what `germinate`, `cull` and their like return"
     if not isinstance(commands, Sequence) or isinstance(commands, str | Commands):
         raise CommandError(
-            f"commands must be a list of Command, got {described(commands)}; {remedy}"
+            f"commands must be a list of Command, got {describe(commands)}; {remedy}"
         )
     for command in commands:
         if not isinstance(command, Command):
-            raise CommandError(
-                f"each command must be a Command, got {described(command)}; {remedy}"
-            )
+            raise CommandError(f"each command must be a Command, got {describe(command)}; {remedy}")
         if not isinstance(command.seed, Integral) or isinstance(command.seed, bool):
             raise CommandError(
                 f"a command's seed must be an int, got {command.seed!r}; "

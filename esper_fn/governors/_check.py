@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import check_kind, described
+from esper_fn._arguments import check_kind, describe
 from esper_fn._contract import Contract
 from esper_fn.governors._base import Alarm, Governor, Observation, Verdict
 from esper_fn.lifecycle import Stage
@@ -83,7 +83,7 @@ _FORMS = {
 
 def _check_verdict(contract: Contract, verdict: Any) -> None:
     if not isinstance(verdict, Verdict):
-        contract.fail(f"update must return (state, Verdict), got {described(verdict)} second")
+        contract.fail(f"update must return (state, Verdict), got {describe(verdict)} second")
     for name, (shape, dtype) in _FORMS.items():
         value = getattr(verdict, name)
         if (value.shape, value.dtype.name) != (shape, dtype):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esper_fn._arguments import check_counts, check_numbers, described
+from esper_fn._arguments import check_counts, check_numbers, describe
 from esper_fn._records import record
 from esper_fn._typing import Array, Bool, Float32, Int32
 from esper_fn.lifecycle._stages import ACTS, NUM_STAGES, Stage, as_stage
@@ -129,7 +129,7 @@ def settings(
         trust=trust,
     )
     if not isinstance(train_first, int | np.bool_ | np.ndarray | jnp.ndarray):
-        raise TypeError(f"train_first must be True or False, got {described(train_first)}")
+        raise TypeError(f"train_first must be True or False, got {describe(train_first)}")
     if not trust > 0:
         raise ValueError(f"trust must be positive, got {trust!r}")
     return Settings(
@@ -169,7 +169,7 @@ def _stays(min_steps: Any, max_steps: Any) -> tuple[np.ndarray, np.ndarray]:
         if values is not None and not isinstance(values, Mapping):
             raise TypeError(
                 f"{argument} must be a dict of stages and steps, `{{Stage.TRAINING: 50}}` for "
-                f"instance, got {described(values)}"
+                f"instance, got {describe(values)}"
             )
         for name, value in {**defaults, **(values or {})}.items():
             stage = as_stage(name, argument)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 from esper_fn.optim._records import PerAdapterState, Slots
 
 PAIR = "the pair (host parameters, adapters)"
@@ -23,7 +23,7 @@ def check_transformation(name: str, value: Any) -> None:
     """Raises `TypeError` unless the argument `name` is an Optax transformation."""
     if not _is_transformation(value):
         raise TypeError(
-            f"{name} must be an Optax transformation, got {described(value)}; "
+            f"{name} must be an Optax transformation, got {describe(value)}; "
             f"`{name}=optax.adam(1e-3)` for instance"
         )
 
@@ -43,7 +43,7 @@ def check_pair(call: str, pair: Any, allowed: str) -> None:
             path = f"[{name!r}]" if name else ""
             raise TypeError(
                 f"{call} takes {allowed}, in this order; the second one, a dict of sites and "
-                f"blueprints, has {described(banks)} at {path or 'its root'}"
+                f"blueprints, has {describe(banks)} at {path or 'its root'}"
             )
 
 
@@ -64,13 +64,13 @@ def check_update(gradients: Any, state: Any, params: Any, slots: Any) -> None:
     if not isinstance(state, PerAdapterState):
         raise TypeError(
             "update takes the state of this optimiser second, from `optimizer.init((params, "
-            f"state.adapters))`, got {described(state)}"
+            f"state.adapters))`, got {describe(state)}"
         )
     for site, banks in params[1].items():
         for name, bank in banks.items():
             if jax.tree.leaves(bank) and not _has_slots(slots, site, name):
                 raise TypeError(
-                    f"slots must be what `growth.slots(state)` returns, got {described(slots)} "
+                    f"slots must be what `growth.slots(state)` returns, got {describe(slots)} "
                     f"without the slots of {name!r} at site {site!r}; the call is {_CALL}"
                 )
 
@@ -92,7 +92,7 @@ def check_optimizer(optimizer: Any, opt_state: Any = None, adapters: Any = None)
     """
     if not _is_transformation(optimizer):
         raise TypeError(
-            f"optimizer must be from optim.per_adapter, got {described(optimizer)}; {_REMEDY}"
+            f"optimizer must be from optim.per_adapter, got {describe(optimizer)}; {_REMEDY}"
         )
     if opt_state is None:
         return

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn import blueprints
-from esper_fn._arguments import check_kind, described
+from esper_fn._arguments import check_kind, describe
 from esper_fn._contract import Contract
 from esper_fn._layout import Layout, make_layout
 from esper_fn._sites import site
@@ -128,7 +128,7 @@ def _check_requests(
     contract: Contract, policy: Policy, layout: Layout, before: Requests, after: Any
 ) -> None:
     if not isinstance(after, Requests):
-        contract.fail(f"decide must return (state, Requests), got {described(after)} second")
+        contract.fail(f"decide must return (state, Requests), got {describe(after)} second")
     for name, old, new in zip(Requests._fields, before, after, strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             contract.fail(

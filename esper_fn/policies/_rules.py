@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from esper_fn._arguments import check_counts, check_numbers, described
+from esper_fn._arguments import check_counts, check_numbers, describe
 from esper_fn._layout import Layout
 from esper_fn._leaves import LARGEST
 from esper_fn._records import record
@@ -216,13 +216,13 @@ def scripted(events: Sequence[tuple[int, Command]], grafts: Sequence[str] = ()) 
       ValueError: two commands for one seed in one step.
     """
     if not isinstance(events, Sequence) or isinstance(events, str):
-        raise TypeError(f"events must be a list of (step, command), got {described(events)}")
+        raise TypeError(f"events must be a list of (step, command), got {describe(events)}")
     for event in events:
         is_pair = isinstance(event, tuple | list) and len(event) == 2
         if not is_pair or not isinstance(event[1], Command):
             raise TypeError(
                 "events must hold pairs (step, command), as `(100, commands.germinate(0, "
-                f"'low_rank'))`, got {described(event)}"
+                f"'low_rank'))`, got {describe(event)}"
             )
         check_counts(**{"the step of an event": event[0]})
     pairs = [(step, command.seed) for step, command in events]

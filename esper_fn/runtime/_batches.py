@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_fn._arguments import described
+from esper_fn._arguments import describe
 from esper_fn._order import batch_indices
 
 Batches = Callable[[int, int], Any]
@@ -48,7 +48,7 @@ def checked_batches(batches: Batches) -> Batches:
     if not callable(batches):
         raise TypeError(
             "batches must be a function of (first_step, count), which `runtime.array_batches` "
-            f"makes of arrays, got {described(batches)}"
+            f"makes of arrays, got {describe(batches)}"
         )
 
     def take(first: int, count: int) -> Any:
