@@ -48,7 +48,11 @@ class Exporter:
             self._by_type.setdefault(metric.message_type, []).append((metric, collector))
 
     def update(self, message: bus.Message) -> None:
-        """Updates the metrics that come from a message; of another message none does."""
+        """Updates the metrics that come from a message.
+
+        Args:
+          message: of the run; a message that no metric comes from changes nothing.
+        """
         for metric, collector in self._by_type.get(type(message), ()):
             samples = dict(metric.read(message))
             if metric.kind == "gauge" and metric.labels:

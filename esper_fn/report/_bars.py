@@ -111,6 +111,9 @@ def baseline_bars(run: Run) -> Figure:
 
     With repeats, bars are means; 95 % intervals and the single repeats are drawn over them, and
     differences are paired by repeat.
+
+    Args:
+      run: the run to draw.
     """
     name = accuracy_name(run.summary)
     title = f"Final {name}"

@@ -59,14 +59,22 @@ def loss_curves(run: Run, *, is_held_out: bool = False) -> Figure:
 
 @styled
 def accuracy_curves(run: Run) -> Figure:
-    """Draws the held-out accuracy of every arm, and below it when seeds of the grown arm moved."""
+    """Draws the held-out accuracy of every arm, and below it when seeds of the grown arm moved.
+
+    Args:
+      run: the run to draw.
+    """
     lines = curves(run, "test_accuracy")
     return _over_time(run, lines, accuracy_name(run.summary).capitalize(), percent)
 
 
 @styled
 def parameters_over_time(run: Run) -> Figure:
-    """Draws how many parameters every arm trains with, over time."""
+    """Draws how many parameters every arm trains with, over time.
+
+    Args:
+      run: the run to draw.
+    """
     lines = curves(run, "parameters")
     return _over_time(run, lines, "Parameters", count, is_stepped=True)
 

@@ -63,6 +63,9 @@ class RunFolder:
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Appends one stage change to `events.jsonl`.
 
+        Args:
+          event: `arm` and a row of `runtime.lifecycle_events`.
+
         Raises:
           RunFolderError: the event does not hold what the schema requires, or the folder is
             finished or closed.
@@ -71,6 +74,10 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Appends what one arm measured at one step to `metrics.jsonl`.
+
+        Args:
+          metrics: `arm`, `step` and any of `loss`, `test_accuracy`, `test_loss`, `parameters`,
+            `stages` (seeds in each stage) and `alpha` (of each seed with an adapter).
 
         Raises:
           RunFolderError: as for `append_event`.
@@ -106,6 +113,9 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> Path:
         """Writes `summary.json` in one step and closes the folder.
+
+        Args:
+          summary: anything that JSON can hold; the report shows what it does not know as settings.
 
         Returns:
           The path of the file.
@@ -188,7 +198,16 @@ class RunFolder:
 
 
 def measure_segment(segment: Any, *, arm: str, host_parameters: int) -> dict[str, Any]:
-    """Summarises a segment of training in one record of `metrics.jsonl`; see `RunFolder.record`."""
+    """Summarizes a segment of training in one record of `metrics.jsonl`.
+
+    Args:
+      segment: as for `RunFolder.record`.
+      arm: name of the arm.
+      host_parameters: number of parameters of the host, without adapters.
+
+    Returns:
+      `arm`, `step`, the mean `loss`, `parameters`, `stages` and `alpha`.
+    """
     metrics = {
         "arm": arm,
         "step": segment.first_step + segment.num_steps,

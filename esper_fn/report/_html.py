@@ -39,7 +39,13 @@ _SITES: Final = "Whether seeds stayed where the measured potential promised most
 
 
 def render(run: Run) -> str:
-    """Writes the report of `run` as one self-contained HTML page: inline SVG and CSS, no script.
+    """Writes the report of a run as one self-contained HTML page: inline SVG and CSS, no script.
+
+    Args:
+      run: from `read`.
+
+    Returns:
+      The page.
 
     Raises:
       ModuleNotFoundError: matplotlib is not installed.
@@ -85,7 +91,10 @@ through these stages; rules measured during training decide each step.</p>
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
-    """Reads the finished run in the folder `path` and writes its `report.html`.
+    """Reads a finished run and writes its `report.html`.
+
+    Args:
+      path: the run folder.
 
     Returns:
       The path of the page.

@@ -137,11 +137,22 @@ class Comparison:
         return self._grown_result(self._fit(arm, seed, log, fit))
 
     def run_host(self, seed: int, listener: Listener | None = None) -> ArmResult:
-        """Runs the host without growth."""
+        """Runs the host without growth.
+
+        Args:
+          seed: of weights and order.
+          listener: called after each segment.
+        """
         return self._run_static("host", self._network, seed, listener)
 
     def run_static(self, seed: int, count: int, listener: Listener | None = None) -> ArmResult:
-        """Runs a static network without a narrow layer that has about `count` parameters."""
+        """Runs a static network without a narrow layer.
+
+        Args:
+          seed: of weights and order.
+          count: number of parameters to come near to.
+          listener: called after each segment.
+        """
         host = static_host(self.job, self.data, count)
         size = count_parameters(host)
         if size not in self._static:

@@ -128,6 +128,9 @@ def names() -> tuple[str, ...]:
 def get(data: str) -> Job:
     """Returns the job of a data set.
 
+    Args:
+      data: one of `names()`.
+
     Raises:
       UnknownNameError: no job has this data set.
     """
@@ -180,7 +183,13 @@ def make_growth(job: Job, host: Host, policy: str | None, *, steps: int) -> Grow
 
 
 def static_host(job: Job, data: Dataset, count: int) -> Host:
-    """Makes the static host of a job whose number of parameters is nearest to `count`."""
+    """Makes the static host of a job whose number of parameters is nearest to `count`.
+
+    Args:
+      job: gives the family of hosts.
+      data: gives the shapes of inputs and targets.
+      count: number of parameters to come near to.
+    """
 
     def parameters(size: int) -> int:
         return count_parameters(job.family(data, size))

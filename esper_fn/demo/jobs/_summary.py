@@ -14,7 +14,14 @@ from esper_fn.report._words import ACCURACY_KEY, DIFFERENCE_KEY
 
 
 def intervals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Takes means over the rows with 95 % intervals; differences are paired by seed."""
+    """Takes means over runs with 95 % intervals; differences are paired by seed.
+
+    Args:
+      rows: from `run`, one a seed.
+
+    Returns:
+      Name of an accuracy or a difference -> `mean`, `low` and `high`.
+    """
     columns = {
         name: np.asarray([row[name] for row in rows], np.float64) for name in ACCURACY_KEY.values()
     }
@@ -32,7 +39,17 @@ _T = (
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """Returns `mean`, `low` and `high` of values: the mean and its 95 % interval (Student's t)."""
+    """Takes the mean of values and its 95 % interval (Student's t).
+
+    Args:
+      values: `[N]`, at least one.
+
+    Returns:
+      `mean`, `low` and `high`.
+
+    >>> mean_interval(np.asarray([1.0, 3.0]))["mean"]
+    2.0
+    """
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return {"mean": mean, "low": mean, "high": mean}
