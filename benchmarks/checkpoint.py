@@ -114,7 +114,7 @@ class _Loop:
 
     def _step(self) -> None:
         self.state = self._run(self.state, self._batch)
-        self.state.growth.step.block_until_ready()
+        self.state.growth_state.step.block_until_ready()
 
 
 def _training(folder: Path, *, saves: int) -> dict[str, Row]:
@@ -169,7 +169,7 @@ def _rings(*, repeats: int) -> dict[str, Row]:
         def step() -> None:
             nonlocal state
             state = run(state, batch)
-            state.growth.step.block_until_ready()
+            state.growth_state.step.block_until_ready()
 
         return step
 

@@ -124,7 +124,9 @@ def _labels(*, num_seeds: int, num_tasks: int) -> dict[str, Row]:
             batches = images[rows], labels[rows]
             state, _ = grow(state, batches, (images[:256], labels[:256]))
             plain, _ = plain_step(plain, batches)
-            scores[0].append(float(accuracy(state.params, growth.seeds(state.growth), labels)))
+            scores[0].append(
+                float(accuracy(state.params, growth.seeds(state.growth_state), labels))
+            )
             scores[1].append(float(accuracy(plain[0], ef.NoSeeds(), labels)))
         ours.append(100 * float(np.mean(scores[0])))
         theirs.append(100 * float(np.mean(scores[1])))

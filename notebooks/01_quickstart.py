@@ -284,7 +284,7 @@ def record_host(segment):
 
 
 def record_grown(segment):
-    score = accuracy(segment.state.params, growth.seeds(segment.state.growth))
+    score = accuracy(segment.state.params, growth.seeds(segment.state.growth_state))
     folder.record(segment, host_parameters=host_size, test_accuracy=score)
 
 

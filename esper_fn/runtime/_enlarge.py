@@ -120,7 +120,7 @@ def _enlarged(
     fresh: GrowthState,
     changes: list[str],
 ) -> TrainState | GrowthState:
-    saved = state if isinstance(state, GrowthState) else state.growth
+    saved = state if isinstance(state, GrowthState) else state.growth_state
     sources = _rows.find_sources(before.layout, growth.layout)
     _rows.check_nothing_is_lost(before.layout, saved.owner, sources)
     grown = _growth_state(saved, fresh, before, growth, sources, changes)
@@ -135,7 +135,7 @@ def _enlarged(
         every, size = int(state.ring.every), num_snapshots(state.ring)
         ring = rollback.init(params, opt_state, grown, every=every, num_snapshots=size)
         changes.append("ring: snapshots begin now")
-    return TrainState(params=params, opt_state=opt_state, growth=grown, ring=ring)
+    return TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
 
 
 def _growth_state(
@@ -218,11 +218,14 @@ def _find_state(value: Any, name: str) -> TrainState | GrowthState:
     if isinstance(value, TrainState | GrowthState):
         return value
     items = value if isinstance(value, dict) else {}
-    if isinstance(items.get("growth"), GrowthState) and {"params", "opt_state"} <= items.keys():
+    if (
+        isinstance(items.get("growth_state"), GrowthState)
+        and {"params", "opt_state"} <= items.keys()
+    ):
         return TrainState(
             params=items["params"],
             opt_state=items["opt_state"],
-            growth=items["growth"],
+            growth_state=items["growth_state"],
             ring=items.get("ring"),
         )
     for kind in (TrainState, GrowthState):
@@ -232,16 +235,18 @@ def _find_state(value: Any, name: str) -> TrainState | GrowthState:
     description = f"a dict with {list(items)[:20]}" if items else f"a {type(value).__name__}"
     raise CheckpointError(
         f"{name} does not hold a whole run: there must be a `TrainState` or a `GrowthState`, or a "
-        f"dict with one, or with `params`, `opt_state` and `growth`; it is {description}. Restore "
-        "it without `only=`, or put the parts together"
+        f"dict with one, or with `params`, `opt_state` and `growth_state`; it is {description}. "
+        "Restore it without `only=`, or put the parts together"
     )
 
 
 def _check_state(state: TrainState | GrowthState, before: _Before, name: str) -> None:
     """Raises unless it is a state of that growth, made of arrays."""
-    grown: Any = state if isinstance(state, GrowthState) else state.growth
+    grown: Any = state if isinstance(state, GrowthState) else state.growth_state
     if not isinstance(grown, GrowthState):
-        raise CheckpointError(f"{name}: growth must be a `GrowthState`, got {type(grown).__name__}")
+        raise CheckpointError(
+            f"{name}: growth_state must be a `GrowthState`, got {type(grown).__name__}"
+        )
     if isinstance(state, TrainState) and not find_states(state.opt_state):
         raise CheckpointError(
             f"{name}: opt_state must be of `optim.per_adapter`, got "

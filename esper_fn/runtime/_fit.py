@@ -191,7 +191,7 @@ class _Run:
         )
         warn_of_barren(growth, infos, first, record)
         if self._options.survey_every is not None:
-            warn_of_blind(state.growth, first, record)
+            warn_of_blind(state.growth_state, first, record)
         return Advanced(
             state=state,
             losses=infos.loss,

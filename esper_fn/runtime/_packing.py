@@ -115,7 +115,7 @@ def unpack(state: TrainState) -> TrainState:
 def parts_of(state: TrainState) -> tuple[str, ...]:
     """The `parts` of `Writer.save` for `{"state": pack(state)}`: what is stored on its own."""
     size = 0 if state.ring is None else state.ring.num_snapshots
-    names = ["params", "opt_state", "growth"]
+    names = ["params", "opt_state", "growth_state"]
     for index in range(size):
         names += [f"ring/snapshots/{index}/{name}" for name in ("params", "opt_state")]
     return tuple(f"state/{name}" for name in names)
@@ -136,7 +136,7 @@ def example(state: TrainState) -> TrainState:
     """The `like` for restoring what `pack` made of such a state."""
     if state.ring is None:
         return state
-    now = rollback.take_snapshot(state.params, state.opt_state, state.growth)
+    now = rollback.take_snapshot(state.params, state.opt_state, state.growth_state)
     ring: Any = _Example((now,) * num_snapshots(state.ring))
     return state._replace(ring=ring)
 

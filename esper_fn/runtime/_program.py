@@ -48,7 +48,7 @@ class Program:
         # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._train = jax.jit(
             lambda params, opt_state, growth, batches, survey_batch: parts.train(
-                TrainState(params=params, opt_state=opt_state, growth=growth, ring=None),
+                TrainState(params=params, opt_state=opt_state, growth_state=growth, ring=None),
                 jax.tree.map(lambda leaf: leaf[0], batches),
                 survey_batch,
             ),
@@ -90,21 +90,21 @@ class Program:
         trained = self._train(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(trained.loss)
         # The adapters from before are only read: there is nothing to donate them to.
-        before = trained.state.growth.adapters
+        before = trained.state.growth_state.adapters
         return self._grow(_with(trained, adapters=None, ring=None), ring, before, commands())
 
     def _run(self, num_steps: int, state: TrainState) -> Any:
         """The program with surveys between its steps, where they fit."""
         every = self.survey_every
-        if every is None or num_steps % every or int(state.growth.step) % every:
+        if every is None or num_steps % every or int(state.growth_state.step) % every:
             return self._segment
         return self._surveyed
 
 
 def _with(trained: Trained, *, adapters: Any, ring: Any) -> Trained:
     state = trained.state
-    growth = state.growth._replace(adapters=adapters)
-    return trained._replace(state=state._replace(growth=growth, ring=ring))
+    growth = state.growth_state._replace(adapters=adapters)
+    return trained._replace(state=state._replace(growth_state=growth, ring=ring))
 
 
 def _as_segment(state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:

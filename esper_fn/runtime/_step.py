@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
-    growth: GrowthState
+    growth_state: GrowthState
     ring: rollback.Ring | None
     """None where roll-backs are left to the caller."""
 
@@ -65,7 +65,7 @@ class StepParts(NamedTuple):
 def init(
     optimizer: optax.GradientTransformationExtraArgs,
     params: Params,
-    growth: GrowthState,
+    growth_state: GrowthState,
     *,
     snapshot_every: int | None = 50,
     num_snapshots: int = rollback.NUM_SNAPSHOTS,
@@ -77,7 +77,7 @@ def init(
     Args:
       optimizer: from `optim.per_adapter`.
       params: of the host.
-      growth: from `Growth.init`.
+      growth_state: from `Growth.init`.
       snapshot_every: steps between the snapshots that a roll-back restores; None keeps none.
       num_snapshots: how many are kept, static; 0 keeps none. See `rollback.init`.
 
@@ -89,18 +89,18 @@ def init(
         of `params` that is neither array nor number.
       ValueError: `snapshot_every` or `num_snapshots` is no whole number in range.
     """
-    check_kind("growth", growth, GrowthState, "pass `growth.init(key)`")
+    check_kind("growth_state", growth_state, GrowthState, "pass `growth.init(key)`")
     check_leaves("params", params)
-    params, growth = strengthen((params, growth))
+    params, growth_state = strengthen((params, growth_state))
     check_optimizer(optimizer)
-    opt_state = strengthen(optimizer.init((params, growth.adapters)))
-    check_optimizer(optimizer, opt_state, growth.adapters)
+    opt_state = strengthen(optimizer.init((params, growth_state.adapters)))
+    check_optimizer(optimizer, opt_state, growth_state.adapters)
     ring = None
     if snapshot_every is not None and num_snapshots != 0:
         ring = rollback.init(
-            params, opt_state, growth, every=snapshot_every, num_snapshots=num_snapshots
+            params, opt_state, growth_state, every=snapshot_every, num_snapshots=num_snapshots
         )
-    return TrainState(params=params, opt_state=opt_state, growth=growth, ring=ring)
+    return TrainState(params=params, opt_state=opt_state, growth_state=growth_state, ring=ring)
 
 
 def make_step_parts(
@@ -144,7 +144,7 @@ def make_step_parts(
             value_fn=value_fn,
         )
         params, adapters = apply_updates((params, grown.adapters), updates)
-        after = state._replace(params=params, opt_state=opt_state, growth=grown)
+        after = state._replace(params=params, opt_state=opt_state, growth_state=grown)
         return Trained(state=after, adapters=adapters, statistics=statistics, loss=loss)
 
     def grow(trained: Trained, commands: Commands) -> tuple[TrainState, StepInfo]:
@@ -157,7 +157,7 @@ def make_step_parts(
                 growth, ring, params, opt_state, grown, info.verdict
             )
             info = info._replace(steps_undone=steps_undone)
-        after = TrainState(params=params, opt_state=opt_state, growth=grown, ring=ring)
+        after = TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
         return strengthen(after), info
 
     return StepParts(train=train, grow=grow)
@@ -229,6 +229,8 @@ def make_survey(growth: Growth, loss_fn: LossFn) -> Survey:
     measure = growth.survey(loss_fn)
 
     def survey(state: TrainState, survey_batch: Any) -> TrainState:
-        return state._replace(growth=measure(state.params, state.growth, survey_batch)[0])
+        return state._replace(
+            growth_state=measure(state.params, state.growth_state, survey_batch)[0]
+        )
 
     return survey

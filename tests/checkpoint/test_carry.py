@@ -31,7 +31,7 @@ def restored(job: Job, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.R
     with checkpoint.Writer(folder, on_failure=fail) as writer:
         job.fit(num_steps=50, checkpoints=runtime.Checkpoints(writer=writer))
     step = checkpoint.restore(folder)
-    assert (step.value["state"].growth.owner >= 0).sum() >= 2
+    assert (step.value["state"].growth_state.owner >= 0).sum() >= 2
     return step
 
 
@@ -67,7 +67,7 @@ def test_into_the_same_layout_nothing_changes_but_the_ring(
     enlarged = runtime.enlarge(restored, job.growth, job.optimizer, key=KEY)
     old = restored.value["state"]
     assert enlarged.changes == ("ring: snapshots begin now",)
-    for name in ("params", "opt_state", "growth"):
+    for name in ("params", "opt_state", "growth_state"):
         assert_same(numbers(getattr(old, name)), numbers(getattr(enlarged.state, name)))
     oldest = jax.tree.map(lambda leaf: leaf[0], enlarged.state.ring.snapshots.params)
     assert_same(numbers(oldest), numbers(old.params))
@@ -80,11 +80,11 @@ def test_every_seed_and_adapter_is_where_it_was(job: Job, restored: checkpoint.R
     old = restored.value["state"]
     was = {}
     for index in range(before.layout.num_seeds):
-        seed = before.seed(jax.tree.map(jax.numpy.asarray, old.growth), index)
+        seed = before.seed(jax.tree.map(jax.numpy.asarray, old.growth_state), index)
         was[seed.site, seed.layer, seed.chunk] = seed
     live = 0
     for index in range(after.layout.num_seeds):
-        seed = after.seed(state.growth, index)
+        seed = after.seed(state.growth_state, index)
         twin = was.pop((seed.site, seed.layer, seed.chunk), None)
         if twin is None:
             assert (seed.stage, seed.slot, seed.steps_in_stage) == (Stage.DORMANT, None, 0)
@@ -94,17 +94,21 @@ def test_every_seed_and_adapter_is_where_it_was(job: Job, restored: checkpoint.R
         if seed.slot is None:
             continue
         live += 1
-        assert int(state.growth.owner[seed.slot]) == index
+        assert int(state.growth_state.owner[seed.slot]) == index
         assert_same(
-            adapter(after, numbers(state.growth.adapters), seed),
-            adapter(before, old.growth.adapters, twin),
+            adapter(after, numbers(state.growth_state.adapters), seed),
+            adapter(before, old.growth_state.adapters, twin),
         )
         assert_same(
             adapter(after, numbers(state.opt_state.adapters), seed),
             adapter(before, old.opt_state.adapters, twin),
         )
     assert not was
-    assert live == (old.growth.owner >= 0).sum() == (np.asarray(state.growth.owner) >= 0).sum()
+    assert (
+        live
+        == (old.growth_state.owner >= 0).sum()
+        == (np.asarray(state.growth_state.owner) >= 0).sum()
+    )
     assert "growth.seeds: 5 new, dormant" in changes
     assert any("new slots, fresh" in change for change in changes)
 
@@ -134,15 +138,15 @@ def test_the_loss_is_the_same_and_training_goes_on(job: Job, restored: checkpoin
 
     old = jax.tree.map(jax.numpy.asarray, restored.value["state"])
     batch = jax.tree.map(lambda leaf: leaf[0], job.batches(50, 1))
-    before = jax.jit(job.loss_fn)(old.params, job.growth.seeds(old.growth), batch)
-    after = jax.jit(loss_fn)(state.params, growth.seeds(state.growth), batch)
+    before = jax.jit(job.loss_fn)(old.params, job.growth.seeds(old.growth_state), batch)
+    after = jax.jit(loss_fn)(state.params, growth.seeds(state.growth_state), batch)
     np.testing.assert_allclose(before, after, rtol=1e-6)
     done = runtime.fit(
         growth, loss_fn, job.optimizer, job.params, job.batches,
         num_steps=10, key=KEY, start=state, survey_batch=batch,
         options=runtime.FitOptions(survey_every=None, segment_steps=5),
     )  # fmt: skip
-    assert int(done.state.growth.step) == 60
+    assert int(done.state.growth_state.step) == 60
     assert np.isfinite(done.losses).all()
     assert done.losses[0] < 1.2 * float(before)
 
@@ -202,11 +206,11 @@ def test_host_only_and_seeds_only(job: Job, tmp_path: Path) -> None:
         done = job.fit(num_steps=40, checkpoints=runtime.Checkpoints(writer=writer))
     host = checkpoint.restore(tmp_path, only="state/params").value
     assert_same(numbers(done.state.params), host)
-    grown = checkpoint.restore(tmp_path, only="state/growth").value
+    grown = checkpoint.restore(tmp_path, only="state/growth_state").value
     again = job._replace(params=host).fit(num_steps=5, start=grown)
-    assert int(again.state.growth.step) == 45
-    seeds = checkpoint.restore(tmp_path, only="state/growth/seeds").value
-    assert_same(numbers(done.state.growth.seeds), seeds)
+    assert int(again.state.growth_state.step) == 45
+    seeds = checkpoint.restore(tmp_path, only="state/growth_state/seeds").value
+    assert_same(numbers(done.state.growth_state.seeds), seeds)
 
 
 def test_onto_another_number_of_devices(tmp_path: Path) -> None:

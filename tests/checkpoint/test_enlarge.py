@@ -21,6 +21,12 @@ KEY = jax.random.key(7)
 MORE = ef.site("more", features=6, chunks=3)
 
 
+def numbers(state: runtime.TrainState) -> Any:
+    """All leaves as NumPy's, without the random key."""
+    growth_state = state.growth_state._replace(key=0)
+    return jax.tree.map(np.array, state._replace(growth_state=growth_state))
+
+
 @pytest.fixture(scope="module")
 def job() -> Job:
     """A run that has no room for more: each bank has one slot."""
@@ -30,7 +36,7 @@ def job() -> Job:
 @pytest.fixture(scope="module")
 def state(job: Job) -> runtime.TrainState:
     state: runtime.TrainState = job.fit(num_steps=60).state
-    assert (np.asarray(state.growth.owner) >= 0).sum() >= 2
+    assert (np.asarray(state.growth_state.owner) >= 0).sum() >= 2
     return state
 
 
@@ -54,30 +60,37 @@ def test_more_capacity_in_memory_changes_nothing_that_lives(
     job: Job, state: runtime.TrainState
 ) -> None:
     larger = growth(job, sites=[*job.growth.layout.sites, MORE])
-    before = jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0)))
+    before = numbers(state)
     carried, changes = runtime.enlarge(state, larger, job.optimizer, key=KEY, before=job.growth)
     # The old state is untouched.
-    assert_same(before, jax.tree.map(np.array, state._replace(growth=state.growth._replace(key=0))))
-    assert carried.growth.owner.shape == (larger.layout.num_slots,)
+    assert_same(
+        before,
+        jax.tree.map(np.array, state._replace(growth_state=state.growth_state._replace(key=0))),
+    )
+    assert carried.growth_state.owner.shape == (larger.layout.num_slots,)
     assert (job.growth.layout.num_slots, larger.layout.num_slots) == (4, 8)
-    assert (np.asarray(carried.growth.owner) >= 0).sum() == (
-        np.asarray(state.growth.owner) >= 0
+    assert (np.asarray(carried.growth_state.owner) >= 0).sum() == (
+        np.asarray(state.growth_state.owner) >= 0
     ).sum()
     assert any("new slots, fresh" in change for change in changes)
     batch = jax.tree.map(lambda leaf: leaf[0], job.batches(60, 1))
     np.testing.assert_allclose(
-        job.loss_fn(state.params, job.growth.seeds(state.growth), batch),
-        job.loss_fn(carried.params, larger.seeds(carried.growth), batch),
+        job.loss_fn(state.params, job.growth.seeds(state.growth_state), batch),
+        job.loss_fn(carried.params, larger.seeds(carried.growth_state), batch),
         rtol=1e-6,
     )
-    assert int(carried.growth.step) == 60
+    assert int(carried.growth_state.step) == 60
     assert int(carried.ring.every) == int(state.ring.every)
 
 
 def test_the_growth_alone_needs_no_optimizer(job: Job, state: runtime.TrainState) -> None:
     larger = growth(job)
-    whole = runtime.enlarge(state, larger, job.optimizer, key=KEY, before=job.growth).state.growth
-    assert_same(whole, runtime.enlarge(state.growth, larger, key=KEY, before=job.growth).state)
+    whole = runtime.enlarge(
+        state, larger, job.optimizer, key=KEY, before=job.growth
+    ).state.growth_state
+    assert_same(
+        whole, runtime.enlarge(state.growth_state, larger, key=KEY, before=job.growth).state
+    )
 
 
 def test_rows_of_an_alpha_schedule_follow_their_seeds_and_its_numbers_stay() -> None:
@@ -109,7 +122,7 @@ FORMS = {
     "under a name": lambda state: {"state": pack(state), "losses": np.ones(3)},
     "under another name": lambda state: {"mine": state, "best": 0.5},
     "its parts": lambda state: {
-        "params": state.params, "opt_state": state.opt_state, "growth": state.growth
+        "params": state.params, "opt_state": state.opt_state, "growth_state": state.growth_state
     },
 }  # fmt: skip
 
@@ -165,7 +178,7 @@ def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState
         "optimizer": job.optimizer,
     }
     arguments["key"] = KEY
-    words = state.growth._replace(step="60")
+    words = state.growth_state._replace(step="60")
     for changes, message in (
         ({"before": None}, "before must be a growth, .* got NoneType"),
         ({"before": larger}, "state is not of the growth `before`: it has 4 slots, the growth 6"),
@@ -174,9 +187,15 @@ def test_arguments_of_another_kind_are_named(job: Job, state: runtime.TrainState
         ({"optimizer": optax.adam(0.1)}, "optimizer must be the run's"),
         ({"optimizer": ef.optim.per_adapter(optax.sgd(0.1))}, "opt_state.host|must be the run's"),
         ({"key": 3}, "key must be a random key, .* got int"),
-        ({"source": state._replace(growth=None)}, "growth must be a `GrowthState`, got NoneType"),
+        (
+            {"source": state._replace(growth_state=None)},
+            "growth_state must be .*, got NoneType",
+        ),
         ({"source": state._replace(opt_state=(1,))}, "opt_state must be of `optim.per_adapter`"),
-        ({"source": state._replace(growth=words)}, "growth.step must be an array, got str"),
+        (
+            {"source": state._replace(growth_state=words)},
+            "growth_state.step must be an array, got str",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             runtime.enlarge(**{**arguments, **changes})

@@ -162,7 +162,7 @@ def test_a_note_comes_back_and_saved_numbers_win(job: Job, tmp_path: Path) -> No
         start = job.growth.init(jax.random.key(9))
         done = job.fit(num_steps=20, checkpoints=saving, start=start)
     assert str(heard) == "[{'x': [1, nan, None]}]"
-    assert int(done.state.growth.step) == 20
+    assert int(done.state.growth_state.step) == 20
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_restored_state_may_start_a_run(job: Job, tmp_path: Path) -> None:
         first = job.fit(num_steps=60, checkpoints=runtime.Checkpoints(writer=writer))
     state = checkpoint.restore(tmp_path).value["state"]
     done = job.fit(num_steps=5, start=state)
-    assert int(done.state.growth.step) == int(state.growth.step) + 5
+    assert int(done.state.growth_state.step) == int(state.growth_state.step) + 5
     with checkpoint.Writer(tmp_path) as writer:
         for source in (tmp_path, writer):
             read = runtime.restore_state(source, 60, like=first.state)
@@ -392,4 +392,4 @@ def test_300_steps_stopped_at_20_random_points(make: Callable[[], Job], tmp_path
     for step in (grafting, *points):
         again = stopped_at(job, tmp_path / str(step), step, num_steps=300, segment_steps=3)
         assert_same_run(whole, again)
-    assert Stage.FOSSILIZED in np.asarray(whole.state.growth.seeds.stage)
+    assert Stage.FOSSILIZED in np.asarray(whole.state.growth_state.seeds.stage)

@@ -126,25 +126,25 @@ def test_what_no_survey_measures_is_kept() -> None:
         assert [stage for stage, _, _ in told] == WAY
         causes = {stage: cause for stage, cause, _ in told}
         assert causes[Stage.FINE_TUNING] == causes[Stage.FOSSILIZED] == Cause.DWELL_LIMIT
-        assert made.growth.seed(after.growth, seed).contribution is None
-        assert made.growth.seed(after.growth, seed).potential is None
+        assert made.growth.seed(after.growth_state, seed).contribution is None
+        assert made.growth.seed(after.growth_state, seed).potential is None
 
 
 def test_an_adapter_acts_from_the_first_step_in_which_it_learns_and_is_the_identity_there() -> None:
     made = default(survey_every=25)
     growth = made.growth
     grads = jax.jit(growth.value_and_grad(host_loss))
-    fresh, state, params = made.first.growth, made.first, host_params()
+    fresh, state, params = made.first.growth_state, made.first, host_params()
     stages = []
     while not stages or Stage.GRAFTING not in stages[-1]:
         assert len(stages) < 4
         state, infos = made.run(state, 1)
         stages.append(np.asarray(infos.stage)[0].tolist())
-        learns = np.asarray(growth.slots(state.growth)["h"]["bottleneck"].learns)
-        assert (np.asarray(state.growth.seeds.alpha) == 1).tolist() == learns.tolist()
+        learns = np.asarray(growth.slots(state.growth_state)["h"]["bottleneck"].learns)
+        assert (np.asarray(state.growth_state.seeds.alpha) == 1).tolist() == learns.tolist()
     assert stages == [[Stage.GERMINATED] * CHUNKS] * (len(stages) - 1) + [[Stage.GRAFTING] * CHUNKS]
     # The same host without and with its newborn adapters, in one program.
-    loss, (d_params, d_adapters), statistics = grads(params, state.growth, batch())
+    loss, (d_params, d_adapters), statistics = grads(params, state.growth_state, batch())
     bare, (d_bare, _), _ = grads(params, fresh, batch())
     assert same_bits(loss, bare)
     for name in params:
@@ -153,7 +153,9 @@ def test_an_adapter_acts_from_the_first_step_in_which_it_learns_and_is_the_ident
     assert not np.any(statistics.output_square)
     assert np.any(np.asarray(d_adapters["h"]["bottleneck"]["up"]), axis=(1, 2)).all()
     after, _ = made.run(state, 1)
-    up, newborn = (np.asarray(of.growth.adapters["h"]["bottleneck"]["up"]) for of in (after, state))
+    up, newborn = (
+        np.asarray(of.growth_state.adapters["h"]["bottleneck"]["up"]) for of in (after, state)
+    )
     assert not newborn.any()
     assert up.any(axis=(1, 2)).all()
 

@@ -467,7 +467,7 @@ BAD_OPTIMISERS: dict[str, tuple[Builder, str]] = {
     ),
     "init, no state": (
         lambda: runtime.init(ef.optim.per_adapter(optax.sgd(0.1)), P, GROWTH),  # type: ignore[arg-type]
-        r"growth must be a GrowthState, got a Growth; pass `growth\.init\(key\)`",
+        r"growth_state must be a GrowthState, got a Growth; pass `growth\.init\(key\)`",
     ),
 }
 BAD_BLUEPRINTS: dict[str, tuple[Builder, str]] = {

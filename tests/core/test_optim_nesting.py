@@ -214,10 +214,10 @@ def trained(growth: Any, optimizer: Any, num_steps: int = 6) -> Any:
 def test_the_ready_step_takes_every_wrapper(growth: Any) -> None:
     alone = trained(growth, per_adapter(optax.adam(RATE)))
     nested = trained(growth, WRAPPERS["all"]())
-    assert np.any(alone.growth.owner >= 0)
+    assert np.any(alone.growth_state.owner >= 0)
     for own, other in zip(
-        jax.tree.leaves((alone.params, alone.growth.adapters)),
-        jax.tree.leaves((nested.params, nested.growth.adapters)),
+        jax.tree.leaves((alone.params, alone.growth_state.adapters)),
+        jax.tree.leaves((nested.params, nested.growth_state.adapters)),
         strict=True,
     ):
         np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)

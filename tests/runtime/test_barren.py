@@ -66,7 +66,7 @@ def test_held_out_data_that_is_not_finite_is_named_once(bad: float, run: Any) ->
         done = run(survey_batch)
     assert ["survey_batch is not finite" in str(warning.message) for warning in caught] == [True]
     assert np.isfinite(done.losses).all()
-    assert not np.asarray(done.state.growth.seeds.error_count).any()
+    assert not np.asarray(done.state.growth_state.seeds.error_count).any()
 
 
 @pytest.fixture(scope="module")

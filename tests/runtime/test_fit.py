@@ -146,7 +146,7 @@ def test_commands_are_taken_between_segments() -> None:
     births = [e for e in done.events if e["seed"] == seed and e["to"] == "GERMINATED"]
     assert births[0]["step"] == 0
     assert births[0]["cause"] == "command"
-    assert bool(done.state.growth.seeds.is_paused[seed])
+    assert bool(done.state.growth_state.seeds.is_paused[seed])
 
 
 def quiet() -> ef.GrowthState:
@@ -180,7 +180,7 @@ def test_a_non_finite_loss_is_rolled_back_and_training_goes_on(
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(done.state.params))
     assert np.isfinite(done.losses[111:]).all()
     # Fossils stand; what was on trial is out.
-    on_trial = np.isin(np.asarray(done.state.growth.seeds.stage), [3, 4, 5, 6])
+    on_trial = np.isin(np.asarray(done.state.growth_state.seeds.stage), [3, 4, 5, 6])
     assert not on_trial.any()
 
 

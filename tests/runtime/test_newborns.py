@@ -51,5 +51,5 @@ def test_an_adapter_that_is_zero_at_birth_grows_by_the_defaults(name: str) -> No
     stages = np.asarray(infos.stage)
     assert (stages[-1] != Stage.DORMANT).all()
     assert not (stages == Stage.ROLLED_BACK).any()
-    adapters = state.growth.adapters["h"]["scale"]
+    adapters = state.growth_state.adapters["h"]["scale"]
     assert all((np.abs(leaf).max(1) > 1e-4).all() for leaf in jax.tree.leaves(adapters))

@@ -103,7 +103,7 @@ def test_decisions_are_those_of_the_conditional_form() -> None:
     after, infos = run(start(), batches(0, STEPS - 1), HELD_OUT, command())
     same(infos, expected())
     np.testing.assert_array_equal(infos.outcomes.code, expected().outcomes.code)
-    assert int(after.growth.step) == STEPS - 1
+    assert int(after.growth_state.step) == STEPS - 1
     assert (np.asarray(infos.stage[-1]) > 0).all()  # two by the policy, one by the command
 
 

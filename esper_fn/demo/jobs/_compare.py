@@ -113,7 +113,7 @@ class Comparison:
         def listen(segment: runtime.Segment) -> None:
             scores, state = None, segment.state
             if self._is_scored(segment):
-                seeds = self.growth.seeds(state.growth)
+                seeds = self.growth.seeds(state.growth_state)
                 scores = self._network.evaluate(state.params, seeds)
             log.record(arm, segment, host_parameters, scores)
 
@@ -163,8 +163,8 @@ class Comparison:
 
     def _grown_result(self, fitted: runtime.Fit) -> ArmResult:
         host, state = self.host, fitted.state
-        stage = np.asarray(state.growth.seeds.stage)
-        accuracy, _ = self._network.evaluate(state.params, self.growth.seeds(state.growth))
+        stage = np.asarray(state.growth_state.seeds.stage)
+        accuracy, _ = self._network.evaluate(state.params, self.growth.seeds(state.growth_state))
         surveyed = fitted.num_passes * host.flops + fitted.survey_flops
         trained = 3 * self.job.batch_size * (self.steps * host.flops + fitted.adapter_flops)
         return ArmResult(

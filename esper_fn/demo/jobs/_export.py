@@ -57,8 +57,8 @@ def export_run(
     settings = _settings(folder, restored)
     dataset, host, growth = _rebuild(settings, data_folder)
     state = restored.value["state"]
-    accuracy = _accuracy(host, state.params, growth.seeds(state.growth), dataset)
-    adapters = export.acting_adapters(growth, state.growth)
+    accuracy = _accuracy(host, state.params, growth.seeds(state.growth_state), dataset)
+    adapters = export.acting_adapters(growth, state.growth_state)
     params, rest, folded = export.fold(host.fold, growth.layout, state.params, adapters)
     note = {
         "data": settings["data"],
