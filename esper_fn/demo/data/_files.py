@@ -75,11 +75,11 @@ def folders(folder: str | os.PathLike[str] | None) -> tuple[Path, ...]:
     """
     if folder is not None:
         return (Path(folder).expanduser(),)
-    named = os.environ.get(FOLDER_VARIABLE)
+    variable = os.environ.get(FOLDER_VARIABLE)
     # An XDG base folder that is not absolute is to be ignored, says its specification.
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
     cache = (base if base.is_absolute() else Path.home() / ".cache") / "esper-fn" / "data"
-    return (Path(named).expanduser(), cache) if named else (cache,)
+    return (Path(variable).expanduser(), cache) if variable else (cache,)
 
 
 def locate(names: Iterable[str], folder: str | os.PathLike[str] | None) -> dict[str, Path]:
