@@ -8,7 +8,7 @@ import jax
 
 
 def device_name(x: Any) -> str:
-    """`cpu`, or an accelerator's name such as `NVIDIA H200`.
+    """Return `cpu`, or an accelerator's name such as `NVIDIA H200`.
 
     Args:
       x: an array says so itself; a tracer or a `jax.ShapeDtypeStruct` runs on the default device,

@@ -1,4 +1,4 @@
-"""What the operations for torch ask before they choose."""
+"""What the operations for torch check before they choose."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 def device_name(x: Tensor) -> str:
-    """`cpu`, or an accelerator's name such as `NVIDIA H200`."""
+    """Return `cpu`, or an accelerator's name such as `NVIDIA H200`."""
     return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
 
 
@@ -40,7 +40,7 @@ def check_devices(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
 
 
 def refuses_triton(module: str, case: Any, x: Tensor) -> str | None:
-    """Why the kernels of `module` cannot serve a case where `x` is, None if they can."""
+    """Tell why the kernels of `module` cannot serve a case where `x` is; None if they can."""
     if x.device.type not in {"cuda", "cpu"}:
         return f"x is on {x.device}; Triton serves CUDA devices"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:

@@ -55,7 +55,7 @@ def check_call(
 
 
 def choose_for(case: Case, x: Tensor, implementation: str) -> Choice:
-    """What serves a case where `x` is."""
+    """Choose what serves a case on the device of `x`."""
     candidates = {
         "triton": refuses_triton(TRITON, case, x),
         "reference": reference_torch.refuses(case),
@@ -64,7 +64,7 @@ def choose_for(case: Case, x: Tensor, implementation: str) -> Choice:
 
 
 def backend_of(case: Case, x: Tensor, implementation: str) -> Any:
-    """Its module."""
+    """Import the module of what `choose_for` chooses."""
     chosen = choose_for(case, x, implementation).implementation
     return importlib.import_module(TRITON) if chosen == "triton" else reference_torch
 

@@ -27,7 +27,7 @@ from esper_kernels.graft._triton_reduce import finish, parts, zero_unused
 
 @triton.jit
 def _recompute(u, dy, matrices, seed, tile, DAMPED: tl.constexpr, S: tl.constexpr):
-    """The adapter of one tile, forward and back to its hidden layer."""
+    """Compute the adapter of one tile, forward and back to its hidden layer."""
     dtype: tl.constexpr = u.dtype
     h = dot(u, matrices.down, S.PRECISION)
     if not DAMPED:
@@ -198,12 +198,10 @@ def backward_kernel(
     ALL_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one chunk, every SPLITS-th tile of rows."""
+    """Each program serves one chunk and every SPLITS-th tile of its rows."""
     await_release(CHAINED)
-    S: tl.constexpr = record("Shape")(
-        NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
-        ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
-    )  # fmt: skip
+    S: tl.constexpr = record("Shape")(NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES,
+        STAGES, ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION)  # fmt: skip
     H: tl.constexpr = record("Share")(
         ENTRIES, WIDTH * RANK, RANK, HAS_BIAS, ACTIVATION == "gated", SPLITS, BK, BS, BC
     )

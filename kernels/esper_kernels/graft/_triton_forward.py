@@ -28,7 +28,7 @@ from esper_kernels.graft._triton_statistics import finish, leave_sums, store_sta
 
 @triton.jit
 def _act(x_ptr, y_ptr, bank, seed, walk, GROUP: tl.constexpr, S: tl.constexpr):
-    """Write `y` where an adapter acts. Sums of x and of x^2, `[GROUP, BF]` each."""
+    """Write `y` where an adapter acts, and return sums of x and of x^2, `[GROUP, BF]` each."""
     dtype: tl.constexpr = x_ptr.dtype if S.BULK else x_ptr.dtype.element_ty
     total = tl.zeros([GROUP, S.BF], tl.float32)
     square = tl.zeros([GROUP, S.BF], tl.float32)
@@ -53,7 +53,7 @@ def _act(x_ptr, y_ptr, bank, seed, walk, GROUP: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _pass_on(x_ptr, y_ptr, walk, COPIES: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr):
-    """Copy `x` to `y`, or only read it. The same sums."""
+    """Copy `x` to `y`, or only read it, and return the same sums."""
     total = tl.zeros([GROUP, S.BF], tl.float32)
     square = tl.zeros([GROUP, S.BF], tl.float32)
     for number in tl.range(0, S.TILES, num_stages=S.STAGES):
@@ -105,12 +105,10 @@ def forward_kernel(
     BS: tl.constexpr,
     IS_COUNTED: tl.constexpr,  # whether the last program of a chunk adds up
 ):
-    """One program: one chunk, every SPLITS-th tile of rows, so that all work side by side."""
+    """Each program serves one chunk and every SPLITS-th tile of its rows, side by side."""
     await_release(CHAINED)
-    S: tl.constexpr = record("Shape")(
-        NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES, STAGES,
-        ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION,
-    )  # fmt: skip
+    S: tl.constexpr = record("Shape")(NARROW, NUM_WIDE, WIDTH, RANK, BM, BF, BR, SPLITS * BM, TILES,
+        STAGES, ACTIVATION, HAS_BIAS, BULK, ALL_ROWS, PRECISION)  # fmt: skip
     program = tl.program_id(0)
     chunk = program % CHUNKS
     seed = find_seed(slot_ptr, gains_ptr, chunk, SLOTS)
@@ -123,8 +121,7 @@ def forward_kernel(
     total, squares = tl.sum(tl.sum(total, axis=0), axis=0), tl.sum(square, axis=0)
     release(CHAINED)
     if SPLITS == 1:
-        is_column = tl.arange(0, BF) < walk.width
-        store_statistics(statistics_ptr, chunk, N, walk.width, is_column, total, squares)
+        store_statistics(statistics_ptr, chunk, N, walk.width, total, squares, BF)
     else:
         leave_sums(sums_ptr, program, total, squares, BF)
         if IS_COUNTED:

@@ -33,7 +33,7 @@ def record(name):
 
 @triton.jit
 def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
-    """First feature and width of a chunk, cut as `numpy.array_split` does."""
+    """Return the first feature and the width of a chunk, split as `numpy.array_split` does."""
     start = chunk * NARROW
     width = tl.where(chunk < NUM_WIDE, NARROW + 1, NARROW)
     if NUM_WIDE > 0:  # else the compiler is to see that starts are multiples of the width
@@ -43,7 +43,7 @@ def locate(chunk, NARROW: tl.constexpr, NUM_WIDE: tl.constexpr):
 
 @triton.jit
 def find_seed(slot_ptr, gains_ptr, chunk, SLOTS):
-    """The seed of a chunk."""
+    """Load the seed of a chunk."""
     slot = tl.load(slot_ptr + chunk)
     output_scale = tl.load(gains_ptr + chunk * GAINS)
     param_grad_scale = tl.load(gains_ptr + chunk * GAINS + 1)
@@ -59,7 +59,7 @@ def find_seed(slot_ptr, gains_ptr, chunk, SLOTS):
 
 @triton.jit
 def start_walk(chunk, row, N, D, S: tl.constexpr):
-    """The walk over a chunk's tiles, from `row` on."""
+    """Return the walk over a chunk's tiles, from `row` on."""
     start, width = locate(chunk, S.NARROW, S.NUM_WIDE)
     offsets = tl.arange(0, S.BM)[:, None] * D + tl.arange(0, S.BF)[None, :]
     corner = row.to(tl.int64) * D + start
@@ -68,7 +68,7 @@ def start_walk(chunk, row, N, D, S: tl.constexpr):
 
 @triton.jit
 def tile_of(walk, number, S: tl.constexpr):
-    """A tile of a walk by its number."""
+    """Return a tile of a walk by its number."""
     row = walk.row + number * S.STEP
     entries = walk.corner + number * walk.stride + walk.offsets
     is_row = row + tl.arange(0, S.BM) < walk.num_rows
@@ -77,7 +77,7 @@ def tile_of(walk, number, S: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, tile, S: tl.constexpr):
-    """The entries of a tile, zero where there are none."""
+    """Load the entries of a tile, zero where there are none."""
     ALL_COLS: tl.constexpr = (S.NUM_WIDE == 0) and (S.BF == S.NARROW)
     if S.BULK:
         values = ptr.load([tile.row, tile.start])
@@ -93,7 +93,7 @@ def load_tile(ptr, tile, S: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, tile, values, S: tl.constexpr):
-    """Writes where `load_tile` reads."""
+    """Store values where `load_tile` reads them."""
     ALL_COLS: tl.constexpr = (S.NUM_WIDE == 0) and (S.BF == S.NARROW)
     if S.BULK:
         ptr.store([tile.row, tile.start], values)
@@ -107,7 +107,7 @@ def store_tile(ptr, tile, values, S: tl.constexpr):
 
 @triton.jit
 def load_matrices(bank, slot, width, dtype: tl.constexpr, S: tl.constexpr):
-    """The adapter of one slot, zero beyond the chunk's width and the rank."""
+    """Load the adapter of one slot, zero beyond the chunk's width and the rank."""
     cols, ranks = tl.arange(0, S.BF), tl.arange(0, S.BR)
     down = _load_down(bank.down, slot, width, dtype, S)
     base = bank.up + slot.to(tl.int64) * (S.WIDTH * S.RANK)
@@ -126,7 +126,7 @@ def load_matrices(bank, slot, width, dtype: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _load_down(ptr, slot, width, dtype: tl.constexpr, S: tl.constexpr):
-    """`[F, R]` of one slot."""
+    """Load `[F, R]` of one slot."""
     cols, ranks = tl.arange(0, S.BF), tl.arange(0, S.BR)
     base = ptr + slot.to(tl.int64) * (S.WIDTH * S.RANK)
     is_real = (cols[:, None] < width) & (ranks[None, :] < S.RANK)
@@ -144,7 +144,7 @@ def zero_padding(hidden, S: tl.constexpr):
 
 @triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
-    """`phi(h)`, NaN kept."""
+    """Return `phi(h)`; NaN stays NaN."""
     if ACTIVATION == "relu":
         return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "gelu":
@@ -156,7 +156,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(h, ACTIVATION: tl.constexpr):
-    """`phi(h)` and `phi'(h)`."""
+    """Return `phi(h)` and `phi'(h)`."""
     if ACTIVATION == "relu":
         a = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return a, tl.where(h > 0, 1.0, 0.0)
@@ -171,19 +171,19 @@ def activate_with_slope(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def fold(values, GROUP: tl.constexpr, S: tl.constexpr):
-    """Sums of every GROUP-th row, `[BM, BF]` to `[GROUP, BF]`: within a thread, mostly."""
+    """Sum every GROUP-th row, `[BM, BF]` to `[GROUP, BF]`: within a thread, mostly."""
     return tl.sum(tl.reshape(values, [S.BM // GROUP, GROUP, S.BF]), axis=0)
 
 
 @triton.jit
 def is_finite(values):
-    """Whether neither infinite nor NaN."""
+    """Tell what is neither infinite nor NaN."""
     return tl.abs(values) < float("inf")
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """`a b` in float32."""
+    """Multiply `a b` in float32."""
     if _IS_INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION)
@@ -191,7 +191,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr):
-    """float32 rounded to `dtype`."""
+    """Round float32 to `dtype`."""
     if _IS_INTERPRETED and dtype == tl.bfloat16 and values.dtype == tl.float32:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -228,7 +228,7 @@ _BLEND = tl.constexpr(
 
 @triton.jit
 def blend(base, values, gain, limit):
-    """`base + gain * values`, an entry of `base` bit for bit where not `|values| < limit`."""
+    """Return `base + gain * values`, bit for bit `base` where not `|values| < limit`."""
     if _IS_INTERPRETED or base.dtype != tl.bfloat16:
         wide = narrow(base.to(tl.float32) + gain * values, base.dtype)
         blended = tl.where(tl.abs(values) < limit, wide, base)

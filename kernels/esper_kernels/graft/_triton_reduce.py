@@ -31,7 +31,7 @@ def add_up_statistics(
     sums_ptr, statistics_ptr, out_ptr, chunk, is_live, CHUNKS, BESIDE: tl.constexpr,
     H: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's row of backward statistics, `BESIDE` that of the forward ones."""
+    """Store one chunk's row of backward statistics, `BESIDE` that of the forward ones."""
     splits = tl.arange(0, H.BS)
     rows = sums_ptr + (splits * CHUNKS + chunk) * 4
     is_split = splits < H.SPLITS
@@ -62,7 +62,7 @@ def add_up_statistics(
 def add_up_gradients(
     shares_ptr, sums_ptr, chunk, param_grad_scale, is_live, k, CHUNKS, H: tl.constexpr
 ):
-    """Entries `k` of a chunk's gradients, 0 where nothing is learned or something is broken."""
+    """Add up entries `k` of a chunk's gradients: 0 where nothing learns or something is broken."""
     splits = tl.arange(0, H.BS)
     total = tl.zeros([H.BK], tl.float32)
     if is_live & (param_grad_scale != 0):
@@ -79,7 +79,7 @@ def add_up_gradients(
 
 @triton.jit
 def store_gradients(gradients, slot, k, total, H: tl.constexpr):
-    """Entries `k` of a share into the gradients of one slot."""
+    """Store entries `k` of a share into the gradients of one slot."""
     base = tl.cast(slot, tl.int64) * H.SIZE
     tl.store(gradients.down + base + k, total, mask=k < H.SIZE)
     tl.store(gradients.up + base + k - H.SIZE, total, mask=(k >= H.SIZE) & (k < 2 * H.SIZE))
@@ -115,7 +115,7 @@ def finish(
     sums_ptr, shares_ptr, arrivals_ptr, statistics_ptr, out_ptr, gradients, seed, chunk,
     SLOTS, CHUNKS, BESIDE: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """The last program of a chunk to arrive adds up; its counter is 0 again afterwards."""
+    """Add up in the last program of a chunk to arrive, which sets its counter back to 0."""
     tl.debug_barrier()  # all threads have stored what this program leaves
     before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
     if before == H.SPLITS - 1:
@@ -156,7 +156,7 @@ def reduce_kernel(
     CHAINED: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
-    """The first C programs: one chunk's statistics. The others: a piece of a slot's gradients."""
+    """The first C programs add up a chunk's statistics, the others part of a slot's gradients."""
     H: tl.constexpr = record("Share")(ENTRIES, SIZE, RANK, HAS_BIAS, IS_GATED, SPLITS, BK, BS, BC)
     program = tl.program_id(0)
     sums_ptr, shares_ptr = parts(left_ptr, CHUNKS, H)

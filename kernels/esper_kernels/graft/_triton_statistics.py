@@ -14,8 +14,9 @@ _PAD = tl.constexpr(PAD)
 
 
 @triton.jit
-def store_statistics(statistics_ptr, chunk, N, width, is_column, total, squares):
-    """The row of a chunk from the sum of x and each feature's sum of x^2."""
+def store_statistics(statistics_ptr, chunk, N, width, total, squares, BF: tl.constexpr):
+    """Store the row of a chunk from the sum of x and each feature's sum of x^2."""
+    is_column = tl.arange(0, BF) < width
     row = statistics_ptr + chunk * 5
     tl.store(row, (N * width).to(tl.float32))
     tl.store(row + 1, total)
@@ -26,7 +27,7 @@ def store_statistics(statistics_ptr, chunk, N, width, is_column, total, squares)
 
 @triton.jit
 def leave_sums(sums_ptr, program, total, squares, BF: tl.constexpr):
-    """A program's sums, `[programs, BF + PAD]`: of x^2 by feature, then of x."""
+    """Store a program's sums, `[programs, BF + PAD]`: of x^2 by feature, then of x."""
     row = sums_ptr + program.to(tl.int64) * (BF + _PAD)
     tl.store(row + tl.arange(0, BF), squares)
     tl.store(row + BF, total)
@@ -44,7 +45,7 @@ def add_up(
     BS: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """A chunk's row from what its programs left."""
+    """Store a chunk's row from what its programs left."""
     cols = tl.arange(0, BF)
     split = tl.arange(0, BS)
     is_split = split < SPLITS
@@ -53,7 +54,7 @@ def add_up(
     square = tl.load(rows[:, None] + cols[None, :], mask=inside, other=0.0, cache_modifier=".cg")
     total = tl.load(rows + BF, mask=is_split, other=0.0, cache_modifier=".cg")
     squares, total = tl.sum(square, axis=0), tl.sum(total, axis=0)
-    store_statistics(statistics_ptr, chunk, N, width, cols < width, total, squares)
+    store_statistics(statistics_ptr, chunk, N, width, total, squares, BF)
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def finish(
     BS: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """The last program of a chunk to arrive adds up; its counter is 0 again afterwards."""
+    """Add up in the last program of a chunk to arrive, which sets its counter back to 0."""
     tl.debug_barrier()  # all threads have stored what this program leaves
     before = tl.atomic_add(arrivals_ptr + chunk, 1, sem="acq_rel", scope="gpu")
     if before == SPLITS - 1:
@@ -90,7 +91,7 @@ def statistics_kernel(
     BF: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One program: one chunk's row, where no counters are at hand."""
+    """Each program adds up one chunk's row, where there are no counters."""
     chunk = tl.program_id(0)
     _, width = locate(chunk, NARROW, NUM_WIDE)
     await_release(CHAINED)

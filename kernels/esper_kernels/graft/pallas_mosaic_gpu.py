@@ -26,7 +26,7 @@ MOST_GRADIENT = 4096
 
 
 def refuses(case: Case) -> str | None:
-    """Why this backend cannot serve the case, or None if it can."""
+    """Tell why this backend cannot serve the case; None if it can."""
     if jax.__version_info__[:2] < OLDEST_JAX:
         return f"needs JAX 0.11 or newer, this is {jax.__version__}"
     if not any(name in case.device for name in HOPPER):
@@ -107,7 +107,7 @@ def _add_each(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array,
 def forward(
     case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
 ) -> tuple[Array, Array]:
-    """`y` and `watched`; see the README beside this file."""
+    """Return `y` and `watched`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_forward import forward_kernel
 
     y, sums = forward_kernel(case)(x, *_padded(case, adapter, gains), slot, gains)
@@ -122,7 +122,7 @@ def _add_up(sums: Array) -> Array:
 def forward_in_place(
     case: Case, x: Array, adapter: Adapter, slot: Array, gains: Array
 ) -> tuple[Array, Array]:
-    """The same in the memory of `x`, with `watched` for live chunks only.
+    """Do the same in the memory of `x`, with `watched` for live chunks only.
 
     Donate `x`, or let nothing use it afterwards: else XLA copies it first.
     """
@@ -138,7 +138,7 @@ def forward_in_place(
 def backward(
     case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
 ) -> tuple[Array, Adapter, Array]:
-    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
+    """Return `dx`, the adapter's gradients and `channels`; see the README beside this file."""
     from esper_kernels.graft.pallas_mosaic_gpu_backward import backward_kernel
 
     dx, *partial_sums = backward_kernel(case)(x, dy, *_operands(case, adapter, gains), slot, gains)
@@ -150,7 +150,7 @@ def backward(
 def backward_in_place(
     case: Case, x: Array, dy: Array, adapter: Adapter, slot: Array, gains: Array, watched: Array
 ) -> tuple[Array, Adapter, Array]:
-    """The same in the memory of `dy`, with `channels` for live chunks only.
+    """Do the same in the memory of `dy`, with `channels` for live chunks only.
 
     Donate `dy`, or let nothing use it afterwards: else XLA copies it first.
     """

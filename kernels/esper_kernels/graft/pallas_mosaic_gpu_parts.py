@@ -60,7 +60,7 @@ def padded_rank(case: Case) -> int:
 
 
 def num_tiles(case: Case) -> int:
-    """Tiles of one chunk."""
+    """Count the tiles of one chunk."""
     return -(-case.rows // ROWS)
 
 
@@ -70,30 +70,30 @@ def _splits(case: Case, per_multiprocessor: int) -> int:
 
 
 def forward_tuning(case: Case) -> Tuning:
-    """Sizes of the forward kernel, a pure function of shapes and device."""
+    """Choose sizes of the forward kernel, a pure function of shapes and device."""
     wide = padded_rank(case) >= 64
     return Tuning(splits=_splits(case, 3 if wide else 2), stages=4 if case.width == 64 else 3)
 
 
 def backward_tuning(case: Case) -> Tuning:
-    """Sizes of the backward kernel; a split costs one more set of the adapter's gradients."""
+    """Choose sizes of the backward kernel; a split costs one more set of gradients."""
     return Tuning(splits=_splits(case, 2), stages=3)
 
 
 def forward_share(case: Case) -> Share:
-    """Of the forward kernel in place."""
+    """Choose how the forward kernel in place shares its work out."""
     programs = max(multiprocessors(case) * 2, case.chunks)
     return Share(programs=programs, most=max(8, multiprocessors(case) * 32 // case.chunks))
 
 
 def backward_share(case: Case) -> Share:
-    """Of the backward kernel in place; XLA reads `most` sets of gradients for every chunk."""
+    """Do so for the backward kernel; XLA reads `most` sets of gradients for every chunk."""
     programs = max(multiprocessors(case) * 2, case.chunks)
     return Share(programs=programs, most=max(4, multiprocessors(case) * 8 // case.chunks))
 
 
 def is_live_at(case: Case, slot: Any, gains: Any, chunk: Any) -> Any:
-    """Whether an adapter is at work in the chunk."""
+    """Tell whether an adapter is at work in the chunk."""
     slot_index = slot[chunk]
     is_used = (gains[chunk, 0] != 0.0) | (gains[chunk, 1] != 0.0) | (gains[chunk, 2] != 0.0)
     is_used |= gains[chunk, 3] != 0.0
@@ -109,7 +109,7 @@ def live_words(live: jax.Array) -> jax.Array:
 
 
 def _count_ones(word: Any) -> Any:
-    """Bits that are set in an int32, two, four and eight bits at a time."""
+    """Count the bits that are set in an int32: two, four and eight bits at a time."""
     word -= lax.shift_right_logical(word, jnp.int32(1)) & 0x55555555
     word = (word & 0x33333333) + (lax.shift_right_logical(word, jnp.int32(2)) & 0x33333333)
     word = (word + lax.shift_right_logical(word, jnp.int32(4))) & 0x0F0F0F0F
@@ -117,7 +117,7 @@ def _count_ones(word: Any) -> Any:
 
 
 def _position(word: Any, number: Any) -> Any:
-    """The position of bit `number` of those that are set, found by halves."""
+    """Find the position of bit `number` of those that are set, by halves."""
     position = jnp.int32(0)
     for width in (16, 8, 4, 2, 1):
         low = word & jnp.int32((1 << width) - 1)
@@ -183,7 +183,7 @@ def _rank_chunk(case: Case, program: Any, words: Any, where: Any) -> Any:
 
 
 def _find_live(case: Case, words: Any, number: Any) -> Any:
-    """The live chunk of a number among them."""
+    """Find the live chunk of a number among them."""
     zero, num_words = jnp.int32(0), -(-case.chunks // 32)
 
     def find(w: Any, carry: Any) -> Any:
@@ -222,19 +222,19 @@ def gather_sums(share: Share, where: jax.Array, *partial_sums: jax.Array) -> lis
 
 
 def matrix(*shape: int, minor: int = COLUMNS) -> Any:
-    """A bfloat16 buffer in shared memory, tiled and swizzled `minor` columns wide."""
+    """Describe a bfloat16 buffer in shared memory, tiled and swizzled `minor` columns wide."""
     layout = (plgpu.TilingTransform((8, minor)), plgpu.SwizzleTransform(2 * minor))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=layout)
 
 
 def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
-    """The whole of a buffer in shared memory, in registers; by rows as the matrix units hold it."""
+    """Load the whole of a buffer in shared memory, by rows as the matrix units hold it."""
     whole: Any = plgpu.load  # older JAX wants an index, newer JAX warns of one
     return whole(ref, layout=layout)
 
 
 def load_global(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
-    """The whole of a buffer in global memory, in registers."""
+    """Load the whole of a buffer in global memory."""
     whole: Any = plgpu.load
     return whole(ref, layout=layout, optimized=False)
 
@@ -250,18 +250,18 @@ def zero_tile(columns: int = COLUMNS) -> jax.Array:
 
 
 def add_bias(h: jax.Array, bias: Any) -> jax.Array:
-    """`h + bias`, with the bias [R] in shared memory."""
+    """Return `h + bias`, with the bias [R] in shared memory."""
     row = load(bias, plgpu.Layout.WGMMA.reduce(0))
     return h + lax.broadcast_in_dim(row, h.shape, [1])
 
 
 def block(ref: Any, k: int, width: int) -> Any:
-    """The k-th block of columns."""
+    """Return the k-th block of columns."""
     return ref if width == COLUMNS else ref.at[:, pl.ds(k * COLUMNS, COLUMNS)]
 
 
 def activate(name: str, h: jax.Array) -> jax.Array:
-    """`phi(h)`."""
+    """Return `phi(h)`."""
     if name == "relu":
         return jnp.maximum(h, 0.0)
     if name == "gelu":
@@ -272,7 +272,7 @@ def activate(name: str, h: jax.Array) -> jax.Array:
 
 
 def activate_and_pull(name: str, h: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`phi(h)` and `g * phi'(h)`."""
+    """Return `phi(h)` and `g * phi'(h)`."""
     if name == "relu":
         return jnp.maximum(h, 0.0), jnp.where(h > 0.0, g, 0.0)
     if name == "gelu":

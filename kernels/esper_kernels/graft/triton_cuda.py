@@ -44,7 +44,7 @@ programs of a second kernel do so side by side."""
 
 
 def refuses(case: Case) -> str | None:
-    """Why Triton cannot serve a case, None if it can."""
+    """Tell why Triton cannot serve a case; None if it can."""
     if case.device == "cpu" and not IS_INTERPRETED:
         return (
             "x is on the CPU; Triton needs a CUDA device (TRITON_INTERPRET=1 interprets, for tests)"
@@ -88,13 +88,13 @@ class Calls:
     def forward(
         self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`y` and `watched`; `x` is contiguous and may have any leading shape."""
+        """Return `y` and `watched`; `x` is contiguous and may have any leading shape."""
         y = torch.empty_like(x)
         with on_device_of(x):
             return y, self._run_forward(x, y, adapter, slot, gains)
 
     def watch(self, x: Tensor) -> Tensor:
-        """`watched` of all chunks, whatever lives there."""
+        """Return `watched` of all chunks, whatever lives there."""
         with on_device_of(x):
             slot, gains = self._no_seeds or self._make_no_seeds(x)
             return self._run_forward(x, x, Adapter(x, x), slot, gains)
@@ -110,9 +110,7 @@ class Calls:
         *,
         is_beside: bool = False,
     ) -> tuple[Tensor, Adapter, Tensor]:
-        """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
-        it.
-        """
+        """Return `dx`, the adapter's gradients and `channels`, if `is_beside` after `watched`."""
         case, tiles, bank = self.case, self._backward_tiles, _bank(x, adapter)
         tiles = tiles if are_aligned(x, dy) else replace(tiles, is_bulk=False)
         dx = torch.empty_like(x)
@@ -151,7 +149,7 @@ class Calls:
         return no_seeds
 
     def _scratch(self, x: Tensor, size: int, stream: Stream, *, is_alone: bool) -> Tensor:
-        """Memory for the programs' sums; a stream's own memory only where one kernel does all.
+        """Return memory for the programs' sums: the stream's own only where one kernel does all.
 
         Another thread may start a kernel on the stream between two of this one.
         """
@@ -160,7 +158,7 @@ class Calls:
         return x.new_empty((size,), dtype=torch.float32)
 
     def _views(self, tiles: Tiles, *activations: Tensor) -> tuple[Sequence[Tile], Sequence[Tensor]]:
-        """Activations as a kernel takes them: tiles, or arrays."""
+        """Return activations as a kernel takes them: tiles, or arrays."""
         if not tiles.is_bulk:
             return (), activations
         layout = self._layouts.get(tiles.rows)
@@ -173,7 +171,7 @@ class Calls:
     def _run_forward(
         self, x: Tensor, y: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
     ) -> Tensor:
-        """`watched`; also writes `y`, unless it is `x`."""
+        """Return `watched`, and write `y` unless it is `x`."""
         case, tiles, bank = self.case, self._forward_tiles, _bank(x, adapter)
         tiles = tiles if are_aligned(x, y) else replace(tiles, is_bulk=False)
         stream = current_stream(x)
@@ -197,7 +195,7 @@ class Calls:
 
 
 def _bank(x: Tensor, adapter: Adapter) -> list[Tensor]:
-    """The adapter's matrices; anything for those it lacks, which no kernel reads."""
+    """Return the adapter's matrices, and anything for those it lacks, which no kernel reads."""
     return [x if leaf is None else leaf for leaf in adapter]
 
 
@@ -205,13 +203,13 @@ def _bank(x: Tensor, adapter: Adapter) -> list[Tensor]:
 def calls(
     case: Case, device: torch.device, tiles: Tiles | None = None, *, is_bound: bool = False
 ) -> Calls:
-    """The passes of a case, remembered as is what Triton compiles for them."""
+    """Return the passes of a case, remembered as is what Triton compiles for them."""
     del device  # the one for which they are compiled
     return Calls(case, tiles, is_bound=is_bound)
 
 
 def bind(case: Case, x: Tensor) -> Calls | reference_torch.Calls:
-    """What serves calls like this one."""
+    """Return what serves calls like this one."""
     if not case.rows:
         return reference_torch.bind(case, x)
     # Registered operations keep nothing: a compiler may run them in a graph's own memory.
@@ -227,14 +225,14 @@ def forward(
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y` and `watched`; see the README beside this file. `tiles` is for measurements."""
+    """Return `y` and `watched`; see the README beside this file. `tiles` is for measurements."""
     if case.rows == 0:
         return reference_torch.forward(case, x, adapter, slot, gains)
     return calls(case, x.device, tiles).forward(x, adapter, slot, gains)
 
 
 def watch(case: Case, x: Tensor) -> Tensor:
-    """`watched` of all chunks of an activation; nothing else of the case matters."""
+    """Return `watched` of all chunks of an activation; nothing else of the case matters."""
     return calls(case, x.device).watch(x) if case.rows else reference_torch.watch(case, x)
 
 
@@ -249,7 +247,7 @@ def backward(
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Adapter, Tensor]:
-    """`dx`, the adapter's gradients and `channels`; see the README beside this file."""
+    """Return `dx`, the adapter's gradients and `channels`; see the README beside this file."""
     if case.rows == 0:
         return reference_torch.backward(case, x, dy, adapter, slot, gains, watched)
     return calls(case, x.device, tiles).backward(x, dy, adapter, slot, gains, watched)
