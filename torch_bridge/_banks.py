@@ -124,7 +124,7 @@ def _live_banks(
 
 
 def _aligned(part: Tensor) -> Tensor:
-    """In memory that begins at a multiple of 16 bytes, for which kernels start quickest."""
+    """Moves numbers to where kernels start quickest: a multiple of 16 bytes."""
     return part.clone() if part.data_ptr() % 16 else part
 
 

@@ -30,7 +30,7 @@ from torch_bridge._site import Seeds
 from torch_bridge._targets import Match, Targets, by_pattern, find
 
 Empty: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
-"""By blueprint and leaf, zeros for all slots of a site."""
+"""Zeros for all slots of a site, by blueprint and leaf."""
 
 
 class GrowthOptions(TypedDict, total=False):

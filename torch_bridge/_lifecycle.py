@@ -133,7 +133,7 @@ class Lifecycle:
         self.age += 1
 
     def __deepcopy__(self, memo: Any) -> Lifecycle:
-        """That of a copied model: at the same point, and from now on by itself.
+        """Makes the lifecycle of a copied model, at the same point and independent from then on.
 
         States are never changed in place, so the two share what is the same.
         """
@@ -287,7 +287,7 @@ class Lifecycle:
 
 
 def to_tensor(saved: _saved.Saved) -> Tensor:
-    """For a state dict."""
+    """The bytes of a lifecycle as a tensor, for a state dict."""
     return torch.frombuffer(bytearray(_saved.write(saved)), dtype=torch.uint8)
 
 

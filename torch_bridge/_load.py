@@ -56,7 +56,7 @@ def prepare(model: nn.Module, state: StateDict, prefix: str, *rest: Any) -> None
 def _prepare(
     model: nn.Module, state: StateDict, prefix: str, first: str, sites: Mapping[str, Seeds]
 ) -> None:
-    """For the sites that share a lifecycle, `first` among them the one that has its record."""
+    """Prepares the sites that share a lifecycle; `first` is the one that has its record."""
     lifecycle: Lifecycle = sites[first].shared.lifecycle
     packed, age = unseal(state[first + "lifecycle"])
     saved = from_tensor(packed)
@@ -81,7 +81,7 @@ def _prepare(
 
 
 Adapters = dict[int, tuple[str, str, dict[str, Tensor]]]
-"""By the saved slot: the site's prefix, the blueprint, and the parameters."""
+"""The site's prefix, the blueprint and the parameters of each saved slot."""
 
 
 def _adapters(
@@ -126,7 +126,7 @@ def _check_adapters(adapters: Adapters, sites: Mapping[str, Seeds]) -> None:
 
 
 def _check_host(model: nn.Module, state: StateDict, prefix: str) -> None:
-    """That nothing of the host will be refused after a part of it is written."""
+    """Refuses tensors of the host that do not fit, before any is written."""
     own = [*model.named_parameters(), *model.named_buffers()]
     wrong = [
         f"{name} {tuple(state[prefix + name].shape)}, not {tuple(tensor.shape)}"

@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     before: list[Tensor] | None
     """The learning adapters before the optimiser's step, if there was one."""
     scale: float
-    """By what the loss was multiplied."""
+    """The factor by which the loss was multiplied."""
 
 
 class Read(NamedTuple):

@@ -168,7 +168,7 @@ class Watcher:
                 self._saved.append((tensor, tensor.detach().clone(), bank.learns))
 
     def scale_now(self) -> float:
-        """By what the next loss is multiplied."""
+        """The factor by which the next loss is multiplied."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def rest(self) -> None:

@@ -126,7 +126,7 @@ class BankSlots(NamedTuple):
     start: int
     num_slots: int
     first_seed: int
-    """Of its site."""
+    """The number of its site's first seed."""
     form: Form
 
 
@@ -137,7 +137,7 @@ class SitePlan:
     chunking: Chunking
     topology: Topology
     banks: tuple[BankPlan, ...]
-    """Those in which an adapter lives."""
+    """The banks in which an adapter lives."""
     gains: Tensor
     """float32[C, 4]: the columns of `Gains`."""
     row: Tensor

@@ -29,7 +29,7 @@ _PLAIN = (
     nn.BatchNorm2d,
 )
 _FORWARDS = {kind: (kind.forward, kind.__call__) for kind in _PLAIN}
-"""As torch made them: a library may have put others in their places."""
+"""The methods that torch gave each class, which a library may have replaced."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,7 +98,7 @@ def _is_own(tensor: Any) -> bool:
 
 
 def _owners() -> dict[int, list[tuple[int, str]]]:
-    """By memory, the modules of this process that have it, and under which names.
+    """The modules of this process that have a tensor's memory, and under which names.
 
     Not those of one model alone: what grows may be a part of a greater one, with a tied head.
     """

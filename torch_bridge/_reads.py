@@ -144,7 +144,7 @@ class _Walk:
         self.is_lost = False
         """Too many objects were met."""
         self._methods: set[FunctionType] = set()
-        """Those that belong to an object; a decorator holds them without it."""
+        """Functions that belong to an object; a decorator holds them without it."""
         self._seen: set[Any] = set()
         self._alive: list[Any] = []
         """So that no identity is used twice."""
@@ -241,7 +241,7 @@ class _Walk:
         return self._inside_plain(value)
 
     def _inside_plain(self, value: Any) -> list[Any]:
-        """Of an object of somebody's class: attributes, and what it does when it is called."""
+        """The attributes of an object of an unknown class; what it runs when called is added."""
         for function in _functions_of(inspect.getattr_static(type(value), "__call__", None)):
             self._add(function, value)
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]

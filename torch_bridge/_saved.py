@@ -48,7 +48,7 @@ class Fitted(NamedTuple):
     """A saved lifecycle for a growth that may differ in policy and capacity."""
 
     leaves: list[np.ndarray]
-    """In the order of the growth's own state."""
+    """The state's arrays, in the order of the growth's own state."""
     slots: np.ndarray
     """int[Q]: for each slot of the growth the saved slot that it takes over, or -1."""
     capacity: int
@@ -207,7 +207,7 @@ def layout_of(saved: Saved, growth: ef.Growth) -> Layout:
 
 
 def _check(saved: Saved, own: Mapping[str, np.ndarray], before: Layout) -> None:
-    """That every number is one which a growth can have."""
+    """Refuses numbers that no growth can have."""
     limits = {
         ".owner": (before.num_slots, before.num_seeds),
         ".generation": (before.num_slots, np.iinfo(np.int32).max),

@@ -24,7 +24,7 @@ class Rows:
     entry: Tensor
     """int64[rows]: whose adapter each row belongs to."""
     position: list[tuple[int, nn.Parameter, int | None]]
-    """Of each row: its entry, its parameter, and where in it if that is stacked."""
+    """Entry and parameter of each row, and its index in a stacked parameter."""
     _views: list[Tensor] = field(default_factory=list)
 
     def gather(self) -> Tensor:

@@ -42,7 +42,7 @@ class Survey:
     """A survey that is under way."""
 
     moments: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By site, the second moments gathered so far."""
+    """The second moments gathered so far, by site."""
     probes: list[Tensor] = field(default_factory=list)
     """Zeros whose gradient makes backward passes come to each site."""
     with_moments: bool = False
@@ -61,7 +61,7 @@ class Shared:
         self.lifecycle = lifecycle
         self.refresh = refresh
         self.sites: list[weakref.ref[Any]] = []
-        """Those there are; the copy of a part of a model has a part of them."""
+        """All sites; the copy of a part of a model has a part of them."""
         self.copies: weakref.WeakSet[Shared] = weakref.WeakSet()
         self.is_average = False
         """Whether something goes on writing the lifecycle of another model into this copy's."""
@@ -130,7 +130,7 @@ class Shared:
         raise BridgeError(NO_PICKLE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """That of the copy; its sites enter themselves."""
+        """Makes what the sites of a copy share; they enter themselves."""
         lifecycle = copy.deepcopy(self.lifecycle, memo)
         twin = memo[id(self)] = self.__class__(lifecycle, self.refresh)
         twin.is_busy = self.is_busy

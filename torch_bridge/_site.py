@@ -281,7 +281,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        """For `print(model)`."""
+        """What `print(model)` shows."""
         live = sum(len(bank.slots) for bank in self.plan.banks)
         return f"{self.site!r}, chunks={self.plan.chunking.chunks}, live={live}"
 

@@ -36,7 +36,7 @@ class SiteState:
         number = next(_NUMBERS)
         _STATES[number] = self
         self.number = torch.tensor(number)
-        """By which compiled programs find this state."""
+        """The number by which compiled programs find this state."""
 
     def copy(self, plan: SitePlan) -> SiteState:
         """A state of a site alike, which has measured nothing."""

@@ -57,7 +57,7 @@ def survey(
 
 @contextmanager
 def _under_way(shared: Shared, *, with_moments: bool = False) -> Iterator[Survey]:
-    """Sites look for a survey, and compiled models run as plain Python."""
+    """Makes sites look for a survey, and compiled models run as plain Python."""
     shared.survey = Survey(with_moments=with_moments)
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -102,7 +102,7 @@ def _mean_moments(group: Group, site: Seeds, own: list[Tensor] | None) -> Sequen
 
 @contextmanager
 def _without(sites: Sequence[Seeds], seed: int) -> Iterator[None]:
-    """With a seed's gains at 0."""
+    """Sets a seed's gains to 0 while it lasts."""
     site = next(site for site in reversed(sites) if site.first_seed <= seed)
     row = site.plan.gains[seed - site.first_seed]
     before = row.clone()

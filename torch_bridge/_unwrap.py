@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from esper_kernels import Gains
 from esper_kernels.rule_torch import per_adapter
 from torch_bridge import _compiler, _nested
-from torch_bridge._adapters import is_built_in
+from torch_bridge._adapters import Apply, is_built_in
 from torch_bridge._forward import grow_output
 from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights, is_transposed_linear
 from torch_bridge._site import Seeds, first_tensor
+from torch_bridge.backends._layout import gather, scatter
 
 
 class Affine(NamedTuple):
@@ -111,7 +112,7 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         super().__init__()
         self.site, self.axis, self.topology = site.site, site.axis, site.plan.topology
         self._chunking = site.plan.chunking
-        self._banks: list[tuple[str, Callable[..., Tensor], bool]] = []
+        self._banks: list[tuple[str, Apply]] = []
         for bank in banks:
             scale = Gains.from_columns(site.plan.gains).output_scale
             leaves = site.rows_of(bank)
@@ -122,10 +123,11 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
             inner.register_buffer("output_scale", scale.index_select(0, bank.chunk))
             inner.register_buffer("mask", bank.mask.clone())
             inner.register_buffer("chunk", bank.chunk.clone())
-            if bank.columns is not None:
-                inner.register_buffer("columns", bank.columns.clone())
+            columns = None if bank.columns is None else bank.columns.clone()
+            inner.register_buffer("columns", columns)
+            inner.is_all = bank.is_all
             self.add_module(bank.name, inner)
-            self._banks.append((bank.name, bank.form.apply, bank.is_all))
+            self._banks.append((bank.name, bank.form.apply))
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the target."""
@@ -148,34 +150,16 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
     def _grown(self, x: Tensor) -> Tensor:
         last = x.movedim(self.axis, -1)
         y = last.float()
-        for name, apply, is_all in self._banks:
+        for name, apply in self._banks:
             inner: Any = getattr(self, name)
             leaves = dict(inner.named_parameters())
-            r = apply(leaves, self._gather(inner, is_all, last), inner.mask, self.topology).float()
+            u = gather(self._chunking, inner, last)
+            r = apply(leaves, u, inner.mask, self.topology).float()
             scale = per_adapter(inner.output_scale, r)
             change = torch.where((scale != 0) & r.isfinite(), scale * r, 0.0)
             # Added over zeros: written in place it could not be exported.
-            y = y + self._scatter(inner, is_all, change, y)
+            y = y + scatter(self._chunking, inner, change, y)
         return y.to(x.dtype).movedim(-1, self.axis)
-
-    def _gather(self, inner: Any, is_all: bool, x: Tensor) -> Tensor:
-        chunking = self._chunking
-        if not chunking.is_even:
-            padded = nn.functional.pad(x, (0, 1))
-            chunks = padded.index_select(-1, inner.columns).unflatten(-1, (-1, chunking.widest))
-            return chunks.movedim(-2, 0)
-        split = x.unflatten(-1, (chunking.chunks, chunking.widest))
-        return (split if is_all else split.index_select(-2, inner.chunk)).movedim(-2, 0)
-
-    def _scatter(self, inner: Any, is_all: bool, values: Tensor, like: Tensor) -> Tensor:
-        chunking, rows = self._chunking, values.movedim(0, -2)
-        if not chunking.is_even:
-            wide = like.new_zeros((*like.shape[:-1], like.shape[-1] + 1))
-            return wide.index_add(-1, inner.columns, rows.flatten(-2))[..., :-1]
-        if is_all:
-            return rows.flatten(-2)
-        wide = like.new_zeros((*like.shape[:-1], chunking.chunks, chunking.widest))
-        return wide.index_copy(-2, inner.chunk, rows).flatten(-2)
 
 
 def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
@@ -226,7 +210,7 @@ class WeightLayout(NamedTuple):
     """How a layer's parameters make its features."""
 
     axis: int
-    """Of the features in its weight."""
+    """The axis of the features in its weight."""
     is_mixing: bool = True
     """Whether features may be mixed in its weight."""
     is_table: bool = False
@@ -278,7 +262,7 @@ def _folded(
 
 
 _MOST_LOST = 1 / 8
-"""Of a change, what rounding to a weight of 16 bits may take away."""
+"""The share of a change that rounding to a weight of 16 bits may take away."""
 
 
 def _add_(values: Tensor, matrix: Tensor, shift: Tensor) -> bool:

@@ -13,7 +13,7 @@ from esper_kernels.rule_torch import Leaves
 from torch_bridge._plan import SitePlan
 
 Adapters: TypeAlias = Mapping[str, Leaves]
-"""By blueprint, the parameters of its n live adapters, `[n, ...]`."""
+"""The parameters of the n live adapters of each blueprint, `[n, ...]`."""
 
 
 class Residual(NamedTuple):

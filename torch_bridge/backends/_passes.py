@@ -12,7 +12,7 @@ from torch_bridge.backends._reference import REFERENCE
 from torch_bridge.backends._triton import Triton
 
 BACKENDS: tuple[SiteBackend, ...] = (Triton(), DenseCpu(), REFERENCE)
-"""In order of preference."""
+"""All backends, in order of preference."""
 
 
 def select(plan: SitePlan, adapters: Adapters, x: Tensor) -> SiteBackend:
