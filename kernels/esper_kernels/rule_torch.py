@@ -116,7 +116,6 @@ def pullback(
         damping = torch.where(gains.input_grad_scale == 0, gains.output_damping, 0.0)
         slope = blend(dy, damping, r)
     d_adapters, d_u = pull(slope)
-
     wide = _wide(u.dtype)
     output_square = r.to(wide).square().flatten(1).sum(1)
     utility = -(dy.to(wide) * r.to(wide)).flatten(1).sum(1)
