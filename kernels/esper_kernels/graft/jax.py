@@ -30,7 +30,7 @@ def explain(
     activation: str = "none",
     implementation: str = "auto",
 ) -> Choice:
-    """What `graft` would run for these arguments, and why nothing better.
+    """Tell what `graft` would run for these arguments, and why nothing better.
 
     The arguments are those of `graft`; for arrays, their `jax.ShapeDtypeStruct` will do.
 
@@ -51,7 +51,7 @@ def forward(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
-    """`y [N, D]` and `watched [C, 5]`; for callers with a derivative rule of their own.
+    """Return `y [N, D]` and `watched [C, 5]`, for callers with a derivative rule of their own.
 
     Arguments and errors as for `graft`.
     """
@@ -69,7 +69,7 @@ def forward_in_place(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
-    """The same into the memory of `x` where XLA can give it up, `watched` for live chunks only.
+    """Do the same into the memory of `x` where XLA can reuse it, `watched` for live chunks only.
 
     Not differentiable. Under `jit`, donate `x` or let this be its last use; else XLA copies it.
     """
@@ -89,8 +89,17 @@ def backward(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Adapter, Array]:
-    """`dx [N, D]`, the adapter's gradients and `channels [C, 5]`, from what `forward` took and
-    gave.
+    """Return `dx [N, D]`, the adapter's gradients and `channels [C, 5]`.
+
+    Args:
+      x: what `forward` took, and so are `adapter`, `slot`, `gains` and the options.
+      dy: [N, D], the gradient of its `y`.
+      adapter: see `graft`.
+      slot: see `graft`.
+      gains: see `graft`.
+      watched: [C, 5], what `forward` returned.
+      activation: see `graft`.
+      implementation: see `graft`.
 
     Raises:
       ArgumentError: `dy` is not as `x`; else as for `graft`.
@@ -112,7 +121,7 @@ def backward_in_place(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Adapter, Array]:
-    """`backward` into the memory of `dy` where XLA can give it up, for live chunks only.
+    """Do what `backward` does into the memory of `dy` where XLA can reuse it, for live chunks.
 
     Takes what `backward` takes. `watched` may come from `forward` or from `forward_in_place` of
     this `x`: only its rows of live chunks are read, to tell an adapter that breaks from input that
@@ -150,10 +159,10 @@ def graft(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
-    """`y = x + act * adapter(x)` in the live chunks, and what seeds watch; differentiable in
-    reverse.
+    """Return `y = x + output_scale * adapter(x)` in the live chunks, and statistics of `x`.
 
-    The README beside this file has the mathematics.
+    `y` can be differentiated in reverse. The README beside this file has the mathematics and
+    defines `watched` and `channels`, the statistics of both passes.
 
     Args:
       x: [N, D], bfloat16 or float32.

@@ -177,7 +177,7 @@ def _damp(
 ) -> tuple[Adapter, Array]:
     """The adapter's gradients and `channels`; where damped adapters live, by the reference.
 
-    None of them is felt, so `dx` is `dy` there. All else keeps its bits.
+    Their `input_grad_scale` is 0, so `dx` is `dy` there. All else keeps its bits.
     """
     named = Gains.from_columns(gains)
     is_damped = (

@@ -34,7 +34,15 @@ def explain(
     activation: str = "none",
     implementation: str = "auto",
 ) -> Choice:
-    """What `graft` would run for these arguments, and why nothing better.
+    """Tell what `graft` would run for these arguments, and why nothing better.
+
+    Args:
+      x: as for `graft`, and so are all other arguments.
+      adapter: see `graft`.
+      slot: see `graft`.
+      gains: see `graft`.
+      activation: see `graft`.
+      implementation: see `graft`.
 
     Raises:
       ArgumentError: the arguments do not fit together.
@@ -53,10 +61,12 @@ def graft(
     activation: str = "none",
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`y = x + act * adapter(x)` in the live chunks, and what seeds watch; differentiable once.
+    """Return `y = x + output_scale * adapter(x)` in the live chunks, and statistics of `x`.
+
+    `y` can be differentiated once.
 
     `gains` get no gradient: they are set, not learned. The README beside this file has the
-    mathematics.
+    mathematics and defines `watched` and `channels`, the statistics of both passes.
 
     Args:
       x: [N, D], contiguous, bfloat16 or float32.
@@ -94,7 +104,7 @@ def graft(
 
 
 def watch(x: Tensor, chunks: int, *, implementation: str = "auto") -> Tensor:
-    """What seeds watch of an activation on which no adapter acts: one read of it.
+    """Measure an activation on which no adapter acts, in one read of it.
 
     Args:
       x: [..., D], contiguous, bfloat16 or float32.
@@ -124,7 +134,7 @@ class Calls(Protocol):
     def forward(
         self, x: Tensor, adapter: Adapter, slot: Tensor, gains: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`y` and `watched` of `graft`."""
+        """Return `y` and `watched` of `graft`."""
 
     def backward(
         self,
@@ -137,9 +147,7 @@ class Calls(Protocol):
         *,
         is_beside: bool = False,
     ) -> tuple[Tensor, Adapter, Tensor]:
-        """`dx`, the adapter's gradients and `channels`, where `is_beside` with `watched` before
-        it.
-        """
+        """Return `dx`, the adapter's gradients and `channels`, if `is_beside` after `watched`."""
 
 
 def bind(
@@ -151,7 +159,7 @@ def bind(
     activation: str = "none",
     implementation: str = "auto",
 ) -> Calls:
-    """What runs `graft` for arguments of these shapes, dtypes, devices and layouts.
+    """Return what runs `graft` for arguments of these shapes, dtypes, devices and layouts.
 
     For callers with an autograd function of their own, who call again and again: checks and the
     way through torch's dispatcher take longer than a small kernel does.
@@ -165,7 +173,8 @@ def bind(
       implementation: see `graft`.
 
     Raises:
-      ArgumentError, UnavailableError: as `graft`.
+      ArgumentError: as `graft` does.
+      UnavailableError: as `graft` does.
     """
     rows = x.reshape(-1, x.shape[-1])
     case = check_call(rows, adapter, slot, gains, activation)
