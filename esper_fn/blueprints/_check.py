@@ -118,6 +118,12 @@ def _check_one(blueprint: Blueprint, spec: AdapterSpec, dtype: jnp.dtype | type)
         fail(f"apply must return one array, got {describe(r)}")
     if r.shape != shape or r.dtype != dtype:
         fail(f"apply must return {shape} {dtype_name}, got {r.shape} {r.dtype}")
+    wide = jax.eval_shape(output, blueprint.init(jax.random.key(0), spec, jnp.float32), x)
+    if wide.dtype != dtype:
+        fail(
+            f"apply must return the dtype of x, {dtype_name}, whatever the parameters' is, got "
+            f"{wide.dtype} with float32 parameters; convert them, `leaf.astype(x.dtype)`"
+        )
     r, slopes = at_birth(params, x, jnp.asarray(rng.standard_normal(shape), dtype))
     if not np.all(np.asarray(r) == 0):
         fail("the output at birth must be exactly zero; zero the last matrix in `init`")

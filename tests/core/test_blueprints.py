@@ -304,3 +304,17 @@ def test_costs_count_operations_by_position() -> None:
     assert one.parameters == many.parameters == 4 * 8 + 4 + 4 * 6
     assert many.flops == 5 * one.flops
     assert one.flops == 2 * (4 * 8 + 4 * 6) + 2 * 4  # two products, a bias and a ReLU
+
+
+def test_check_wants_the_dtype_of_the_activation() -> None:
+    wrong = _planted(
+        activation=None, apply=lambda params, x, spec, mask: x @ params["down"] @ params["up"]
+    )
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(
+            ValueError,
+            match=r"bfloat16: apply must return the dtype of x, .* convert them, `leaf\.ast",
+        ),
+    ):
+        ef.blueprints.check(wrong)

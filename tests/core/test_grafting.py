@@ -56,17 +56,17 @@ def run(schedule: AlphaSchedule, steps: list[dict[str, Any]], alpha: float = 0.0
     return alphas
 
 
-def test_every_schedule_is_tested() -> None:
-    others = {"AlphaSchedule", "Init", "Observation", "Update", "check"}
-    assert set(NAMES) == set(ef.grafting.__all__) - others
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in ef.grafting.__all__ if n.islower() and n != "check"])
 def test_every_schedule_keeps_the_contract(name: str) -> None:
     schedule = getattr(ef.grafting, name)(7)
     assert schedule.name == name
-    assert schedule.max_step == pytest.approx(LARGEST[name] * NUM_STEPS / 7)
     ef.grafting.check(schedule)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_largest_step_is_stated(name: str) -> None:
+    schedule = getattr(ef.grafting, name)(7)
+    assert schedule.max_step == pytest.approx(LARGEST[name] * NUM_STEPS / 7)
 
 
 def altered(update: Any = None, init: Any = None, **fields: Any) -> AlphaSchedule:
