@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from implementations import strictly
 
-from esper_kernels.graft.pallas_mosaic_gpu_parts import _count_ones, _find_one, live_words
+from esper_kernels.graft.pallas_mosaic_gpu_parts import _count_ones, _position, live_words
 
 
 @pytest.mark.parametrize("chunks", [1, 5, 32, 33, 64, 100])
@@ -16,7 +16,7 @@ def test_live_chunks_are_found_among_the_bits(chunks):
         places = []
         for w, word in enumerate(words):
             count = int(_count_ones(jnp.int32(word)))
-            places += [32 * w + int(_find_one(jnp.int32(word), jnp.int32(k))) for k in range(count)]
+            places += [32 * w + int(_position(jnp.int32(word), jnp.int32(k))) for k in range(count)]
     assert places == np.flatnonzero(live).tolist()
 
 
@@ -24,4 +24,4 @@ def test_all_of_a_word():
     with strictly():
         (word,) = live_words(jnp.ones((32,), bool))
         assert (int(word), int(_count_ones(word))) == (-1, 32)
-        assert [int(_find_one(word, jnp.int32(k))) for k in (0, 15, 31)] == [0, 15, 31]
+        assert [int(_position(word, jnp.int32(k))) for k in (0, 15, 31)] == [0, 15, 31]
