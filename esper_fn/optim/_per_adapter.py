@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 import optax
 
 from esper_fn._control import once_if
-from esper_fn._layout import select_slots
+from esper_fn._layout import map_banks, select_slots
 from esper_fn._leaves import check_leaves, combine, filter_like, is_learned, partition
-from esper_fn._typing import Adapters, Array, Bool, Params
+from esper_fn._typing import Adapters, Array, Bool, Int32, Params
 from esper_fn.optim._checks import PAIR, check_pair, check_transformation, check_update
 from esper_fn.optim._clock import Clock, find_schedules, set_clock
 from esper_fn.optim._records import PerAdapterState, Slots
@@ -93,22 +94,18 @@ def per_adapter(
 
 def _init(parts: _Parts, params: tuple[Params, Adapters]) -> PerAdapterState:
     check_pair("init", params, f"{PAIR}: `optimizer.init((params, state.adapters))`")
-    host_params, banks = params[0], _with_parameters(params[1])
-    check_leaves("params", host_params)
+    check_leaves("params", params[0])
+    banks = _with_parameters(params[1])
     state = PerAdapterState(
-        host=parts.host.init(_learning(host_params)),
+        host=parts.host.init(_learning(params[0])),
         adapters={
             site: {name: _init_bank(parts, site, name, bank) for name, bank in at_site.items()}
             for site, at_site in banks.items()
         },
         num_updates=jnp.int32(0),
-        generation={
-            site: {
-                name: jnp.zeros(jax.tree.leaves(bank)[0].shape[:1], jnp.int32)
-                for name, bank in at_site.items()
-            }
-            for site, at_site in banks.items()
-        },
+        generation=map_banks(
+            lambda bank: jnp.zeros(jax.tree.leaves(bank)[0].shape[:1], jnp.int32), banks
+        ),
     )
     # Some transformations keep the parameters themselves; a step may donate both.
     copied: PerAdapterState = jax.tree.map(jnp.copy, state)
@@ -154,63 +151,56 @@ def _update(
     if parts.follows_run:
         host_schedules = find_schedules(state.host) if parts.is_shared else None
         clock = Clock(state.num_updates, host_schedules)
-    generation = {
-        site: {name: slots[site][name].generation for name in at_site}
-        for site, at_site in state.generation.items()
-    }
-    banks = {
-        (site, name): _Bank(
-            gradients=gradients[1][site][name],
-            state=state.adapters[site][name],
-            params=params[1][site][name],
-            is_new=generation[site][name] != state.generation[site][name],
-            learns=slots[site][name].learns,
-        )
-        for site, at_site in state.generation.items()
-        for name in at_site
-    }
-    updates = {site: dict(at_site) for site, at_site in gradients[1].items()}
-    states: dict[str, dict[str, Any]] = {site: {} for site in state.adapters}
-    for (site, name), (bank_updates, bank_state) in _update_banks(
-        parts.adapter, banks, extra, clock
-    ).items():
-        updates[site][name], states[site][name] = bank_updates, bank_state
+    banks = map_banks(_bank, state.generation, state.adapters, slots, gradients[1], params[1])
+    stepped = _update_banks(parts.adapter, banks, extra, clock)
+    updates = map_banks(itemgetter(0), stepped)
     after = PerAdapterState(
         host=host_state,
-        adapters=states,
+        adapters=map_banks(itemgetter(1), stepped),
         num_updates=state.num_updates + jnp.int32(1),
-        generation=generation,
+        generation=map_banks(lambda _, slots: slots.generation, state.generation, slots),
     )
-    return (host_updates, updates), after
+    # Banks without parameters have empty gradients, which are their updates.
+    complete = {site: {**at_site, **updates[site]} for site, at_site in gradients[1].items()}
+    return (host_updates, complete), after
+
+
+def _bank(
+    generation: Int32[Array, "P"],
+    state: optax.OptState,
+    slots: Slots,
+    gradients: Params,
+    params: Params,
+) -> _Bank:
+    return _Bank(gradients, state, params, slots.generation != generation, slots.learns)
 
 
 def _update_banks(
     adapter: optax.GradientTransformationExtraArgs,
-    banks: Mapping[tuple[str, str], _Bank],
+    banks: Mapping[str, Mapping[str, _Bank]],
     extra: Mapping[str, Any],
     clock: Clock | None,
-) -> dict[tuple[str, str], tuple[Params, optax.OptState]]:
+) -> dict[str, dict[str, tuple[Params, optax.OptState]]]:
     """Updates and new states of all banks, computed only where an adapter is new or learns."""
-    if not banks:
-        return {}
 
-    def step(carry: dict[Any, Any]) -> dict[Any, Any]:
-        return {
-            key: _update_bank(adapter, bank._replace(state=carry[key][1]), extra, clock)
-            for key, bank in banks.items()
-        }
+    def step(carry: Any) -> Any:
+        def step_bank(bank: _Bank, before: tuple[Params, optax.OptState]) -> Any:
+            return _update_bank(adapter, bank._replace(state=before[1]), extra, clock)
 
-    before = {key: (bank.gradients, bank.state) for key, bank in banks.items()}
-    shapes = jax.eval_shape(step, before)
-    still = {
-        key: (
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[key][0]),
-            bank.state,
-        )
-        for key, bank in banks.items()
-    }
-    is_any = jnp.stack([jnp.any(bank.is_new | bank.learns) for bank in banks.values()])
-    return once_if(jnp.any(is_any), step, still)
+        return map_banks(step_bank, banks, carry)
+
+    def stand_still(bank: _Bank, after: Any) -> tuple[Params, optax.OptState]:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), after[0])
+        return zeros, bank.state
+
+    before = map_banks(lambda bank: (bank.gradients, bank.state), banks)
+    still = map_banks(stand_still, banks, jax.eval_shape(step, before))
+    is_any = [
+        jnp.any(bank.is_new | bank.learns)
+        for at_site in banks.values()
+        for bank in at_site.values()
+    ]
+    return once_if(jnp.any(jnp.stack(is_any)), step, still) if is_any else still
 
 
 def _update_bank(

@@ -44,8 +44,8 @@ ResumeError RunFolderError RunStoppedError UndecodableError UnknownDatasetError 
 UnknownNameError UnreadableCheckpointError UnsupportedVersionError"
     ),
     "esper_fn.export": (
-        "Adapter FixedSeeds Network acting fixed fold lineage read_safetensors read_stablehlo \
-write_safetensors write_stablehlo"
+        "Adapter FixedSeeds Network acting_adapters fixed_seeds fold lineage read_safetensors \
+read_stablehlo write_safetensors write_stablehlo"
     ),
     "esper_fn.flax": "linen nnx",
     "esper_fn.governors": (
