@@ -111,8 +111,8 @@ class Lifecycle:
         self._unpack_state = jax.jit(self._state_packer.unpack)
         self._read = jax.jit(partial(_read, growth))
         self._programs: dict[int, _Program] = {}
-        self._conclude = jax.jit(growth.apply_survey)
-        self._on_trial = jax.jit(growth.seeds_to_ablate)
+        self._conclude = jax.jit(growth.external.apply_survey)
+        self._on_trial = jax.jit(growth.external.seeds_to_ablate)
         self._unpacked: ef.GrowthState | None = None
         self.state = state
 
@@ -214,7 +214,7 @@ class Lifecycle:
             impl = jax.random.key_impl(old.key)
             key = jax.random.wrap_key_data(jnp.asarray(self._output.key), impl=impl)
             for slot in slots:
-                params = self.growth.newborn(key, slot, int(owner[slot]), old.directions)
+                params = self.growth.external.newborn(key, slot, int(owner[slot]), old.directions)
                 newborns.append(Newborn(slot=slot, leaves=jax.device_get(params)))
         return newborns
 
@@ -298,7 +298,7 @@ def from_tensor(packed: Tensor) -> _saved.Saved:
 
 def _read(growth: ef.Growth, state: ef.GrowthState) -> _Output:
     nobody = jnp.zeros(state.owner.shape, bool)
-    return _Output(growth.gains(state), state.owner, state.seeds.stage, nobody)
+    return _Output(growth.external.gains(state), state.owner, state.seeds.stage, nobody)
 
 
 def _advance(
@@ -309,7 +309,7 @@ def _advance(
     end = num_seeds * len(Statistics._fields)
     statistics, (loss,), drift, broken = jnp.split(measured, [end, end + 1, end + 1 + num_slots])
     where = jnp.where(state.owner == NONE, num_seeds, state.owner)
-    after, info, key = growth.advance(
+    after, info, key = growth.external.advance(
         state,
         Statistics(*statistics.reshape(num_seeds, -1).T),
         loss,

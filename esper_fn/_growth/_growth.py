@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies
 from esper_fn._arguments import check_key
-from esper_fn._growth._advance import advance
 from esper_fn._growth._checks import (
     check_options,
     check_parts,
@@ -19,8 +18,8 @@ from esper_fn._growth._checks import (
     check_state,
     checked_grafts,
 )
+from esper_fn._growth._external import ExternalSteps
 from esper_fn._growth._gradients import make_gradients
-from esper_fn._growth._newborns import newborn
 from esper_fn._growth._seed import read_seed
 from esper_fn._growth._state import GrowthState, LossFn, Parts, StepInfo
 from esper_fn._growth._survey import SurveyOptions, make_survey
@@ -35,26 +34,16 @@ from esper_fn._layout import (
     view,
     zero_taps,
 )
-from esper_fn._sites import Moments, Seeds, Site, Statistics
+from esper_fn._sites import Seeds, Site, Statistics
 from esper_fn._survey import (
     NUM_DIRECTIONS,
-    Ablations,
-    SiteDirections,
-    SurveyInfo,
-    apply_survey,
     no_directions,
-    seeds_to_ablate,
 )
 from esper_fn._typing import (
     Adapters,
-    Array,
-    Bool,
     DType,
-    Float32,
     Implementation,
-    Int32,
     Key,
-    Params,
     Scalar,
 )
 from esper_fn.blueprints._base import Blueprint
@@ -368,89 +357,7 @@ class Growth:
         options = SurveyOptions(self.adapters_at_once, self.implementation, self.max_ablations)
         return make_survey(self._parts, options, loss_fn, has_aux=has_aux)
 
-    # For a host outside of JAX, which holds the adapters itself (`torch_bridge`): the same steps
-    # with the state's adapters left alone.
-
-    def advance(
-        self,
-        state: GrowthState,
-        statistics: Statistics,
-        loss: Scalar,
-        *,
-        drift: Float32[Array, "S"],
-        has_broken: Bool[Array, "S"],
-        commands: Commands | None = None,
-    ) -> tuple[GrowthState, StepInfo, Key]:
-        """`update` without the adapters: whoever holds them restores and initialises them.
-
-        Args:
-          state: before the step; its `adapters` stay as they are.
-          statistics: as in `update`.
-          loss: as in `update`.
-          drift: how far each seed's adapter moved, over the size it had.
-          has_broken: seeds whose adapter became non-finite and was restored.
-          commands: as in `update`.
-
-        Returns:
-          The state, what happened, and the key for `newborn` of the slots whose `generation` rose.
-        """
-        return advance(
-            self._parts,
-            state,
-            statistics,
-            loss,
-            drift=drift,
-            has_broken=has_broken,
-            commands=commands,
-        )
-
-    def gains(self, state: GrowthState) -> Float32[Array, "Q 4"]:
-        """The gains of every slot, the columns of `esper_kernels.Gains`; zero for free slots."""
-        return slot_gains(state.seeds, state.owner, state.settings)
-
-    def newborn(
-        self, key: Key, slot: int, seed: int = NONE, directions: SiteDirections | None = None
-    ) -> Params:
-        """The adapter that `update` puts into a slot, bit for bit. Not for use inside `jit`.
-
-        Args:
-          key: from `advance`.
-          slot: on the flat slot axis.
-          seed: the seed that holds it.
-          directions: of the state before `advance`.
-        """
-        return newborn(self.layout, key, slot, seed, directions)
-
-    def seeds_to_ablate(self, state: GrowthState) -> tuple[Int32[Array, "V"], Bool[Array, "V"]]:
-        """The seeds whose contribution a survey should measure now, and which rows count.
-
-        Args:
-          state: as it is surveyed.
-        """
-        return seeds_to_ablate(state.seeds, self.max_ablations)
-
-    def apply_survey(
-        self,
-        state: GrowthState,
-        moments: Sequence[Sequence[Array]],
-        loss: Scalar,
-        chosen: Int32[Array, "V"],
-        is_chosen: Bool[Array, "V"],
-        losses_without: Float32[Array, "V"],
-    ) -> tuple[GrowthState, SurveyInfo]:
-        """The state with a survey's measurements, and what they are.
-
-        Args:
-          state: as it was surveyed.
-          moments: of each site the rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk.
-          loss: on held-out data.
-          chosen: from `seeds_to_ablate`.
-          is_chosen: from `seeds_to_ablate`.
-          losses_without: the loss without each of them.
-        """
-        own = [Moments(*site) for site in moments]
-        ablations = Ablations(seed=chosen, is_measured=is_chosen, loss=losses_without)
-        seeds, directions, info = apply_survey(
-            self.layout, state.seeds, state.directions, own, loss, ablations
-        )
-        return state._replace(seeds=seeds, directions=directions), info
+    @property
+    def external(self) -> ExternalSteps:
+        """The same steps for a host outside of JAX, which holds the adapters itself."""
+        return ExternalSteps(self._parts, self.max_ablations)

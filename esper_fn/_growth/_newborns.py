@@ -116,8 +116,10 @@ def _fill(
 
 def _write(bank: Params, fresh: Params, slot: Array, is_written: Bool[Array, ""]) -> Params:
     def write(old: Array, new: Array) -> Array:
-        kept = jax.lax.dynamic_index_in_dim(old, slot, 0, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(old, jnp.where(is_written, new, kept), slot, 0)
+        present = jax.lax.dynamic_index_in_dim(old, slot, 0, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(
+            old, jnp.where(is_written, new, present), slot, 0
+        )
 
     return jax.tree.map(write, bank, fresh)
 

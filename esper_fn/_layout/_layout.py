@@ -1,8 +1,8 @@
-"""All sites of a host, the blueprints that may grow there, and the room for their adapters."""
+"""All sites of a host, the blueprints that may grow there, and the slots of their adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -14,15 +14,13 @@ import numpy as np
 
 from esper_fn._arguments import check_kind, describe, is_count
 from esper_fn._sites import Site
-from esper_fn._typing import Adapters, Array, DType, Float32, Int32, Key
+from esper_fn._typing import Adapters, Array, DType, Int32, Key, Params
 from esper_fn.blueprints._base import Blueprint, Cost
 from esper_fn.errors import LayoutError, UnknownNameError
 
 
 class Bank(NamedTuple):
-    """Room for the adapters of one blueprint at one site: slots `start : start + num_slots` of
-    Q.
-    """
+    """The slots of one blueprint at one site: `start : start + num_slots` of Q."""
 
     site: int
     blueprint: int
@@ -126,14 +124,14 @@ class Layout:
           LayoutError: a chunk or layer that the site does not have.
         """
         index = self.site_index(site)
-        place = self.sites[index]
-        if not 0 <= chunk < place.chunks or not 0 <= layer < place.num_layers:
+        chunks, layers = self.sites[index].chunks, self.sites[index].num_layers
+        if not 0 <= chunk < chunks or not 0 <= layer < layers:
             raise LayoutError(
-                f"site {site!r} has chunks 0..{place.chunks - 1} and layers "
-                f"0..{place.num_layers - 1}, got chunk {chunk!r} of layer {layer!r}"
+                f"site {site!r} has chunks 0..{chunks - 1} and layers 0..{layers - 1}, got chunk "
+                f"{chunk!r} of layer {layer!r}"
             )
         before = sum(earlier.num_seeds for earlier in self.sites[:index])
-        return before + layer * place.chunks + chunk
+        return before + layer * chunks + chunk
 
     def locate(self, seed: int) -> tuple[Site, int, int]:
         """`(site, layer, chunk)` of a flat index."""
@@ -148,9 +146,8 @@ class Layout:
 
     def cost(self, site: str, blueprint: str) -> Cost:
         """What one adapter of `blueprint` costs at `site`."""
-        place = self.sites[self.site_index(site)]
-        chosen = self.blueprints[self.blueprint_index(blueprint)]
-        return chosen.cost(place.spec, place.positions)
+        entry = self.sites[self.site_index(site)]
+        return self.blueprints[self.blueprint_index(blueprint)].cost(entry.spec, entry.positions)
 
     def per_seed(self, per_group: np.ndarray | Array) -> Array:
         """`[G, ...]` spread over the seeds, `[S, ...]`."""
@@ -176,23 +173,27 @@ def make_layout(
     capacity: int,
     dtype: DType = jnp.float32,
 ) -> Layout:
-    """Puts sites, blueprints and the room for adapters together.
+    """Puts sites, blueprints and capacity together; arguments and errors as of `Growth`."""
+    all_sites = tuple(sites) if isinstance(sites, Iterable) else (sites,)
+    _check_kinds(all_sites, blueprints)
+    _check_fit(all_sites, blueprints)
+    if not is_count(capacity):
+        raise LayoutError(f"capacity must be a positive int, got {capacity!r}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise LayoutError(f"dtype must be a floating type, got {dtype!r}")
+    return Layout(
+        sites=all_sites,
+        names=tuple(blueprints),
+        blueprints=tuple(blueprints.values()),
+        capacity=capacity,
+        dtype=jnp.dtype(dtype),
+    )
 
-    Args:
-      sites: the places; their order is the order of the seeds.
-      blueprints: name -> blueprint; each is offered at the sites whose topology it serves.
-      capacity: adapters that may be alive at once, per site, layer and blueprint; a site with fewer
-        chunks has room for as many as it has chunks.
-      dtype: dtype of the adapters' parameters.
 
-    Raises:
-      TypeError: a site or a blueprint is none, its factory for instance.
-      LayoutError: no site, a name given twice, a blueprint that serves no site, a site no
-        blueprint serves, a capacity below one, a dtype that is not floating.
-    """
-    places = tuple(sites) if isinstance(sites, Iterable) else (sites,)
-    for place in places:
-        check_kind("sites: each", place, Site, "make a list of them with `ef.site` and `ef.site`")
+def _check_kinds(sites: Sequence[Site], blueprints: Mapping[str, Blueprint]) -> None:
+    """Raises `TypeError` or `LayoutError` unless there are sites and blueprints."""
+    for site in sites:
+        check_kind("sites: each", site, Site, "make a list of them with `ef.site`")
     if not isinstance(blueprints, Mapping):
         raise TypeError(
             f"blueprints must be a dict of names and blueprints, got {describe(blueprints)}; "
@@ -201,51 +202,46 @@ def make_layout(
     for name, blueprint in blueprints.items():
         remedy = f"call its factory: `{{{name!r}: ef.blueprints.low_rank()}}` for instance"
         check_kind(f"blueprints[{name!r}]", blueprint, Blueprint, remedy)
-    if not places:
-        raise LayoutError("a layout needs at least one site; make one with `site` or `span`")
-    doubled = {p.name for p in places if sum(q.name == p.name for q in places) > 1}
+    if not sites:
+        raise LayoutError("a layout needs at least one site; make one with `site`")
+    names = [site.name for site in sites]
+    doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise LayoutError(f"site names must differ, given twice: {sorted(doubled)}")
+        raise LayoutError(f"site names must differ, given twice: {doubled}")
     if not blueprints:
         raise LayoutError("a layout needs at least one blueprint")
     if len(blueprints) > np.iinfo(np.int8).max:
         raise LayoutError(f"at most 127 blueprints, got {len(blueprints)}")
+
+
+def _check_fit(sites: Sequence[Site], blueprints: Mapping[str, Blueprint]) -> None:
+    """Raises `LayoutError` where a blueprint serves no site, or a site has no blueprint."""
     for name, blueprint in blueprints.items():
-        if not any(serves(blueprint, place) for place in places):
+        if not any(serves(blueprint, site) for site in sites):
+            forms = [(s.name, s.topology, "span" if s.is_span else "plain") for s in sites]
             raise LayoutError(
                 f"blueprint {name!r} serves {blueprint.topologies} "
                 f"{'with' if blueprint.can_span else 'without'} spans, which is none of the sites "
-                f"{[(p.name, p.topology, 'span' if p.is_span else 'plain') for p in places]}"
+                f"{forms}"
             )
-    for place in places:
-        if not any(serves(blueprint, place) for blueprint in blueprints.values()):
+    for site in sites:
+        if not any(serves(blueprint, site) for blueprint in blueprints.values()):
             raise LayoutError(
-                f"no blueprint serves site {place.name!r} ({place.topology}"
-                f"{', a span' if place.is_span else ''}); given: {sorted(blueprints)}"
+                f"no blueprint serves site {site.name!r} ({site.topology}"
+                f"{', a span' if site.is_span else ''}); given: {sorted(blueprints)}"
             )
-    if not is_count(capacity):
-        raise LayoutError(f"capacity must be a positive int, got {capacity!r}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise LayoutError(f"dtype must be a floating type, got {dtype!r}")
-    return Layout(
-        sites=places,
-        names=tuple(blueprints),
-        blueprints=tuple(blueprints.values()),
-        capacity=capacity,
-        dtype=jnp.dtype(dtype),
-    )
 
 
-def bank_capacity(place: Site, capacity: int) -> int:
+def bank_capacity(site: Site, capacity: int) -> int:
     """Slots of one layer's pool: never more than it has seeds."""
-    return min(capacity, place.chunks)
+    return min(capacity, site.chunks)
 
 
 @lru_cache(maxsize=64)
 def _tables(self: Layout) -> Tables:
     num_blueprints = len(self.blueprints)
     group_site = np.repeat(
-        np.arange(len(self.sites)), [place.num_layers for place in self.sites]
+        np.arange(len(self.sites)), [site.num_layers for site in self.sites]
     ).astype(np.int32)
     group_size = np.asarray([self.sites[s].chunks for s in group_site], np.int32)
     group_start = (np.cumsum(group_size) - group_size).astype(np.int32)
@@ -257,18 +253,18 @@ def _tables(self: Layout) -> Tables:
     slot_group: list[np.ndarray] = []
     slot_blueprint: list[np.ndarray] = []
     start = 0
-    for s, place in enumerate(self.sites):
+    for s, site in enumerate(self.sites):
         groups = np.flatnonzero(group_site == s)
-        size = bank_capacity(place, self.capacity)
+        size = bank_capacity(site, self.capacity)
         for b, blueprint in enumerate(self.blueprints):
-            if not serves(blueprint, place):
+            if not serves(blueprint, site):
                 continue
             num_slots = size * len(groups)
             banks.append(Bank(site=s, blueprint=b, start=start, num_slots=num_slots))
             pool_start[groups, b] = start + size * np.arange(len(groups))
             slot_group.append(np.repeat(groups, size))
             slot_blueprint.append(np.full(num_slots, b))
-            cost = blueprint.cost(place.spec, place.positions)
+            cost = blueprint.cost(site.spec, site.positions)
             costs[groups, b] = cost.parameters
             flops[groups, b] = cost.flops
             start += num_slots
@@ -314,15 +310,11 @@ def init_adapters(self: Layout, key: Key) -> Adapters:
     return adapters
 
 
-def fresh_bank(
-    self: Layout, bank: Bank, key: Key, along: Float32[Array, "P F U"] | None = None
-) -> object:
-    """Newborn parameters for every slot of one bank, `[P, ...]`; along directions, if given."""
-    blueprint, place = self.blueprints[bank.blueprint], self.sites[bank.site]
-    keys, init_along = jax.random.split(key, bank.num_slots), blueprint.init_along
-    if along is None or init_along is None:
-        return jax.vmap(lambda k: blueprint.init(k, place.spec, self.dtype))(keys)
-    return jax.vmap(lambda k, d: init_along(k, place.spec, self.dtype, d))(keys, along)
+def fresh_bank(self: Layout, bank: Bank, key: Key) -> Params:
+    """Fresh parameters for every slot of one bank, `[P, ...]`."""
+    blueprint, spec = self.blueprints[bank.blueprint], self.sites[bank.site].spec
+    keys = jax.random.split(key, bank.num_slots)
+    return jax.vmap(lambda slot_key: blueprint.init(slot_key, spec, self.dtype))(keys)
 
 
 def local_chunk(self: Layout, owner: Int32[Array, "Q"]) -> Int32[Array, "Q"]:

@@ -113,9 +113,9 @@ def directions(moments: Moments) -> Float32[Array, "... F U"]:
     along = jax.scipy.linalg.solve_triangular(jnp.swapaxes(left, -1, -2), vectors, lower=False)
     covariance = moments.x_x / _count(moments)
     power = jnp.sum(along * _product(covariance, along), axis=-2, keepdims=True)
-    wanted = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / inputs
+    target = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / inputs
     is_real = (squares > RANK_TOLERANCE * squares[..., :1])[..., None, :] & (power > 0)
-    scale = jnp.sqrt(wanted / jnp.where(is_real, power, 1.0))
+    scale = jnp.sqrt(target / jnp.where(is_real, power, 1.0))
     # What is not finite must show: a comparison would hide it.
     is_unknown = ~jnp.isfinite(squares[..., None, :1])
     return jnp.where(is_real | is_unknown, along * scale, 0.0)

@@ -19,7 +19,7 @@ Allocate = Callable[[Array, Array, Array], Array]
 """`allocate(owner, asks, blueprint)`: a free slot for each seed that asks, `NONE` or `UNSERVED`."""
 
 
-class _Asked(NamedTuple):
+class _Demands(NamedTuple):
     """What is asked of each seed in this step, by a command or by the policy."""
 
     kind: Int8[Array, "S"]
@@ -34,7 +34,7 @@ class _Asked(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What the table says to it."""
+    """What the table answers."""
 
     target: Int8[Array, "S"]
     """Where the seed is asked to go, or NONE."""
@@ -44,7 +44,7 @@ class _Answer(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What became of all that was asked."""
+    """What became of all commands and requests."""
 
     move: Move
     """The guard's moves and those that were asked for."""
@@ -79,12 +79,12 @@ def resolve(
       forbids_germination: the governor's veto.
       allocate: finds free slots.
     """
-    asked = _merge(commands, requests)
-    asks = asked.kind != Kind.NONE
+    demands = _merge(commands, requests)
+    asks = demands.kind != Kind.NONE
 
     def check() -> _Answer:
-        target, code = _check(seeds, asked, num_grafts, guard, forbids_germination)
-        return _allocate(asked, target, code, owner, allocate)
+        target, code = _check(seeds, demands, num_grafts, guard, forbids_germination)
+        return _allocate(demands, target, code, owner, allocate)
 
     def no_answer() -> _Answer:
         return _Answer(
@@ -96,25 +96,25 @@ def resolve(
 
     answer = cond(jnp.any(asks), check, no_answer)
     is_done = answer.code == Code.DONE
-    is_born = is_done & (asked.kind == Kind.GERMINATE)
+    is_born = is_done & (demands.kind == Kind.GERMINATE)
     moves = is_done & (answer.target != NONE)
-    cause = jnp.where(asked.is_command, jnp.int8(Cause.COMMAND), jnp.int8(Cause.POLICY))
+    cause = jnp.where(demands.is_command, jnp.int8(Cause.COMMAND), jnp.int8(Cause.POLICY))
     move = Move(
         target=jnp.where(moves, answer.target, guard.target),
         cause=jnp.where(moves, cause, guard.cause),
     )
-    sets_graft = is_born | (is_done & (asked.kind == Kind.SET_GRAFT))
-    pauses, resumes = (is_done & (asked.kind == kind) for kind in (Kind.PAUSE, Kind.RESUME))
+    sets_graft = is_born | (is_done & (demands.kind == Kind.SET_GRAFT))
+    pauses, resumes = (is_done & (demands.kind == kind) for kind in (Kind.PAUSE, Kind.RESUME))
     seeds = seeds._replace(
-        blueprint=jnp.where(is_born, asked.blueprint, seeds.blueprint),
+        blueprint=jnp.where(is_born, demands.blueprint, seeds.blueprint),
         slot=jnp.where(is_born, answer.slot, seeds.slot),
-        graft=jnp.where(sets_graft, jnp.maximum(asked.graft, jnp.int8(0)), seeds.graft),
+        graft=jnp.where(sets_graft, jnp.maximum(demands.graft, jnp.int8(0)), seeds.graft),
         is_paused=(seeds.is_paused | pauses) & ~resumes,
     )
     return Resolved(move=move, seeds=seeds, code=answer.code, owner=answer.owner, is_born=is_born)
 
 
-def _merge(commands: Commands, requests: Requests) -> _Asked:
+def _merge(commands: Commands, requests: Requests) -> _Demands:
     """Commands before the policy's requests; of two commands for a seed, the first one."""
     num_seeds = requests.kind.shape[0]
     is_real = _names_seed(commands, num_seeds) & ~_is_repeated(commands)
@@ -130,7 +130,7 @@ def _merge(commands: Commands, requests: Requests) -> _Asked:
     def choose(command: Array, request: Array) -> Array:
         return jnp.where(is_command, command[row], request)
 
-    return _Asked(
+    return _Demands(
         kind=choose(commands.kind, requests.kind),
         blueprint=choose(commands.blueprint, requests.blueprint),
         graft=choose(commands.graft, requests.graft),
@@ -170,18 +170,18 @@ def _refuse(code: Int8[Array, "S"], reason: Code, is_refused: Array) -> Int8[Arr
 
 def _check(
     seeds: SeedState,
-    asked: _Asked,
+    demands: _Demands,
     num_grafts: int,
     guard: Move,
     forbids_germination: Bool[Array, ""],
 ) -> tuple[Int8[Array, "S"], Int8[Array, "S"]]:
     """Where each seed is asked to go, and what speaks against it but for slots and batches."""
-    kind, stage = asked.kind, seeds.stage
+    kind, stage = demands.kind, seeds.stage
     germinates, moves = kind == Kind.GERMINATE, kind == Kind.TRANSITION
     sets_graft = kind == Kind.SET_GRAFT
     steers = sets_graft | (kind == Kind.PAUSE) | (kind == Kind.RESUME)
     target = jnp.where(
-        germinates, jnp.int8(Stage.GERMINATED), jnp.where(moves, asked.target, jnp.int8(NONE))
+        germinates, jnp.int8(Stage.GERMINATED), jnp.where(moves, demands.target, jnp.int8(NONE))
     )
     code = jnp.where(kind == Kind.NONE, jnp.int8(Code.NOT_ASKED), jnp.int8(Code.DONE))
     code = _refuse(code, Code.UNKNOWN_KIND, ~(germinates | moves | steers))
@@ -192,15 +192,15 @@ def _check(
     code = _refuse(code, Code.ILLEGAL_TRANSITION, is_illegal)
     is_waiting = is_in(stage, [Stage.CULLED, Stage.CANCELLED]) & (seeds.embargo_steps > 0)
     code = _refuse(code, Code.EMBARGOED, moves & is_waiting)
-    names_graft = sets_graft | (germinates & (asked.graft != NONE))
-    is_no_graft = (asked.graft < 0) | (asked.graft >= num_grafts)
+    names_graft = sets_graft | (germinates & (demands.graft != NONE))
+    is_no_graft = (demands.graft < 0) | (demands.graft >= num_grafts)
     code = _refuse(code, Code.UNKNOWN_GRAFT, names_graft & is_no_graft)
     code = _refuse(code, Code.NO_ADAPTER, steers & ~is_in(stage, ON_ITS_WAY))
     return target, _refuse(code, Code.VETOED, germinates & forbids_germination)
 
 
 def _allocate(
-    asked: _Asked,
+    demands: _Demands,
     target: Int8[Array, "S"],
     code: Int8[Array, "S"],
     owner: Int32[Array, "Q"],
@@ -209,13 +209,13 @@ def _allocate(
     """Slots for newborn adapters; whole batches are refused with one of their commands."""
 
     def in_broken_batch(code: Array) -> Array:
-        is_broken = _mark(asked.is_broken, asked.batch, code != Code.DONE)
-        return (asked.batch >= 0) & is_broken[jnp.clip(asked.batch, 0)]
+        is_broken = _mark(demands.is_broken, demands.batch, code != Code.DONE)
+        return (demands.batch >= 0) & is_broken[jnp.clip(demands.batch, 0)]
 
     # What a broken batch asks for must not take a slot from others.
     code = _refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))
-    asks = (asked.kind == Kind.GERMINATE) & (code == Code.DONE)
-    slot = allocate(owner, asks, asked.blueprint)
+    asks = (demands.kind == Kind.GERMINATE) & (code == Code.DONE)
+    slot = allocate(owner, asks, demands.blueprint)
     code = _refuse(code, Code.BLUEPRINT_NOT_SERVED, asks & (slot == UNSERVED))
     code = _refuse(code, Code.BANK_FULL, asks & (slot == NONE))
     code = _refuse(code, Code.BATCH_REFUSED, in_broken_batch(code))

@@ -99,9 +99,8 @@ def settings(
       max_steps: longest stays in stages, in steps.
       max_training: number of seeds that may be in TRAINING at once; None for one a slot.
       embargo_steps: steps from a removal until the seed may germinate again.
-      quarantine_steps: steps from a roll-back until the seed may germinate again; None to wait for
-        `commands.release`, which ends a quarantine at any time.
-      max_errors: number of non-finite measurements that remove an adapter in EVALUATING.
+      quarantine_steps: the same from a roll-back; None to wait for `commands.release`.
+      max_errors: number of non-finite measurements that end EVALUATING.
       utility_variation: largest relative gap of the two utility averages that counts as settled.
       loss_variation: largest relative gap of the two loss averages that counts as settled.
       min_stability: share of calm steps, in [0, 1], that an adapter in EVALUATING must show.
@@ -112,41 +111,37 @@ def settings(
       freeze: acting stages (GRAFTING to FOSSILIZED) in which adapters stand still.
 
     Raises:
-      TypeError: an argument is no number, or no dictionary or list of stages.
-      UnknownNameError: a stage is none, its name as a string for instance.
-      ValueError: a number is out of range, or a stage has no such stay.
+      TypeError, ValueError: an argument of another kind, out of range, or no stage with a stay.
 
     >>> int(settings(max_steps={Stage.TRAINING: 500}).max_steps[Stage.TRAINING])
     500
     """
     shortest, longest = _stays(min_steps, max_steps)
     longest[Stage.ROLLED_BACK] = _whole("quarantine_steps", quarantine_steps, 1, 0)
-    check_numbers(
-        utility_variation=utility_variation,
-        loss_variation=loss_variation,
-        min_stability=min_stability,
-        min_contribution=min_contribution,
-        trust=trust,
-    )
     if not isinstance(train_first, int | np.bool_ | np.ndarray | jnp.ndarray):
         raise TypeError(f"train_first must be True or False, got {describe(train_first)}")
-    if not trust > 0:
-        raise ValueError(f"trust must be positive, got {trust!r}")
     return Settings(
         min_steps=jnp.asarray(shortest),
         max_steps=jnp.asarray(longest),
         max_training=jnp.int32(_whole("max_training", max_training, 1, _UNLIMITED)),
         embargo_steps=jnp.int32(_whole("embargo_steps", embargo_steps, 0)),
         max_errors=jnp.int32(_whole("max_errors", max_errors, 1)),
-        utility_variation=jnp.float32(utility_variation),
-        loss_variation=jnp.float32(loss_variation),
-        min_stability=jnp.float32(min_stability),
-        min_contribution=jnp.float32(min_contribution),
+        utility_variation=_real("utility_variation", utility_variation),
+        loss_variation=_real("loss_variation", loss_variation),
+        min_stability=_real("min_stability", min_stability),
+        min_contribution=_real("min_contribution", min_contribution),
         min_surveys=jnp.int32(_whole("min_surveys", min_surveys, 1)),
         train_first=jnp.bool_(train_first),
-        trust=jnp.float32(trust),
+        trust=_real("trust", trust, is_positive=True),
         is_frozen=jnp.asarray(_frozen(freeze)),
     )
+
+
+def _real(name: str, value: Any, *, is_positive: bool = False) -> Array:
+    check_numbers(**{name: value})
+    if is_positive and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return jnp.float32(value)
 
 
 def _whole(name: str, value: Any, least: int, unlimited: int | None = None) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from esper_fn._typing import Array, Bool, Float32
 from esper_fn.lifecycle._loss import average
-from esper_fn.lifecycle._state import FAST_STEPS, SLOW_STEPS, SeedState
+from esper_fn.lifecycle._state import FAST_STEPS, SLOW_STEPS, SeedState, Telemetry
 from esper_kernels import Statistics
 
 
@@ -53,54 +53,53 @@ def update_telemetry(
       The rows after, and what this step alone showed.
     """
     before = seeds.telemetry
+    telemetry, is_seen = _averaged(before, statistics)
+    gradient, usual = jnp.sqrt(statistics.gradient_square), before.gradient_norm
+    is_usual_known = is_seen & (before.num_steps > 0) & (usual > 0)
+    ratio = gradient / jnp.maximum(usual, 1e-30)
+    has_error = (statistics.num_errors > 0) | has_broken
+    calm = jnp.where(is_spike, 0.0, 1.0)
+    seeds = seeds._replace(
+        telemetry=telemetry,
+        stability=average(seeds.stability, calm, seeds.steps_in_stage, SLOW_STEPS),
+        error_count=seeds.error_count + has_error.astype(jnp.int32),
+    )
+    return seeds, SeedEvidence(
+        has_error=has_error, gradient_ratio=jnp.where(is_usual_known, ratio, 1.0)
+    )
+
+
+def _averaged(before: Telemetry, statistics: Statistics) -> tuple[Telemetry, Bool[Array, "S"]]:
+    """The averages after a step, and which seeds it measured."""
     mean = _ratio(statistics.total, statistics.num_values)
     spread = _ratio(statistics.square, statistics.num_values)
     gradient = jnp.sqrt(statistics.gradient_square)
     size = jnp.sqrt(jnp.maximum(statistics.square, 0.0))
     share = jnp.sqrt(statistics.output_square / jnp.maximum(statistics.square, 1e-30))
-    worth = statistics.utility
+    utility = statistics.utility
     usual = before.gradient_norm
     counted = jnp.where(usual > 0, jnp.minimum(gradient, MAX_GRADIENT_RATIO * usual), gradient)
-
+    scale = gradient / jnp.maximum(size, gradient / MAX_GRADIENT_SCALE + 1e-30)
+    dead = _ratio(statistics.num_dead, statistics.num_features)
     is_seen = (statistics.num_values > 0) & jnp.isfinite(spread) & jnp.isfinite(gradient)
-    is_live = is_seen & (statistics.num_live > 0) & jnp.isfinite(worth) & jnp.isfinite(share)
+    is_live = is_seen & (statistics.num_live > 0) & jnp.isfinite(utility) & jnp.isfinite(share)
 
-    def watched(old: Array, new: Array) -> Array:
+    def of_chunk(old: Array, new: Array) -> Array:
         return jnp.where(is_seen, average(old, new, before.num_steps, FAST_STEPS), old)
 
-    def judged(old: Array, new: Array, memory_steps: float = FAST_STEPS) -> Array:
+    def of_adapter(old: Array, new: Array, memory_steps: float = FAST_STEPS) -> Array:
         return jnp.where(is_live, average(old, new, before.num_live_steps, memory_steps), old)
 
-    telemetry = before._replace(
-        mean=watched(before.mean, mean),
-        variance=watched(before.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
-        dead_fraction=watched(
-            before.dead_fraction, _ratio(statistics.num_dead, statistics.num_features)
-        ),
-        gradient_norm=watched(usual, counted),
-        gradient_scale=watched(
-            before.gradient_scale,
-            gradient / jnp.maximum(size, gradient / MAX_GRADIENT_SCALE + 1e-30),
-        ),
-        output_share=judged(before.output_share, share),
-        utility=judged(before.utility, worth),
-        utility_slow=judged(before.utility_slow, worth, SLOW_STEPS),
+    after = Telemetry(
+        mean=of_chunk(before.mean, mean),
+        variance=of_chunk(before.variance, jnp.maximum(spread - jnp.square(mean), 0.0)),
+        dead_fraction=of_chunk(before.dead_fraction, dead),
+        output_share=of_adapter(before.output_share, share),
+        utility=of_adapter(before.utility, utility),
+        utility_slow=of_adapter(before.utility_slow, utility, SLOW_STEPS),
+        gradient_norm=of_chunk(usual, counted),
+        gradient_scale=of_chunk(before.gradient_scale, scale),
         num_steps=before.num_steps + is_seen.astype(jnp.int32),
         num_live_steps=before.num_live_steps + is_live.astype(jnp.int32),
     )
-    has_error = (statistics.num_errors > 0) | has_broken
-    seeds = seeds._replace(
-        telemetry=telemetry,
-        stability=average(
-            seeds.stability, jnp.where(is_spike, 0.0, 1.0), seeds.steps_in_stage, SLOW_STEPS
-        ),
-        error_count=seeds.error_count + has_error.astype(jnp.int32),
-    )
-    return seeds, SeedEvidence(
-        has_error=has_error,
-        gradient_ratio=jnp.where(
-            is_seen & (before.num_steps > 0) & (usual > 0),
-            gradient / jnp.maximum(usual, 1e-30),
-            1.0,
-        ),
-    )
+    return after, is_seen
