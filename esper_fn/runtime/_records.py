@@ -42,6 +42,7 @@ class Fit(NamedTuple):
     num_compiled: int
     """Programs compiled after the first segment and its report: 0 unless the listener compiles."""
     num_rollbacks: int
+    """Roll-backs of the governor."""
     num_parameters: int
     """Of the adapters that act at the end."""
     adapter_flops: float
