@@ -171,11 +171,11 @@ def main(folder: str, num_steps: str, every: str, seconds: str) -> int:
         print("segment", segment.first_step, flush=True)
         time.sleep(float(seconds))
 
-    with checkpoint.Writer(Path(folder)) as writer, runtime.termination() as is_asked:
+    with checkpoint.Writer(Path(folder)) as writer, runtime.termination() as is_stopping:
         done = job.fit(
             num_steps=int(num_steps),
             checkpoints=runtime.Checkpoints(writer=writer, every_steps=int(every)),
-            should_stop=is_asked,
+            should_stop=is_stopping,
             listener=listen,
         )
         saved = writer.last_acknowledged

@@ -43,7 +43,7 @@ def emptied(server):
 
 
 @pytest.mark.parametrize("fault", [None, up, killed, silent, emptied])
-def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, request):
+def test_a_paused_run_saves_and_ends_when_it_is_stopping_to(fault, tmp_path, request):
     server = None if fault is None else request.getfixturevalue("own_server")
     url = "memory" if server is None else server.url
     name, times = f"run-{secrets.token_hex(4)}", {}
@@ -62,12 +62,12 @@ def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, reques
 
     steps = []
     thread = threading.Thread(target=operator, daemon=True)
-    with checkpoint.Writer(tmp_path) as writer, runtime.termination() as is_asked:
+    with checkpoint.Writer(tmp_path) as writer, runtime.termination() as is_stopping:
         thread.start()
         with runtime.steer(url, GROWTH, run=name, max_commands=4) as steering:
             fitted = fit(
                 steering,
-                should_stop=is_asked,
+                should_stop=is_stopping,
                 listener=steps.append,
                 checkpoints=runtime.Checkpoints(writer=writer, every_steps=10_000_000),
             )
