@@ -183,7 +183,7 @@ class Lifecycle:
           What happened, with NumPy leaves, and the adapters to put into place.
         """
         before, rows = self._packed, self._pack(commands)
-        size = rows.columns.shape[-1]
+        size = rows.size
         if size not in self._programs:
             self._programs[size] = _Program(self.growth, self._state_packer)
         measured = np.concatenate([statistics.reshape(-1), [loss], drift, has_broken])

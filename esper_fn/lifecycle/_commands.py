@@ -55,15 +55,13 @@ class Code(IntEnum):
 
 @record
 class Commands(NamedTuple):
-    """Up to M commands of one step, a column each; those of kind NONE are empty.
+    """Up to M commands of one step; those of kind NONE are empty. `Growth.commands` makes them.
 
-    The rows are seed, kind, blueprint, graft, target and batch, in this order.
-
-    One array, as a program takes longer to start with each of its arguments, and each transfer
-    takes as long as all of it.
+    All of it is one array, as a program takes longer to start with each of its arguments.
     """
 
-    columns: Int32[Array, "6 M"]
+    packed: Int32[Array, "6 M"]
+    """All columns; read them by the properties below."""
 
     def checked(self) -> Commands:
         """Themselves, if they are of six rows.
@@ -71,7 +69,7 @@ class Commands(NamedTuple):
         Raises:
           CommandError: they are something else, after a slice of the wrong axis for instance.
         """
-        shape = np.shape(self.columns)
+        shape = np.shape(self.packed)
         if len(shape) != 2 or shape[0] != NUM_ROWS:
             raise CommandError(
                 f"commands are int32[{NUM_ROWS}, M], one column each, and these are {shape}; make "
@@ -80,9 +78,14 @@ class Commands(NamedTuple):
         return self
 
     @property
+    def size(self) -> int:
+        """M, the number of rows for commands."""
+        return int(self.packed.shape[-1])
+
+    @property
     def seed(self) -> Int32[Array, "M"]:
-        """Whom it is for."""
-        return self.columns[..., 0, :]
+        """The seed it is for."""
+        return self.packed[..., 0, :]
 
     @property
     def kind(self) -> Int8[Array, "M"]:
@@ -107,11 +110,11 @@ class Commands(NamedTuple):
     @property
     def batch(self) -> Int32[Array, "M"]:
         """Commands of one number are applied together or not at all; NONE for a single one."""
-        return self.columns[..., 5, :]
+        return self.packed[..., 5, :]
 
     def _narrow(self, row: int) -> Int8[Array, "M"]:
         """A row of small numbers; one that is too large stays large."""
-        return self.columns[..., row, :].clip(-128, 127).astype(np.int8)
+        return self.packed[..., row, :].clip(-128, 127).astype(np.int8)
 
 
 class Outcomes(NamedTuple):
@@ -133,7 +136,7 @@ def no_commands(size: int = 4) -> Commands:
 
 
 def empty_rows(size: int) -> np.ndarray:
-    """`Commands.columns` without commands, on the host."""
+    """`Commands.packed` without commands, on the host."""
     rows = np.full((NUM_ROWS, size), NONE, np.int32)
     rows[1] = Kind.NONE
     return rows

@@ -53,7 +53,7 @@ def scan_steps(
         if survey is not None:
             check_survey_batch(survey_batch)
         first = no_commands(1) if commands is None else commands
-        silent = no_commands(first.columns.shape[-1])
+        silent = no_commands(first.size)
 
         def advance(carry: tuple[TrainState, Array], batch: Any) -> tuple[Any, StepInfo]:
             before, index = carry

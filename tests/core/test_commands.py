@@ -46,7 +46,7 @@ def at(*stages: int, **columns: Any) -> Any:
 
 def raw(**columns: list[int]) -> Commands:
     """Rows as arrays, past every check of `pack`."""
-    told = np.array(no_commands(8).columns)
+    told = np.array(no_commands(8).packed)
     names = ("seed", "kind", "blueprint", "graft", "target", "batch")
     for name, values in columns.items():
         told[names.index(name), : len(values)] = values
@@ -308,7 +308,7 @@ def test_pack_fills_rows() -> None:
     empty = no_commands(4)
     assert [column.dtype for column in told] == [column.dtype for column in empty]
     assert [column.tolist() for column in pack()] == [column.tolist() for column in empty]
-    assert pack(size=0).columns.shape == (6, 0)
+    assert pack(size=0).size == 0
     kinds = [told.seed, told.kind, told.blueprint, told.graft, told.target, told.batch]
     assert [of.dtype.itemsize for of in kinds] == [4, 1, 1, 1, 1, 4]
 
