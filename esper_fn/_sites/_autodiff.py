@@ -54,7 +54,7 @@ def _grow(
     del tap
     y, statistics = forward(config, banks, inputs[0], inputs[-1])
     if statistics is None:
-        statistics = _measure_apart(banks, config.site.target, inputs[-1])
+        statistics = _measure(banks, config.site.target, inputs[-1])
     return y, statistics
 
 
@@ -99,24 +99,13 @@ def _backward_tangent(config: SiteConfig, primals: Any, tangents: Any) -> Any:
     return pulled, SiteGradients(d_source=moved, statistics=still, d_adapters=d_adapters)
 
 
-def _measure_apart(banks: Banks, chunking: Chunking, x: Array) -> Float32[Array, "C 5"]:
-    """`_measure(x)`, in a computation of its own.
-
-    A conditional that always holds, which XLA cannot know. Without it XLA would fuse whatever made
-    `x` (a pooling, say) into each reduction and compute it several times.
-    """
-    always = banks[0].chunk[0] > jnp.iinfo(jnp.int32).min
-    measure = partial(_measure, chunking)
-    return cond(always, measure, partial(_measure_nothing, chunking), x)
-
-
-def _measure(chunking: Chunking, x: Array) -> Float32[Array, "C 5"]:
+def _measure(banks: Banks, chunking: Chunking, x: Array) -> Float32[Array, "C 5"]:
     """The columns of `ForwardStatistics`; zeros for an empty call."""
     rows = x.size // chunking.features
     if not rows:
-        return _measure_nothing(chunking, x)
-    wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    total, square = jnp.sum(wide, axis=axes), jnp.sum(jnp.square(wide), axis=axes)
+        shape = chunking.chunks, NUM_FORWARD_STATISTICS
+        return jnp.zeros_like(x, shape=shape, dtype=jnp.float32)
+    total, square = _sums_apart(banks, x)
     features = total, square, (square == 0).astype(jnp.float32)
     total, square, dead = (jnp.sum(split(values, chunking), axis=-1) for values in features)
     sizes = jnp.asarray(chunking.sizes, jnp.float32)
@@ -126,5 +115,21 @@ def _measure(chunking: Chunking, x: Array) -> Float32[Array, "C 5"]:
     return jnp.stack(statistics, axis=-1)
 
 
-def _measure_nothing(chunking: Chunking, x: Array) -> Float32[Array, "C 5"]:
-    return jnp.zeros_like(x, shape=(chunking.chunks, NUM_FORWARD_STATISTICS), dtype=jnp.float32)
+def _sums_apart(banks: Banks, x: Array) -> tuple[Float32[Array, "D"], Float32[Array, "D"]]:
+    """The sums over rows of `x` and of its square, in a computation of their own.
+
+    A conditional that always holds, which XLA cannot know. Without it XLA would fuse whatever made
+    `x` (a pooling, say) into each sum and compute it several times.
+    """
+    always = banks[0].chunk[0] > jnp.iinfo(jnp.int32).min
+    return cond(always, _sums, _no_sums, x)
+
+
+def _sums(x: Array) -> tuple[Array, Array]:
+    wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    return jnp.sum(wide, axis=axes), jnp.sum(jnp.square(wide), axis=axes)
+
+
+def _no_sums(x: Array) -> tuple[Array, Array]:
+    zeros = jnp.zeros_like(x, shape=x.shape[-1:], dtype=jnp.float32)
+    return zeros, zeros

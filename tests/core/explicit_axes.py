@@ -82,40 +82,40 @@ def run(params: Any, state: Any, x: jax.Array) -> Any:
 
 def close(got: Any, want: Any, name: str) -> None:
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    for one, other in [(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs]:
+    for got_array, other in [(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs]:
         if np.issubdtype(other.dtype, np.floating):
-            np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(got_array, other, rtol=2e-3, atol=1e-4, err_msg=name)
         else:
-            np.testing.assert_array_equal(one, other, name)
+            np.testing.assert_array_equal(got_array, other, name)
 
 
 def jit(function: Any) -> Any:
     return jax.jit(function, compiler_options=QUICK)
 
 
-def check(kind: AxisType, way: str, wanted: Any) -> None:
+def check(kind: AxisType, division: str, expected: Any) -> None:
     params, state, x = setting()
     mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
 
     def divide(value: Any, *spec: Any) -> Any:
         return jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    if way == "data":
+    if division == "data":
         x = divide(x, None, "d")
     else:
         params = {"in": divide(params["in"], None, "d"), "out": divide(params["out"])}
-    name = f"{kind.name} {way}"
+    name = f"{kind.name} {division}"
     with jax.set_mesh(mesh):
-        close(jit(once)(params, state, x[0]), wanted["once"], name)
-        close(jit(run)(params, state, x), wanted["run"], f"{name}, whole steps")
+        close(jit(once)(params, state, x[0]), expected["once"], name)
+        close(jit(run)(params, state, x), expected["run"], f"{name}, whole steps")
 
 
 if __name__ == "__main__":
     params, state, x = setting()
-    wanted = {"once": jit(once)(params, state, x[0]), "run": jit(run)(params, state, x)}
-    assert (np.asarray(wanted["run"][2]) == Stage.GERMINATED).any()
-    for way in sys.argv[1:]:
-        check(AxisType.Explicit, way, wanted)
-        if way == "data":
+    expected = {"once": jit(once)(params, state, x[0]), "run": jit(run)(params, state, x)}
+    assert (np.asarray(expected["run"][2]) == Stage.GERMINATED).any()
+    for division in sys.argv[1:]:
+        check(AxisType.Explicit, division, expected)
+        if division == "data":
             continue  # `sharded.py` has it
-        check(AxisType.Auto, way, wanted)
+        check(AxisType.Auto, division, expected)

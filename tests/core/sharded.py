@@ -70,13 +70,13 @@ def make_run(growth: Any, optimizer: Any, loss_fn: Any, steps: int = 6) -> Any:
     return run
 
 
-def compare(statistics: Any, told: Any, per_call: float) -> None:
+def compare(statistics: Any, totals: Any, per_call: float) -> None:
     """The same sums to tolerance; counts of calls times the devices."""
     for name in statistics._fields:
         times = per_call if name in {"num_features", "num_live"} else 1.0
         np.testing.assert_allclose(
             getattr(statistics, name),
-            times * np.asarray(getattr(told, name)),
+            times * np.asarray(getattr(totals, name)),
             rtol=1e-4,
             atol=1e-6,
             err_msg=name,
@@ -116,7 +116,7 @@ def check_gradients(num_devices: int) -> Any:
         out_specs=whole,
         check_vma=False,
     )
-    want, want_grads, told = run(growth.value_and_grad(local_loss), x)
+    want, want_grads, totals = run(growth.value_and_grad(local_loss), x)
     for got, other in zip(
         jax.tree.leaves(run(untracked, x)), jax.tree.leaves(want_grads), strict=True
     ):
@@ -130,7 +130,7 @@ def check_gradients(num_devices: int) -> Any:
         np.testing.assert_allclose(value, want, rtol=1e-5)
         for got, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
             np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
-        compare(statistics, told, per_call)
+        compare(statistics, totals, per_call)
     return growth, optimizer, carry, x, sharded_loss
 
 
@@ -140,11 +140,11 @@ def check_decisions(num_devices: int) -> None:
     _, (loss, statistics, *decisions) = jax.jit(
         make_run(growth, optimizer, sharded_loss), compiler_options=QUICK
     )(carry, x)
-    _, (want, told, *decided) = jax.jit(
+    _, (want, totals, *decided) = jax.jit(
         make_run(growth, optimizer, local_loss), compiler_options=QUICK
     )(carry, x)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-    compare(statistics, told, num_devices)
+    compare(statistics, totals, num_devices)
     for ours, plain in zip(decisions, decided, strict=True):
         np.testing.assert_array_equal(ours, plain)
 
@@ -157,22 +157,22 @@ def check_members(num_devices: int) -> None:
     train = make_run(growth, optimizer, local_loss)
 
     def run(carry: Any, x: jax.Array) -> Any:
-        (params, state, opt_state), told = train(carry, x)
+        (params, state, opt_state), totals = train(carry, x)
         state, measured = growth.survey(local_loss)(params, state, x)
-        return (params, state, opt_state), (told, measured)
+        return (params, state, opt_state), (totals, measured)
 
     scaled = [(1 + 0.2 * member) * x for member in range(num_devices)]
 
-    def one(carry: Any, x: jax.Array) -> Any:
+    def single(carry: Any, x: jax.Array) -> Any:
         member = jax.tree.map(lambda leaf: leaf[0], carry)
         return jax.tree.map(lambda leaf: leaf[None], run(member, x[0]))
 
-    whole = jax.shard_map(one, mesh=mesh, in_specs=(own, own), out_specs=own)
+    whole = jax.shard_map(single, mesh=mesh, in_specs=(own, own), out_specs=own)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_devices), carry)
-    after, told = jax.jit(whole, compiler_options=QUICK)(stacked, jnp.stack(scaled))
+    after, totals = jax.jit(whole, compiler_options=QUICK)(stacked, jnp.stack(scaled))
     for member, mine in enumerate(scaled):
         want = jax.jit(run, compiler_options=QUICK)(carry, mine)
-        for got, other in zip(jax.tree.leaves((after, told)), jax.tree.leaves(want), strict=True):
+        for got, other in zip(jax.tree.leaves((after, totals)), jax.tree.leaves(want), strict=True):
             if jnp.issubdtype(other.dtype, jnp.floating):
                 np.testing.assert_allclose(got[member], other, rtol=1e-4, atol=1e-6)
             elif not jnp.issubdtype(other.dtype, jax.dtypes.prng_key):

@@ -97,7 +97,7 @@ def with_adapter(state: Any, seed: int, change: Any) -> Any:
         if LAYOUT.sites[b.site].name == site.name and LAYOUT.names[b.blueprint] == name
     )
     slot = int(state.seeds.slot[seed]) - bank.start
-    adapters = {place_: dict(banks) for place_, banks in state.adapters.items()}
+    adapters = {site_name: dict(banks) for site_name, banks in state.adapters.items()}
     adapters[site.name][name] = jax.tree.map(
         lambda leaf: leaf.at[slot].set(change(leaf[slot])), adapters[site.name][name]
     )
@@ -248,10 +248,10 @@ def test_an_update_that_is_not_finite_is_refused_adapter_by_adapter() -> None:
     growth, state, run, update, params, x = setting()
     state = populated(growth, state, Stage.GRAFTING)
     ((loss, _), _, statistics) = run(params, state, x)
-    wanted = with_adapter(
+    proposed = with_adapter(
         state._replace(adapters=moved(state, 0.01)), BAD, lambda leaf: leaf.at[0].set(jnp.inf)
     )
-    after, info = update(state, wanted.adapters, statistics, loss)
+    after, info = update(state, proposed.adapters, statistics, loss)
     assert info.stage[BAD] == Stage.ROLLED_BACK
     assert info.cause[BAD] == Cause.NON_FINITE
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.adapters))

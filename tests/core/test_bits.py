@@ -155,16 +155,16 @@ def transformer() -> Host:
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
         return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ block["out"]
 
-    def step(h: jax.Array, given: Any) -> Any:
-        block, attention, mlp = given
+    def step(h: jax.Array, stacked_layers: Any) -> Any:
+        block, attention, mlp = stacked_layers
         h = h + attention.grow("attention", attend(_norm(h, block["norm"]), block))
         inner = jax.nn.gelu(_norm(h, block["norm"]) @ block["up"]) @ block["down"]
         return h + mlp.grow("mlp", inner), None
 
     def loss(params: Any, seeds: Any, batch: Any) -> jax.Array:
         h = params["tokens"][batch[0]]
-        given = (params["blocks"], seeds.layers("attention"), seeds.layers("mlp"))
-        h, _ = jax.lax.scan(step, h, given)
+        stacked_layers = (params["blocks"], seeds.layers("attention"), seeds.layers("mlp"))
+        h, _ = jax.lax.scan(step, h, stacked_layers)
         return _cross_entropy(h @ params["out"], batch[1])
 
     params = {
@@ -298,8 +298,8 @@ def keep_every_bit(dtype: str) -> None:
             y, pull = jax.vjp(lambda x: seeds.grow("hidden", x), x)
             return jnp.float32(0), (y, *pull(d))
 
-        (_, told), _, _ = growth.value_and_grad(loss, has_aux=True)((), state, x)
-        return told
+        (_, results), _, _ = growth.value_and_grad(loss, has_aux=True)((), state, x)
+        return results
 
     y, d_x = jax.jit(jax.vmap(grow, in_axes=(0, None, None)))(stacked, every, every)
     for got in (*y, *d_x):

@@ -70,7 +70,7 @@ def test_once_if_has_the_derivatives_of_a_conditional(is_wanted: bool) -> None:
     def loop(x: jax.Array, times: jax.Array) -> jax.Array:
         def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             value, count = carry
-            inner = once_if(times > 2, lambda of: of * jnp.sin(x), value)
+            inner = once_if(times > 2, lambda value_now: value_now * jnp.sin(x), value)
             return inner * times.astype(jnp.float32), count + times
 
         value, count = once_if(jnp.bool_(is_wanted), run, (x * x, jnp.int32(1)))

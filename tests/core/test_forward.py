@@ -89,26 +89,26 @@ def chunk_of(chunking: Any, chunk: int) -> slice:
     return slice(start, start + int(chunking.sizes[chunk]))
 
 
-def expected(given: Case, site: Site, xs: Any, dtype: Any) -> np.ndarray:
+def expected(setup: Case, site: Site, xs: Any, dtype: Any) -> np.ndarray:
     """The formula, chunk by chunk, in one dtype of NumPy's."""
-    layout = given.growth.layout
+    layout = setup.growth.layout
     x = np.asarray(xs[site.name]).astype(dtype)
     u = np.asarray(xs[site.name + "/source"]).astype(dtype) if site.is_span else x
     parts = []
     for chunk in range(site.chunks):
         seed = layout.seed_index(site.name, chunk)
-        here = x[..., chunk_of(site.target, chunk)]
-        if seed in given.gains:
+        part = x[..., chunk_of(site.target, chunk)]
+        if seed in setup.gains:
             read = u[..., chunk_of(site.source, chunk)]
-            name = layout.names[int(given.state.seeds.blueprint[seed])]
+            name = layout.names[int(setup.state.seeds.blueprint[seed])]
             params = plain.cut(
-                adapter_of(given.growth, given.state, seed), read.shape[-1], here.shape[-1]
+                adapter_of(setup.growth, setup.state, seed), read.shape[-1], part.shape[-1]
             )
             params = {k: v.astype(dtype) for k, v in params.items()}
             r = plain.DENSE[name](params, read)
             assert r.dtype == dtype
-            here = here + np.asarray(given.gains[seed], dtype) * r
-        parts.append(here)
+            part = part + np.asarray(setup.gains[seed], dtype) * r
+        parts.append(part)
     return np.concatenate(parts, axis=-1)
 
 
@@ -127,11 +127,11 @@ def expected(given: Case, site: Site, xs: Any, dtype: Any) -> np.ndarray:
 def test_float32_is_the_formula(
     shape: tuple[int, ...], at_once: int | None, names: tuple[str, ...]
 ) -> None:
-    given = case(at_once, names)
+    setup = case(at_once, names)
     xs = inputs(shape, jnp.float32)
-    ys = given.run(given.state, xs)
+    ys = setup.run(setup.state, xs)
     for site in SITES:
-        want = expected(given, site, xs, np.float64)
+        want = expected(setup, site, xs, np.float64)
         assert ys[site.name].shape == want.shape
         np.testing.assert_allclose(ys[site.name], want, rtol=2e-6, atol=5e-6)
         # The dormant chunk is the same numbers, to the bit.
@@ -140,19 +140,19 @@ def test_float32_is_the_formula(
 
 
 def test_bfloat16_is_no_worse_than_twice_a_plain_implementation() -> None:
-    given = case(names=ALL)
-    given = given._replace(
-        state=given.state._replace(
+    setup = case(names=ALL)
+    setup = setup._replace(
+        state=setup.state._replace(
             adapters=jax.tree.map(
-                lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), given.state.adapters
+                lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), setup.state.adapters
             )
         )
     )
     xs = inputs((64,), jnp.bfloat16)
-    ys = given.run(given.state, xs)
+    ys = setup.run(setup.state, xs)
     for site in SITES:
-        want = expected(given, site, xs, np.float64)
-        rough = expected(given, site, xs, jnp.dtype(jnp.bfloat16))
+        want = expected(setup, site, xs, np.float64)
+        rough = expected(setup, site, xs, jnp.dtype(jnp.bfloat16))
         assert ys[site.name].dtype == jnp.bfloat16
 
         def error(y: Any, want: np.ndarray = want) -> np.ndarray:
@@ -160,9 +160,9 @@ def test_bfloat16_is_no_worse_than_twice_a_plain_implementation() -> None:
 
         ours, theirs = error(ys[site.name]), error(rough)
         for chunk in range(8):
-            at = chunk_of(site.target, chunk)
-            assert ours[:, at].mean() <= 2 * theirs[:, at].mean() + 1e-9
-            assert ours[:, at].max() <= 2 * theirs[:, at].max() + 1e-9
+            own = chunk_of(site.target, chunk)
+            assert ours[:, own].mean() <= 2 * theirs[:, own].mean() + 1e-9
+            assert ours[:, own].max() <= 2 * theirs[:, own].max() + 1e-9
 
 
 def _odd_numbers(dtype: Any) -> jax.Array:
@@ -176,39 +176,39 @@ def _odd_numbers(dtype: Any) -> jax.Array:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("at_once", [None, 1, 3])
 def test_act_0_is_the_identity_of_bits(at_once: int | None, dtype: str) -> None:
-    given = case(at_once)
+    setup = case(at_once)
     stages = {
         Stage.TRAINING: 0.0,
         Stage.GERMINATED: 0.0,
         Stage.GRAFTING: 0.0,  # alpha 0: as at the first step of a graft
         Stage.FINE_TUNING: 0.0,
     }
-    num_seeds = given.growth.layout.num_seeds
+    num_seeds = setup.growth.layout.num_seeds
     stage = jnp.asarray(np.resize(list(stages), (num_seeds,)), jnp.int8)
-    state = given.state._replace(
-        seeds=given.state.seeds._replace(stage=stage, alpha=jnp.zeros((num_seeds,), jnp.float32))
+    state = setup.state._replace(
+        seeds=setup.state.seeds._replace(stage=stage, alpha=jnp.zeros((num_seeds,), jnp.float32))
     )
     odd = _odd_numbers(dtype)
     xs = {name: odd[: x.shape[-1]] for name, x in inputs((), dtype).items()}
-    ys = given.run(state, xs)
+    ys = setup.run(state, xs)
     for site in SITES:
         assert same_bits(ys[site.name], xs[site.name])
 
 
 def test_an_adapter_reads_and_writes_its_own_chunk_alone() -> None:
-    given = case(3)
+    setup = case(3)
     xs = inputs((5,), jnp.float32)
-    before = given.run(given.state, xs)
-    seed = given.growth.layout.seed_index("uneven", 4)
+    before = setup.run(setup.state, xs)
+    seed = setup.growth.layout.seed_index("uneven", 4)
     x = xs["uneven"]
     chunk = chunk_of(SITES[1].target, 4)
     other = x.at[:, chunk].add(1.0)
-    after = given.run(given.state, {**xs, "uneven": other})["uneven"]
+    after = setup.run(setup.state, {**xs, "uneven": other})["uneven"]
     differs = np.any(np.asarray(after) != np.asarray(before["uneven"]), axis=0)
     assert not differs[: chunk.start].any()
     assert not differs[chunk.stop :].any()
     assert differs[chunk].all()
-    assert given.gains[seed] > 0
+    assert setup.gains[seed] > 0
 
 
 @pytest.mark.parametrize("at_once", [1, 2, None])
@@ -227,9 +227,9 @@ def test_an_empty_batch_is_no_measurement(at_once: int | None) -> None:
     value, (_, adapters), statistics = growth.value_and_grad(loss)((), state, jnp.zeros((0, 7)))
     assert float(value) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((adapters, statistics)))
-    after, found = growth.survey(loss)((), state, jnp.zeros((0, 7)))
+    after, info = growth.survey(loss)((), state, jnp.zeros((0, 7)))
     assert not np.any(after.seeds.num_potentials)
-    assert float(found.loss) == 0
+    assert float(info.loss) == 0
 
 
 def test_a_blueprint_that_returns_another_dtype_is_named() -> None:

@@ -95,15 +95,15 @@ def plain_adapter(params: Any, u: jax.Array) -> jax.Array:
     return (hidden * jax.nn.sigmoid(hidden)) @ params["up"]
 
 
-def by_hand(given: Ran, site: Site, stage: int) -> Any:
+def by_hand(passes: Ran, site: Site, stage: int) -> Any:
     """`(d theta, d u)` of a seed's own adapter without gains, and its output."""
     seed = LAYOUT.seed_index(site.name, stage)
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)
-    whole = adapter_of(given.growth, given.state, seed)
+    whole = adapter_of(passes.growth, passes.state, seed)
     inputs, outputs = read.stop - read.start, written.stop - written.start
     params = {k: jnp.asarray(v) for k, v in plain.cut(whole, inputs, outputs).items()}
-    r, pull = jax.vjp(plain_adapter, params, jnp.asarray(given.x[:, read]))
-    d_params, d_u = pull(jnp.asarray(given.dy[site.name][:, written]))
+    r, pull = jax.vjp(plain_adapter, params, jnp.asarray(passes.x[:, read]))
+    d_params, d_u = pull(jnp.asarray(passes.dy[site.name][:, written]))
     return d_params, np.asarray(d_u), np.asarray(r)
 
 
@@ -137,26 +137,26 @@ def test_the_gains_of_a_stage(stage: Stage) -> None:
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 @pytest.mark.parametrize("stage", Stage)
 def test_gradients_of_every_stage(stage: Stage, site: Site, at_once: int | None) -> None:
-    given = ran(at_once)
+    passes = ran(at_once)
     _, learn, feel = GAINS[stage]
     read, written = chunk_of(site.source, stage), chunk_of(site.target, stage)
-    d_params, d_u, r = by_hand(given, site, stage) if 1 <= stage <= 7 else (None, 0.0, None)
+    d_params, d_u, r = by_hand(passes, site, stage) if 1 <= stage <= 7 else (None, 0.0, None)
 
-    dy = given.dy[site.name][:, written]
+    dy = passes.dy[site.name][:, written]
     if site.is_span:
         # What it writes to gets `dy`, to the bit; what it reads gets the site `here`'s share too.
-        assert np.array_equal(given.d_inputs[1][:, written], dy)
+        assert np.array_equal(passes.d_inputs[1][:, written], dy)
     else:
         across = SITES[1]
-        through_span = by_hand(given, across, stage)[1] * feel if feel else 0.0
-        got = np.asarray(given.d_inputs[0])[:, read]
+        through_span = by_hand(passes, across, stage)[1] * feel if feel else 0.0
+        got = np.asarray(passes.d_inputs[0])[:, read]
         np.testing.assert_allclose(got, dy + feel * d_u + through_span, rtol=1e-5, atol=1e-5)
         if not feel:
             assert np.array_equal(got, dy)
 
     seed = LAYOUT.seed_index(site.name, stage)
     if d_params is not None:
-        got = adapter_of(given.growth, given.state, seed, given.d_adapters)
+        got = adapter_of(passes.growth, passes.state, seed, passes.d_adapters)
         got = plain.cut(got, read.stop - read.start, written.stop - written.start)
         for name, leaf in d_params.items():
             if learn:
@@ -165,110 +165,112 @@ def test_gradients_of_every_stage(stage: Stage, site: Site, at_once: int | None)
             else:
                 assert not np.any(got[name])
     is_live = learn or feel or GAINS[stage][0]
-    assert float(given.statistics.num_live[seed]) == (1.0 if is_live else 0.0)
+    assert float(passes.statistics.num_live[seed]) == (1.0 if is_live else 0.0)
     if is_live:
-        np.testing.assert_allclose(given.statistics.utility[seed], -np.sum(dy * r), rtol=1e-4)
-        np.testing.assert_allclose(given.statistics.output_square[seed], np.sum(r**2), rtol=1e-5)
+        np.testing.assert_allclose(passes.statistics.utility[seed], -np.sum(dy * r), rtol=1e-4)
+        np.testing.assert_allclose(passes.statistics.output_square[seed], np.sum(r**2), rtol=1e-5)
     else:
-        assert float(given.statistics.utility[seed]) == 0.0
+        assert float(passes.statistics.utility[seed]) == 0.0
 
 
 def test_free_slots_get_no_gradient() -> None:
-    given = ran()
+    passes = ran()
     for site in SITES:
-        owner = np.asarray(given.state.owner)
+        owner = np.asarray(passes.state.owner)
         bank = next(b for b in LAYOUT.tables.banks if LAYOUT.sites[b.site].name == site.name)
         is_free = owner[bank.start : bank.start + bank.num_slots] < 0
         assert is_free.any()
-        for leaf in jax.tree.leaves(given.d_adapters[site.name]):
+        for leaf in jax.tree.leaves(passes.d_adapters[site.name]):
             assert not np.any(np.asarray(leaf)[is_free])
 
 
 def test_statistics_are_the_hand_computed_sums() -> None:
-    given = ran()
-    for site, x in zip(SITES, (given.x, given.v), strict=True):
+    passes = ran()
+    for site, x in zip(SITES, (passes.x, passes.v), strict=True):
         for chunk in range(site.chunks):
             seed = LAYOUT.seed_index(site.name, chunk)
-            here, dy = x[:, chunk_of(site.target, chunk)], given.dy[site.name]
+            own, dy = x[:, chunk_of(site.target, chunk)], passes.dy[site.name]
             want = {
-                "num_values": here.size,
-                "total": here.sum(),
-                "square": (here**2).sum(),
-                "num_features": here.shape[1],
+                "num_values": own.size,
+                "total": own.sum(),
+                "square": (own**2).sum(),
+                "num_features": own.shape[1],
                 "num_dead": 0,
                 "gradient_square": (dy[:, chunk_of(site.target, chunk)] ** 2).sum(),
                 "num_errors": 0,
             }
             for name, value in want.items():
-                got = getattr(given.statistics, name)[seed]
+                got = getattr(passes.statistics, name)[seed]
                 np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_dead_features_are_counted() -> None:
-    given = ran()
+    passes = ran()
     _, run = compiled(1)
     x, v, wx, wv = batch()
     first = chunk_of(SITES[0].target, 0)
     x = x.at[:, first.start].set(0.0).at[0, first.start + 1].set(0.0)
-    _, _, statistics = run((x, v), given.state, (wx, wv))
+    _, _, statistics = run((x, v), passes.state, (wx, wv))
     assert statistics.num_dead.tolist() == [1.0] + [0.0] * (LAYOUT.num_seeds - 1)
 
 
 def test_statistics_and_gradients_add_up_over_parts_of_a_batch() -> None:
-    given = ran()
+    passes = ran()
     _, run = compiled(1)
     x, v, wx, wv = batch()
     parts = []
     for first in (0, ROWS // 2):
         rows = slice(first, first + ROWS // 2)
         # Of half the rows' shape, so that the loss stays a sum.
-        parts.append(run((x[rows], v[rows]), given.state, (wx[rows], wv[rows])))
+        parts.append(run((x[rows], v[rows]), passes.state, (wx[rows], wv[rows])))
     added = jax.tree.map(lambda a, b: np.asarray(a) + np.asarray(b), *[p[1][1] for p in parts])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), added, given.d_adapters
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        added,
+        passes.d_adapters,
     )
     summed = Statistics(*(np.asarray(a) + np.asarray(b) for a, b in zip(*[p[2] for p in parts])))  # noqa: B905
     of_calls = {"num_features", "num_live"}  # counted once a call
     for name in Statistics._fields:
-        whole = np.asarray(getattr(given.statistics, name)) * (2 if name in of_calls else 1)
+        whole = np.asarray(getattr(passes.statistics, name)) * (2 if name in of_calls else 1)
         np.testing.assert_allclose(getattr(summed, name), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_against_finite_differences_in_float64() -> None:
     """The true derivative, where a gain lets the whole of it through (FINE_TUNING)."""
-    given = ran()
+    passes = ran()
     site, stage = SITES[0], Stage.FINE_TUNING
-    here = chunk_of(site.target, stage)
+    own = chunk_of(site.target, stage)
     params = plain.cut(
-        adapter_of(given.growth, given.state, LAYOUT.seed_index("here", stage)),
-        here.stop - here.start,
-        here.stop - here.start,
+        adapter_of(passes.growth, passes.state, LAYOUT.seed_index("here", stage)),
+        own.stop - own.start,
+        own.stop - own.start,
     )
     params = {k: v.astype(np.float64) for k, v in params.items()}
-    x, dy = given.x[:, here].astype(np.float64), given.dy["here"][:, here].astype(np.float64)
+    x, dy = passes.x[:, own].astype(np.float64), passes.dy["here"][:, own].astype(np.float64)
 
     def loss(params: Any, x: np.ndarray) -> float:
         return float(np.sum((x + ALPHA * plain.DENSE["silu"](params, x)) * dy))
 
-    def slope(of: np.ndarray) -> np.ndarray:
-        found = np.zeros_like(of)
-        for index in np.ndindex(*of.shape):
-            kept, step = of[index], 1e-6
-            of[index] = kept + step
+    def slope(array: np.ndarray) -> np.ndarray:
+        slopes = np.zeros_like(array)
+        for index in np.ndindex(*array.shape):
+            old, step = array[index], 1e-6
+            array[index] = old + step
             above = loss(params, x)
-            of[index] = kept - step
-            found[index] = (above - loss(params, x)) / (2 * step)
-            of[index] = kept
-        return found
+            array[index] = old - step
+            slopes[index] = (above - loss(params, x)) / (2 * step)
+            array[index] = old
+        return slopes
 
     seed = LAYOUT.seed_index("here", stage)
-    got = adapter_of(given.growth, given.state, seed, given.d_adapters)
-    got = plain.cut(got, here.stop - here.start, here.stop - here.start)
+    got = adapter_of(passes.growth, passes.state, seed, passes.d_adapters)
+    got = plain.cut(got, own.stop - own.start, own.stop - own.start)
     for name, leaf in params.items():
         # A learning adapter gets the gradient of its full self: `learn` is 1 where `act` is alpha.
         np.testing.assert_allclose(ALPHA * got[name], slope(leaf), rtol=1e-4, atol=1e-5)
-    through_span = by_hand(given, SITES[1], stage)[1] * ALPHA
-    d_x = np.asarray(given.d_inputs[0])[:, here] - through_span
+    through_span = by_hand(passes, SITES[1], stage)[1] * ALPHA
+    d_x = np.asarray(passes.d_inputs[0])[:, own] - through_span
     np.testing.assert_allclose(d_x, slope(x), rtol=1e-4, atol=1e-4)
 
 
@@ -383,8 +385,8 @@ def test_at_alpha_1_a_graft_gives_every_part_its_true_gradient() -> None:
     """At full strength nothing is cut: plain JAX's derivative of what is computed."""
     _, _, _, graded, params, x = chain()
     state, value, (d_host, d_adapters) = at_stage(Stage.GRAFTING, alpha=1.0)
-    one = jnp.float32(1)
-    want, (want_host, want_adapters) = graded(params, state.adapters, x, one, one, one)
+    full = jnp.float32(1)
+    want, (want_host, want_adapters) = graded(params, state.adapters, x, full, full, full)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, other in (
         *((d_host[name], want_host[name]) for name in params),
@@ -397,6 +399,6 @@ def test_at_alpha_1_a_graft_gives_every_part_its_true_gradient() -> None:
         np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
         assert np.any(np.asarray(got) != 0)
     # TRAINING, which must not be felt, cuts the adapter's Jacobian and never the host's own path.
-    given = ran()
-    here = chunk_of(SITES[0].target, Stage.TRAINING)
-    assert np.array_equal(given.d_inputs[0][:, here], given.dy["here"][:, here])
+    passes = ran()
+    own = chunk_of(SITES[0].target, Stage.TRAINING)
+    assert np.array_equal(passes.d_inputs[0][:, own], passes.dy["here"][:, own])

@@ -110,8 +110,8 @@ def test_a_run_takes_the_same_decisions() -> None:
     x = _normal(8, 3, 4, seed=2)
 
     def loss_fn(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
-        def layer(h: jax.Array, at: Any) -> Any:
-            weights, own = at
+        def layer(h: jax.Array, parts: Any) -> Any:
+            weights, own = parts
             return own.grow("here", jnp.tanh(h @ weights)), None
 
         deep = (params["deep"], seeds.layers("here"))
@@ -131,15 +131,15 @@ def test_a_run_takes_the_same_decisions() -> None:
         )
         optimizer = ef.optim.per_adapter(standard(optax.sgd(0.05)))
         state = blank(growth)
-        now, carry, told = params, optimizer.init((params, state.adapters)), []
+        now, carry, steps = params, optimizer.init((params, state.adapters)), []
         step = make_step(growth, loss_fn, optimizer)
         survey = jax.jit(growth.survey(loss_fn))
         for index in range(60):
             if index % 10 == 9:
                 state, _ = survey(now, state, x)
             now, state, carry, info = step(now, state, carry, x, growth.commands(size=1))
-            told.append((np.asarray(info.stage), np.asarray(info.request_code), float(info.loss)))
-        return told
+            steps.append((np.asarray(info.stage), np.asarray(info.request_code), float(info.loss)))
+        return steps
 
     ours, want = drive("reference"), drive("loops")
     for (stage, code, loss), (other_stage, other_code, other_loss) in zip(ours, want, strict=True):

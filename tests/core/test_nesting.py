@@ -65,8 +65,8 @@ def with_scans(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
         lambda h, w: (seeds.grow("shared", _layer(h, w)), None), x, params["shared"]
     )
 
-    def step(h: jax.Array, given: Any) -> Any:
-        weights, own = given
+    def step(h: jax.Array, sliced: Any) -> Any:
+        weights, own = sliced
         return own.grow("deep", _layer(h, weights)), None
 
     h, _ = jax.lax.scan(step, h, (params["deep"], seeds.layers("deep")))
@@ -79,8 +79,8 @@ def with_checkpoints(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
         return seeds.grow("shared", _layer(h, weights))
 
     @jax.checkpoint
-    def step(h: jax.Array, given: Any) -> Any:
-        weights, own = given
+    def step(h: jax.Array, sliced: Any) -> Any:
+        weights, own = sliced
         return own.grow("deep", _layer(h, weights)), None
 
     h = x
@@ -92,7 +92,7 @@ def with_checkpoints(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
 def with_inner_jit(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
     @jax.jit
-    def given(seeds: Any, h: jax.Array, weights: jax.Array) -> jax.Array:
+    def sliced(seeds: Any, h: jax.Array, weights: jax.Array) -> jax.Array:
         return seeds.grow("shared", _layer(h, weights))
 
     @jax.jit
@@ -101,14 +101,14 @@ def with_inner_jit(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
 
     h = x
     for weights in params["shared"]:
-        h = given(seeds, h, weights)
+        h = sliced(seeds, h, weights)
     for index, weights in enumerate(params["deep"]):
         h = closing_over(h, weights, jnp.int32(index))
     return _total(h)
 
 
 def with_vmap_over_examples(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
-    return jnp.sum(jax.vmap(lambda one: plainly(params, seeds, one))(x))
+    return jnp.sum(jax.vmap(lambda example: plainly(params, seeds, example))(x))
 
 
 def with_parts_of_the_batch(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
@@ -154,15 +154,15 @@ def test_gradients_and_statistics_are_the_plain_ones(
     loss_fn: Any, calls: int, at_once: int | None
 ) -> None:
     value, grads, statistics = ran(loss_fn, at_once)
-    want, want_grads, told = ran(plainly, None)
+    want, want_grads, expected_statistics = ran(plainly, None)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
-    for name in told._fields:
+    for name in expected_statistics._fields:
         times = calls if name in PER_CALL else 1
         np.testing.assert_allclose(
             getattr(statistics, name),
-            times * np.asarray(getattr(told, name)),
+            times * np.asarray(getattr(expected_statistics, name)),
             rtol=1e-4,
             atol=1e-5,
             err_msg=name,
@@ -261,7 +261,7 @@ def test_two_devices_take_the_same_decisions() -> None:
 def test_a_growth_may_be_a_static_argument() -> None:
     growth, _, state, _ = setting(1)
     count = jax.jit(lambda growth, state: growth.slots(state), static_argnums=0)
-    assert set(count(growth, state)) == {place.name for place in growth.layout.sites}
+    assert set(count(growth, state)) == {declared.name for declared in growth.layout.sites}
 
 
 @pytest.mark.parametrize("index", [2, -1, np.int64(2)])

@@ -19,8 +19,8 @@ CONV = {"conv": ef.blueprints.depthwise_conv()}
 
 
 def _layout(*sites: Site, **changes: Any) -> Layout:
-    given: dict[str, Any] = {"sites": sites, "blueprints": LOW_RANK, "capacity": 2, **changes}
-    return make_layout(**given)
+    options: dict[str, Any] = {"sites": sites, "blueprints": LOW_RANK, "capacity": 2, **changes}
+    return make_layout(**options)
 
 
 @pytest.mark.parametrize("features", range(1, 13))

@@ -74,13 +74,13 @@ def case(name: str) -> tuple[Any, ef.Growth, ef.GrowthState, np.ndarray]:
 def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -> None:
     host, growth, state, inputs = case(name)
     params = jax.jit(host.init)(jax.random.key(1))
-    wanted, bare = jax.jit(
+    expected, bare = jax.jit(
         lambda params, state, x: (
             host.apply(params, growth.seeds(state), x),
             host.apply(params, ef.NoSeeds(), x),
         )
     )(params, state, inputs)
-    assert np.abs(wanted - bare).max() > 1e-2
+    assert np.abs(expected - bare).max() > 1e-2
     adapters = export.acting_adapters(growth, state)
     assert 1 not in [adapter.seed for adapter in adapters]
     folded_params, rest, folded = export.fold(host.fold, growth.layout, params, adapters)
@@ -92,13 +92,13 @@ def test_what_is_written_computes_what_the_run_does(name: str, tmp_path: Path) -
     network = export.read_safetensors(file)
     assert network.note == {"x": [1]}
     seeds = export.fixed_seeds(growth.layout, network.adapters)
-    found = jax.jit(host.apply)(network.params, seeds, inputs)
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
+    outputs = jax.jit(host.apply)(network.params, seeds, inputs)
+    np.testing.assert_allclose(outputs, expected, rtol=2e-4, atol=2e-5)
 
     export.write_stablehlo(tmp_path, lambda x: host.apply(folded_params, seeds, x), inputs)
     program = export.read_stablehlo(tmp_path)
-    np.testing.assert_allclose(program(inputs), wanted, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(program(inputs[:2]), wanted[:2], rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(program(inputs), expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(program(inputs[:2]), expected[:2], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("birth", ["zero", "paired"])
@@ -112,10 +112,10 @@ def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
     spans = [s for s in range(growth.layout.num_seeds) if growth.layout.locate(s)[0].is_span]
     state = alive(growth, dict.fromkeys(spans, (Stage.FOSSILIZED, 1.0, "bottleneck")))
     params = jax.jit(MLP.init)(jax.random.key(1))
-    folded, rest, taken = export.fold(
+    folded, rest, folded_now = export.fold(
         MLP.fold, growth.layout, params, export.acting_adapters(growth, state)
     )
-    assert (len(rest), len(taken)) == (0, 6)
+    assert (len(rest), len(folded_now)) == (0, 6)
     assert [layer["weight"].shape for layer in folded] == [(6, 16), (16, 13), (13, 15), (15, 3)]
 
     x = inputs = np.random.default_rng(0).normal(size=(9, 6))
@@ -123,10 +123,10 @@ def test_folded_spans_are_neurons_that_numpy_can_compute(birth: Any) -> None:
         x = x @ np.asarray(layer["weight"], np.float64) + np.asarray(layer["bias"], np.float64)
         if k < 3:
             x = 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    wanted = jax.jit(lambda state, x: MLP.apply(params, growth.seeds(state), x))(
+    expected = jax.jit(lambda state, x: MLP.apply(params, growth.seeds(state), x))(
         state, jnp.asarray(inputs, jnp.float32)
     )
-    np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_relu_neurons_are_not_folded_into_a_gelu_layer() -> None:
@@ -173,8 +173,8 @@ def test_lineage_tells_every_life() -> None:
         event(40, 2, "DORMANT", "GERMINATED", "policy:plateau"),
     ]
     adapter = export.Adapter(1, "s", 0, 1, "b", "FOSSILIZED", 1.0, {})
-    told = export.lineage(events, [{"step": 7}], folded=[adapter], note={"a": 1})
-    first, second, third = told["lives"]
+    written = export.lineage(events, [{"step": 7}], folded=[adapter], note={"a": 1})
+    first, second, third = written["lives"]
     assert (first["requested_by"], second["requested_by"], third["requested_by"]) == (
         "policy:plateau", "command", "policy:plateau",
     )  # fmt: skip
@@ -188,7 +188,7 @@ def test_lineage_tells_every_life() -> None:
     assert first["verdicts"][-1]["cause"] == "gate:contribution_high"
     assert (second["fate"], second["exported_as"]) == ("CANCELLED", None)
     assert (third["fate"], third["germinated_step"]) == (None, 40)
-    assert told["rollbacks"] == [{"step": 7}]
+    assert written["rollbacks"] == [{"step": 7}]
 
 
 def test_a_run_folder(tmp_path: Path) -> None:
@@ -213,9 +213,11 @@ def test_a_run_folder(tmp_path: Path) -> None:
     }  # fmt: skip
     checkpoint.save(folder, 400, {"state": state, "losses": np.zeros(400)}, record=record)
     for kind in jobs.FORMATS:
-        told = jobs.export_run(tmp_path / "run", tmp_path / kind, format=kind)
-        assert (told["adapters"], told["folded"], told["step"]) == (1, 1, 400)
-        assert told["exported_test_accuracy"] == pytest.approx(told["test_accuracy"], abs=0.003)
+        written = jobs.export_run(tmp_path / "run", tmp_path / kind, format=kind)
+        assert (written["adapters"], written["folded"], written["step"]) == (1, 1, 400)
+        assert written["exported_test_accuracy"] == pytest.approx(
+            written["test_accuracy"], abs=0.003
+        )
         lives = json.loads((tmp_path / kind / "lineage.json").read_text())
         assert lives["note"]["seed"] == 3
         assert lives["lives"][0]["germinated_step"] == 1

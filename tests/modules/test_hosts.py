@@ -63,9 +63,9 @@ def test_the_transformer_does_not_see_the_future() -> None:
     host, inputs, _ = HOSTS["transformer"]
     params = host.init(jax.random.key(0))
     changed = inputs.at[:, 5].set(3)
-    one, two = (host.apply(params, ef.NoSeeds(), x) for x in (inputs, changed))
-    np.testing.assert_array_equal(one[:, :5], two[:, :5])
-    assert (np.asarray(one[:, 5:]) != np.asarray(two[:, 5:])).any()
+    before, two = (host.apply(params, ef.NoSeeds(), x) for x in (inputs, changed))
+    np.testing.assert_array_equal(before[:, :5], two[:, :5])
+    assert (np.asarray(before[:, 5:]) != np.asarray(two[:, 5:])).any()
 
 
 def test_wrong_sizes_are_refused() -> None:

@@ -130,15 +130,15 @@ def test_a_compiled_block_uses_the_seeds_of_the_block_it_runs_in(kind: str) -> N
 def test_a_compiled_block_inside_a_loss_is_traced_for_each_outer_trace(kind: str) -> None:
     run = BLOCKS[kind]
 
-    def loss(params: jax.Array, given: Seeds) -> jax.Array:
-        with ef.use_seeds(given):
+    def loss(params: jax.Array, own: Seeds) -> jax.Array:
+        with ef.use_seeds(own):
             return jnp.sum(run(X * params))
 
     once = jnp.float32(1.0)
-    wanted = jnp.sum(jax.grad(lambda x: right_sum(x, 2.0))(X) * X)
+    expected = jnp.sum(jax.grad(lambda x: right_sum(x, 2.0))(X) * X)
     for _ in range(2):
         slopes = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
-        np.testing.assert_allclose(slopes(once, seeds(2.0))[0], wanted, rtol=1e-5)
+        np.testing.assert_allclose(slopes(once, seeds(2.0))[0], expected, rtol=1e-5)
 
 
 def right_sum(x: jax.Array, scale: float) -> jax.Array:
@@ -162,8 +162,8 @@ def test_shapes_are_evaluated_with_the_seeds_of_the_block() -> None:
 def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
     run = jax.jit(linen_apply)
 
-    def loss_fn(params: jax.Array, given: Seeds, batch: jax.Array) -> jax.Array:
-        with ef.use_seeds(given):
+    def loss_fn(params: jax.Array, own: Seeds, batch: jax.Array) -> jax.Array:
+        with ef.use_seeds(own):
             return jnp.mean(jnp.square(run(batch * params) - 1.0))
 
     result = runtime.fit(
@@ -185,8 +185,8 @@ def test_a_run_with_a_compiled_model_grows_and_compiles_once() -> None:
 
 def test_a_function_that_takes_the_seeds_is_compiled_once() -> None:
     @jax.jit
-    def evaluate(given: Seeds, x: jax.Array) -> jax.Array:
-        with ef.use_seeds(given):
+    def evaluate(own: Seeds, x: jax.Array) -> jax.Array:
+        with ef.use_seeds(own):
             return BLOCKS["jit"](x)
 
     states = [seeds(scale) for scale in (0.5, 2.0)]
@@ -197,15 +197,15 @@ def test_a_function_that_takes_the_seeds_is_compiled_once() -> None:
 
 
 def test_a_compiled_block_shares_its_program_over_all_blocks_of_the_same_seeds() -> None:
-    given = seeds(0.5)
+    own = seeds(0.5)
     for _ in range(2):
-        with runtime.count_compilations() as count, ef.use_seeds(given):
+        with runtime.count_compilations() as count, ef.use_seeds(own):
             BLOCKS["jit"](X)
     assert count.num_compiled == 0
 
 
 def test_seeds_that_are_none_are_refused_at_once() -> None:
     state: Any = GROWTH.init(jax.random.key(1))
-    wanted = r"got a GrowthState; take .* `growth\.seeds\(state\)`"
-    with pytest.raises(LayoutError, match=wanted), ef.use_seeds(state):
+    expected = r"got a GrowthState; take .* `growth\.seeds\(state\)`"
+    with pytest.raises(LayoutError, match=expected), ef.use_seeds(state):
         pass
