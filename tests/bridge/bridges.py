@@ -72,17 +72,17 @@ BLUEPRINTS = {"bottleneck": ef.blueprints.bottleneck(4), "low_rank": ef.blueprin
 
 def grow(model: nn.Module, targets: Any, **options: Any) -> torch_bridge.Bridge:
     """A quiet bridge in which nothing happens by itself."""
-    told: dict[str, Any] = {
+    settings_: dict[str, Any] = {
         "chunks": 2,
         "blueprints": BLUEPRINTS,
         "capacity": 2,
         "policy": ef.policies.never(),
         "verbose": False,
     }
-    return torch_bridge.grow(model, targets=targets, **{**told, **options})
+    return torch_bridge.grow(model, targets=targets, **{**settings_, **options})
 
 
-def place(
+def set_stages(
     bridge: torch_bridge.Bridge,
     rows: Mapping[int, tuple[str, Stage, float]],
     noise: float = 0.3,
@@ -98,9 +98,9 @@ def place(
     slot, blueprint = np.array(seeds.slot), np.array(seeds.blueprint)
     scale = np.array(seeds.telemetry.gradient_scale)
     source = torch.Generator().manual_seed(3)
-    for seed, (name, to, at) in rows.items():
+    for seed, (name, to, position) in rows.items():
         owner[owner == seed] = -1
-        stage[seed], alpha[seed], slot[seed], blueprint[seed] = to, at, -1, -1
+        stage[seed], alpha[seed], slot[seed], blueprint[seed] = to, position, -1, -1
         scale[seed] = SCALE
         if OWNS_ADAPTER[to]:
             group = int(np.searchsorted(tables.group_start, seed, side="right")) - 1
@@ -128,9 +128,9 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of the parameters that get one, which are left without."""
     model.zero_grad()
     loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    results = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return results
 
 
 def reading(site: Any) -> Any:

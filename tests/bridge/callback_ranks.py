@@ -95,7 +95,7 @@ def transformers(folder: Path, note: Callable[[Any], None]) -> torch_bridge.Brid
     rows = torch.arange(64)[:, None] % 7 + torch.arange(16)[None]
     data = [{"input_ids": row % 17, "labels": row % 17} for row in rows]
     batch = {name: torch.stack([row[name] for row in data[:8]]) for name in data[0]}
-    told = TrainingArguments(
+    settings_ = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=8,
         max_steps=STEPS,
@@ -107,7 +107,7 @@ def transformers(folder: Path, note: Callable[[Any], None]) -> torch_bridge.Brid
         disable_tqdm=True,
         seed=0,
     )
-    trainer = Trainer(model, told, train_dataset=data)
+    trainer = Trainer(model, settings_, train_dataset=data)
     growth = GrowthCallback(bridge, survey=lambda: model(**batch).loss, survey_every=3)
     growth.attach(trainer)
     trainer.add_callback(Noting())
@@ -120,7 +120,7 @@ def main(framework: str, folder: Path) -> None:
     torch.manual_seed(0)
     stages: list[Any] = []
     run = {"lightning": lightning, "transformers": transformers}[framework]
-    bridge = run(folder, lambda of: stages.append(of.stages))
+    bridge = run(folder, lambda bridge: stages.append(bridge.stages))
     assert torch.distributed.get_world_size() == 2
     adapters = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()]).numpy()
     np.savez(folder / f"{os.environ['RANK']}.npz", stages=stages, adapters=adapters)

@@ -68,8 +68,8 @@ def main(rank: int, world: int, store: str, out: str) -> None:
     potential = np.asarray(bridge.state.seeds.potential)
     with torch.no_grad():
         outputs = model(x[0]).numpy()
-    found = {"adapters": adapters, "potential": potential, "outputs": outputs}
-    np.savez(f"{out}{rank}.npz", stages=stages, utility=utility, **found)
+    results = {"adapters": adapters, "potential": potential, "outputs": outputs}
+    np.savez(f"{out}{rank}.npz", stages=stages, utility=utility, **results)
     if world > 1:
         dist.destroy_process_group()
 

@@ -29,8 +29,8 @@ def main(rank: int, world: int, store: str, out: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         mesh = init_device_mesh("cpu", (world,))
         ignored = torch_bridge.replicate_adapters(bridge)
-        for place in (0, 2):
-            fully_shard(model[place], mesh=mesh, ignored_params=ignored)
+        for spot in (0, 2):
+            fully_shard(model[spot], mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)
         assert type(model[0].weight).__name__ == "DTensor"
         assert all(type(p) is nn.Parameter for p in bridge.adapter_parameters())
@@ -41,14 +41,14 @@ def main(rank: int, world: int, store: str, out: str) -> None:
     mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
     stages = []
     for step in range(STEPS):
-        told = torch.zeros(())
+        settings_ = torch.zeros(())
         for a, b in zip(x[step, mine].chunk(2), y[step, mine].chunk(2), strict=True):
             loss = (model(a) - b).square().mean() / 2
             loss.backward()
-            told += loss.detach()
+            settings_ += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        bridge.step(told)
+        bridge.step(settings_)
         stages.append(bridge.stages.copy())
         if step % 3 == 2:
             bridge.survey(lambda: (model(x[0, mine]) - y[0, mine]).square().mean())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, grow, set_stages
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
@@ -51,7 +51,7 @@ def test_survey(bridge: Any, closure: Any) -> None:
 def test_a_held_out_batch_that_is_not_finite_is_named_and_measures_nothing(bad: float) -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    place(bridge, {0: ("low_rank", Stage.EVALUATING, 1.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.EVALUATING, 1.0)})
     x = torch.randn(5, 6)
     x[2, 1] = bad
     with pytest.warns(RuntimeWarning, match="held-out loss is nan"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import grow, place, reading
+from bridges import grow, reading, set_stages
 from torch import Tensor, nn
 
 import esper_fn as ef
@@ -97,7 +97,7 @@ def grown(
     model = nn.Sequential(layer)
     bridge = grow(model, "0", blueprints={"adapter": ADAPTERS[adapter]}, stacked=True)
     rows = {k: ("adapter", *stage) for k, stage in enumerate(stages) if stage is not None}
-    place(bridge, rows)
+    set_stages(bridge, rows)
     return model, bridge.sites[0]
 
 
@@ -126,7 +126,7 @@ def truth(model: Any, site: Any, adapter: str, x: Tensor) -> dict[str, Any]:
     h = layer(x)
     slope = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).view(h.shape)
     y, d_h = h.detach().movedim(axis, -1).clone(), slope.movedim(axis, -1).clone()
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     parameters = dict(site.get_submodule("adapter").named_parameters())
     stacked = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     measured = torch.zeros(chunking.chunks, 10, dtype=torch.float64)
@@ -157,10 +157,10 @@ def truth(model: Any, site: Any, adapter: str, x: Tensor) -> dict[str, Any]:
         r = r.detach()
         measured[chunk, 6:9] = torch.tensor([1, r.square().sum(), -(dy * r).sum()])
     grads = torch.autograd.grad(h, [x, *layer.parameters()], d_h.movedim(-1, axis))
-    found |= {f"0.seeds.adapter.{name}": g for name, g in stacked.items()}
+    outcome |= {f"0.seeds.adapter.{name}": g for name, g in stacked.items()}
     names = ["x", *(f"0.{name}" for name, _ in layer.named_parameters())]
-    found |= dict(zip(names, grads, strict=True))
-    return {**found, "y": y.movedim(-1, axis), "measured": measured if len(x) else 0 * measured}
+    outcome |= dict(zip(names, grads, strict=True))
+    return {**outcome, "y": y.movedim(-1, axis), "measured": measured if len(x) else 0 * measured}
 
 
 def _apply(adapter: str, p: dict[str, Tensor], u: Tensor, widest: int) -> Tensor:
@@ -182,14 +182,14 @@ def _apply(adapter: str, p: dict[str, Tensor], u: Tensor, widest: int) -> Tensor
     return a @ p["up"][:, :width]
 
 
-def assert_alike(found: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
-    for name, wanted in right.items():
-        if wanted is None or name not in found:
+def assert_alike(outcome: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
+    for name, expected in right.items():
+        if expected is None or name not in outcome:
             continue
-        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
         torch.testing.assert_close(
-            found[name].double(),
-            wanted.double(),
+            outcome[name].double(),
+            expected.double(),
             rtol=tolerance,
             atol=tolerance * (scale + 1e-2),
             msg=lambda text, name=name: f"{name}: {text}",
@@ -204,11 +204,11 @@ class TestEveryBackend:
         model, site = grown(host, adapter)
         calls = alone(monkeypatch, backend)
         x = torch.randn(HOSTS[host][1])
-        found = results(model, site, x)
+        outcome = results(model, site, x)
         assert calls == ["forward", "backward"]
-        assert_alike(found, truth(model, site, adapter, x), 3e-5)
+        assert_alike(outcome, truth(model, site, adapter, x), 3e-5)
         with torch.no_grad():
-            torch.testing.assert_close(model(x), found["y"])
+            torch.testing.assert_close(model(x), outcome["y"])
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
     @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ class TestEveryBackend:
             assert not backend.serves(site.plan, adapters, torch.randn(3, 32).to(dtype))
             return
         alone(monkeypatch, backend)
-        found = results(model, site, x)
-        assert {found[name].dtype for name in found if name != "measured"} == {dtype}
-        assert_alike(found, truth(model, site, "gelu", x), 0.05)
+        outcome = results(model, site, x)
+        assert {outcome[name].dtype for name in outcome if name != "measured"} == {dtype}
+        assert_alike(outcome, truth(model, site, "gelu", x), 0.05)
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
     @pytest.mark.parametrize(
@@ -262,16 +262,16 @@ class TestEveryBackend:
         slot, x = int(site.slot[1]), torch.randn(HOSTS["tokens"][1])
         with torch.no_grad():
             getattr(module, leaf)[slot] = value
-        found = results(model, site, x)
+        outcome = results(model, site, x)
         h = nn.functional.linear(x, model[0].weight, model[0].bias)
-        assert torch.equal(found["y"][..., 16:], h[..., 16:])
-        assert all(part.isfinite().all() for part in found.values())
+        assert torch.equal(outcome["y"][..., 16:], h[..., 16:])
+        assert all(part.isfinite().all() for part in outcome.values())
         for name in ("down", "up", "bias"):
-            gradient = found[f"0.seeds.adapter.{name}"]
+            gradient = outcome[f"0.seeds.adapter.{name}"]
             assert not gradient[slot].any()
             assert gradient[1 - slot].any()
-        assert found["measured"][:, -1].tolist() == [0, 1]
-        assert found["measured"][1, 7:9].tolist() == [0, 0]
+        assert outcome["measured"][:, -1].tolist() == [0, 1]
+        assert outcome["measured"][1, 7:9].tolist() == [0, 0]
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
     def test_one_entry_that_is_not_finite_keeps_the_others(
@@ -283,12 +283,12 @@ class TestEveryBackend:
         usual = results(model, site, x)
         with torch.no_grad():
             site.get_submodule("adapter").up[slot, :, 3] = torch.inf
-        found = results(model, site, x)
+        outcome = results(model, site, x)
         others = [k for k in range(32) if k != 3]
         h = nn.functional.linear(x, model[0].weight, model[0].bias)
-        torch.testing.assert_close(found["y"][..., others], usual["y"][..., others])
-        assert torch.equal(found["y"][..., 3], h[..., 3])
-        assert not found["0.seeds.adapter.down"][slot].any()
+        torch.testing.assert_close(outcome["y"][..., others], usual["y"][..., others])
+        assert torch.equal(outcome["y"][..., 3], h[..., 3])
+        assert not outcome["0.seeds.adapter.down"][slot].any()
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
     def test_a_broken_input_is_no_adapters_error(
@@ -298,9 +298,9 @@ class TestEveryBackend:
         alone(monkeypatch, backend)
         x = torch.randn(HOSTS["tokens"][1])
         x[1, 2, 3] = torch.inf
-        found = results(model, site, x)
-        assert found["measured"][:, -1].tolist() == [0, 0]
-        assert not found["0.seeds.adapter.down"].any()
+        outcome = results(model, site, x)
+        assert outcome["measured"][:, -1].tolist() == [0, 0]
+        assert not outcome["0.seeds.adapter.down"].any()
 
 
 def test_the_order_of_preference() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, Transformer, grow, place, reading
+from bridges import Mlp, Transformer, grow, reading, set_stages
 from torch.utils.checkpoint import checkpoint
 
 import esper_fn as ef
@@ -77,7 +77,7 @@ def test_no_stage_compiles_anew_and_all_agree_with_eager(stacked: bool) -> None:
 def test_gradients_and_statistics_are_those_of_eager(backend: str) -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
-    place(
+    set_stages(
         bridge,
         {
             0: ("bottleneck", Stage.FINE_TUNING, 0.7),
@@ -87,13 +87,13 @@ def test_gradients_and_statistics_are_those_of_eager(backend: str) -> None:
     )
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x = torch.randn(5, 6)
-    found = []
+    outcome = []
     for run in (model, compiled):
         model.zero_grad()
         run(x).square().mean().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((grads, [reading(site) for site in bridge.sites]))
-    (eager, taps), (ours, own_taps) = found
+        outcome.append((grads, [reading(site) for site in bridge.sites]))
+    (eager, taps), (ours, own_taps) = outcome
     for name, grad in eager.items():
         torch.testing.assert_close(ours[name], grad, msg=name)
     for tap, own in zip(taps, own_taps, strict=True):
@@ -104,11 +104,11 @@ def test_a_model_compiled_before_it_grew_is_compiled_anew() -> None:
     model, bare = Mlp(), Mlp()
     backend, count = counting()
     x = torch.randn(5, 6)
-    compiled, other = (torch.compile(of, backend=backend) for of in (model, bare))
+    compiled, other = (torch.compile(item, backend=backend) for item in (model, bare))
     compiled(x)
     bridge = grow(model, ["fc1", "fc2"])
-    for of in (other, compiled):
-        loss = of(x).square().mean()
+    for item in (other, compiled):
+        loss = item(x).square().mean()
         loss.backward()
     bridge.step(loss)
     assert len(count) == 2  # the bare model's program still serves the bare model
@@ -122,14 +122,14 @@ def test_dormant_is_bitwise_the_bare_model_with_inductor() -> None:
     bare.load_state_dict(model.state_dict())
     bridge = grow(model, ["fc1", "fc2"], watch_every=2)
     x = torch.randn(5, 6)
-    compiled = [torch.compile(of, fullgraph=True) for of in (bare, model)]
+    compiled = [torch.compile(item, fullgraph=True) for item in (bare, model)]
     for _ in range(2):  # a step that measures, and one that does not
         results = []
-        for of, run in zip((bare, model), compiled, strict=True):
-            of.zero_grad()
+        for item, run in zip((bare, model), compiled, strict=True):
+            item.zero_grad()
             loss = run(x).square().mean()
             loss.backward()
-            results.append((loss, of.fc1.weight.grad))
+            results.append((loss, item.fc1.weight.grad))
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
         was_measured = bridge.sites[0].state.statistics is not None
@@ -169,15 +169,15 @@ def test_no_reading_is_lost_or_told_twice(model: Any, target: str, backend: str)
     grown = model()
     features = {"round": 8} if target == "round" else None
     bridge = grow(grown, target, features=features)
-    place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.7)})
+    set_stages(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.7)})
     for p in bridge.adapter_parameters():
         p.requires_grad_(model is Checkpointed)
     x = torch.randint(11, (4, 5)) if model is Checkpointed else torch.randn(5, 6)
-    found = []
+    outcome = []
     for run in (grown, torch.compile(grown, backend=backend, fullgraph=True)):
         run(x).square().mean().backward()
-        found.append([reading(site) for site in bridge.sites])
-    for eager, compiled in zip(*found, strict=True):
+        outcome.append([reading(site) for site in bridge.sites])
+    for eager, compiled in zip(*outcome, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
@@ -190,7 +190,7 @@ def test_blocks_compiled_by_themselves_share_two_programs(stacked: bool) -> None
     for block in model.h:
         block.compile(backend=backend, fullgraph=True)
     plain = Transformer(layers=3)
-    plain.load_state_dict({n: of for n, of in model.state_dict().items() if "seeds" not in n})
+    plain.load_state_dict({n: item for n, item in model.state_dict().items() if "seeds" not in n})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     tokens = torch.randint(11, (4, 5))
     commands = {

@@ -75,7 +75,7 @@ def grown():
         verbose=False,
     )
     seeds = {4 * site + chunk: BLUEPRINTS[chunk] for site in range(3) for chunk in range(2)}
-    orders = {0: [ef.commands.germinate(*asked) for asked in seeds.items()]} | {
+    orders = {0: [ef.commands.germinate(*requests) for requests in seeds.items()]} | {
         step: [ef.commands.transition(seed, stage) for seed in seeds]
         for step, stage in ORDERS.items()
     }
@@ -136,5 +136,5 @@ def test_onnx(grown, tmp_path):
     onnx.checker.check_model(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (16, 5):
-        (found,) = session.run(None, {session.get_inputs()[0].name: x[:count].numpy()})
-        np.testing.assert_allclose(found, plain(x[:count]).detach(), rtol=1e-4, atol=1e-5)
+        (results,) = session.run(None, {session.get_inputs()[0].name: x[:count].numpy()})
+        np.testing.assert_allclose(results, plain(x[:count]).detach(), rtol=1e-4, atol=1e-5)

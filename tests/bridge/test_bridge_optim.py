@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, adapter_of, grow, place
+from bridges import Mlp, adapter_of, grow, set_stages
 
 import esper_fn as ef
 import torch_bridge
@@ -23,13 +23,13 @@ OPTIMIZERS: dict[str, Any] = {
 TRAIN_FIRST = ef.lifecycle.settings(train_first=True)
 
 
-def train(model: Any, bridge: Any, optimizer: Any, steps: int = 1, **told: Any) -> Any:
+def train(model: Any, bridge: Any, optimizer: Any, steps: int = 1, **options: Any) -> Any:
     for _ in range(steps):
         loss = model(torch.randn(5, 6)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        info = bridge.step(loss, **told)
+        info = bridge.step(loss, **options)
     return info
 
 
@@ -39,7 +39,7 @@ def test_resting_adapters_do_not_move_and_learning_ones_do(kind: str, stacked: b
     model = Mlp()
     settings = ef.lifecycle.settings(train_first=True, freeze=[Stage.EVALUATING])
     bridge = grow(model, "fc1", stacked=stacked, settings=settings)
-    place(
+    set_stages(
         bridge,
         {0: ("low_rank", Stage.TRAINING, 0.0), 1: ("low_rank", Stage.TRAINING, 0.0)},
     )
@@ -75,7 +75,7 @@ def place_stage(bridge: Any, seed: int, stage: Stage) -> None:
 def test_a_newborn_starts_with_fresh_state() -> None:
     model = Mlp()
     bridge = grow(model, "fc1", capacity=1, settings=TRAIN_FIRST)
-    place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     train(model, bridge, optimizer, 3)
     params = bridge.sites[0].parameters_of("low_rank")
@@ -91,42 +91,42 @@ def test_a_newborn_starts_with_fresh_state() -> None:
 
 
 def test_stacked_newborns_have_zero_moments_and_match_slot_by_slot_under_sgd() -> None:
-    found = []
+    results = []
     for stacked in (False, True):
         torch.manual_seed(0)
         model = Mlp()
         bridge = grow(model, "fc1", stacked=stacked)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
-        told = [ef.commands.germinate(0, "low_rank")]
-        train(model, bridge, optimizer, commands=told)
+        options = [ef.commands.germinate(0, "low_rank")]
+        train(model, bridge, optimizer, commands=options)
         train(model, bridge, optimizer, 5)
         train(model, bridge, optimizer, commands=[ef.commands.germinate(1, "low_rank")])
         train(model, bridge, optimizer, 10)
-        found.append(
+        results.append(
             [leaf for slot in (0, 1) for leaf in adapter_of(bridge.sites[0], "low_rank", slot)]
         )
-    for single, stack in zip(*found, strict=True):
+    for single, stack in zip(*results, strict=True):
         torch.testing.assert_close(stack, single)
         assert single.any()
 
 
 def test_a_lag_of_one_decides_one_step_later() -> None:
-    found = []
+    results = []
     for lag in (0, 1):
         torch.manual_seed(0)
         model = Mlp()
         bridge = grow(model, "fc1", lag=lag, settings=TRAIN_FIRST)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        told = [ef.commands.germinate(0, "low_rank")]
-        first = train(model, bridge, optimizer, commands=told)
+        options = [ef.commands.germinate(0, "low_rank")]
+        first = train(model, bridge, optimizer, commands=options)
         assert (first is None) == bool(lag)
         stages = []
         for _ in range(5):
             info = train(model, bridge, optimizer)
             stages.append(int(info.stage[0]))
-        found.append(stages)
-    assert found[0] == [Stage.GERMINATED] + [Stage.TRAINING] * 4
-    assert found[1][1:] == found[0][:-1]
+        results.append(stages)
+    assert results[0] == [Stage.GERMINATED] + [Stage.TRAINING] * 4
+    assert results[1][1:] == results[0][:-1]
 
 
 def test_an_optimiser_made_before_is_found_out() -> None:
@@ -160,20 +160,20 @@ def test_optimisers_that_share_the_adapters_are_attached_together() -> None:
     bridge = grow(model, "fc1")
     first, *others = bridge.adapter_parameters()
     host, _ = bridge.parameter_groups()
-    one = torch.optim.SGD([*host["params"], first], 0.1)
+    shared = torch.optim.SGD([*host["params"], first], 0.1)
     other = torch.optim.SGD(others, 0.1)
     with pytest.raises(torch_bridge.BridgeError, match="attach them together"):
-        bridge.attach(one)
-    bridge.attach([one, other])
+        bridge.attach(shared)
+    bridge.attach([shared, other])
 
 
 def test_a_scaled_loss_measures_the_same() -> None:
-    found = []
+    results = []
     for scale in (1.0, 1024.0):
         torch.manual_seed(0)
         model = Mlp()
         bridge = grow(model, "fc1")
-        place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
+        set_stages(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
         bridge.attach(optimizer, scaler)
@@ -186,16 +186,16 @@ def test_a_scaled_loss_measures_the_same() -> None:
             scaler.update()
             optimizer.zero_grad()
             bridge.step(loss)
-        told = bridge.state.seeds.telemetry
-        found.append((float(told.utility[0]), float(told.gradient_norm[0])))
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
-    assert found[0][1] > 0
+        options = bridge.state.seeds.telemetry
+        results.append((float(options.utility[0]), float(options.gradient_norm[0])))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[0][1] > 0
 
 
 def test_autocast_trains_adapters() -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
-    place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
+    set_stages(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = [p.clone() for p in bridge.adapter_parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -213,7 +213,7 @@ def test_autocast_trains_adapters() -> None:
 def test_an_adapter_the_optimiser_breaks_is_put_back_and_rolled_back() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
     optimizer = torch.optim.SGD(bridge.adapter_parameters(), 0.1)
     slot = int(bridge.state.seeds.slot[0]) - bridge.banks[1].start
     params = bridge.sites[0].parameters_of("low_rank", (slot,))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, grow, set_stages
 
 import esper_fn as ef
 import torch_bridge
@@ -44,7 +44,7 @@ def test_a_grown_checkpoint_goes_on_as_if_nothing_had_happened(
     safetensors = pytest.importorskip("safetensors.torch")
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"], stacked=stacked, **OPTIONS)
-    place(bridge, ROWS)
+    set_stages(bridge, ROWS)
     train(model, bridge, torch.optim.SGD(model.parameters(), 0.05), 3)
     safetensors.save_file(model.state_dict(), tmp_path / "grown.safetensors")
 
@@ -58,8 +58,8 @@ def test_a_grown_checkpoint_goes_on_as_if_nothing_had_happened(
     x = torch.randn(5, 6)
     assert torch.equal(other(x), model(x))
     losses = [
-        train(of, its, torch.optim.SGD(of.parameters(), 0.05), 8)
-        for of, its in ((model, bridge), (other, fresh))
+        train(item, its, torch.optim.SGD(item.parameters(), 0.05), 8)
+        for item, its in ((model, bridge), (other, fresh))
     ]
     assert losses[0] == losses[1]
     np.testing.assert_array_equal(fresh.stages, bridge.stages)
@@ -101,7 +101,7 @@ def test_a_bare_checkpoint_names_what_it_lacks() -> None:
 def test_a_copy_of_the_model_computes_the_same_and_a_pickle_is_refused() -> None:
     model = Mlp()
     bridge = grow(model, ["fc1", "fc2"])
-    place(bridge, ROWS)
+    set_stages(bridge, ROWS)
     average = copy.deepcopy(model)
     x = torch.randn(5, 6)
     assert torch.equal(average(x), model(x))

@@ -58,19 +58,19 @@ def test_a_copy_stays_where_it_was_copied() -> None:
     dormant = copy.deepcopy(model)
     bare = model(X)
     enliven(bridge)
-    acting, wanted = copy.deepcopy(model), model(X)
+    acting, expected = copy.deepcopy(model), model(X)
     stages = bridge.stages.copy()
     bridge.step(1.0, [ef.commands.cull(0)])
     scatter(bridge, 0.9)
     assert torch.equal(dormant(X), bare)
-    assert torch.equal(acting(X), wanted)
-    assert not torch.equal(model(X), wanted)
+    assert torch.equal(acting(X), expected)
+    assert not torch.equal(model(X), expected)
     # Saved later than copied, it is still the model it was.
-    found, its_stages = alike(acting.state_dict())
-    assert torch.equal(found, wanted)
+    results, its_stages = alike(acting.state_dict())
+    assert torch.equal(results, expected)
     np.testing.assert_array_equal(its_stages, stages)
-    found, its_stages = alike(dormant.state_dict())
-    assert torch.equal(found, bare)
+    results, its_stages = alike(dormant.state_dict())
+    assert torch.equal(results, bare)
     assert not its_stages.any()
 
 
@@ -78,20 +78,20 @@ def test_loading_into_a_copy_moves_nothing_else() -> None:
     model, bridge = grown()
     early, bare = copy.deepcopy(model.state_dict()), model(X)
     enliven(bridge)
-    twin, wanted, stages = copy.deepcopy(model), model(X), bridge.stages.copy()
+    twin, expected, stages = copy.deepcopy(model), model(X), bridge.stages.copy()
     late = copy.deepcopy(model.state_dict())
     twin.load_state_dict(early)
     assert torch.equal(twin(X), bare)
-    assert torch.equal(model(X), wanted)
+    assert torch.equal(model(X), expected)
     np.testing.assert_array_equal(bridge.stages, stages)
     copied_again = copy.deepcopy(twin)
     twin.load_state_dict(late)
-    assert torch.equal(twin(X), wanted)
+    assert torch.equal(twin(X), expected)
     assert torch.equal(copied_again(X), bare)
     model.load_state_dict(early)
     assert torch.equal(model(X), bare)
     assert not bridge.stages.any()
-    assert torch.equal(twin(X), wanted)
+    assert torch.equal(twin(X), expected)
 
 
 def by_torch(**options: Any) -> Callable[[nn.Module], tuple[nn.Module, Callable[[], None]]]:
@@ -128,7 +128,7 @@ def by_subtraction(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
     average = copy.deepcopy(model)
 
     def update() -> None:
-        both = (itertools.chain(of.parameters(), of.buffers()) for of in (average, model))
+        both = (itertools.chain(item.parameters(), item.buffers()) for item in (average, model))
         for old, new in zip(*both, strict=True):
             if old.is_floating_point():
                 old.sub_(0.5 * (old - new))
@@ -160,21 +160,21 @@ def test_averages_live_as_their_model_does() -> None:
     enliven(bridge, [1], noise=1.0)
     for _, update in averages.values():
         update()
-    stages, wanted = bridge.stages.copy(), model(X)
+    stages, expected = bridge.stages.copy(), model(X)
     first, second = (average for average, _ in list(averages.values())[:2])
     torch.testing.assert_close(first(X), second(X))  # half and half, either way
     for name, (average, _) in averages.items():
         assert (average(X) - bare).abs().max() > 1e-3, name
-        assert (average(X) - wanted).abs().max() > 1e-3, name
-        found, its_stages = alike(average.state_dict())
-        torch.testing.assert_close(average(X), found, rtol=0, atol=0, msg=name)
+        assert (average(X) - expected).abs().max() > 1e-3, name
+        results, its_stages = alike(average.state_dict())
+        torch.testing.assert_close(average(X), results, rtol=0, atol=0, msg=name)
         np.testing.assert_array_equal(its_stages, stages)
     # Averages that have come to the model's numbers have come to its outputs.
     for _ in range(30):
         averages["ema"][1]()
         averages["buffers, ema"][1]()
-    torch.testing.assert_close(averages["ema"][0](X), wanted)
-    torch.testing.assert_close(averages["buffers, ema"][0](X), wanted)
+    torch.testing.assert_close(averages["ema"][0](X), expected)
+    torch.testing.assert_close(averages["buffers, ema"][0](X), expected)
     # What dies in the model dies in its average, at the next one.
     bridge.step(1.0, [ef.commands.cull(0), ef.commands.cull(1)])
     assert torch.equal(averages["ema"][0](X), averages["ema"][0](X))
@@ -202,7 +202,7 @@ def test_an_average_of_a_newborn_begins_with_it() -> None:
     average.update_parameters(model)
     assert bridge.seed(1).alpha > 0
     # Nobody has trained the newborn: its average is the newborn.
-    (own,) = ([p for n, p in of.named_parameters() if "seeds" in n] for of in [average.module])
+    (own,) = ([p for n, p in item.named_parameters() if "seeds" in n] for item in [average.module])
     for mean, newborn in zip(own, bridge.adapter_parameters(), strict=True):
         torch.testing.assert_close(mean, newborn)
     torch.testing.assert_close(average(X), model(X))
@@ -212,10 +212,10 @@ def test_an_average_of_a_newborn_begins_with_it() -> None:
 def test_averages_of_whole_lists_take_the_newest_lifecycle() -> None:
     """`_foreach_` functions of integers, as `get_swa_multi_avg_fn` has them."""
     model, bridge = grown()
-    lists = [list(of.buffers()) for of in (copy.deepcopy(model), model)]
-    records = [[of for of in every if of.dtype == torch.uint8] for every in lists]
+    lists = [list(item.buffers()) for item in (copy.deepcopy(model), model)]
+    records = [[item for item in every if item.dtype == torch.uint8] for every in lists]
     enliven(bridge)
-    records[1] = [of for of in model.buffers() if of.dtype == torch.uint8]
+    records[1] = [item for item in model.buffers() if item.dtype == torch.uint8]
     get_swa_multi_avg_fn()(*records, torch.tensor(3))
     assert torch.equal(*(each for (each,) in records))
 
@@ -225,20 +225,20 @@ def test_two_models_may_be_swapped_in_place() -> None:
     model, bridge = grown()
     average, bare = copy.deepcopy(model), model(X)
     enliven(bridge)
-    wanted, stages = model(X), bridge.stages.copy()
+    expected, stages = model(X), bridge.stages.copy()
 
     def swap() -> None:
-        both = (itertools.chain(of.parameters(), of.buffers()) for of in (average, model))
-        for one, other in zip(*both, strict=True):
-            old = one.data.clone()
-            one.data.copy_(other.data)
+        both = (itertools.chain(item.parameters(), item.buffers()) for item in (average, model))
+        for single, other in zip(*both, strict=True):
+            old = single.data.clone()
+            single.data.copy_(other.data)
             other.data.copy_(old)
 
     swap()
     assert torch.equal(model(X), bare)
-    assert torch.equal(average(X), wanted)
+    assert torch.equal(average(X), expected)
     swap()
-    assert torch.equal(model(X), wanted)
+    assert torch.equal(model(X), expected)
     assert torch.equal(average(X), bare)
     np.testing.assert_array_equal(bridge.stages, stages)
     bridge.step(1.0)
@@ -250,7 +250,7 @@ def test_bytes_that_are_no_lifecycle_are_refused() -> None:
     model, bridge = grown()
     enliven(bridge)
     twin = copy.deepcopy(model)
-    (record,) = (of for of in twin.buffers() if of.dtype == torch.uint8)
+    (record,) = (item for item in twin.buffers() if item.dtype == torch.uint8)
     broken = torch.tensor(record.tolist(), dtype=torch.uint8)
     broken[20] += 1
     with pytest.raises(torch_bridge.BridgeError, match="average parameters, and copy buffers"):
@@ -263,16 +263,16 @@ def test_bytes_that_are_no_lifecycle_are_refused() -> None:
 def test_a_state_dict_of_a_copy_goes_through_files() -> None:
     model, bridge = grown()
     enliven(bridge)
-    best, wanted = copy.deepcopy(model), model(X)
+    best, expected = copy.deepcopy(model), model(X)
     bridge.step(1.0, [ef.commands.cull(0)])
     file = io.BytesIO()
     torch.save(best.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert {type(of) for of in state.values()} == {torch.Tensor}
-    assert torch.equal(alike(state)[0], wanted)
+    assert {type(item) for item in state.values()} == {torch.Tensor}
+    assert torch.equal(alike(state)[0], expected)
     safetensors = pytest.importorskip("safetensors.torch")
-    assert torch.equal(alike(safetensors.load(safetensors.save(best.state_dict())))[0], wanted)
+    assert torch.equal(alike(safetensors.load(safetensors.save(best.state_dict())))[0], expected)
 
 
 def train(model: nn.Module, bridge: Any, steps: int) -> list[float]:
@@ -292,7 +292,7 @@ def train(model: nn.Module, bridge: Any, steps: int) -> list[float]:
 def test_a_copy_trains_by_itself() -> None:
     model, bridge = grown()
     enliven(bridge)
-    twin, wanted, stages = copy.deepcopy(model), model(X), bridge.stages.copy()
+    twin, expected, stages = copy.deepcopy(model), model(X), bridge.stages.copy()
     losses = train(twin, None, 5)
     assert losses[-1] < losses[0]
     adapters = [p for name, p in twin.named_parameters() if "seeds" in name]
@@ -300,7 +300,7 @@ def test_a_copy_trains_by_itself() -> None:
         not torch.equal(a, b) for a, b in zip(adapters, bridge.adapter_parameters(), strict=True)
     ]
     assert any(moved)
-    assert torch.equal(model(X), wanted)
+    assert torch.equal(model(X), expected)
     np.testing.assert_array_equal(bridge.stages, stages)
     assert torch.equal(alike(twin.state_dict())[0], twin(X))
 
@@ -311,10 +311,10 @@ def test_a_copied_bridge_goes_on_with_its_model(stacked: bool) -> None:
     enliven(bridge)
     twin = copy.deepcopy(bridge)
     assert twin.model is not model
-    wanted = model(X)
+    expected = model(X)
     losses = train(twin.model, twin, 3)
     twin.step(1.0, [ef.commands.cull(0)])
-    assert torch.equal(model(X), wanted)
+    assert torch.equal(model(X), expected)
     assert Stage.CULLED not in bridge.stages
     assert train(model, bridge, 3) == losses
     assert twin.state.step == bridge.state.step + 1
@@ -345,18 +345,18 @@ def test_a_module_that_has_its_bridge_is_copied_with_it() -> None:
 def test_a_part_is_copied_as_it_is() -> None:
     model, bridge = grown()
     enliven(bridge)
-    part, wanted = copy.deepcopy(model[0]), model[0](X)
+    part, expected = copy.deepcopy(model[0]), model[0](X)
     bridge.step(1.0, [ef.commands.cull(0), ef.commands.cull(1)])
-    assert torch.equal(part(X), wanted)
-    assert not torch.equal(model[0](X), wanted)
+    assert torch.equal(part(X), expected)
+    assert not torch.equal(model[0](X), expected)
     # Without the site that has the record, too.
     model = net()
     bridge = quiet(model, ["0", "3"], chunks=1, graft=GRAFT)
     enliven(bridge)
-    part, wanted = copy.deepcopy(model[3]), model[3](torch.ones(1, 8))
+    part, expected = copy.deepcopy(model[3]), model[3](torch.ones(1, 8))
     bridge.step(1.0, [ef.commands.cull(1)])
-    assert torch.equal(part(torch.ones(1, 8)), wanted)
-    assert not torch.equal(model[3](torch.ones(1, 8)), wanted)
+    assert torch.equal(part(torch.ones(1, 8)), expected)
+    assert not torch.equal(model[3](torch.ones(1, 8)), expected)
     whole = copy.deepcopy(model)
     whole.load_state_dict(model.state_dict())
     assert torch.equal(whole(X), model(X))
@@ -371,13 +371,13 @@ def test_compiled_copies_follow_their_own_state() -> None:
     bare = compiled(X)
     assert torch.equal(fast(X), bare)
     enliven(bridge)
-    wanted = compiled(X)
+    expected = compiled(X)
     assert torch.equal(fast(X), bare)
     average.update_parameters(model)
-    torch.testing.assert_close(fast(X), wanted)
+    torch.testing.assert_close(fast(X), expected)
     twin = copy.deepcopy(compiled)
     bridge.step(1.0, [ef.commands.cull(0), ef.commands.cull(1)])
     torch.testing.assert_close(compiled(X), bare)
-    torch.testing.assert_close(twin(X), wanted)
-    torch.testing.assert_close(fast(X), wanted)
+    torch.testing.assert_close(twin(X), expected)
+    torch.testing.assert_close(fast(X), expected)
     torch._dynamo.reset()

@@ -52,30 +52,30 @@ def by_definition(*arguments: Any, **options: Any) -> Any:
 def test_a_compiler_meets_the_same(host: str, adapter: str, taken: dict[str, int]) -> None:
     model, site = grown(host, adapter)
     x = torch.randn(HOSTS[host][1])
-    wanted = results(model, site, x)
+    expected = results(model, site, x)
     torch._dynamo.reset()
-    found = results(torch.compile(model, backend="aot_eager", fullgraph=True), site, x)
+    outcome = results(torch.compile(model, backend="aot_eager", fullgraph=True), site, x)
     assert taken == {"forward": 2, "backward": 2}
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(outcome, expected)
 
 
 def test_two_batches_add_up() -> None:
     model, site = grown("tokens", "low_rank")
     xs = torch.randn(2, *HOSTS["tokens"][1])
-    wanted = sum(results(model, site, x)[-1] for x in xs)
+    expected = sum(results(model, site, x)[-1] for x in xs)
     for x in xs:
         y = model(x)
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
-    torch.testing.assert_close(reading(site), wanted)
+    torch.testing.assert_close(reading(site), expected)
 
 
 def test_half_precision_parameters_are_left_to_the_definition(taken: dict[str, int]) -> None:
     model, site = grown("tokens", "gelu")
     site.half()
     x = torch.randn(HOSTS["tokens"][1])
-    found = results(model, site, x, steepness=1e5)
+    outcome = results(model, site, x, steepness=1e5)
     assert taken == {"forward": 0, "backward": 0}
-    assert all(part.isfinite().all() for part in found)
+    assert all(part.isfinite().all() for part in outcome)
 
 
 @pytest.mark.parametrize("adapter", ["low_rank", "gelu"])
@@ -93,9 +93,9 @@ def test_aligned_factors_of_the_largest_norms_stay_finite(
     x = torch.zeros(HOSTS["tokens"][1])
     x[0, 0, 0] = 1
     steepness = 0.99 * _dense_cpu.MAX_GRADIENT_NORM / (4 * 20 * 32) ** 0.5
-    found = results(model, site, x, steepness=steepness)
+    outcome = results(model, site, x, steepness=steepness)
     assert taken == {"forward": 1, "backward": 1}
-    assert all(part.isfinite().all() for part in found)
+    assert all(part.isfinite().all() for part in outcome)
 
 
 def test_matrices_come_first_where_that_takes_fewer_operations() -> None:
@@ -132,19 +132,21 @@ def test_large_numbers_are_left_to_the_definition(
     else:
         with torch.no_grad():
             getattr(site.get_submodule("adapter"), leaf).view(2, -1)[1, 0] = value
-    found = results(model, site, x)
+    outcome = results(model, site, x)
     assert taken == {"forward": 0, "backward": 0}
-    torch.testing.assert_close(found, by_definition(model, site, x), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        outcome, by_definition(model, site, x), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("adapter", ["low_rank", "gelu"])
 def test_a_steep_gradient_is_left_to_the_definition(adapter: str, taken: dict[str, int]) -> None:
     model, site = grown("tokens", adapter)
     x = torch.randn(HOSTS["tokens"][1])
-    found = results(model, site, x, steepness=1e25)
+    outcome = results(model, site, x, steepness=1e25)
     assert taken == {"forward": 1, "backward": 0}
     # Sums of squares overflow in both; the rest agrees.
-    torch.testing.assert_close(found, by_definition(model, site, x, steepness=1e25))
+    torch.testing.assert_close(outcome, by_definition(model, site, x, steepness=1e25))
 
 
 @pytest.mark.parametrize("adapter", ["low_rank", "relu", "gelu", "silu"])
@@ -161,9 +163,9 @@ def test_all_is_finite_up_to_the_norms_that_are_let_through(
         h = torch.nn.functional.linear(x, model[0].weight)
         x *= 0.99 * _dense_cpu.MAX_NORM / h.norm()
     steepness = 0.99 * _dense_cpu.MAX_GRADIENT_NORM / h.numel() ** 0.5
-    found = results(model, site, x, steepness=steepness)
+    outcome = results(model, site, x, steepness=steepness)
     assert taken == {"forward": 1, "backward": 1}
-    assert all(part.isfinite().all() for part in found)
+    assert all(part.isfinite().all() for part in outcome)
 
 
 @pytest.mark.parametrize("adapter", ["narrow", "odd_rank", "low_rank"])
@@ -171,22 +173,22 @@ def test_any_number_of_rows(adapter: str) -> None:
     model, site = grown("wide" if adapter == "odd_rank" else "tokens", adapter)
     for num_rows in (1, 63, 64, 129):
         x = torch.randn(num_rows, 6)
-        found, wanted = results(model, site, x), by_definition(model, site, x)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        outcome, expected = results(model, site, x), by_definition(model, site, x)
+        torch.testing.assert_close(outcome, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_in_another_dtype_are_read() -> None:
     """Hooks on what autograd saves may give anything back."""
     model, site = grown("tokens", "low_rank")
     x = torch.randn(HOSTS["tokens"][1])
-    wanted = results(model, site, x)
+    expected = results(model, site, x)
 
     def unpack(saved: torch.Tensor) -> torch.Tensor:
         return saved.double() if saved.shape in {(2, 5), (2,)} else saved
 
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
-        found = results(model, site, x)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-5)
+        outcome = results(model, site, x)
+    torch.testing.assert_close(outcome, expected, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

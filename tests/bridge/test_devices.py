@@ -15,7 +15,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("has_started", [False, True])
 def test_platforms_are_chosen_before_jax_starts_and_never_after(use, has_started):
-    environment = {name: of for name, of in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment = {name: item for name, item in os.environ.items() if name != "JAX_PLATFORMS"}
     code = "import jax, torch, torch_bridge\n"
     if has_started:
         code += "jax.devices()\n"

@@ -33,8 +33,8 @@ def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> No
         for rank, world in ((0, 2), (1, 2), (0, 1))
     ]
     for run in runs:
-        _, told = run.communicate(timeout=300)
-        assert run.returncode == 0, told
+        _, options = run.communicate(timeout=300)
+        assert run.returncode == 0, options
     first, second, alone = (
         np.load(tmp_path / f"of{world}_{rank}.npz") for rank, world in ((0, 2), (1, 2), (0, 1))
     )
@@ -53,7 +53,7 @@ def test_two_ranks_decide_the_same_and_as_one_process_does(tmp_path: Path) -> No
 def test_two_ranks_under_a_trainer_decide_the_same(framework: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    told = {
+    options = {
         "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         "HF_HUB_OFFLINE": "1",
         "MASTER_ADDR": "127.0.0.1",
@@ -64,7 +64,7 @@ def test_two_ranks_under_a_trainer_decide_the_same(framework: str, tmp_path: Pat
     runs = [
         subprocess.Popen(
             [sys.executable, str(HERE / "callback_ranks.py"), framework, str(tmp_path)],
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | options | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )

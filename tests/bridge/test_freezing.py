@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, grow, set_stages
 from torch import nn
 
 from esper_fn.lifecycle import Stage
@@ -77,7 +77,7 @@ def test_freeze_host() -> None:
     model = Mlp()
     bridge = grow(model, "fc1", freeze_host=True)
     assert not any(p.requires_grad for p in host_of(model))
-    place(bridge, ROWS)
+    set_stages(bridge, ROWS)
     before = [p.clone() for p in host_of(model)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
     adapter = bridge.sites[0].get_submodule("low_rank")[0].up
@@ -117,7 +117,7 @@ def test_freezing_everything_after_grow(stacked: bool, when: str) -> None:
     model = Mlp()
     bridge = grow(model, "fc1", stacked=stacked)
     if when == "later":
-        place(bridge, ROWS)
+        set_stages(bridge, ROWS)
         step(model, bridge, torch.optim.SGD(model.parameters(), 0.1))
     model.requires_grad_(False)
     model.out.requires_grad_(True)

@@ -35,8 +35,8 @@ def test_a_sharded_host_grows_as_a_whole_one_does(tmp_path):
         for rank, world in worlds
     ]
     for run in runs:
-        _, told = run.communicate(timeout=300)
-        assert run.returncode == 0, told
+        _, settings_ = run.communicate(timeout=300)
+        assert run.returncode == 0, settings_
     first, second, alone = (np.load(tmp_path / f"of{w}_{r}.npz") for r, w in worlds)
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)

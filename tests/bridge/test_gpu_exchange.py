@@ -38,10 +38,10 @@ def own(x: jax.Array) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_memory_is_the_same_both_ways(dtype: torch.dtype) -> None:
     x = torch.arange(6, device="cuda").reshape(2, 3).to(dtype)
-    there = tree_to_jax({"x": x}, device=gpu(), copy=False)["x"]
-    assert there.devices() == {gpu()}
-    assert own(there) == x.data_ptr()
-    back = tree_to_torch(there)
+    other = tree_to_jax({"x": x}, device=gpu(), copy=False)["x"]
+    assert other.devices() == {gpu()}
+    assert own(other) == x.data_ptr()
+    back = tree_to_torch(other)
     assert back.device == x.device
     assert back.data_ptr() == x.data_ptr()
     assert torch.equal(back, x)
@@ -58,10 +58,10 @@ def test_work_in_flight_is_waited_for_both_ways() -> None:
     torch.cuda.synchronize()
     for _ in range(5):
         made = big @ big @ big
-        found = tree_to_torch(square(tree_to_jax(made, device=gpu(), copy=False)))
-        found = found + 0.0
-        wanted = made @ made
-        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-2
+        results = tree_to_torch(square(tree_to_jax(made, device=gpu(), copy=False)))
+        results = results + 0.0
+        expected = made @ made
+        assert float((results - expected).abs().max() / expected.abs().max()) < 1e-2
 
 
 def adapter(p: Any, x: Any) -> Any:
@@ -83,9 +83,9 @@ def test_a_jitted_function_is_called_and_differentiated(is_beside: bool, is_comp
     y = run(p, x)
     assert y.is_cuda
     leaves = [p["w"], p["b"], x]
-    found = torch.autograd.grad(y.square().sum(), leaves)
+    results = torch.autograd.grad(y.square().sum(), leaves)
     wanted_y = torch.tanh(x @ p["w"] + p["b"]).sum(-1)
-    wanted = torch.autograd.grad(wanted_y.square().sum(), leaves)
+    expected = torch.autograd.grad(wanted_y.square().sum(), leaves)
     # Both libraries may multiply in TF32.
     torch.testing.assert_close(y, wanted_y, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(results, expected, rtol=2e-2, atol=2e-2)

@@ -15,7 +15,7 @@ from torch_bridge import BridgeError
 
 
 @pytest.mark.parametrize(
-    ("targets", "found"),
+    ("targets", "names"),
     [
         ("fc", ["h.0.fc", "h.1.fc"]),
         ("h.1.fc", ["h.1.fc"]),
@@ -26,9 +26,9 @@ from torch_bridge import BridgeError
         (lambda name, module: name.endswith("1.ln"), ["h.1.ln"]),
     ],
 )
-def test_targets(targets: Any, found: list[str]) -> None:
+def test_targets(targets: Any, names: list[str]) -> None:
     bridge = grow(Transformer(), targets)
-    assert [site.name for site in bridge.layout.sites] == found
+    assert [site.name for site in bridge.layout.sites] == names
 
 
 def test_a_block_is_a_target_whose_width_is_told(capsys: Any) -> None:
@@ -36,9 +36,9 @@ def test_a_block_is_a_target_whose_width_is_told(capsys: Any) -> None:
     name = torch_bridge.blocks("h")
     bridge = grow(model, name, features={name: 8}, chunks={r"h\.0": 4, r"h\.1": 2}, verbose=True)
     assert [(s.name, s.chunks) for s in bridge.layout.sites] == [("h.0", 4), ("h.1", 2)]
-    told = capsys.readouterr().out
-    assert "6 seeds at 2 sites of Transformer" in told
-    assert "h.0  8 features in 4 chunks, vector: bottleneck, low_rank" in told
+    settings_ = capsys.readouterr().out
+    assert "6 seeds at 2 sites of Transformer" in settings_
+    assert "h.0  8 features in 4 chunks, vector: bottleneck, low_rank" in settings_
     _, rest = model.h[0](torch.randn(2, 3, 8))
     assert rest == "kept"
 
@@ -109,7 +109,7 @@ def test_a_blueprint_without_a_torch_form_leaves_the_model_as_it_was() -> None:
     assert not hasattr(model.fc1, "seeds")
     torch_bridge.register_blueprint("mine", _own)
     with pytest.raises(BridgeError, match="has a torch form already"):
-        torch_bridge.register_blueprint("mine", lambda *of: of[1])
+        torch_bridge.register_blueprint("mine", lambda *inputs: inputs[1])
     assert grow(model, "fc1", blueprints={"mine": own}).layout.names == ("mine",)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Cnn, Mlp, Transformer, gradients, grow, place, reading
+from bridges import Cnn, Mlp, Transformer, gradients, grow, reading, set_stages
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +36,7 @@ def test_a_site_by_kernel_is_the_site_without(
     names = ["fc1", "fc2"] if make is Mlp else ["conv1", "conv2"]
     bridge = grow(model, names, blueprints=BLUEPRINTS, stacked=stacked)
     rows = {0: ("gated", Stage.FINE_TUNING, 0.7), 1: ("gated", Stage.TRAINING, 0.0)}
-    place(bridge, {**rows, 3: ("low_rank", Stage.FOSSILIZED, 1.0)})
+    set_stages(bridge, {**rows, 3: ("low_rank", Stage.FOSSILIZED, 1.0)})
     x = torch.randn((5, 6) if make is Mlp else (2, 1, 6, 6), dtype=dtype)
     calls = []
     forward = Triton.forward
@@ -46,22 +46,22 @@ def test_a_site_by_kernel_is_the_site_without(
         return forward(*arguments, **options)
 
     monkeypatch.setattr(Triton, "forward", counted)
-    found = []
+    results = []
     for order in ((_passes.REFERENCE,), _passes.BACKENDS):
         torch._dynamo.reset()
         monkeypatch.setattr(_passes, "BACKENDS", order)
         run: nn.Module = torch.compile(model, backend="aot_eager") if compiles else model
         y = run(x)
         grads = gradients(model, y.float().square().sum())
-        found.append((y, grads, [reading(site) for site in bridge.sites]))
+        results.append((y, grads, [reading(site) for site in bridge.sites]))
     assert len(calls) == 2
     loose = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(found[1][0], found[0][0], **loose)
-    for name, grad in found[0][1].items():
-        other = found[1][1].get(name, torch.zeros_like(grad))
+    torch.testing.assert_close(results[1][0], results[0][0], **loose)
+    for name, grad in results[0][1].items():
+        other = results[1][1].get(name, torch.zeros_like(grad))
         scale = float(grad.abs().max()) + 1e-6
         assert float((other - grad).abs().max()) <= loose["rtol"] * 4 * scale + 1e-5, name
-    for mine, theirs in zip(found[1][2], found[0][2], strict=True):
+    for mine, theirs in zip(results[1][2], results[0][2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)
 
 
@@ -92,16 +92,16 @@ def test_a_compiler_meets_the_kernels_themselves(backend: str, stacked: bool) ->
     }
     stages = set()
     for step in range(10):
-        found = []
+        results = []
         for run in (model, compiled):
             optimizer.zero_grad()
             loss = run(x).square().mean()
             loss.backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            found.append((loss, grads, [reading(site) for site in bridge.sites]))
-        (eager, wanted, statistics), (loss, grads, own_statistics) = found
+            results.append((loss, grads, [reading(site) for site in bridge.sites]))
+        (eager, expected, statistics), (loss, grads, own_statistics) = results
         torch.testing.assert_close(loss, eager)
-        for name, grad in wanted.items():
+        for name, grad in expected.items():
             torch.testing.assert_close(grads[name], grad, msg=name)
         torch.testing.assert_close(own_statistics, statistics)
         for site, own in zip(bridge.sites, own_statistics, strict=True):
@@ -131,7 +131,7 @@ def test_compiled_kernels_read_what_eager_ones_do(case: str) -> None:
     blueprints = {"bottleneck": ef.blueprints.bottleneck(3)}
     bridge = grow(model, r"h\.\d\.fc" if is_deep else ["fc1", "fc2"], blueprints=blueprints)
     rows = {0: ("bottleneck", Stage.FINE_TUNING, 0.7), 1: ("bottleneck", Stage.TRAINING, 0.0)}
-    place(bridge, rows)
+    set_stages(bridge, rows)
     for p in {"frozen_host": host, "frozen_adapters": bridge.adapter_parameters()}.get(case, []):
         p.requires_grad_(False)
     programs: list[int] = []
@@ -143,13 +143,13 @@ def test_compiled_kernels_read_what_eager_ones_do(case: str) -> None:
     compiled = torch.compile(model, backend=counting, fullgraph=True)
     for size in (5, 7, 9) if case == "batches" else (5,):
         x = torch.randint(11, (4, size)) if is_deep else torch.randn(size, 6)
-        found = []
+        results = []
         for run in (model, compiled):
             grads = gradients(model, run(x).square().mean())
-            found.append((grads, [reading(site) for site in bridge.sites]))
-        (wanted, statistics), (grads, own_statistics) = found
-        torch.testing.assert_close({name: grads[name] for name in wanted}, wanted)
-        assert not any(grads[name].any() for name in grads.keys() - wanted.keys())  # they rest
+            results.append((grads, [reading(site) for site in bridge.sites]))
+        (expected, statistics), (grads, own_statistics) = results
+        torch.testing.assert_close({name: grads[name] for name in expected}, expected)
+        assert not any(grads[name].any() for name in grads.keys() - expected.keys())  # they rest
         torch.testing.assert_close(own_statistics, statistics)
     assert len(programs) == (2 if case == "batches" else 1)  # one for all further batch sizes
 
@@ -159,7 +159,7 @@ def test_adapters_in_another_dtype_are_another_call() -> None:
     # What was compiled for one dtype would read the other's bits, as under autocast.
     model = Mlp()
     bridge = grow(model, "fc1", blueprints=BLUEPRINTS)
-    place(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.7)})
+    set_stages(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.7)})
     (site,) = bridge.sites
     for dtype in (torch.float32, torch.bfloat16):
         site.to(dtype)

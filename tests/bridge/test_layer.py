@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridges import DAMPING, Cnn, Mlp, Transformer, gradients, grow, place, reading
+from bridges import DAMPING, Cnn, Mlp, Transformer, gradients, grow, reading, set_stages
 from torch import nn
 
 import esper_fn as ef
@@ -41,13 +41,13 @@ def test_output_and_gradients_are_the_bare_models_bit_for_bit(name: str, stage: 
     assert all(dict(model.named_parameters())[n] is p for n, p in before.items())
     if stage != "dormant":
         to = Stage[stage.upper()]
-        place(bridge, dict.fromkeys(range(4), ("bottleneck", to, 0.0)))
-    wanted, found = bare(x), model(x)
-    assert torch.equal(found, wanted)
-    d_bare = gradients(bare, wanted.square().sum())
-    d_model = gradients(model, found.square().sum())
-    for of, grad in d_bare.items():
-        assert torch.equal(d_model[of], grad), of
+        set_stages(bridge, dict.fromkeys(range(4), ("bottleneck", to, 0.0)))
+    expected, results = bare(x), model(x)
+    assert torch.equal(results, expected)
+    d_bare = gradients(bare, expected.square().sum())
+    d_model = gradients(model, results.square().sum())
+    for item, grad in d_bare.items():
+        assert torch.equal(d_model[item], grad), item
     with torch.no_grad():
         assert torch.equal(model(x), bare(x))
     learns = [n for n in d_model if "seeds" in n and d_model[n].any()]
@@ -76,13 +76,13 @@ def test_each_stage_has_its_four_gains(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 8))
     bridge = grow(model, "0")
-    place(bridge, {1: (bank, stage, 0.4)})
+    set_stages(bridge, {1: (bank, stage, 0.4)})
     (site,) = bridge.sites
     x, dy = torch.randn(7, 6), torch.randn(7, 8)
     h = (x @ model[0].weight.T + model[0].bias).detach()
     u = h[:, 4:].clone().requires_grad_()
     slot = int(bridge.state.seeds.slot[1]) - next(
-        of.start for of in bridge.banks if of.name == bank
+        item.start for item in bridge.banks if item.name == bank
     )
     r = adapter_by_hand(site, bank, slot, u)
     params = list(site.get_submodule(bank)[slot].parameters())
@@ -98,12 +98,12 @@ def test_each_stage_has_its_four_gains(
     torch.testing.assert_close(model[0].bias.grad, wanted_d_h.sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, learn * grad)
-    told = dict(zip(Statistics._fields, reading(site).T, strict=True))
-    torch.testing.assert_close(told["utility"][1], -(dy[:, 4:] * r).sum().detach())
-    torch.testing.assert_close(told["output_square"][1], r.square().sum().detach())
-    torch.testing.assert_close(told["gradient_square"][0], dy[:, :4].square().sum())
-    torch.testing.assert_close(told["total"], h.unflatten(1, (2, 4)).sum((0, 2)))
-    assert told["num_live"].tolist() == [0.0, 1.0]
+    settings_ = dict(zip(Statistics._fields, reading(site).T, strict=True))
+    torch.testing.assert_close(settings_["utility"][1], -(dy[:, 4:] * r).sum().detach())
+    torch.testing.assert_close(settings_["output_square"][1], r.square().sum().detach())
+    torch.testing.assert_close(settings_["gradient_square"][0], dy[:, :4].square().sum())
+    torch.testing.assert_close(settings_["total"], h.unflatten(1, (2, 4)).sum((0, 2)))
+    assert settings_["num_live"].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("bank", ["bottleneck", "low_rank"])
@@ -113,29 +113,29 @@ def test_a_site_in_which_all_live_computes_as_its_adapters_one_by_one(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 8))
     bridge = grow(model, "0")
-    place(bridge, {k: (bank, Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
+    set_stages(bridge, {k: (bank, Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
     assert bridge.sites[0].plan.banks[0].is_full
     x, dy = torch.randn(shape), torch.randn(*shape[:-1], 8)
-    site, first = bridge.sites[0], next(of.start for of in bridge.banks if of.name == bank)
+    site, first = bridge.sites[0], next(item.start for item in bridge.banks if item.name == bank)
     slots = [int(bridge.state.seeds.slot[k]) - first for k in range(2)]
     h = (x @ model[0].weight.T + model[0].bias).detach().requires_grad_()
     adapters = [
         adapter_by_hand(site, bank, s, u) for s, u in zip(slots, h.chunk(2, -1), strict=True)
     ]
-    wanted = h + torch.cat([0.3 * adapters[0], 0.5 * adapters[1]], dim=-1)
+    expected = h + torch.cat([0.3 * adapters[0], 0.5 * adapters[1]], dim=-1)
     params = site.parameters_of(bank, tuple(slots))
-    d_h, *_ = torch.autograd.grad(wanted, [h, *params], dy, retain_graph=True)
+    d_h, *_ = torch.autograd.grad(expected, [h, *params], dy, retain_graph=True)
     # What an adapter learns does not shrink with its alpha.
     d_params = torch.autograd.grad(torch.cat(adapters, dim=-1), params, dy)
     y = model(x)
-    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(y, expected)
     y.backward(dy)
     torch.testing.assert_close(model[0].bias.grad, d_h.reshape(-1, 8).sum(0))
     for p, grad in zip(params, d_params, strict=True):
         torch.testing.assert_close(p.grad, grad)
     utility = reading(site)[:, Statistics._fields.index("utility")]
-    told = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), adapters, strict=True)]
-    torch.testing.assert_close(utility, torch.stack(told).detach())
+    settings_ = [-(a * b).sum() for a, b in zip(dy.chunk(2, -1), adapters, strict=True)]
+    torch.testing.assert_close(utility, torch.stack(settings_).detach())
 
 
 def test_blueprints_of_every_kind_agree_with_jax() -> None:
@@ -173,15 +173,15 @@ def test_an_adapter_that_breaks_reaches_nothing_and_is_rolled_back() -> None:
     model = Mlp()
     bare = copy.deepcopy(model)
     bridge = grow(model, "fc1")
-    place(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.5)})
+    set_stages(bridge, {0: ("low_rank", Stage.FINE_TUNING, 0.5)})
     with torch.no_grad():
         for p in bridge.adapter_parameters():
             p.fill_(torch.inf)
     x = torch.randn(5, 6)
     assert torch.equal(model(x), bare(x))
     loss = model(x).square().mean()
-    grads, wanted = gradients(model, loss), gradients(bare, bare(x).square().mean())
-    assert torch.equal(grads["fc1.weight"], wanted["fc1.weight"])
+    grads, expected = gradients(model, loss), gradients(bare, bare(x).square().mean())
+    assert torch.equal(grads["fc1.weight"], expected["fc1.weight"])
     info = bridge.step(loss)
     assert info.stage[0] == Stage.ROLLED_BACK
 
@@ -194,7 +194,7 @@ def test_checkpointed_blocks_measure_once() -> None:
         torch.manual_seed(0)
         model = Transformer()
         bridge = grow(model, ["fc", "ln"], watch_every=1)
-        place(bridge, {0: ("low_rank", Stage.GRAFTING, 0.5)})
+        set_stages(bridge, {0: ("low_rank", Stage.GRAFTING, 0.5)})
         h = model.embed(torch.arange(8).reshape(2, 4))
         for block in model.h:
             if use_reentrant is None:
@@ -220,23 +220,23 @@ def test_a_frozen_host_still_has_a_loss_to_go_backward_from() -> None:
 def test_accumulated_batches_add_up() -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    place(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
     x = torch.randn(8, 6)
-    found = []
+    results = []
     for parts in (1, 4):
         for part in x.chunk(parts):
             (model(part).square().sum() / 8).backward()
-        found.append(reading(bridge.sites[0]))
+        results.append(reading(bridge.sites[0]))
     utility = Statistics._fields.index("utility")
-    torch.testing.assert_close(found[1][:, utility], found[0][:, utility])
-    np.testing.assert_allclose(found[1][:, 1:3], found[0][:, 1:3], rtol=1e-4)
+    torch.testing.assert_close(results[1][:, utility], results[0][:, utility])
+    np.testing.assert_allclose(results[1][:, 1:3], results[0][:, 1:3], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_moved_model_grows_on(dtype: torch.dtype) -> None:
     model = Mlp()
     bridge = grow(model, "fc1")
-    place(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
+    set_stages(bridge, {0: ("bottleneck", Stage.FINE_TUNING, 0.5)})
     model.to(dtype)
     assert all(p.dtype == dtype for p in bridge.adapter_parameters())
     loss = model(torch.randn(5, 6, dtype=dtype)).square().mean()

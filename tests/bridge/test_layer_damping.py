@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from bridges import DAMPING, grow, place, reading
+from bridges import DAMPING, grow, reading, set_stages
 from torch import Tensor, nn
 
 import esper_fn as ef
@@ -35,7 +35,7 @@ def grown(bank: str, cut: str, trust: float = 0.1) -> tuple[nn.Sequential, Any]:
     options: dict[str, Any] = {"blueprints": {bank: BLUEPRINTS[bank]}, "watch_every": 1}
     settings = ef.lifecycle.settings(trust=trust)
     bridge = grow(model, "0", chunks=chunks, capacity=3, settings=settings, **options)
-    place(bridge, {0: (bank, *TRAINING), 1: (bank, *TRAINING), 2: (bank, *ACTING)})
+    set_stages(bridge, {0: (bank, *TRAINING), 1: (bank, *TRAINING), 2: (bank, *ACTING)})
     return model, bridge
 
 
@@ -44,8 +44,8 @@ def pulled(model: nn.Module, bridge: Any, x: Tensor, dy: Tensor) -> dict[str, Te
     model.zero_grad()
     y = model(x)
     y.backward(dy)
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return found | {"y": y.detach().clone(), "told": reading(bridge.sites[0]).clone()}
+    results = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return results | {"y": y.detach().clone(), "told": reading(bridge.sites[0]).clone()}
 
 
 def by_hand(
@@ -62,7 +62,7 @@ def by_hand(
     with jax.enable_x64(True):
         pad = ((0, 0), (0, cut.widest - int(cut.sizes[chunk])))
         u, slope = (
-            jnp.asarray(np.pad(of[:, own].detach().double().numpy(), pad)) for of in (h, dy)
+            jnp.asarray(np.pad(item[:, own].detach().double().numpy(), pad)) for item in (h, dy)
         )
         params = {n: jnp.asarray(p.detach().double().numpy()) for n, p in adapter.items()}
 
@@ -72,7 +72,7 @@ def by_hand(
 
         r, pull = jax.vjp(run, params)
         (grads,) = pull(slope + damping * r)
-        return {n: np.asarray(of) for n, of in grads.items()}, np.asarray(r), prefix
+        return {n: np.asarray(item) for n, item in grads.items()}, np.asarray(r), prefix
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -80,18 +80,18 @@ def by_hand(
 def test_an_adapter_behind_the_host_descends_the_damped_objective(bank: str, cut: str) -> None:
     model, bridge = grown(bank, cut)
     x, dy = torch.randn(9, 6), torch.randn(9, CUTS[cut][0])
-    found = pulled(model, bridge, x, dy)
+    results = pulled(model, bridge, x, dy)
     h = (x @ model[0].weight.T + model[0].bias).detach()
     cut_of = bridge.sites[0].plan.chunking
     slope = torch.split(dy, cut_of.sizes.tolist(), dim=1)
     for chunk, damping in enumerate((DAMPING, DAMPING, 0.0)):
-        wanted, r, prefix = by_hand(bank, bridge, chunk, h, dy, damping)
-        for name, grad in wanted.items():
-            (ours,) = (of for n, of in found.items() if n.endswith(prefix + name))
+        expected, r, prefix = by_hand(bank, bridge, chunk, h, dy, damping)
+        for name, grad in expected.items():
+            (ours,) = (item for n, item in results.items() if n.endswith(prefix + name))
             np.testing.assert_allclose(ours, grad, rtol=1e-4, atol=1e-5)
         # What is measured is of the gradient itself.
         worth = -(slope[chunk].numpy() * r[:, : cut_of.sizes[chunk]]).sum()
-        np.testing.assert_allclose(found["told"][chunk, UTILITY], worth, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(results["told"][chunk, UTILITY], worth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -101,12 +101,12 @@ def test_damping_changes_no_bit_but_of_the_damped_adapters(bank: str, cut: str) 
     # In float32 a damping so small is none.
     (model, bridge), (_, slack) = grown(bank, cut), grown(bank, cut, trust=1e30)
     assert 0 < float(slack.sites[0].plan.gains[0, 3]) < 1e-29
-    found, bare = (pulled(of[0], of[1], x, dy) for of in ((model, bridge), (_, slack)))
+    results, bare = (pulled(item[0], item[1], x, dy) for item in ((model, bridge), (_, slack)))
     acting = f"{bank}.{int(bridge.state.seeds.slot[2])}."
-    for name, ours in found.items():
+    for name, ours in results.items():
         is_damped = "seeds" in name and acting not in name
         assert torch.equal(ours, bare[name]) != is_damped, name
-    assert not found["told"][:, ERRORS].any()
+    assert not results["told"][:, ERRORS].any()
 
 
 @pytest.mark.parametrize("bank", ["low_rank", "bottleneck"])
@@ -133,9 +133,9 @@ def test_learning_behind_the_host_ends_at_a_minimum(bank: str) -> None:
 def test_a_damped_adapter_goes_no_short_way_on_a_cpu(bank: str) -> None:
     model = nn.Sequential(nn.Linear(6, 16))
     bridge = grow(model, "0", blueprints={bank: BLUEPRINTS[bank]}, chunks=2, capacity=2)
-    place(bridge, dict.fromkeys(range(2), (bank, *ACTING)))
+    set_stages(bridge, dict.fromkeys(range(2), (bank, *ACTING)))
     assert bridge.sites[0].plan.banks[0].is_full
-    place(bridge, {0: (bank, *ACTING), 1: (bank, *TRAINING)})
+    set_stages(bridge, {0: (bank, *ACTING), 1: (bank, *TRAINING)})
     (plan,) = bridge.sites[0].plan.banks
     assert plan.is_damped
     assert not plan.is_full
@@ -146,7 +146,7 @@ def test_a_compiled_model_learns_damped_too() -> None:
     x, dy = torch.randn(9, 6), torch.randn(9, 12)
     torch._dynamo.reset()
     compiled = torch.compile(same, backend="aot_eager")
-    found, right = pulled(compiled, other, x, dy), pulled(model, bridge, x, dy)
-    for name, wanted in right.items():
-        ours = found[name if name in found else f"_orig_mod.{name}"]
-        assert torch.equal(ours, wanted), name
+    results, right = pulled(compiled, other, x, dy), pulled(model, bridge, x, dy)
+    for name, expected in right.items():
+        ours = results[name if name in results else f"_orig_mod.{name}"]
+        assert torch.equal(ours, expected), name

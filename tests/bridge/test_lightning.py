@@ -58,7 +58,7 @@ def survey_of(module, data):
     return lambda: cross_entropy(module.net(x), y)
 
 
-def fit(data, folder, max_steps, ckpt_path=None, **told):
+def fit(data, folder, max_steps, ckpt_path=None, **settings_):
     module = Classifier()
     bridge = torch_bridge.grow(module, targets="net.0", **options())
     growth = GrowthCallback(bridge, survey=survey_of(module, data), survey_every=3)
@@ -76,7 +76,7 @@ def fit(data, folder, max_steps, ckpt_path=None, **told):
             ),
             growth,
         ],
-        **told,
+        **settings_,
     )
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=16), ckpt_path=ckpt_path)
     return module, bridge, growth, trainer
@@ -135,7 +135,7 @@ def test_it_grows_in_mixed_precision(whole, data, tmp_path):
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert int(bridge.state.step) == 24
     assert GROWN & {ef.Stage(stage) for stage in bridge.stages}
-    ours, theirs = (of.state.seeds.telemetry.gradient_norm.tolist() for of in (bridge, wide))
+    ours, theirs = (item.state.seeds.telemetry.gradient_norm.tolist() for item in (bridge, wide))
     assert ours == pytest.approx(theirs, rel=0.3, abs=1e-3)
 
 

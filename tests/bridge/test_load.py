@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, grow, set_stages
 
 import esper_fn as ef
 from esper_fn.lifecycle import Stage
@@ -31,9 +31,9 @@ def saved() -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A state dict of four adapters in banks of six slots, an input, and the model's output."""
     torch.manual_seed(1)
     model, bridge = trained(capacity=6, policy=ef.policies.plateau())
-    place(bridge, ROWS)
+    set_stages(bridge, ROWS)
     x = torch.randn(5, 6)
-    return {n: of.clone() for n, of in model.state_dict().items()}, x, model(x).detach()
+    return {n: item.clone() for n, item in model.state_dict().items()}, x, model(x).detach()
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def saved() -> tuple[Any, torch.Tensor, torch.Tensor]:
     ],
 )
 def test_inference_needs_neither_policy_nor_capacity(saved: Any, options: dict[str, Any]) -> None:
-    state, x, wanted = saved
+    state, x, expected = saved
     model, bridge = trained(**options)
     model.load_state_dict(state)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-6)
-    stages = {index: Stage(of) for index, of in enumerate(bridge.stages.tolist()) if of}
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+    stages = {index: Stage(item) for index, item in enumerate(bridge.stages.tolist()) if item}
     assert stages == {index: stage for index, (_, stage, _) in ROWS.items()}
     assert bridge.num_live == 4
     again, _ = trained(**options)
@@ -84,34 +84,34 @@ def test_training_goes_on_under_another_policy_and_says_so(saved: Any) -> None:
 
 def _damaged(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     key = "fc1.seeds.lifecycle"
-    found = dict(state)
+    results = dict(state)
     if how == "cut":
-        found[key] = state[key][:-3]
+        results[key] = state[key][:-3]
     elif how == "noise":
-        found[key] = torch.randint(256, (5000,), dtype=torch.uint8)
+        results[key] = torch.randint(256, (5000,), dtype=torch.uint8)
     elif how == "floats":
-        found[key] = torch.zeros(7)
+        results[key] = torch.zeros(7)
     elif how == "length":
-        found[key] = state[key].clone()
-        found[key][8:16] = 255
+        results[key] = state[key].clone()
+        results[key][8:16] = 255
     elif how == "host":
-        found["out.bias"] = torch.zeros(4)
+        results["out.bias"] = torch.zeros(4)
     elif how == "rank":
-        found["fc1.seeds.low_rank.0.down"] = torch.zeros(2, 5)
+        results["fc1.seeds.low_rank.0.down"] = torch.zeros(2, 5)
     elif how == "adapter":
-        del found["fc1.seeds.low_rank.0.down"]
-    return found
+        del results["fc1.seeds.low_rank.0.down"]
+    return results
 
 
 @pytest.mark.parametrize("how", ["cut", "noise", "floats", "length", "host", "rank", "adapter"])
 def test_a_failed_load_changes_nothing(saved: Any, how: str) -> None:
     model, bridge = trained(capacity=3)
-    before = {name: of.clone() for name, of in model.state_dict().items()}
+    before = {name: item.clone() for name, item in model.state_dict().items()}
     with pytest.raises(BridgeError, match=r"Nothing was loaded|nothing was loaded"):
         model.load_state_dict(_damaged(saved[0], how))
     after = model.state_dict()
     assert list(after) == list(before)
-    assert all(torch.equal(after[name], of) for name, of in before.items())
+    assert all(torch.equal(after[name], item) for name, item in before.items())
     assert not bridge.stages.any()
 
 
@@ -133,16 +133,16 @@ def test_another_growth_leaves_the_host_as_it_was(
     targets = options.pop("targets", "fc1")
     grow(model, targets, **{"chunks": 8, **options})
     before = [p.clone() for p in model.parameters()]
-    state = {name.replace("fc1.seeds", f"{targets}.seeds"): of for name, of in saved[0].items()}
+    state = {name.replace("fc1.seeds", f"{targets}.seeds"): item for name, item in saved[0].items()}
     with pytest.raises(BridgeError, match=message):
         model.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def test_a_part_of_a_greater_module_loads_too(saved: Any) -> None:
-    state, x, wanted = saved
+    state, x, expected = saved
     model, bridge = trained(capacity=2)
     whole = torch.nn.Sequential(torch.nn.Identity(), model)
-    whole.load_state_dict({f"1.{name}": of for name, of in state.items()})
-    torch.testing.assert_close(whole(x), wanted, rtol=0, atol=1e-6)
+    whole.load_state_dict({f"1.{name}": item for name, item in state.items()})
+    torch.testing.assert_close(whole(x), expected, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(np.flatnonzero(bridge.stages), list(ROWS))

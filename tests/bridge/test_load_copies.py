@@ -38,18 +38,18 @@ def saved() -> tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]:
     with torch.no_grad():
         model, bridge = grown(capacity=3, policy=ef.policies.plateau(), max_ablations=2)
         enliven(bridge)
-        state = {name: of.clone() for name, of in model.state_dict().items()}
+        state = {name: item.clone() for name, item in model.state_dict().items()}
         return state, model(X), bridge.stages.copy()
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_copy_without_a_bridge_makes_room_for_itself(saved: Any, stacked: bool) -> None:
-    state, wanted, stages = saved
+    state, expected, stages = saved
     model, bridge = grown(stacked=stacked)
     twin, bare = copy.deepcopy(model), model(X)
     keys = list(model.state_dict())
     twin.load_state_dict(state)
-    torch.testing.assert_close(twin(X), wanted)
+    torch.testing.assert_close(twin(X), expected)
     assert torch.equal(model(X), bare)
     assert list(model.state_dict()) == keys
     assert bridge.layout.capacity == 1
@@ -57,21 +57,21 @@ def test_a_copy_without_a_bridge_makes_room_for_itself(saved: Any, stacked: bool
     # What the copy saves is what it is, and so is its own copy.
     again, its_bridge = grown(stacked=stacked)
     again.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(again(X), wanted)
+    torch.testing.assert_close(again(X), expected)
     np.testing.assert_array_equal(its_bridge.stages, stages)
-    torch.testing.assert_close(copy.deepcopy(twin)(X), wanted)
+    torch.testing.assert_close(copy.deepcopy(twin)(X), expected)
     # The model goes on as if nothing had been.
     enliven(bridge, [0])
     assert bridge.num_live == 1
-    torch.testing.assert_close(twin(X), wanted)
+    torch.testing.assert_close(twin(X), expected)
 
 
 def test_a_copied_bridge_makes_room_and_goes_on(saved: Any) -> None:
-    state, wanted, stages = saved
+    state, expected, stages = saved
     model, bridge = grown()
     bare, twin = model(X), copy.deepcopy(bridge)
     twin.model.load_state_dict(state)
-    torch.testing.assert_close(twin.model(X), wanted)
+    torch.testing.assert_close(twin.model(X), expected)
     np.testing.assert_array_equal(twin.stages, stages)
     assert (twin.layout.capacity, bridge.layout.capacity) == (3, 1)
     with pytest.warns(UserWarning, match="saved under another policy"):
@@ -84,7 +84,7 @@ def test_a_copied_bridge_makes_room_and_goes_on(saved: Any) -> None:
 def test_a_failed_load_changes_no_copy(saved: Any) -> None:
     model, bridge = grown()
     enliven(bridge, [0])
-    twin, wanted = copy.deepcopy(model), model(X)
+    twin, expected = copy.deepcopy(model), model(X)
     average = AveragedModel(model)
     for broken in (
         {**saved[0], "2.bias": torch.zeros(4)},
@@ -92,25 +92,25 @@ def test_a_failed_load_changes_no_copy(saved: Any) -> None:
         {**saved[0], "0.seeds.lifecycle": saved[0]["0.seeds.lifecycle"][:-1]},
         {**saved[0], "0.seeds.lifecycle": "text"},
     ):
-        for of in (model, twin, average.module):
+        for item in (model, twin, average.module):
             with pytest.raises(torch_bridge.BridgeError, match=r"[Nn]othing was loaded"):
-                of.load_state_dict(broken)
-            assert torch.equal(of(X), wanted)
-            assert len(list(of.parameters())) == len(list(model.parameters()))
+                item.load_state_dict(broken)
+            assert torch.equal(item(X), expected)
+            assert len(list(item.parameters())) == len(list(model.parameters()))
 
 
 def test_averages_follow_a_model_that_got_room(saved: Any) -> None:
-    state, wanted, _ = saved
+    state, expected, _ = saved
     model, bridge = grown()
     enliven(bridge, [0], noise=0.5)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     best, before = copy.deepcopy(model), model(X)
     model.load_state_dict(state)
-    torch.testing.assert_close(model(X), wanted)
+    torch.testing.assert_close(model(X), expected)
     assert torch.equal(average(X), before)
     assert torch.equal(best(X), before)
     average.update_parameters(model)
-    torch.testing.assert_close(average(X), wanted)
+    torch.testing.assert_close(average(X), expected)
     scatter(bridge, 0.9, seed=7)
     with pytest.warns(UserWarning, match="saved under another policy"):
         bridge.step(1.0)
@@ -124,8 +124,8 @@ def test_averages_follow_a_model_that_got_room(saved: Any) -> None:
     resumed.load_state_dict(average.state_dict())
     assert torch.equal(resumed(X), average(X))
     assert torch.equal(fresh(X), model(X))
-    for of, to in ((average, model), (resumed, fresh)):
-        of.update_parameters(to)
+    for item, to in ((average, model), (resumed, fresh)):
+        item.update_parameters(to)
     torch.testing.assert_close(resumed(X), average(X))
     assert its_bridge.num_live == bridge.num_live
 
@@ -136,7 +136,7 @@ def test_an_average_with_more_room_than_its_model_says_so(saved: Any) -> None:
     enliven(bridge, [0])
     average.module.load_state_dict(saved[0])
     records = [
-        next(of for of in each.buffers() if of.dtype == torch.uint8)
+        next(item for item in each.buffers() if item.dtype == torch.uint8)
         for each in (average.module, model)
     ]
     with pytest.raises(torch_bridge.BridgeError, match="capacity differ"):
@@ -151,7 +151,7 @@ def test_a_copied_part_takes_another_policy_and_refuses_what_has_no_room(saved: 
     whole, _ = grown(capacity=3)
     whole.load_state_dict(saved[0])
     part = copy.deepcopy(model[0])
-    state = {n.removeprefix("0."): of for n, of in saved[0].items() if n.startswith("0.")}
+    state = {n.removeprefix("0."): item for n, item in saved[0].items() if n.startswith("0.")}
     part.load_state_dict(state)
     torch.testing.assert_close(part(X), whole[0](X))
     small, bridge = grown()
@@ -166,8 +166,8 @@ def test_stages_survive_where_a_checkpoint_has_fewer_adapters(saved: Any) -> Non
     enliven(of_few, [0])
     model, bridge = grown(capacity=3)
     enliven(bridge)
-    twin, wanted = copy.deepcopy(model), model(X)
+    twin, expected = copy.deepcopy(model), model(X)
     twin.load_state_dict(few.state_dict())
     torch.testing.assert_close(twin(X), few(X))
-    assert torch.equal(model(X), wanted)
+    assert torch.equal(model(X), expected)
     assert (bridge.stages > Stage.DORMANT).all()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Cnn, Mlp, Transformer, grow, place
+from bridges import Cnn, Mlp, Transformer, grow, set_stages
 from torch import nn
 
 import esper_fn as ef
@@ -157,8 +157,8 @@ def test_all_linear_in_transformers(kind: str) -> None:
         torch.set_default_device(None)
     every = {
         name
-        for name, of in model.named_modules()
-        if isinstance(of, nn.Linear) or type(of).__name__ == "Conv1D"
+        for name, item in model.named_modules()
+        if isinstance(item, nn.Linear) or type(item).__name__ == "Conv1D"
     }
     bridge = default(model)
     assert every - {site.name for site in bridge.layout.sites} == set(left_out)
@@ -188,9 +188,9 @@ def test_a_layer_under_two_names_is_left_out(
     bridge = torch_bridge.grow(model)
     assert [site.name for site in bridge.layout.sites] == taken
     said = capsys.readouterr().out.splitlines()
-    told = {line.partition("'all-linear': ")[2] for line in said if "left out by" in line}
+    settings_ = {line.partition("'all-linear': ")[2] for line in said if "left out by" in line}
     shared = {f"{name} (one module under several names)" for name in (alias, "alias")}
-    assert told == shared | {f"{name} (output head)" for name in head}
+    assert settings_ == shared | {f"{name} (output head)" for name in head}
     model(ROWS).square().mean().backward()
     for targets in (alias, ["all-linear", "alias"], nn.Linear):
         with pytest.raises(torch_bridge.BridgeError, match=r"under 2 names .*; give each its own"):
@@ -199,9 +199,9 @@ def test_a_layer_under_two_names_is_left_out(
 
 def test_what_is_left_out_is_told_and_can_be_named(capsys: Any) -> None:
     torch_bridge.grow(Experts())
-    told = capsys.readouterr().out
-    assert "left out by 'all-linear': head_a (output head)" in told
-    assert "left out by 'all-linear': choose (router)" in told
+    settings_ = capsys.readouterr().out
+    assert "left out by 'all-linear': head_a (output head)" in settings_
+    assert "left out by 'all-linear': choose (router)" in settings_
     bridge = default(Experts(), targets=["all-linear", "head_a", "choose"])
     names = [site.name for site in bridge.layout.sites]
     assert names == ["choose", "experts.0", "experts.1", "experts.2", "head_a"]
@@ -270,13 +270,13 @@ def test_default_chunks_of_any_layer(
     bridge = default(model, targets="0")
     (site,) = bridge.layout.sites
     assert (site.chunks, site.topology) == (chunks, topology)
-    place(bridge, {0: ("low_rank", Stage.FOSSILIZED, 1.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.FOSSILIZED, 1.0)})
     model.eval()
     with torch.no_grad():
         grown = model(x)
         plain = bridge.unwrap()(x)
     for a, b in zip(
-        *((of if isinstance(of, tuple) else (of,)) for of in (grown, plain)), strict=True
+        *((item if isinstance(item, tuple) else (item,)) for item in (grown, plain)), strict=True
     ):
         if isinstance(a, torch.Tensor):
             torch.testing.assert_close(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Mlp, grow, place
+from bridges import Mlp, grow, set_stages
 from torch import nn
 
 import esper_fn as ef
@@ -74,7 +74,7 @@ def test_a_target_that_is_never_reached_is_warned_of_once() -> None:
         warnings.simplefilter("always")
         for _ in range(80):
             step(bridge, optimizer, model(ROWS).square().mean())
-    (message,) = [str(of.message) for of in caught]
+    (message,) = [str(item.message) for item in caught]
     assert "1 of 4 targets" in message
     assert "exclude=" in message
     assert "idle" in message
@@ -103,15 +103,15 @@ def test_a_view_that_is_written_to_is_measured() -> None:
     x = torch.randn(2, 5, 3)
     loss = model(x).square().mean()
     loss.backward()
-    wanted = [p.grad.clone() for p in model.parameters()]
+    expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     bridge = grow(model, "layer", watch_every=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     again = model(x).square().mean()
     assert torch.equal(again, loss)
     again.backward()
-    found = [p.grad for p in model.layer.parameters(recurse=False)]
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    results = [p.grad for p in model.layer.parameters(recurse=False)]
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     optimizer.step()
     bridge.step(again)
     assert (bridge.state.seeds.telemetry.num_steps > 0).all()
@@ -148,15 +148,15 @@ def test_dynamically_quantised_layers_grow_like_a_frozen_host() -> None:
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
         bridge = grow(model, "all-linear", chunks=2)
-        place(bridge, {0: ("low_rank", Stage.GRAFTING, 0.5)})
+        set_stages(bridge, {0: ("low_rank", Stage.GRAFTING, 0.5)})
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         x = torch.randn(3, 4)
         before = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()])
         step(bridge, optimizer, model(x).sum())
-        wanted = model(x)
+        expected = model(x)
         after = torch.cat([p.detach().flatten() for p in bridge.adapter_parameters()])
         assert not torch.equal(before, after)
-        torch.testing.assert_close(bridge.unwrap()(x), wanted)
+        torch.testing.assert_close(bridge.unwrap()(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
@@ -165,16 +165,16 @@ def test_an_encoder_evaluates_padded_batches(is_live: bool) -> None:
     model = encoder()
     bridge = grow(model, "all-linear")
     if is_live:
-        place(
+        set_stages(
             bridge,
             {0: ("low_rank", Stage.FOSSILIZED, 1.0), 3: ("bottleneck", Stage.FOSSILIZED, 1.0)},
         )
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    wanted = model(ROWS, src_key_padding_mask=padding)
+    expected = model(ROWS, src_key_padding_mask=padding)
     model.eval()
     with torch.no_grad():
-        found = model(ROWS, src_key_padding_mask=padding)
-    torch.testing.assert_close(found[~padding], wanted[~padding])
+        results = model(ROWS, src_key_padding_mask=padding)
+    torch.testing.assert_close(results[~padding], expected[~padding])
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
@@ -183,11 +183,11 @@ def test_ragged_batches_train(topology: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     kinds = {"scale_shift": ef.blueprints.scale_shift(), "low_rank": ef.blueprints.low_rank(2)}
     bridge = grow(model, "0", topology=topology, blueprints=kinds)
-    place(bridge, {0: ("low_rank", Stage.FOSSILIZED, 1.0)})
+    set_stages(bridge, {0: ("low_rank", Stage.FOSSILIZED, 1.0)})
     rows = [torch.randn(3, 4), torch.randn(5, 4)]
     ragged = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    found = model(ragged) + model(ragged)
-    for part, row in zip(found.unbind(), rows, strict=True):
+    results = model(ragged) + model(ragged)
+    for part, row in zip(results.unbind(), rows, strict=True):
         torch.testing.assert_close(part, 2 * model(row))
     model.zero_grad()
     model(ragged).values().square().sum().backward()
@@ -220,22 +220,22 @@ def test_threads_may_share_a_model() -> None:
     model = Slow()
     grow(model, "fc")
     x = torch.randn(2, 6)
-    wanted = model(x)
-    found: list[Any] = []
+    expected = model(x)
+    results: list[Any] = []
 
     def run() -> None:
         try:
             with torch.no_grad():
-                found.extend(torch.equal(model(x), wanted) for _ in range(5))
+                results.extend(torch.equal(model(x), expected) for _ in range(5))
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 20
+    assert results == [True] * 20
 
 
 def test_a_forward_pass_that_fails_leaves_nothing_behind() -> None:
@@ -256,7 +256,7 @@ def test_transforms_of_torch_func(chunks: int) -> None:
     x = torch.randn(4, 6)
     func = torch.func
     assert torch.equal(func.vmap(model)(x), model(x))
-    place(
+    set_stages(
         bridge,
         {
             0: ("low_rank", Stage.FOSSILIZED, 1.0),
@@ -271,14 +271,14 @@ def test_transforms_of_torch_func(chunks: int) -> None:
         return func.functional_call(model, params, (x,)).square().mean()
 
     loss_fn(params, x).backward()
-    found = func.grad(loss_fn)(params, x)
+    results = func.grad(loss_fn)(params, x)
     for name, p in params.items():
-        torch.testing.assert_close(found[name], torch.zeros_like(p) if p.grad is None else p.grad)
+        torch.testing.assert_close(results[name], torch.zeros_like(p) if p.grad is None else p.grad)
     each = func.vmap(func.grad(loss_fn), in_dims=(None, 0))(params, x)
     # Not the mean of `found`, as what learns damped is damped in each sample by itself.
     rows = [func.grad(loss_fn)(params, row) for row in x]
     torch.testing.assert_close(
-        each, {name: torch.stack([of[name] for of in rows]) for name in each}
+        each, {name: torch.stack([item[name] for item in rows]) for name in each}
     )
     along = torch.ones_like(x)
     _, pushed = func.jvp(model, (x,), (along,))

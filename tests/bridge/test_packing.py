@@ -33,16 +33,16 @@ def raw(leaf: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_every_bit_comes_back(impl: str) -> None:
-    given = tree(impl)
-    words = ArrayPacker(jax.eval_shape(lambda: given))
-    packed = jax.jit(words.pack)(given)
+    arguments = tree(impl)
+    words = ArrayPacker(jax.eval_shape(lambda: arguments))
+    packed = jax.jit(words.pack)(arguments)
     assert packed.dtype == jnp.int32
     assert packed.ndim == 1
     back, read = jax.jit(words.unpack)(packed), words.read(np.asarray(packed))
-    for name, leaf in given.items():
+    for name, leaf in arguments.items():
         assert raw(back[name]) == raw(leaf), name
         assert raw(read[name]) == raw(leaf), name
-    assert jax.random.key_impl(back["key"]) == jax.random.key_impl(given["key"])
+    assert jax.random.key_impl(back["key"]) == jax.random.key_impl(arguments["key"])
 
 
 def test_wide_leaves_are_refused() -> None:

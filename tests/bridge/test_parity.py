@@ -76,12 +76,12 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def commands_at(step: int, layout: Layout) -> list[Any]:
-    told = {
+    options = {
         20: [ef.commands.germinate(layout.seed_index("fc2", 1), "scale_shift")],
         33: [ef.commands.germinate(layout.seed_index("fc1", 3), "low_rank")],
         50: [ef.commands.cull(layout.seed_index("fc1", 3)), ef.commands.cull(0)],
     }
-    return told.get(step, [])
+    return options.get(step, [])
 
 
 class InJax:
@@ -119,14 +119,14 @@ class InJax:
             return jnp.mean(jnp.square(predict(params, seeds, x) - y))
 
         def with_outputs(params: Any, seeds: Any, x: Any, y: Any) -> Any:
-            found = predict(params, seeds, x)
-            return jnp.mean(jnp.square(found - y)), found
+            results = predict(params, seeds, x)
+            return jnp.mean(jnp.square(results - y)), results
 
         def look(params: Any, adapters: Any, state: Any, x: Any, y: Any) -> Any:
             state = state._replace(adapters=adapters)
-            asked = growth.value_and_grad(with_outputs, has_aux=True)
-            (_, found), grads, _ = asked(params, state, x, y)
-            return found, *grads
+            requests = growth.value_and_grad(with_outputs, has_aux=True)
+            (_, results), grads, _ = requests(params, state, x, y)
+            return results, *grads
 
         @partial(jax.jit, compiler_options=QUICK)
         def step(params: Any, state: Any, opt_state: Any, x: Any, y: Any, commands: Any) -> Any:
@@ -142,17 +142,17 @@ class InJax:
         self._look = jax.jit(look, compiler_options=QUICK)
         self._survey = jax.jit(growth.survey(loss_fn), compiler_options=QUICK)
 
-    def step(self, at: int) -> Any:
-        commands = self.growth.commands(commands_at(at, self.growth.layout))
+    def step(self, position: int) -> Any:
+        commands = self.growth.commands(commands_at(position, self.growth.layout))
         self.params, self.state, self.opt_state, info, grads = self._step(
-            self.params, self.state, self.opt_state, self.x[at], self.y[at], commands
+            self.params, self.state, self.opt_state, self.x[position], self.y[position], commands
         )
         return info, grads
 
-    def look(self, at: int, params: Any, adapters: Any) -> Any:
+    def look(self, position: int, params: Any, adapters: Any) -> Any:
         """Outputs and gradients of these parameters with the seeds as they are."""
-        found = self._look(params, adapters, self.state, self.x[at], self.y[at])
-        return jax.tree.map(np.asarray, found)
+        results = self._look(params, adapters, self.state, self.x[position], self.y[position])
+        return jax.tree.map(np.asarray, results)
 
     def survey(self) -> Any:
         self.state, info = self._survey(self.params, self.state, self.x[-1], self.y[-1])
@@ -161,14 +161,14 @@ class InJax:
 
 def adapters_of(bridge: Any, part: Any) -> Any:
     """Something of every parameter of the adapters, in the order of the core: site, bank, leaf."""
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    results: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for bank in bridge.banks:
         adapters = bank.site.get_submodule(bank.name)
-        found.setdefault(bank.site.site, {})[bank.name] = {
+        results.setdefault(bank.site.site, {})[bank.name] = {
             name: np.stack([part(getattr(adapter, name)) for adapter in adapters])
             for name in bank.site.names_of(bank.name)
         }
-    return found
+    return results
 
 
 def numbers(p: torch.Tensor) -> np.ndarray:
@@ -179,9 +179,9 @@ def slopes(p: torch.Tensor) -> np.ndarray:
     return np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
 
 
-def close(mine: Any, wanted: np.ndarray) -> None:
-    scale = np.abs(wanted).max()
-    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=5e-4 * scale + 1e-9)
+def close(mine: Any, expected: np.ndarray) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=5e-4 * scale + 1e-9)
 
 
 @pytest.mark.parametrize("train_first", [False, True])
@@ -219,26 +219,26 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
             name: p.grad.clone() for name, p in model.named_parameters() if "seeds" not in name
         }
         host = {name: p.detach().numpy() for name, p in model.named_parameters() if name in grads}
-        wanted, host_grads, adapter_grads = ours.look(step, host, adapters_of(bridge, numbers))
+        expected, host_grads, adapter_grads = ours.look(step, host, adapters_of(bridge, numbers))
         # At the same numbers, to float32 tolerance: what 200 steps round differently is not in it.
-        np.testing.assert_allclose(outputs.detach(), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(outputs.detach(), expected, rtol=1e-5, atol=1e-5)
         jax.tree.map(close, grads, host_grads)
         jax.tree.map(close, adapters_of(bridge, slopes), dict(adapter_grads))
         optimizer.step()
         optimizer.zero_grad()
         info = bridge.step(loss, commands_at(step, bridge.layout))
-        told, d_params = ours.step(step)
-        np.testing.assert_array_equal(info.stage, told.stage, err_msg=f"step {step}")
-        np.testing.assert_array_equal(info.outcomes.code, told.outcomes.code)
-        np.testing.assert_allclose(info.loss, told.loss, rtol=1e-3)
+        options, d_params = ours.step(step)
+        np.testing.assert_array_equal(info.stage, options.stage, err_msg=f"step {step}")
+        np.testing.assert_array_equal(info.outcomes.code, options.outcomes.code)
+        np.testing.assert_allclose(info.loss, options.loss, rtol=1e-3)
         for name, grad in grads.items():
             np.testing.assert_allclose(grad, d_params[name], rtol=2e-2, atol=2e-4, err_msg=name)
         seen |= set(info.stage.tolist())
         if step % SURVEY_EVERY == SURVEY_EVERY - 1:
-            found, wanted = bridge.survey(lambda: loss_at(-1)), ours.survey()
-            np.testing.assert_allclose(found.potential, wanted.potential, rtol=2e-2, atol=1e-3)
-            np.testing.assert_array_equal(found.ablated, wanted.ablated)
-            np.testing.assert_allclose(found.contribution, wanted.contribution, atol=1e-4)
+            results, expected = bridge.survey(lambda: loss_at(-1)), ours.survey()
+            np.testing.assert_allclose(results.potential, expected.potential, rtol=2e-2, atol=1e-3)
+            np.testing.assert_array_equal(results.ablated, expected.ablated)
+            np.testing.assert_allclose(results.contribution, expected.contribution, atol=1e-4)
     life = {*range(Stage.DORMANT, Stage.FOSSILIZED + 1), Stage.CULLED}
     life -= set() if train_first else {Stage.TRAINING}
     assert seen >= {int(stage) for stage in life}, seen
@@ -250,7 +250,7 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
     )
     own = adapters_of(bridge, numbers)
     for bank in bridge.banks:
-        held = np.asarray(bridge.state.owner)[bank.start : bank.start + bank.num_slots] >= 0
+        holder = np.asarray(bridge.state.owner)[bank.start : bank.start + bank.num_slots] >= 0
         for name, leaf in ours.state.adapters[bank.site.site][bank.name].items():
             mine = own[bank.site.site][bank.name][name]
-            np.testing.assert_allclose(mine[held], leaf[held], rtol=2e-2, atol=2e-3)
+            np.testing.assert_allclose(mine[holder], leaf[holder], rtol=2e-2, atol=2e-3)

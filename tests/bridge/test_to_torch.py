@@ -303,16 +303,16 @@ def test_inductor_compiles_it(leaves):
 
 def test_a_graph_whose_function_is_gone_says_so():
     torch.compiler.reset()
-    kept = {}
+    saved = {}
 
     def backend(graph, inputs):
-        kept["graph"] = graph
+        saved["graph"] = graph
         return graph.forward
 
     function = to_torch(lambda x: x + 1)
     torch.compile(function, fullgraph=True, backend=backend)(torch.ones(2))
     x = torch.ones(2)
-    assert kept["graph"](x)[0].tolist() == [2.0, 2.0]
+    assert saved["graph"](x)[0].tolist() == [2.0, 2.0]
     torch.compiler.reset()
     del function
     gc.collect()

@@ -25,7 +25,7 @@ ROWS = torch.arange(64)[:, None] % 7 + torch.arange(16)[None]
 DATA = [{"input_ids": row % 17, "labels": row % 17} for row in ROWS]
 
 
-def model_of(**told):
+def model_of(**settings_):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=17,
@@ -38,12 +38,12 @@ def model_of(**told):
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        **told,
+        **settings_,
     )
     return GPT2LMHeadModel(config)
 
 
-def arguments(folder, **told):
+def arguments(folder, **settings_):
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=8,
@@ -54,16 +54,16 @@ def arguments(folder, **told):
         use_cpu=True,
         disable_tqdm=True,
         seed=0,
-        **told,
+        **settings_,
     )
 
 
-def prepare(folder, **told):
+def prepare(folder, **settings_):
     model = model_of()
     block = "transformer.h.1"
     bridge = torch_bridge.grow(model, targets=block, features={block: 32}, **options())
     batch = {name: torch.stack([row[name] for row in DATA[:8]]) for name in DATA[0]}
-    trainer = Trainer(model, arguments(folder, max_steps=24, **told), train_dataset=DATA)
+    trainer = Trainer(model, arguments(folder, max_steps=24, **settings_), train_dataset=DATA)
     growth = GrowthCallback(bridge, survey=lambda: model(**batch).loss, survey_every=3)
     return bridge, growth, trainer
 
@@ -72,12 +72,12 @@ def prepare(folder, **told):
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     bridge, growth, trainer = prepare(folder)
-    told = []
+    settings_ = []
     step = bridge.step
-    bridge.step = lambda loss, commands=(): (told.append(float(loss)), step(loss, commands))[1]
+    bridge.step = lambda loss, commands=(): (settings_.append(float(loss)), step(loss, commands))[1]
     growth.attach(trainer)
     trainer.train()
-    return folder, bridge, growth, trainer, told
+    return folder, bridge, growth, trainer, settings_
 
 
 def test_it_grows_once_for_each_step_of_the_optimiser(whole):
@@ -89,12 +89,12 @@ def test_it_grows_once_for_each_step_of_the_optimiser(whole):
 
 
 def test_it_tells_the_loss_that_the_trainer_logs(whole):
-    _, bridge, _, trainer, told = whole
+    _, bridge, _, trainer, settings_ = whole
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(told) == 24
+    assert len(settings_) == 24
     assert len(logs) == 6
     for number, log in enumerate(logs):
-        mean = sum(told[4 * number : 4 * number + 4]) / 4
+        mean = sum(settings_[4 * number : 4 * number + 4]) / 4
         assert log["loss"] == pytest.approx(mean, rel=1e-5)
     assert logs[-1]["growth/live"] == bridge.num_live > 0
 
@@ -118,7 +118,8 @@ def test_it_grows_in_mixed_precision(whole, tmp_path):
     assert int(bridge.state.step) == 24
     assert GROWN & {ef.Stage(stage) for stage in bridge.stages}
     ours, theirs = (
-        [log["loss"] for log in of.state.log_history if "loss" in log] for of in (narrow, trainer)
+        [log["loss"] for log in item.state.log_history if "loss" in log]
+        for item in (narrow, trainer)
     )
     assert ours == pytest.approx(theirs, rel=0.05)
 

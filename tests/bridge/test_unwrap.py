@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges import Cnn, Mlp, Transformer, grow, place
+from bridges import Cnn, Mlp, Transformer, grow, set_stages
 from living import enliven, quiet
 from torch import nn
 
@@ -35,16 +35,16 @@ def test_linear_fossils_fold_into_the_weights(
     bare = set(model.state_dict())
     kinds = {"low_rank": ef.blueprints.low_rank(2), "scale_shift": ef.blueprints.scale_shift()}
     bridge = grow(model, targets, blueprints=kinds, **options)
-    place(bridge, {0: (blueprint, FOSSIL, 1.0), 1: (blueprint, FOSSIL, 0.5)})
+    set_stages(bridge, {0: (blueprint, FOSSIL, 1.0), 1: (blueprint, FOSSIL, 0.5)})
     model.eval()
     with torch.no_grad():
-        wanted = model(x)
+        expected = model(x)
         plain = bridge.unwrap()
-        found = plain(x)
+        results = plain(x)
     assert plain is model
     assert set(model.state_dict()) == bare
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(results, expected)
     assert all(not hasattr(m, "seeds") for m in model.modules())
 
 
@@ -52,7 +52,7 @@ def test_what_cannot_fold_stays_as_a_submodule() -> None:
     name = torch_bridge.blocks("h")
     model = Transformer()
     bridge = grow(model, [name, "embed", "fc"], features={name: 8}, chunks={r"h\.0": 3, ".*": 2})
-    place(
+    set_stages(
         bridge,
         {
             0: ("bottleneck", FOSSIL, 1.0),
@@ -64,23 +64,23 @@ def test_what_cannot_fold_stays_as_a_submodule() -> None:
     )
     x = torch.randint(11, (2, 4))
     with torch.no_grad():
-        wanted = model(x)
+        expected = model(x)
         bridge.unwrap()
-        torch.testing.assert_close(model(x), wanted)
-    kept = [n for n, _ in model.named_modules() if n.endswith("grown")]
-    assert kept == ["embed.grown", "h.0.grown"]
+        torch.testing.assert_close(model(x), expected)
+    saved = [n for n, _ in model.named_modules() if n.endswith("grown")]
+    assert saved == ["embed.grown", "h.0.grown"]
     assert not any(".seeds" in n for n in model.state_dict())
     exported = torch.export.export(model, (x,))
-    torch.testing.assert_close(exported.module()(x), wanted)
+    torch.testing.assert_close(exported.module()(x), expected)
 
 
 def test_a_dormant_model_unwraps_to_its_own_bits() -> None:
     model = Mlp()
     x = torch.randn(5, 6)
-    wanted = model(x)
+    expected = model(x)
     bridge = grow(model, "all-linear", chunks=2)
     bridge.unwrap()
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)
     assert list(dict(model.named_modules())) == ["", "fc1", "fc2", "out"]
 
 
@@ -102,9 +102,9 @@ def test_an_unwrapped_encoder_evaluates_padded_batches(target: str, topology: An
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
-        wanted = model(x, src_key_padding_mask=padding)
+        expected = model(x, src_key_padding_mask=padding)
         bridge.unwrap()
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding), wanted)
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
@@ -117,7 +117,7 @@ def test_an_unwrapped_model_takes_ragged_batches(topology: Any, layout: torch.la
     rows = [torch.randn(3, 4), torch.randn(5, 4)]
     model.eval()
     with torch.no_grad():
-        wanted = [model(row[None])[0] for row in rows]
+        expected = [model(row[None])[0] for row in rows]
         bridge.unwrap()
-        found = model(torch.nested.nested_tensor(rows, layout=layout))
-        torch.testing.assert_close(list(found.unbind()), wanted)
+        results = model(torch.nested.nested_tensor(rows, layout=layout))
+        torch.testing.assert_close(list(results.unbind()), expected)

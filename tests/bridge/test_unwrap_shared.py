@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from bridges import place
+from bridges import set_stages
 from living import quiet, scatter
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -33,8 +33,8 @@ class Net(nn.Module):
     def __init__(self, fc: nn.Module | None = None, **others: nn.Module) -> None:
         super().__init__()
         self.fc = fc or nn.Linear(6, 8)
-        for name, of in others.items():
-            self.add_module(name, of)
+        for name, item in others.items():
+            self.add_module(name, item)
         self.out = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class Beside(nn.Module):
         super().__init__()
         self.fc = nn.Linear(6, 8)
         self.experts = nn.ModuleDict({"a": nn.Linear(6, 8)})
-        self.held = hold(self.fc)
+        self.holder = hold(self.fc)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x) + self.experts["a"](x) + self.more(x)
@@ -171,7 +171,7 @@ def over_weight(fc: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def call(model: Any, x: torch.Tensor) -> torch.Tensor:
-    return model.held(x)
+    return model.holder(x)
 
 
 def hooked_root() -> nn.Module:
@@ -190,21 +190,21 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
     "a partial": reading(call, lambda fc: partial(F.linear, weight=fc.weight)),
     "slots": reading(call, lambda fc: Held(fc.weight)),
     "a namespace": reading(
-        lambda m, x: F.linear(x, m.held.weight),
+        lambda m, x: F.linear(x, m.holder.weight),
         lambda fc: types.SimpleNamespace(weight=fc.weight),
     ),
     "a deep container": reading(
-        lambda m, x: F.linear(x, m.held[0]["a"][0]["b"]),
+        lambda m, x: F.linear(x, m.holder[0]["a"][0]["b"]),
         lambda fc: [{"a": [{"b": fc.weight.view(8, 6)}]}],
     ),
     "a table of the file": reading(lambda m, x: F.linear(x, TABLE["fc"]), keep),
     "a function": reading(lambda m, x: beside(x, m.fc)),
-    "a sibling": reading(lambda m, x: m.held(x, m.fc), lambda fc: Inner()),
+    "a sibling": reading(lambda m, x: m.holder(x, m.fc), lambda fc: Inner()),
     "parameters": reading(lambda m, x: F.linear(x, next(iter(m.fc.parameters())))),
     "an attrgetter": reading(lambda m, x: F.linear(x, weight_of_fc(m))),
     "getattr": reading(lambda m, x: F.linear(x, getattr(m.fc, "weight"))),  # noqa: B009
     "its dictionary": reading(lambda m, x: F.linear(x, m._modules["fc"].weight)),
-    "a variable": reading(lambda m, x: next(F.linear(x, of.weight) for of in [m.fc])),
+    "a variable": reading(lambda m, x: next(F.linear(x, item.weight) for item in [m.fc])),
 }
 ASKED = {
     "a dtype": reading(lambda m, x: x.to(m.fc.weight.dtype).sum()),
@@ -348,7 +348,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str, Callable[[Any], Any]]
     "read by a list": (lambda: First(nn.Linear(6, 8), nn.Tanh()), X, "0", nothing),
     "in a list": (partial(Decoder, list), TOKENS, "embed", nothing),
     "in a tuple": (partial(Decoder, tuple), TOKENS, "embed", nothing),
-    **{f"read by {way}": (make, X, "fc", nothing) for way, make in WAYS.items()},
+    **{f"read by {method}": (make, X, "fc", nothing) for method, make in WAYS.items()},
     "an expert": (ASKED["another layer"], X, "experts.a", nothing),
     "a hook of the root": (hooked_root, X, "0", nothing),
     "two linears": (two_linears, X, "fc", nothing),
@@ -380,7 +380,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str, Callable[[Any], Any]]
 def enliven(bridge: torch_bridge.Bridge, noise: float = 0.3) -> None:
     """Makes all seeds act for good, with random adapters."""
     fossil = ("low_rank", Stage.FOSSILIZED, 1.0)
-    place(bridge, dict.fromkeys(range(bridge.layout.num_seeds), fossil), noise)
+    set_stages(bridge, dict.fromkeys(range(bridge.layout.num_seeds), fossil), noise)
     scatter(bridge, noise)
 
 
@@ -389,10 +389,10 @@ def unwrapped(
 ) -> None:
     """The adapters act, and the outputs stay."""
     with torch.no_grad():
-        wanted = model(x)
-        assert (wanted - bare).abs().max() > 1e-2
+        expected = model(x)
+        assert (expected - bare).abs().max() > 1e-2
         bridge.unwrap()
-        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert not any(name.endswith("seeds") for name, _ in model.named_modules())
 
 
@@ -447,9 +447,9 @@ def test_adapters_below_the_step_of_the_weight_stay(dtype: torch.dtype, noise: f
     # Features that cancel: their sum is small, and what the adapters add to it is seen.
     x = 100 * torch.eye(6, dtype=dtype)
     with torch.no_grad():
-        wanted = model(x)
+        expected = model(x)
         bridge.unwrap()
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(model(x), expected)
     assert any(name.endswith("grown") for name, _ in model.named_modules())
 
 
@@ -459,9 +459,9 @@ def test_a_weight_of_16_bits_takes_what_it_can_show() -> None:
     enliven(bridge, noise=0.7)
     x = X.to(torch.bfloat16)
     with torch.no_grad():
-        wanted = model(x)
+        expected = model(x)
         bridge.unwrap()
-        torch.testing.assert_close(model(x), wanted, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 
 
@@ -529,14 +529,16 @@ def test_tied_heads_of_transformers() -> None:
         bare = model(**inputs).logits
         enliven(bridge, noise=0.6)
         with torch.no_grad():
-            wanted = model(**inputs).logits
+            expected = model(**inputs).logits
             bridge.unwrap()
-            found = model(**inputs).logits
-        assert (wanted - bare).abs().max() > 1e-2
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        stays = {of.rpartition(".")[0] for of, _ in model.named_modules() if of.endswith("grown")}
+            results = model(**inputs).logits
+        assert (expected - bare).abs().max() > 1e-2
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+        stays = {
+            item.rpartition(".")[0] for item, _ in model.named_modules() if item.endswith("grown")
+        }
         # What is tied stays apart, and nothing else does.
-        assert {of.rpartition(".")[2] for of in stays} <= {
+        assert {item.rpartition(".")[2] for item in stays} <= {
             "lm_head",
             "wte",
             "decoder",
