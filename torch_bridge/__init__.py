@@ -37,12 +37,13 @@ from torch_bridge._convert import (
 )
 from torch_bridge._errors import BridgeError
 from torch_bridge._fsdp import replicate_adapters
-from torch_bridge._grow import grow
+from torch_bridge._grow import GrowthOptions, grow
 from torch_bridge._targets import blocks
 
 __all__ = [
     "Bridge",
     "BridgeError",
+    "GrowthOptions",
     "TorchFunction",
     "blocks",
     "grow",

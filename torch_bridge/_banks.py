@@ -132,7 +132,7 @@ def update_learning(optimizers: Watcher, banks: Sequence[Bank], gains: np.ndarra
     """Says which adapters the next optimiser's step may move.
 
     Args:
-      optimizers: is told.
+      optimizers: what watches the optimisers; it is changed.
       banks: all of the model.
       gains: float32[Q, 4], the columns of `Gains`.
     """

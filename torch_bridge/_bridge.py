@@ -123,8 +123,6 @@ class Bridge:
             twin.optimizers.close()
         return twin
 
-    # --- reading -----------------------------------------------------------------------------
-
     @property
     def state(self) -> ef.GrowthState:
         """The lifecycle's state, on JAX's CPU device; its adapters are in the model."""
@@ -146,7 +144,7 @@ class Bridge:
         return int(np.any(self._lifecycle.gains() != 0, axis=1).sum())
 
     def seed(self, index: int) -> ef.lifecycle.Seed:
-        """One seed to read."""
+        """The values of one seed, by its number."""
         return self.growth.seed(self.state, index)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -167,7 +165,7 @@ class Bridge:
         ]
 
     def summary(self) -> str:
-        """What was found, as `grow` prints it."""
+        """Sites, parameters and stages as text, as `grow` prints them."""
         layout = self.layout
         own = sum(p.numel() for p in self.adapter_parameters())
         host = sum(p.numel() for p in self._host)
@@ -195,8 +193,6 @@ class Bridge:
     def __repr__(self) -> str:
         return f"<Bridge: {self.summary()}>"
 
-    # --- optimisers --------------------------------------------------------------------------
-
     def attach(self, optimizer: Any, scaler: Any = None) -> None:
         """Checks an optimiser now rather than at its first step, and says what scales the loss.
 
@@ -220,35 +216,34 @@ class Bridge:
 
     @contextmanager
     def around(self, optimizer: Any) -> Iterator[None]:
-        """Around the step of an optimiser that is no `torch.optim.Optimizer`.
+        """Watches one step of an optimiser that is no `torch.optim.Optimizer`.
 
-        It needs `param_groups` and `state` of torch's form.
+        Args:
+          optimizer: it has `param_groups` and `state` of torch's form.
         """
         self.optimizers.before_step(optimizer)
         yield
         self.optimizers.after_step(optimizer)
 
-    # --- one step ----------------------------------------------------------------------------
-
     def step(self, loss: Tensor | float, commands: Sequence[Command] = ()) -> ef.StepInfo | None:
-        """One step of every seed's life; call it after `optimizer.step()`.
+        """Advances every seed by one step; call it after `optimizer.step()`.
 
-        Reads what the backward passes since the last call measured, in one transfer, advances the
-        lifecycle on the CPU, gives newborns their parameters and a fresh optimiser state, and takes
-        what does not learn out of the next step. In a process group the measurements of all ranks
-        are added up, so every rank decides the same.
+        It reads in one transfer what the backward passes measured since the last call, advances the
+        lifecycle on the CPU, gives newborns their parameters and a fresh optimiser state, and keeps
+        adapters that do not learn out of the next optimiser step. In a process group it adds up the
+        measurements of all ranks, so every rank decides the same.
 
         Args:
           loss: the training loss, the mean over what this rank saw.
-          commands: what people ask; see `esper_fn.commands`.
+          commands: from `esper_fn.commands`.
 
         Returns:
           What happened, with NumPy leaves. With `lag`, what the step that many calls ago led to;
           None before there was one, and commands wait.
 
         Raises:
-          BridgeError: arguments of other types, adapters that are in no optimiser that steps, or
-            require no gradient, or the bridge was unwrapped.
+          BridgeError: an argument has another type, an adapter requires no gradient or is in no
+            optimiser that steps, or the bridge was unwrapped.
         """
         self._check_open()
         check_step(loss, commands)
@@ -299,8 +294,6 @@ class Bridge:
     def _bank_of(self, slot: int) -> Bank:
         return next(b for b in self.banks if b.start <= slot < b.start + b.num_slots)
 
-    # --- plans -------------------------------------------------------------------------------
-
     def _refresh(self) -> None:
         """Updates the plan of every site, and what optimisers may move."""
         gains, owner = self._lifecycle.gains(), self._lifecycle.owner()
@@ -335,8 +328,6 @@ class Bridge:
         self._pending.clear()
         self._refresh()
 
-    # --- survey, end -------------------------------------------------------------------------
-
     def survey(self, closure: Callable[[], Tensor]) -> ef.SurveyInfo:
         """Measures where growth would pay and what living seeds are worth.
 
@@ -348,19 +339,27 @@ class Bridge:
 
         Returns:
           What was found, with NumPy leaves; `bridge.state` remembers it.
+
+        Raises:
+          BridgeError: `closure` is no function or returns no scalar, or the bridge was unwrapped.
         """
         self._check_open()
         check_survey(closure)
         return _survey.survey(self.sites, self._shared, self._lifecycle, self._group, closure)
 
     def unwrap(self) -> nn.Module:
-        """The model without seeds, with the same outputs.
+        """Takes the seeds out of the model, whose outputs stay the same.
 
         Adapters that act and are linear in the output of a linear layer, a convolution, an
         embedding or an affine normalisation are folded into its weights, if these are ordinary
         parameters that nothing else reads; others stay, as a plain submodule `grown` of their
-        target. So do adapters behind a hook, and those too small for weights of 16 bits. The bridge
-        ends here.
+        target. So do adapters behind a hook, and those too small for weights of 16 bits.
+
+        Returns:
+          The model. The bridge ends here.
+
+        Raises:
+          BridgeError: the bridge was unwrapped already.
         """
         self._check_open()
         staying = _unwrap.unwrap(self.model, self.sites)

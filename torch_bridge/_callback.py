@@ -42,7 +42,7 @@ class Pace:
         self.last_info: ef.StepInfo | None = None
         self.last_survey: ef.SurveyInfo | None = None
 
-    def ask(self, *commands: Command) -> None:
+    def send(self, *commands: Command) -> None:
         """Hand commands to the next step; see `esper_fn.commands`."""
         self._commands += commands
 

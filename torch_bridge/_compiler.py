@@ -1,4 +1,4 @@
-"""How `torch.compile` tells a grown layer from a bare one."""
+"""How `torch.compile` distinguishes a grown layer from a bare one."""
 
 from __future__ import annotations
 

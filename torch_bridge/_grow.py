@@ -74,8 +74,7 @@ def grow(
 ) -> Bridge:
     """Puts seeds after some modules of a model, so that it grows while it trains.
 
-    Each target gets a child module `seeds` and a forward hook. Make the optimiser afterwards, and
-    compile afterwards. `docs/bridge.md` explains every argument.
+    Make the optimiser afterwards, and compile afterwards; see `docs/bridge.md`.
 
     Args:
       model: any `nn.Module`; changed in place.
@@ -84,7 +83,7 @@ def grow(
       chunks: seeds along the feature axis, for all or by pattern; 16, or fewer for narrow layers.
       blueprints: what may grow, by name; `low_rank` if left out.
       capacity: adapters alive at once, for each target and blueprint.
-      features: widths of the last axis by pattern, for targets whose class does not tell.
+      features: widths of the last axis by pattern, for targets of an unknown class.
       topology: of all targets or by pattern; images for convolutions, else vectors.
       freeze_host: takes `requires_grad` from the model's own parameters.
       stacked: whether the adapters of a bank are rows of one parameter.
@@ -99,13 +98,11 @@ def grow(
       The bridge, whose `step` follows every `optimizer.step()`.
 
     Raises:
-      BridgeError: a target that matches nothing or cannot carry seeds, a blueprint without a form
-        in torch; the message says what to do.
+      BridgeError: a target matches nothing or cannot carry seeds, a blueprint has no torch form.
       LayoutError: sites, blueprints and capacity do not fit together.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> bridge = grow(model, targets="0", chunks=2, verbose=False)
-    >>> bridge.layout.num_seeds
+    >>> grow(model, targets="0", chunks=2, verbose=False).layout.num_seeds
     2
     """
     options = _Options(freeze_host, stacked, watch_every, lag, seed, process_group, verbose)
@@ -115,11 +112,15 @@ def grow(
     sites = _sites(matches, chunks, topology)
     blueprints = blueprints or {"low_rank": ef.blueprints.low_rank()}
     static = ef.Growth(sites=sites, blueprints=blueprints, capacity=capacity, **growth)
-    bridge = _assemble(model, matches, static, options)
+    return _reported(_assemble(model, matches, static, options), skipped, verbose)
+
+
+def _reported(bridge: Bridge, skipped: Mapping[str, str], verbose: bool) -> Bridge:
+    """Prints what was found, if that is wanted."""
     if verbose:
         reasons = skipped.items()
-        left_out = "".join(f"  left out by 'all-linear': {name} ({why})\n" for name, why in reasons)
-        sys.stdout.write(f"{bridge.summary()}\n{left_out}")
+        left_out = [f"  left out by 'all-linear': {name} ({why})\n" for name, why in reasons]
+        sys.stdout.write(f"{bridge.summary()}\n{''.join(left_out)}")
     return bridge
 
 
@@ -166,7 +167,7 @@ def _check(model: object, blueprints: object, options: _Options) -> None:
 def _assemble(
     model: nn.Module, matches: Sequence[Match], growth: ef.Growth, options: _Options
 ) -> Bridge:
-    """Changes the model; all that can fail for what was asked comes first."""
+    """Changes the model; what can fail comes first."""
     bank_slots = _bank_slots(growth.layout)
     lifecycle = Lifecycle(growth, options.seed)
     empty = lifecycle.empty_adapters()

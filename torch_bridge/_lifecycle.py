@@ -177,7 +177,7 @@ class Lifecycle:
           loss: of the step.
           drift: float32[Q].
           has_broken: bool[Q].
-          commands: what is asked.
+          commands: from `esper_fn.commands`.
 
         Returns:
           What happened, with NumPy leaves, and the adapters to put into place.
@@ -244,8 +244,6 @@ class Lifecycle:
             )
         self.state = state
         return jax.device_get(info)
-
-    # --- in a state dict ---------------------------------------------------------------------
 
     def leaves(self) -> dict[str, np.ndarray]:
         """The state's arrays by their paths, its key as numbers."""

@@ -112,9 +112,9 @@ def _heads(
 
 def _declared(module: nn.Module) -> nn.Module | None:
     """The head that a model of transformers names."""
-    ask = getattr(module, "get_output_embeddings", None)
+    declare = getattr(module, "get_output_embeddings", None)
     try:
-        head = ask() if callable(ask) else None
+        head = declare() if callable(declare) else None
     except (AttributeError, NotImplementedError):
         return None
     return head if isinstance(head, nn.Module) else None

@@ -4,7 +4,7 @@ The functions that a forward pass may run are found from the modules' classes, h
 and their bytecode is read. `self.layers[0].weight` is followed through the objects as they are; a
 weight of an object that cannot be followed (a local variable, an argument, a call's result) may be
 any layer's, and so may one whose name is a string. Tensors are also looked for in closures,
-partials and plain objects. To ask for a weight's kind or shape (`weight.dtype`) is no reading.
+partials and plain objects. Code that reads only its dtype or shape (`weight.dtype`) does not count.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Reads:
         self.known: set[tuple[int, str]] = set()
         """Identity of a module, and the name of a parameter that is read of it."""
         self.unknown: set[str] = set()
-        """Names of parameters that are read of objects nobody can tell."""
+        """Names of parameters that are read of unknown objects."""
         self.tensors: set[int] = set()
         """Memory of tensors in closures, partials and plain objects."""
 
@@ -101,7 +101,7 @@ def _note(reads: Reads, read: Read, environment: Mapping[str, Any]) -> None:
 
 
 def _resolved(read: Read, environment: Mapping[str, Any]) -> list[Any] | None:
-    """The objects that a path may lead to, None where that cannot be told."""
+    """The objects that a path may lead to, None where that is unknown."""
     if read.root is None or read.root not in environment:
         return None
     objects = [environment[read.root]]
@@ -263,7 +263,7 @@ def _is_known_layer(kind: type) -> bool:
 
 @cache
 def _methods(kind: Any) -> tuple[FunctionType, ...]:
-    """The methods that the forward pass of a class may call, as far as names tell."""
+    """The methods that the forward pass of a class may call, as far as names show."""
     known: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if base is not object and not _is_infrastructure(base):

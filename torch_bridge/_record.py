@@ -148,7 +148,7 @@ def unseal(record: Any) -> tuple[Tensor, int]:
 
 
 def own(site: Any) -> None:
-    """Tells a site from now on (`site.receive()`) when its record is written."""
+    """Calls `site.receive()` from now on whenever the site's record is written."""
     _OWNERS.add(site)
 
 

@@ -107,8 +107,6 @@ class Seeds(nn.Module):  # type: ignore[misc]
             self.state.add(gradient)
         return self.state.take()
 
-    # --- the record --------------------------------------------------------------------------
-
     def add_record(self) -> None:
         """Makes this the site whose buffer holds the lifecycle."""
         lifecycle = self.shared.lifecycle
@@ -160,8 +158,6 @@ class Seeds(nn.Module):  # type: ignore[misc]
         # What a bridge drives is newer than all averages of it, whatever was loaded.
         lifecycle.age = max(lifecycle.age, age) if lifecycle.is_driven else age
         self.packed_age = None
-
-    # --- parameters --------------------------------------------------------------------------
 
     def parameters_of(self, bank: str, slots: tuple[int, ...] | None = None) -> list[nn.Parameter]:
         """The parameters of some slots, slot by slot; the stacked ones of a bank if they are."""
@@ -231,8 +227,6 @@ class Seeds(nn.Module):  # type: ignore[misc]
             else:
                 rows.append(torch.stack([getattr(adapter, name) for adapter in module]))
         return rows
-
-    # --- module protocol ---------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Seeds:
         super()._apply(fn, recurse)

@@ -266,7 +266,7 @@ _MOST_LOST = 1 / 8
 
 
 def _add_(values: Tensor, matrix: Tensor, shift: Tensor) -> bool:
-    """Changes values `[..., n]` by `values matrix + shift`, if they can tell the difference."""
+    """Changes values `[..., n]` by `values matrix + shift`, if they can represent the change."""
     wide = values.double()
     change = wide @ matrix + shift
     new = (wide + change).to(values.dtype)

@@ -22,10 +22,10 @@ except ImportError as error:
 class GrowthCallback(Callback):  # type: ignore[misc]
     """Advances the seeds after every optimiser step of a Lightning `Trainer`.
 
-    Works with gradient accumulation, clipping and precision plugins; the loss it tells the bridge
-    is the mean over the accumulated batches. Checkpoints need nothing more: the lifecycle is part
-    of the module's state dict, so `fit(..., ckpt_path=...)` restores stages, adapters and optimiser
-    state. It logs `growth/live` and `growth/fossils` where the trainer logs.
+    Works with gradient accumulation, clipping and precision plugins; the loss it passes to the
+    bridge is the mean over the accumulated batches. Checkpoints need nothing more: the lifecycle is
+    part of the module's state dict, so `fit(..., ckpt_path=...)` restores stages, adapters and
+    optimiser state. It logs `growth/live` and `growth/fossils` where the trainer logs.
 
     With manual optimisation, return the step's loss from `training_step` as `{"loss": loss}`, and
     let the adapters' optimiser step at most once a batch.
@@ -77,9 +77,9 @@ class GrowthCallback(Callback):  # type: ignore[misc]
         """The `esper_fn.SurveyInfo` of the last survey."""
         return self._pace.last_survey
 
-    def ask(self, *commands: Command) -> None:
+    def send(self, *commands: Command) -> None:
         """Hand commands to the next step; see `esper_fn.commands`."""
-        self._pace.ask(*commands)
+        self._pace.send(*commands)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the module holds the model that grows."""

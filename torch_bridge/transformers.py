@@ -72,9 +72,9 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
         """The `esper_fn.SurveyInfo` of the last survey."""
         return self._pace.last_survey
 
-    def ask(self, *commands: Command) -> None:
+    def send(self, *commands: Command) -> None:
         """Hand commands to the next step; see `esper_fn.commands`."""
-        self._pace.ask(*commands)
+        self._pace.send(*commands)
 
     def attach(self, trainer: Any) -> GrowthCallback:
         """Add this callback to a trainer and read its losses; call it once, before `train`."""

@@ -111,11 +111,9 @@ def pullback(
     ([[2.0]], [-6.0])
     """
     r, pull = vjp(adapters, u)
-    slope = dy
-    if is_damped:
-        damping = torch.where(gains.input_grad_scale == 0, gains.output_damping, 0.0)
-        slope = blend(dy, damping, r)
-    d_adapters, d_u = pull(slope)
+    damping = torch.where(gains.input_grad_scale == 0, gains.output_damping, 0.0)
+    d_adapters, d_u = pull(blend(dy, damping, r) if is_damped else dy)
+
     wide = _wide(u.dtype)
     output_square = r.to(wide).square().flatten(1).sum(1)
     utility = -(dy.to(wide) * r.to(wide)).flatten(1).sum(1)

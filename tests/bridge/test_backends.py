@@ -75,7 +75,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, backend: SiteBackend) -> list[str]:
             calls.append("backward")
             return backend.backward(*arguments)
 
-    monkeypatch.setattr(_passes, "BACKENDS", (Noted(),))
+    monkeypatch.setattr(_passes, "BACKENDS", [Noted()])
     return calls
 
 

@@ -44,7 +44,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def by_definition(*arguments: Any, **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_passes, "BACKENDS", (_passes.REFERENCE,))
+        patch.setattr(_passes, "BACKENDS", [_passes.REFERENCE])
         return results(*arguments, **options)
 
 

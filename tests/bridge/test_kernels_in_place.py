@@ -47,7 +47,7 @@ def test_a_site_by_kernel_is_the_site_without(
 
     monkeypatch.setattr(Triton, "forward", counted)
     results = []
-    for order in ((_passes.REFERENCE,), _passes.BACKENDS):
+    for order in ([_passes.REFERENCE], _passes.BACKENDS):
         torch._dynamo.reset()
         monkeypatch.setattr(_passes, "BACKENDS", order)
         run: nn.Module = torch.compile(model, backend="aot_eager") if compiles else model

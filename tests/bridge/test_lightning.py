@@ -145,7 +145,7 @@ def test_commands_reach_the_next_step(data, tmp_path):
         module, targets="net.0", **{**options(), "policy": ef.policies.never()}
     )
     growth = GrowthCallback(bridge)
-    growth.ask(ef.commands.germinate(2, "low_rank"))
+    growth.send(ef.commands.germinate(2, "low_rank"))
     trainer = Trainer(
         max_steps=2,
         accelerator="cpu",

@@ -1,8 +1,19 @@
 """What computes a site: one protocol, and its implementations in order of preference.
 
-`BACKENDS` is asked from the front; the last one, the definition, serves everything. To add one,
-write a class with the methods of `SiteBackend`, put an instance into `BACKENDS` and its name into
-`tests/bridge/test_backends.py`, which holds every backend to the definition.
+The first backend of `BACKENDS` that serves a site computes it; the last one serves everything. To
+add one, write a class with the methods of `SiteBackend` and insert an instance; to keep it here,
+list what it does not serve in `tests/bridge/test_backends.py`, which holds every backend to the
+rule.
+
+>>> class Mine(Reference):
+...     name = "mine"
+...
+...     def serves(self, plan, adapters, x):
+...         return x.shape[-1] == 12345
+>>> BACKENDS.insert(0, Mine())
+>>> [backend.name for backend in BACKENDS]
+['mine', 'triton', 'dense_cpu', 'reference']
+>>> del BACKENDS[0]
 """
 
 from torch_bridge.backends._base import Adapters, Residual, SiteBackend, SiteGradients

@@ -7,7 +7,7 @@ An adapter is `r = phi(u down + bias) up` of [N, F] rows. Where `phi` is the ide
 bias and the adapter is not much narrower than its chunk, `W = down up` comes first: `r = u W` and
 `d u = dy W^T` are one product each, and `u^T dy` serves both parameters.
 
-Nothing here asks numbers whether they are finite. They are while the norms of what they are made of
+Nothing here tests whether numbers are finite. They are while the norms of what they are made of
 are small, as the norm of a product is at most the product of its factors' norms. The definition
 takes over where one is larger, or a parameter is in float16.
 """

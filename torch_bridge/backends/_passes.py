@@ -11,7 +11,7 @@ from torch_bridge.backends._dense_cpu import DenseCpu
 from torch_bridge.backends._reference import REFERENCE
 from torch_bridge.backends._triton import Triton
 
-BACKENDS: tuple[SiteBackend, ...] = (Triton(), DenseCpu(), REFERENCE)
+BACKENDS: list[SiteBackend] = [Triton(), DenseCpu(), REFERENCE]
 """All backends, in order of preference."""
 
 
