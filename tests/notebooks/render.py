@@ -52,9 +52,15 @@ def execute(path: Path) -> Any:
     notebook = jupytext.read(path)
     with environment(), tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(
-            notebook, kernel_name=KERNEL, timeout=600, record_timing=False, resources=resources
-        ).execute()
+        client = NotebookClient(
+            notebook,
+            kernel_name=KERNEL,
+            timeout=600,
+            record_timing=False,
+            coalesce_streams=True,
+            resources=resources,
+        )
+        client.execute()
     return notebook
 
 
