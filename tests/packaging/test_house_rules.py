@@ -19,7 +19,26 @@ MAX_FUNCTION_LINES = 60
 EXEMPT = {"backward_kernel"}
 """Its 44 parameters stand one a line, as compilers want them flat."""
 
-BANNED = frozenset(["of", "told", "asked", "held", "kept", "found", "given", "place", "here", "there", "way", "hear", "bear", "tell", "wanted", "at", "one"])
+BANNED = frozenset(
+    [
+        "of",
+        "told",
+        "asked",
+        "held",
+        "kept",
+        "found",
+        "given",
+        "place",
+        "here",
+        "there",
+        "way",
+        "hear",
+        "bear",
+        "tell",
+        "wanted",
+        "at",
+        "one",
+    ]
 )
 """Identifiers that say nothing about what they name."""
 
