@@ -26,13 +26,12 @@ from esper_fn._growth._survey import SurveyOptions, make_survey
 from esper_fn._growth._update import update
 from esper_fn._layout import (
     Layout,
+    evaluation_seeds,
     init_adapters,
     make_layout,
     map_banks,
     slot_gains,
     split_by_bank,
-    view,
-    zero_taps,
 )
 from esper_fn._sites import Seeds, Site, Statistics
 from esper_fn._survey import (
@@ -235,14 +234,14 @@ class Growth:
           LayoutError: it is one of another growth.
         """
         check_state(self._parts, state, "growth.seeds(state)")
-        return view(
+        return evaluation_seeds(
             self.layout,
+            self.adapters_at_once,
+            self.implementation,
+            state.seeds,
             state.owner,
-            slot_gains(state.seeds, state.owner, state.settings),
+            state.settings,
             state.adapters,
-            zero_taps(self.layout),
-            at_once=self.adapters_at_once,
-            implementation=self.implementation,
         )
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:

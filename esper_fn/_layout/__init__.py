@@ -17,6 +17,7 @@ from esper_fn._layout._layout import (
     serves,
 )
 from esper_fn._layout._view import (
+    evaluation_seeds,
     slot_gains,
     statistics_of,
     view,
@@ -30,6 +31,7 @@ __all__ = [
     "alike_banks",
     "allocate",
     "bank_indices",
+    "evaluation_seeds",
     "free_slots",
     "init_adapters",
     "join_banks",

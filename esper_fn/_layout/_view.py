@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +47,7 @@ def _stack(layers: int | None) -> tuple[int, ...]:
     return () if layers is None else (layers,)
 
 
+@jax.jit
 def slot_gains(
     seeds: SeedState, owner: Int32[Array, "Q"], settings: Settings
 ) -> Float32[Array, "Q 4"]:
@@ -120,6 +123,40 @@ def view(
             )
         )
     return Seeds(SeedsStructure(tuple(configs), visits), tuple(views))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def evaluation_seeds(
+    layout: Layout,
+    at_once: int | None,
+    implementation: Implementation,
+    seeds: SeedState,
+    owner: Int32[Array, "Q"],
+    settings: Settings,
+    adapters: Adapters,
+) -> Seeds:
+    """The `Seeds` for a forward pass, by one program.
+
+    Args:
+      layout: the static layout.
+      at_once: see `view`.
+      implementation: see `view`.
+      seeds: rows of all seeds.
+      owner: who holds each slot.
+      settings: the lifecycle's settings.
+      adapters: parameters of all banks.
+    """
+    gains_of_slots = slot_gains(seeds, owner, settings)
+    taps = zero_taps(layout)
+    return view(
+        layout,
+        owner,
+        gains_of_slots,
+        adapters,
+        taps,
+        at_once=at_once,
+        implementation=implementation,
+    )
 
 
 def _by_layer(bank: BankView, site: Site) -> BankView:
