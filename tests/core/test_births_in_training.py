@@ -166,7 +166,9 @@ def test_births_compile_nothing_donate_and_repeat() -> None:
             given = state
             state, info = segment(state, batches, (X, Y), None)
             if index:
-                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.growth.directions))
+                assert all(
+                    leaf.is_deleted() for leaf in jax.tree.leaves(given.growth_state.directions)
+                )
             counts.append(info)
         return state, counts
 
