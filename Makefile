@@ -20,6 +20,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-ver
 PIP_FAILED := { echo "error: the installation failed; pip's message is above. After lines of 'Retrying' it means that" \
 	"no package index answered: check the network or pip's index settings, then run make again." >&2; exit 1; }
 
+QUICK_TESTS := $(wildcard $(addprefix tests/core/test_,lifecycle*.py allocate.py commands.py site.py policies.py \
+	policy_contract.py governor.py grafting.py forward.py)) tests/packaging/test_house_rules.py tests/benchmarks
+
 DEV_EXTRAS := dev$(if $(TORCH),$(comma)integrations)
 
 .NOTPARALLEL: # two pip runs must not share one environment
@@ -35,6 +38,11 @@ demo: install ## grow a network on scikit-learn's digits and write the report to
 test: lint ## check format, lint, types and layers, then run the tests
 	@echo "==> pytest"
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25 --durations-min 2 $(PYTEST_ARGS)
+
+quick: install-dev ## format, lint and the tests of the core that take no training, in about a minute
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(QUICK_TESTS)
 
 test-all: lint ## the same with the long tests, and programs compiled as for users
 	@echo "==> pytest, long tests included"
