@@ -26,7 +26,7 @@ QUICK_TESTS := $(wildcard $(addprefix tests/core/test_,lifecycle*.py allocate.py
 DEV_EXTRAS := dev$(if $(TORCH),$(comma)integrations)
 
 .NOTPARALLEL: # two pip runs must not share one environment
-.PHONY: help demo notebooks test test-all lint format install install-dev clean FORCE
+.PHONY: help demo notebooks quick test test-all lint format install install-dev clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
