@@ -295,7 +295,8 @@ def test_memory_holds_each_seeds_own_directions() -> None:
     assert sorted(_remembered(best)) == want
     for seed, along in _remembered(best).items():
         _same_up_to_sign(along[:, :1], told[seed][:, :1], 1e-3)
-    np.testing.assert_array_equal(info.potential, found.potential)
+    # Two programs, which XLA may round differently.
+    np.testing.assert_allclose(info.potential, found.potential, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
