@@ -71,8 +71,8 @@ def _matrix() -> np.ndarray:
 TRANSITIONS = _matrix()
 """bool[11, 11]: `TRANSITIONS[source, target]`; no stage may follow itself."""
 
-# (act, learn, feel) of a stage; "a" stands for the seed's alpha. Where an adapter acts, the host
-# feels it as much: the host's gradient is that of what it computes.
+# (output_scale, param_grad_scale, input_grad_scale) of a stage; "a" stands for the seed's alpha.
+# Where an adapter acts, the host's gradient is scaled as much: it is that of what it computes.
 _GAINS: dict[Stage, tuple[int | str, int | str, int | str]] = {
     Stage.DORMANT: (0, 0, 0),
     Stage.GERMINATED: (0, 0, 0),

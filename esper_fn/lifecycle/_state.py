@@ -124,7 +124,7 @@ def seed_state(num_seeds: int) -> SeedState:
 
 
 def gains(stage: Int8[Array, "..."], alpha: Float32[Array, "..."]) -> Float32[Array, "... 3"]:
-    """`(act, learn, feel)` of each seed, from its stage and alpha.
+    """The first three gains of each seed, from its stage and alpha.
 
     >>> gains(jnp.int8(Stage.GRAFTING), jnp.float32(0.25)).tolist()
     [0.25, 1.0, 0.25]

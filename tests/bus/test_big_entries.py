@@ -303,7 +303,7 @@ def test_all_telemetry_as_large_as_allowed_is_followed_a_little_at_a_time(rig):
 
 
 def bomb(num_bytes):
-    """A envelope whose messages take a byte each."""
+    """An envelope whose messages take a byte each."""
     head = envelope()[:-1]
     return head + b"\xdd" + num_bytes.to_bytes(4, "big") + b"\xc0" * num_bytes
 

@@ -182,7 +182,7 @@ def test_the_order_of_one_sender_is_kept(loop, connect):
     assert running.worker.counts == {}
 
 
-def test_an_stop_overtakes_ten_thousand_commands(loop, connect):
+def test_a_stop_overtakes_ten_thousand_commands(loop, connect):
     running, client = loop(start=False), connect()
 
     async def many():

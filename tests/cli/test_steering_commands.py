@@ -94,7 +94,7 @@ def test_a_batch_comes_from_a_file(esper, loop, tmp_path):
     assert [type(part) for part in loop[0].commands] == [bus.Cull, bus.PauseSeed]
 
 
-def test_stop_sends_an_stop(esper, loop):
+def test_stop_sends_a_stop(esper, loop):
     status, _, _ = esper("stop", "--reason", "enough")
     assert status == 0
     assert isinstance(loop[0], bus.Stop)

@@ -43,7 +43,7 @@ def emptied(server):
 
 
 @pytest.mark.parametrize("fault", [None, up, killed, silent, emptied])
-def test_a_paused_run_saves_and_ends_when_it_is_stopping_to(fault, tmp_path, request):
+def test_a_paused_run_saves_and_ends_when_it_is_asked_to(fault, tmp_path, request):
     server = None if fault is None else request.getfixturevalue("own_server")
     url = "memory" if server is None else server.url
     name, times = f"run-{secrets.token_hex(4)}", {}
