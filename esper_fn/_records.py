@@ -31,7 +31,8 @@ def qualified(kind: type[Any]) -> str:
 def record(kind: Kind) -> Kind:
     """Lets a type of this package come back from a file, under its room's name and its own.
 
-    A decorator: `esper_fn.policies._limits.BudgetState` is `esper_fn.policies.BudgetState` in files.
+    A decorator: `esper_fn.policies._limits.BudgetState` is `esper_fn.policies.BudgetState` in a
+    file.
     """
     rooms = [part for part in kind.__module__.split(".") if not part.startswith("_")]
     register(kind, ".".join([*rooms, kind.__name__.lstrip("_")]))
