@@ -2,8 +2,8 @@
 
 XLA compiles most of a run's time, and the same small programs in every process: so they are kept in
 `.cache/jax`, for all workers, all processes that tests start, and the next run. It compiles them
-without its optimisations, four times as fast; `TEST_OPTIMISED=1` compiles as for users, and so does
-a machine with an NVIDIA GPU, where programs without optimisations crash.
+without its optimisations, which is much faster; `TEST_OPTIMISED=1` compiles as for users. So does a
+machine with an NVIDIA GPU, where programs without optimisations crash.
 
 Triton decides where it and the kernels are imported whether it interprets, and some tests import
 what imports it (torch's compiler, trainers): so it comes before all of them.

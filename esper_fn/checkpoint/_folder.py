@@ -21,6 +21,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from esper_fn.checkpoint import _files, _manifest
 from esper_fn.checkpoint._json import loads
 from esper_fn.checkpoint._manifest import Manifest
@@ -44,7 +46,7 @@ PathLike = str | os.PathLike[str]
 def checked_step(step: Any) -> int:
     """A step as a plain int; raises `CheckpointError` for anything but a whole number in range."""
     try:
-        if isinstance(step, bool):
+        if isinstance(step, bool | np.bool_):
             raise TypeError
         number = operator.index(step)
     except TypeError:

@@ -134,8 +134,8 @@ def backward_tiles(case: Case) -> Tiles:
     tiles = _choose(case, _BACKWARD)
     if tiles.rows == 32:
         return tiles
-    # Triton 3.6 unrolls the loop of a program that has a single tile, and gets the products of
-    # 64 rows and more wrong that are left.
+    # With a single tile of 64 rows or more a program reads illegal memory or gives wrong gradients
+    # on an H200 with Triton 3.6; the cause is not known.
     pairs = case.rows // (2 * tiles.rows)
     if pairs:
         return replace(tiles, splits=min(tiles.splits, pairs))
