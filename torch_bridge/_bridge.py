@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import esper_fn as ef
 from esper_fn.commands import Command
@@ -23,7 +24,6 @@ from torch_bridge._arguments import check_step, check_survey
 from torch_bridge._banks import Bank, banks_of, update_learning, update_plans
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
-from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._measure import Measured, measure, read
 from torch_bridge._optim import Watcher
 from torch_bridge._reach import Reach
@@ -31,31 +31,20 @@ from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 
 
-class _Hook(Protocol):
-    """What torch returns for a hook that it has registered."""
-
-    id: int
-
-    def remove(self) -> None: ...
-
-
 class Bridge:
     """A model that grows; made by `grow`.
 
     Args:
       model: the model, changed in place.
-      growth: the static part.
       sites: the seeds of every target.
-      lifecycle: the state of every seed.
-      shared: what all sites share.
+      shared: what they share, with the state of every seed.
       group: the ranks that decide together.
+      hooks: what `grow` has registered with the model.
       watch_every: steps between two measurements of dormant chunks; 0 for none.
       lag: steps by which the lifecycle follows.
-      hooks: what `grow` has registered with the model.
 
     Attributes:
       model: the model.
-      growth: the static part.
       sites: the seeds of every target, in the order of their numbers.
       banks: where the adapters are.
       optimizers: what watches the optimisers.
@@ -64,21 +53,17 @@ class Bridge:
     def __init__(
         self,
         model: nn.Module,
-        growth: ef.Growth,
         sites: Sequence[Seeds],
-        lifecycle: Lifecycle,
         shared: Shared,
         group: Group,
+        hooks: Sequence[RemovableHandle],
         watch_every: int,
         lag: int,
-        hooks: Sequence[_Hook],
     ) -> None:
         self.model = model
-        self.growth = growth
         self.sites = list(sites)
         self.banks = banks_of(sites)
-        self._lifecycle = lifecycle
-        self._shared = shared
+        self._shared, self._lifecycle = shared, shared.lifecycle
         self._group = group
         self._watch_every = watch_every
         self._hooks = list(hooks)
@@ -111,8 +96,8 @@ class Bridge:
         """
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         for name, value in vars(self).items():
-            if name in ("growth", "_group"):
-                setattr(twin, name, value)
+            if name == "_group":
+                twin._group = value
             elif name not in ("optimizers", "_pending", "_commands", "_last_plan"):
                 setattr(twin, name, copy.deepcopy(value, memo))
         twin.optimizers = Watcher(twin._host, twin.adapter_parameters())
@@ -122,6 +107,11 @@ class Bridge:
         else:
             twin.optimizers.close()
         return twin
+
+    @property
+    def growth(self) -> ef.Growth:
+        """The static part."""
+        return self._lifecycle.growth
 
     @property
     def state(self) -> ef.GrowthState:
@@ -316,7 +306,6 @@ class Bridge:
     def _make_room(self, capacity: int) -> None:
         """Room for as many adapters as a checkpoint holds."""
         self._shared.make_room(capacity)
-        self.growth = self._lifecycle.growth
         self.banks = banks_of(self.sites)
         self.optimizers.set_adapters(self.adapter_parameters())
         self._loaded()

@@ -13,17 +13,26 @@ from esper_fn.lifecycle import Stage
 from torch_bridge._errors import BridgeError
 
 
-class Pace:
+class BridgeCallback:
     """Calls a bridge once for each step of the optimiser, and surveys now and then.
 
     Args:
       bridge: from `torch_bridge.grow`.
       survey: returns the loss on held-out data, as `bridge.survey` wants it; None for no surveys.
       survey_every: optimiser steps between two surveys.
+
+    Attributes:
+      bridge: the bridge.
+      last_info: of the last step, an `esper_fn.StepInfo`.
+      last_survey: of the last survey, an `esper_fn.SurveyInfo`.
     """
 
     def __init__(
-        self, bridge: Any, survey: Callable[[], torch.Tensor] | None, survey_every: int
+        self,
+        bridge: Any,
+        *,
+        survey: Callable[[], torch.Tensor] | None = None,
+        survey_every: int = 50,
     ) -> None:
         if not all(hasattr(bridge, name) for name in ("step", "survey", "state")):
             raise BridgeError(
@@ -43,36 +52,43 @@ class Pace:
         self.last_survey: ef.SurveyInfo | None = None
 
     def send(self, *commands: Command) -> None:
-        """Hand commands to the next step; see `esper_fn.commands`."""
+        """Hand commands to the next step.
+
+        Args:
+          *commands: from `esper_fn.commands`.
+        """
         self._commands += commands
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Take the share of one micro-batch in the step's loss."""
-        self._losses.append(loss.detach())
+    def _check_part(self, model: torch.nn.Module, remedy: str) -> None:
+        if not any(part is self.bridge.model for part in model.modules()):
+            raise BridgeError(
+                f"the bridge grows a {type(self.bridge.model).__name__} that is no part of the "
+                f"{type(model).__name__} being trained; {remedy}"
+            )
 
-    def step(self, number: int) -> None:
-        """Advance every seed; `number` counts the optimiser's steps from 1."""
+    def _begin(self, optimizers: list[Any], scaler: Any) -> None:
+        """Drops what an interrupted run left behind, and learns what scales the loss."""
+        self._losses.clear()
+        if scaler is not None:
+            for optimizer in optimizers:
+                self.bridge.attach(optimizer, scaler)
+
+    def _step(self, number: int) -> None:
+        """Advances every seed; `number` counts the optimiser's steps from 1."""
         if not self._losses:
             raise BridgeError(
                 f"the optimiser has made step {number} and no loss was seen; return the loss from "
                 "the training step"
             )
-        loss = torch.stack(self._losses).sum()
-        commands = tuple(self._commands)
-        self._losses.clear()
-        self._commands.clear()
-        self.last_info = self.bridge.step(loss, commands)
+        losses, self._losses = self._losses, []
+        commands, self._commands = self._commands, []
+        self.last_info = self.bridge.step(torch.stack(losses).sum(), commands)
         if self._survey is not None and number % self._survey_every == 0:
             self.last_survey = self.bridge.survey(self._survey)
 
-    def forget(self) -> None:
-        """Drop what an interrupted step left behind."""
-        self._losses.clear()
-
-    def counts(self) -> dict[str, float]:
+    def _counts(self) -> dict[str, float]:
         """Adapters at work and seeds kept, for a logger."""
-        stages = self.bridge.stages
         return {
             "growth/live": float(self.bridge.num_live),
-            "growth/fossils": float((stages == Stage.FOSSILIZED).sum()),
+            "growth/fossils": float((self.bridge.stages == Stage.FOSSILIZED).sum()),
         }

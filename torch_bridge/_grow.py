@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
 
 import esper_fn as ef
 from esper_fn.blueprints import Blueprint, Topology
-from esper_fn.types import Layout, Site
+from esper_fn.types import Site
 from esper_kernels import Chunking
 from torch_bridge import _compiler, _load
-from torch_bridge._adapters import Form, form_of
 from torch_bridge._banks import refresh_copy
 from torch_bridge._bridge import Bridge
 from torch_bridge._convert._devices import cpu_device
@@ -24,13 +23,10 @@ from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._forward import grow_output
 from torch_bridge._lifecycle import Lifecycle
-from torch_bridge._plan import BankSlots, SitePlan
+from torch_bridge._plan import SitePlan, bank_slots
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
 from torch_bridge._targets import Match, Targets, by_pattern, find
-
-Empty: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
-"""Zeros for all slots of a site, by blueprint and leaf."""
 
 
 class GrowthOptions(TypedDict, total=False):
@@ -74,8 +70,6 @@ def grow(
 ) -> Bridge:
     """Puts seeds after some modules of a model, so that it grows while it trains.
 
-    Make the optimiser afterwards, and compile afterwards; see `docs/bridge.md`.
-
     Args:
       model: any `nn.Module`; changed in place.
       targets: whose outputs grow; a name, pattern, class or function, or several.
@@ -95,46 +89,36 @@ def grow(
       **growth: see `GrowthOptions`.
 
     Returns:
-      The bridge, whose `step` follows every `optimizer.step()`.
+      The bridge, whose `step` follows every `optimizer.step()`; make that, and compile, afterwards.
 
     Raises:
       BridgeError: a target matches nothing or cannot carry seeds, a blueprint has no torch form.
-      LayoutError: sites, blueprints and capacity do not fit together.
+      LayoutError, TypeError: sites, blueprints and capacity do not fit together, or are none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> grow(model, targets="0", chunks=2, verbose=False).layout.num_seeds
     2
     """
-    options = _Options(freeze_host, stacked, watch_every, lag, seed, process_group, verbose)
-    _check(model, blueprints, options)
-    cpu_device()  # before the arrays of the layout start JAX wherever it likes
+    counts = {"watch_every": watch_every, "lag": lag}
+    _check(model, counts, {"freeze_host": freeze_host, "stacked": stacked, "verbose": verbose})
     matches, skipped = find(model, targets, features, exclude)
     sites = _sites(matches, chunks, topology)
     blueprints = blueprints or {"low_rank": ef.blueprints.low_rank()}
     static = ef.Growth(sites=sites, blueprints=blueprints, capacity=capacity, **growth)
-    return _reported(_assemble(model, matches, static, options), skipped, verbose)
+    shared = Shared(Lifecycle(static, seed), refresh_copy)
+    seeds, hooks = _insert(model, matches, shared, freeze_host=freeze_host, is_stacked=stacked)
+    bridge = Bridge(model, seeds, shared, Group(process_group), hooks, **counts)
+    return _reported(bridge, skipped) if verbose else bridge
 
 
-def _reported(bridge: Bridge, skipped: Mapping[str, str], verbose: bool) -> Bridge:
-    """Prints what was found, if that is wanted."""
-    if verbose:
-        reasons = skipped.items()
-        left_out = [f"  left out by 'all-linear': {name} ({why})\n" for name, why in reasons]
-        sys.stdout.write(f"{bridge.summary()}\n{''.join(left_out)}")
+def _reported(bridge: Bridge, skipped: Mapping[str, str]) -> Bridge:
+    """Prints what was found."""
+    left_out = [f"  left out by 'all-linear': {name} ({why})\n" for name, why in skipped.items()]
+    sys.stdout.write(f"{bridge.summary()}\n{''.join(left_out)}")
     return bridge
 
 
-class _Options(NamedTuple):
-    freeze_host: bool
-    stacked: bool
-    watch_every: int
-    lag: int
-    seed: int
-    process_group: ProcessGroup | None
-    verbose: bool
-
-
-def _check(model: object, blueprints: object, options: _Options) -> None:
+def _check(model: object, counts: Mapping[str, object], flags: Mapping[str, object]) -> None:
     if not isinstance(model, nn.Module):
         raise BridgeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
@@ -142,73 +126,58 @@ def _check(model: object, blueprints: object, options: _Options) -> None:
             "model has lazy layers whose shapes are not known yet; call it once on a batch before "
             "grow()"
         )
-    if blueprints is not None and not isinstance(blueprints, Mapping):
-        raise BridgeError(
-            f"blueprints must be a dict of name to blueprint, got {type(blueprints).__name__}; say "
-            "blueprints={'low_rank': ef.blueprints.low_rank()}"
-        )
-    for name, blueprint in (blueprints or {}).items():
-        if not isinstance(name, str) or not isinstance(blueprint, Blueprint):
-            raise BridgeError(
-                f"blueprints[{name!r}] must be a blueprint under a name, got "
-                f"{type(blueprint).__name__}; make one by calling a function of ef.blueprints, as "
-                "{'low_rank': ef.blueprints.low_rank(rank=8)}"
-            )
-    for name in ("watch_every", "lag"):
-        count = getattr(options, name)
+    for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise BridgeError(f"{name} must be an int, at least 0, got {count!r}")
-    for name in ("freeze_host", "stacked", "verbose"):
-        flag = getattr(options, name)
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise BridgeError(f"{name} must be True or False, got {flag!r}")
 
 
-def _assemble(
-    model: nn.Module, matches: Sequence[Match], growth: ef.Growth, options: _Options
-) -> Bridge:
-    """Changes the model; what can fail comes first."""
-    bank_slots = _bank_slots(growth.layout)
-    lifecycle = Lifecycle(growth, options.seed)
-    empty = lifecycle.empty_adapters()
-    if options.freeze_host:
+def _insert(
+    model: nn.Module,
+    matches: Sequence[Match],
+    shared: Shared,
+    *,
+    freeze_host: bool,
+    is_stacked: bool,
+) -> tuple[list[Seeds], list[RemovableHandle]]:
+    """Changes the model, after all that can fail; returns its sites and hooks."""
+    layout, empty = shared.lifecycle.growth.layout, shared.lifecycle.empty_adapters()
+    slots = bank_slots(layout)
+    if freeze_host:
         model.requires_grad_(False)
         model.zero_grad()  # an optimiser moves whatever has a gradient, frozen or not
-    shared = Shared(lifecycle, refresh_copy)
-    seeds = [
-        _seeds(match, site, empty[site.name], shared, slots, options.stacked, model)
-        for match, site, slots in zip(matches, growth.layout.sites, bank_slots, strict=True)
-    ]
-    seeds[0].add_record()
     hooks = [
         model.register_forward_pre_hook(shared.begin, prepend=True),
         model.register_forward_hook(shared.end, always_call=True),
         model.register_load_state_dict_pre_hook(_load.prepare),
     ]
-    for match, own in zip(matches, seeds, strict=True):
-        match.module.add_module("seeds", own)
+    sites = []
+    for match, site in zip(matches, layout.sites, strict=True):
+        like = next(
+            (p for p in (*match.module.parameters(), *model.parameters()) if p.is_floating_point()),
+            torch.zeros(()),
+        )
+        banks = {
+            name: {
+                # Not `.to(like)`: the adapters of a quantised layer would be quantised.
+                leaf: torch.tensor(rows, device=like.device, dtype=like.dtype)
+                for leaf, rows in leaves.items()
+            }
+            for name, leaves in empty[site.name].items()
+        }
+        plan = SitePlan.dormant(Chunking(site.features, site.chunks), site.topology)
+        seeds = Seeds(
+            site.name, match.axis, plan, banks, shared, slots[site.name], is_stacked=is_stacked
+        ).to(like.device)
+        sites.append(seeds)
+    sites[0].add_record()
+    for match, seeds in zip(matches, sites, strict=True):
+        match.module.add_module("seeds", seeds)
         _compiler.mark(match.module)
         hooks.append(match.module.register_forward_hook(grow_output))
-    group = Group(options.process_group)
-    return Bridge(
-        model, growth, seeds, lifecycle, shared, group, options.watch_every, options.lag, hooks
-    )
-
-
-def _bank_slots(layout: Layout) -> list[tuple[BankSlots, ...]]:
-    """The banks of each site.
-
-    Raises:
-      BridgeError: a blueprint has no torch form.
-    """
-    starts = np.cumsum([0, *(site.num_seeds for site in layout.sites)]).tolist()
-    slots: list[list[BankSlots]] = [[] for _ in layout.sites]
-    for bank in layout.tables.banks:
-        blueprint, site = layout.blueprints[bank.blueprint], layout.sites[bank.site]
-        form: Form = form_of(blueprint, site.spec)
-        name, first_seed = layout.names[bank.blueprint], starts[bank.site]
-        slots[bank.site].append(BankSlots(name, bank.start, bank.num_slots, first_seed, form))
-    return [tuple(banks) for banks in slots]
+    return sites, hooks
 
 
 _IMAGES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
@@ -219,6 +188,7 @@ def _sites(
     chunks: int | Mapping[str, int] | None,
     topology: Topology | Mapping[str, Topology] | None,
 ) -> list[Site]:
+    cpu_device()  # before the arrays of the layout start JAX wherever it likes
     topologies = by_pattern(topology, matches, "topology", None)
     most = 16 if chunks is None else chunks
     counts = by_pattern(most, matches, "chunks", 1)
@@ -237,33 +207,3 @@ def _sites(
             )
         )
     return sites
-
-
-def _seeds(
-    match: Match,
-    site: Site,
-    empty: Empty,
-    shared: Shared,
-    bank_slots: tuple[BankSlots, ...],
-    is_stacked: bool,
-    model: nn.Module,
-) -> Seeds:
-    like = next(
-        (p for p in (*match.module.parameters(), *model.parameters()) if p.is_floating_point()),
-        torch.zeros(()),
-    )
-    banks: dict[str, list[dict[str, Tensor]]] = {}
-    for name, leaves in empty.items():
-        num_slots = next((len(leaf) for leaf in leaves.values()), 0)
-        slots = [
-            # Not `.to(like)`: the adapters of a quantised layer would be quantised.
-            {
-                leaf: torch.tensor(rows[slot], device=like.device, dtype=like.dtype)
-                for leaf, rows in leaves.items()
-            }
-            for slot in range(num_slots)
-        ]
-        banks[name] = slots or [{}]
-    plan = SitePlan.dormant(Chunking(site.features, site.chunks), site.topology)
-    own = Seeds(site.name, match.axis, plan, banks, shared, bank_slots, is_stacked=is_stacked)
-    return own.to(like.device)

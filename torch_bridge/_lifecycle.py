@@ -33,13 +33,6 @@ MIN_ROWS = 4
 """Rows for commands in most steps."""
 
 
-class Newborn(NamedTuple):
-    """A newborn adapter."""
-
-    slot: int
-    leaves: Arrays
-
-
 class _Output(NamedTuple):
     """What the host reads of a step."""
 
@@ -169,7 +162,7 @@ class Lifecycle:
         drift: np.ndarray,
         has_broken: np.ndarray,
         commands: Sequence[Command],
-    ) -> tuple[ef.StepInfo, list[Newborn]]:
+    ) -> tuple[ef.StepInfo, list[tuple[int, Arrays]]]:
         """One step.
 
         Args:
@@ -180,7 +173,7 @@ class Lifecycle:
           commands: from `esper_fn.commands`.
 
         Returns:
-          What happened, with NumPy leaves, and the adapters to put into place.
+          What happened, with NumPy leaves, and the slots and parameters of newborn adapters.
         """
         before, rows = self._packed, self._pack(commands)
         size = rows.size
@@ -204,7 +197,7 @@ class Lifecycle:
         with self._on_cpu():
             return self.growth.commands(commands, size)
 
-    def _newborns(self, before: Any) -> list[Newborn]:
+    def _newborns(self, before: Any) -> list[tuple[int, Arrays]]:
         slots = np.flatnonzero(self._output.is_born).tolist()
         if not slots:
             return []
@@ -215,7 +208,7 @@ class Lifecycle:
             key = jax.random.wrap_key_data(jnp.asarray(self._output.key), impl=impl)
             for slot in slots:
                 params = self.growth.external.newborn(key, slot, int(owner[slot]), old.directions)
-                newborns.append(Newborn(slot=slot, leaves=jax.device_get(params)))
+                newborns.append((slot, jax.device_get(params)))
         return newborns
 
     def on_trial(self) -> list[int]:

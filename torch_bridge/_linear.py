@@ -33,7 +33,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """The linear layer of GPT-2 in transformers, whose weight is `[inputs, outputs]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_dynamic(module: nn.Module) -> bool:

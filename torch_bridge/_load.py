@@ -144,10 +144,8 @@ def _check_host(model: nn.Module, state: StateDict, prefix: str) -> None:
 
 def _now(site: Seeds, blueprint: str, slot: int) -> dict[str, Tensor]:
     """The parameters in a slot of the model."""
-    module: Any = site.get_submodule(blueprint)
-    if site.is_stacked:
-        return {leaf: getattr(module, leaf).detach()[slot] for leaf in site.names_of(blueprint)}
-    return {leaf: getattr(module[slot], leaf).detach() for leaf in site.names_of(blueprint)}
+    names = site.names_of(blueprint)
+    return {leaf: site.leaf(blueprint, leaf, slot).detach() for leaf in names}
 
 
 def _lay_out(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from esper_fn.blueprints import Topology
+from esper_fn.types import Layout
 from esper_kernels import NUM_GAINS, Chunking, Gains
-from torch_bridge._adapters import Form
+from torch_bridge._adapters import Form, form_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,21 @@ class BankSlots(NamedTuple):
     first_seed: int
     """The number of its site's first seed."""
     form: Form
+
+
+def bank_slots(layout: Layout) -> dict[str, tuple[BankSlots, ...]]:
+    """The banks of each site.
+
+    Raises:
+      BridgeError: a blueprint has no torch form.
+    """
+    starts = np.cumsum([0, *(site.num_seeds for site in layout.sites)]).tolist()
+    slots: dict[str, tuple[BankSlots, ...]] = {site.name: () for site in layout.sites}
+    for bank in layout.tables.banks:
+        name, site = layout.names[bank.blueprint], layout.sites[bank.site]
+        form = form_of(layout.blueprints[bank.blueprint], site.spec)
+        slots[site.name] += (BankSlots(name, bank.start, bank.num_slots, starts[bank.site], form),)
+    return slots
 
 
 @dataclass(frozen=True, eq=False)

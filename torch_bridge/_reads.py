@@ -9,10 +9,11 @@ partials and plain objects. Code that reads only its dtype or shape (`weight.dty
 
 from __future__ import annotations
 
+import gc
 import inspect
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,13 +22,12 @@ from torch import Tensor, nn
 
 from torch_bridge._bytecode import ANY_INDEX, LEAVES, LOOKUPS, Read, names_in, reads_in
 
-_REGISTRIES = frozenset(
-    name for name in vars(nn.Module()) if isinstance(vars(nn.Module())[name], dict)
-)
+_REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if type(value) is dict)
 _INFRASTRUCTURE = (
     "torch.",
     "torch_bridge.",
     "transformers.modeling_utils",
+    "transformers.pytorch_utils",
     "transformers.utils",
     "transformers.integrations.",
     "lightning.",
@@ -36,6 +36,13 @@ _INFRASTRUCTURE = (
 )
 """Packages whose code reads no weight of a child in a forward pass but as the child does."""
 _MOST_OBJECTS = 100_000
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, staticmethod)
+_WRAPPERS = (partial, property, cached_property, classmethod)
+"""What stands for a function, and gets the object that this is a method of."""
+_ATOMS = (
+    *(str, bytes, int, float, complex, type(None)),
+    *(type, ModuleType, nn.Module, torch.dtype, torch.device),
+)
 
 
 class Reads:
@@ -60,11 +67,12 @@ def reads_of(model: nn.Module) -> Reads:
     reads, walk = Reads(), _Walk()
     for module in model.modules():
         walk.add_module(module)
-    while walk.waiting:
-        function, environment = walk.waiting.pop()
+    for function, owner in walk:
+        environment = _variables(function)
+        if owner is not None and function.__code__.co_argcount:
+            environment.setdefault(function.__code__.co_varnames[0], owner)
         for read in reads_in(function.__code__):
-            _note(reads, read, environment | _variables(function))
-        walk.follow(function)
+            _note(reads, read, environment)
     reads.tensors = walk.tensors
     if walk.is_lost:
         reads.unknown |= set(LEAVES)
@@ -79,11 +87,6 @@ def storage(tensor: Tensor) -> int:
         return 0
 
 
-def module_of(value: Any) -> str:
-    """The name of the package file something comes from."""
-    return getattr(value, "__module__", None) or ""
-
-
 def _note(reads: Reads, read: Read, environment: Mapping[str, Any]) -> None:
     is_lookup = read.name in LOOKUPS
     objects = _resolved(read, environment)
@@ -93,9 +96,9 @@ def _note(reads: Reads, read: Read, environment: Mapping[str, Any]) -> None:
         elif read.is_called:  # others have attributes of these names
             reads.unknown |= set(LEAVES)
         return
-    for owner in objects:
-        if isinstance(owner, nn.Module):
-            parts = list(owner.modules()) if is_lookup else [owner]
+    for module in objects:
+        if isinstance(module, nn.Module):
+            parts = list(module.modules()) if is_lookup else [module]
             leaves = LEAVES if is_lookup else (read.name,)
             reads.known |= {(id(part), leaf) for part in parts for leaf in leaves}
 
@@ -107,8 +110,8 @@ def _resolved(read: Read, environment: Mapping[str, Any]) -> list[Any] | None:
     objects = [environment[read.root]]
     for step in read.path:
         reached: list[Any] = []
-        for owner in objects:
-            following = _values(owner) if step == ANY_INDEX else _attribute(owner, step)
+        for value in objects:
+            following = _values(value) if step == ANY_INDEX else _attribute(value, step)
             if following is None:
                 return None
             reached += following
@@ -116,183 +119,124 @@ def _resolved(read: Read, environment: Mapping[str, Any]) -> list[Any] | None:
     return objects
 
 
-def _values(owner: Any) -> list[Any] | None:
-    if isinstance(owner, nn.Module):
-        return list(owner._modules.values())
-    if isinstance(owner, Mapping):
-        return list(owner.values())
-    return list(owner) if isinstance(owner, list | tuple | set) else None
+def _values(value: Any) -> list[Any] | None:
+    if isinstance(value, nn.Module):
+        return list(value._modules.values())
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple | set) else None
 
 
-def _attribute(owner: Any, name: str) -> list[Any] | None:
-    for names in (
-        *(getattr(owner, registry, None) for registry in ("_modules", "_parameters")),
-        owner,
-    ):
-        inside = names if isinstance(names, dict) else getattr(names, "__dict__", {})
-        if name in inside:
-            return [inside[name]]
+def _attribute(value: Any, name: str) -> list[Any] | None:
+    for registry in ("_modules", "_parameters", "__dict__"):
+        attributes = getattr(value, registry, {})
+        if name in attributes:
+            return [attributes[name]]
     return None
 
 
 class _Walk:
-    """Functions that a forward pass may run, and tensors that they may reach."""
+    """Functions that a forward pass may run, and tensors that they may reach.
+
+    Iterating gives each function with the object that it is a method of, None where there is none.
+    """
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[FunctionType, dict[str, Any]]] = []
         self.tensors: set[int] = set()
         self.is_lost = False
-        """Too many objects were met."""
+        """Too many objects were met, or a weight is read by a name that was made elsewhere."""
+        self._bound: list[tuple[Any, Any]] = []
+        """What is left to do: a function, or what stands for one, and whose method it is."""
+        self._loose: list[Any] = []
+        """Everything else that is left to do."""
         self._methods: set[FunctionType] = set()
         """Functions that belong to an object; a decorator holds them without it."""
-        self._seen: set[Any] = set()
-        self._alive: list[Any] = []
-        """So that no identity is used twice."""
+        self._seen: dict[tuple[int, int], Any] = {}
+        """By identities; the objects stay alive, so that no identity is used twice."""
 
     def add_module(self, module: nn.Module) -> None:
-        """Adds the functions of a module's forward pass."""
+        """Adds what runs in a module's forward pass, and what the module holds."""
         kind: Any = type(module)
-        if not (module_of(kind).startswith("torch.nn.") or _is_known_layer(kind)):
-            for function in _methods(kind):
-                self._add(function, module)
-        for name, value in vars(module).items():
-            if name not in _REGISTRIES and name != "_compiled_call_impl":
-                self._reach(value)
-        for registry in (module._forward_hooks, module._forward_pre_hooks):
-            for value in registry.values():
-                if not module_of(value).startswith("torch_bridge."):
-                    self._reach(value)
+        own = _attributes(kind)
+        self._bound += [(own[name], module) for name in ("forward", "__call__") if name in own]
+        skipped = _REGISTRIES | {"_compiled_call_impl"}
+        self._loose += [value for name, value in vars(module).items() if name not in skipped]
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        self._loose += [hook for hook in hooks if not _is_infrastructure(hook)]
 
-    def follow(self, function: FunctionType) -> None:
-        """Adds what a function may call or hold: its globals, defaults, cells."""
-        names = names_in(function.__code__)
-        for value in _globals_of(function, names):
-            if isinstance(value, type):
-                if not issubclass(value, nn.Module) and not _is_infrastructure(value):
-                    for name in names | {"forward", "backward", "__call__"}:
-                        self._reach_function(vars(value).get(name))
-            else:
-                self._reach(value)
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._reach(value)
-        for value in _cells(function).values():
-            self._reach(value)
-
-    def _add(self, function: FunctionType, self_: Any = None) -> None:
-        if _is_infrastructure(function) or (self_ is None and function in self._methods):
-            return
-        if self_ is not None:
-            self._methods.add(function)
-        key = (function, None if self_ is None else id(self_))
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        first = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
-        self.waiting.append((function, dict.fromkeys(first, self_) if self_ is not None else {}))
-
-    def _reach_function(self, value: Any) -> None:
-        for function in _functions_of(value):
-            self._add(function)
-
-    def _reach(self, root: Any) -> None:
-        """Looks for tensors and functions in an object and all that it holds."""
-        waiting = [root]
-        while waiting:
-            value = waiting.pop()
+    def __iter__(self) -> Iterator[tuple[FunctionType, Any]]:
+        while self._bound or self._loose:
+            value, owner = self._bound.pop() if self._bound else (self._loose.pop(), None)
             if isinstance(value, Tensor):
                 self.tensors.add(storage(value))
+            if isinstance(value, (Tensor, *_ATOMS)) or (id(value), id(owner)) in self._seen:
                 continue
-            if value is None or isinstance(
-                value, str | bytes | int | float | complex | type | nn.Module
-            ):
-                continue
-            if (
-                isinstance(value, ModuleType | torch.dtype | torch.device)
-                or id(value) in self._seen
-            ):
+            if owner is None and isinstance(value, FunctionType) and value in self._methods:
                 continue
             if len(self._seen) > _MOST_OBJECTS:
                 self.is_lost = True
                 return
-            self._seen.add(id(value))
-            self._alive.append(value)
-            waiting += self._inside(value)
+            self._seen[id(value), id(owner)] = value, owner
+            if isinstance(value, FunctionType):
+                self._follow_function(value, owner)
+                if not _is_infrastructure(value):
+                    yield value, owner
+            else:
+                self._follow(value, owner)
 
-    def _inside(self, value: Any) -> Iterable[Any]:
-        if isinstance(value, Mapping):
-            return list(value.values())
-        if isinstance(value, list | tuple | set | frozenset):
-            return list(value)
-        if isinstance(value, partial):
-            return [value.func, *value.args, *value.keywords.values()]
+    def _follow_function(self, function: FunctionType, owner: Any) -> None:
+        """Adds what a function may call or hold: methods, globals, defaults, cells."""
+        wrapped = [*_cells(function).values(), getattr(function, "__wrapped__", None)]
+        inner = [f for f in wrapped if isinstance(f, (FunctionType, MethodType, *_WRAPPERS))]
+        if owner is not None:
+            self._methods.add(function)
+            self._bound += [(value, owner) for value in inner]
+        if _is_infrastructure(function):
+            self._loose += inner
+            return
+        kind: Any = type(owner)
+        names, own = names_in(function.__code__), _attributes(kind)
+        self._bound += [(own[name], owner) for name in names if name in own]
+        self._loose += [*wrapped, *(function.__defaults__ or ())]
+        self._loose += (function.__kwdefaults__ or {}).values()
+        for value in _globals_of(function, names):
+            if isinstance(value, type) and not issubclass(value, nn.Module):
+                methods = _attributes(value)
+                called = names | {"forward", "backward", "__call__"}
+                self._loose += [methods[name] for name in called if name in methods]
+            else:
+                self._loose.append(value)
+
+    def _follow(self, value: Any, owner: Any) -> None:
+        """Adds what an object holds, and what it runs when it is called."""
         if isinstance(value, MethodType):
-            self._add_bound(value)
-            return [] if isinstance(value.__self__, nn.Module) else [value.__self__]
-        if isinstance(value, FunctionType):
-            self._add(value)
-            wrapped = getattr(value, "__wrapped__", None)
-            return [] if wrapped is None else [wrapped]
-        if isinstance(value, operator.attrgetter):
+            self._bound.append((value.__func__, value.__self__))
+            self._loose.append(value.__self__)
+        elif isinstance(value, _WRAPPERS) and owner is not None:
+            self._bound += [(inner, owner) for inner in gc.get_referents(value)]
+        elif isinstance(value, (*_CONTAINERS, *_WRAPPERS)):
+            self._loose += gc.get_referents(value)
+        elif isinstance(value, operator.attrgetter):
             names = value.__reduce__()[1]
             self.is_lost |= any(str(name).rpartition(".")[2] in LEAVES for name in names)
-            return []
-        if _is_infrastructure(type(value)) or module_of(type(value)) == "builtins":
-            return []
-        return self._inside_plain(value)
-
-    def _inside_plain(self, value: Any) -> list[Any]:
-        """The attributes of an object of an unknown class; what it runs when called is added."""
-        for function in _functions_of(inspect.getattr_static(type(value), "__call__", None)):
-            self._add(function, value)
-        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        own = [getattr(value, name, None) for name in slots if isinstance(name, str)]
-        return [*getattr(value, "__dict__", {}).values(), *own]
-
-    def _add_bound(self, method: MethodType) -> None:
-        for function in _functions_of(method.__func__):
-            self._add(function, method.__self__)
+        elif not _is_infrastructure(type(value)) and type(value).__module__ != "builtins":
+            self._bound.append((inspect.getattr_static(type(value), "__call__", None), value))
+            self._loose += gc.get_referents(value)
 
 
 def _is_infrastructure(value: Any) -> bool:
-    return module_of(value).startswith(_INFRASTRUCTURE) or module_of(value) == "torch"
-
-
-def _is_known_layer(kind: type) -> bool:
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    """Whether it comes from code that reads no weight."""
+    return f"{getattr(value, '__module__', None)}.".startswith(_INFRASTRUCTURE)
 
 
 @cache
-def _methods(kind: Any) -> tuple[FunctionType, ...]:
-    """The methods that the forward pass of a class may call, as far as names show."""
+def _attributes(kind: Any) -> dict[str, Any]:
+    """What the classes of an object define, but for infrastructure."""
     known: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if base is not object and not _is_infrastructure(base):
+        if base.__module__ != "builtins" and not _is_infrastructure(base):
             known |= vars(base)
-    waiting = [
-        method
-        for method in (known.get(name) for name in ("forward", "__call__"))
-        if method is not None
-    ]
-    methods: dict[FunctionType, None] = {}
-    while waiting:
-        for function in _functions_of(waiting.pop()):
-            if function not in methods:
-                methods[function] = None
-                waiting += [known[name] for name in names_in(function.__code__) if name in known]
-    return tuple(methods)
-
-
-def _functions_of(value: Any, depth: int = 4) -> Iterator[FunctionType]:
-    """A function itself, however it is wrapped."""
-    if isinstance(value, FunctionType):
-        yield value
-    if depth:
-        inner = [getattr(value, name, None) for name in ("fget", "__func__", "func", "__wrapped__")]
-        if isinstance(value, FunctionType):
-            inner += _cells(value).values()
-        for each in inner:
-            if isinstance(each, FunctionType | MethodType | partial | property):
-                yield from _functions_of(each, depth - 1)
+    return known
 
 
 def _cells(function: FunctionType) -> dict[str, Any]:
@@ -309,14 +253,12 @@ def _cells(function: FunctionType) -> dict[str, Any]:
 
 def _variables(function: FunctionType) -> dict[str, Any]:
     """What a function's names mean, but for its own variables."""
-    names = names_in(function.__code__)
+    names = names_in(function.__code__) - set(function.__code__.co_varnames)
     scope = function.__globals__
-    mine = set(function.__code__.co_varnames)
-    variables = {name: scope[name] for name in names if name in scope and name not in mine}
-    return variables | _cells(function)
+    return {name: scope[name] for name in names if name in scope} | _cells(function)
 
 
-def _globals_of(function: FunctionType, names: frozenset[str]) -> Iterator[Any]:
+def _globals_of(function: FunctionType, names: Iterable[str]) -> Iterator[Any]:
     scope = function.__globals__
     for name in names:
         value = scope.get(name)

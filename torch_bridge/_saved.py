@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,18 +16,6 @@ from torch_bridge._errors import BridgeError
 
 _MAGIC = b"esper\x00\x02\n"
 _STATE = ("policy", "governor", "grafts", "settings", "loss", "key", "step", "memory")
-
-
-class LayoutBank(Protocol):
-    """What this needs of a bank of `Layout.tables`."""
-
-    @property
-    def site(self) -> int:
-        """Its number."""
-
-    @property
-    def blueprint(self) -> int:
-        """Its number."""
 
 
 class Saved(NamedTuple):
@@ -256,6 +244,6 @@ def _slots(saved: Saved, before: Layout, after: Layout) -> tuple[np.ndarray, int
     return sources, capacity, is_moved
 
 
-def twin_name(layout: Layout, bank: LayoutBank) -> tuple[str, str]:
-    """Site and blueprint of a bank."""
+def twin_name(layout: Layout, bank: Any) -> tuple[str, str]:
+    """Site and blueprint of a bank of `layout.tables`."""
     return layout.sites[bank.site].name, layout.names[bank.blueprint]

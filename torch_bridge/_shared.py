@@ -8,33 +8,19 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esper_fn.types import Layout
 from torch_bridge._errors import BridgeError
 from torch_bridge._lifecycle import Lifecycle
+from torch_bridge._plan import bank_slots
 
 NO_PICKLE = (
     "a grown model cannot be pickled; save model.state_dict() with safetensors, grow a "
     "fresh model alike and load it there"
 )
-
-
-class Site(Protocol):
-    """What `Shared` needs of a site; `torch_bridge._site.Seeds` is one."""
-
-    @property
-    def first_seed(self) -> int:
-        """The number of its first seed among all."""
-
-    def make_room(self, layout: Layout) -> None:
-        """Gives the banks the slots that a larger layout has for them."""
-
-    def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:
-        """Puts new numbers into one slot."""
 
 
 @dataclass
@@ -82,8 +68,8 @@ class Shared:
         if not torch.compiler.is_compiling():
             self.called.pop(threading.get_ident(), None)
 
-    def add(self, site: Site) -> None:
-        """A site joins."""
+    def add(self, site: Any) -> None:
+        """A site, of `torch_bridge._site.Seeds`, joins."""
         self.sites.append(weakref.ref(site))
 
     def living_sites(self) -> list[Any]:
@@ -105,14 +91,15 @@ class Shared:
         self.lifecycle.begin(larger)
         self.lifecycle.restore(before)
         self.lifecycle.age = age
+        slots = bank_slots(larger.layout)
         for site in self.living_sites():
-            site.make_room(larger.layout)
+            site.make_room(slots[site.site])
         for copied in list(self.copies):
             if not copied.lifecycle.is_driven:
                 copied.lifecycle.make_room(capacity)
 
     def begin_averages(
-        self, site: Site, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
+        self, site: Any, bank: str, local: int, slot: int, leaves: Mapping[str, Tensor]
     ) -> None:
         """Lets averages of a newborn begin with it, and not with who had its slot before.
 

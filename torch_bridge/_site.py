@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_fn.types import Layout
 from esper_kernels import NUM_STATISTICS
 from torch_bridge import _record
 from torch_bridge._errors import BridgeError
@@ -25,7 +24,7 @@ class Adapter(nn.Module):  # type: ignore[misc] # torch is untyped here
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, leaf in leaves.items():
-            self.register_parameter(name, nn.Parameter(leaf))
+            self.register_parameter(name, nn.Parameter(leaf.clone()))
 
 
 class Seeds(nn.Module):  # type: ignore[misc]
@@ -35,7 +34,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
       name: the site's.
       axis: of the features of its activation.
       plan: what it computes in the first step.
-      banks: by blueprint, the parameters of every slot.
+      banks: by blueprint and leaf, the parameters of all slots, `[P, ...]`.
       shared: what all sites of the model share.
       bank_slots: its banks in the layout.
       is_stacked: whether a bank's adapters are rows of one parameter.
@@ -46,7 +45,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
         name: str,
         axis: int,
         plan: SitePlan,
-        banks: Mapping[str, list[dict[str, Tensor]]],
+        banks: Mapping[str, Mapping[str, Tensor]],
         shared: Shared,
         bank_slots: tuple[BankSlots, ...],
         *,
@@ -59,13 +58,11 @@ class Seeds(nn.Module):  # type: ignore[misc]
         self.shared = shared
         self.bank_slots = bank_slots
         shared.add(self)
-        for bank, slots in banks.items():
-            if is_stacked:
-                stacked = {leaf: torch.stack([slot[leaf] for slot in slots]) for leaf in slots[0]}
-                self.add_module(bank, Adapter(stacked))
-            else:
-                self.add_module(bank, nn.ModuleList(Adapter(slot) for slot in slots))
-        self.leaf_names = tuple((bank, leaf) for bank, slots in banks.items() for leaf in slots[0])
+        for bank in bank_slots:
+            leaves, slots = banks[bank.name], range(bank.num_slots)
+            apart = [Adapter({leaf: rows[slot] for leaf, rows in leaves.items()}) for slot in slots]
+            self.add_module(bank.name, Adapter(leaves) if is_stacked else nn.ModuleList(apart))
+        self.leaf_names = tuple((bank, leaf) for bank, leaves in banks.items() for leaf in leaves)
         """Blueprint and leaf of `all_rows`."""
         kernels = [bank.form.kernel for bank in bank_slots]
         self.kernel = kernels[0] if len(kernels) == 1 else None
@@ -171,33 +168,33 @@ class Seeds(nn.Module):  # type: ignore[misc]
         """The parameters' names in a bank."""
         return tuple(leaf for own, leaf in self.leaf_names if own == bank)
 
+    def leaf(self, bank: str, name: str, slot: int) -> Tensor:
+        """One parameter of one slot; a row of it where they are stacked."""
+        module: Any = self._modules[bank]
+        leaf: Tensor = (
+            getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
+        )
+        return leaf
+
     def rows_of(self, bank: BankPlan) -> list[Tensor]:
         """Each of a bank's leaves for its live slots, `[n, ...]`; differentiable."""
-        module: Any = self._modules[bank.name]
         if self.is_stacked:
+            module = self._modules[bank.name]
             return [bank.select(getattr(module, name)) for name in bank.leaves]
-        adapters = [module[slot] for slot in bank.slots]
         return [
-            torch.stack([getattr(adapter, name) for adapter in adapters]) for name in bank.leaves
+            torch.stack([self.leaf(bank.name, name, slot) for slot in bank.slots])
+            for name in bank.leaves
         ]
 
     def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:
         """Puts new numbers into one slot."""
-        module: Any = self.get_submodule(bank)
         for name in self.names_of(bank):
-            leaf = getattr(module, name)[slot] if self.is_stacked else getattr(module[slot], name)
-            leaf.data.copy_(leaves[name])
+            self.leaf(bank, name, slot).data.copy_(leaves[name])
 
-    def make_room(self, layout: Layout) -> None:
+    def make_room(self, bank_slots: tuple[BankSlots, ...]) -> None:
         """Gives the banks the slots that a larger layout has for them."""
-        slots = {
-            (layout.sites[b.site].name, layout.names[b.blueprint]): b for b in layout.tables.banks
-        }
-        own = [(bank, slots[self.site, bank.name]) for bank in self.bank_slots]
-        self.bank_slots = tuple(
-            bank._replace(start=larger.start, num_slots=larger.num_slots) for bank, larger in own
-        )
-        for bank in self.bank_slots:
+        self.bank_slots = bank_slots
+        for bank in bank_slots:
             self._add_slots(bank.name, bank.num_slots)
         self.plan = replace(self.plan)  # what was looked up for the old one is over
         self.packed_age = None

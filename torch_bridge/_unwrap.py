@@ -13,8 +13,9 @@ from esper_kernels.rule_torch import per_adapter
 from torch_bridge import _compiler, _nested
 from torch_bridge._adapters import Apply, is_built_in
 from torch_bridge._forward import grow_output
+from torch_bridge._linear import is_transposed_linear
 from torch_bridge._plan import BankPlan
-from torch_bridge._private import Weights, is_transposed_linear
+from torch_bridge._private import Weights
 from torch_bridge._site import Seeds, first_tensor
 from torch_bridge.backends._layout import gather, scatter
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from esper_fn.commands import Command
-from torch_bridge._callback import Pace
-from torch_bridge._errors import BridgeError
+from torch_bridge._callback import BridgeCallback
 
 try:
     from lightning.pytorch import Callback
@@ -19,7 +16,10 @@ except ImportError as error:
     ) from error
 
 
-class GrowthCallback(Callback):  # type: ignore[misc]
+__all__ = ["GrowthCallback"]
+
+
+class GrowthCallback(BridgeCallback, Callback):  # type: ignore[misc]
     """Advances the seeds after every optimiser step of a Lightning `Trainer`.
 
     Works with gradient accumulation, clipping and precision plugins; the loss it passes to the
@@ -51,52 +51,16 @@ class GrowthCallback(Callback):  # type: ignore[misc]
       >>> trainer.fit(module, batches)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        bridge: Any,
-        *,
-        survey: Callable[[], torch.Tensor] | None = None,
-        survey_every: int = 50,
-    ) -> None:
-        super().__init__()
-        self._pace = Pace(bridge, survey, survey_every)
-        self._num_steps = 0
-
-    @property
-    def bridge(self) -> Any:
-        """What `torch_bridge.grow` returned."""
-        return self._pace.bridge
-
-    @property
-    def last_info(self) -> Any:
-        """The `esper_fn.StepInfo` of the last step."""
-        return self._pace.last_info
-
-    @property
-    def last_survey(self) -> Any:
-        """The `esper_fn.SurveyInfo` of the last survey."""
-        return self._pace.last_survey
-
-    def send(self, *commands: Command) -> None:
-        """Hand commands to the next step; see `esper_fn.commands`."""
-        self._pace.send(*commands)
+    _num_steps = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the module holds the model that grows."""
-        if not any(part is self.bridge.model for part in pl_module.modules()):
-            raise BridgeError(
-                f"the bridge grows a {type(self.bridge.model).__name__} that is no part of the "
-                f"{type(pl_module).__name__} being fitted; call torch_bridge.grow on it"
-            )
+        self._check_part(pl_module, "call torch_bridge.grow on it")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin at the step the trainer begins at, and learn what scales the loss."""
-        self._pace.forget()
         self._num_steps = trainer.global_step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            for optimizer in trainer.optimizers:
-                self.bridge.attach(optimizer, scaler)
+        self._begin(trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -105,14 +69,14 @@ class GrowthCallback(Callback):  # type: ignore[misc]
         loss = outputs if isinstance(outputs, torch.Tensor) else (outputs or {}).get("loss")
         if loss is not None:
             # Lightning has divided it by the number of accumulated batches.
-            self._pace.add(loss)
+            self._losses.append(loss.detach())
         if trainer.global_step == self._num_steps:
             return
         self._num_steps = trainer.global_step
-        self._pace.step(self._num_steps)
+        self._step(self._num_steps)
         if trainer.logger is not None:
-            pl_module.log_dict(self._pace.counts())
+            pl_module.log_dict(self._counts())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Forget the losses of a step that was not finished."""
-        self._pace.forget()
+        self._losses.clear()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from esper_fn.commands import Command
-from torch_bridge._callback import Pace
+from torch_bridge._callback import BridgeCallback
 from torch_bridge._errors import BridgeError
 
 try:
@@ -20,7 +16,10 @@ except ImportError as error:
     ) from error
 
 
-class GrowthCallback(TrainerCallback):  # type: ignore[misc]
+__all__ = ["GrowthCallback"]
+
+
+class GrowthCallback(BridgeCallback, TrainerCallback):  # type: ignore[misc]
     """Advances the seeds after every optimiser step of a Hugging Face `Trainer`.
 
     The `Trainer` shows callbacks no loss, so this one is given to it by `attach`, which also reads
@@ -47,53 +46,35 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
       >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        bridge: Any,
-        *,
-        survey: Callable[[], torch.Tensor] | None = None,
-        survey_every: int = 50,
-    ) -> None:
-        self._pace = Pace(bridge, survey, survey_every)
-        self._trainer: Any = None
-
-    @property
-    def bridge(self) -> Any:
-        """What `torch_bridge.grow` returned."""
-        return self._pace.bridge
-
-    @property
-    def last_info(self) -> Any:
-        """The `esper_fn.StepInfo` of the last step."""
-        return self._pace.last_info
-
-    @property
-    def last_survey(self) -> Any:
-        """The `esper_fn.SurveyInfo` of the last survey."""
-        return self._pace.last_survey
-
-    def send(self, *commands: Command) -> None:
-        """Hand commands to the next step; see `esper_fn.commands`."""
-        self._pace.send(*commands)
+    _trainer: Any = None
 
     def attach(self, trainer: Any) -> GrowthCallback:
-        """Add this callback to a trainer and read its losses; call it once, before `train`."""
+        """Add this callback to a trainer and read its losses; call it once, before `train`.
+
+        Args:
+          trainer: a `transformers.Trainer` of the model that grows.
+
+        Returns:
+          This callback.
+
+        Raises:
+          BridgeError: it is attached already, or the bridge grows another model.
+        """
         if self._trainer is not None:
             raise BridgeError(
                 "this GrowthCallback is attached to a trainer already; make another one"
             )
-        if not any(part is self.bridge.model for part in trainer.model.modules()):
-            raise BridgeError(
-                f"the bridge grows a {type(self.bridge.model).__name__} that is no part of the "
-                f"trainer's {type(trainer.model).__name__}; call torch_bridge.grow on that one "
-                "(Trainer(model_init=...) makes a new model each time: give it model= instead)"
-            )
+        self._check_part(
+            trainer.model,
+            "call torch_bridge.grow on that one (Trainer(model_init=...) makes a new model each "
+            "time: give it model= instead)",
+        )
         self._trainer = trainer
         training_step = trainer.training_step
 
         def reading_step(*args: Any, **kwargs: Any) -> Any:
             loss = training_step(*args, **kwargs)
-            self._pace.add(loss)  # divided so that a step's losses add up
+            self._losses.append(loss.detach())  # divided so that a step's losses add up
             return loss
 
         trainer.training_step = reading_step
@@ -108,21 +89,19 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
                 "GrowthCallback sees no loss through callbacks=[...] alone; call "
                 "growth.attach(trainer) instead, before train()"
             )
-        self._pace.forget()
-        scaler = getattr(self._trainer.accelerator, "scaler", None)
         optimizer = kwargs.get("optimizer")
-        if scaler is not None and optimizer is not None:
-            self.bridge.attach(getattr(optimizer, "optimizer", optimizer), scaler)
+        optimizers = [] if optimizer is None else [getattr(optimizer, "optimizer", optimizer)]
+        self._begin(optimizers, getattr(self._trainer.accelerator, "scaler", None))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the seeds."""
-        self._pace.step(state.global_step)
+        self._step(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add the numbers of adapters to what is logged."""
         if logs is not None and "loss" in logs:
-            logs.update(self._pace.counts())
+            logs.update(self._counts())
             if state.log_history:
-                state.log_history[-1].update(self._pace.counts())
+                state.log_history[-1].update(self._counts())

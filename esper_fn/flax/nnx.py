@@ -8,6 +8,8 @@ from esper_fn._ambient import AnySeeds, grow_ambient
 from esper_fn._typing import Array
 from esper_fn.blueprints._base import Topology
 
+__all__ = ["Grow"]
+
 
 class Grow(nnx.Module):  # type: ignore[misc]  # Flax is untyped here
     """A site, as in `nnx.Sequential(nnx.Linear(...), nnx.relu, Grow("hidden", chunks=8), ...)`.

@@ -144,7 +144,7 @@ def test_a_callback_that_cannot_see_losses_says_so(tmp_path):
     with pytest.raises(torch_bridge.BridgeError, match=r"attach\(trainer\)"):
         trainer.train()
     other = Trainer(model_of(), arguments(tmp_path, max_steps=1), train_dataset=DATA)
-    with pytest.raises(torch_bridge.BridgeError, match="no part of the trainer's GPT2"):
+    with pytest.raises(torch_bridge.BridgeError, match="no part of the GPT2"):
         growth.attach(other)
     growth.attach(trainer)
     with pytest.raises(torch_bridge.BridgeError, match="attached to a trainer already"):

@@ -13,30 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch_bridge._convert._devices import cpu_device
 from torch_bridge._errors import BridgeError
 
-# What both frameworks have, by torch's dtype.
 JAX_DTYPES: dict[torch.dtype, Any] = {
-    torch.bool: jnp.bool_,
-    torch.int8: jnp.int8,
-    torch.int16: jnp.int16,
-    torch.int32: jnp.int32,
-    torch.int64: jnp.int64,
-    torch.uint8: jnp.uint8,
-    torch.uint16: jnp.uint16,
-    torch.uint32: jnp.uint32,
-    torch.uint64: jnp.uint64,
-    torch.bfloat16: jnp.bfloat16,
-    torch.float16: jnp.float16,
-    torch.float32: jnp.float32,
-    torch.float64: jnp.float64,
-    torch.complex64: jnp.complex64,
-    torch.complex128: jnp.complex128,
-    torch.float8_e4m3fn: jnp.float8_e4m3fn,
-    torch.float8_e5m2: jnp.float8_e5m2,
+    getattr(torch, name): jnp.dtype(name).type
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e5m2"),
+    )
 }
+"""What both frameworks have, by torch's dtype."""
 TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(jax_dtype): torch_dtype for torch_dtype, jax_dtype in JAX_DTYPES.items()
 }
-_NARROWED = {torch.int64: jnp.int32, torch.uint64: jnp.uint32}
+_NARROWED = {torch.int64: np.int32, torch.uint64: np.uint32}
 _WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
 
 

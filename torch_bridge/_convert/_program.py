@@ -15,7 +15,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,6 @@ from torch_bridge._errors import BridgeError
 Avals = tuple[jax.ShapeDtypeStruct, ...]
 
 _PROGRAMS: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
-
-
-class Residual(NamedTuple):
-    """Where one residual is: at `position` among the `input`s, the `output`s or its `own` kind."""
-
-    kind: str
-    position: int
 
 
 class Program:
@@ -102,62 +95,59 @@ class Program:
             for out, dtype in zip(self.outs, self.dtypes, strict=True)
         ]
 
-    def with_residuals(self, needs: tuple[bool, ...]) -> tuple[Program, list[Residual], Program]:
+    def with_residuals(self, needs: tuple[bool, ...]) -> tuple[Program, list[int], Program]:
         """Return the program with residuals, where they are, and the program of the pullback.
 
         Args:
           needs: which inputs need a cotangent.
+
+        Returns:
+          The program whose outputs are this one's and residuals that are nowhere else; for each
+          residual of the pullback its number among inputs and these outputs; the pullback.
         """
         if ("first", needs) not in self._derived:
             self._derived["first", needs] = self._differentiate(needs)
         return self._derived["first", needs]
 
-    def _differentiate(self, needs: tuple[bool, ...]) -> tuple[Program, list[Residual], Program]:
+    def _differentiate(self, needs: tuple[bool, ...]) -> tuple[Program, list[int], Program]:
         function = jaxpr_as_fun(self.closed)
-        num_outs = len(self.outs)
         structure: list[Any] = []
 
         def forward(*arrays: Any) -> list[Any]:
             outs, pullback = _vjp(function, needs, arrays)
             residuals, treedef = jax.tree.flatten(pullback)
-            structure.append((treedef, [jax.typeof(value) for value in residuals]))
+            structure[:] = treedef, [jax.typeof(value) for value in residuals]
             return [*outs, *residuals]
 
-        both = Program(forward, self.avals, f"{self.name} (with residuals)", self.device)
-        treedef, residual_avals = structure[-1]
-        located, returned = _locate(both, num_outs)
-        own = [num_outs + position for position in returned]
-        if len(own) < len(both.outs) - num_outs:
-            slim = jaxpr_as_fun(both.closed)
-            both = Program(
-                lambda *arrays: [
-                    out
-                    for number, out in enumerate(slim(*arrays))
-                    if number < num_outs or number in own
-                ],
-                self.avals,
-                both.name,
-                self.device,
-            )
+        name = f"{self.name} (with residuals)"
+        both = Program(forward, self.avals, name, self.device)
+        treedef, residual_avals = structure
+        located, returned = _locate(both, len(self.outs))
+        if len(returned) < len(both.outs):
+            every = jaxpr_as_fun(both.closed)
+
+            def slim(*arrays: Any) -> list[Any]:
+                outs = every(*arrays)
+                return [outs[number] for number in returned]
+
+            both = Program(slim, self.avals, name, self.device)
 
         def backward(*arrays: Any) -> list[Any]:
             residuals, cotangents = arrays[: len(located)], arrays[len(located) :]
-            pullback = jax.tree.unflatten(treedef, residuals)
-            return _pull(pullback, self.outs, cotangents)
+            return _pull(jax.tree.unflatten(treedef, residuals), self.outs, cotangents)
 
-        avals = (
-            *(
-                jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type)
-                for a in residual_avals
-            ),
-            *self.cotangents,
+        avals = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in residual_avals
+        ]
+        pullback = Program(
+            backward, (*avals, *self.cotangents), f"{self.name} (pullback)", self.device
         )
-        return both, located, Program(backward, avals, f"{self.name} (pullback)", self.device)
+        return both, located, pullback
 
     @property
     def cotangents(self) -> Avals:
         """Shape and dtype of the cotangents: those of the outputs that have any."""
-        return tuple(out for out in self.outs if is_inexact(out.dtype))
+        return tuple(out for out in self.outs if _is_inexact(out.dtype))
 
     def pullback(self, needs: tuple[bool, ...]) -> Program:
         """Return `(*inputs, *cotangents) -> inputs' cotangents` as a program of its own."""
@@ -175,7 +165,7 @@ class Program:
         return self._derived["whole", needs]
 
 
-def is_inexact(dtype: Any) -> bool:
+def _is_inexact(dtype: Any) -> bool:
     """Tell whether numbers of this dtype have derivatives."""
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
@@ -199,7 +189,7 @@ def lookup(handle: str) -> Program:
 def call(program: Program, inputs: Sequence[torch.Tensor], device: torch.device) -> Any:
     """Run a program on tensors, differentiably; return a tuple of tensors."""
     needs = tuple(
-        tensor.requires_grad and is_inexact(aval.dtype)
+        tensor.requires_grad and _is_inexact(aval.dtype)
         for tensor, aval in zip(inputs, program.avals, strict=True)
     )
     if torch.is_grad_enabled() and any(needs) and program.cotangents:
@@ -233,7 +223,19 @@ _NO_JVP = (
 )
 
 
-class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
+class _ReverseOnly(torch.autograd.Function):  # type: ignore[misc]
+    """A function of a program, the first argument, that refuses all but backward passes."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, program: Program, *args: Any) -> Any:
+        raise BridgeError(_NO_VMAP.format(name=program.name))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise BridgeError(_NO_JVP.format(name=ctx.program.name))
+
+
+class _Differentiable(_ReverseOnly):
     """The outputs of a program, then its residuals."""
 
     @staticmethod
@@ -245,33 +247,31 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.program, ctx.needs, ctx.device = inputs[:3]
         num_outs = len(ctx.program.outs)
-        ctx.mark_non_differentiable(
-            *output[num_outs:], *(out for out in output[:num_outs] if not _is_inexact(out))
-        )
+        fixed = [
+            out for out in output[:num_outs] if not (out.is_floating_point() or out.is_complex())
+        ]
+        ctx.mark_non_differentiable(*fixed, *output[num_outs:])
         ctx.set_materialize_grads(False)
         # The inputs are saved (higher derivatives start from them) and what is not among them.
         _, located, _ = ctx.program.with_residuals(ctx.needs)
-        positions = {residual.position for residual in located if residual.kind == "output"}
-        ctx.outputs = sorted(positions) + list(range(num_outs, len(output)))
-        ctx.save_for_backward(*inputs[3:], *(output[number] for number in ctx.outputs))
+        num_inputs = len(ctx.program.avals)
+        ctx.outputs = sorted({number for number in located if number >= num_inputs})
+        saved = [output[number - num_inputs] for number in ctx.outputs]
+        ctx.save_for_backward(*inputs[3:], *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         program, needs = ctx.program, ctx.needs
+        num_inputs = len(program.avals)
         saved = ctx.saved_tensors
-        inputs = saved[: len(program.avals)]
-        outputs = dict(zip(ctx.outputs, saved[len(inputs) :], strict=True))
+        inputs = saved[:num_inputs]
+        values = dict(zip((*range(num_inputs), *ctx.outputs), saved, strict=True))
         _, located, _ = program.with_residuals(needs)
-        sources = {
-            "input": lambda position: inputs[position],
-            "output": lambda position: outputs[position],
-            "own": lambda position: outputs[len(program.outs) + position],
-        }
-        residuals = [sources[residual.kind](residual.position) for residual in located]
+        residuals = [values[number] for number in located]
         cotangents = [
             torch.zeros(out.shape, dtype=dtype, device=ctx.device) if grad is None else grad
             for grad, out, dtype in zip(grads, program.outs, program.dtypes, strict=False)
-            if is_inexact(out.dtype)
+            if _is_inexact(out.dtype)
         ]
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*inputs, *cotangents)
@@ -288,16 +288,8 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         )
         return None, None, None, *grads_in
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, program: Program, *args: Any) -> Any:
-        raise BridgeError(_NO_VMAP.format(name=program.name))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise BridgeError(_NO_JVP.format(name=ctx.program.name))
-
-
-class _Pullback(torch.autograd.Function):  # type: ignore[misc]
+class _Pullback(_ReverseOnly):
     """A pullback from residuals, whose own derivative starts again from the inputs."""
 
     @staticmethod
@@ -318,9 +310,11 @@ class _Pullback(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         program, needs = ctx.program, ctx.needs
         derivative = program.pullback(needs)
-        second = derivative.pullback(tuple(is_inexact(aval.dtype) for aval in derivative.avals))
+        second = derivative.pullback(tuple(_is_inexact(aval.dtype) for aval in derivative.avals))
         pulled = iter(call(second, [*ctx.saved_tensors, *grads], ctx.device))
-        pulled_all = [next(pulled) if is_inexact(aval.dtype) else None for aval in derivative.avals]
+        pulled_all = [
+            next(pulled) if _is_inexact(aval.dtype) else None for aval in derivative.avals
+        ]
         num_inputs = len(program.avals)
         return (
             *(None,) * 4,
@@ -328,14 +322,6 @@ class _Pullback(torch.autograd.Function):  # type: ignore[misc]
             *(None,) * ctx.num_residuals,
             *pulled_all[num_inputs:],
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, program: Program, *args: Any) -> Any:
-        raise BridgeError(_NO_VMAP.format(name=program.name))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise BridgeError(_NO_JVP.format(name=ctx.program.name))
 
 
 def _pull_now(
@@ -360,39 +346,29 @@ def _vjp(function: Any, needs: tuple[bool, ...], arrays: Sequence[Any]) -> Any:
 def _pull(pullback: Any, outs: Avals, cotangents: Sequence[Any]) -> list[Any]:
     """Call a pullback with the cotangents of the outputs that have any."""
     it = iter(cotangents)
-    return list(
-        pullback(
-            [
-                next(it) if is_inexact(out.dtype) else np.zeros(out.shape, jax.dtypes.float0)
-                for out in outs
-            ]
-        )
-    )
+    every = [
+        next(it) if _is_inexact(out.dtype) else np.zeros(out.shape, jax.dtypes.float0)
+        for out in outs
+    ]
+    return list(pullback(every))
 
 
-def _locate(both: Program, num_outs: int) -> tuple[list[Residual], list[int]]:
+def _locate(both: Program, num_outs: int) -> tuple[list[int], list[int]]:
     """Find each residual among inputs, outputs and the residuals before it.
 
     Returns:
-      Where each residual is, and the positions of those that must be returned themselves.
+      The number of each residual among inputs and returned outputs, and which outputs those are.
     """
-    known: dict[int, Residual] = {}
-    for position, variable in enumerate(both.closed.jaxpr.invars):
-        known[id(variable)] = Residual(kind="input", position=position)
-    for position, variable in enumerate(both.closed.jaxpr.outvars[:num_outs]):
-        known.setdefault(id(variable), Residual(kind="output", position=position))
-    located: list[Residual] = []
-    returned: list[int] = []
-    for position, variable in enumerate(both.closed.jaxpr.outvars[num_outs:]):
+    inputs, outs = both.closed.jaxpr.invars, both.closed.jaxpr.outvars
+    known = {id(variable): number for number, variable in enumerate(inputs)}
+    returned = list(range(num_outs))
+    for position, variable in enumerate(outs[:num_outs]):
+        known.setdefault(id(variable), len(inputs) + position)
+    for position, variable in enumerate(outs[num_outs:], num_outs):
         if id(variable) not in known:
-            known[id(variable)] = Residual(kind="own", position=len(returned))
+            known[id(variable)] = len(inputs) + len(returned)
             returned.append(position)
-        located.append(known[id(variable)])
-    return located, returned
-
-
-def _is_inexact(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    return [known[id(variable)] for variable in outs[num_outs:]], returned
 
 
 def _address(value: Any) -> int:

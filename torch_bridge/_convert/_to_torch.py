@@ -28,7 +28,6 @@ class TorchFunction:
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.__doc__ = getattr(fn, "__doc__", None)
         self._static_argnames, self._device = static_argnames, device
-        self._jitted: dict[Any, Callable[..., Any]] = {}
         self._programs: dict[Any, tuple[Program, Any]] = {}
 
         def run(args: Any, kwargs: Any) -> Any:
@@ -92,28 +91,16 @@ class TorchFunction:
         key = (treedef, signature, _key(static, self.__name__), has_64_bits())
         if key not in self._programs:
             out_trees: list[Any] = []
-            jitted = self._jit(static)
 
             def flat(*arrays: Any) -> list[Any]:
                 args, kwargs = jax.tree.unflatten(treedef, arrays)
-                outs, out_tree = jax.tree.flatten(jitted(*args, **kwargs))
+                outs, out_tree = jax.tree.flatten(self.__wrapped__(*args, **kwargs, **static))
                 out_trees.append(out_tree)
                 return outs
 
             program = Program(flat, avals, self.__name__, self._device)
             self._programs[key] = program, out_trees[-1]
         return self._programs[key]
-
-    def _jit(self, static: dict[str, Any]) -> Callable[..., Any]:
-        key = _key(static, self.__name__)
-        if key not in self._jitted:
-            fn = self.__wrapped__
-
-            def with_static(*args: Any, **kwargs: Any) -> Any:
-                return fn(*args, **kwargs, **static)
-
-            self._jitted[key] = jax.jit(with_static)
-        return self._jitted[key]
 
     def _name(self, path: Any) -> str:
         """Name an argument as the caller knows it."""
@@ -145,7 +132,7 @@ def to_torch(
     - *Devices*: JAX computes on its CPU device, and takes no memory on torch's GPU; outputs come
       back to where the first tensor argument is.
 
-    `fn` must be pure, as for `jax.jit`; it is jitted if it is not yet. A graph that torch exports
+    `fn` must be pure, as for `jax.jit`, which it needs not. A graph that torch exports
     or saves cannot hold it.
 
     Args:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from esper_kernels import Chunking
+from torch_bridge._plan import BankPlan
 
 
-class Served(Protocol):
-    """Which chunks n adapters serve; see `BankPlan`."""
-
-    @property
-    def chunk(self) -> Tensor: ...
-
-    @property
-    def columns(self) -> Tensor | None: ...
-
-    @property
-    def is_all(self) -> bool: ...
-
-
-def gather(chunking: Chunking, bank: Served, x: Tensor) -> Tensor:
+def gather(chunking: Chunking, bank: BankPlan, x: Tensor) -> Tensor:
     """[..., D] as [n, ..., F], zero where padded; a view where every chunk is served."""
     if bank.columns is not None:
         padded = torch.nn.functional.pad(x, (0, 1))
@@ -35,7 +21,7 @@ def gather(chunking: Chunking, bank: Served, x: Tensor) -> Tensor:
     return split.movedim(-2, 0)
 
 
-def scatter_(chunking: Chunking, bank: Served, y: Tensor, values: Tensor) -> None:
+def scatter_(chunking: Chunking, bank: BankPlan, y: Tensor, values: Tensor) -> None:
     """Writes [n, ..., F] into the chunks of `y`."""
     rows = values.movedim(0, -2)
     if bank.columns is not None:
@@ -49,7 +35,7 @@ def scatter_(chunking: Chunking, bank: Served, y: Tensor, values: Tensor) -> Non
         split.index_copy_(-2, bank.chunk, rows)
 
 
-def scatter(chunking: Chunking, bank: Served, values: Tensor, like: Tensor) -> Tensor:
+def scatter(chunking: Chunking, bank: BankPlan, values: Tensor, like: Tensor) -> Tensor:
     """[n, ..., F] at the features of its chunks and zero elsewhere, for code that is traced."""
     rows = values.movedim(0, -2)
     if bank.columns is not None:
