@@ -54,6 +54,17 @@ def project_down(leaves: Leaves, rows: Tensor) -> Tensor:
     return torch.baddbmm(bias.to(rows.dtype)[:, None, :], rows, down)
 
 
+def pull_dense(
+    activation: str, leaves: Leaves, up: Tensor, rows: Tensor, z: Tensor, a: Tensor, dr: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the parameters and of `rows`, where `r = a up` and `a = phi(z)`."""
+    d_z = activation_gradient(activation, z, a, torch.bmm(dr, up.mT))
+    gradients = {"down": torch.bmm(rows.mT, d_z), "up": torch.bmm(a.mT, dr)}
+    if "bias" in leaves:
+        gradients["bias"] = d_z.sum(1)
+    return gradients, torch.bmm(d_z, leaves["down"].to(rows.dtype).mT)
+
+
 class Form(NamedTuple):
     """A blueprint in torch."""
 

@@ -247,7 +247,7 @@ class Bridge:
             self._end_step()
             return None
         measured = read(self._pending.pop(0), self._group, self.layout)
-        self._reach.note(measured.statistics)
+        self._reach.note(measured[0])
         self._warn_of_changes()
         pending, self._commands = self._commands, []
         info, newborns = self._lifecycle.advance(*measured, pending)

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from torch import Tensor
-
-from esper_fn.types import Statistics
-
-_SQUARES = [Statistics._fields.index("gradient_square")]
-_LINEAR = [Statistics._fields.index("utility")]
 
 
 class Group:
@@ -36,11 +30,3 @@ class Group:
         if self.size > 1:
             dist.all_reduce(values, group=self._group)
         return values
-
-    def mean_loss(self, statistics: np.ndarray, loss: float) -> tuple[np.ndarray, float]:
-        """Summed statistics [S, K] and loss as those of the mean loss."""
-        size = self.size
-        if size > 1:
-            statistics[:, _SQUARES] /= size**2
-            statistics[:, _LINEAR] /= size
-        return statistics, loss / size

@@ -115,7 +115,7 @@ def _watch(seeds: Seeds, x: Tensor) -> None:
 
 
 def _surveyed(seeds: Seeds, survey: Survey, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and survey.with_moments:
+    if torch.is_grad_enabled():
         probe = torch.zeros((), device=x.device, requires_grad=True)
         survey.probes.append(probe)
         x = _GatherMoments.apply(seeds, survey, x, probe)
@@ -142,17 +142,15 @@ class _GatherMoments(torch.autograd.Function):  # type: ignore[misc] # torch is 
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, Tensor, Tensor]:
         (x,) = ctx.saved_tensors
         seeds: Seeds = ctx.seeds
-        gathered: dict[str, list[Tensor]] = ctx.survey.moments
+        gathered: dict[str, Tensor] = ctx.survey.moments
         axis = seeds.axis
         own = _moments(seeds.plan.chunking, x.movedim(axis, -1), dy.movedim(axis, -1))
-        if seeds.site in gathered:
-            own = [a + b for a, b in zip(gathered[seeds.site], own, strict=True)]
-        gathered[seeds.site] = own
+        gathered[seeds.site] = gathered[seeds.site] + own if seeds.site in gathered else own
         return None, None, dy, torch.zeros((), device=dy.device)
 
 
-def _moments(chunking: Chunking, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk: float32 [C], and thrice [C, F, F]."""
+def _moments(chunking: Chunking, x: Tensor, dy: Tensor) -> Tensor:
+    """Rows, `x^T dy`, `x^T x` and `dy^T dy` of every chunk, [C] and thrice [C, F, F], in a row."""
 
     def rows(activation: Tensor) -> Tensor:
         flat = activation.reshape(-1, chunking.features).float()
@@ -164,7 +162,8 @@ def _moments(chunking: Chunking, x: Tensor, dy: Tensor) -> list[Tensor]:
 
     u, slope = rows(x), rows(dy)
     count = torch.full((chunking.chunks,), float(u.shape[1]), device=x.device)
-    return [count, torch.bmm(u.mT, slope), torch.bmm(u.mT, u), torch.bmm(slope.mT, slope)]
+    squares = (torch.bmm(u.mT, slope), torch.bmm(u.mT, u), torch.bmm(slope.mT, slope))
+    return torch.cat([count, *(square.flatten() for square in squares)])
 
 
 def _check(seeds: Seeds, module: nn.Module, x: Tensor) -> None:

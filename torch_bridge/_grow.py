@@ -189,9 +189,10 @@ def _sites(
     topology: Topology | Mapping[str, Topology] | None,
 ) -> list[Site]:
     cpu_device()  # before the arrays of the layout start JAX wherever it likes
-    topologies = by_pattern(topology, matches, "topology", None)
+    modules = {match.name: match.module for match in matches}
+    topologies = by_pattern(topology, modules, "topology", None)
     most = 16 if chunks is None else chunks
-    counts = by_pattern(most, matches, "chunks", 1)
+    counts = by_pattern(most, modules, "chunks", 1)
     widest = max(match.features for match in matches)
     if chunks is None or (isinstance(most, int) and most <= widest):
         counts = [min(count, match.features) for count, match in zip(counts, matches, strict=True)]

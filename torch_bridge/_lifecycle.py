@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from torch import Tensor
 
 import esper_fn as ef
@@ -244,7 +243,7 @@ class Lifecycle:
 
     def pack(self) -> Tensor:
         """The state as one uint8 tensor."""
-        return to_tensor(_saved.describe(self.growth, self.leaves()))
+        return _saved.write(_saved.describe(self.growth, self.leaves()))
 
     def unpack(self, packed: Tensor) -> None:
         """Takes a packed state over.
@@ -252,7 +251,7 @@ class Lifecycle:
         Raises:
           BridgeError: it cannot be read, or belongs to other sites, blueprints or more adapters.
         """
-        saved = from_tensor(packed)
+        saved = _saved.parse(packed)
         fitted = _saved.fit(saved, self.growth, self.leaves())
         if fitted.capacity or fitted.is_moved:
             raise BridgeError(
@@ -266,7 +265,7 @@ class Lifecycle:
 
     def restore(self, packed: Tensor) -> None:
         """Goes on in a growth with more room than the one that was packed, without telling."""
-        self._take(_saved.fit(from_tensor(packed), self.growth, self.leaves()))
+        self._take(_saved.fit(_saved.parse(packed), self.growth, self.leaves()))
 
     def _take(self, fitted: _saved.Fitted) -> None:
         raw = self.state._replace(key=jax.random.key_data(self.state.key))
@@ -275,16 +274,6 @@ class Lifecycle:
         impl = jax.random.key_impl(self.state.key)
         with self._on_cpu():
             self.state = raw._replace(key=jax.random.wrap_key_data(raw.key, impl=impl))
-
-
-def to_tensor(saved: _saved.Saved) -> Tensor:
-    """The bytes of a lifecycle as a tensor, for a state dict."""
-    return torch.frombuffer(bytearray(_saved.write(saved)), dtype=torch.uint8)
-
-
-def from_tensor(packed: Tensor) -> _saved.Saved:
-    """The inverse of `to_tensor`; raises BridgeError."""
-    return _saved.parse(packed.numpy().tobytes())
 
 
 def _read(growth: ef.Growth, state: ef.GrowthState) -> _Output:

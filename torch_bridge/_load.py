@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper_fn.lifecycle import NONE
 from torch_bridge import _saved
 from torch_bridge._errors import BridgeError
-from torch_bridge._lifecycle import Lifecycle, from_tensor, to_tensor
+from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._record import seal, unseal
 from torch_bridge._saved import Saved
 from torch_bridge._site import Seeds
@@ -59,7 +59,7 @@ def _prepare(
     """Prepares the sites that share a lifecycle; `first` is the one that has its record."""
     lifecycle: Lifecycle = sites[first].shared.lifecycle
     packed, age = unseal(state[first + "lifecycle"])
-    saved = from_tensor(packed)
+    saved = _saved.parse(packed)
     fitted = _saved.fit(saved, lifecycle.growth, lifecycle.leaves())
     places = {own.site: name for name, own in sites.items()}
     adapters = _adapters(saved, lifecycle, state, places)
@@ -72,8 +72,8 @@ def _prepare(
     if not fitted.is_other and all(key in state for key in keys):
         return
     leaves = dict(zip(lifecycle.leaves(), fitted.leaves, strict=True))
-    packed = to_tensor(_saved.describe(lifecycle.growth, leaves, fitted.changes))
-    state[first + "lifecycle"] = seal(packed, max(age, 0))
+    packed = _saved.write(_saved.describe(lifecycle.growth, leaves, fitted.changes))
+    state[first + "lifecycle"] = seal(packed, age)
     for name in sites:
         for key in [key for key in state if key.startswith(name) and key != first + "lifecycle"]:
             del state[key]

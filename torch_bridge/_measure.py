@@ -52,18 +52,6 @@ class Measured(NamedTuple):
     """The factor by which the loss was multiplied."""
 
 
-class Read(NamedTuple):
-    """The same on the host, as `Lifecycle.advance` takes it."""
-
-    statistics: np.ndarray
-    """float32[S, K]."""
-    loss: float
-    drift: np.ndarray
-    """float32[Q]."""
-    has_broken: np.ndarray
-    """bool[Q]."""
-
-
 def measure(
     sites: Sequence[Seeds],
     optimizers: Watcher,
@@ -96,17 +84,28 @@ def measure(
     )
 
 
-def read(measured: Measured, group: Group, layout: Layout) -> Read:
-    """What arrived; adapters that broke get their old numbers back."""
+def read(
+    measured: Measured, group: Group, layout: Layout
+) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+    """What arrived, for `Lifecycle.advance`; adapters that broke get their old numbers back.
+
+    Args:
+      measured: by `measure`.
+      group: the ranks whose measurements were added up.
+      layout: sites, blueprints and capacity.
+
+    Returns:
+      Statistics, float32[S, K], and loss, of the mean over all ranks; drift, float32[Q]; what has
+      broken, bool[Q].
+    """
     numbers = measured.numbers.finish()
     num_seeds, num_slots = layout.num_seeds, layout.num_slots
     size = num_seeds * NUM_STATISTICS
-    statistics, loss = group.mean_loss(
-        numbers[:size].reshape(num_seeds, NUM_STATISTICS), float(numbers[size])
-    )
-    if measured.scale != 1:
-        statistics[:, _UTILITY] /= measured.scale
-        statistics[:, _GRADIENT_SQUARE] /= measured.scale**2
+    statistics, loss = numbers[:size].reshape(num_seeds, NUM_STATISTICS), float(numbers[size])
+    factor = measured.scale * group.size
+    if factor != 1:
+        statistics[:, _UTILITY] /= factor
+        statistics[:, _GRADIENT_SQUARE] /= factor**2
     drift, has_broken = np.zeros(num_slots, np.float32), np.zeros(num_slots, bool)
     if measured.before is not None:
         moved, slots = numbers[size + 1 :], measured.learning.slots
@@ -114,7 +113,7 @@ def read(measured: Measured, group: Group, layout: Layout) -> Read:
         drift[slots], has_broken[slots] = np.where(is_broken, 0.0, moved), is_broken
         for entry in np.flatnonzero(is_broken).tolist():
             measured.learning.put_back(entry, measured.before)
-    return Read(statistics, loss, drift, has_broken)
+    return statistics, loss / group.size, drift, has_broken
 
 
 def _statistics_and_loss(

@@ -39,16 +39,13 @@ def _compute(
     plan = state.plan
     live = _live(state, stacked)
     y, residual = backends.forward(plan, axis, live, x, measures=plan.measures)
-    # Not finite where nobody measured.
-    statistics = output_square = None
-    if residual is not None:
-        statistics, output_square = residual.statistics, residual.output_square
     chunks = tap.shape[0]
-    if statistics is None:
-        statistics = tap.new_full((chunks, NUM_FORWARD_STATISTICS), torch.inf)
+    if residual is None:  # not finite where nobody measured
+        residual = Residual(tap.new_full((chunks, NUM_FORWARD_STATISTICS), torch.inf))
+    output_square = residual.output_square
     if output_square is None:
         output_square = tap.new_full((chunks,), torch.inf)
-    return _owned(y, x, x), statistics, output_square
+    return _owned(y, x, x), residual.statistics, output_square
 
 
 def _promise(

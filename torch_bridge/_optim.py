@@ -64,7 +64,8 @@ class Watcher:
         self.partial: list[Partial] = []
         self.before: list[Tensor] | None = None
         """The learning adapters before the first step since the last `bridge.step`."""
-        self._saved: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._saved: dict[int, Tensor] = {}
+        """The numbers before a step of stacked adapters and of their state, by identity."""
         self.scaler: Any = None
         self.scale = 1.0
         me = weakref.ref(self)
@@ -163,9 +164,8 @@ class Watcher:
         if self.before is None and self.learning.groups:
             self.before = self.learning.snapshot()
         for bank in self.partial:
-            of_state = [tensor for p in bank.params for tensor in _rows_of(optimizer, p)]
-            for tensor in (*bank.params, *of_state):
-                self._saved.append((tensor, tensor.detach().clone(), bank.learns))
+            for tensor in _with_state(optimizer, bank):
+                self._saved[id(tensor)] = tensor.detach().clone()
 
     def scale_now(self) -> float:
         """The factor by which the next loss is multiplied."""
@@ -178,16 +178,14 @@ class Watcher:
 
     def after_step(self, optimizer: Any) -> None:
         """Puts resting rows of stacked adapters back."""
+        saved, self._saved = self._saved, {}
         with torch.no_grad():
-            known = {id(tensor) for tensor, _, _ in self._saved}
-            for tensor, old, learns in self._saved:
-                _put_back(tensor, old, learns)
-            self._saved.clear()
-            for bank in self.partial:
-                for p in bank.params:
-                    for tensor in _rows_of(optimizer, p):
-                        if id(tensor) not in known:  # made in this very step
-                            _put_back(tensor, torch.zeros_like(tensor), bank.learns)
+            for bank in self.partial if saved else ():
+                for tensor in _with_state(optimizer, bank):
+                    # What is not known was made in this very step.
+                    old = saved.get(id(tensor), tensor.new_zeros(()))
+                    learns = bank.learns.reshape(-1, *(1,) * (tensor.ndim - 1))
+                    tensor.copy_(torch.where(learns, tensor, old))
 
     def forget(self, params: list[nn.Parameter], slot: int | None) -> None:
         """Removes what optimisers remember of a newborn: all of it, or one row where stacked."""
@@ -207,8 +205,9 @@ def _rows_of(optimizer: Any, p: nn.Parameter) -> list[Tensor]:
     return [value for value in remembered if isinstance(value, Tensor) and value.shape == p.shape]
 
 
-def _put_back(tensor: Tensor, old: Tensor, learns: Tensor) -> None:
-    tensor.copy_(torch.where(learns.reshape(-1, *(1,) * (tensor.ndim - 1)), tensor, old))
+def _with_state(optimizer: Any, bank: Partial) -> list[Tensor]:
+    """The parameters of a bank, and what an optimiser remembers of them."""
+    return [*bank.params, *(row for p in bank.params for row in _rows_of(optimizer, p))]
 
 
 def _pre(me: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

@@ -38,9 +38,7 @@ class Reach:
         if self._is_over or self._num_steps < self._enough_steps:
             return
         self._is_over = True
-        never = [
-            n for n, is_reached in zip(self._names, self._is_reached, strict=True) if not is_reached
-        ]
+        never = [self._names[site] for site in np.flatnonzero(~self._is_reached)]
         more = f" and {len(never) - _MOST_NAMES} more" if never[_MOST_NAMES:] else ""
         warnings.warn(
             f"{len(never)} of {len(self._names)} targets were reached by no backward pass in "

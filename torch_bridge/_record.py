@@ -46,17 +46,16 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
         name = func.__name__.strip("_").removeprefix("foreach_")
         is_in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
         is_in_place = is_in_place or name in ("iadd", "isub", "imul", "itruediv")
+        is_list = bool(args) and isinstance(args[0], (list, tuple))
+        targets = list(args[0]) if is_list else list(args[:1])
         if name in _ARITHMETIC:
-            if isinstance(args[0], (list, tuple)):
-                newest = [_newest(terms) for terms in _by_entry(args)]
-            else:
-                newest = [_newest((*args, *(kwargs or {}).values()))]
-            targets = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
+            terms = _by_entry(args) if is_list else [(*args, *(kwargs or {}).values())]
+            newest = [_newest(each) for each in terms]
             if not is_in_place:
-                return newest if isinstance(args[0], (list, tuple)) else newest[0]
+                return newest if is_list else newest[0]
             for target, value in zip(targets, newest, strict=True):
                 target.copy_(value)
-            return None if isinstance(args[0], (list, tuple)) else args[0]
+            return None if is_list else args[0]
         if func.__name__ == "copy_" and args[0].shape != args[1].shape:
             raise BridgeError(
                 "the lifecycle of a grown model was copied into one that is not grown alike: its "
@@ -65,7 +64,7 @@ class Record(Tensor):  # type: ignore[misc] # torch is untyped here
             )
         result = super().__torch_function__(func, types, args, kwargs or {})
         if is_in_place or func.__name__ == "__set__":
-            for target in args[0] if isinstance(args[0], (list, tuple)) else args[:1]:
+            for target in targets:
                 if isinstance(target, Record):
                     _notify_owner(target)
         return result
@@ -87,11 +86,7 @@ def _by_entry(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 def _newest(terms: tuple[Any, ...]) -> Record:
     records = [record for record in terms if isinstance(record, Record)]
-    newest = records[0]
-    for record in records[1:]:
-        if age_of(record) >= age_of(newest):
-            newest = record
-    return newest
+    return max(reversed(records), key=age_of)  # the last of several that are equally old
 
 
 def _plain(record: Tensor) -> Tensor:
@@ -122,7 +117,7 @@ def seal(packed: Tensor, age: int) -> Record:
 
 
 def unseal(record: Any) -> tuple[Tensor, int]:
-    """A packed lifecycle and its age; -1 for one from before there were records.
+    """A packed lifecycle and its age.
 
     Raises:
       BridgeError: it is none, or its bytes are no longer those of one lifecycle.
@@ -134,9 +129,7 @@ def unseal(record: Any) -> tuple[Tensor, int]:
         )
     data = _bytes(record)
     tail = data[-_SIZE:]
-    if tail[:4] != _MARK:
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8), -1
-    if zlib.crc32(data[:-4]) != int.from_bytes(tail[12:], "little"):
+    if tail[:4] != _MARK or zlib.crc32(data[:-4]) != int.from_bytes(tail[12:], "little"):
         raise BridgeError(
             "the buffer `lifecycle` of a grown model was changed by something other than a copy: "
             "it holds bytes, of which there is no mean; average parameters, and copy buffers from "

@@ -23,8 +23,6 @@ class Rows:
     numel: int
     entry: Tensor
     """int64[rows]: whose adapter each row belongs to."""
-    position: list[tuple[int, nn.Parameter, int | None]]
-    """Entry and parameter of each row, and its index in a stacked parameter."""
     _views: list[Tensor] = field(default_factory=list)
 
     def gather(self) -> Tensor:
@@ -33,6 +31,11 @@ class Rows:
         if places != [view.data_ptr() for view in self._views]:  # none yet, or the model has moved
             self._views = [p.detach().reshape(-1, self.numel) for p in self.params]
         return torch.cat(self._views)
+
+    def targets(self) -> list[Tensor]:
+        """Where each row is written."""
+        whole = [p.unbind() if p.numel() != self.numel else (p,) for p in self.params]
+        return [part for parts in whole for part in parts]
 
 
 class Learning:
@@ -46,7 +49,9 @@ class Learning:
     def __init__(self, banks: Sequence[tuple[list[nn.Parameter], np.ndarray, bool]]) -> None:
         self.slots = np.concatenate([slots for _, slots, _ in banks] or [np.zeros(0, np.int64)])
         """int64[n]: the flat slot of each entry."""
-        alike: dict[tuple[object, ...], list[tuple[nn.Parameter, list[int], bool]]] = {}
+        alike: dict[
+            tuple[torch.device, torch.dtype, int], list[tuple[nn.Parameter, list[int]]]
+        ] = {}
         first = 0
         for params, slots, is_stacked in banks:
             entries = list(range(first, first + len(slots)))
@@ -54,22 +59,14 @@ class Learning:
             per_slot = len(params) if is_stacked else len(params) // len(slots)
             for k, p in enumerate(params):
                 own = entries if is_stacked else [entries[k // per_slot]]
-                key = (p.device, p.dtype, p.numel() // len(own))
-                alike.setdefault(key, []).append((p, own, is_stacked))
+                alike.setdefault((p.device, p.dtype, p.numel() // len(own)), []).append((p, own))
         self.groups = [
             Rows(
-                params=[p for p, _, _ in members],
-                numel=members[0][0].numel() // len(members[0][1]),
-                entry=torch.tensor([e for _, own, _ in members for e in own]).to(
-                    members[0][0].device
-                ),
-                position=[
-                    (e, p, row if stacked else None)
-                    for p, own, stacked in members
-                    for row, e in enumerate(own)
-                ],
+                params=[p for p, _ in members],
+                numel=numel,
+                entry=torch.tensor([e for _, own in members for e in own]).to(device),
             )
-            for members in alike.values()
+            for (device, _, numel), members in alike.items()
         ]
 
     def snapshot(self) -> list[Tensor]:
@@ -94,7 +91,6 @@ class Learning:
         """Gives one adapter the numbers it had."""
         with torch.no_grad():
             for rows, old in zip(self.groups, before, strict=True):
-                for row, (own, p, inner) in enumerate(rows.position):
-                    if own == entry:
-                        target = p if inner is None else p[inner]
-                        target.copy_(old[row].reshape(target.shape))
+                targets = rows.targets()
+                for row in (rows.entry == entry).nonzero().flatten().tolist():
+                    targets[row].copy_(old[row].reshape(targets[row].shape))

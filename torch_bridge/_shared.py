@@ -27,12 +27,10 @@ NO_PICKLE = (
 class Survey:
     """A survey that is under way."""
 
-    moments: dict[str, list[Tensor]] = field(default_factory=dict)
-    """The second moments gathered so far, by site."""
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """The second moments gathered so far, by site: rows, `x^T dy`, `x^T x`, `dy^T dy` in a row."""
     probes: list[Tensor] = field(default_factory=list)
     """Zeros whose gradient makes backward passes come to each site."""
-    with_moments: bool = False
-    """Whether passes gather moments now."""
 
 
 class Shared:
@@ -123,20 +121,10 @@ class Shared:
         twin.is_busy = self.is_busy
         self.copies.add(twin)
         if not lifecycle.is_driven:  # else its bridge was copied with it
-            ref = weakref.ref(twin)
-            lifecycle.on_load = partial(_refresh_copy, ref)
-            lifecycle.make_room = partial(_make_room_in_copy, ref)
+            lifecycle.on_load = partial(self.refresh, twin)
+            lifecycle.make_room = twin._make_room_in_copy
         return twin
 
-
-def _refresh_copy(ref: weakref.ref[Shared]) -> None:
-    shared = ref()
-    if shared is not None:
-        shared.refresh(shared)
-
-
-def _make_room_in_copy(ref: weakref.ref[Shared], capacity: int) -> None:
-    shared = ref()
-    if shared is not None:
-        shared.make_room(capacity)
-        shared.refresh(shared)  # no bridge does
+    def _make_room_in_copy(self, capacity: int) -> None:
+        self.make_room(capacity)
+        self.refresh(self)  # no bridge does

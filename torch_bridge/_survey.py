@@ -56,9 +56,9 @@ def survey(
 
 
 @contextmanager
-def _under_way(shared: Shared, *, with_moments: bool = False) -> Iterator[Survey]:
+def _under_way(shared: Shared) -> Iterator[Survey]:
     """Makes sites look for a survey, and compiled models run as plain Python."""
-    shared.survey = Survey(with_moments=with_moments)
+    shared.survey = Survey()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield shared.survey
@@ -70,7 +70,7 @@ def _under_way(shared: Shared, *, with_moments: bool = False) -> Iterator[Survey
 def _measure(
     sites: Sequence[Seeds], shared: Shared, group: Group, closure: Callable[[], Tensor]
 ) -> tuple[Tensor, list[Sequence[np.ndarray]]]:
-    with torch.enable_grad(), _under_way(shared, with_moments=True) as under_way:
+    with torch.enable_grad(), _under_way(shared) as under_way:
         loss = closure()
         if not isinstance(loss, Tensor) or loss.ndim:
             raise BridgeError(
@@ -83,21 +83,14 @@ def _measure(
     return loss, [_mean_moments(group, site, moments.get(site.site)) for site in sites]
 
 
-def _mean_moments(group: Group, site: Seeds, own: list[Tensor] | None) -> Sequence[np.ndarray]:
+def _mean_moments(group: Group, site: Seeds, own: Tensor | None) -> Sequence[np.ndarray]:
     """Moments of the mean loss over all ranks; zero rows where the site was not reached."""
     chunks, wide = site.plan.chunking.chunks, site.plan.chunking.widest
     if own is None:
-        square = (chunks, wide, wide)
-        shapes = [(chunks,), square, square, square]
-        own = [torch.zeros(shape, device=site.tap.device) for shape in shapes]
-    size = group.size
-    sums = group.sum(torch.cat([part.reshape(-1) for part in own])).cpu().numpy()
-    ends = np.cumsum([part.numel() for part in own])[:-1]
-    rows, x_dy, x_x, dy_dy = (
-        flat.reshape(tuple(part.shape))
-        for flat, part in zip(np.split(sums, ends), own, strict=True)
-    )
-    return rows, x_dy / size, x_x, dy_dy / size**2
+        own = torch.zeros(chunks + 3 * chunks * wide**2, device=site.tap.device)
+    sums = group.sum(own).cpu().numpy()
+    rows, (x_dy, x_x, dy_dy) = sums[:chunks], sums[chunks:].reshape(3, chunks, wide, wide)
+    return rows, x_dy / group.size, x_x, dy_dy / group.size**2
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,14 +17,19 @@ from torch_bridge._errors import BridgeError
 
 Target: TypeAlias = str | type | Callable[[str, nn.Module], bool]
 Targets: TypeAlias = Target | Sequence[Target]
-Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+_WIDTHS: list[tuple[Any, int, str]] = [
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1, "out_channels"),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1, "out_channels"),
+    ((_BatchNorm, _InstanceNorm), 1, "num_features"),
+    (nn.GroupNorm, 1, "num_channels"),
+    ((nn.Embedding, nn.EmbeddingBag), -1, "embedding_dim"),
+    (nn.MultiheadAttention, -1, "embed_dim"),
+    ((nn.TransformerEncoderLayer, nn.TransformerDecoderLayer), -1, "linear2.out_features"),
+]
+"""The feature axis of a layer's output, and what has its width."""
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
@@ -84,19 +90,12 @@ def find(
             f"leaves out {skipped}; name at least one module in targets"
         )
     skipped = {name: reason for name, reason in skipped.items() if name not in chosen}
-    widths = dict(features or {})
+    modules = {name: module for name, module in named.items() if name in chosen}
+    widths = by_pattern(features or {}, modules, "features", None)
     matches = [
-        _match(name, module, _of_pattern(widths, name, module, None))
-        for name, module in named.items()
-        if name in chosen
+        _match(*target, width) for target, width in zip(modules.items(), widths, strict=True)
     ]
     _check_shared(named, matches)
-    unused = [p for p in widths if not any(_matches(p, m.name, m.module) for m in matches)]
-    if unused:
-        raise BridgeError(
-            f"features names {unused}, which match no target; targets are "
-            f"{_some(match.name for match in matches)}"
-        )
     return matches, skipped
 
 
@@ -113,26 +112,28 @@ def _is_under(target: Any, name: str, named: Mapping[str, nn.Module]) -> bool:
 
 
 def by_pattern(
-    values: Value | Mapping[str, Value], matches: Sequence[Match], argument: str, default: Value
-) -> list[Value]:
+    values: Any,
+    modules: Mapping[str, nn.Module],
+    argument: str,
+    default: Any,
+) -> list[Any]:
     """One value a target, from a value for all or a mapping of patterns (the first match counts).
 
     Raises:
       BridgeError: a pattern that matches no target.
     """
     if not isinstance(values, Mapping):
-        return [values] * len(matches)
+        return [values] * len(modules)
     for pattern in values:
-        if not any(_matches(pattern, match.name, match.module) for match in matches):
+        if not any(_matches(pattern, name, module) for name, module in modules.items()):
             raise BridgeError(
                 f"{argument} names {pattern!r}, which matches no target; targets are "
-                f"{_some(match.name for match in matches)}"
+                f"{_some(modules)}"
             )
-    return [_of_pattern(values, match.name, match.module, default) for match in matches]
-
-
-def _of_pattern(values: Mapping[str, Any], name: str, module: nn.Module, default: Any) -> Any:
-    return next((value for p, value in values.items() if _matches(p, name, module)), default)
+    return [
+        next((value for p, value in values.items() if _matches(p, name, module)), default)
+        for name, module in modules.items()
+    ]
 
 
 def _matches(target: Any, name: str, module: nn.Module) -> bool:
@@ -202,32 +203,17 @@ def _match(name: str, module: nn.Module, chosen: int | None) -> Match:
 
 def _known(module: nn.Module) -> tuple[int, int] | None:
     """Features and feature axis of a layer's output."""
-    if isinstance(module, _CONVOLUTIONS):
-        return module.out_channels, 1
-    if isinstance(module, (_BatchNorm, _InstanceNorm)):
-        return module.num_features, 1
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, 1
-    width = _last_width(module)
-    return None if width is None else (width, -1)
-
-
-def _last_width(module: nn.Module) -> int | None:
-    """The width of the last axis of a layer's output."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return module.embedding_dim
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return int(module.normalized_shape[-1])
-    if isinstance(module, nn.MultiheadAttention):
-        return int(module.embed_dim)
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        return int(module.linear2.out_features)
     if isinstance(module, nn.RNNBase):
-        return int((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
+        return (module.proj_size or module.hidden_size) * (1 + module.bidirectional), -1
+    for kinds, axis, attribute in _WIDTHS:
+        if isinstance(module, kinds):
+            return int(operator.attrgetter(attribute)(module)), axis
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return int(module.normalized_shape[-1]), -1
     if _linear.is_transposed_linear(module):
-        return int(module.nf)
+        return int(module.nf), -1
     width = getattr(module, "out_features", None)
-    return width if isinstance(width, int) and _linear.is_linear(module) else None
+    return (width, -1) if isinstance(width, int) and _linear.is_linear(module) else None
 
 
 def _check_shared(named: Mapping[str, nn.Module], matches: Sequence[Match]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +18,6 @@ from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights
 from torch_bridge._site import Seeds, first_tensor
 from torch_bridge.backends._layout import gather, scatter
-
-
-class Affine(NamedTuple):
-    """`y = x + x matrix + shift` over the features of one chunk, as float64."""
-
-    features: slice
-    matrix: Tensor
-    """[n, n]."""
-    shift: Tensor
-    """[n]."""
-    is_diagonal: bool
 
 
 class Site(NamedTuple):
@@ -170,7 +159,7 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
     acting = [bank for bank in own.plan.banks if bank.acts]
     axes = _weight_layout(module) if acting and weights.is_plain(module) else None
     for bank in acting:
-        values = None if axes is None else _folded(module, axes, _affine(own, bank), folded)
+        values = None if axes is None else _folded(module, axes, own, bank, folded)
         if values is None:
             rest.append(bank)
         else:
@@ -178,33 +167,27 @@ def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
     return Site(module, own, folded, rest)
 
 
-def _affine(own: Seeds, bank: BankPlan) -> list[Affine] | None:
-    """What the adapters do to the features, where that is linear in each position alone."""
-    leaves = dict(zip(own.names_of(bank.name), own.rows_of(bank), strict=True))
+def _affine(
+    own: Seeds, bank: BankPlan, *, is_diagonal: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Features, matrix and shift of `y = x + x matrix + shift` in each chunk, as float64."""
+    leaves = dict(zip(bank.leaves, own.rows_of(bank), strict=True))
     chunking = own.plan.chunking
     scales = Gains.from_columns(own.plan.gains).output_scale
-    is_low_rank = bank.form.activation == "none" and set(leaves) <= {"down", "up", "bias"}
-    is_diagonal = is_built_in(bank.form, "scale_shift") or is_built_in(bank.form, "noop")
-    if not (is_low_rank or is_diagonal):
-        return None
-    affine = []
     for index, chunk in enumerate(bank.chunk.tolist()):
         start, size = int(chunking.starts[chunk]), int(chunking.sizes[chunk])
         scale = scales[chunk].double()
         adapter = {name: leaf[index].double() for name, leaf in leaves.items()}
         if scale == 0 or not adapter:
             continue
-        if is_low_rank:
-            up = adapter["up"][:, :size]
-            matrix = scale * (adapter["down"][:size] @ up)
-            shift = (
-                scale * (adapter["bias"] @ up) if "bias" in adapter else torch.zeros_like(matrix[0])
-            )
-        else:
+        if is_diagonal:
             matrix = torch.diag(scale * adapter["scale"][:size])
             shift = scale * adapter["shift"][:size]
-        affine.append(Affine(slice(start, start + size), matrix, shift, is_diagonal))
-    return affine
+        else:
+            up = adapter["up"][:, :size]
+            matrix = scale * (adapter["down"][:size] @ up)
+            shift = scale * (adapter["bias"] @ up) if "bias" in adapter else matrix.new_zeros(size)
+        yield slice(start, start + size), matrix, shift
 
 
 class WeightLayout(NamedTuple):
@@ -237,24 +220,23 @@ def _weight_layout(module: Any) -> WeightLayout | None:
 
 
 def _folded(
-    module: Any, axes: WeightLayout, chunks: list[Affine] | None, earlier: dict[str, Tensor]
+    module: Any, axes: WeightLayout, own: Seeds, bank: BankPlan, earlier: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
     """New values of the module's parameters, None if the adapters do not fit into them."""
-    if chunks is None:
+    is_low_rank = bank.form.activation == "none" and set(bank.leaves) <= {"down", "up", "bias"}
+    is_diagonal = is_built_in(bank.form, "scale_shift") or is_built_in(bank.form, "noop")
+    if not (is_diagonal or (is_low_rank and axes.is_mixing)):
         return None
     weight = earlier.get("weight", module.weight).detach().clone()
     moved = weight.movedim(axes.axis, -1)
     old = earlier.get("bias", None if axes.is_table else module.bias)
     bias = weight.new_zeros(moved.shape[-1]) if old is None else old.detach().clone()
-    for chunk in chunks:
-        if not axes.is_mixing and not chunk.is_diagonal:
-            return None
-        own = moved[..., chunk.features]
+    for features, matrix, shift in _affine(own, bank, is_diagonal=is_diagonal):
         if axes.is_table:
-            is_sound = _add_(own, chunk.matrix, chunk.shift)
+            is_sound = _add_(moved[..., features], matrix, shift)
         else:
-            is_sound = _add_(own, chunk.matrix, torch.zeros_like(chunk.shift))
-            is_sound = is_sound and _add_(bias[chunk.features], chunk.matrix, chunk.shift)
+            is_sound = _add_(moved[..., features], matrix, torch.zeros_like(shift))
+            is_sound = is_sound and _add_(bias[features], matrix, shift)
         if not is_sound:
             return None
     if axes.is_table or (old is None and not bias.any()):

@@ -85,7 +85,7 @@ class Once(Twice):
         (nn.Sequential(nn.Sequential(nn.Linear(2, 2))), {"targets": "0"}, r"its last one \(0\.0\)"),
         (Transformer(), {"targets": torch_bridge.blocks("h")}, "say features="),
         (Mlp(), {"targets": "fc1", "features": {"fc1": 3}}, "whose output has 16"),
-        (Mlp(), {"targets": "fc1", "features": {"fc2": 8}}, "match no target"),
+        (Mlp(), {"targets": "fc1", "features": {"fc2": 8}}, "matches no target"),
         (Mlp(), {"targets": "fc1", "chunks": {"fc2": 2}}, "matches no target"),
         (Mlp(), {"targets": "fc1", "chunks": 17}, "do not fit 16 features"),
         (Mlp(), {"targets": "fc1", "watch_every": -1}, "watch_every must be"),

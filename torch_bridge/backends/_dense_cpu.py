@@ -22,7 +22,7 @@ from torch import Tensor
 
 from esper_kernels import Chunking
 from esper_kernels.rule_torch import Leaves
-from torch_bridge._adapters import PHI, activation_gradient, project_down
+from torch_bridge._adapters import PHI, project_down, pull_dense
 from torch_bridge._plan import SitePlan
 from torch_bridge.backends._base import Adapters, Residual, SiteGradients, plain_numbers
 from torch_bridge.backends._reference import REFERENCE
@@ -121,12 +121,8 @@ def _pull(
         matrix = leaves["up"].float()
         z = project_down(leaves, u) if intermediate is None else intermediate
         a = PHI[activation](z)
-        d_matrix = torch.bmm(a.mT, slope)
-        d_z = activation_gradient(activation, z, a, torch.bmm(slope, matrix.mT))
-        d_leaves = {"down": torch.bmm(u.mT, d_z), "up": d_matrix}
-        if "bias" in leaves:
-            d_leaves["bias"] = d_z.sum(1)
-        d_u = torch.bmm(d_z, leaves["down"].float().mT)
+        d_leaves, d_u = pull_dense(activation, leaves, matrix, u, z, a, slope)
+        d_matrix = d_leaves["up"]
     # <dy, r> = <a^T dy, up> costs no pass over r.
     utility = torch.linalg.vecdot(d_matrix.flatten(1), matrix.flatten(1)).neg_()
     return d_leaves, d_u, utility

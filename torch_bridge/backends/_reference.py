@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper_kernels import Gains, rule_torch
 from esper_kernels.rule_torch import Leaves, Pull
-from torch_bridge._adapters import PHI, activation_gradient, project_down
+from torch_bridge._adapters import PHI, project_down, pull_dense
 from torch_bridge._plan import BankPlan, SitePlan
 from torch_bridge.backends._base import Adapters, Residual, SiteGradients, plain_numbers
 from torch_bridge.backends._layout import gather, scatter_
@@ -111,7 +111,7 @@ def _dense_vjp(
 ) -> tuple[Tensor, Pull]:
     """`r = phi(u down + bias) up`."""
     rows = u.reshape(u.shape[0], -1, u.shape[-1])
-    down, up = leaves["down"].to(u.dtype), leaves["up"].to(u.dtype)
+    up = leaves["up"].to(u.dtype)
     if mask is not None:
         up = torch.where(mask[:, None, :], up, 0.0)
     z = project_down(leaves, rows)
@@ -119,11 +119,8 @@ def _dense_vjp(
 
     def pull(dr: Tensor) -> tuple[Leaves, Tensor]:
         slope = dr.reshape(rows.shape)
-        d_z = activation_gradient(activation, z, a, torch.bmm(slope, up.mT))
-        gradients = {"down": torch.bmm(rows.mT, d_z), "up": torch.bmm(a.mT, slope)}
-        if "bias" in leaves:
-            gradients["bias"] = d_z.sum(1)
+        gradients, d_rows = pull_dense(activation, leaves, up, rows, z, a, slope)
         d_leaves = {name: gradients[name].to(leaf.dtype) for name, leaf in leaves.items()}
-        return d_leaves, torch.bmm(d_z, down.mT).reshape(u.shape)
+        return d_leaves, d_rows.reshape(u.shape)
 
     return torch.bmm(a, up).reshape(u.shape), pull
