@@ -21,11 +21,12 @@ from esper_fn.types import Layout
 from esper_kernels import Gains
 from torch_bridge import _survey, _unwrap
 from torch_bridge._arguments import check_step, check_survey
-from torch_bridge._banks import Bank, banks_of, update_learning, update_plans
+from torch_bridge._banks import banks_of, update_learning, update_plans
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
 from torch_bridge._measure import Measured, measure, read
 from torch_bridge._optim import Watcher
+from torch_bridge._plan import BankSlots
 from torch_bridge._reach import Reach
 from torch_bridge._shared import Shared
 from torch_bridge._site import Seeds
@@ -46,7 +47,6 @@ class Bridge:
     Attributes:
       model: the model.
       sites: the seeds of every target, in the order of their numbers.
-      banks: where the adapters are.
       optimizers: what watches the optimisers.
     """
 
@@ -62,7 +62,6 @@ class Bridge:
     ) -> None:
         self.model = model
         self.sites = list(sites)
-        self.banks = banks_of(sites)
         self._shared, self._lifecycle = shared, shared.lifecycle
         self._group = group
         self._watch_every = watch_every
@@ -168,7 +167,7 @@ class Bridge:
         width = max(len(site.site) for site in self.sites)
         for site in self.sites[:_MOST_LINES]:
             chunking = site.plan.chunking
-            names = ", ".join(bank.name for bank in self.banks if bank.site is site)
+            names = ", ".join(bank.name for bank in site.bank_slots)
             lines.append(
                 f"  {site.site:<{width}}  {chunking.features} features in "
                 f"{chunking.chunks} chunks, {site.plan.topology}: {names}"
@@ -273,16 +272,17 @@ class Bridge:
         self._refresh()
 
     def _write_newborn(self, slot: int, leaves: dict[str, np.ndarray]) -> None:
-        bank = self._bank_of(slot)
+        site, bank = self._bank_of(slot)
         local = slot - bank.start
-        params = bank.site.parameters_of(bank.name, (local,))
+        params = site.parameters_of(bank.name, (local,))
         numbers = {name: torch.tensor(leaf) for name, leaf in leaves.items()}
-        bank.site.write_(bank.name, local, numbers)
-        self._shared.begin_averages(bank.site, bank.name, local, slot, numbers)
-        self.optimizers.forget(params, local if bank.site.is_stacked else None)
+        site.write_(bank.name, local, numbers)
+        self._shared.begin_averages(site, bank.name, local, slot, numbers)
+        self.optimizers.forget(params, local if site.is_stacked else None)
 
-    def _bank_of(self, slot: int) -> Bank:
-        return next(b for b in self.banks if b.start <= slot < b.start + b.num_slots)
+    def _bank_of(self, slot: int) -> tuple[Seeds, BankSlots]:
+        banks = banks_of(self.sites)
+        return next((site, bank) for site, bank in banks if bank.start <= slot < bank.slots.stop)
 
     def _refresh(self) -> None:
         """Updates the plan of every site, and what optimisers may move."""
@@ -300,13 +300,12 @@ class Bridge:
                 if site.plan.is_watching != watching:
                     site.plan = replace(site.plan, is_watching=watching)
             return
-        update_plans(self.sites, self.banks, gains, owner, is_watching=watching)
-        update_learning(self.optimizers, self.banks, gains)
+        update_plans(self.sites, gains, owner, is_watching=watching)
+        update_learning(self.optimizers, self.sites, gains)
 
     def _make_room(self, capacity: int) -> None:
         """Room for as many adapters as a checkpoint holds."""
         self._shared.make_room(capacity)
-        self.banks = banks_of(self.sites)
         self.optimizers.set_adapters(self.adapter_parameters())
         self._loaded()
 

@@ -263,9 +263,12 @@ class Lifecycle:
         self.changes = fitted.changes
         self.on_load()
 
-    def restore(self, packed: Tensor) -> None:
-        """Goes on in a growth with more room than the one that was packed, without telling."""
-        self._take(_saved.fit(_saved.parse(packed), self.growth, self.leaves()))
+    def enlarge(self, growth: ef.Growth) -> None:
+        """Goes on in a growth with more room, without telling."""
+        before, age = _saved.describe(self.growth, self.leaves()), self.age
+        self.begin(growth)
+        self._take(_saved.fit(before, growth, self.leaves()))
+        self.age = age
 
     def _take(self, fitted: _saved.Fitted) -> None:
         raw = self.state._replace(key=jax.random.key_data(self.state.key))

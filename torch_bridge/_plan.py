@@ -74,10 +74,25 @@ class BankPlan:
         )
 
 
+class BankSlots(NamedTuple):
+    """A bank of the layout: which of all slots are its own, and whose."""
+
+    name: str
+    start: int
+    num_slots: int
+    first_seed: int
+    """The number of its site's first seed."""
+    form: Form
+
+    @property
+    def slots(self) -> slice:
+        """Its slots among all."""
+        return slice(self.start, self.start + self.num_slots)
+
+
 def plan_bank(
     chunking: Chunking,
-    name: str,
-    form: Form,
+    bank: BankSlots,
     leaves: tuple[str, ...],
     slots: np.ndarray,
     chunks: np.ndarray,
@@ -87,8 +102,7 @@ def plan_bank(
 
     Args:
       chunking: of the site.
-      name: the blueprint's.
-      form: what computes it.
+      bank: its slots.
       leaves: the names of its parameters.
       slots: int[n], local to the bank.
       chunks: int[n].
@@ -102,8 +116,8 @@ def plan_bank(
     own = Gains.from_columns(gains)
     is_damped = bool(np.any(own.output_damping != 0))
     return BankPlan(
-        name=name,
-        form=form,
+        name=bank.name,
+        form=bank.form,
         leaves=leaves,
         rows=torch.from_numpy(slots),
         chunk=torch.from_numpy(chunks),
@@ -118,17 +132,6 @@ def plan_bank(
         and bool(np.all(gains[:, :3] != 0) and np.all(own.param_grad_scale == 1)),
         is_damped=is_damped,
     )
-
-
-class BankSlots(NamedTuple):
-    """A bank of the layout: which of all slots are its own, and whose."""
-
-    name: str
-    start: int
-    num_slots: int
-    first_seed: int
-    """The number of its site's first seed."""
-    form: Form
 
 
 def bank_slots(layout: Layout) -> dict[str, tuple[BankSlots, ...]]:

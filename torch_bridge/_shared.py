@@ -81,14 +81,11 @@ class Shared:
         Copies that no bridge drives get the slots too: averages go through both models' parameters
         in pairs.
         """
-        growth, age = self.lifecycle.growth, self.lifecycle.age
+        growth = self.lifecycle.growth
         if capacity <= growth.layout.capacity:
             return
         larger = growth.replace(capacity=capacity)
-        before = self.lifecycle.pack()
-        self.lifecycle.begin(larger)
-        self.lifecycle.restore(before)
-        self.lifecycle.age = age
+        self.lifecycle.enlarge(larger)
         slots = bank_slots(larger.layout)
         for site in self.living_sites():
             site.make_room(slots[site.site])

@@ -178,12 +178,12 @@ class Seeds(nn.Module):  # type: ignore[misc]
 
     def rows_of(self, bank: BankPlan) -> list[Tensor]:
         """Each of a bank's leaves for its live slots, `[n, ...]`; differentiable."""
+        module: Any = self._modules[bank.name]
         if self.is_stacked:
-            module = self._modules[bank.name]
             return [bank.select(getattr(module, name)) for name in bank.leaves]
+        adapters = [module[slot] for slot in bank.slots]
         return [
-            torch.stack([self.leaf(bank.name, name, slot) for slot in bank.slots])
-            for name in bank.leaves
+            torch.stack([getattr(adapter, name) for adapter in adapters]) for name in bank.leaves
         ]
 
     def write_(self, bank: str, slot: int, leaves: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,9 @@ def test_resting_adapters_do_not_move_and_learning_ones_do(kind: str, stacked: b
     )
     optimizer = OPTIMIZERS[kind](model.parameters())
     train(model, bridge, optimizer, 3)  # moments that would move an adapter
-    first, second = (int(bridge.state.seeds.slot[s]) - bridge.banks[1].start for s in (0, 1))
+    first, second = (
+        int(bridge.state.seeds.slot[s]) - bridge.sites[0].bank_slots[1].start for s in (0, 1)
+    )
     site = bridge.sites[0]
     train(model, bridge, optimizer, commands=[ef.commands.transition(0, Stage.GRAFTING)])
     place_stage(bridge, 0, Stage.EVALUATING)
@@ -215,7 +217,7 @@ def test_an_adapter_the_optimiser_breaks_is_put_back_and_rolled_back() -> None:
     bridge = grow(model, "fc1")
     set_stages(bridge, {0: ("low_rank", Stage.TRAINING, 0.0)})
     optimizer = torch.optim.SGD(bridge.adapter_parameters(), 0.1)
-    slot = int(bridge.state.seeds.slot[0]) - bridge.banks[1].start
+    slot = int(bridge.state.seeds.slot[0]) - bridge.sites[0].bank_slots[1].start
     params = bridge.sites[0].parameters_of("low_rank", (slot,))
     before = [p.detach().clone() for p in params]
     loss = model(torch.randn(5, 6)).square().mean()

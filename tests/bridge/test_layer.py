@@ -82,7 +82,7 @@ def test_each_stage_has_its_four_gains(
     h = (x @ model[0].weight.T + model[0].bias).detach()
     u = h[:, 4:].clone().requires_grad_()
     slot = int(bridge.state.seeds.slot[1]) - next(
-        item.start for item in bridge.banks if item.name == bank
+        item.start for item in bridge.sites[0].bank_slots if item.name == bank
     )
     r = adapter_by_hand(site, bank, slot, u)
     params = list(site.get_submodule(bank)[slot].parameters())
@@ -116,7 +116,8 @@ def test_a_site_in_which_all_live_computes_as_its_adapters_one_by_one(
     set_stages(bridge, {k: (bank, Stage.FINE_TUNING, 0.3 + 0.2 * k) for k in range(2)})
     assert bridge.sites[0].plan.banks[0].is_full
     x, dy = torch.randn(shape), torch.randn(*shape[:-1], 8)
-    site, first = bridge.sites[0], next(item.start for item in bridge.banks if item.name == bank)
+    site = bridge.sites[0]
+    first = next(item.start for item in site.bank_slots if item.name == bank)
     slots = [int(bridge.state.seeds.slot[k]) - first for k in range(2)]
     h = (x @ model[0].weight.T + model[0].bias).detach().requires_grad_()
     adapters = [

@@ -159,14 +159,18 @@ class InJax:
         return info
 
 
+def banks_of(bridge: Any) -> list[tuple[Any, Any]]:
+    return [(site, bank) for site in bridge.sites for bank in site.bank_slots]
+
+
 def adapters_of(bridge: Any, part: Any) -> Any:
     """Something of every parameter of the adapters, in the order of the core: site, bank, leaf."""
     results: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for bank in bridge.banks:
-        adapters = bank.site.get_submodule(bank.name)
-        results.setdefault(bank.site.site, {})[bank.name] = {
+    for site, bank in banks_of(bridge):
+        adapters = site.get_submodule(bank.name)
+        results.setdefault(site.site, {})[bank.name] = {
             name: np.stack([part(getattr(adapter, name)) for adapter in adapters])
-            for name in bank.site.names_of(bank.name)
+            for name in site.names_of(bank.name)
         }
     return results
 
@@ -249,8 +253,8 @@ def test_two_hundred_steps_through_a_full_lifecycle(train_first: bool) -> None:
         atol=1e-4,
     )
     own = adapters_of(bridge, numbers)
-    for bank in bridge.banks:
+    for site, bank in banks_of(bridge):
         holder = np.asarray(bridge.state.owner)[bank.start : bank.start + bank.num_slots] >= 0
-        for name, leaf in ours.state.adapters[bank.site.site][bank.name].items():
-            mine = own[bank.site.site][bank.name][name]
+        for name, leaf in ours.state.adapters[site.site][bank.name].items():
+            mine = own[site.site][bank.name][name]
             np.testing.assert_allclose(mine[holder], leaf[holder], rtol=2e-2, atol=2e-3)
