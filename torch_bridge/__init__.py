@@ -29,12 +29,8 @@ except ImportError as _error:
 
 from torch_bridge._adapters import register_blueprint
 from torch_bridge._bridge import Bridge
-from torch_bridge._convert import (
-    TorchFunction,
-    to_torch,
-    tree_to_jax,
-    tree_to_torch,
-)
+from torch_bridge._convert._to_torch import TorchFunction, to_torch
+from torch_bridge._convert._trees import tree_to_jax, tree_to_torch
 from torch_bridge._errors import BridgeError
 from torch_bridge._fsdp import replicate_adapters
 from torch_bridge._grow import GrowthOptions, grow

@@ -333,7 +333,7 @@ class Bridge:
         """
         self._check_open()
         check_survey(closure)
-        return _survey.survey(self.sites, self._shared, self._lifecycle, self._group, closure)
+        return _survey.survey(self.sites, self._shared, self._group, closure)
 
     def unwrap(self) -> nn.Module:
         """Takes the seeds out of the model, whose outputs stay the same.

@@ -245,7 +245,7 @@ class Seeds(nn.Module):  # type: ignore[misc]
             twin.__dict__[name] = None if is_own else copy.deepcopy(value, memo)
         twin.tap = torch.zeros_like(self.tap, requires_grad=True)
         plan = replace(copy.deepcopy(self.plan, memo), is_watching=False)
-        twin.set_state(self.state.copy(plan))
+        twin.set_state(SiteState(plan, self.axis, self.leaf_names))
         twin.shared.add(twin)
         if twin.record is not None:
             _record.own(twin)

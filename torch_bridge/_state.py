@@ -38,10 +38,6 @@ class SiteState:
         self.number = torch.tensor(number)
         """The number by which compiled programs find this state."""
 
-    def copy(self, plan: SitePlan) -> SiteState:
-        """A state of a site alike, which has measured nothing."""
-        return SiteState(plan, self.axis, self.leaves)
-
     def add(self, statistics: Tensor) -> None:
         """Adds up what backward passes measure, in memory that no program writes to."""
         known = self.statistics

@@ -13,7 +13,6 @@ from torch import Tensor
 import esper_fn as ef
 from torch_bridge._distributed import Group
 from torch_bridge._errors import BridgeError
-from torch_bridge._lifecycle import Lifecycle
 from torch_bridge._shared import Shared, Survey
 from torch_bridge._site import Seeds
 
@@ -21,7 +20,6 @@ from torch_bridge._site import Seeds
 def survey(
     sites: Sequence[Seeds],
     shared: Shared,
-    lifecycle: Lifecycle,
     group: Group,
     closure: Callable[[], Tensor],
 ) -> ef.SurveyInfo:
@@ -29,13 +27,12 @@ def survey(
 
     Args:
       sites: all of the model, in the order of their seeds.
-      shared: what they share.
-      lifecycle: the seeds' state.
+      shared: what they share, with the seeds' state.
       group: the ranks whose measurements are added up.
       closure: runs the model and returns the loss.
     """
     loss, moments = _measure(sites, shared, group, closure)
-    chosen = lifecycle.on_trial()
+    chosen = shared.lifecycle.on_trial()
     losses = [loss.detach().float()]
     with torch.no_grad(), _under_way(shared):
         for seed in chosen:
@@ -52,7 +49,7 @@ def survey(
         )
     rest = iter(means[1:].tolist())
     missing = [next(rest) if seed >= 0 else 0.0 for seed in chosen]
-    return lifecycle.conclude(moments, float(means[0]), chosen, missing)
+    return shared.lifecycle.conclude(moments, float(means[0]), chosen, missing)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from torch_bridge.backends._statistics import (
     GRADIENT_SQUARE,
     INPUT_SQUARE,
     OF_ADAPTERS,
-    adapter_columns,
     all_statistics,
     measure_forward,
     measure_gradient,
@@ -72,7 +71,7 @@ class Reference:
                     is_damped=bank.is_damped,
                 )
                 d_adapters[bank.name] = pulled.d_adapters
-                columns = adapter_columns(pulled.statistics)
+                columns = torch.stack(pulled.statistics[1:], dim=1)
                 statistics[:, OF_ADAPTERS].index_copy_(0, bank.chunk, columns)
                 if bank.is_felt:
                     d_x = dy.clone() if d_x is dy else d_x

@@ -10,7 +10,6 @@ import esper_kernels.torch as kernels
 from esper_kernels import (
     NUM_FORWARD_STATISTICS,
     NUM_STATISTICS,
-    BackwardStatistics,
     Chunking,
     ForwardStatistics,
     Statistics,
@@ -70,11 +69,6 @@ def all_statistics(forward: Tensor, gradient_square: Tensor) -> Tensor:
     columns[:, :NUM_FORWARD_STATISTICS] = forward
     columns[:, GRADIENT_SQUARE] = gradient_square
     return columns
-
-
-def adapter_columns(measured: BackwardStatistics) -> Tensor:
-    """float32[n, 4]: what was measured of n adapters, as the columns `OF_ADAPTERS`."""
-    return torch.stack(measured[1:], dim=1)
 
 
 def sum_chunks(chunking: Chunking, values: Tensor) -> Tensor:
