@@ -196,7 +196,6 @@ class Bridge:
         """
         for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
             self.optimizers.check(each)
-            self.optimizers.seen.add(each)
         self.optimizers.check_complete()
         if scaler is not None:
             self.optimizers.scaler = scaler

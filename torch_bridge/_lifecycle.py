@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from torch import Tensor
 
 import esper_fn as ef
 from esper_fn.commands import Command
@@ -241,11 +240,11 @@ class Lifecycle:
         """The state's arrays by their paths, its key as numbers."""
         return _saved.leaves_of(self.state._replace(key=jax.random.key_data(self.state.key)))
 
-    def pack(self) -> Tensor:
-        """The state as one uint8 tensor."""
+    def pack(self) -> bytes:
+        """The state as bytes."""
         return _saved.write(_saved.describe(self.growth, self.leaves()))
 
-    def unpack(self, packed: Tensor) -> None:
+    def unpack(self, packed: bytes) -> None:
         """Takes a packed state over.
 
         Raises:

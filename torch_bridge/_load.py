@@ -37,19 +37,11 @@ def prepare(model: nn.Module, state: StateDict, prefix: str, *rest: Any) -> None
       BridgeError: it does not fit; nothing has been written.
     """
     del rest
-    every = {
-        f"{prefix}{n}.": site_module
-        for n, site_module in model.named_modules()
-        if isinstance(site_module, Seeds)
-    }
+    every = {f"{prefix}{n}.": own for n, own in model.named_modules() if isinstance(own, Seeds)}
     for name, site in every.items():
         if site.record is not None and name + "lifecycle" in state:
             # A part of the model may have been grown by itself, with a lifecycle of its own.
-            sites = {
-                n: site_module
-                for n, site_module in every.items()
-                if site_module.shared is site.shared
-            }
+            sites = {n: own for n, own in every.items() if own.shared is site.shared}
             _prepare(model, state, prefix, name, sites)
 
 

@@ -55,7 +55,6 @@ class Watcher:
     def __init__(self, host: Iterable[nn.Parameter], adapters: Iterable[nn.Parameter]) -> None:
         self._host = {id(p) for p in host}
         self.set_adapters(adapters)
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._holds: weakref.WeakKeyDictionary[Any, _Holds] = weakref.WeakKeyDictionary()
         self._num_steps = 0
         self.resting: list[nn.Parameter] = []
@@ -97,7 +96,6 @@ class Watcher:
             if not adapters and not every & self._host:
                 return adapters
             known = _Holds(form, adapters, every - adapters, 0)
-            self.seen.add(optimizer)
         self._holds[optimizer] = known._replace(last_step=self._num_steps)
         return known.adapters
 
@@ -189,7 +187,7 @@ class Watcher:
 
     def forget(self, params: list[nn.Parameter], slot: int | None) -> None:
         """Removes what optimisers remember of a newborn: all of it, or one row where stacked."""
-        for optimizer in self.seen:
+        for optimizer in self._holds:
             for p in params:
                 if slot is None:
                     optimizer.state.pop(p, None)

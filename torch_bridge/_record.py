@@ -107,16 +107,15 @@ def age_of(record: Tensor) -> int:
     return int.from_bytes(tail[4:12], "little") if tail[:4] == _MARK else -1
 
 
-def seal(packed: Tensor, age: int) -> Record:
+def seal(packed: bytes, age: int) -> Record:
     """The record of a packed lifecycle."""
-    data = packed.numpy().tobytes()
-    tail = _MARK + age.to_bytes(8, "little")
-    tail += zlib.crc32(data + tail).to_bytes(4, "little")
-    record: Record = torch.frombuffer(bytearray(data + tail), dtype=torch.uint8).as_subclass(Record)
+    data = packed + _MARK + age.to_bytes(8, "little")
+    data += zlib.crc32(data).to_bytes(4, "little")
+    record: Record = torch.frombuffer(bytearray(data), dtype=torch.uint8).as_subclass(Record)
     return record
 
 
-def unseal(record: Any) -> tuple[Tensor, int]:
+def unseal(record: Any) -> tuple[bytes, int]:
     """A packed lifecycle and its age.
 
     Raises:
@@ -136,8 +135,7 @@ def unseal(record: Any) -> tuple[Tensor, int]:
             "the model (AveragedModel(model, use_buffers=False) does). If it is from a file, that "
             "is damaged. Nothing was loaded"
         )
-    packed = torch.frombuffer(bytearray(data[:-_SIZE]), dtype=torch.uint8)
-    return packed, int.from_bytes(tail[4:12], "little")
+    return data[:-_SIZE], int.from_bytes(tail[4:12], "little")
 
 
 def own(site: Any) -> None:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import torch
-from torch import Tensor
 
 import esper_fn as ef
 from esper_fn.lifecycle import NONE, NUM_STAGES
@@ -71,23 +69,22 @@ def describe(
     )
 
 
-def write(saved: Saved) -> Tensor:
-    """As uint8: a magic number, the header's length, the header as JSON, and the arrays."""
+def write(saved: Saved) -> bytes:
+    """A magic number, the header's length, the header as JSON, and the arrays."""
     header = saved._asdict()
     header["leaves"] = [[p, str(leaf.dtype), list(leaf.shape)] for p, leaf in saved.leaves.items()]
     text = json.dumps(header, separators=(",", ":")).encode()
     arrays = [np.ascontiguousarray(leaf).tobytes() for leaf in saved.leaves.values()]
-    data = b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *arrays])
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *arrays])
 
 
-def parse(packed: Tensor) -> Saved:
+def parse(data: bytes) -> Saved:
     """The inverse of `write`.
 
     Raises:
       BridgeError: for anything else.
     """
-    data, start = packed.numpy().tobytes(), len(_MAGIC) + 8
+    start = len(_MAGIC) + 8
     end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
     try:
         if data[: len(_MAGIC)] != _MAGIC or end > len(data):

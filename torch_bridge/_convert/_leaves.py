@@ -113,7 +113,7 @@ def to_array(
         tensor = _narrow(tensor, TORCH_DTYPES[np.dtype(dtype)], copy, what)
     device = cpu_device() if device is None else device
     # DLPack serves JAX with any order of axes, not with gaps or repetition.
-    if not _is_dense(tensor):
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         _may_copy(copy, what, "is not dense in memory")
         tensor = tensor.contiguous()
     if device.platform == "cpu" and tensor.device.type != "cpu":
@@ -156,17 +156,13 @@ def to_tensor(
             _may_copy(copy, what, "is a numpy array that is read-only or has negative strides")
             array = array.copy()
             copy = None
-        bits = array if _is_numpy_own(array.dtype) else array.view(f"u{array.dtype.itemsize}")
+        is_numpys = array.dtype.isbuiltin == 1  # bfloat16 and others come from JAX
+        bits = array if is_numpys else array.view(f"u{array.dtype.itemsize}")
         tensor = torch.from_numpy(bits).view(dtype)
     if device is not None and _differ(tensor.device, device):
         _may_copy(copy, what, f"is on {tensor.device}, not on {device}")
         return tensor.to(device)
     return tensor.clone() if copy else tensor
-
-
-def _is_numpy_own(dtype: Any) -> bool:
-    """Tell numpy's own dtypes from those that JAX added to it, as bfloat16."""
-    return np.dtype(dtype).isbuiltin == 1
 
 
 def _narrow(tensor: torch.Tensor, dtype: torch.dtype, copy: bool | None, what: str) -> torch.Tensor:
@@ -189,21 +185,6 @@ def _narrow(tensor: torch.Tensor, dtype: torch.dtype, copy: bool | None, what: s
 def _may_copy(copy: bool | None, what: str, why: str) -> None:
     if copy is False:
         raise BridgeError(f"{what} {why}, so it must be copied; allow that with copy=None")
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Tell whether the elements fill one stretch of memory in some order of the axes."""
-    expected = 1
-    axes = sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size != 1
-    )
-    for stride, size in axes:
-        if stride != expected:
-            return tensor.numel() == 0 and tensor.is_contiguous()
-        expected *= size
-    return True
 
 
 def _differ(current: torch.device, target: torch.device) -> bool:
