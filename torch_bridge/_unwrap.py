@@ -16,7 +16,7 @@ from torch_bridge._forward import grow_output
 from torch_bridge._linear import is_transposed_linear
 from torch_bridge._plan import BankPlan
 from torch_bridge._private import Weights
-from torch_bridge._site import Seeds, first_tensor
+from torch_bridge._site import Adapter, Seeds, first_tensor
 from torch_bridge.backends._layout import gather, scatter
 
 
@@ -42,17 +42,17 @@ def unwrap(model: nn.Module, seeds: Sequence[Seeds]) -> set[int]:
       The ids of forward hooks that stay where they are.
     """
     targets = {
-        id(child): (name, module)
-        for name, module in model.named_modules()
+        id(child): module
+        for module in model.modules()
         if (child := module._modules.get("seeds")) is not None
     }
     # A target that has been taken out of the model since takes its seeds with it.
-    chosen = [(*targets[id(own)], own) for own in seeds if id(own) in targets]
-    hooks = {id(own): _hook_of(module) for _, module, own in chosen}
+    chosen = [(targets[id(own)], own) for own in seeds if id(own) in targets]
+    hooks = {id(own): _hook_of(module) for module, own in chosen}
     weights = Weights(model, {hook for hook in hooks.values() if hook is not None})
     with torch.no_grad():
         # All are computed before one is written: what fails must leave the model as it was.
-        sites = [_fold(weights, name, module, own) for name, module, own in chosen]
+        sites = [_fold(weights, module, own) for module, own in chosen]
         for site in sites:
             _write(site)
     staying = set()
@@ -103,18 +103,14 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         self.site, self.axis, self.topology = site.site, site.axis, site.plan.topology
         self._chunking = site.plan.chunking
         self._banks: list[tuple[str, Apply]] = []
+        scale = Gains.from_columns(site.plan.gains).output_scale
         for bank in banks:
-            scale = Gains.from_columns(site.plan.gains).output_scale
-            leaves = site.rows_of(bank)
-            names = site.names_of(bank.name)
-            inner = nn.Module()
-            for name, leaf in zip(names, leaves, strict=True):
-                inner.register_parameter(name, nn.Parameter(leaf.detach().clone()))
+            rows = [leaf.detach() for leaf in site.rows_of(bank)]
+            inner = Adapter(dict(zip(bank.leaves, rows, strict=True)))
             inner.register_buffer("output_scale", scale.index_select(0, bank.chunk))
-            inner.register_buffer("mask", bank.mask.clone())
-            inner.register_buffer("chunk", bank.chunk.clone())
-            columns = None if bank.columns is None else bank.columns.clone()
-            inner.register_buffer("columns", columns)
+            for name in ("mask", "chunk", "columns"):
+                indices = getattr(bank, name)
+                inner.register_buffer(name, None if indices is None else indices.clone())
             inner.is_all = bank.is_all
             self.add_module(bank.name, inner)
             self._banks.append((bank.name, bank.form.apply))
@@ -152,7 +148,7 @@ class Grown(nn.Module):  # type: ignore[misc] # torch is untyped here
         return y.to(x.dtype).movedim(-1, self.axis)
 
 
-def _fold(weights: Weights, name: str, module: nn.Module, own: Seeds) -> Site:
+def _fold(weights: Weights, module: nn.Module, own: Seeds) -> Site:
     """What becomes of a target, without changing it."""
     folded: dict[str, Tensor] = {}
     rest = []
