@@ -27,7 +27,7 @@ from esper_fn.bus._envelope import SCHEMA
 from esper_fn.bus._outbox import Publisher
 from esper_fn.bus._redis import RedisTransport
 from esper_fn.bus._timing import ServerTime
-from esper_fn.bus._transport import Delivery
+from esper_fn.bus._transport import BEGINNING, Delivery
 from esper_fn.bus._worker import Worker
 from esper_fn.errors import BusyError
 
@@ -83,22 +83,21 @@ async def publish_telemetry(options: dict[str, Any]) -> dict[str, Any]:
 
 
 async def consume_telemetry(options: dict[str, Any]) -> dict[str, Any]:
-    """Reads as a group, verifies, decodes to structs, acknowledges."""
+    """Follows the stream as a watcher does, and decodes to structs."""
     transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
     seen, first, size = 0, None, 0
+    after = {Topic.TELEMETRY: BEGINNING}
     last = time.perf_counter()
     while seen < options["count"]:
-        result = await transport.read(
-            [Topic.TELEMETRY], "bench", "one", limit=64, wait_seconds=_WAIT_SECONDS
-        )
+        result = await transport.tail(after, limit=64, wait_seconds=_WAIT_SECONDS)
         if not result:
             break
         first = first or time.perf_counter()
         for delivery in result:
             size += len(delivery.payload)
             seen += len(SCHEMA.decode(delivery.payload).messages)
-        await transport.acknowledge(Topic.TELEMETRY, "bench", [d.entry_id for d in result])
+        after[Topic.TELEMETRY] = result[-1].entry_id
         last = time.perf_counter()
     await transport.close()
     return {"seen": seen, "seconds": last - (first or last), "bytes": size}
@@ -211,22 +210,20 @@ async def bare_publish(options: dict[str, Any]) -> dict[str, Any]:
 
 
 async def bare_consume(options: dict[str, Any]) -> dict[str, Any]:
-    """Reads a group by 100 and acknowledges each batch; nothing is decoded."""
+    """Follows the stream by 100; nothing is decoded."""
     client = _redis(options)
-    with contextlib.suppress(Exception):
-        await client.xgroup_create(options["run"], "bench", "0", mkstream=True)
     _say_ready()
-    seen, first = 0, None
+    seen, first, after = 0, None, b"0"
     last = time.perf_counter()
     while seen < options["count"]:
-        result = await client.xreadgroup(
-            "bench", "one", {options["run"]: ">"}, count=100, block=int(_WAIT_SECONDS * 1000)
+        result = await client.xread(
+            {options["run"]: after}, count=100, block=int(_WAIT_SECONDS * 1000)
         )
         if not result:
             break
         first = first or time.perf_counter()
         rows = result[0][1]
-        await client.xack(options["run"], "bench", *(row[0] for row in rows))
+        after = rows[-1][0]
         seen += len(rows)
         last = time.perf_counter()
     await client.aclose()
@@ -303,8 +300,7 @@ async def fast_publish(options: dict[str, Any]) -> dict[str, Any]:
 
 
 async def fast_consume(options: dict[str, Any]) -> dict[str, Any]:
-    """FastStream's consumer of a group, in batches of 100."""
-    from faststream import AckPolicy
+    """FastStream's consumer of a stream, in batches of 100."""
     from faststream.redis import RedisBroker, StreamSub
 
     broker = RedisBroker(options["url"], logger=None)  # type: ignore[arg-type]
@@ -314,11 +310,9 @@ async def fast_consume(options: dict[str, Any]) -> dict[str, Any]:
 
     @broker.subscriber(
         stream=StreamSub(
-            options["run"], group="bench", consumer="one", batch=True, max_records=100,
-            polling_interval=1000,
-        ),
-        ack_policy=AckPolicy.ACK,
-    )  # fmt: skip
+            options["run"], last_id="0", batch=True, max_records=100, polling_interval=1000
+        )
+    )
     async def handle(messages: list[bytes]) -> None:
         nonlocal seen, first, last
         first = first or time.perf_counter()

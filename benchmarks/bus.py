@@ -54,7 +54,7 @@ def _telemetry(server: bus.PrivateServer, *, repeats: int, scale: int) -> dict[s
     for _ in range(repeats):
         for name, (producer, consumer, kind, count) in pairs.items():
             results = _pair(server, producer, consumer, {"kind": kind, "count": count})
-            # From the first message read to the last acknowledgement.
+            # From the first message read to the last one.
             rates[name].append(results["seen"] / max(results["seconds"], 1e-9))
             if name.startswith(("telemetry_ours", "telemetry_frames")):
                 lost += count - results["seen"]

@@ -10,25 +10,10 @@ from typing import Any
 
 import hiredis
 import redis.asyncio as redis_asyncio
+import redis.exceptions as redis_errors
 from redis._parsers import _AsyncHiredisParser
 from redis.asyncio.retry import Retry as RedisRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
 
 from esper_fn._text import plain
 from esper_fn.bus._address import Address
@@ -36,6 +21,8 @@ from esper_fn.bus._timing import CircuitBreaker
 from esper_fn.errors import BusAddressError, BusSecurityError, BusUnavailableError
 
 _CONNECT_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0
+"""How long to wait for an answer, unless a read waits for entries."""
 _LUA = Path(__file__).parent / "lua"
 MAX_REPLY_BYTES = 4 << 20
 """Largest answer; a connection that brings more is dropped, as anybody may write entries."""
@@ -62,7 +49,7 @@ class _Parser(_AsyncHiredisParser):
         stream, reader = self._stream, self._reader
         data = await stream.read(self._read_size) if stream else b""
         if not data or reader is None:
-            raise RedisConnectionError("Connection closed by server.")
+            raise redis_errors.ConnectionError("Connection closed by server.")
         self._num_bytes += len(data)
         if self._num_bytes > MAX_REPLY_BYTES:
             raise _TooLongError
@@ -125,7 +112,7 @@ class Connection:
         """Whether a call is running."""
         return self._lock.locked()
 
-    async def call(self, *arguments: Any, timeout_seconds: float | None) -> Any:
+    async def call(self, *arguments: Any, timeout_seconds: float = _ANSWER_SECONDS) -> Any:
         """Sends a command and returns the server's answer.
 
         Raises:
@@ -136,94 +123,84 @@ class Connection:
         async with self._lock:
             return await self._call(arguments, timeout_seconds)
 
-    async def _call(self, arguments: tuple[Any, ...], timeout_seconds: float | None) -> Any:
-        if self._breaker.is_open:
-            raise BusUnavailableError(
-                f"the bus at {self._address.shown} does not answer; next attempt in "
-                f"{self._breaker.seconds_left():.1f} s"
-            )
-        is_answered = False
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                if not self._connection.is_connected:
-                    await self._connect()
-                await self._connection.send_packed_command(hiredis.pack_command(arguments))
-                answer = await self._connection.read_response(disconnect_on_error=False)
-            is_answered = True
-        except (BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
-            # Behind the address of a read-only server another one may answer by now.
-            is_answered = not isinstance(error, ReadOnlyError)
-            raise BusUnavailableError(
-                f"the bus at {self._address.shown} cannot take this now: {self._message(error)}"
-            ) from None
-        except NoPermissionError as error:
-            is_answered = True
-            raise BusSecurityError(
-                f"the bus at {self._address.shown} does not let this user do that: "
-                f"{self._message(error)}"
-            ) from None
-        except ResponseError:
-            is_answered = True
-            raise
-        except _TooLongError:
-            raise OverlongReplyError(
-                f"the bus at {self._address.shown} answers {plain(arguments[0])} with more "
-                f"than {MAX_REPLY_BYTES:,} bytes"
-            ) from None
-        except (RedisConnectionError, RedisTimeoutError, RedisError, OSError) as error:
-            # TimeoutError is an OSError. A connection wraps what its opening was refused with.
-            if isinstance(error, AuthenticationError) or isinstance(
-                error.__cause__, AuthenticationError
-            ):
-                raise BusSecurityError(
-                    f"the bus at {self._address.shown} refuses the user or password: "
-                    f"{self._message(error)}"
-                ) from None
-            self._breaker.fail()
-            raise BusUnavailableError(
-                f"the bus at {self._address.shown} does not answer: {self._message(error)}"
-            ) from None
-        finally:
-            if not is_answered:
-                await self._drop()
-        self._breaker.succeed()
-        return answer
-
-    async def run(
-        self, script: Script, keys: list[str], arguments: list[Any], *, timeout_seconds: float
-    ) -> Any:
+    async def run(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
         """Runs a script, and loads it into the server first if it is not there."""
         rest = (len(keys), *keys, *arguments)
         async with self._lock:
             try:
-                return await self._call(("EVALSHA", script.digest, *rest), timeout_seconds)
-            except NoScriptError:
-                return await self._call(("EVAL", script.text, *rest), timeout_seconds)
+                return await self._call(("EVALSHA", script.digest, *rest), _ANSWER_SECONDS)
+            except redis_errors.NoScriptError:
+                return await self._call(("EVAL", script.text, *rest), _ANSWER_SECONDS)
 
-    async def _connect(self) -> None:
+    async def _call(self, arguments: tuple[Any, ...], timeout_seconds: float) -> Any:
+        name = f"the bus at {self._address.shown}"
+        if self._breaker.is_open:
+            left = self._breaker.seconds_left()
+            raise BusUnavailableError(f"{name} does not answer; next attempt in {left:.1f} s")
+        is_answered = False
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                if not self._connection.is_connected:
+                    await self._connect(name)
+                await self._connection.send_packed_command(hiredis.pack_command(arguments))
+                answer = await self._connection.read_response(disconnect_on_error=False)
+            is_answered = True
+        except (
+            redis_errors.BusyLoadingError,
+            redis_errors.OutOfMemoryError,
+            redis_errors.ReadOnlyError,
+        ) as error:
+            # Behind the address of a read-only server another one may answer by now.
+            is_answered = not isinstance(error, redis_errors.ReadOnlyError)
+            text = f"{name} cannot take this now: {self._message(error)}"
+            raise BusUnavailableError(text) from None
+        except redis_errors.NoPermissionError as error:
+            is_answered = True
+            text = f"{name} does not let this user do that: {self._message(error)}"
+            raise BusSecurityError(text) from None
+        except redis_errors.ResponseError:
+            is_answered = True
+            raise
+        except _TooLongError:
+            command = plain(arguments[0])
+            text = f"{name} answers {command} with more than {MAX_REPLY_BYTES:,} bytes"
+            raise OverlongReplyError(text) from None
+        except redis_errors.AuthenticationError as error:
+            text = f"{name} refuses the user or password: {self._message(error)}"
+            raise BusSecurityError(text) from None
+        except (redis_errors.RedisError, OSError) as error:  # TimeoutError is an OSError
+            self._breaker.fail()
+            text = f"{name} does not answer: {self._message(error)}"
+            raise BusUnavailableError(text) from None
+        finally:
+            if not is_answered:
+                await self.close()
+        self._breaker.succeed()
+        return answer
+
+    async def _connect(self, name: str) -> None:
         """Connects, authenticates, and selects the database."""
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._connection.connect()
-        except RedisError as error:
-            text, cause = self._message(error), error.__cause__ or error
-            if isinstance(cause, NoPermissionError | AuthenticationError):
-                raise BusSecurityError(
-                    f"the bus at {self._address.shown} refuses the user or password: {text}"
-                ) from None
+        except redis_errors.RedisError as error:
+            # A connection wraps what its opening was refused with.
+            text = self._message(error)
+            if isinstance(
+                error.__cause__ or error,
+                redis_errors.NoPermissionError | redis_errors.AuthenticationError,
+            ):
+                raise redis_errors.AuthenticationError(text) from None
             if "DB index" in text:
                 raise BusAddressError(
-                    f"the bus at {self._address.shown} has no such database: {text}; name another "
-                    "one after the host, as in redis://host:6379/0"
+                    f"{name} has no such database: {text}; name another one after the host, as in "
+                    "redis://host:6379/0"
                 ) from None
             raise
 
     def _message(self, error: BaseException) -> str:
         """The message of an error without the password, which some servers repeat."""
         return plain(self._address.hide(str(error)), limit=500) or type(error).__name__
-
-    async def _drop(self) -> None:
-        await self._connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         """Disconnects."""

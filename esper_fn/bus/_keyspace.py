@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -19,10 +18,7 @@ from esper_fn.errors import BusError, BusUnavailableError
 _LOGGER = logging.getLogger(__name__)
 _REPAIR = Script("repair")
 _EXHAUSTED = Script("exhausted", "groups")
-_PORTION = Script("portion")
 _RUNS = Script("runs")
-_ANSWER_SECONDS = 5.0
-"""How long to wait for an answer, unless a read waits for entries."""
 _LEASES = "esper:{*}:lease"
 """Pattern of the leases of all runs."""
 
@@ -38,20 +34,15 @@ class Keyspace:
     def __init__(self, address: Address, run: str) -> None:
         self._address = address
         self._name = run
-        self._breaker = CircuitBreaker()
-        self._connections: dict[str, Connection] = {}
+        self.breaker = CircuitBreaker()
+        self._connections: dict[object, Connection] = {}
         self._is_closed = False
-
-    @property
-    def is_down(self) -> bool:
-        """Whether the server does not answer at present."""
-        return self._breaker.is_open
 
     def key(self, name: str) -> str:
         """The key of a name. The braces keep all keys of a run on one node of a cluster."""
         return f"esper:{{{self._name}}}:{name}"
 
-    def connection(self, role: str) -> Connection:
+    def connection(self, role: object) -> Connection:
         """The connection for a role, which is made when it is first used.
 
         Raises:
@@ -60,12 +51,12 @@ class Keyspace:
         if self._is_closed:
             raise BusUnavailableError("this connection to the bus is closed; open another one")
         if role not in self._connections:
-            self._connections[role] = Connection(self._address, self._breaker)
+            self._connections[role] = Connection(self._address, self.breaker)
         return self._connections[role]
 
     async def call(self, *arguments: Any) -> Any:
         """Calls a command; see `Connection.call`."""
-        return await self.connection("write").call(*arguments, timeout_seconds=_ANSWER_SECONDS)
+        return await self.connection("write").call(*arguments)
 
     async def script(self, script: Script, names: Sequence[str], arguments: list[Any]) -> Any:
         """Runs a script on keys, and again after removing those of a wrong type.
@@ -78,8 +69,7 @@ class Keyspace:
         Raises:
           BusError: a stream cannot take more entries.
         """
-        keys = list(map(self.key, names))
-        run = partial(self.connection("write").run, timeout_seconds=_ANSWER_SECONDS)
+        keys, run = list(map(self.key, names)), self.connection("write").run
         try:
             return await run(script, keys, arguments)
         except ResponseError as error:
@@ -96,11 +86,6 @@ class Keyspace:
         )
         return await run(script, keys, arguments)
 
-    async def portion(self, keys: list[str], arguments: list[Any]) -> Any:
-        """Runs the script `portion`, on a connection of its own, as it may take long."""
-        connection = self.connection("portions")
-        return await connection.run(_PORTION, keys, arguments, timeout_seconds=_ANSWER_SECONDS)
-
     async def active_runs(self) -> list[str]:
         """Names of all runs on the server that have a lease."""
         names: set[str] = set()
@@ -110,13 +95,12 @@ class Keyspace:
                 cursor, keys = await self.call("SCAN", cursor, "MATCH", _LEASES, "COUNT", 500)
             except OverlongReplyError:
                 cursor, keys = await self.script(_RUNS, (), [cursor, _LEASES, 200])
-            for key in keys:
-                # Anybody may write keys; only allowed names are names of runs.
-                name = key.decode("utf-8", "replace").removeprefix(head).removesuffix(foot)
-                if RUN_NAME.fullmatch(name):
-                    names.add(name)
+            names |= {
+                key.decode("utf-8", "replace").removeprefix(head).removesuffix(foot) for key in keys
+            }
             if cursor == b"0":
-                return sorted(names)
+                # Anybody may write keys; only allowed names are names of runs.
+                return sorted(filter(RUN_NAME.fullmatch, names))
 
     async def close(self) -> None:
         """Disconnects."""

@@ -7,25 +7,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
-from esper_fn.bus._broker import (
-    MAX_PRODUCERS,
-    SHARED,
-    Broker,
-    Group,
-    Pending,
-    Run,
-    Stream,
-    acknowledge,
-    backlog,
-    drop_oldest,
-    entries_after,
-    entry_id_of,
-    shorten,
-)
+from esper_fn.bus._broker import SHARED, Broker, Key, Run, Stream, now_ms
 from esper_fn.bus._messages import COMMAND_TOPICS, LIMITS, Topic
+from esper_fn.bus._position import MAX_PRODUCERS
 from esper_fn.bus._transport import (
     BEGINNING,
-    RUN_GROUP,
     Attachment,
     Delivery,
     Entry,
@@ -34,9 +20,12 @@ from esper_fn.bus._transport import (
     Publication,
     Renewal,
     Settlement,
+    busy_error,
+    entry_id,
     entry_key,
+    fenced_error,
 )
-from esper_fn.errors import BusUnavailableError, BusyError, FencedError, LeaseHeldError
+from esper_fn.errors import BusUnavailableError, LeaseHeldError
 
 
 class MemoryTransport:
@@ -59,68 +48,46 @@ class MemoryTransport:
     async def open(self) -> int:
         """See `Transport`."""
         self._run()
-        return self._broker.now_ms()
+        return now_ms()
 
     async def publish(
-        self,
-        topic: Topic,
-        producer: str,
-        first: int,
-        entries: Sequence[Entry],
-        *,
-        identity: str | None = None,
+        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry], identity: str = ""
     ) -> Publication:
         """See `Transport`."""
         limits = LIMITS[topic]
         with self._broker.lock:
             run = self._run()
             stream = run.streams[topic]
-            skip = max(0, stream.sequences.get(producer, -1) - first + 1)
-            fresh = entries[skip:]
-            if fresh and identity and identity != run.identity:
+            fresh = entries[max(0, stream.sequences.get(producer, -1) - first + 1) :]
+            if fresh and identity not in {"", run.identity}:
                 raise OtherRunError(run.identity)
             if fresh and limits.refuses:
-                waiting = backlog(stream)
-                total = len(stream.keys) + len(fresh)
+                waiting, total = stream.backlog, len(stream.keys) + len(fresh)
                 if waiting + len(fresh) > limits.max_entries or total > 10 * limits.max_entries:
-                    raise BusyError(
-                        f"{waiting:,} entries wait on {self.stream(topic)}, at most "
-                        f"{limits.max_entries:,}; send more slowly, or wait for outcomes"
-                    )
-            for entry in fresh:
-                self._broker.append(stream, entry)
+                    raise busy_error(self.stream(topic), waiting, topic)
             if fresh:
+                stream.append(fresh)
                 stream.sequences.pop(producer, None)
                 stream.sequences[producer] = first + len(entries) - 1
-                shorten(stream.sequences, MAX_PRODUCERS)
+                if len(stream.sequences) > MAX_PRODUCERS:
+                    del stream.sequences[next(iter(stream.sequences))]
             if not limits.refuses:
-                drop_oldest(stream, len(stream.keys) - limits.max_entries)
+                stream.drop_oldest(len(stream.keys) - limits.max_entries)
             publication = Publication(len(fresh), self._broker.generation)
         self._broker.wake()
         return publication
 
     async def read(
-        self,
-        topics: Sequence[Topic],
-        group: str,
-        consumer: str,
-        *,
-        limit: int,
-        wait_seconds: float | None,
+        self, lease: Lease, topic: Topic, *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
         """See `Transport`."""
 
         def read_new() -> list[Delivery]:
-            out = []
-            for topic in topics:
-                stream = self._run().streams[topic]
-                state = self._group(stream, group)
-                now = time.monotonic()
-                for key, entry in entries_after(stream, state.last, limit):
-                    state.last = key
-                    state.pending[key] = Pending(consumer, now, 1)
-                    out.append(Delivery(topic, entry_id_of(key), *entry))
-            return out
+            stream = self._group(lease, topic)
+            entries = stream.entries_after(stream.delivered, limit)
+            for key, _ in entries:
+                stream.delivered, stream.pending[key] = key, 1
+            return [_delivery(topic, key, entry) for key, entry in entries]
 
         return await self._wait_for(read_new, wait_seconds)
 
@@ -130,10 +97,11 @@ class MemoryTransport:
         """See `Transport`."""
 
         def read_new() -> list[Delivery]:
+            streams = self._run().streams
             return [
-                Delivery(topic, entry_id_of(key), *entry)
+                _delivery(topic, key, entry)
                 for topic, last in after.items()
-                for key, entry in entries_after(self._run().streams[topic], entry_key(last), limit)
+                for key, entry in streams[topic].entries_after(entry_key(last), limit)
             ]
 
         return await self._wait_for(read_new, wait_seconds)
@@ -141,34 +109,20 @@ class MemoryTransport:
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
         """See `Transport`."""
         with self._broker.lock:
-            return {topic: entry_id_of(self._run().streams[topic].last) for topic in topics}
+            streams = self._run().streams
+            return {topic: entry_id(streams[topic].last) for topic in topics}
 
-    async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
+    async def claim(self, lease: Lease, topic: Topic) -> list[Delivery]:
         """See `Transport`."""
         with self._broker.lock:
-            return acknowledge(self._run().streams[topic], group, entry_ids)
-
-    async def claim(
-        self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
-    ) -> list[Delivery]:
-        """See `Transport`."""
-        with self._broker.lock:
-            stream = self._run().streams[topic]
-            pending = self._group(stream, group).pending
-            now = time.monotonic()
-            out: list[Delivery] = []
-            for key, item in sorted(pending.items()):
-                if len(out) == limit:
-                    break
-                if now - item.delivered_at < idle_seconds:
-                    continue
-                if key not in stream.entries:
-                    del pending[key]
-                    continue
-                count = item.deliveries + 1
-                pending[key] = Pending(consumer, now, count)
-                out.append(Delivery(topic, entry_id_of(key), *stream.entries[key], count))
-            return out
+            stream = self._group(lease, topic)
+            stream.pending = {
+                key: count + 1 for key, count in stream.pending.items() if key in stream.entries
+            }
+            return [
+                _delivery(topic, key, stream.entries[key], count)
+                for key, count in stream.pending.items()
+            ]
 
     async def attach(
         self,
@@ -199,55 +153,47 @@ class MemoryTransport:
                     # This is not the stream that the cursor is of.
                     lost.add(topic)
                     start[topic] = BEGINNING
-                cursor_key, is_counted = entry_key(start[topic]), not counts_attempts
-                for name in [name for name in stream.groups if name.startswith(RUN_GROUP)]:
-                    for key, pending in sorted(stream.groups.pop(name).pending.items()):
-                        entry_id, entry = entry_id_of(key), stream.entries.get(key)
-                        if entry is None:
-                            run.attempts.pop((topic, entry_id), None)
-                        elif key <= cursor_key:
-                            count = pending.deliveries + 1
-                            leftovers.append(Delivery(topic, entry_id, *entry, count))
-                        elif not is_counted:
-                            is_counted = True
-                            tried = run.attempts.get((topic, entry_id), 0)
-                            run.attempts[topic, entry_id] = tried + 1
-                stream.groups[f"{RUN_GROUP}{run.epoch}"] = Group(last=cursor_key)
+                last, is_counted = entry_key(start[topic]), not counts_attempts
+                for key, count in stream.start_group(run.epoch, last).items():
+                    if key not in stream.entries:
+                        run.attempts.pop((topic, key), None)
+                    elif key <= last:
+                        leftovers.append(_delivery(topic, key, stream.entries[key], count + 1))
+                    elif not is_counted:
+                        is_counted = True
+                        run.attempts[topic, key] = run.attempts.get((topic, key), 0) + 1
             self._broker.wake()
             return Attachment(
-                lease=Lease(holder, run.epoch),
+                lease=Lease(holder, run.epoch, lease_seconds),
                 generation=self._broker.generation,
                 cursor=start,
                 sequences=dict(run.sequences),
                 leftovers=leftovers,
-                attempts=dict(run.attempts),
-                server_ms=self._broker.now_ms(),
+                attempts={
+                    (topic, entry_id(key)): count for (topic, key), count in run.attempts.items()
+                },
+                server_ms=now_ms(),
                 lost=frozenset(lost),
             )
 
     async def renew(
-        self,
-        lease: Lease,
-        *,
-        lease_seconds: float,
-        identity: str = "",
-        last_read: Mapping[Topic, str] | None = None,
+        self, lease: Lease, *, identity: str = "", last_read: Mapping[Topic, str] | None = None
     ) -> Renewal:
         """See `Transport`."""
         del last_read  # nothing moves a group in memory
         with self._broker.lock:
             run = self._check(lease)
-            run.holder, run.expires_at = lease.holder, time.monotonic() + lease_seconds
+            run.holder, run.expires_at = lease.holder, time.monotonic() + lease.seconds
             run.identity = identity
             for topic in COMMAND_TOPICS:
-                self._group(run.streams[topic], lease.group)
-            return Renewal(self._broker.now_ms())
+                self._group(lease, topic)
+            return Renewal(now_ms())
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
         with self._broker.lock:
             run = self._run()
-            if (run.holder, run.epoch) == lease:
+            if (run.holder, run.epoch) == lease[:2]:
                 run.holder = None
 
     async def settle(self, lease: Lease, settlement: Settlement) -> None:
@@ -258,16 +204,21 @@ class MemoryTransport:
                 return
             run.number = settlement.number
             for topic, entry_ids in settlement.acks.items():
-                acknowledge(run.streams[topic], lease.group, entry_ids)
-                for entry_id in entry_ids:
-                    run.attempts.pop((topic, entry_id), None)
+                for key in map(entry_key, entry_ids):
+                    run.streams[topic].pending.pop(key, None)
+                    run.attempts.pop((topic, key), None)
             run.cursor.update(settlement.cursor)
             for producer, number in settlement.sequences.items():
                 run.sequences.pop(producer, None)
                 if number >= 0:
                     run.sequences[producer] = number
-            self._add(run, Topic.OUTCOMES, settlement.outcomes)
-            self._add(run, Topic.DEAD, settlement.dead)
+            for topic, entries in (
+                (Topic.OUTCOMES, settlement.outcomes),
+                (Topic.DEAD, settlement.dead),
+            ):
+                stream = run.streams[topic]
+                stream.append(entries)
+                stream.drop_oldest(len(stream.keys) - LIMITS[topic].max_entries)
         self._broker.wake()
 
     async def trim(self, topic: Topic, before: str) -> int:
@@ -275,7 +226,7 @@ class MemoryTransport:
         with self._broker.lock:
             stream = self._run().streams[topic]
             count = bisect_left(stream.keys, entry_key(before))
-            drop_oldest(stream, count)
+            stream.drop_oldest(count)
             return count
 
     async def discard(self, topic: Topic, entry_ids: Sequence[str]) -> int:
@@ -296,11 +247,8 @@ class MemoryTransport:
         """See `Transport`."""
         now = time.monotonic()
         with self._broker.lock:
-            return sorted(
-                name
-                for name, run in self._broker.runs.items()
-                if run.holder is not None and run.expires_at > now
-            )
+            runs = self._broker.runs.items()
+            return sorted(name for name, run in runs if run.holder and run.expires_at > now)
 
     async def close(self) -> None:
         """See `Transport`."""
@@ -310,45 +258,35 @@ class MemoryTransport:
     def _run(self) -> Run:
         if self._is_closed:
             raise BusUnavailableError("this connection to the bus is closed; open another one")
-        return self._broker.run(self.run)
+        return self._broker.runs[self.run]
 
     def _check(self, lease: Lease) -> Run:
         run = self._run()
-        if (run.owner, run.epoch) == lease:
-            return run
-        if run.epoch <= lease.epoch or run.owner == lease.holder:
-            raise FencedError(f"the lease of run {self.run!r} (epoch {lease.epoch}) was removed")
-        raise FencedError(
-            f"run {self.run!r} is driven by {run.owner} now (epoch {run.epoch}); this process "
-            f"held epoch {lease.epoch} and must not go on",
-            run.epoch,
-        )
+        if (run.owner, run.epoch) != lease[:2]:
+            raise fenced_error(self.run, lease, run.epoch, run.owner or "")
+        return run
 
-    def _group(self, stream: Stream, group: str) -> Group:
-        if group.startswith(RUN_GROUP) and group not in stream.groups:
-            raise FencedError(f"the lease on run {self.run!r} of group {group} is over")
-        return stream.groups.setdefault(group, Group())
-
-    def _add(self, run: Run, topic: Topic, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._broker.append(run.streams[topic], entry)
-        drop_oldest(run.streams[topic], len(run.streams[topic].keys) - LIMITS[topic].max_entries)
+    def _group(self, lease: Lease, topic: Topic) -> Stream:
+        """The stream of a topic, whose group is that of the lease."""
+        stream = self._run().streams[topic]
+        if stream.epoch != lease.epoch:
+            raise fenced_error(self.run, lease)
+        return stream
 
     async def _wait_for(
         self, read: Callable[[], list[Delivery]], wait_seconds: float | None
     ) -> list[Delivery]:
-        loop = asyncio.get_running_loop()
-        until = None if wait_seconds is None else loop.time() + wait_seconds
-        while True:
-            with self._broker.lock:
-                if deliveries := read():
-                    return deliveries
-                sleep = self._broker.sleep()
-            left = None if until is None else until - loop.time()
-            if left is not None and left <= 0:
-                sleep.cancel()
-                return []
-            try:
-                await asyncio.wait_for(sleep, left)
-            except TimeoutError:
-                return []
+        try:
+            async with asyncio.timeout(wait_seconds):
+                while True:
+                    with self._broker.lock:
+                        if deliveries := read():
+                            return deliveries
+                        sleep = self._broker.sleep()
+                    await sleep
+        except TimeoutError:
+            return []
+
+
+def _delivery(topic: Topic, key: Key, entry: Entry, deliveries: int = 1) -> Delivery:
+    return Delivery(topic, entry_id(key), *entry, deliveries)

@@ -72,7 +72,7 @@ class Publisher:
         self._idle.set()
         self._next = 0
         is_bound = topic in COMMAND_TOPICS and keys.is_required
-        self._identity = _UNKNOWN if is_bound else None
+        self._identity = _UNKNOWN if is_bound else ""
         self._task: asyncio.Task[None] | None = None
         self.producer = token_hex(8)
         self.generation: str | None = None
@@ -193,7 +193,7 @@ class Publisher:
         """Tries once; after any failure but `BusyError` it waits and returns False."""
         try:
             publication = await self._transport.publish(
-                self._topic, self.producer, first, entries, identity=self._identity
+                self._topic, self.producer, first, entries, self._identity
             )
         except BusyError:
             raise
@@ -235,7 +235,7 @@ class Publisher:
             issued_at_ms=self._time.now_ms(),
             queued_ms=int((time.monotonic() - first.since) * 1000),
             trace=first.trace,
-            identity=self._identity or "",
+            identity=self._identity,
         )
         payload = SCHEMA.encode(header, [item.message for item in group])
         check_size(self._topic, len(payload))

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from esper_fn.bus._address import Address, check_reach
-from esper_fn.bus._connection import OverlongReplyError, Script
+from esper_fn.bus._connection import Script
 from esper_fn.bus._keyspace import Keyspace
 from esper_fn.bus._messages import COMMAND_TOPICS, LIMITS, Topic
-from esper_fn.bus._protocol import (
-    Portion,
-    Portions,
-    attachment,
-    deliveries,
-    server_ms,
-    settlement_arguments,
-)
+from esper_fn.bus._reader import Reader
 from esper_fn.bus._transport import (
     BEGINNING,
     RUN_GROUP,
@@ -33,21 +26,15 @@ from esper_fn.bus._transport import (
     Publication,
     Renewal,
     Settlement,
+    busy_error,
+    fenced_error,
     milliseconds,
 )
-from esper_fn.errors import (
-    BusSecurityError,
-    BusyError,
-    FencedError,
-    LeaseHeldError,
-)
+from esper_fn.errors import BusSecurityError, LeaseHeldError
 
 _PRODUCER_SECONDS = 86_400
 """How long the last number of a producer is kept; no publication is repeated after that."""
-_LONGEST_BLOCK_SECONDS = 20.0
-"""A blocking read is repeated after that, to notice a connection that is silently dead."""
-_BLOCK_GRACE_SECONDS = 3.0
-
+_NUMBER = re.compile(rb"-?[0-9]{1,16}")
 _PUBLISH = Script("publish")
 _ATTACH = Script("attach", "newest", "before")
 _RENEW = Script("renew", "newest", "before", "groups")
@@ -74,14 +61,9 @@ class RedisTransport:
         self.run = run
         self._has_key = has_key
         self._keys = Keyspace(address, run)
-        self._portions = Portions(self._keys.portion, self.stream)
-        self._last_read: dict[tuple[str, Topic], str] = {}
-        """The last entry that has arrived, by reader of a group and topic."""
-
-    @property
-    def is_down(self) -> bool:
-        """Whether the server does not answer at present."""
-        return self._keys.is_down
+        self._reader = Reader(self._keys)
+        self._last_read: dict[tuple[Lease, Topic], str] = {}
+        """The last entry that has arrived, by lease and topic."""
 
     def stream(self, topic: Topic) -> str:
         """See `Transport`."""
@@ -99,142 +81,68 @@ class RedisTransport:
         except (ResponseError, BusSecurityError):
             settings = {}  # its access rules hide its settings
         check_reach(self._address, settings, has_key=self._has_key)
-        return server_ms(seconds, micros)
+        return _server_ms(seconds, micros)
 
     async def publish(
-        self,
-        topic: Topic,
-        producer: str,
-        first: int,
-        entries: Sequence[Entry],
-        *,
-        identity: str | None = None,
+        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry], identity: str = ""
     ) -> Publication:
         """See `Transport`."""
         limits = LIMITS[topic]
-        arguments: list[Any] = [
-            first,
-            limits.max_entries,
-            int(limits.refuses),
-            _PRODUCER_SECONDS,
-            RUN_GROUP,
-            token_hex(8),
-            identity or "",
-        ]
-        for payload, signature in entries:
-            arguments += (payload, signature)
+        arguments: list[Any] = [first, limits.max_entries, int(limits.refuses), _PRODUCER_SECONDS]
+        arguments += [RUN_GROUP, token_hex(8), identity]
+        for entry in entries:
+            arguments += entry
         names = (topic.value, f"last:{topic.value}:{producer}", "generation", "run")
         count, detail = await self._keys.script(_PUBLISH, names, arguments)
         if count == -2:
             raise OtherRunError(detail.decode(errors="replace"))
         if count < 0:
-            raise BusyError(
-                f"{detail:,} entries wait on {self.stream(topic)}, at most {limits.max_entries:,}; "
-                "send more slowly, or wait for outcomes"
-            )
+            raise busy_error(self.stream(topic), detail, topic)
         return Publication(count, detail.decode(errors="replace"))
 
     async def read(
-        self,
-        topics: Sequence[Topic],
-        group: str,
-        consumer: str,
-        *,
-        limit: int,
-        wait_seconds: float | None,
+        self, lease: Lease, topic: Topic, *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
         """See `Transport`."""
-        streams = [self.stream(topic) for topic in topics]
-        reader = f"read {group} {consumer} {'+'.join(topics)}"
 
-        async def portion(topic: Topic) -> Portion:
-            last = self._last_read.get((reader, topic), BEGINNING)
-            return await self._portions.new(topic, group, consumer, last, limit)
+        def selection(topic: Topic) -> list[Any]:
+            last = self._last_read.get((lease, topic), BEGINNING)
+            return ["new", lease.group, lease.holder, last]
 
-        async def attempt(block: list[Any], timeout: float) -> list[Delivery]:
-            command = ["XREADGROUP", "GROUP", group, consumer, "COUNT", limit, *block]
-            command += ["STREAMS", *streams, *(">" for _ in topics)]
-            try:
-                return await self._entries(reader, topics, command, timeout, portion)
-            except ResponseError as error:
-                if not str(error).startswith(_MISSING):
-                    raise
-                await self._make_groups(streams, group)
-                return await self._entries(reader, topics, command, timeout, portion)
-
-        entries = await _wait_for(attempt, wait_seconds)
-        for entry in entries:
-            self._last_read[reader, entry.topic] = entry.entry_id
+        with self._fencing(lease):
+            entries = await self._reader.read(
+                (lease, topic),
+                ["XREADGROUP", "GROUP", lease.group, lease.holder],
+                {topic: ">"},
+                selection,
+                limit=limit,
+                wait_seconds=wait_seconds,
+            )
+        if entries:
+            self._last_read[lease, topic] = entries[-1].entry_id
         return entries
 
     async def tail(
         self, after: Mapping[Topic, str], *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
         """See `Transport`."""
-        topics, last = list(after), list(after.values())
-        streams = [self.stream(topic) for topic in topics]
-        reader = f"tail {'+'.join(topics)}"
-
-        async def portion(topic: Topic) -> Portion:
-            return await self._portions.after(topic, after[topic], limit)
-
-        async def attempt(block: list[Any], timeout: float) -> list[Delivery]:
-            command = ["XREAD", "COUNT", limit, *block, "STREAMS", *streams, *last]
-            return await self._entries(reader, topics, command, timeout, portion)
-
-        return await _wait_for(attempt, wait_seconds)
-
-    async def _entries(
-        self,
-        reader: str,
-        topics: Sequence[Topic],
-        command: list[Any],
-        timeout: float,
-        portion: Callable[[Topic], Awaitable[Portion]],
-    ) -> list[Delivery]:
-        """The answer to a reading command, or portions where it is too large."""
-
-        async def whole() -> list[Delivery]:
-            # Several may follow the same topics: none waits behind another's blocking read.
-            names = (f"{reader} {number}" for number in itertools.count())
-            idle = next(c for c in map(self._keys.connection, names) if not c.is_busy)
-            answer = await idle.call(*command, timeout_seconds=timeout)
-            return deliveries(topics, [self.stream(topic) for topic in topics], answer)
-
-        return await self._portions.read(reader, topics, whole, portion)
+        return await self._reader.read(
+            tuple(after),
+            ["XREAD"],
+            after,
+            lambda topic: ["after", after[topic]],
+            limit=limit,
+            wait_seconds=wait_seconds,
+        )
 
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
         """See `Transport`."""
-        out = {}
-        for topic in topics:
-            try:
-                rows = await self._keys.call("XREVRANGE", self.stream(topic), "+", "-", "COUNT", 1)
-            except OverlongReplyError:
-                out[topic] = await self._portions.last_id(topic)
-            else:
-                out[topic] = rows[0][0].decode() if rows else BEGINNING
-        return out
+        return {topic: await self._reader.last_id(topic) for topic in topics}
 
-    async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
+    async def claim(self, lease: Lease, topic: Topic) -> list[Delivery]:
         """See `Transport`."""
-        if not entry_ids:
-            return 0
-        return int(await self._keys.call("XACK", self.stream(topic), group, *entry_ids))
-
-    async def claim(
-        self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
-    ) -> list[Delivery]:
-        """See `Transport`."""
-        stream = self.stream(topic)
-        try:
-            return await self._portions.idle(
-                topic, group, consumer, seconds=idle_seconds, limit=limit
-            )
-        except ResponseError as error:
-            if not str(error).startswith(_MISSING):
-                raise
-            await self._make_groups([stream], group)
-            return []
+        with self._fencing(lease):
+            return await self._reader.again(topic, lease)
 
     async def attach(
         self,
@@ -252,57 +160,44 @@ class RedisTransport:
         cursors = [
             "" if cursor is None else cursor.get(topic, BEGINNING) for topic in COMMAND_TOPICS
         ]
-        answer = await self._keys.script(
-            _ATTACH,
-            names,
-            [
-                holder,
-                milliseconds(lease_seconds),
-                least_epoch,
-                int(should_take_over),
-                RUN_GROUP,
-                token_hex(8),
-                identity,
-                int(counts_attempts),
-                *cursors,
-            ],
-        )
-        if not answer[0]:
-            raise LeaseHeldError(
-                answer[1].decode(errors="replace"), answer[2] / 1000, int(answer[3])
-            )
+        arguments = [holder, milliseconds(lease_seconds), least_epoch, int(should_take_over)]
+        arguments += [RUN_GROUP, token_hex(8), identity, int(counts_attempts), *cursors]
+        is_new, *answer = await self._keys.script(_ATTACH, names, arguments)
+        if not is_new:
+            other, left, epoch = answer
+            raise LeaseHeldError(other.decode(errors="replace"), left / 1000, int(epoch))
+        epoch, generation, last, sequences, rows, attempts, *time, lost = answer
         streams = {self.stream(topic): topic for topic in COMMAND_TOPICS}
-        result, leftovers = attachment(holder, streams, answer)
-        for topic, counts in leftovers.items():
-            result.leftovers.extend(await self._portions.by_id(topic, counts))
-        return result
+        tries = {}
+        for name, count in _numbers(attempts).items():
+            stream, _, entry_id = name.rpartition(" ")
+            if stream in streams:
+                tries[streams[stream], entry_id] = count
+        leftovers = []
+        for index, topic in enumerate(COMMAND_TOPICS):
+            counts = {entry_id.decode(): count for which, entry_id, count in rows if which == index}
+            leftovers += await self._reader.by_id(topic, counts)
+        return Attachment(
+            lease=Lease(holder, epoch, lease_seconds),
+            generation=generation.decode(errors="replace"),
+            cursor={topic: last[index].decode() for index, topic in enumerate(COMMAND_TOPICS)},
+            sequences=_numbers(sequences),
+            leftovers=leftovers,
+            attempts=tries,
+            server_ms=_server_ms(*time),
+            lost=frozenset(COMMAND_TOPICS[index] for index in lost),
+        )
 
     async def renew(
-        self,
-        lease: Lease,
-        *,
-        lease_seconds: float,
-        identity: str = "",
-        last_read: Mapping[Topic, str] | None = None,
+        self, lease: Lease, *, identity: str = "", last_read: Mapping[Topic, str] | None = None
     ) -> Renewal:
         """See `Transport`."""
-        answer = await self._keys.script(
-            _RENEW,
-            ("lease", "run", *COMMAND_TOPICS),
-            [
-                lease.holder,
-                lease.epoch,
-                milliseconds(lease_seconds),
-                RUN_GROUP,
-                identity,
-                *((last_read or {}).get(topic, "") for topic in COMMAND_TOPICS),
-            ],
-        )
-        self._check(answer, lease)
-        _, seconds, micros, exhausted = answer
-        return Renewal(
-            server_ms(seconds, micros), frozenset(COMMAND_TOPICS[index] for index in exhausted)
-        )
+        last = [(last_read or {}).get(topic, "") for topic in COMMAND_TOPICS]
+        arguments = [lease.holder, lease.epoch, milliseconds(lease.seconds)]
+        arguments += [RUN_GROUP, identity, *last]
+        names = ("lease", "run", *COMMAND_TOPICS)
+        *time, exhausted = await self._leased(_RENEW, names, arguments, lease)
+        return Renewal(_server_ms(*time), frozenset(COMMAND_TOPICS[i] for i in exhausted))
 
     async def release(self, lease: Lease) -> None:
         """See `Transport`."""
@@ -312,8 +207,17 @@ class RedisTransport:
         """See `Transport`."""
         topics = (Topic.OUTCOMES, Topic.DEAD, *COMMAND_TOPICS)
         names = ("lease", "run", "sequences", "attempts", *topics)
-        arguments = settlement_arguments(lease, settlement)
-        self._check(await self._keys.script(_SETTLE, names, arguments), lease)
+        number, acks, cursor, sequences, outcomes, dead = settlement
+        arguments: list[Any] = [lease.epoch, number, RUN_GROUP]
+        arguments += [LIMITS[topic].max_entries for topic in (Topic.OUTCOMES, Topic.DEAD)]
+        arguments += [len(outcomes), len(dead), len(sequences), lease.holder]
+        for topic in COMMAND_TOPICS:
+            arguments += (cursor.get(topic, ""), len(acks.get(topic, ())))
+        for topic in COMMAND_TOPICS:
+            arguments += acks.get(topic, ())
+        for pair in (*outcomes, *dead, *sequences.items()):
+            arguments += pair
+        await self._leased(_SETTLE, names, arguments, lease)
 
     async def trim(self, topic: Topic, before: str) -> int:
         """See `Transport`."""
@@ -344,40 +248,35 @@ class RedisTransport:
         """See `Transport`."""
         await self._keys.close()
 
-    async def _make_groups(self, streams: Sequence[str], group: str) -> None:
-        if group.startswith(RUN_GROUP):
-            raise FencedError(f"the lease on run {self.run!r} of group {group} is over")
-        for stream in streams:
-            try:
-                await self._keys.call("XGROUP", "CREATE", stream, group, BEGINNING, "MKSTREAM")
-            except ResponseError as error:
-                if not str(error).startswith("BUSYGROUP"):
-                    raise
+    async def _leased(
+        self, script: Script, names: Sequence[str], arguments: list[Any], lease: Lease
+    ) -> list[Any]:
+        """Runs a script that only the newest lease may run; returns the rest of its answer."""
+        is_newest, *answer = await self._keys.script(script, names, arguments)
+        if not is_newest:
+            raise fenced_error(self.run, lease, int(answer[0]), answer[1].decode(errors="replace"))
+        return answer
 
-    def _check(self, answer: list[Any], lease: Lease) -> None:
-        if answer[0]:
-            return
-        epoch, holder = int(answer[1]), answer[2].decode(errors="replace")
-        if epoch <= lease.epoch or holder == lease.holder:
-            raise FencedError(f"the lease of run {self.run!r} (epoch {lease.epoch}) was removed")
-        raise FencedError(
-            f"run {self.run!r} is driven by {holder} now (epoch {epoch}); this process held "
-            f"epoch {lease.epoch} and must not go on",
-            epoch,
-        )
+    @contextlib.contextmanager
+    def _fencing(self, lease: Lease) -> Iterator[None]:
+        """A lease whose group does not exist (any more) is over."""
+        try:
+            yield
+        except ResponseError as error:
+            if not str(error).startswith(_MISSING):
+                raise
+            raise fenced_error(self.run, lease) from None
 
 
-async def _wait_for(
-    attempt: Callable[[list[Any], float], Awaitable[list[Delivery]]], wait_seconds: float | None
-) -> list[Delivery]:
-    """Repeats a read, which gets its BLOCK option and a timeout, until it has entries."""
-    loop = asyncio.get_running_loop()
-    until = None if wait_seconds is None else loop.time() + wait_seconds
-    while True:
-        left = _LONGEST_BLOCK_SECONDS
-        if until is not None:
-            left = min(left, until - loop.time())
-        block = ["BLOCK", milliseconds(left)] if left > 0 else []
-        entries = await attempt(block, max(0.0, left) + _BLOCK_GRACE_SECONDS)
-        if entries or (until is not None and loop.time() >= until):
-            return entries
+def _server_ms(seconds: bytes, micros: bytes) -> int:
+    """Milliseconds of an answer to TIME."""
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _numbers(flat: list[bytes]) -> dict[str, int]:
+    """A flat list of names and whole numbers, without anything else that it holds."""
+    return {
+        name.decode(errors="replace"): int(number)
+        for name, number in zip(flat[::2], flat[1::2], strict=True)
+        if _NUMBER.fullmatch(number)
+    }

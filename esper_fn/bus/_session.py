@@ -107,7 +107,7 @@ class Session:
         self._on_fenced = on_fenced
         self.time = ServerTime()
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
-        self.lease = Lease("", 0)
+        self.lease = Lease("", 0, 0.0)
         self.last_read: dict[Topic, str] = {}
         """The last entry of each command stream that was read with this lease."""
         self.identity = ""
@@ -223,10 +223,7 @@ class Session:
                 return
             try:
                 renewal = await self.transport.renew(
-                    lease,
-                    lease_seconds=self._options.lease_seconds,
-                    identity=identity,
-                    last_read=self.last_read,
+                    lease, identity=identity, last_read=self.last_read
                 )
             except FencedError as error:
                 if error.epoch > lease.epoch:
@@ -245,16 +242,11 @@ class Session:
         """Reads commands of a topic; yields deliveries, and whether the stream has no more."""
         if failures or not self.is_identity_published:
             await self.renew()
-        group, holder = self.lease.group, self.holder
+        lease = self.lease
         if failures:
             # A lost answer may have delivered entries that never arrived.
-            yield (
-                await self.transport.claim(topic, group, holder, idle_seconds=0.0, limit=20_000),
-                False,
-            )
-        deliveries = await self.transport.read(
-            [topic], group, holder, limit=_READ_LIMIT, wait_seconds=None
-        )
+            yield await self.transport.claim(lease, topic), False
+        deliveries = await self.transport.read(lease, topic, limit=_READ_LIMIT, wait_seconds=None)
         size_bytes = sum(delivery.size_bytes for delivery in deliveries)
         yield deliveries, len(deliveries) < _READ_LIMIT and size_bytes < READ_BYTES
 

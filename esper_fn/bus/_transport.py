@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from redis.exceptions import RedisError
 
-from esper_fn.bus._messages import Topic
-from esper_fn.errors import BusSecurityError, BusUnavailableError
+from esper_fn.bus._messages import LIMITS, Topic
+from esper_fn.errors import BusSecurityError, BusUnavailableError, BusyError, FencedError
 
 RUN_GROUP = "run:"
 """Prefix of the consumer groups through which runs read commands; each lease has its own group."""
@@ -63,6 +63,8 @@ class Lease(NamedTuple):
     holder: str
     epoch: int
     """Rises with each lease; calls with an older epoch are fenced."""
+    seconds: float
+    """The lease expires without a renewal for so long."""
 
     @property
     def group(self) -> str:
@@ -126,8 +128,8 @@ class Transport(Protocol):
 
     Guarantees, for each stream (a topic of a run):
 
-    - Entries are delivered in the order of acceptance: to each group at least once, until they are
-      acknowledged, and to `tail` while the stream keeps them.
+    - Entries are delivered in the order of acceptance: commands to each lease at least once, until
+      they are settled, and all of them to `tail` while the stream keeps them.
     - `publish` and `settle` may be repeated after a lost answer without a second effect.
     - A stream that refuses at its limit loses no entry to it; any other stream exceeds its limit
       by at most a tenth.
@@ -154,13 +156,7 @@ class Transport(Protocol):
         ...
 
     async def publish(
-        self,
-        topic: Topic,
-        producer: str,
-        first: int,
-        entries: Sequence[Entry],
-        *,
-        identity: str | None = None,
+        self, topic: Topic, producer: str, first: int, entries: Sequence[Entry], identity: str = ""
     ) -> Publication:
         """Adds entries numbered `first`, `first + 1`, ... by their producer; all or none.
 
@@ -169,7 +165,7 @@ class Transport(Protocol):
           producer: id of the publishing connection.
           first: sequence number of the first entry.
           entries: the entries, in order.
-          identity: identity of the run that they are for; without it they are for any run.
+          identity: identity of the run that they are for; if empty they are for any run.
 
         Raises:
           BusyError: the stream is full; nothing was accepted.
@@ -178,19 +174,12 @@ class Transport(Protocol):
         ...
 
     async def read(
-        self,
-        topics: Sequence[Topic],
-        group: str,
-        consumer: str,
-        *,
-        limit: int,
-        wait_seconds: float | None,
+        self, lease: Lease, topic: Topic, *, limit: int, wait_seconds: float | None
     ) -> list[Delivery]:
-        """Delivers new entries to a consumer of a group, at most `limit` for each topic.
+        """Delivers new commands to the holder of a lease, at most `limit`.
 
         It delivers fewer than there are only if they have at least `READ_BYTES`. It waits for the
-        first one, for ever with None. A group that does not exist starts at the beginning, unless
-        it is the group of a lease. At most one read of the same topics and consumer may run.
+        first one, for ever with None. At most one read of the same topic and lease may run.
 
         Raises:
           FencedError: the group of the lease is gone; `renew` finds out why.
@@ -207,14 +196,8 @@ class Transport(Protocol):
         """Finds the last entry of each stream, for `tail`."""
         ...
 
-    async def acknowledge(self, topic: Topic, group: str, entry_ids: Sequence[str]) -> int:
-        """Acknowledges entries; returns how many of them were not acknowledged before."""
-        ...
-
-    async def claim(
-        self, topic: Topic, group: str, consumer: str, *, idle_seconds: float, limit: int
-    ) -> list[Delivery]:
-        """Delivers again what was delivered `idle_seconds` ago and never acknowledged.
+    async def claim(self, lease: Lease, topic: Topic) -> list[Delivery]:
+        """Delivers again what was delivered with a lease and never acknowledged.
 
         Raises:
           FencedError: the group of the lease is gone; `renew` finds out why.
@@ -249,18 +232,12 @@ class Transport(Protocol):
         ...
 
     async def renew(
-        self,
-        lease: Lease,
-        *,
-        lease_seconds: float,
-        identity: str = "",
-        last_read: Mapping[Topic, str] | None = None,
+        self, lease: Lease, *, identity: str = "", last_read: Mapping[Topic, str] | None = None
     ) -> Renewal:
         """Renews the lease and publishes the run's identity.
 
         Args:
           lease: the lease.
-          lease_seconds: the lease expires without another renewal for so long.
           identity: as for `attach`.
           last_read: the last entry of each command stream that the run has read; no later one is
             settled. Without it, the call does not check that later ones will be delivered.
@@ -325,6 +302,30 @@ def entry_key(entry_id: str) -> tuple[int, int]:
     """
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number or 0)
+
+
+def busy_error(stream: str, num_waiting: int, topic: Topic) -> BusyError:
+    """The error of a stream that is full."""
+    return BusyError(
+        f"{num_waiting:,} entries wait on {stream}, at most {LIMITS[topic].max_entries:,}; send "
+        "more slowly, or wait for outcomes"
+    )
+
+
+def fenced_error(run: str, lease: Lease, epoch: int = 0, holder: str = "") -> FencedError:
+    """The error of a lease that is not the newest one, whose epoch and holder are known or not."""
+    if epoch <= lease.epoch or holder == lease.holder:
+        return FencedError(f"the lease of run {run!r} (epoch {lease.epoch}) is over or was removed")
+    return FencedError(
+        f"run {run!r} is driven by {holder} now (epoch {epoch}); this process held epoch "
+        f"{lease.epoch} and must not go on",
+        epoch,
+    )
+
+
+def entry_id(key: tuple[int, int]) -> str:
+    """The entry id of a key."""
+    return f"{key[0]}-{key[1]}"
 
 
 def milliseconds(seconds: float) -> int:

@@ -45,7 +45,7 @@ def lose_all(broker):
 def lose(broker, run, *topics):
     """Loses streams with their groups, as by DEL; without topics, all data but the streams."""
     with broker.lock:
-        streams = broker.run(run).streams
+        streams = broker.runs[run].streams
         if topics:
             streams.update({topic: Stream() for topic in topics})
         else:
@@ -56,6 +56,6 @@ def lose(broker, run, *topics):
 def lose_groups(broker, run):
     """Loses the consumer groups of a run, as by XGROUP DESTROY."""
     with broker.lock:
-        for stream in broker.run(run).streams.values():
-            stream.groups.clear()
+        for stream in broker.runs[run].streams.values():
+            stream.start_group(0)
     broker.wake()

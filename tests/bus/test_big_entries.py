@@ -218,11 +218,9 @@ def test_the_next_process_finds_a_large_entry_that_the_last_one_had(rig):
         rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": b"b"})
         entries = []
         while len(entries) < 3:
-            entries += await t.read(
-                [Topic.COMMANDS], older.lease.group, "one", limit=9, wait_seconds=5
-            )
+            entries += await t.read(older.lease, Topic.COMMANDS, limit=9, wait_seconds=5)
         assert [d.payload for d in entries] == [b"a", b"", b"b"]
-        claimed = await t.claim(Topic.COMMANDS, older.lease.group, "one", idle_seconds=0, limit=9)
+        claimed = await t.claim(older.lease, Topic.COMMANDS)
         sizes = [(d.payload, d.size_bytes < BIG) for d in claimed]
         assert sizes == [(b"a", True), (b"", False), (b"b", True)]
         cursor = {Topic.COMMANDS: entries[-1].entry_id}

@@ -46,10 +46,8 @@ async def publish(transport, number):
     await transport.publish(Topic.COMMANDS, "p", number, [Entry(b"%d" % number)])
 
 
-async def read(transport, lease, limit=1, consumer="h"):
-    return await transport.read(
-        [Topic.COMMANDS], lease.group, consumer, limit=limit, wait_seconds=0.0
-    )
+async def read(transport, lease, limit=1):
+    return await transport.read(lease, Topic.COMMANDS, limit=limit, wait_seconds=0.0)
 
 
 def test_a_group_moved_past_waiting_commands_ends_the_lease(transport, move):
@@ -59,10 +57,10 @@ def test_a_group_moved_past_waiting_commands_ends_the_lease(transport, move):
             await publish(transport, number)
         (first,) = await read(transport, attached.lease)
         taken = {Topic.COMMANDS: first.entry_id}
-        await transport.renew(attached.lease, lease_seconds=9, last_read=taken)
+        await transport.renew(attached.lease, last_read=taken)
         move("$")
         with pytest.raises(FencedError) as caught:
-            await transport.renew(attached.lease, lease_seconds=9, last_read=taken)
+            await transport.renew(attached.lease, last_read=taken)
         assert caught.value.epoch == 0
         again = await transport.attach("h", lease_seconds=9, cursor=taken)
         assert [entry.payload for entry in await read(transport, again.lease, 9)] == [b"1", b"2"]
@@ -79,12 +77,12 @@ def test_commands_on_their_way_are_not_skipped_ones(transport, move):
         await read(transport, attached.lease, 2)
         for last in ("0-0", first.entry_id):
             taken = {Topic.COMMANDS: last}
-            await transport.renew(attached.lease, lease_seconds=9, last_read=taken)
+            await transport.renew(attached.lease, last_read=taken)
         (fourth,) = await read(transport, attached.lease)
         taken = {Topic.COMMANDS: fourth.entry_id}
         settlement = Settlement(1, {Topic.COMMANDS: [fourth.entry_id]}, {}, {})
         await transport.settle(attached.lease, settlement)  # the others wait for something
-        await transport.renew(attached.lease, lease_seconds=9, last_read=taken)
+        await transport.renew(attached.lease, last_read=taken)
 
     run_async(main(), transport)
 
@@ -93,9 +91,9 @@ def test_commands_handed_to_somebody_else_are_skipped_ones(transport):
     async def main():
         attached = await transport.attach("h", lease_seconds=9)
         await publish(transport, 0)
-        await read(transport, attached.lease, consumer="other")
+        await read(transport, attached.lease._replace(holder="other"))
         with pytest.raises(FencedError):
-            await transport.renew(attached.lease, lease_seconds=9, last_read=attached.cursor)
+            await transport.renew(attached.lease, last_read=attached.cursor)
 
     run_async(main(), transport)
 

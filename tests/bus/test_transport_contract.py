@@ -31,27 +31,28 @@ def settlement(number, deliveries=(), *, outcomes=(), dead=(), sequences=None):
     return Settlement(number, done, cursor, sequences or {}, entries(*outcomes), entries(*dead))
 
 
-async def read(transport, *topics, group="g", consumer="a", limit=100, wait=0.0):
-    return await transport.read(
-        topics or [Topic.COMMANDS], group, consumer, limit=limit, wait_seconds=wait
-    )
+async def read(transport, lease, topic=Topic.COMMANDS, *, limit=100, wait=0.0):
+    return await transport.read(lease, topic, limit=limit, wait_seconds=wait)
 
 
-def test_entries_come_out_in_order_and_once_for_each_group(make):
+def test_entries_come_out_in_order_and_once_for_each_lease(make):
     t = make()
 
     async def main():
         await t.open()
-        await t.publish(Topic.EVENTS, "p", 0, entries("a", "b"))
-        await t.publish(Topic.EVENTS, "p", 2, entries("c"))
-        first = await read(t, Topic.EVENTS, group="g", limit=2)
+        lease = (await t.attach("h", lease_seconds=9)).lease
+        await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
+        await t.publish(Topic.COMMANDS, "p", 2, entries("c"))
+        first = await read(t, lease, limit=2)
         assert texts(first) == ["a", "b"]
-        assert texts(await read(t, Topic.EVENTS, group="g")) == ["c"]
-        assert await read(t, Topic.EVENTS, group="g") == []
-        assert texts(await read(t, Topic.EVENTS, group="h")) == ["a", "b", "c"]
-        assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 2
-        assert await t.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in first]) == 0
-        assert await length(t, Topic.EVENTS) == 3
+        assert texts(await read(t, lease)) == ["c"]
+        assert await read(t, lease) == []
+        await t.settle(lease, settlement(1, first))
+        newer = (await t.attach("h", lease_seconds=9)).lease
+        assert texts(await read(t, newer)) == ["c"]
+        newest = await t.attach("h", lease_seconds=9, cursor={})
+        assert texts(await read(t, newest.lease)) == ["a", "b", "c"]
+        assert await length(t, Topic.COMMANDS) == 3
 
     run_async(main(), t)
 
@@ -65,7 +66,7 @@ def test_a_repeated_publication_adds_nothing(make):
         more = await t.publish(Topic.COMMANDS, "p", 1, entries("b", "c"))
         other = await t.publish(Topic.COMMANDS, "q", 0, entries("x"))
         assert [p.num_new for p in (first, again, more, other)] == [2, 0, 1, 1]
-        assert texts(await read(t)) == ["a", "b", "c", "x"]
+        assert texts(await page(t, Topic.COMMANDS)) == ["a", "b", "c", "x"]
 
     run_async(main(), t)
 
@@ -79,12 +80,11 @@ def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
         with pytest.raises(BusyError, match=f"at most {limit:,}"):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
         assert await length(t, Topic.URGENT) == limit - 1
-        attached = await t.attach("h", lease_seconds=9)
-        group = attached.lease.group
-        got = await read(t, Topic.URGENT, limit=500, group=group)
+        lease = (await t.attach("h", lease_seconds=9)).lease
+        got = await read(t, lease, Topic.URGENT, limit=500)
         with pytest.raises(BusyError):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
-        await t.acknowledge(Topic.URGENT, group, [d.entry_id for d in got])
+        await t.settle(lease, settlement(1, got))
         await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
         assert await length(t, Topic.URGENT) == limit + 1
 
@@ -111,7 +111,8 @@ def test_a_waiting_reader_wakes_within_milliseconds(make):
     async def main():
         await reader.open()
         await writer.open()
-        task = asyncio.create_task(read(reader, Topic.URGENT, Topic.COMMANDS, wait=None))
+        lease = (await reader.attach("h", lease_seconds=9)).lease
+        task = asyncio.create_task(read(reader, lease, Topic.URGENT, wait=None))
         await asyncio.sleep(0.1)
         assert not task.done()
         began = time.perf_counter()
@@ -126,8 +127,9 @@ def test_a_reader_gives_up_after_its_time(make):
     t = make()
 
     async def main():
+        lease = (await t.attach("h", lease_seconds=9)).lease
         began = time.perf_counter()
-        assert await read(t, wait=0.2) == []
+        assert await read(t, lease, wait=0.2) == []
         assert 0.15 < time.perf_counter() - began < 2
         assert await t.tail({Topic.EVENTS: "0-0"}, limit=9, wait_seconds=0.05) == []
 
@@ -166,41 +168,27 @@ def test_one_who_waits_for_entries_keeps_no_other_waiting(make):
     run_async(main(), transport)
 
 
-def test_what_is_not_acknowledged_is_claimed_with_its_count(make):
+def test_what_is_not_settled_is_claimed_with_its_count(make):
     t = make()
 
     async def main():
-        await t.publish(Topic.TELEMETRY, "p", 0, entries("a", "b"))
-        (a, _) = await read(t, Topic.TELEMETRY, group="g", consumer="dies")
-        await t.acknowledge(Topic.TELEMETRY, "g", [a.entry_id])
+        lease = (await t.attach("h", lease_seconds=9)).lease
+        await t.publish(Topic.COMMANDS, "p", 0, entries(*map(str, range(1_203))))
+        got = []
+        while len(got) < 1_202:
+            got += await read(t, lease, limit=1_202 - len(got))
+        await t.settle(lease, settlement(1, got[:1]))
         for count in (2, 3):
-            claimed = await t.claim(Topic.TELEMETRY, "g", "heir", idle_seconds=0.0, limit=9)
-            assert [(d.payload, d.deliveries) for d in claimed] == [(b"b", count)]
-        assert await t.claim(Topic.TELEMETRY, "g", "heir", idle_seconds=60, limit=9) == []
-        await t.acknowledge(Topic.TELEMETRY, "g", [claimed[0].entry_id])
-        assert await t.claim(Topic.TELEMETRY, "g", "x", idle_seconds=0.0, limit=9) == []
+            claimed = await t.claim(lease, Topic.COMMANDS)
+            assert texts(claimed) == [str(number) for number in range(1, 1_202)]
+            assert {d.deliveries for d in claimed} == {count}
+        assert texts(await read(t, lease)) == ["1202"]
+        await t.settle(lease, settlement(2, claimed))
+        assert texts(await t.claim(lease, Topic.COMMANDS)) == ["1202"]
+        await t.discard(Topic.COMMANDS, [d.entry_id for d in await t.claim(lease, Topic.COMMANDS)])
+        assert await t.claim(lease, Topic.COMMANDS) == []
 
     run_async(main(), t)
-
-
-def test_two_consumers_of_a_group_share_without_overlap(make):
-    t, u = make(), make()
-
-    async def take(transport, name, seen):
-        while len(seen) < 400:
-            got = await read(transport, Topic.EVENTS, group="g", consumer=name, limit=7, wait=0.2)
-            await transport.acknowledge(Topic.EVENTS, "g", [d.entry_id for d in got])
-            seen += texts(got)
-            if not got:
-                return
-
-    async def main():
-        await t.publish(Topic.EVENTS, "p", 0, entries(*map(str, range(400))))
-        seen = []
-        await asyncio.gather(take(t, "a", seen), take(u, "b", seen))
-        assert sorted(map(int, seen)) == list(range(400))
-
-    run_async(main(), t, u)
 
 
 def test_one_holder_at_a_time(make):
@@ -215,17 +203,17 @@ def test_one_holder_at_a_time(make):
             if hasattr(t, "_broker")
             else t.run in await u.active_runs()
         )
-        renewed = await t.renew(older.lease, lease_seconds=0.3)
+        renewed = await t.renew(older.lease)
         assert renewed.server_ms > 1_600_000_000_000
         await asyncio.sleep(0.4)
         newer = await u.attach("two", lease_seconds=9)
         assert newer.lease.epoch > older.lease.epoch
         with pytest.raises(FencedError, match="driven by two"):
-            await t.renew(older.lease, lease_seconds=9)
+            await t.renew(older.lease)
         with pytest.raises(FencedError, match="must not go on"):
             await t.settle(older.lease, settlement(1))
         await t.release(older.lease)  # does not end the other's
-        await u.renew(newer.lease, lease_seconds=9)
+        await u.renew(newer.lease)
         newest = await t.attach("three", lease_seconds=9, should_take_over=True, least_epoch=70)
         assert newest.lease.epoch == 71
         await t.release(newest.lease)
@@ -241,7 +229,7 @@ def test_a_settlement_is_whole_and_counts_once(make):
         attached = await t.attach("h", lease_seconds=9)
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
         await t.publish(Topic.URGENT, "p", 0, entries("stop"))
-        got = await read(t, Topic.URGENT, Topic.COMMANDS, group=attached.lease.group)
+        got = await read(t, attached.lease, Topic.URGENT) + await read(t, attached.lease)
         assert texts(got) == ["stop", "a", "b"]
         done = settlement(1, got[:2], outcomes=["A"], dead=["D"], sequences={"p/commands": 0})
         for _ in range(3):
@@ -253,8 +241,8 @@ def test_a_settlement_is_whole_and_counts_once(make):
         assert again.cursor[Topic.URGENT] == got[0].entry_id
         assert again.attempts == {(Topic.COMMANDS, got[2].entry_id): 1}
         with pytest.raises(FencedError):
-            await read(t, group=attached.lease.group)
-        rest = await read(t, Topic.URGENT, Topic.COMMANDS, group=again.lease.group)
+            await read(t, attached.lease)
+        rest = await read(t, again.lease, Topic.URGENT) + await read(t, again.lease)
         assert texts(rest) == ["b"]
         await t.settle(again.lease, settlement(1, rest, sequences={"p/commands": -1}))
         last = await t.attach("h", lease_seconds=9)
@@ -269,16 +257,16 @@ def test_a_run_restored_to_an_earlier_position_gets_its_commands_again(make):
     async def main():
         attached = await t.attach("h", lease_seconds=9)
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b", "c"))
-        got = await read(t, group=attached.lease.group)
+        got = await read(t, attached.lease)
         await t.settle(attached.lease, settlement(1, got[:2]))
         saved = {Topic.COMMANDS: got[0].entry_id}
         again = await t.attach("h", lease_seconds=9, cursor=saved)
-        assert texts(await read(t, group=again.lease.group)) == ["b", "c"]
+        assert texts(await read(t, again.lease)) == ["b", "c"]
         assert again.leftovers == []
         # In force, but its settlement was lost: handed back for its first outcome.
         later = await t.attach("h", lease_seconds=9, cursor={Topic.COMMANDS: got[2].entry_id})
         assert texts(later.leftovers) == ["b", "c"]
-        assert await read(t, group=later.lease.group) == []
+        assert await read(t, later.lease) == []
 
     run_async(main(), t)
 
@@ -310,15 +298,16 @@ def test_a_cancelled_call_leaves_nothing_for_the_next_one(make):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             assert texts(await page(t, Topic.EVENTS, after="0-0", limit=9)) == ["a"]
-        waiting = asyncio.create_task(read(t, wait=None))
+        lease = (await t.attach("h", lease_seconds=9)).lease
+        waiting = asyncio.create_task(read(t, lease, wait=None))
         await asyncio.sleep(0.05)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
         await t.publish(Topic.COMMANDS, "p", 0, entries("b"))
-        got = await read(t, wait=1)
+        got = await read(t, lease, wait=1)
         # A read that was cancelled on its way may have taken the entry: it is claimed then.
-        got += await t.claim(Topic.COMMANDS, "g", "a", idle_seconds=0.0, limit=9)
+        got += await t.claim(lease, Topic.COMMANDS)
         assert set(texts(got)) == {"b"}
 
     run_async(main(), t)
@@ -341,12 +330,12 @@ def test_a_reader_whose_lease_is_taken_over_is_woken_and_takes_nothing(make):
 
     async def main():
         old = await t.attach("paused", lease_seconds=9)
-        waiting = asyncio.create_task(read(t, group=old.lease.group, wait=None))
+        waiting = asyncio.create_task(read(t, old.lease, wait=None))
         await asyncio.sleep(0.05)
         new = await u.attach("heir", lease_seconds=9, should_take_over=True)
         await u.publish(Topic.COMMANDS, "p", 0, entries("a"))
         with pytest.raises(FencedError):
             await asyncio.wait_for(waiting, 5)
-        assert texts(await read(u, group=new.lease.group)) == ["a"]
+        assert texts(await read(u, new.lease)) == ["a"]
 
     run_async(main(), t, u)

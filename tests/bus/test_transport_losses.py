@@ -50,7 +50,7 @@ async def publish(transport, producer, number, text):
 
 
 async def read(transport, lease):
-    return await transport.read([Topic.COMMANDS], lease.group, "c", limit=9, wait_seconds=0.0)
+    return await transport.read(lease, Topic.COMMANDS, limit=9, wait_seconds=0.0)
 
 
 @pytest.mark.parametrize("what", ["streams", "groups", "rest"])
@@ -64,13 +64,13 @@ def test_a_removed_lease_is_nobodys_and_is_taken_again_from_the_cursor(make, los
         first, _ = await read(t, attached.lease)
         losses[what]()
         with pytest.raises(FencedError) as caught:
-            await t.renew(attached.lease, lease_seconds=9)
+            await t.renew(attached.lease)
         assert caught.value.epoch == 0
         if what != "rest":
             with pytest.raises(FencedError):
                 await read(t, attached.lease)
             with pytest.raises(FencedError):
-                await t.claim(Topic.COMMANDS, attached.lease.group, "c", idle_seconds=0.0, limit=9)
+                await t.claim(attached.lease, Topic.COMMANDS)
         again = await t.attach(
             "h",
             lease_seconds=9,
@@ -80,7 +80,7 @@ def test_a_removed_lease_is_nobodys_and_is_taken_again_from_the_cursor(make, los
         )
         assert again.lease.epoch > attached.lease.epoch
         assert again.attempts == {}
-        await t.renew(again.lease, lease_seconds=9)
+        await t.renew(again.lease)
         await publish(t, "q", 0, b"c")
         left = [delivery.payload for delivery in await read(t, again.lease)]
         assert left == ([b"c"] if what == "streams" else [b"b", b"c"])
@@ -98,13 +98,13 @@ def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, losses
         other_one = await u.attach("two", lease_seconds=9)
         assert other_one.lease.epoch == older.lease.epoch
         for call in (
-            t.renew(older.lease, lease_seconds=9),
+            t.renew(older.lease),
             t.settle(older.lease, Settlement(1, {}, {}, {})),
         ):
             with pytest.raises(FencedError) as caught:
                 await call
             assert caught.value.epoch == 0  # nobody has proved to be newer
-        await u.renew(other_one.lease, lease_seconds=9)
+        await u.renew(other_one.lease)
         with pytest.raises(LeaseHeldError) as attached:
             await t.attach("one", lease_seconds=9, least_epoch=older.lease.epoch)
         assert attached.value.epoch == other_one.lease.epoch
@@ -121,7 +121,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
         assert nobody.value.identity == ""
         attached = await t.attach("h", lease_seconds=9, identity="a")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
-        await t.renew(attached.lease, lease_seconds=9, identity="b")
+        await t.renew(attached.lease, identity="b")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")  # it is there
         with pytest.raises(OtherRunError) as other:
             await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")], identity="a")

@@ -86,7 +86,7 @@ class Both(RuleBasedStateMachine):
             return
         lease = self.leases[max(0, len(self.leases) - 1 - which)]
         memory, real = self.both(
-            lambda t: t.read([Topic.COMMANDS], lease.group, "c", limit=limit, wait_seconds=0.0)
+            lambda t: t.read(lease, Topic.COMMANDS, limit=limit, wait_seconds=0.0)
         )
         if lease != self.leases[-1]:
             assert memory is FencedError

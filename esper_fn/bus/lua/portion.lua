@@ -2,7 +2,7 @@
 -- size. Returns them, whether these were all, and where the next ones begin.
 -- KEYS: stream. ARGV: entries at most, bytes, bytes of a whole entry at most, then one of
 --   after, entry before the first | last | named, entries
---   new, group, consumer, last entry that has arrived | idle, group, consumer, ms, first
+--   new | again, group, consumer, entry before the first of those that it got already
 local count, room, largest, kind = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local stream, rows, is_all, following, is_large = KEYS[1], {}, 0, '', false
 local function has_room() return #rows < count and room > 0 end
@@ -40,29 +40,19 @@ elseif kind == 'named' then
   end
   following = tostring(next - 5)
   if next > #ARGV then is_all = 1 end
-elseif kind == 'new' then
-  local from = ARGV[7]
+else
+  following = ARGV[7]
   while has_room() and is_all == 0 do
     local answer = redis.call(
-      'XREADGROUP', 'GROUP', ARGV[5], ARGV[6], 'COUNT', 1, 'STREAMS', stream, from)
+      'XREADGROUP', 'GROUP', ARGV[5], ARGV[6], 'COUNT', 1, 'STREAMS', stream, following)
     local row = answer and answer[1][2][1]
     if row then
-      if from ~= '>' then from = row[1] end
-      if row[2] then add(row, 1) else redis.call('XACK', stream, ARGV[5], row[1]) end
-    elseif from == '>' then is_all = 1
-    else from = '>' end
-  end
-else
-  following = ARGV[8]
-  while has_room() and is_all == 0 do
-    local answer = redis.call(
-      'XAUTOCLAIM', stream, ARGV[5], ARGV[6], ARGV[7], following, 'COUNT', 1)
-    following = answer[1]
-    for _, row in ipairs(answer[2]) do
       local pending = redis.call('XPENDING', stream, ARGV[5], row[1], row[1], 1)
-      if row[2] then add(row, pending[1] and pending[1][4] or 1) end
-    end
-    if following == '0-0' then is_all = 1 end
+      if row[2] then add(row, pending[1] and pending[1][4] or 1)
+      else redis.call('XACK', stream, ARGV[5], row[1]) end
+      if following ~= '>' then following = row[1] end
+    elseif following == '>' or kind == 'again' then is_all = 1
+    else following = '>' end
   end
 end
 if is_large then collectgarbage() end
