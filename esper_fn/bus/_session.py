@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from secrets import token_hex
 
 from redis.exceptions import RedisError
@@ -84,7 +84,7 @@ class Session:
       options: settings of the worker.
       progress: state of the training loop, for heartbeats.
       on_attach: called with each new lease, and whether it is the first one.
-      on_fenced: called once another process has taken over.
+      on_fenced: called once another process has taken over; see `fenced`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Session:
         progress: Progress,
         *,
         on_attach: Callable[[Attachment, bool], None],
-        on_fenced: Callable[[FencedError], None],
+        on_fenced: Callable[[], None],
     ) -> None:
         self.transport = transport
         self._announcement = announcement
@@ -113,7 +113,8 @@ class Session:
         self.identity = ""
         """Identity of the run once it accepts commands."""
         self.is_identity_published = False
-        self.is_fenced = False
+        self.fenced: FencedError | None = None
+        """Why this worker must not go on."""
         self.num_data_losses = 0
         self._generation = ""
         self._exhausted: frozenset[Topic] = frozenset()
@@ -136,10 +137,6 @@ class Session:
     def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         """Queues telemetry or events; never waits."""
         self._publishers[topic].offer(messages)
-
-    def announce(self) -> None:
-        """Publishes what the run serves."""
-        self.publish(Topic.EVENTS, [self._announcement])
 
     async def drain(self, seconds: float) -> None:
         """Waits until all is published, at most so long for each topic."""
@@ -165,28 +162,39 @@ class Session:
             _LOGGER.debug("the lease is left to expire: %s", error)
         await self.transport.close()
 
-    async def connect(self) -> None:
-        """Connects to the server."""
-        self.time.update(await self.transport.open())
-
-    async def attach(self, *, is_first: bool, uses_position: bool = True) -> None:
-        """Takes the lease of the run.
+    async def open(self, *, uses_position: bool) -> None:
+        """Connects and takes the lease of the run.
 
         Args:
-          is_first: whether this worker had no lease before.
           uses_position: start at the cursor of the position, instead of the server's.
+
+        Raises:
+          BusUnavailableError: there is no server.
+          BusSecurityError: other machines can reach the server, and there is no key.
+          LeaseHeldError: another process has the lease.
+        """
+        try:
+            self.time.update(await self.transport.open())
+            await self._attach(self._position.cursor if uses_position else None)
+        except BaseException:
+            await self.transport.close()
+            raise
+
+    async def _attach(self, cursor: Mapping[Topic, str] | None) -> None:
+        """Takes the lease of the run.
 
         Raises:
           LeaseHeldError: another process has the lease, at the first time.
           FencedError: another process has a newer lease.
           BusError: another process has a lease that is not newer.
         """
+        is_first = not self.lease.epoch
         try:
             attachment = await self.transport.attach(
                 self.holder,
                 lease_seconds=self._options.lease_seconds,
                 least_epoch=self._position.epoch,
-                cursor=self._position.cursor if uses_position else None,
+                cursor=cursor,
                 should_take_over=self._options.should_take_over and is_first,
                 identity=self.identity,
                 counts_attempts=is_first,
@@ -207,6 +215,7 @@ class Session:
         self.last_read = dict(attachment.cursor)
         self.settlements.restart()
         self._on_attach(attachment, is_first)
+        self.publish(Topic.EVENTS, [self._announcement])
 
     async def renew(self, lost: Lease | None = None) -> None:
         """Renews the lease, or takes a new one if the server has lost it.
@@ -267,14 +276,12 @@ class Session:
             await asyncio.sleep(self._options.lease_seconds / 3)
         await self.renew()
         self._complaints.clear()
-        step, is_paused = self._progress.step, self._progress.is_paused
-        beat = Heartbeat(run=self.transport.run, step=step, is_paused=is_paused)
+        beat = Heartbeat(run=self.transport.run, **asdict(self._progress))
         self.publish(Topic.EVENTS, [beat])
 
     async def _attach_again(self) -> None:
         generation = self._generation
-        await self.attach(is_first=False)
-        self.announce()
+        await self._attach(self._position.cursor)
         if self._generation != generation:
             self.num_data_losses += 1
             self._alert(
@@ -311,7 +318,7 @@ class Session:
         Whatever fails, training does not depend on the bus.
         """
         failures = 0
-        while not self.is_fenced:
+        while self.fenced is None:
             lease = self.lease
             try:
                 await work(failures)
@@ -334,8 +341,8 @@ class Session:
             await self.renew(lease)
         except FencedError as newer:
             if newer.epoch > self.lease.epoch:
-                self.is_fenced = True
-                self._on_fenced(newer)
+                self.fenced = newer
+                self._on_fenced()
         except Exception as other:
             self._complain(other, failures)
 

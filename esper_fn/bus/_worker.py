@@ -14,11 +14,10 @@ from esper_fn.bus._connect import LoopThread
 from esper_fn.bus._consumer import Consumer
 from esper_fn.bus._inflight import InFlight
 from esper_fn.bus._messages import COMMAND_TOPICS, Announcement, Message, Outcome, Topic
-from esper_fn.bus._outbox import Settlements
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._session import Progress, Session, Work, WorkerOptions
 from esper_fn.bus._transport import Attachment, Delivery, Settlement, Transport, entry_key
-from esper_fn.errors import BusUnavailableError, FencedError
+from esper_fn.errors import BusUnavailableError
 
 _MAX_INBOX = 2_048
 _ACCEPTED_AT_ONCE = 32
@@ -56,17 +55,14 @@ class Worker:
         self._position = RunPosition() if position is None else position.copy()
         self._position.identity = self._position.identity or token_hex(16)
         self._changed = threading.Condition()
-        self._consumer: Consumer | None = None
         self._outbox: dict[Topic, deque[Message | Report]] = {
             topic: deque(maxlen=limit) for topic, limit in self._options.outbox_limits.items()
         }
         self._is_drain_due = False
         self._finished: deque[tuple[InFlight, Outcome]] = deque()
         """Finished by the loop, which takes no lock for it, and not known to the consumer yet."""
-        self._fenced: FencedError | None = None
         self._num_dropped = 0
         self._thread: LoopThread | None = None
-        self._session: Session | None = None
         self._is_listening = False
         self._num_untrimmed = 0
         self.keeps_commands = False
@@ -74,6 +70,30 @@ class Worker:
         self.progress = Progress()
         self.num_settled = 0
         """Entries that the server knows to be acknowledged."""
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what talks to the server anew, as a failed start has closed it."""
+        options = self._options
+        self._settle_due, self._has_room = asyncio.Event(), asyncio.Event()
+        self._gaps_due, self._listening = asyncio.Event(), asyncio.Event()
+        self._has_room.set()
+        session = self._session = Session(
+            self._make_transport(),
+            self._announcement,
+            self._position,
+            options,
+            self.progress,
+            on_attach=self._on_attach,
+            on_fenced=self._on_fenced,
+        )
+        self._consumer = Consumer(
+            self._position,
+            session.transport.stream,
+            keys=options.keys,
+            server_time=session.time,
+            gap_seconds=options.gap_seconds,
+        )
 
     def start(self, *, is_listening: bool = True) -> None:
         """Connects and takes the lease of the run.
@@ -88,6 +108,7 @@ class Worker:
           LeaseHeldError: another process drives the run.
         """
         self._is_listening = is_listening
+        self._prepare()
         self._thread = LoopThread("esper-bus")
         try:
             self._thread.call(self._open())
@@ -121,7 +142,7 @@ class Worker:
 
     def trim(self, cursor: Mapping[Topic, str]) -> None:
         """Lets the server remove commands before a cursor: no earlier position is restored."""
-        if self._thread is not None and self._session is not None:
+        if self._thread is not None:
             work = self._session.trim(dict(cursor))
             asyncio.run_coroutine_threadsafe(work, self._thread.loop)
 
@@ -134,27 +155,27 @@ class Worker:
     @property
     def is_fenced(self) -> bool:
         """Whether another process has taken over."""
-        return self._fenced is not None
+        return self._session.fenced is not None
 
     @property
     def num_waiting(self) -> int:
         """Commands that wait to be taken."""
-        return 0 if self._consumer is None else self._consumer.num_waiting
+        return self._consumer.num_waiting
 
     @property
     def counts(self) -> dict[str, int]:
         """Refused and repeated messages by reason."""
-        return {} if self._consumer is None else dict(self._consumer.counts)
+        return dict(self._consumer.counts)
 
     @property
     def num_dropped(self) -> int:
         """Telemetry and events that were dropped."""
-        return self._num_dropped + (0 if self._session is None else self._session.num_dropped)
+        return self._num_dropped + self._session.num_dropped
 
     @property
     def num_data_losses(self) -> int:
         """How often the server had lost its data."""
-        return 0 if self._session is None else self._session.num_data_losses
+        return self._session.num_data_losses
 
     def take(self, step: int, limit: int) -> list[InFlight]:
         """Returns at most `limit` commands to apply.
@@ -163,8 +184,8 @@ class Worker:
           FencedError: another process has taken over.
         """
         with self._changed:
-            if self._fenced is not None:
-                raise self._fenced
+            if self._session.fenced is not None:
+                raise self._session.fenced
             self.progress.step = step
             items = self._updated_consumer().take(limit) if self.has_news else []
         self.flush()  # some may have been refused
@@ -173,7 +194,7 @@ class Worker:
     @property
     def has_news(self) -> bool:
         """Whether `take` would return commands, or raise; takes no lock."""
-        return self._fenced is not None or (self._consumer is not None and self._consumer.has_ready)
+        return self.is_fenced or self._consumer.has_ready
 
     def put_back(self, items: Iterable[InFlight]) -> None:
         """Returns commands to the front of the inbox."""
@@ -223,54 +244,27 @@ class Worker:
 
     @property
     def _has_acks(self) -> bool:
-        return bool(self._finished) or (self._consumer is not None and self._consumer.has_acks)
+        return bool(self._finished) or self._consumer.has_acks
 
     def _updated_consumer(self) -> Consumer:
         """The consumer after all that the loop has finished; the caller has the lock."""
-        if self._consumer is None:
+        if not self._session.lease.epoch:
             raise BusUnavailableError("the worker was not started; use it as a context")
         while self._finished:
             self._consumer.finish(*self._finished.popleft())
         return self._consumer
 
     async def _open(self) -> None:
-        options = self._options
-        self._settle_due, self._has_room = asyncio.Event(), asyncio.Event()
-        self._gaps_due, self._listening = asyncio.Event(), asyncio.Event()
-        self._has_room.set()
-        session = self._session = Session(
-            self._make_transport(),
-            self._announcement,
-            self._position,
-            options,
-            self.progress,
-            on_attach=self._on_attach,
-            on_fenced=self._on_fenced,
-        )
         if self._is_listening:
             self._listen()
-        try:
-            await session.connect()
-            self._consumer = Consumer(
-                self._position,
-                session.transport.stream,
-                keys=options.keys,
-                server_time=session.time,
-                gap_seconds=options.gap_seconds,
-            )
-            await session.attach(is_first=True, uses_position=self._is_restored)
-        except BaseException:
-            await session.transport.close()
-            raise
-        session.announce()
-        reads: list[Work] = [partial(self._read, session, topic) for topic in COMMAND_TOPICS]
-        session.start([*reads, partial(self._settle, session), self._expire_gaps])
+        await self._session.open(uses_position=self._is_restored)
+        reads: list[Work] = [partial(self._read, topic) for topic in COMMAND_TOPICS]
+        self._session.start([*reads, self._settle, self._expire_gaps])
         self._drain()  # what was offered before
 
     def _listen(self) -> None:
-        if self._session is not None:
-            self._session.identity = self._position.identity
-            self._listening.set()
+        self._session.identity = self._position.identity
+        self._listening.set()
 
     def _on_attach(self, attachment: Attachment, is_first: bool) -> None:
         with self._changed:
@@ -288,29 +282,26 @@ class Worker:
             consumer.accept(attachment.leftovers)
         self._settle_due.set()
 
-    def _on_fenced(self, error: FencedError) -> None:
+    def _on_fenced(self) -> None:
         with self._changed:
-            self._fenced = error
             self._changed.notify_all()
 
-    async def _read(self, session: Session, topic: Topic, failures: int) -> None:
+    async def _read(self, topic: Topic, failures: int) -> None:
         await self._listening.wait()
         if topic is not Topic.URGENT:
             await self._has_room.wait()
-        async for deliveries, is_all in session.receive(topic, failures):
-            await self._accept(session, topic, deliveries, is_all=is_all)
+        async for deliveries, is_all in self._session.receive(topic, failures):
+            await self._accept(topic, deliveries, is_all=is_all)
 
-    async def _accept(
-        self, session: Session, topic: Topic, deliveries: list[Delivery], *, is_all: bool
-    ) -> None:
+    async def _accept(self, topic: Topic, deliveries: list[Delivery], *, is_all: bool) -> None:
         """Hands deliveries to the consumer; `is_all` says that the stream has no more."""
         for first in range(0, max(1, len(deliveries)), _ACCEPTED_AT_ONCE):
             part = deliveries[first : first + _ACCEPTED_AT_ONCE]
             is_last = first + len(part) >= len(deliveries)
             # Before the consumer gets them: no later entry is settled from now on.
             if part:
-                last = session.last_read.get(topic, part[-1].entry_id)
-                session.last_read[topic] = max(last, part[-1].entry_id, key=entry_key)
+                last_read, last = self._session.last_read, part[-1].entry_id
+                last_read[topic] = max(last_read.get(topic, last), last, key=entry_key)
             with self._changed:
                 consumer = self._updated_consumer()
                 consumer.accept(part)
@@ -338,19 +329,20 @@ class Worker:
             self._settle_due.set()
             await asyncio.sleep(seconds)
 
-    async def _settle(self, session: Session, failures: int) -> None:
+    async def _settle(self, failures: int) -> None:
         if not failures:
             await self._settle_due.wait()
         self._settle_due.clear()
-        while (settlement := self._next_settlement(session.settlements)) is not None:
-            count = await session.settle(settlement)
+        while (settlement := self._next_settlement()) is not None:
+            count = await self._session.settle(settlement)
             self.num_settled += count
             self._num_untrimmed += count
             if not self.keeps_commands and self._num_untrimmed >= _TRIM_EVERY:
                 self._num_untrimmed = 0
-                await session.trim(settlement.cursor)
+                await self._session.trim(settlement.cursor)
 
-    def _next_settlement(self, settlements: Settlements) -> Settlement | None:
+    def _next_settlement(self) -> Settlement | None:
+        settlements = self._session.settlements
         if settlements.current is None:
             with self._changed:
                 consumer, position = self._updated_consumer(), self._position
@@ -376,13 +368,10 @@ class Worker:
             for message in (item,) if isinstance(item, Message) else item():
                 messages.setdefault(message.topic, []).append(message)
         for topic, some in messages.items():
-            if self._session is not None:
-                self._session.publish(topic, some)
+            self._session.publish(topic, some)
 
     async def _close(self, drain_seconds: float) -> None:
         session = self._session
-        if session is None:
-            return
         self._drain()
         self._settle_due.set()
         with contextlib.suppress(TimeoutError):
