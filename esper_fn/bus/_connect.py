@@ -60,12 +60,13 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = new_event_loop()
+        self._is_over = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._is_over.wait())
 
     def call(self, work: Coroutine[Any, Any, T], timeout_seconds: float | None = None) -> T:
         """Runs a coroutine in the thread and waits for its result."""
@@ -83,19 +84,5 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancels all tasks and ends the thread."""
-        if self.loop.is_closed():
-            return
-
-        async def finish() -> None:
-            own = asyncio.current_task()
-            others = [task for task in asyncio.all_tasks() if task is not own]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await asyncio.get_running_loop().shutdown_asyncgens()
-            await asyncio.sleep(0)  # sockets close in the next turn
-
-        self.call(finish(), 5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.soon(self._is_over.set)
         self._thread.join(5)
-        self.loop.close()

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from esper_fn.bus._envelope import SCHEMA, Envelope, Header, check_size
+from esper_fn.bus._envelope import SCHEMA, Header, check_size
 from esper_fn.bus._inflight import Ack, AckWindow, InFlight, dead_letter
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
@@ -218,7 +218,7 @@ class Consumer:
 
     def _admit(self, delivery: Delivery) -> None:
         self._verify(delivery)
-        envelope: Envelope = SCHEMA.decode(delivery.payload)
+        envelope = SCHEMA.decode(delivery.payload)
         header, messages = envelope.header, envelope.messages
         if self._keys.is_required and header.identity != self.position.identity:
             raise ReplayedError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
+from msgspec.msgpack import Decoder
 
 from esper_fn._text import plain
 from esper_fn.bus._messages import LIMITS, AnyMessage, Id, Message, Topic
@@ -41,20 +42,14 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=Fals
     identity: Annotated[str, Meta(max_length=80)] = ""
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True):
+Messages = TypeVar("Messages")
+
+
+class Envelope(msgspec.Struct, Generic[Messages], frozen=True, array_like=True):
     """The payload of one stream entry."""
 
     header: Header
-    messages: tuple[Any, ...]
-
-
-class _RawEnvelope(msgspec.Struct, frozen=True, array_like=True):
-    header: Header
-    messages: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=MAX_MESSAGES)]
-
-
-class _HeaderOnly(msgspec.Struct, frozen=True, array_like=True):
-    header: Header
+    messages: Messages
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -89,24 +84,18 @@ class Schema:
             raise ValueError(
                 f"migrations={both} are for current tags; migrate from older ones only"
             )
-        messages = Annotated[tuple[types, ...], Meta(max_length=MAX_MESSAGES)]
-        envelope = msgspec.defstruct(
-            "_TypedEnvelope",
-            [("header", Header), ("messages", messages)],
-            frozen=True,
-            array_like=True,
-        )
-        self._typed: Any = msgspec.msgpack.Decoder(envelope)
-        self._raw = msgspec.msgpack.Decoder(_RawEnvelope)
-        self._header = msgspec.msgpack.Decoder(_HeaderOnly)
-        self._message: Any = msgspec.msgpack.Decoder(types)
+        most = Meta(max_length=MAX_MESSAGES)
+        self._typed: Any = Decoder(Envelope[Annotated[tuple[types, ...], most]])
+        self._raw = Decoder(Envelope[Annotated[tuple[msgspec.Raw, ...], most]])
+        self._header = Decoder(Envelope[msgspec.Raw])
+        self._message: Any = Decoder(types)
         self._encoder = msgspec.msgpack.Encoder()
 
     def encode(self, header: Header, messages: Sequence[Message]) -> bytes:
         """Packs messages into the bytes of an envelope."""
         return self._encoder.encode((header, messages))
 
-    def decode(self, payload: bytes) -> Envelope:
+    def decode(self, payload: bytes) -> Envelope[tuple[Any, ...]]:
         """Unpacks an envelope, and migrates messages of older versions.
 
         Raises:
@@ -115,14 +104,18 @@ class Schema:
         """
         try:
             envelope = self._typed.decode(payload)
+            is_current = True
         except _DECODING_ERRORS:
             # Some message is of another version, or broken.
-            envelope = _decode(self._raw, payload)
-            _check_format(envelope.header)
-            messages = tuple(self._migrate(bytes(raw)) for raw in envelope.messages)
-            return Envelope(envelope.header, messages)
-        _check_format(envelope.header)
-        return Envelope(envelope.header, envelope.messages)
+            envelope, is_current = _decode(self._raw, payload), False
+        header = envelope.header
+        if header.format != FORMAT:
+            raise UnsupportedVersionError(
+                f"envelope of format {header.format}; this side reads {FORMAT} only; upgrade it"
+            )
+        if is_current:
+            return envelope
+        return Envelope(header, tuple(map(self._migrate, envelope.messages)))
 
     def decode_header(self, payload: bytes) -> Header:
         """Reads the header alone, for an envelope whose messages cannot be read.
@@ -133,7 +126,7 @@ class Schema:
         header: Header = _decode(self._header, payload).header
         return header
 
-    def _migrate(self, raw: bytes) -> Any:
+    def _migrate(self, raw: msgspec.Raw) -> Any:
         try:
             tag = msgspec.msgpack.decode(raw, type=_Kind).kind
             if tag in self.kinds:
@@ -166,13 +159,6 @@ def _decode(decoder: Any, payload: bytes) -> Any:
         raise UndecodableError(
             f"{len(payload)} bytes are no envelope of messages: {plain(error, limit=500)}"
         ) from None
-
-
-def _check_format(header: Header) -> None:
-    if header.format != FORMAT:
-        raise UnsupportedVersionError(
-            f"envelope of format {header.format}; this side reads {FORMAT} only; upgrade it"
-        )
 
 
 def check_size(topic: Topic, size_bytes: int) -> None:

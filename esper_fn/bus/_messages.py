@@ -7,8 +7,7 @@ readers ignore fields that they do not know. Every other change is a new version
 
 from __future__ import annotations
 
-import itertools
-import os
+import secrets
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
@@ -67,27 +66,13 @@ MAX_BATCH = 256
 """Most commands in a batch."""
 
 
-def _new_origin() -> str:
-    return f"{os.getpid():x}-{os.urandom(6).hex()}"
-
-
-def _renew_origin() -> None:
-    global _ORIGIN  # noqa: PLW0603 -- a forked process must not repeat its parent's
-    _ORIGIN = _new_origin()
-
-
-_COUNTER = itertools.count()
-_ORIGIN = _new_origin()
-os.register_at_fork(after_in_child=_renew_origin)
-
-
 def new_id() -> str:
-    """A unique id for a command, from the process, random bytes and a counter, but no clock.
+    """A unique id for a command, without a clock.
 
     >>> new_id() != new_id()
     True
     """
-    return f"{_ORIGIN}-{next(_COUNTER)}"
+    return secrets.token_hex(12)
 
 
 class Message(
