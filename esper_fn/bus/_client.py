@@ -26,7 +26,7 @@ from esper_fn.bus._messages import (
 )
 from esper_fn.bus._outbox import Publisher
 from esper_fn.bus._signing import Keyring, read_keys
-from esper_fn.bus._timing import Retry, ServerTime
+from esper_fn.bus._timing import ServerTime, retry_seconds
 from esper_fn.bus._transport import BEGINNING, OUTAGES, Delivery, Transport
 from esper_fn.errors import (
     BusUnavailableError,
@@ -64,7 +64,6 @@ class AsyncClient:
         """Entries that were forged or could not be decoded."""
         self._keys = keys
         self._time = ServerTime()
-        self._retry = Retry()
         self._publishers: dict[Topic, Publisher] = {}
         self._futures: dict[str, asyncio.Future[Outcome]] = {}
         self._unanswered: dict[str, tuple[Command, int]] = {}
@@ -284,7 +283,7 @@ class AsyncClient:
                 failures += 1
                 if failures == 1:
                     _LOGGER.warning("run %r cannot be followed: %s", self.run, error)
-                await asyncio.sleep(self._retry.delay_seconds(failures))
+                await asyncio.sleep(retry_seconds(failures))
                 continue
             failures = 0
             for delivery in deliveries:

@@ -134,8 +134,7 @@ class Connection:
 
     async def _call(self, arguments: tuple[Any, ...], timeout_seconds: float) -> Any:
         name = f"the bus at {self._address.shown}"
-        if self._breaker.is_open:
-            left = self._breaker.seconds_left()
+        if left := self._breaker.seconds_left():
             raise BusUnavailableError(f"{name} does not answer; next attempt in {left:.1f} s")
         is_answered = False
         try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
+from typing import Any, NamedTuple
 
 from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, check_size
 from esper_fn.bus._inflight import Ack
 from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
 from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import Retry, ServerTime
+from esper_fn.bus._timing import ServerTime, retry_seconds
 from esper_fn.bus._transport import Entry, OtherRunError, Settlement, Transport
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
@@ -24,6 +27,29 @@ _OUTCOMES_IN_ENVELOPE = 64
 _UNKNOWN = "?"
 """Stands for the identity of a run before it is known; no run has it."""
 _CHANGES_AT_ONCE = 2
+
+
+class Packer(NamedTuple):
+    """Makes the entries of one producer."""
+
+    transport: Transport
+    keys: Keyring
+    time: ServerTime
+    producer: str
+
+    def entry(
+        self, topic: Topic, messages: Sequence[Message], sequence: int, **details: Any
+    ) -> Entry:
+        """Packs and signs messages; `details` are more fields of the `Header`."""
+        header = Header(
+            format=FORMAT,
+            producer=self.producer,
+            sequence=sequence,
+            issued_at_ms=self.time.now_ms(),
+            **details,
+        )
+        payload = SCHEMA.encode(header, messages)
+        return Entry(payload, self.keys.sign(self.transport.stream(topic), payload))
 
 
 @dataclass(slots=True)
@@ -59,13 +85,11 @@ class Publisher:
         server_time: ServerTime | None = None,
         max_queued: int = 10_000,
     ) -> None:
+        self.producer = token_hex(8)
+        self._packer = Packer(transport, keys, server_time or ServerTime(), self.producer)
         self._transport = transport
         self._topic = topic
-        self._stream = transport.stream(topic)
-        self._keys = keys
-        self._time = server_time or ServerTime()
         self._max_queued = max_queued
-        self._retry = Retry()
         self._queue: deque[_Queued] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -74,8 +98,7 @@ class Publisher:
         is_bound = topic in COMMAND_TOPICS and keys.is_required
         self._identity = _UNKNOWN if is_bound else ""
         self._task: asyncio.Task[None] | None = None
-        self.producer = token_hex(8)
-        self.generation: str | None = None
+        self._generation: str | None = None
         self.data_lost = asyncio.Event()
         """Set when the server has lost its data."""
         self.num_dropped = 0
@@ -124,14 +147,10 @@ class Publisher:
         while not await self._publish(sequence, [self._pack([item], sequence)], failures):
             failures += 1
 
-    async def drain(self, timeout_seconds: float) -> bool:
-        """Waits until the queue is empty; returns False if time is up before."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+    async def drain(self, timeout_seconds: float) -> None:
+        """Waits until the queue is empty, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_seconds)
 
     async def close(self) -> None:
         """Stops; messages that still wait are refused."""
@@ -156,38 +175,35 @@ class Publisher:
             await self._wake.wait()
 
     async def _publish_some(self) -> None:
-        groups = self._next_groups()
-        failures = 0
+        groups, failures = self._next_groups(), 0
         while groups:
-            entries = []
-            for index, group in enumerate(groups):
-                try:
-                    entries.append(self._pack(group, self._next + index))
-                except (OversizedError, TypeError, ValueError, OverflowError) as error:
-                    groups[index : index + 1] = self._split(group, error)
-                    break
-            else:
-                if await self._publish_groups(groups, entries, failures):
-                    return
-                failures += 1
-
-    async def _publish_groups(
-        self, groups: list[list[_Queued]], entries: list[Entry], failures: int
-    ) -> bool:
-        try:
-            if not await self._publish(self._next, entries, failures):
-                return False
-        except BusyError as error:
-            for group in groups:
-                for item in group:
+            if (entries := self._pack_all(groups)) is None:
+                continue
+            try:
+                if not await self._publish(self._next, entries, failures):
+                    failures += 1
+                    continue
+            except BusyError as error:
+                for item in itertools.chain(*groups):
                     _refuse(item, error)
-            return True
+                return
+            for number, group in enumerate(groups, self._next):
+                for item in group:
+                    if item.accepted is not None and not item.accepted.done():
+                        item.accepted.set_result(number)
+            self._next += len(groups)
+            return
+
+    def _pack_all(self, groups: list[list[_Queued]]) -> list[Entry] | None:
+        """The entries of groups; None if one cannot be packed, and was split."""
+        entries = []
         for index, group in enumerate(groups):
-            for item in group:
-                if item.accepted is not None and not item.accepted.done():
-                    item.accepted.set_result(self._next + index)
-        self._next += len(groups)
-        return True
+            try:
+                entries.append(self._pack(group, self._next + index))
+            except (OversizedError, TypeError, ValueError, OverflowError) as error:
+                groups[index : index + 1] = self._split(group, error)
+                return None
+        return entries
 
     async def _publish(self, first: int, entries: list[Entry], failures: int) -> bool:
         """Tries once; after any failure but `BusyError` it waits and returns False."""
@@ -209,11 +225,11 @@ class Publisher:
             if failures == 0:
                 _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
         else:
-            if self.generation not in {None, publication.generation}:
+            if self._generation not in {None, publication.generation}:
                 self.data_lost.set()
-            self.generation, self.problem = publication.generation, ""
+            self._generation, self.problem = publication.generation, ""
             return True
-        await asyncio.sleep(self._retry.delay_seconds(failures + 1))
+        await asyncio.sleep(retry_seconds(failures + 1))
         return False
 
     def _next_groups(self) -> list[list[_Queued]]:
@@ -228,18 +244,16 @@ class Publisher:
 
     def _pack(self, group: list[_Queued], sequence: int) -> Entry:
         first = group[0]
-        header = Header(
-            format=FORMAT,
-            producer=self.producer,
-            sequence=sequence,
-            issued_at_ms=self._time.now_ms(),
+        entry = self._packer.entry(
+            self._topic,
+            [item.message for item in group],
+            sequence,
             queued_ms=int((time.monotonic() - first.since) * 1000),
             trace=first.trace,
             identity=self._identity,
         )
-        payload = SCHEMA.encode(header, [item.message for item in group])
-        check_size(self._topic, len(payload))
-        return Entry(payload, self._keys.sign(self._stream, payload))
+        check_size(self._topic, len(entry.payload))
+        return entry
 
     def _split(self, group: list[_Queued], error: Exception) -> list[list[_Queued]]:
         """Two halves of a group that cannot be packed; a single message is dropped."""
@@ -266,24 +280,11 @@ class Settlements:
     """Collects acknowledgements into settlements, and keeps each until the server has it.
 
     Args:
-      producer: name of the worker's process.
-      stream: maps a topic to the name of its stream, for signatures.
-      keys: keys to sign with.
-      server_time: the server's clock, for headers.
+      packer: makes the entries of the worker's process.
     """
 
-    def __init__(
-        self,
-        producer: str,
-        stream: Callable[[Topic], str],
-        *,
-        keys: Keyring,
-        server_time: ServerTime,
-    ) -> None:
-        self._producer = producer
-        self._stream = stream
-        self._keys = keys
-        self._time = server_time
+    def __init__(self, packer: Packer) -> None:
+        self._packer = packer
         self._acks: tuple[Ack, ...] = ()
         self._sequences: dict[str, int] = {}
         self._number = 0
@@ -311,7 +312,8 @@ class Settlements:
         self._sequences = {**self._sequences, **sequences}
         if not self._acks and not self._sequences:
             return
-        self._number += 1
+        self._number = number = self._number + 1
+        pack = self._packer.entry
         entries: dict[Topic, list[str]] = {topic: [] for topic in COMMAND_TOPICS}
         for ack in self._acks:
             if ack.entry_id:
@@ -319,15 +321,15 @@ class Settlements:
         outcomes = [ack.outcome for ack in self._acks if ack.outcome is not None]
         dead = [ack.dead for ack in self._acks if ack.dead is not None]
         self.current = Settlement(
-            number=self._number,
+            number=number,
             acks=entries,
             cursor=cursor,
             sequences=self._sequences,
             outcomes=[
-                self._pack(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE])
+                pack(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE], number)
                 for first in range(0, len(outcomes), _OUTCOMES_IN_ENVELOPE)
             ],
-            dead=[self._pack(Topic.DEAD, [letter]) for letter in dead],
+            dead=[pack(Topic.DEAD, [letter], number) for letter in dead],
         )
 
     def complete(self) -> int:
@@ -335,13 +337,3 @@ class Settlements:
         current = self.current
         self._acks, self._sequences, self.current = (), {}, None
         return 0 if current is None else sum(map(len, current.acks.values()))
-
-    def _pack(self, topic: Topic, messages: Sequence[Message]) -> Entry:
-        header = Header(
-            format=FORMAT,
-            producer=self._producer,
-            sequence=self._number,
-            issued_at_ms=self._time.now_ms(),
-        )
-        payload = SCHEMA.encode(header, messages)
-        return Entry(payload, self._keys.sign(self._stream(topic), payload))

@@ -14,10 +14,10 @@ from secrets import token_hex
 from redis.exceptions import RedisError
 
 from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message, Topic
-from esper_fn.bus._outbox import Publisher, Settlements
+from esper_fn.bus._outbox import Packer, Publisher, Settlements
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import RateLimiter, Retry, ServerTime
+from esper_fn.bus._timing import RateLimiter, ServerTime, retry_seconds
 from esper_fn.bus._transport import (
     OUTAGES,
     READ_BYTES,
@@ -119,13 +119,10 @@ class Session:
         self._generation = ""
         self._exhausted: frozenset[Topic] = frozenset()
         self._renewing = asyncio.Lock()
-        self._retry = Retry()
         self._complaints: set[str] = set()
         """Complaints since the last renewal."""
         self._alerts = RateLimiter(per_second=0.1, burst=5)
-        self.settlements = Settlements(
-            self.holder, transport.stream, keys=options.keys, server_time=self.time
-        )
+        self.settlements = Settlements(Packer(transport, options.keys, self.time, self.holder))
         self._tasks: list[asyncio.Task[None]] = []
         self._publishers = {
             topic: Publisher(
@@ -331,7 +328,7 @@ class Session:
             else:
                 failures = 0
                 continue
-            await asyncio.sleep(self._retry.delay_seconds(failures))
+            await asyncio.sleep(retry_seconds(failures))
 
     async def _verify_lease(self, lease: Lease, error: FencedError, failures: int) -> None:
         """Finds out who refused a lease: another process, or a server that has lost it."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from redis.backoff import EqualJitterBackoff
 
@@ -32,99 +32,68 @@ class ServerTime:
         return int(self._offset_ms + self._clock() * 1000)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retry:
-    """How long to wait after a failure: the limit doubles up to a cap, half of the wait is random.
+_BACKOFF = EqualJitterBackoff(base=0.02, cap=0.5)
 
-    Attributes:
-      base_seconds: the longest wait after the first failure.
-      cap_seconds: the longest wait ever.
+
+def retry_seconds(num_failures: int) -> float:
+    """How long to wait after so many failures in a row: it doubles up to a cap, half is random.
+
+    >>> 0 < retry_seconds(50) <= 0.5
+    True
     """
-
-    base_seconds: float = 0.02
-    cap_seconds: float = 0.5
-
-    def delay_seconds(self, num_failures: int) -> float:
-        """The wait after so many failures in a row.
-
-        >>> 0 < Retry().delay_seconds(50) <= 0.5
-        True
-        """
-        jitter = EqualJitterBackoff(cap=self.cap_seconds, base=self.base_seconds)
-        return float(jitter.compute(min(num_failures, 30)))
+    return float(_BACKOFF.compute(min(num_failures, 30)))
 
 
-@dataclass(kw_only=True, slots=True)
 class CircuitBreaker:
     """Fails calls at once while a server is known to be down, and lets one try now and then.
 
-    Args:
-      trip_after: failures in a row that open it.
-      rest_seconds: how long it stays open before one attempt is let through.
-      clock: seconds on a clock that never goes back.
-
-    >>> breaker = CircuitBreaker(trip_after=1, rest_seconds=5, clock=lambda: 0.0)
-    >>> breaker.fail()
-    >>> breaker.seconds_left()
-    5.0
+    >>> breaker = CircuitBreaker()
+    >>> for _ in range(3):
+    ...     breaker.fail()
+    >>> 0 < breaker.seconds_left() <= 0.5
+    True
     """
 
-    trip_after: int = 3
-    rest_seconds: float = 0.5
-    clock: Clock = time.monotonic
-    num_failures: int = field(default=0, init=False)
-    _opened_at: float | None = field(default=None, init=False)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether calls fail at once."""
-        return self.seconds_left() > 0
+    def __init__(self) -> None:
+        self._num_failures = 0
+        self._opens_at = -math.inf
 
     def seconds_left(self) -> float:
         """Seconds until an attempt is let through; 0 when it is closed."""
-        if self._opened_at is None:
-            return 0.0
-        return max(0.0, self._opened_at + self.rest_seconds - self.clock())
+        return max(0.0, self._opens_at - time.monotonic())
 
     def fail(self) -> None:
-        """Counts a failure."""
-        self.num_failures += 1
-        if self.num_failures >= self.trip_after:
-            self._opened_at = self.clock()
+        """Counts a failure; from the third one in a row on, calls fail for half a second."""
+        self._num_failures += 1
+        if self._num_failures >= 3:
+            self._opens_at = time.monotonic() + 0.5
 
     def succeed(self) -> None:
         """Closes it."""
-        self.num_failures = 0
-        self._opened_at = None
+        self._num_failures, self._opens_at = 0, -math.inf
 
 
-@dataclass(kw_only=True, slots=True)
 class RateLimiter:
     """A bucket of tokens that fills at a constant rate.
 
     Args:
       per_second: tokens that arrive each second.
       burst: tokens the bucket can hold.
-      clock: seconds on a clock that never goes back.
 
-    >>> limiter = RateLimiter(per_second=1, burst=2, clock=lambda: 0.0)
+    >>> limiter = RateLimiter(per_second=0.001, burst=2)
     >>> [limiter.allows() for _ in range(3)]
     [True, True, False]
     """
 
-    per_second: float
-    burst: float = 1.0
-    clock: Clock = time.monotonic
-    _tokens: float | None = field(default=None, init=False)
-    _updated_at: float = field(default=0.0, init=False)
+    def __init__(self, *, per_second: float, burst: float) -> None:
+        self._per_second, self._burst = per_second, burst
+        self._tokens, self._updated_at = burst, time.monotonic()
 
     def allows(self) -> bool:
         """Takes a token, if there is one."""
-        now = self.clock()
-        tokens = self.burst if self._tokens is None else self._tokens
-        tokens += max(0.0, now - self._updated_at) * self.per_second
-        tokens = min(self.burst, tokens)
-        self._updated_at = now
-        is_allowed = tokens >= 1
-        self._tokens = tokens - is_allowed
+        now = time.monotonic()
+        tokens = self._tokens + (now - self._updated_at) * self._per_second
+        self._tokens, self._updated_at = min(self._burst, tokens), now
+        is_allowed = self._tokens >= 1
+        self._tokens -= is_allowed
         return is_allowed

@@ -252,7 +252,7 @@ def test_a_dead_server_costs_the_loop_nothing_and_clients_are_told(own_server, r
     own_server.start()
     loop._thread.start()
     command = bus.Cull(seed=2)
-    until(lambda: not client.asynchronous.transport._keys.breaker.is_open)
+    until(lambda: not client.asynchronous.transport._keys.breaker.seconds_left())
     assert client.send(command, wait_seconds=20).is_applied
     client.close()
     loop.close()
