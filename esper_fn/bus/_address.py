@@ -22,13 +22,13 @@ _TLS_OPTIONS = (
     "ssl_cert_reqs", "ssl_check_hostname", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile",
     "ssl_keyfile", "ssl_password",
 )  # fmt: skip
-_OWN_OPTIONS = (
-    "protocol", "decode_responses", "encoding", "encoding_errors", "socket_timeout",
-    "socket_connect_timeout", "socket_keepalive", "retry_on_timeout", "retry_on_error",
-    "max_connections", "health_check_interval", "timeout", "single_connection_client",
-)  # fmt: skip
-"""Options of Redis clients that the bus chooses itself."""
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORDS: dict[str, dict[str, Any]] = {
+    "ssl_cert_reqs": {"none": "none", "optional": "optional", "required": "required"},
+    "ssl_check_hostname": {
+        "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False,
+    },
+}  # fmt: skip
+"""Options that take certain words only, and what these stand for."""
 _ADDRESS = re.compile(r"\b(rediss?|unix)(:/\S*)", re.IGNORECASE)
 _STOPS = ",;.'\"`)"
 """Characters that may follow an address in a sentence."""
@@ -119,27 +119,24 @@ def parse_address(url: str) -> Address:
         _refuse("it holds a blank or a control character; write a blank as %20")
     if "#" in rest:
         _refuse("it holds a #; write it as %23, in a password too")
-    if scheme == "unix":
-        location, options = _unix(rest)
-    else:
-        location, options = _network(rest)
+    before, _, query = rest.partition("?")
+    is_unix = scheme == "unix"
+    location, options = _unix(before) if is_unix else _network(before, query)
     known = (*_PLAIN_OPTIONS, *_TLS_OPTIONS) if scheme == "rediss" else _PLAIN_OPTIONS
-    for name, value in _query(rest, known):
-        if name in options and options[name] != value:
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        value = _option(name, text, known)
+        if options.setdefault(name, value) != value:
             _refuse(f"{name} is given twice; leave one out")
-        options[name] = value
     if scheme == "rediss":
         options.setdefault("ssl_cert_reqs", "required")
-    shown_user = f"{_HIDDEN}@" if options.keys() & set(_SECRETS) else ""
-    shown_db = f"/{options['db']}" if "db" in options else ""
-    if scheme == "unix":
-        shown = f"unix://{shown_user}{location}" + (f"?db={options['db']}" if shown_db else "")
-    else:
-        shown = f"{scheme}://{shown_user}{location}{shown_db}"
+    user = f"{_HIDDEN}@" if options.keys() & set(_SECRETS) else ""
+    shown = f"{scheme}://{user}{location}"
+    if "db" in options:
+        shown += f"?db={options['db']}" if is_unix else f"/{options['db']}"
     return Address(
         url=url,
         is_memory=False,
-        is_local=scheme == "unix" or is_loopback(options["host"]),
+        is_local=is_unix or is_loopback(options["host"]),
         shown=shown,
         options=tuple(options.items()),
     )
@@ -149,30 +146,26 @@ def _refuse(problem: str) -> NoReturn:
     raise BusAddressError(f"bus address: {problem}; write one like {_EXAMPLES}") from None
 
 
-def _unix(rest: str) -> tuple[str, dict[str, Any]]:
+def _unix(before: str) -> tuple[str, dict[str, Any]]:
     """The path of the socket, and the options before the `?`."""
-    before = rest.partition("?")[0]
-    user = ""
+    user, path = "", before
     if before.startswith("//"):
         authority, slash, path = before[2:].partition("/")
         if authority and not authority.endswith("@"):
             _refuse("between unix:// and the path stands something; the path begins with a third /")
         user, path = authority[:-1], slash + path
-    else:
-        path = before
     path = unquote(path)
     if not path.startswith("/") or len(path) < 2 or not path.isprintable():
         _refuse("the path of the socket is missing or not absolute")
     return quote(path, safe="/@:+,=~"), {"path": path, **_user(user)}
 
 
-def _network(rest: str) -> tuple[str, dict[str, Any]]:
+def _network(before: str, query: str) -> tuple[str, dict[str, Any]]:
     """Host and port for people, and the options before the `?`."""
-    if not rest.startswith("//"):
+    if not before.startswith("//"):
         _refuse("after the scheme comes //")
-    before = rest[2:].partition("?")[0]
-    authority, _, path = before.partition("/")
-    if "@" in rest[2 + len(authority) :]:
+    authority, _, path = before[2:].partition("/")
+    if "@" in path + query:
         _refuse(
             "an @ stands after the host; in a user or password write / as %2F and ? as %3F, in an "
             "option write @ as %40"
@@ -181,22 +174,21 @@ def _network(rest: str) -> tuple[str, dict[str, Any]]:
     match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*)(?::([^:]*))?", where)
     if match is None:
         _refuse("host and port are not HOST:PORT; an IPv6 address stands in [ ]")
-    host, port = match[1], match[2]
+    host, port = match.groups("6379")
+    shown = host
     if host.startswith("["):
         host = unquote(host[1:-1])
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
             _refuse("what stands in [ ] is no IPv6 address")
+        shown = f"[{host}]"
     elif not host or not all(char.isalnum() or char in "._-" for char in host):
         _refuse("the host is missing, or holds something other than letters, digits, . _ and -")
-    options: dict[str, Any] = {"host": host, "port": 6379}
-    if port is not None:
-        options["port"] = _whole(port, "the port", 1, 65_535)
+    options = {"host": host, "port": _whole(port, "the port", 1, 65_535), **_user(user)}
     if path:
         options["db"] = _whole(path.removesuffix("/"), "the database after the host", 0, 2**31 - 1)
-    shown = f"[{host}]" if ":" in host else host
-    return f"{shown}:{options['port']}", {**options, **_user(user)}
+    return f"{shown}:{options['port']}", options
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -205,37 +197,21 @@ def _user(text: str) -> dict[str, Any]:
     return {key: value for key, value in both.items() if value}
 
 
-def _query(rest: str, known: tuple[str, ...]) -> list[tuple[str, Any]]:
-    options = []
-    seen = set()
-    for name, value in parse_qsl(rest.partition("?")[2], keep_blank_values=True):
-        if name in _OWN_OPTIONS:
-            _refuse(f"option {name!r} is chosen by the bus itself; leave it out")
-        if name in _TLS_OPTIONS and name not in known:
-            _refuse(f"option {name!r} belongs to TLS; begin the address with rediss://")
-        if name not in known:
-            # An option without a value, or with a strange name, may be a piece of a password.
-            which = f"option {name!r}" if name.isidentifier() and value else "an option"
-            _refuse(f"{which} is unknown; there are {', '.join(known)}")
-        if name in seen:
-            _refuse(f"option {name!r} is given twice; leave one out")
-        seen.add(name)
-        if not value:
-            _refuse(f"option {name!r} has no value")
-        options.append((name, _option(name, value)))
-    return options
-
-
-def _option(name: str, value: str) -> Any:
+def _option(name: str, value: str, known: tuple[str, ...]) -> Any:
+    if name in _TLS_OPTIONS and name not in known:
+        _refuse(f"option {name!r} belongs to TLS; begin the address with rediss://")
+    if name not in known:
+        # An option without a value, or with a strange name, may be a piece of a password.
+        which = f"option {name!r}" if name.isidentifier() and value else "an option"
+        _refuse(f"{which} is unknown; there are {', '.join(known)}")
+    if not value:
+        _refuse(f"option {name!r} has no value")
     if name == "db":
         return _whole(value, "option 'db'", 0, 2**31 - 1)
-    if name == "ssl_cert_reqs" and value not in {"none", "optional", "required"}:
-        _refuse("option 'ssl_cert_reqs' must be none, optional or required")
-    if name == "ssl_check_hostname":
-        if value.lower() not in _WORDS:
-            _refuse("option 'ssl_check_hostname' must be true or false")
-        return _WORDS[value.lower()]
-    return value
+    words = _WORDS.get(name, {value.lower(): value})
+    if value.lower() not in words:
+        _refuse(f"option {name!r} must be one of {', '.join(words)}")
+    return words[value.lower()]
 
 
 def _whole(text: str, what: str, least: int, most: int) -> int:
@@ -250,10 +226,8 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
     (True, True, False)
     """
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -70,16 +71,17 @@ class PrivateServer:
         with_port: bool = False,
         options: dict[str, str] | None = None,
     ) -> None:
-        self._own = (
-            None
-            if folder
-            else tempfile.TemporaryDirectory(prefix="esper-bus-", dir=_memory_folder())
-        )
-        self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
+        self._folders = contextlib.ExitStack()
+
+        def temporary(prefix: str, parent: Path | None = None) -> str:
+            return self._folders.enter_context(
+                tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
+            )
+
+        self.folder = Path(folder or temporary("esper-bus-", _memory_folder()))
         self.folder.mkdir(parents=True, exist_ok=True)
         # The path of a socket may have at most 107 bytes.
-        self._sockets = tempfile.TemporaryDirectory(prefix="esper-")
-        self.socket = Path(self._sockets.name) / "bus.sock"
+        self.socket = Path(temporary("esper-")) / "bus.sock"
         self.port = _free_port() if with_port else 0
         self._options = options or {}
         self.process: subprocess.Popen[bytes] | None = None
@@ -184,9 +186,7 @@ class PrivateServer:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.kill()
-        self._sockets.cleanup()
-        if self._own is not None:
-            self._own.cleanup()
+        self._folders.close()
 
     def __enter__(self) -> PrivateServer:
         self.start()
@@ -197,7 +197,5 @@ class PrivateServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -54,12 +54,11 @@ class Keyring:
                     f"key {key_id!r} has {len(key)} bytes; at least {_MIN_KEY_BYTES}; "
                     "`python -c 'import secrets; print(secrets.token_hex(32))'` makes one"
                 )
-        if self.active is not None and self.active not in self.keys:
+        if self.active not in self.keys and (self.keys or self.active is not None):
             raise BusSecurityError(
-                f"active={self.active!r} is none of the keys {sorted(self.keys)}"
+                f"active={self.active!r} must name the key that signs; there are "
+                f"{sorted(self.keys)}"
             )
-        if self.keys and self.active is None:
-            raise BusSecurityError("active must name the key that signs; the first one, usually")
 
     @property
     def is_required(self) -> bool:

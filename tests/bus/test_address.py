@@ -63,7 +63,7 @@ BAD = {
     f"redis://:{SECRET}@127.0.0.1:1/{'9' * 5000}": "the database after the host",
     f"redis://:{SECRET}@127.0.0.1:1/1?db=2": "db is given twice",
     f"redis://:x@127.0.0.1:1/1?password={SECRET}": "password is given twice",
-    f"redis://127.0.0.1:1?password={SECRET}&password=x": "'password' is given twice",
+    f"redis://127.0.0.1:1?password={SECRET}&password=x": "password is given twice",
     f"redis://:{SECRET}@127.0.0.1:1?protocol=3": "'protocol'",
     f"redis://:{SECRET}@127.0.0.1:1?decode_responses=True": "'decode_responses'",
     f"redis://:{SECRET}@127.0.0.1:1?socket_timeout=x": "'socket_timeout'",
