@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from secrets import token_hex
 
@@ -19,6 +19,7 @@ from esper_fn.bus._position import RunPosition
 from esper_fn.bus._signing import NO_KEYS, Keyring
 from esper_fn.bus._timing import RateLimiter, ServerTime, retry_seconds
 from esper_fn.bus._transport import (
+    BEGINNING,
     OUTAGES,
     READ_BYTES,
     Attachment,
@@ -26,6 +27,7 @@ from esper_fn.bus._transport import (
     Lease,
     Settlement,
     Transport,
+    entry_key,
     exhausted_text,
 )
 from esper_fn.errors import BusError, BusUnavailableError, EsperError, FencedError, LeaseHeldError
@@ -131,9 +133,9 @@ class Session:
             for topic, limit in options.outbox_limits.items()
         }
 
-    def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
-        """Queues telemetry or events; never waits."""
-        self._publishers[topic].offer(messages)
+    def publish(self, message: Message) -> None:
+        """Queues telemetry or an event; never waits."""
+        self._publishers[message.topic].offer([message])
 
     async def drain(self, seconds: float) -> None:
         """Waits until all is published, at most so long for each topic."""
@@ -212,7 +214,7 @@ class Session:
         self.last_read = dict(attachment.cursor)
         self.settlements.restart()
         self._on_attach(attachment, is_first)
-        self.publish(Topic.EVENTS, [self._announcement])
+        self.publish(self._announcement)
 
     async def renew(self, lost: Lease | None = None) -> None:
         """Renews the lease, or takes a new one if the server has lost it.
@@ -242,19 +244,23 @@ class Session:
                     await self._attach_again()
             self.is_identity_published = bool(identity)
 
-    async def receive(
-        self, topic: Topic, failures: int
-    ) -> AsyncIterator[tuple[list[Delivery], bool]]:
-        """Reads commands of a topic; yields deliveries, and whether the stream has no more."""
+    async def receive(self, topic: Topic, failures: int) -> tuple[list[Delivery], bool]:
+        """Reads commands of a topic; returns them, and whether the stream has no more."""
         if failures or not self.is_identity_published:
             await self.renew()
-        lease = self.lease
-        if failures:
-            # A lost answer may have delivered entries that never arrived.
-            yield await self.transport.claim(lease, topic), False
-        deliveries = await self.transport.read(lease, topic, limit=_READ_LIMIT, wait_seconds=None)
-        size_bytes = sum(delivery.size_bytes for delivery in deliveries)
-        yield deliveries, len(deliveries) < _READ_LIMIT and size_bytes < READ_BYTES
+        lease, transport = self.lease, self.transport
+        # A lost answer may have delivered entries that never arrived.
+        deliveries = await transport.claim(lease, topic) if failures else []
+        is_all = False
+        if not deliveries:
+            deliveries = await transport.read(lease, topic, limit=_READ_LIMIT, wait_seconds=None)
+            size_bytes = sum(delivery.size_bytes for delivery in deliveries)
+            is_all = len(deliveries) < _READ_LIMIT and size_bytes < READ_BYTES
+        if deliveries:
+            # Before the consumer gets them: no later entry is settled from now on.
+            ids = (self.last_read.get(topic, BEGINNING), deliveries[-1].entry_id)
+            self.last_read[topic] = max(ids, key=entry_key)
+        return deliveries, is_all
 
     async def settle(self, settlement: Settlement) -> int:
         """Makes a settlement; returns how many entries it acknowledged."""
@@ -273,8 +279,7 @@ class Session:
             await asyncio.sleep(self._options.lease_seconds / 3)
         await self.renew()
         self._complaints.clear()
-        beat = Heartbeat(run=self.transport.run, **asdict(self._progress))
-        self.publish(Topic.EVENTS, [beat])
+        self.publish(Heartbeat(run=self.transport.run, **asdict(self._progress)))
 
     async def _attach_again(self) -> None:
         generation = self._generation
@@ -363,8 +368,8 @@ class Session:
         if not self._alerts.allows():
             return
         _LOGGER.error("%s: %s", name, text, exc_info=cause)
-        alert = Alert(name=name, level="critical", text=text[:2_000], step=self._progress.step)
-        self.publish(Topic.EVENTS, [alert])
+        step = self._progress.step
+        self.publish(Alert(name=name, level="critical", text=text[:2_000], step=step))
 
 
 def _report_end(task: asyncio.Task[None]) -> None:

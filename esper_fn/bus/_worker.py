@@ -16,7 +16,7 @@ from esper_fn.bus._inflight import InFlight
 from esper_fn.bus._messages import COMMAND_TOPICS, Announcement, Message, Outcome, Topic
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._session import Progress, Session, Work, WorkerOptions
-from esper_fn.bus._transport import Attachment, Delivery, Settlement, Transport, entry_key
+from esper_fn.bus._transport import Attachment, Settlement, Transport
 from esper_fn.errors import BusUnavailableError
 
 _MAX_INBOX = 2_048
@@ -63,7 +63,6 @@ class Worker:
         """Finished by the loop, which takes no lock for it, and not known to the consumer yet."""
         self._num_dropped = 0
         self._thread: LoopThread | None = None
-        self._is_listening = False
         self._num_untrimmed = 0
         self.keeps_commands = False
         """Applied commands stay on the server until `trim`, for a run that may be restored."""
@@ -107,8 +106,9 @@ class Worker:
           BusSecurityError: other machines can reach the server, and there is no key.
           LeaseHeldError: another process drives the run.
         """
-        self._is_listening = is_listening
         self._prepare()
+        if is_listening:
+            self._listen()
         self._thread = LoopThread("esper-bus")
         try:
             self._thread.call(self._open())
@@ -119,8 +119,7 @@ class Worker:
 
     def listen(self) -> None:
         """Begins to accept commands, unless `start` did."""
-        if self._thread is not None and not self._is_listening:
-            self._is_listening = True
+        if self._thread is not None and not self._listening.is_set():
             self._thread.soon(self._listen)
 
     def close(self, drain_seconds: float = 2.0) -> None:
@@ -172,11 +171,6 @@ class Worker:
         """Telemetry and events that were dropped."""
         return self._num_dropped + self._session.num_dropped
 
-    @property
-    def num_data_losses(self) -> int:
-        """How often the server had lost its data."""
-        return self._session.num_data_losses
-
     def take(self, step: int, limit: int) -> list[InFlight]:
         """Returns at most `limit` commands to apply.
 
@@ -219,28 +213,25 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: not self._has_acks or self.is_fenced, wait_seconds)
 
-    def offer(self, messages: Iterable[Message]) -> None:
-        """Queues telemetry and events; the oldest are dropped if too many wait."""
-        self._queue([(message.topic, message) for message in messages])
+    def offer(self, messages: Iterable[Message | Report]) -> None:
+        """Queues telemetry and events; the oldest are dropped if too many wait.
 
-    def offer_report(self, report: Report) -> None:
-        """Queues messages that are made in the I/O thread; they are dropped as telemetry is."""
-        self._queue([(Topic.TELEMETRY, report)])
-
-    def wait(self, seconds: float | None) -> None:
-        """Sleeps until there are commands, for a loop that is paused."""
+        A report is telemetry that is made in the I/O thread.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self.has_news, seconds)
-
-    def _queue(self, items: Iterable[tuple[Topic, Message | Report]]) -> None:
-        with self._changed:
-            for topic, item in items:
+            for item in messages:
+                topic = item.topic if isinstance(item, Message) else Topic.TELEMETRY
                 box = self._outbox[topic]
                 self._num_dropped += len(box) == box.maxlen
                 box.append(item)
             was_due, self._is_drain_due = self._is_drain_due, True
         if self._thread is not None and not was_due:
             self._thread.soon(self._drain_later)
+
+    def wait(self, seconds: float | None) -> None:
+        """Sleeps until there are commands, for a loop that is paused."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_news, seconds)
 
     @property
     def _has_acks(self) -> bool:
@@ -255,8 +246,6 @@ class Worker:
         return self._consumer
 
     async def _open(self) -> None:
-        if self._is_listening:
-            self._listen()
         await self._session.open(uses_position=self._is_restored)
         reads: list[Work] = [partial(self._read, topic) for topic in COMMAND_TOPICS]
         self._session.start([*reads, self._settle, self._expire_gaps])
@@ -290,22 +279,12 @@ class Worker:
         await self._listening.wait()
         if topic is not Topic.URGENT:
             await self._has_room.wait()
-        async for deliveries, is_all in self._session.receive(topic, failures):
-            await self._accept(topic, deliveries, is_all=is_all)
-
-    async def _accept(self, topic: Topic, deliveries: list[Delivery], *, is_all: bool) -> None:
-        """Hands deliveries to the consumer; `is_all` says that the stream has no more."""
+        deliveries, is_all = await self._session.receive(topic, failures)
         for first in range(0, max(1, len(deliveries)), _ACCEPTED_AT_ONCE):
-            part = deliveries[first : first + _ACCEPTED_AT_ONCE]
-            is_last = first + len(part) >= len(deliveries)
-            # Before the consumer gets them: no later entry is settled from now on.
-            if part:
-                last_read, last = self._session.last_read, part[-1].entry_id
-                last_read[topic] = max(last_read.get(topic, last), last, key=entry_key)
             with self._changed:
                 consumer = self._updated_consumer()
-                consumer.accept(part)
-                if is_all and is_last:
+                consumer.accept(deliveries[first : first + _ACCEPTED_AT_ONCE])
+                if is_all and first + _ACCEPTED_AT_ONCE >= len(deliveries):
                     consumer.note_empty(topic)
                 if consumer.num_waiting >= _MAX_INBOX:
                     self._has_room.clear()
@@ -360,15 +339,10 @@ class Worker:
     def _drain(self) -> None:
         with self._changed:
             self._is_drain_due = False
-            items = [item for box in self._outbox.values() for item in box]
-            for box in self._outbox.values():
-                box.clear()
-        messages: dict[Topic, list[Message]] = {}
+            items = [box.popleft() for box in self._outbox.values() for _ in range(len(box))]
         for item in items:
             for message in (item,) if isinstance(item, Message) else item():
-                messages.setdefault(message.topic, []).append(message)
-        for topic, some in messages.items():
-            self._session.publish(topic, some)
+                self._session.publish(message)
 
     async def _close(self, drain_seconds: float) -> None:
         session = self._session

@@ -126,7 +126,7 @@ class Steering:
         worker.flush()
         # The I/O thread makes the messages, so the next step does not wait for them.
         report = reporter.report(segment)
-        worker.offer_report(lambda: reporter.messages(report, num_dropped=worker.num_dropped))
+        worker.offer([lambda: reporter.messages(report, num_dropped=worker.num_dropped)])
         step = None if self._saved is None else self._saved.newly_saved()
         if self._saved is not None and step is not None:
             worker.offer([bus.CheckpointEvent(step=step, what="saved")])

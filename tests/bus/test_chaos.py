@@ -93,7 +93,7 @@ def test_a_server_that_lost_its_memory_gets_everything_again(own_server, run_nam
         until(lambda: loop.worker.num_waiting == 20)
         with redis.Redis(unix_socket_path=str(own_server.socket)) as raw:
             raw.flushall()
-        until(lambda: loop.worker.num_data_losses == 1)
+        until(lambda: loop.worker._session.num_data_losses == 1)
         fresh = bus.Cull(seed=99)
         client.send(fresh, wait_seconds=None)
         until(lambda: loop.worker.num_waiting >= 21)
