@@ -16,6 +16,7 @@ from esper_fn.bus._transport import (
     Delivery,
     Entry,
     Lease,
+    LeaseRequest,
     OtherRunError,
     Publication,
     Renewal,
@@ -124,36 +125,27 @@ class MemoryTransport:
                 for key, count in stream.pending.items()
             ]
 
-    async def attach(
-        self,
-        holder: str,
-        *,
-        lease_seconds: float,
-        least_epoch: int = 0,
-        cursor: Mapping[Topic, str] | None = None,
-        should_take_over: bool = False,
-        identity: str = "",
-        counts_attempts: bool = True,
-    ) -> Attachment:
+    async def attach(self, request: LeaseRequest) -> Attachment:
         """See `Transport`."""
         with self._broker.lock:
-            run = self._run()
+            run, holder = self._run(), request.holder
             left = run.expires_at - time.monotonic()
-            if run.holder not in {None, holder} and left > 0 and not should_take_over:
+            if run.holder not in {None, holder} and left > 0 and not request.should_take_over:
                 raise LeaseHeldError(str(run.holder), left, run.epoch)
-            run.epoch = max(run.epoch, least_epoch) + 1
+            run.epoch = max(run.epoch, request.least_epoch) + 1
             run.holder = run.owner = holder
-            run.number, run.identity = 0, identity
-            run.expires_at = time.monotonic() + lease_seconds
+            run.number, run.identity = 0, request.identity
+            run.expires_at = time.monotonic() + request.seconds
+            cursor = run.cursor if request.cursor is None else request.cursor
             start, leftovers, lost = {}, [], set()
             for topic in COMMAND_TOPICS:
                 stream = run.streams[topic]
-                start[topic] = (run.cursor if cursor is None else cursor).get(topic, BEGINNING)
+                start[topic] = cursor.get(topic, BEGINNING)
                 if entry_key(start[topic]) > stream.last:
                     # This is not the stream that the cursor is of.
                     lost.add(topic)
                     start[topic] = BEGINNING
-                last, is_counted = entry_key(start[topic]), not counts_attempts
+                last, is_counted = entry_key(start[topic]), not request.counts_attempts
                 for key, count in stream.start_group(run.epoch, last).items():
                     if key not in stream.entries:
                         run.attempts.pop((topic, key), None)
@@ -164,7 +156,7 @@ class MemoryTransport:
                         run.attempts[topic, key] = run.attempts.get((topic, key), 0) + 1
             self._broker.wake()
             return Attachment(
-                lease=Lease(holder, run.epoch, lease_seconds),
+                lease=Lease(holder, run.epoch, request.seconds),
                 generation=self._broker.generation,
                 cursor=start,
                 sequences=dict(run.sequences),

@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from esper_fn.bus._connection import OverlongReplyError, Script
-from esper_fn.bus._keyspace import Keyspace
+from esper_fn.bus._connection import Keyspace, OverlongReplyError, Script
 from esper_fn.bus._messages import LIMITS, Topic
 from esper_fn.bus._transport import BEGINNING, READ_BYTES, Delivery, Lease, milliseconds
 

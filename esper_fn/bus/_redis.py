@@ -11,8 +11,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from esper_fn.bus._address import Address, check_reach
-from esper_fn.bus._connection import Script
-from esper_fn.bus._keyspace import Keyspace
+from esper_fn.bus._connection import Keyspace, Script
 from esper_fn.bus._messages import COMMAND_TOPICS, LIMITS, Topic
 from esper_fn.bus._reader import Reader
 from esper_fn.bus._transport import (
@@ -22,6 +21,7 @@ from esper_fn.bus._transport import (
     Delivery,
     Entry,
     Lease,
+    LeaseRequest,
     OtherRunError,
     Publication,
     Renewal,
@@ -144,24 +144,14 @@ class RedisTransport:
         with self._fencing(lease):
             return await self._reader.again(topic, lease)
 
-    async def attach(
-        self,
-        holder: str,
-        *,
-        lease_seconds: float,
-        least_epoch: int = 0,
-        cursor: Mapping[Topic, str] | None = None,
-        should_take_over: bool = False,
-        identity: str = "",
-        counts_attempts: bool = True,
-    ) -> Attachment:
+    async def attach(self, request: LeaseRequest) -> Attachment:
         """See `Transport`."""
+        holder, seconds, least_epoch, cursor, should_take_over, identity, counts_attempts = request
         names = ("lease", "run", "generation", "sequences", "attempts", *COMMAND_TOPICS)
-        cursors = [
-            "" if cursor is None else cursor.get(topic, BEGINNING) for topic in COMMAND_TOPICS
-        ]
-        arguments = [holder, milliseconds(lease_seconds), least_epoch, int(should_take_over)]
-        arguments += [RUN_GROUP, token_hex(8), identity, int(counts_attempts), *cursors]
+        arguments = [holder, milliseconds(seconds), least_epoch, int(should_take_over)]
+        arguments += [RUN_GROUP, token_hex(8), identity, int(counts_attempts)]
+        for topic in COMMAND_TOPICS:
+            arguments.append("" if cursor is None else cursor.get(topic, BEGINNING))
         is_new, *answer = await self._keys.script(_ATTACH, names, arguments)
         if not is_new:
             other, left, epoch = answer
@@ -178,7 +168,7 @@ class RedisTransport:
             counts = {entry_id.decode(): count for which, entry_id, count in rows if which == index}
             leftovers += await self._reader.by_id(topic, counts)
         return Attachment(
-            lease=Lease(holder, epoch, lease_seconds),
+            lease=Lease(holder, epoch, seconds),
             generation=generation.decode(errors="replace"),
             cursor={topic: last[index].decode() for index, topic in enumerate(COMMAND_TOPICS)},
             sequences=_numbers(sequences),

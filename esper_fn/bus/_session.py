@@ -25,6 +25,7 @@ from esper_fn.bus._transport import (
     Attachment,
     Delivery,
     Lease,
+    LeaseRequest,
     Settlement,
     Transport,
     entry_key,
@@ -190,13 +191,15 @@ class Session:
         is_first = not self.lease.epoch
         try:
             attachment = await self.transport.attach(
-                self.holder,
-                lease_seconds=self._options.lease_seconds,
-                least_epoch=self._position.epoch,
-                cursor=cursor,
-                should_take_over=self._options.should_take_over and is_first,
-                identity=self.identity,
-                counts_attempts=is_first,
+                LeaseRequest(
+                    self.holder,
+                    self._options.lease_seconds,
+                    least_epoch=self._position.epoch,
+                    cursor=cursor,
+                    should_take_over=self._options.should_take_over and is_first,
+                    identity=self.identity,
+                    counts_attempts=is_first,
+                )
             )
         except LeaseHeldError as error:
             if is_first:

@@ -72,6 +72,28 @@ class Lease(NamedTuple):
         return f"{RUN_GROUP}{self.epoch}"
 
 
+class LeaseRequest(NamedTuple):
+    """What `attach` asks for.
+
+    Attributes:
+      holder: name of this process.
+      seconds: the lease expires without a renewal for so long.
+      least_epoch: the new epoch is larger than this.
+      cursor: from the position of the run; by default the last settled entries.
+      should_take_over: take the lease from an active holder too, which is then fenced.
+      identity: identity of the run, for signed commands; empty while it accepts none.
+      counts_attempts: whether the former holder has ended; False if it is this process.
+    """
+
+    holder: str
+    seconds: float
+    least_epoch: int = 0
+    cursor: Mapping[Topic, str] | None = None
+    should_take_over: bool = False
+    identity: str = ""
+    counts_attempts: bool = True
+
+
 class Attachment(NamedTuple):
     """The result of `attach`."""
 
@@ -204,27 +226,8 @@ class Transport(Protocol):
         """
         ...
 
-    async def attach(
-        self,
-        holder: str,
-        *,
-        lease_seconds: float,
-        least_epoch: int = 0,
-        cursor: Mapping[Topic, str] | None = None,
-        should_take_over: bool = False,
-        identity: str = "",
-        counts_attempts: bool = True,
-    ) -> Attachment:
-        """Takes the lease of the run. Commands after `cursor` are delivered again.
-
-        Args:
-          holder: name of this process.
-          lease_seconds: the lease expires without a renewal for so long.
-          least_epoch: the new epoch is larger than this.
-          cursor: from the position of the run; by default the last settled entries.
-          should_take_over: take the lease from an active holder too, which is then fenced.
-          identity: identity of the run, for signed commands; empty while it accepts none.
-          counts_attempts: whether the former holder has ended; False if it is this process.
+    async def attach(self, request: LeaseRequest) -> Attachment:
+        """Takes the lease of the run. Commands after the cursor are delivered again.
 
         Raises:
           LeaseHeldError: another process has the lease.
@@ -238,7 +241,7 @@ class Transport(Protocol):
 
         Args:
           lease: the lease.
-          identity: as for `attach`.
+          identity: as in `LeaseRequest`.
           last_read: the last entry of each command stream that the run has read; no later one is
             settled. Without it, the call does not check that later ones will be delivered.
 

@@ -212,7 +212,7 @@ def test_the_next_process_finds_a_large_entry_that_the_last_one_had(rig):
     t, u = rig.transport(), rig.transport()
 
     async def whole():
-        older = await t.attach("one", lease_seconds=9)
+        older = await t.attach(LeaseRequest("one", 9))
         rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": b"a"})
         rig.add(Topic.COMMANDS, "m", "LONG")
         rig.raw.xadd(rig.key(Topic.COMMANDS), {"m": b"b"})
@@ -224,7 +224,7 @@ def test_the_next_process_finds_a_large_entry_that_the_last_one_had(rig):
         sizes = [(d.payload, d.size_bytes < BIG) for d in claimed]
         assert sizes == [(b"a", True), (b"", False), (b"b", True)]
         cursor = {Topic.COMMANDS: entries[-1].entry_id}
-        newer = await u.attach("two", lease_seconds=9, cursor=cursor, should_take_over=True)
+        newer = await u.attach(LeaseRequest("two", 9, cursor=cursor, should_take_over=True))
         assert [d.payload for d in newer.leftovers] == [b"a", b"", b"b"]
         assert {d.deliveries for d in newer.leftovers} >= {4}
         return newer.leftovers[1]

@@ -14,7 +14,7 @@ from esper_fn import bus
 from esper_fn.bus import Topic
 from esper_fn.bus._address import parse_address
 from esper_fn.bus._redis import RedisTransport
-from esper_fn.bus._transport import Entry, Settlement
+from esper_fn.bus._transport import Entry, LeaseRequest, Settlement
 from esper_fn.errors import BusUnavailableError, FencedError
 
 
@@ -52,7 +52,7 @@ async def read(transport, lease, limit=1):
 
 def test_a_group_moved_past_waiting_commands_ends_the_lease(transport, move):
     async def main():
-        attached = await transport.attach("h", lease_seconds=9)
+        attached = await transport.attach(LeaseRequest("h", 9))
         for number in range(3):
             await publish(transport, number)
         (first,) = await read(transport, attached.lease)
@@ -62,7 +62,7 @@ def test_a_group_moved_past_waiting_commands_ends_the_lease(transport, move):
         with pytest.raises(FencedError) as caught:
             await transport.renew(attached.lease, last_read=taken)
         assert caught.value.epoch == 0
-        again = await transport.attach("h", lease_seconds=9, cursor=taken)
+        again = await transport.attach(LeaseRequest("h", 9, cursor=taken))
         assert [entry.payload for entry in await read(transport, again.lease, 9)] == [b"1", b"2"]
 
     run_async(main(), transport)
@@ -70,7 +70,7 @@ def test_a_group_moved_past_waiting_commands_ends_the_lease(transport, move):
 
 def test_commands_on_their_way_are_not_skipped_ones(transport, move):
     async def main():
-        attached = await transport.attach("h", lease_seconds=9)
+        attached = await transport.attach(LeaseRequest("h", 9))
         for number in range(4):
             await publish(transport, number)
         (first,) = await read(transport, attached.lease)
@@ -89,7 +89,7 @@ def test_commands_on_their_way_are_not_skipped_ones(transport, move):
 
 def test_commands_handed_to_somebody_else_are_skipped_ones(transport):
     async def main():
-        attached = await transport.attach("h", lease_seconds=9)
+        attached = await transport.attach(LeaseRequest("h", 9))
         await publish(transport, 0)
         await read(transport, attached.lease._replace(holder="other"))
         with pytest.raises(FencedError):

@@ -11,7 +11,7 @@ from bus_support import length, page, run_async
 
 from esper_fn.bus import Topic
 from esper_fn.bus._messages import LIMITS
-from esper_fn.bus._transport import Entry, Settlement
+from esper_fn.bus._transport import Entry, LeaseRequest, Settlement
 from esper_fn.errors import BusUnavailableError, BusyError, FencedError, LeaseHeldError
 
 
@@ -40,7 +40,7 @@ def test_entries_come_out_in_order_and_once_for_each_lease(make):
 
     async def main():
         await t.open()
-        lease = (await t.attach("h", lease_seconds=9)).lease
+        lease = (await t.attach(LeaseRequest("h", 9))).lease
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
         await t.publish(Topic.COMMANDS, "p", 2, entries("c"))
         first = await read(t, lease, limit=2)
@@ -48,9 +48,9 @@ def test_entries_come_out_in_order_and_once_for_each_lease(make):
         assert texts(await read(t, lease)) == ["c"]
         assert await read(t, lease) == []
         await t.settle(lease, settlement(1, first))
-        newer = (await t.attach("h", lease_seconds=9)).lease
+        newer = (await t.attach(LeaseRequest("h", 9))).lease
         assert texts(await read(t, newer)) == ["c"]
-        newest = await t.attach("h", lease_seconds=9, cursor={})
+        newest = await t.attach(LeaseRequest("h", 9, cursor={}))
         assert texts(await read(t, newest.lease)) == ["a", "b", "c"]
         assert await length(t, Topic.COMMANDS) == 3
 
@@ -80,7 +80,7 @@ def test_a_full_command_stream_refuses_all_or_nothing_until_it_is_drained(make):
         with pytest.raises(BusyError, match=f"at most {limit:,}"):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
         assert await length(t, Topic.URGENT) == limit - 1
-        lease = (await t.attach("h", lease_seconds=9)).lease
+        lease = (await t.attach(LeaseRequest("h", 9))).lease
         got = await read(t, lease, Topic.URGENT, limit=500)
         with pytest.raises(BusyError):
             await t.publish(Topic.URGENT, "p", limit - 1, entries("x", "y"))
@@ -111,7 +111,7 @@ def test_a_waiting_reader_wakes_within_milliseconds(make):
     async def main():
         await reader.open()
         await writer.open()
-        lease = (await reader.attach("h", lease_seconds=9)).lease
+        lease = (await reader.attach(LeaseRequest("h", 9))).lease
         task = asyncio.create_task(read(reader, lease, Topic.URGENT, wait=None))
         await asyncio.sleep(0.1)
         assert not task.done()
@@ -127,7 +127,7 @@ def test_a_reader_gives_up_after_its_time(make):
     t = make()
 
     async def main():
-        lease = (await t.attach("h", lease_seconds=9)).lease
+        lease = (await t.attach(LeaseRequest("h", 9))).lease
         began = time.perf_counter()
         assert await read(t, lease, wait=0.2) == []
         assert 0.15 < time.perf_counter() - began < 2
@@ -172,7 +172,7 @@ def test_what_is_not_settled_is_claimed_with_its_count(make):
     t = make()
 
     async def main():
-        lease = (await t.attach("h", lease_seconds=9)).lease
+        lease = (await t.attach(LeaseRequest("h", 9))).lease
         await t.publish(Topic.COMMANDS, "p", 0, entries(*map(str, range(1_203))))
         got = []
         while len(got) < 1_202:
@@ -195,9 +195,9 @@ def test_one_holder_at_a_time(make):
     t, u = make(), make()
 
     async def main():
-        older = await t.attach("one", lease_seconds=0.3)
+        older = await t.attach(LeaseRequest("one", 0.3))
         with pytest.raises(LeaseHeldError, match="held by one"):
-            await u.attach("two", lease_seconds=9)
+            await u.attach(LeaseRequest("two", 9))
         assert (
             await u.active_runs() == [t.run]
             if hasattr(t, "_broker")
@@ -206,7 +206,7 @@ def test_one_holder_at_a_time(make):
         renewed = await t.renew(older.lease)
         assert renewed.server_ms > 1_600_000_000_000
         await asyncio.sleep(0.4)
-        newer = await u.attach("two", lease_seconds=9)
+        newer = await u.attach(LeaseRequest("two", 9))
         assert newer.lease.epoch > older.lease.epoch
         with pytest.raises(FencedError, match="driven by two"):
             await t.renew(older.lease)
@@ -214,7 +214,7 @@ def test_one_holder_at_a_time(make):
             await t.settle(older.lease, settlement(1))
         await t.release(older.lease)  # does not end the other's
         await u.renew(newer.lease)
-        newest = await t.attach("three", lease_seconds=9, should_take_over=True, least_epoch=70)
+        newest = await t.attach(LeaseRequest("three", 9, should_take_over=True, least_epoch=70))
         assert newest.lease.epoch == 71
         await t.release(newest.lease)
         assert t.run not in await u.active_runs()
@@ -226,7 +226,7 @@ def test_a_settlement_is_whole_and_counts_once(make):
     t = make()
 
     async def main():
-        attached = await t.attach("h", lease_seconds=9)
+        attached = await t.attach(LeaseRequest("h", 9))
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b"))
         await t.publish(Topic.URGENT, "p", 0, entries("stop"))
         got = await read(t, attached.lease, Topic.URGENT) + await read(t, attached.lease)
@@ -236,7 +236,7 @@ def test_a_settlement_is_whole_and_counts_once(make):
             await t.settle(attached.lease, done)
         assert texts(await page(t, Topic.OUTCOMES, after="0-0", limit=9)) == ["A"]
         assert texts(await page(t, Topic.DEAD, after="0-0", limit=9)) == ["D"]
-        again = await t.attach("h", lease_seconds=9)
+        again = await t.attach(LeaseRequest("h", 9))
         assert again.sequences == {"p/commands": 0}
         assert again.cursor[Topic.URGENT] == got[0].entry_id
         assert again.attempts == {(Topic.COMMANDS, got[2].entry_id): 1}
@@ -245,7 +245,7 @@ def test_a_settlement_is_whole_and_counts_once(make):
         rest = await read(t, again.lease, Topic.URGENT) + await read(t, again.lease)
         assert texts(rest) == ["b"]
         await t.settle(again.lease, settlement(1, rest, sequences={"p/commands": -1}))
-        last = await t.attach("h", lease_seconds=9)
+        last = await t.attach(LeaseRequest("h", 9))
         assert (last.sequences, last.attempts) == ({}, {})
 
     run_async(main(), t)
@@ -255,16 +255,16 @@ def test_a_run_restored_to_an_earlier_position_gets_its_commands_again(make):
     t = make()
 
     async def main():
-        attached = await t.attach("h", lease_seconds=9)
+        attached = await t.attach(LeaseRequest("h", 9))
         await t.publish(Topic.COMMANDS, "p", 0, entries("a", "b", "c"))
         got = await read(t, attached.lease)
         await t.settle(attached.lease, settlement(1, got[:2]))
         saved = {Topic.COMMANDS: got[0].entry_id}
-        again = await t.attach("h", lease_seconds=9, cursor=saved)
+        again = await t.attach(LeaseRequest("h", 9, cursor=saved))
         assert texts(await read(t, again.lease)) == ["b", "c"]
         assert again.leftovers == []
         # In force, but its settlement was lost: handed back for its first outcome.
-        later = await t.attach("h", lease_seconds=9, cursor={Topic.COMMANDS: got[2].entry_id})
+        later = await t.attach(LeaseRequest("h", 9, cursor={Topic.COMMANDS: got[2].entry_id}))
         assert texts(later.leftovers) == ["b", "c"]
         assert await read(t, later.lease) == []
 
@@ -298,7 +298,7 @@ def test_a_cancelled_call_leaves_nothing_for_the_next_one(make):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             assert texts(await page(t, Topic.EVENTS, after="0-0", limit=9)) == ["a"]
-        lease = (await t.attach("h", lease_seconds=9)).lease
+        lease = (await t.attach(LeaseRequest("h", 9))).lease
         waiting = asyncio.create_task(read(t, lease, wait=None))
         await asyncio.sleep(0.05)
         waiting.cancel()
@@ -329,10 +329,10 @@ def test_a_reader_whose_lease_is_taken_over_is_woken_and_takes_nothing(make):
     t, u = make(), make()
 
     async def main():
-        old = await t.attach("paused", lease_seconds=9)
+        old = await t.attach(LeaseRequest("paused", 9))
         waiting = asyncio.create_task(read(t, old.lease, wait=None))
         await asyncio.sleep(0.05)
-        new = await u.attach("heir", lease_seconds=9, should_take_over=True)
+        new = await u.attach(LeaseRequest("heir", 9, should_take_over=True))
         await u.publish(Topic.COMMANDS, "p", 0, entries("a"))
         with pytest.raises(FencedError):
             await asyncio.wait_for(waiting, 5)

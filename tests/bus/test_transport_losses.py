@@ -11,7 +11,7 @@ from test_worker import Loop, until
 
 from esper_fn import bus
 from esper_fn.bus import Topic
-from esper_fn.bus._transport import Entry, OtherRunError, Settlement
+from esper_fn.bus._transport import Entry, LeaseRequest, OtherRunError, Settlement
 from esper_fn.bus._worker import Worker
 from esper_fn.errors import BusUnavailableError, FencedError, LeaseHeldError
 
@@ -58,7 +58,7 @@ def test_a_removed_lease_is_nobodys_and_is_taken_again_from_the_cursor(make, los
     t = make()
 
     async def main():
-        attached = await t.attach("h", lease_seconds=9)
+        attached = await t.attach(LeaseRequest("h", 9))
         await publish(t, "p", 0, b"a")
         await publish(t, "p", 1, b"b")
         first, _ = await read(t, attached.lease)
@@ -72,11 +72,13 @@ def test_a_removed_lease_is_nobodys_and_is_taken_again_from_the_cursor(make, los
             with pytest.raises(FencedError):
                 await t.claim(attached.lease, Topic.COMMANDS)
         again = await t.attach(
-            "h",
-            lease_seconds=9,
-            least_epoch=attached.lease.epoch,
-            cursor={Topic.COMMANDS: first.entry_id},
-            counts_attempts=False,
+            LeaseRequest(
+                "h",
+                9,
+                least_epoch=attached.lease.epoch,
+                cursor={Topic.COMMANDS: first.entry_id},
+                counts_attempts=False,
+            )
         )
         assert again.lease.epoch > attached.lease.epoch
         assert again.attempts == {}
@@ -93,9 +95,9 @@ def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, losses
     t, u = make(), make()
 
     async def main():
-        older = await t.attach("one", lease_seconds=9)
+        older = await t.attach(LeaseRequest("one", 9))
         losses["rest"]()
-        other_one = await u.attach("two", lease_seconds=9)
+        other_one = await u.attach(LeaseRequest("two", 9))
         assert other_one.lease.epoch == older.lease.epoch
         for call in (
             t.renew(older.lease),
@@ -106,7 +108,7 @@ def test_two_leases_with_one_number_are_not_mistaken_for_each_other(make, losses
             assert caught.value.epoch == 0  # nobody has proved to be newer
         await u.renew(other_one.lease)
         with pytest.raises(LeaseHeldError) as attached:
-            await t.attach("one", lease_seconds=9, least_epoch=older.lease.epoch)
+            await t.attach(LeaseRequest("one", 9, least_epoch=older.lease.epoch))
         assert attached.value.epoch == other_one.lease.epoch
 
     run_async(main(), t, u)
@@ -119,7 +121,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
         with pytest.raises(OtherRunError) as nobody:
             await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
         assert nobody.value.identity == ""
-        attached = await t.attach("h", lease_seconds=9, identity="a")
+        attached = await t.attach(LeaseRequest("h", 9, identity="a"))
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")
         await t.renew(attached.lease, identity="b")
         await t.publish(Topic.COMMANDS, "p", 0, [Entry(b"a")], identity="a")  # it is there
@@ -128,7 +130,7 @@ def test_commands_are_accepted_for_the_run_that_lives_and_no_other(make):
         assert other.value.identity == "b"
         await t.publish(Topic.COMMANDS, "p", 1, [Entry(b"b")])
         assert await length(t, Topic.COMMANDS) == 2
-        await t.attach("h", lease_seconds=9)
+        await t.attach(LeaseRequest("h", 9))
         with pytest.raises(OtherRunError):
             await t.publish(Topic.COMMANDS, "p", 2, [Entry(b"b")], identity="b")
 

@@ -15,7 +15,7 @@ from esper_fn.bus import Topic
 from esper_fn.bus._address import parse_address
 from esper_fn.bus._memory import MemoryTransport
 from esper_fn.bus._redis import RedisTransport
-from esper_fn.bus._transport import Entry, Settlement
+from esper_fn.bus._transport import Entry, LeaseRequest, Settlement
 from esper_fn.errors import FencedError, LeaseHeldError
 
 URL = {}
@@ -67,7 +67,7 @@ class Both(RuleBasedStateMachine):
     @rule(take_over=st.booleans(), holder=st.sampled_from("ab"))
     def attach(self, take_over, holder):
         memory, real = self.both(
-            lambda t: t.attach(holder, lease_seconds=600, should_take_over=take_over)
+            lambda t: t.attach(LeaseRequest(holder, 600, should_take_over=take_over))
         )
         if memory is LeaseHeldError:
             assert real is LeaseHeldError
