@@ -20,6 +20,7 @@ from esper_fn.bus import Topic
 from esper_fn.bus._connect import make_transport
 from esper_fn.bus._envelope import FORMAT, SCHEMA, Header
 from esper_fn.bus._messages import LIMITS
+from esper_fn.bus._transport import LeaseRequest
 from esper_fn.cli import main
 
 BIG = 48_000_000
