@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,28 @@ RANK_TOLERANCE = 1e-5
 """Squared singular values under this share of the largest are rounding."""
 
 
+Result = TypeVar("Result")
+
+
+def _chunk_by_chunk(function: Callable[[Moments], Result]) -> Callable[[Moments], Result]:
+    """Extends a function of one chunk's moments to any leading axes.
+
+    On a CPU the chunks are computed one after the other, under `vmap` too: up to version 0.11.1,
+    JAX divides a batch of LAPACK calls among the threads of a pool in which it waits for them
+    itself, so that as many batches at once as there are threads wait for ever.
+    """
+    alone = jax.custom_batching.sequential_vmap(function)
+
+    @wraps(function)
+    def mapped(moments: Moments) -> Result:
+        leading = moments.num_rows.shape
+        flat = _flat(moments)
+        result = jax.lax.platform_dependent(flat, cpu=jax.vmap(alone), default=jax.vmap(function))
+        return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), result)
+
+    return mapped
+
+
 class Potentials(NamedTuple):
     """Scores of the chunks of one site; both zero where there is nothing to gain."""
 
@@ -30,6 +53,7 @@ class Potentials(NamedTuple):
     self-expanding networks (Mitchell et al., 2023)."""
 
 
+@_chunk_by_chunk
 def potentials(moments: Moments) -> Potentials:
     """Scores of every chunk, from sums over rows.
 
@@ -77,6 +101,7 @@ def _flat(moments: Moments) -> Moments:
     )
 
 
+@_chunk_by_chunk
 def directions(moments: Moments) -> Float32[Array, "... F U"]:
     """Where in a chunk's input the next adapter should look.
 

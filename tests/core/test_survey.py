@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from support import QUICK, blank, place, same_bits, standard
 import esper_fn as ef
 from esper_fn._layout import make_layout
 from esper_fn._sites import Moments
-from esper_fn._survey import potentials
+from esper_fn._survey import directions, potentials
 from esper_fn.lifecycle import Stage
 
 RIDGE, DIRECTIONS = 1e-3, 4
@@ -67,6 +68,22 @@ def test_scores_are_singular_values(widths: tuple[int, int]) -> None:
     scaled = potentials(_moments(100 * x, 1e-4 * dy))
     np.testing.assert_allclose(scaled.whitened, scores.whitened, rtol=1e-4)
     np.testing.assert_allclose(scaled.raw, 1e-4 * scores.raw, rtol=1e-4)
+
+
+def test_a_cpu_computes_no_batch_of_factorisations_at_once() -> None:
+    """As many batches as there are threads wait for ever in JAX 0.10."""
+
+    def both(moments: Moments) -> Any:
+        return potentials(moments), directions(moments)
+
+    moments = _moments(np.ones((4, 6)), np.ones((4, 6)))
+    many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), moments)
+    runs = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), many)
+    program = jax.jit(jax.vmap(both)).lower(runs).as_text()
+    calls = [line for line in program.splitlines() if "custom_call @lapack" in line]
+    assert len(calls) >= 5
+    for call in calls:
+        assert re.findall(r"tensor<([\dx]+)xf32>", call.rpartition(" : ")[2])[0] == "6x6"
 
 
 def test_nothing_to_gain_scores_zero() -> None:
