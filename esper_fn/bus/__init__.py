@@ -3,8 +3,8 @@
 See `docs/bus.md`. This room needs the extra `bus`: `pip install 'esper-fn[bus]'`.
 """
 
-from esper_fn.bus._broker import Broker
 from esper_fn.bus._client import AsyncClient, connect_async
+from esper_fn.bus._memory import Broker
 from esper_fn.bus._messages import (
     COMMANDS,
     Alert,

@@ -12,9 +12,9 @@ import msgspec
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from esper_fn.bus._broker import Broker
 from esper_fn.bus._connect import make_transport
 from esper_fn.bus._envelope import SCHEMA, check_size
+from esper_fn.bus._memory import Broker
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
     Command,

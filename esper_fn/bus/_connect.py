@@ -8,8 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from esper_fn.bus._address import parse_address
-from esper_fn.bus._broker import Broker
-from esper_fn.bus._memory import MemoryTransport
+from esper_fn.bus._memory import Broker, MemoryTransport
 from esper_fn.bus._redis import RedisTransport
 from esper_fn.bus._signing import Keyring
 from esper_fn.bus._transport import RUN_NAME, Transport

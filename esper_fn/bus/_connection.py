@@ -31,18 +31,12 @@ _ANSWER_SECONDS = 5.0
 _LUA = Path(__file__).parent / "lua"
 MAX_REPLY_BYTES = 4 << 20
 """Largest answer; a connection that brings more is dropped, as anybody may write entries."""
-
-
 _LEASES = "esper:{*}:lease"
 """Pattern of the leases of all runs."""
 
 
 class OverlongReplyError(BusUnavailableError):
     """An answer has more than `MAX_REPLY_BYTES`."""
-
-
-class _TooLongError(Exception):
-    pass
 
 
 class _Parser(_AsyncHiredisParser):
@@ -61,7 +55,7 @@ class _Parser(_AsyncHiredisParser):
             raise redis_errors.ConnectionError("Connection closed by server.")
         self._num_bytes += len(data)
         if self._num_bytes > MAX_REPLY_BYTES:
-            raise _TooLongError
+            raise OverlongReplyError
         reader.feed(data)
         return True
 
@@ -174,7 +168,7 @@ class Connection:
         except redis_errors.ResponseError:
             is_answered = True
             raise
-        except _TooLongError:
+        except OverlongReplyError:
             command = plain(arguments[0])
             text = f"{name} answers {command} with more than {MAX_REPLY_BYTES:,} bytes"
             raise OverlongReplyError(text) from None

@@ -82,18 +82,21 @@ class Consumer:
         self,
         attempts: dict[tuple[Topic, str], int],
         sequences: dict[str, int],
-        undone: dict[str, int],
+        *,
+        is_restored: bool,
     ) -> None:
         """Begins with a new lease.
 
         Args:
           attempts: how often a worker ended during each entry.
-          sequences: numbers on the server that are applied in this run too.
-          undone: numbers that were applied in a process whose state is gone. Commands to seeds are
-            applied again; stops, pauses and saves concerned that process and are not.
+          sequences: numbers that are applied, as the server knows.
+          is_restored: whether they were applied in a process whose state is gone. Commands to seeds
+            are applied again; stops, pauses and saves concerned that process and are not.
         """
         self._attempts = dict(attempts)
-        self._undone = dict(undone)
+        if is_restored:
+            self._undone = dict(sequences)
+            return
         for producer, number in sequences.items():
             self.position.advance(producer, number)
             self._last[producer] = max(number, self._last.get(producer, -1))

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from esper_fn.bus._broker import Broker
 from esper_fn.bus._client import WATCHED, AsyncClient, connect_async
 from esper_fn.bus._connect import LoopThread
+from esper_fn.bus._memory import Broker
 from esper_fn.bus._messages import Command, DeadLetter, Message, Outcome, Topic
 from esper_fn.bus._signing import Keyring
 from esper_fn.bus._transport import BEGINNING

@@ -287,13 +287,10 @@ class Transport(Protocol):
 
 def exhausted_text(streams: Iterable[str]) -> str:
     """Explains streams whose last id is the largest possible one, with the remedy."""
-    names = list(streams)
-    several = len(names) > 1
     return (
-        f"the stream{'s' * several} {' and '.join(names) or 'of the run'} can take no more "
-        f"entries, as the last id there is the largest possible (someone used XSETID or XADD with "
-        f"it); remove or rename {'them' if several else 'it'} on the server (DEL, RENAME): the run "
-        f"makes {'them' if several else 'it'} anew"
+        f"{' and '.join(streams) or 'a stream of the run'} can take no more entries, as the last "
+        "id there is the largest possible (someone used XSETID or XADD with it); remove or rename "
+        "it on the server (DEL, RENAME): the run makes it anew"
     )
 
 

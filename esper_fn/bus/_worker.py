@@ -263,11 +263,12 @@ class Worker:
             if not is_first:
                 # The server may have lost what it knew.
                 position.changes = {**position.sequences, **position.changes}
-            elif self._is_restored:
-                consumer.restart(attachment.attempts, {}, attachment.sequences)
             else:
-                position.cursor.update(attachment.cursor)
-                consumer.restart(attachment.attempts, attachment.sequences, {})
+                if not self._is_restored:
+                    position.cursor.update(attachment.cursor)
+                consumer.restart(
+                    attachment.attempts, attachment.sequences, is_restored=self._is_restored
+                )
             consumer.accept(attachment.leftovers)
         self._settle_due.set()
 

@@ -41,21 +41,28 @@ def pack_on_host(
 
     Arguments and errors as there.
     """
-    _check(commands)
+    remedy = "pass a list of what `germinate`, `cull` and their like return"
+    if not isinstance(commands, Sequence) or isinstance(commands, str | Commands):
+        raise CommandError(
+            f"commands must be a list of Command, got {describe(commands)}; {remedy}"
+        )
     if len(commands) > size:
         raise CommandError(
             f"{len(commands)} commands do not fit into {size} rows; send the rest with the next "
             "step or make room with size="
         )
-    rows = empty_rows(size)
+    rows, most = empty_rows(size), layout.num_seeds
     batches: dict[str, int] = {}
     for column, command in enumerate(commands):
-        if not 0 <= command.seed < layout.num_seeds:
+        if not isinstance(command, Command):
+            raise CommandError(f"each command must be a Command, got {describe(command)}; {remedy}")
+        seed = command.seed
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed not in range(most):
             raise CommandError(
-                f"seed {command.seed!r} does not exist; seeds are 0..{layout.num_seeds - 1}; "
+                f"seed {seed!r} does not exist; seeds are the ints 0..{most - 1}; "
                 "`layout.seed_index(site, chunk)` finds one"
             )
-        rows[0, column], rows[1, column] = command.seed, command.kind
+        rows[:2, column] = seed, command.kind
         if command.blueprint is not None:
             rows[2, column] = _index(
                 "blueprint", command.blueprint, layout.names, "blueprints", "it has a bank"
@@ -77,19 +84,3 @@ def _index(kind: str, name: str, names: Sequence[str], argument: str, purpose: s
             kind, name, names, f"give it to `Growth({argument}=...)` so that {purpose}"
         )
     return names.index(name)
-
-
-def _check(commands: object) -> None:
-    remedy = "pass a list of what `germinate`, `cull` and their like return"
-    if not isinstance(commands, Sequence) or isinstance(commands, str | Commands):
-        raise CommandError(
-            f"commands must be a list of Command, got {describe(commands)}; {remedy}"
-        )
-    for command in commands:
-        if not isinstance(command, Command):
-            raise CommandError(f"each command must be a Command, got {describe(command)}; {remedy}")
-        if not isinstance(command.seed, Integral) or isinstance(command.seed, bool):
-            raise CommandError(
-                f"a command's seed must be an int, got {command.seed!r}; "
-                "`layout.seed_index(site, chunk)` finds it"
-            )

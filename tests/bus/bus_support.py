@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from secrets import token_hex
 
-from esper_fn.bus._broker import Run, Stream
-from esper_fn.bus._memory import MemoryTransport
+from esper_fn.bus._memory import MemoryTransport, Run, Stream
 
 
 def run_async(main, *transports):
