@@ -39,6 +39,10 @@ class OverlongReplyError(BusUnavailableError):
     """An answer has more than `MAX_REPLY_BYTES`."""
 
 
+class _TooLongError(Exception):
+    pass
+
+
 class _Parser(_AsyncHiredisParser):
     """Reads at most `MAX_REPLY_BYTES` of an answer."""
 
@@ -55,7 +59,7 @@ class _Parser(_AsyncHiredisParser):
             raise redis_errors.ConnectionError("Connection closed by server.")
         self._num_bytes += len(data)
         if self._num_bytes > MAX_REPLY_BYTES:
-            raise OverlongReplyError
+            raise _TooLongError
         reader.feed(data)
         return True
 
@@ -168,7 +172,7 @@ class Connection:
         except redis_errors.ResponseError:
             is_answered = True
             raise
-        except OverlongReplyError:
+        except _TooLongError:
             command = plain(arguments[0])
             text = f"{name} answers {command} with more than {MAX_REPLY_BYTES:,} bytes"
             raise OverlongReplyError(text) from None
