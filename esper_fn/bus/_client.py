@@ -9,7 +9,6 @@ import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import msgspec
-from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from esper_fn.bus._connect import make_transport
@@ -189,19 +188,19 @@ class AsyncClient:
           limit: most letters to read.
         """
         letters: list[tuple[str, DeadLetter]] = []
-        while len(letters) < limit:
-            number = limit - len(letters)
-            page = await self.transport.tail({Topic.DEAD: after}, limit=number, wait_seconds=0.0)
-            if not page:
+        async for letter in self._letters(after):
+            letters.append(letter)
+            if len(letters) == limit:
                 break
-            after = page[-1].entry_id
-            letters += [
-                (delivery.entry_id, message)
-                for delivery in page
-                for message in self._decode(delivery)
-                if isinstance(message, DeadLetter)
-            ]
         return letters
+
+    async def _letters(self, after: str) -> AsyncIterator[tuple[str, DeadLetter]]:
+        while page := await self.transport.tail({Topic.DEAD: after}, limit=20, wait_seconds=0.0):
+            after = page[-1].entry_id
+            for delivery in page:
+                for message in self._decode(delivery):
+                    if isinstance(message, DeadLetter):
+                        yield delivery.entry_id, message
 
     async def replay(self, letter_id: str) -> list[str]:
         """Sends the commands of a dead letter again, with new ids and this client's signature.
@@ -216,7 +215,12 @@ class AsyncClient:
           MessageError: there is no such letter, or its bytes cannot be sent: they are unreadable,
             were too large to keep, or are not signed by a key of this client.
         """
-        letter = await self._dead_letter(letter_id)
+        async for entry_id, each in self._letters(BEGINNING):
+            if entry_id == letter_id:
+                letter = each
+                break
+        else:
+            raise MessageError(f"no dead letter {letter_id!r}; `esper dlq list` shows them")
         try:
             stream = self.transport.stream(letter.from_topic)
             self._keys.verify(stream, letter.payload, letter.signature)
@@ -236,15 +240,6 @@ class AsyncClient:
     async def drop(self, letter_ids: Iterable[str]) -> int:
         """Removes dead letters; returns how many there were."""
         return await self.transport.discard(Topic.DEAD, list(letter_ids))
-
-    async def _dead_letter(self, letter_id: str) -> DeadLetter:
-        after = BEGINNING
-        while page := await self.dead_letters(after=after, limit=20):
-            for entry_id, letter in page:
-                if entry_id == letter_id:
-                    return letter
-            after = page[-1][0]
-        raise MessageError(f"no dead letter {letter_id!r}; `esper dlq list` shows them")
 
     async def close(self) -> None:
         """Disconnects."""
@@ -313,8 +308,6 @@ class AsyncClient:
 
 def _current_trace() -> str | None:
     """The caller's W3C `traceparent`; None outside of a span."""
-    if not trace.get_current_span().get_span_context().is_valid:
-        return None
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     return carrier.get("traceparent")

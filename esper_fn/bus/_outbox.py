@@ -144,7 +144,11 @@ class Publisher:
     async def republish(self, message: Message, sequence: int) -> None:
         """Publishes a message that the server has lost, with its old number, until it succeeds."""
         item, failures = _Queued(message, time.monotonic()), 0
-        while not await self._publish(sequence, [self._pack([item], sequence)], failures):
+        # The server may know later numbers of this producer again, and would skip this one.
+        producer = f"{self.producer}:{self._generation}"
+        while not await self._publish(
+            sequence, [self._pack([item], sequence)], failures, producer=producer
+        ):
             failures += 1
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -205,11 +209,13 @@ class Publisher:
                 return None
         return entries
 
-    async def _publish(self, first: int, entries: list[Entry], failures: int) -> bool:
+    async def _publish(
+        self, first: int, entries: list[Entry], failures: int, *, producer: str | None = None
+    ) -> bool:
         """Tries once; after any failure but `BusyError` it waits and returns False."""
         try:
             publication = await self._transport.publish(
-                self._topic, self.producer, first, entries, self._identity
+                self._topic, producer or self.producer, first, entries, self._identity
             )
         except BusyError:
             raise

@@ -111,6 +111,21 @@ def test_a_server_that_lost_its_memory_gets_everything_again(own_server, run_nam
     loop.close()
 
 
+def test_clients_send_unanswered_commands_again_to_a_server_that_lost_them(own_server, run_name):
+    with bus.connect(own_server.url, run=run_name, keys=bus.NO_KEYS) as client:
+        sent = [bus.Cull(seed=i) for i in range(4)]
+        for command in sent[:3]:
+            client.send(command, wait_seconds=None, must_listen=False)
+        with redis.Redis(unix_socket_path=str(own_server.socket)) as raw:
+            raw.flushall()
+        client.send(sent[3], wait_seconds=None, must_listen=False)
+        loop = Loop(maker(own_server.url, run_name))
+        until(lambda: len(loop.effects) == 4)
+        assert loop.effects == [command.id for command in sent]
+        assert client.dead_letters() == []
+        loop.close()
+
+
 def start_run(url, run, folder, die_after=0):
     return subprocess.Popen(
         [sys.executable, str(HERE / "run_process.py"), url, run, str(folder), str(die_after)]
