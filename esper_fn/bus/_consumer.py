@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class Consumer:
         gap_seconds: float = 1.0,
     ) -> None:
         self.position = position
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         """Refused and repeated messages by reason."""
         self._streams = {topic: stream(topic) for topic in COMMAND_TOPICS}
         self._keys = keys
@@ -142,16 +142,13 @@ class Consumer:
                     soonest = left if soonest is None else min(soonest, left)
                     break
                 delivery = early[first].item.delivery
-                self._count("gap")
-                letter = DeadLetter(
-                    reason="gap",
-                    text=f"numbers {self._last.get(producer, -1) + 1} to {first - 1} of producer "
+                self.counts["gap"] += 1
+                text = (
+                    f"numbers {self._last.get(producer, -1) + 1} to {first - 1} of producer "
                     f"{producer.partition('/')[0]} did not come within {self._gap_seconds} s; "
-                    "later ones went ahead",
-                    from_topic=delivery.topic,
-                    entry_id=delivery.entry_id,
-                    size_bytes=0,
+                    "later ones went ahead"
                 )
+                letter = dead_letter(delivery._replace(payload=b"", signature=b""), "gap", text)
                 self._acks.append(Ack(delivery.topic, "", dead=letter))
                 self._last[producer] = first - 1
                 self._release_early(producer)
@@ -199,9 +196,7 @@ class Consumer:
     def finish(self, item: InFlight, outcome: Outcome) -> None:
         """Records that a command is applied or refused."""
         self._running.discard(item.command.id)
-        self.position.record(outcome)
-        self.position.advance(item.producer, item.sequence)
-        self._ack(item.delivery, outcome)
+        self._settle(item, outcome)
 
     @property
     def num_waiting(self) -> int:
@@ -258,7 +253,7 @@ class Consumer:
             return
         early = self._early.get(producer, {})
         if sequence in early:
-            self._count("duplicate")
+            self.counts["duplicate"] += 1
             self._ack(delivery)
         elif sequence > last + 1 and self.num_waiting >= MAX_EARLY:
             self._bury(delivery, "gap", f"{MAX_EARLY} commands wait already")
@@ -268,7 +263,7 @@ class Consumer:
 
     def _ack_duplicate(self, item: InFlight, last: int) -> None:
         delivery, command_id = item.delivery, item.command.id
-        self._count("duplicate")
+        self.counts["duplicate"] += 1
         if command_id in self.position.outcomes:
             self._ack(delivery, self.position.outcome(command_id))
         elif command_id in self._running or any(
@@ -309,12 +304,10 @@ class Consumer:
         command, entry = item.command, (item.delivery.topic, item.delivery.entry_id)
         is_undone = item.sequence <= self._undone.get(item.producer, -1)
         if command.id in self.position.outcomes:
-            self._count("duplicate")
-            self.position.advance(item.producer, item.sequence)
-            self._ack(item.delivery, self.position.outcome(command.id))
+            self.counts["duplicate"] += 1
+            self._settle(item, self.position.outcome(command.id))
         elif is_undone and not isinstance(command, SeedCommand | Batch):
-            self.position.advance(item.producer, item.sequence)
-            self._ack(item.delivery)
+            self._settle(item)
         elif self._attempts.get(entry, 0) >= MAX_ATTEMPTS:
             text = f"the run ended {MAX_ATTEMPTS} times while it had this command"
             self._refuse(item, "failing", text)
@@ -334,10 +327,16 @@ class Consumer:
 
     def _refuse(self, item: InFlight, reason: str, text: str) -> None:
         outcome = Outcome(command_id=item.command.id, code=reason.upper(), text=text)
-        self._count(reason)
-        self.position.record(outcome)
+        self.counts[reason] += 1
+        self._settle(item, outcome, dead_letter(item.delivery, reason, text))
+
+    def _settle(
+        self, item: InFlight, outcome: Outcome | None = None, dead: DeadLetter | None = None
+    ) -> None:
+        if outcome is not None:
+            self.position.record(outcome)
         self.position.advance(item.producer, item.sequence)
-        self._ack(item.delivery, outcome, dead_letter(item.delivery, reason, text))
+        self._ack(item.delivery, outcome, dead)
 
     def _is_new(self, delivery: Delivery) -> bool:
         """Whether an entry at or before the cursor was not applied when the cursor passed.
@@ -356,7 +355,7 @@ class Consumer:
 
     def _answer_again(self, delivery: Delivery) -> None:
         """An entry at or before the cursor is applied: only its acknowledgement was lost."""
-        self._count("duplicate")
+        self.counts["duplicate"] += 1
         outcome = None
         try:
             self._verify(delivery)
@@ -367,7 +366,7 @@ class Consumer:
         self._acks.append(Ack(delivery.topic, delivery.entry_id, outcome))
 
     def _bury(self, delivery: Delivery, reason: str, text: str) -> None:
-        self._count(reason)
+        self.counts[reason] += 1
         self._ack(delivery, None, dead_letter(delivery, reason, text))
 
     def _ack(
@@ -380,6 +379,3 @@ class Consumer:
         if cursor and entry_key(cursor) > entry_key(position.get(topic, BEGINNING)):
             position[topic] = cursor
         self._acks.append(Ack(topic, entry_id, outcome, dead))
-
-    def _count(self, reason: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import dataclass
+from collections import OrderedDict
 from typing import NamedTuple
 
 from esper_fn.bus._messages import Command, DeadLetter, Outcome, Topic
@@ -48,14 +47,11 @@ def dead_letter(delivery: Delivery, reason: str, text: str) -> DeadLetter:
     )
 
 
-@dataclass(slots=True)
-class _Arrival:
+class _Arrival(NamedTuple):
     key: tuple[int, int]
-    entry_id: str
     arrived_at: float
     published_after: float
     """When the stream was last empty."""
-    is_acked: bool = False
 
 
 class AckWindow:
@@ -72,15 +68,15 @@ class AckWindow:
     def __init__(self, server_time: ServerTime, clock: Clock) -> None:
         self._time = server_time
         self._clock = clock
-        self._arrivals: deque[_Arrival] = deque()
-        self._by_id: dict[str, _Arrival] = {}
+        self._arrivals: OrderedDict[str, _Arrival] = OrderedDict()
+        self._acked: set[str] = set()
         self._orphans: dict[str, _Arrival] = {}
         """Entries in flight whose stream the server has lost."""
         self._empty_at = -math.inf
         self._cursor = (-1, -1)
 
     def __contains__(self, entry_id: str) -> bool:
-        return entry_id in self._by_id
+        return entry_id in self._arrivals
 
     def note_empty(self) -> None:
         """Records that the stream is empty now: later entries are published later."""
@@ -88,34 +84,32 @@ class AckWindow:
 
     def add(self, entry_id: str, key: tuple[int, int], now: float) -> None:
         """Adds an entry that has arrived; `key` is its `entry_key`."""
-        arrival = _Arrival(key, entry_id, now, self._empty_at)
-        self._arrivals.append(arrival)
-        self._by_id[entry_id] = arrival
+        self._arrivals[entry_id] = _Arrival(key, now, self._empty_at)
 
     def reset(self) -> None:
         """Forgets the ids of a stream that the server has lost, but not the age of its entries."""
-        self._orphans |= self._by_id
-        self._by_id = {}
+        self._orphans.update(self._arrivals)
         self._arrivals.clear()
+        self._acked.clear()
         self._cursor = (-1, -1)
 
     def ack(self, entry_id: str) -> str | None:
         """Acknowledges an entry; returns the new cursor if it moves."""
-        arrivals, cursor = self._arrivals, None
         self._orphans.pop(entry_id, None)
-        if entry_id in self._by_id:
-            self._by_id[entry_id].is_acked = True
-        while arrivals and arrivals[0].is_acked:
-            first = arrivals.popleft()
-            del self._by_id[first.entry_id]
-            if first.key > self._cursor:
-                self._cursor, cursor = first.key, first.entry_id
+        if entry_id in self._arrivals:
+            self._acked.add(entry_id)
+        cursor = None
+        while self._arrivals and (first := next(iter(self._arrivals))) in self._acked:
+            self._acked.remove(first)
+            key = self._arrivals.pop(first).key
+            if key > self._cursor:
+                self._cursor, cursor = key, first
         return cursor
 
     def age_seconds(self, entry_id: str) -> float:
         """Seconds since an entry in flight was published."""
         now = self._clock()
-        arrival = self._by_id.get(entry_id) or self._orphans[entry_id]
+        arrival = self._arrivals.get(entry_id) or self._orphans[entry_id]
         published_ms, _ = entry_key(entry_id)
         age = (self._time.now_ms() - published_ms) / 1000
         return max(min(age, now - arrival.published_after), now - arrival.arrived_at)

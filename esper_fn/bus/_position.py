@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,8 +14,6 @@ from esper_fn.bus._messages import Outcome, Topic
 MAX_OUTCOMES = 4_096
 MAX_PRODUCERS = 4_096
 _OUTCOMES_REMOVED_AT_ONCE = 256
-_OUTCOME = msgspec.json.Decoder(Outcome)
-_JSON = msgspec.json.Encoder()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,14 +67,8 @@ class RunPosition:
 
     def copy(self) -> RunPosition:
         """An independent copy."""
-        return replace(
-            self,
-            cursor=dict(self.cursor),
-            sequences=dict(self.sequences),
-            issued=dict(self.issued),
-            outcomes=dict(self.outcomes),
-            changes=dict(self.changes),
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        return RunPosition(**{name: copy(value) for name, value in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can represent.
@@ -83,15 +76,9 @@ class RunPosition:
         >>> RunPosition.from_dict(RunPosition(epoch=3).as_dict()).epoch
         3
         """
-        return {
-            "identity": self.identity,
-            "epoch": self.epoch,
-            "cursor": {topic.value: last for topic, last in self.cursor.items()},
-            "sequences": dict(self.sequences),
-            "issued": dict(self.issued),
-            "issued_floor_ms": self.issued_floor_ms,
-            "outcomes": {name: _JSON.encode(o).decode() for name, o in self.outcomes.items()},
-        }
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        del values["changes"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunPosition:
@@ -101,9 +88,6 @@ class RunPosition:
           ValueError: `values` are not a position.
         """
         try:
-            texts = msgspec.convert(values.get("outcomes", {}), dict[str, str])
-            outcomes = {name: _OUTCOME.decode(text) for name, text in texts.items()}
-            rest = {name: value for name, value in values.items() if name != "outcomes"}
-            return replace(msgspec.convert(rest, cls), outcomes=outcomes)
-        except (msgspec.MsgspecError, AttributeError) as error:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
             raise ValueError(f"not a run's position on the bus: {error}") from None
