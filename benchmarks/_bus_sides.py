@@ -23,10 +23,9 @@ from esper_fn import bus
 from esper_fn.bus import Topic
 from esper_fn.bus._address import parse_address
 from esper_fn.bus._connect import make_transport, new_event_loop
-from esper_fn.bus._envelope import SCHEMA
+from esper_fn.bus._envelope import SCHEMA, Link
 from esper_fn.bus._outbox import Publisher
 from esper_fn.bus._redis import RedisTransport
-from esper_fn.bus._timing import ServerTime
 from esper_fn.bus._transport import BEGINNING, Delivery
 from esper_fn.bus._worker import Worker
 from esper_fn.errors import BusyError
@@ -56,9 +55,9 @@ def _redis(options: dict[str, Any]) -> Any:
 async def publish_telemetry(options: dict[str, Any]) -> dict[str, Any]:
     """Publishes messages as fast as the server takes them, none dropped."""
     transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
-    server_time = ServerTime()
-    server_time.update(await transport.open())
-    publisher = Publisher(transport, Topic.TELEMETRY, server_time=server_time, max_queued=10**9)
+    link = Link(transport)
+    await link.open()
+    publisher = Publisher(link, Topic.TELEMETRY, max_queued=10**9)
     frames = options["kind"] == "frames"
     columns = {
         name: bus.Column.from_array(np.arange(1000).astype(dtype))
@@ -107,7 +106,7 @@ async def send_commands(options: dict[str, Any]) -> dict[str, Any]:
     """Offers commands at a rate, on a fixed timetable."""
     transport = make_transport(options["url"], options["run"], keys=bus.NO_KEYS)
     await transport.open()
-    publisher = Publisher(transport, Topic.COMMANDS, max_queued=10**9)
+    publisher = Publisher(Link(transport), Topic.COMMANDS, max_queued=10**9)
     futures: deque[asyncio.Future[int]] = deque()
     busy = 0
 

@@ -12,7 +12,7 @@ import msgspec
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from esper_fn.bus._connect import make_transport
-from esper_fn.bus._envelope import SCHEMA, check_size
+from esper_fn.bus._envelope import SCHEMA, Link
 from esper_fn.bus._memory import Broker
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
@@ -25,7 +25,7 @@ from esper_fn.bus._messages import (
 )
 from esper_fn.bus._outbox import Publisher
 from esper_fn.bus._signing import Keyring, read_keys
-from esper_fn.bus._timing import ServerTime, retry_seconds
+from esper_fn.bus._timing import retry_seconds
 from esper_fn.bus._transport import BEGINNING, OUTAGES, Delivery, Transport
 from esper_fn.errors import (
     BusUnavailableError,
@@ -61,8 +61,7 @@ class AsyncClient:
         """Name of the run."""
         self.num_refused = 0
         """Entries that were forged or could not be decoded."""
-        self._keys = keys
-        self._time = ServerTime()
+        self._link = Link(transport, keys)
         self._publishers: dict[Topic, Publisher] = {}
         self._futures: dict[str, asyncio.Future[Outcome]] = {}
         self._unanswered: dict[str, tuple[Command, int]] = {}
@@ -78,14 +77,14 @@ class AsyncClient:
           BusSecurityError: other machines can reach the server, and there is no key.
         """
         try:
-            self._time.update(await self.transport.open())
+            await self._link.open()
             after = await self.transport.last_ids([Topic.OUTCOMES])
         except BaseException:
             await self.transport.close()
             raise
         self._tasks.append(asyncio.create_task(self._read_outcomes(after)))
         for topic in COMMAND_TOPICS:
-            publisher = Publisher(self.transport, topic, keys=self._keys, server_time=self._time)
+            publisher = Publisher(self._link, topic)
             self._publishers[topic] = publisher
             self._tasks.append(asyncio.create_task(self._republish(topic, publisher)))
         return self
@@ -222,9 +221,8 @@ class AsyncClient:
         else:
             raise MessageError(f"no dead letter {letter_id!r}; `esper dlq list` shows them")
         try:
-            stream = self.transport.stream(letter.from_topic)
-            self._keys.verify(stream, letter.payload, letter.signature)
-            messages = SCHEMA.decode(letter.payload).messages
+            entry = Delivery(letter.from_topic, letter_id, letter.payload, letter.signature)
+            messages = SCHEMA.decode(self._link.verified(entry)).messages
         except MessageError as error:
             raise MessageError(f"dead letter {letter_id} cannot be replayed: {error}") from None
         commands = [
@@ -258,15 +256,11 @@ class AsyncClient:
 
     def _decode(self, delivery: Delivery) -> tuple[Message, ...]:
         try:
-            check_size(delivery.topic, delivery.size_bytes)
-            stream = self.transport.stream(delivery.topic)
-            self._keys.verify(stream, delivery.payload, delivery.signature)
-            messages: tuple[Message, ...] = SCHEMA.decode(delivery.payload).messages
+            return SCHEMA.decode(self._link.verified(delivery)).messages
         except MessageError as error:
             self.num_refused += 1
             _LOGGER.warning("entry %s is refused: %s", delivery.entry_id, error)
             return ()
-        return messages
 
     async def _follow(self, after: dict[Topic, str]) -> AsyncIterator[Message]:
         """Yields messages after the given entries for ever; an outage delays them."""

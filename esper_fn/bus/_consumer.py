@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from esper_fn.bus._envelope import SCHEMA, Header, check_size
+from esper_fn.bus._envelope import SCHEMA, Header, Link
 from esper_fn.bus._inflight import Ack, AckWindow, InFlight, dead_letter
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
@@ -19,8 +18,6 @@ from esper_fn.bus._messages import (
     Topic,
 )
 from esper_fn.bus._position import RunPosition
-from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import Clock, ServerTime
 from esper_fn.bus._transport import BEGINNING, Delivery, entry_key
 from esper_fn.errors import MessageError, ReplayedError, UndecodableError
 
@@ -28,6 +25,8 @@ MAX_ATTEMPTS = 5
 """A command during which the worker ended so often becomes a dead letter."""
 MAX_EARLY = 1_024
 """Most commands that wait for an earlier one of their producer."""
+GAP_SECONDS = 1.0
+"""How long to wait for a missing number."""
 REPLAY_WINDOW_MS = 86_400_000
 
 
@@ -41,32 +40,15 @@ class Consumer:
 
     Args:
       position: what is applied already; the consumer updates it.
-      stream: maps a topic to the name of its stream, for signatures.
-      keys: keys to verify with.
-      server_time: the server's clock, for the age of commands.
-      clock: seconds on a clock that never goes back.
-      gap_seconds: how long to wait for a missing number.
+      link: whose keys verify, and whose clock shows the age of commands.
     """
 
-    def __init__(
-        self,
-        position: RunPosition,
-        stream: Callable[[Topic], str],
-        *,
-        keys: Keyring = NO_KEYS,
-        server_time: ServerTime | None = None,
-        clock: Clock = time.monotonic,
-        gap_seconds: float = 1.0,
-    ) -> None:
+    def __init__(self, position: RunPosition, link: Link) -> None:
         self.position = position
         self.counts: Counter[str] = Counter()
         """Refused and repeated messages by reason."""
-        self._streams = {topic: stream(topic) for topic in COMMAND_TOPICS}
-        self._keys = keys
-        self._time = server_time or ServerTime(clock)
-        self._clock = clock
-        self._gap_seconds = gap_seconds
-        self._windows = {topic: AckWindow(self._time, clock) for topic in COMMAND_TOPICS}
+        self._link = link
+        self._windows = {topic: AckWindow(link.time) for topic in COMMAND_TOPICS}
         self._ready: dict[Topic, deque[InFlight]] = {topic: deque() for topic in COMMAND_TOPICS}
         self._early: dict[str, dict[int, _Early]] = {}
         """By producer and number, commands that wait for a smaller number."""
@@ -115,7 +97,7 @@ class Consumer:
         """Accepts deliveries, in the order of their stream."""
         # The cursors move meanwhile, and only over what was accepted here.
         cursors = {topic: entry_key(last) for topic, last in self.position.cursor.items()}
-        now = self._clock()
+        now = self._link.time.clock()
         for delivery in deliveries:
             topic, window = delivery.topic, self._windows[delivery.topic]
             if delivery.entry_id in window:
@@ -133,11 +115,11 @@ class Consumer:
 
     def expire_gaps(self) -> float | None:
         """Stops waiting for numbers that are overdue; returns seconds until the next one is."""
-        now, soonest = self._clock(), None
+        now, soonest = self._link.time.clock(), None
         for producer, early in list(self._early.items()):
             while early:
                 first = min(early)
-                left = min(entry.since for entry in early.values()) + self._gap_seconds - now
+                left = min(entry.since for entry in early.values()) + GAP_SECONDS - now
                 if left > 0:
                     soonest = left if soonest is None else min(soonest, left)
                     break
@@ -145,7 +127,7 @@ class Consumer:
                 self.counts["gap"] += 1
                 text = (
                     f"numbers {self._last.get(producer, -1) + 1} to {first - 1} of producer "
-                    f"{producer.partition('/')[0]} did not come within {self._gap_seconds} s; "
+                    f"{producer.partition('/')[0]} did not come within {GAP_SECONDS} s; "
                     "later ones went ahead"
                 )
                 letter = dead_letter(delivery._replace(payload=b"", signature=b""), "gap", text)
@@ -210,15 +192,10 @@ class Consumer:
             item.command.id not in self._running for ready in self._ready.values() for item in ready
         )
 
-    def _verify(self, delivery: Delivery) -> None:
-        check_size(delivery.topic, delivery.size_bytes)
-        self._keys.verify(self._streams[delivery.topic], delivery.payload, delivery.signature)
-
     def _admit(self, delivery: Delivery) -> None:
-        self._verify(delivery)
-        envelope = SCHEMA.decode(delivery.payload)
+        envelope = SCHEMA.decode(self._link.verified(delivery))
         header, messages = envelope.header, envelope.messages
-        if self._keys.is_required and header.identity != self.position.identity:
+        if self._link.keys.is_required and header.identity != self.position.identity:
             raise ReplayedError(
                 f"signed for another run of this name ({header.identity[:80] or 'any'}); this is "
                 f"{self.position.identity}"
@@ -240,8 +217,8 @@ class Consumer:
         if sequence <= last:
             self._ack_duplicate(item, last)
             return
-        if producer not in self._last and self._keys.is_required:
-            age_ms = self._time.now_ms() - header.issued_at_ms
+        if producer not in self._last and self._link.keys.is_required:
+            age_ms = self._link.time.now_ms() - header.issued_at_ms
             if header.issued_at_ms <= self.position.issued_floor_ms or age_ms > REPLAY_WINDOW_MS:
                 text = f"by a producer unknown here, issued {age_ms / 1000:.0f} s ago"
                 self._bury(delivery, "replayed", text)
@@ -258,7 +235,7 @@ class Consumer:
         elif sequence > last + 1 and self.num_waiting >= MAX_EARLY:
             self._bury(delivery, "gap", f"{MAX_EARLY} commands wait already")
         else:
-            self._early.setdefault(producer, {})[sequence] = _Early(item, self._clock())
+            self._early.setdefault(producer, {})[sequence] = _Early(item, self._link.time.clock())
             self._release_early(producer)
 
     def _ack_duplicate(self, item: InFlight, last: int) -> None:
@@ -344,8 +321,7 @@ class Consumer:
         A server that took over from another one may name entries by a clock that lags behind.
         """
         try:
-            self._verify(delivery)
-            header = SCHEMA.decode_header(delivery.payload)
+            header = SCHEMA.decode_header(self._link.verified(delivery))
         except MessageError:
             return False
         producer = f"{header.producer}/{delivery.topic}"
@@ -358,8 +334,7 @@ class Consumer:
         self.counts["duplicate"] += 1
         outcome = None
         try:
-            self._verify(delivery)
-            for message in SCHEMA.decode(delivery.payload).messages:
+            for message in SCHEMA.decode(self._link.verified(delivery)).messages:
                 outcome = self.position.outcome(message.id)
         except (MessageError, AttributeError):
             pass

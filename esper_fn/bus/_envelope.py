@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import msgspec
@@ -11,6 +12,9 @@ from msgspec.msgpack import Decoder
 
 from esper_fn._text import plain
 from esper_fn.bus._messages import LIMITS, AnyMessage, Id, Message, Topic
+from esper_fn.bus._signing import NO_KEYS, Keyring
+from esper_fn.bus._timing import ServerTime
+from esper_fn.bus._transport import Delivery, Entry, Transport
 from esper_fn.errors import OversizedError, UndecodableError, UnsupportedVersionError
 
 FORMAT = 1
@@ -169,3 +173,39 @@ def check_size(topic: Topic, size_bytes: int) -> None:
             f"payload of {size_bytes:,} bytes on topic {topic.value!r}; at most {limit:,}; "
             "send less at once"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One side of a bus: its transport, its keys, and the server's clock as it knows it."""
+
+    transport: Transport
+    keys: Keyring = NO_KEYS
+    time: ServerTime = field(default_factory=ServerTime)
+
+    async def open(self) -> None:
+        """Connects; see `Transport.open`."""
+        self.time.update(await self.transport.open())
+
+    def seal(
+        self, topic: Topic, producer: str, sequence: int, messages: Sequence[Message], **more: Any
+    ) -> Entry:
+        """Packs and signs messages; `more` are other fields of the `Header`."""
+        now_ms = self.time.now_ms()
+        header = Header(
+            format=FORMAT, producer=producer, sequence=sequence, issued_at_ms=now_ms, **more
+        )
+        payload = SCHEMA.encode(header, messages)
+        return Entry(payload, self.keys.sign(self.transport.stream(topic), payload))
+
+    def verified(self, delivery: Delivery) -> bytes:
+        """The payload of a delivery.
+
+        Raises:
+          OversizedError: it is too large for its topic.
+          ForgedError: its signature is missing or wrong.
+        """
+        check_size(delivery.topic, delivery.size_bytes)
+        stream = self.transport.stream(delivery.topic)
+        self.keys.verify(stream, delivery.payload, delivery.signature)
+        return delivery.payload

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from esper_fn.bus._messages import Command, DeadLetter, Outcome, Topic
-from esper_fn.bus._timing import Clock, ServerTime
+from esper_fn.bus._timing import ServerTime
 from esper_fn.bus._transport import Delivery, entry_key
 
 _MAX_STORED_BYTES = 64 * 1024
@@ -62,12 +62,10 @@ class AckWindow:
 
     Args:
       server_time: the server's clock.
-      clock: seconds on a clock that never goes back.
     """
 
-    def __init__(self, server_time: ServerTime, clock: Clock) -> None:
+    def __init__(self, server_time: ServerTime) -> None:
         self._time = server_time
-        self._clock = clock
         self._arrivals: OrderedDict[str, _Arrival] = OrderedDict()
         self._acked: set[str] = set()
         self._orphans: dict[str, _Arrival] = {}
@@ -80,7 +78,7 @@ class AckWindow:
 
     def note_empty(self) -> None:
         """Records that the stream is empty now: later entries are published later."""
-        self._empty_at = self._clock()
+        self._empty_at = self._time.clock()
 
     def add(self, entry_id: str, key: tuple[int, int], now: float) -> None:
         """Adds an entry that has arrived; `key` is its `entry_key`."""
@@ -108,7 +106,7 @@ class AckWindow:
 
     def age_seconds(self, entry_id: str) -> float:
         """Seconds since an entry in flight was published."""
-        now = self._clock()
+        now = self._time.clock()
         arrival = self._arrivals.get(entry_id) or self._orphans[entry_id]
         published_ms, _ = entry_key(entry_id)
         age = (self._time.now_ms() - published_ms) / 1000

@@ -11,14 +11,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Any, NamedTuple
 
-from esper_fn.bus._envelope import FORMAT, MAX_MESSAGES, SCHEMA, Header, check_size
+from esper_fn.bus._envelope import MAX_MESSAGES, Link, check_size
 from esper_fn.bus._inflight import Ack
 from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
-from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import ServerTime, retry_seconds
-from esper_fn.bus._transport import Entry, OtherRunError, Settlement, Transport
+from esper_fn.bus._timing import retry_seconds
+from esper_fn.bus._transport import Entry, OtherRunError, Settlement
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
 
 _LOGGER = logging.getLogger(__name__)
@@ -27,29 +25,6 @@ _OUTCOMES_IN_ENVELOPE = 64
 _UNKNOWN = "?"
 """Stands for the identity of a run before it is known; no run has it."""
 _CHANGES_AT_ONCE = 2
-
-
-class Packer(NamedTuple):
-    """Makes the entries of one producer."""
-
-    transport: Transport
-    keys: Keyring
-    time: ServerTime
-    producer: str
-
-    def entry(
-        self, topic: Topic, messages: Sequence[Message], sequence: int, **details: Any
-    ) -> Entry:
-        """Packs and signs messages; `details` are more fields of the `Header`."""
-        header = Header(
-            format=FORMAT,
-            producer=self.producer,
-            sequence=sequence,
-            issued_at_ms=self.time.now_ms(),
-            **details,
-        )
-        payload = SCHEMA.encode(header, messages)
-        return Entry(payload, self.keys.sign(self.transport.stream(topic), payload))
 
 
 @dataclass(slots=True)
@@ -68,26 +43,15 @@ class Publisher:
     other kinds. A publication is repeated until the server has answered it.
 
     Args:
-      transport: the transport to publish on.
+      link: what to publish on.
       topic: the topic of all messages.
-      keys: keys to sign with.
-      server_time: the server's clock, for headers.
       max_queued: most messages that wait while the server is slow or away; the oldest are dropped
         and counted.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        topic: Topic,
-        *,
-        keys: Keyring = NO_KEYS,
-        server_time: ServerTime | None = None,
-        max_queued: int = 10_000,
-    ) -> None:
+    def __init__(self, link: Link, topic: Topic, *, max_queued: int = 10_000) -> None:
         self.producer = token_hex(8)
-        self._packer = Packer(transport, keys, server_time or ServerTime(), self.producer)
-        self._transport = transport
+        self._link = link
         self._topic = topic
         self._max_queued = max_queued
         self._queue: deque[_Queued] = deque()
@@ -95,7 +59,7 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next = 0
-        is_bound = topic in COMMAND_TOPICS and keys.is_required
+        is_bound = topic in COMMAND_TOPICS and link.keys.is_required
         self._identity = _UNKNOWN if is_bound else ""
         self._task: asyncio.Task[None] | None = None
         self._generation: str | None = None
@@ -133,7 +97,7 @@ class Publisher:
         """
         if len(self._queue) >= self._max_queued:
             raise BusyError(
-                f"{len(self._queue):,} messages wait to be sent to {self._transport.run!r}; "
+                f"{len(self._queue):,} messages wait to be sent to {self._link.transport.run!r}; "
                 "wait for their outcomes first"
             )
         accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -214,7 +178,7 @@ class Publisher:
     ) -> bool:
         """Tries once; after any failure but `BusyError` it waits and returns False."""
         try:
-            publication = await self._transport.publish(
+            publication = await self._link.transport.publish(
                 self._topic, producer or self.producer, first, entries, self._identity
             )
         except BusyError:
@@ -222,7 +186,7 @@ class Publisher:
         except OtherRunError as error:
             # The entries must be signed again, for the active run.
             self._identity = error.identity or _UNKNOWN
-            self.problem = f"run {self._transport.run!r} takes no commands yet"
+            self.problem = f"run {self._link.transport.run!r} takes no commands yet"
             if error.identity and failures < _CHANGES_AT_ONCE:
                 return False
         except Exception as error:
@@ -250,10 +214,11 @@ class Publisher:
 
     def _pack(self, group: list[_Queued], sequence: int) -> Entry:
         first = group[0]
-        entry = self._packer.entry(
+        entry = self._link.seal(
             self._topic,
-            [item.message for item in group],
+            self.producer,
             sequence,
+            [item.message for item in group],
             queued_ms=int((time.monotonic() - first.since) * 1000),
             trace=first.trace,
             identity=self._identity,
@@ -286,11 +251,13 @@ class Settlements:
     """Collects acknowledgements into settlements, and keeps each until the server has it.
 
     Args:
-      packer: makes the entries of the worker's process.
+      link: what to publish on.
+      producer: name of the worker's process.
     """
 
-    def __init__(self, packer: Packer) -> None:
-        self._packer = packer
+    def __init__(self, link: Link, producer: str) -> None:
+        self._link = link
+        self._producer = producer
         self._acks: tuple[Ack, ...] = ()
         self._sequences: dict[str, int] = {}
         self._number = 0
@@ -318,8 +285,7 @@ class Settlements:
         self._sequences = {**self._sequences, **sequences}
         if not self._acks and not self._sequences:
             return
-        self._number = number = self._number + 1
-        pack = self._packer.entry
+        self._number += 1
         entries: dict[Topic, list[str]] = {topic: [] for topic in COMMAND_TOPICS}
         for ack in self._acks:
             if ack.entry_id:
@@ -327,15 +293,15 @@ class Settlements:
         outcomes = [ack.outcome for ack in self._acks if ack.outcome is not None]
         dead = [ack.dead for ack in self._acks if ack.dead is not None]
         self.current = Settlement(
-            number=number,
+            number=self._number,
             acks=entries,
             cursor=cursor,
             sequences=self._sequences,
             outcomes=[
-                pack(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE], number)
+                self._seal(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE])
                 for first in range(0, len(outcomes), _OUTCOMES_IN_ENVELOPE)
             ],
-            dead=[pack(Topic.DEAD, [letter], number) for letter in dead],
+            dead=[self._seal(Topic.DEAD, [letter]) for letter in dead],
         )
 
     def complete(self) -> int:
@@ -343,3 +309,6 @@ class Settlements:
         current = self.current
         self._acks, self._sequences, self.current = (), {}, None
         return 0 if current is None else sum(map(len, current.acks.values()))
+
+    def _seal(self, topic: Topic, messages: Sequence[Message]) -> Entry:
+        return self._link.seal(topic, self._producer, self._number, messages)

@@ -8,16 +8,17 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from secrets import token_hex
 
 from redis.exceptions import RedisError
 
+from esper_fn.bus._envelope import Link
 from esper_fn.bus._messages import Alert, Announcement, Heartbeat, Message, Topic
-from esper_fn.bus._outbox import Packer, Publisher, Settlements
+from esper_fn.bus._outbox import Publisher, Settlements
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._signing import NO_KEYS, Keyring
-from esper_fn.bus._timing import RateLimiter, ServerTime, retry_seconds
+from esper_fn.bus._timing import RateLimiter, retry_seconds
 from esper_fn.bus._transport import (
     BEGINNING,
     OUTAGES,
@@ -48,25 +49,15 @@ class WorkerOptions:
       keys: keys to verify commands with and to sign with.
       lease_seconds: another process may take over after so long without a sign of this one.
       should_take_over: take the lease from an active process too.
-      max_telemetry: most telemetry messages that wait for a slow server; the oldest are dropped.
-      max_events: the same for events.
-      gap_seconds: how long to wait for a missing number of a producer.
-      gather_seconds: how long telemetry and events gather before they are published together, as
-        each publication takes processor time from training.
+      outbox_limits: most messages of a topic that wait for a slow server; the oldest are dropped.
     """
 
     keys: Keyring = NO_KEYS
     lease_seconds: float = 6.0
     should_take_over: bool = False
-    max_telemetry: int = 10_000
-    max_events: int = 20_000
-    gap_seconds: float = 1.0
-    gather_seconds: float = 0.2
-
-    @property
-    def outbox_limits(self) -> Mapping[Topic, int]:
-        """Most messages that wait, by topic."""
-        return {Topic.TELEMETRY: self.max_telemetry, Topic.EVENTS: self.max_events}
+    outbox_limits: Mapping[Topic, int] = field(
+        default_factory=lambda: {Topic.TELEMETRY: 10_000, Topic.EVENTS: 20_000}
+    )
 
 
 @dataclass(slots=True)
@@ -102,13 +93,13 @@ class Session:
         on_fenced: Callable[[], None],
     ) -> None:
         self.transport = transport
+        self.link = Link(transport, options.keys)
         self._announcement = announcement
         self._position = position
         self._options = options
         self._progress = progress
         self._on_attach = on_attach
         self._on_fenced = on_fenced
-        self.time = ServerTime()
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
         self.lease = Lease("", 0, 0.0)
         self.last_read: dict[Topic, str] = {}
@@ -125,12 +116,10 @@ class Session:
         self._complaints: set[str] = set()
         """Complaints since the last renewal."""
         self._alerts = RateLimiter(per_second=0.1, burst=5)
-        self.settlements = Settlements(Packer(transport, options.keys, self.time, self.holder))
+        self.settlements = Settlements(self.link, self.holder)
         self._tasks: list[asyncio.Task[None]] = []
         self._publishers = {
-            topic: Publisher(
-                transport, topic, keys=options.keys, server_time=self.time, max_queued=limit
-            )
+            topic: Publisher(self.link, topic, max_queued=limit)
             for topic, limit in options.outbox_limits.items()
         }
 
@@ -174,7 +163,7 @@ class Session:
           LeaseHeldError: another process has the lease.
         """
         try:
-            self.time.update(await self.transport.open())
+            await self.link.open()
             await self._attach(self._position.cursor if uses_position else None)
         except BaseException:
             await self.transport.close()
@@ -211,7 +200,7 @@ class Session:
                 f"{text}, on a server that had lost the data of this process, which takes no "
                 "commands until the other one ends"
             ) from None
-        self.time.update(attachment.server_ms)
+        self.link.time.update(attachment.server_ms)
         self.lease = attachment.lease
         self._generation = attachment.generation
         self.last_read = dict(attachment.cursor)
@@ -241,7 +230,7 @@ class Session:
                     raise
                 await self._attach_again()
             else:
-                self.time.update(renewal.server_ms)
+                self.link.time.update(renewal.server_ms)
                 self._report_exhausted(renewal.exhausted)
                 if lost is not None:
                     await self._attach_again()

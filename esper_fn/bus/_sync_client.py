@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,17 +43,11 @@ class Client:
         async def next_message() -> Message:
             return await anext(stream)
 
-        pending = None
-        try:
-            while (left := until - time.monotonic()) > 0:
-                pending = asyncio.run_coroutine_threadsafe(next_message(), self._thread.loop)
-                try:
-                    yield pending.result(left)
-                except TimeoutError:
-                    return
-        finally:
-            if pending is not None:
-                pending.cancel()
+        while (left := until - time.monotonic()) > 0:
+            try:
+                yield self._thread.call(next_message(), left)
+            except TimeoutError:
+                return
 
     def dead_letters(
         self, *, after: str = BEGINNING, limit: int = 100

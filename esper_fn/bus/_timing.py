@@ -20,16 +20,16 @@ class ServerTime:
     """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._offset_ms = 0.0
 
     def update(self, server_ms: int) -> None:
         """Takes over the time that the server has just reported."""
-        self._offset_ms = server_ms - self._clock() * 1000
+        self._offset_ms = server_ms - self.clock() * 1000
 
     def now_ms(self) -> int:
         """Milliseconds since 1970 on the server."""
-        return int(self._offset_ms + self._clock() * 1000)
+        return int(self._offset_ms + self.clock() * 1000)
 
 
 _BACKOFF = EqualJitterBackoff(base=0.02, cap=0.5)

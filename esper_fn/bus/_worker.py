@@ -22,6 +22,9 @@ from esper_fn.errors import BusUnavailableError
 _MAX_INBOX = 2_048
 _ACCEPTED_AT_ONCE = 32
 _TRIM_EVERY = 512
+_GATHER_SECONDS = 0.2
+"""Telemetry and events gather for so long before they are published together, as each publication
+takes processor time from training."""
 Report = Callable[[], Iterable[Message]]
 """Makes messages when they are published, in the I/O thread."""
 
@@ -73,26 +76,19 @@ class Worker:
 
     def _prepare(self) -> None:
         """Makes what talks to the server anew, as a failed start has closed it."""
-        options = self._options
         self._settle_due, self._has_room = asyncio.Event(), asyncio.Event()
         self._gaps_due, self._listening = asyncio.Event(), asyncio.Event()
         self._has_room.set()
-        session = self._session = Session(
+        self._session = Session(
             self._make_transport(),
             self._announcement,
             self._position,
-            options,
+            self._options,
             self.progress,
             on_attach=self._on_attach,
             on_fenced=self._on_fenced,
         )
-        self._consumer = Consumer(
-            self._position,
-            session.transport.stream,
-            keys=options.keys,
-            server_time=session.time,
-            gap_seconds=options.gap_seconds,
-        )
+        self._consumer = Consumer(self._position, self._session.link)
 
     def start(self, *, is_listening: bool = True) -> None:
         """Connects and takes the lease of the run.
@@ -335,7 +331,7 @@ class Worker:
         return settlements.current
 
     def _drain_later(self) -> None:
-        asyncio.get_running_loop().call_later(self._options.gather_seconds, self._drain)
+        asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._drain)
 
     def _drain(self) -> None:
         with self._changed:

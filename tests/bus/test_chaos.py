@@ -20,7 +20,7 @@ from test_worker import Loop, until
 from esper_fn import bus
 from esper_fn.bus import Topic
 from esper_fn.bus._connect import make_transport
-from esper_fn.bus._envelope import FORMAT, SCHEMA, Header
+from esper_fn.bus._envelope import FORMAT, SCHEMA, Header, Link
 from esper_fn.bus._messages import LIMITS
 from esper_fn.bus._outbox import Publisher
 from esper_fn.bus._transport import Entry
@@ -203,7 +203,7 @@ def test_an_answer_cut_after_the_write_makes_one_entry(server, run_name):
         async def main():
             transport = make_transport(proxy.url, run_name, keys=bus.NO_KEYS)
             await transport.open()
-            publisher = Publisher(transport, Topic.COMMANDS)
+            publisher = Publisher(Link(transport), Topic.COMMANDS)
             for number in range(5):
                 proxy.cut_replies = True
                 task = asyncio.create_task(publisher.send(bus.Cull(seed=number)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from esper_fn import bus
 from esper_fn.bus import Outcome, RunPosition, Topic
 from esper_fn.bus._consumer import Consumer
-from esper_fn.bus._envelope import SCHEMA, Header
+from esper_fn.bus._envelope import SCHEMA, Header, Link
 from esper_fn.bus._position import MAX_OUTCOMES, MAX_PRODUCERS
 from esper_fn.bus._timing import ServerTime
 from esper_fn.bus._transport import Delivery
@@ -27,10 +29,7 @@ class Rig:
         self.keys = keys
         self.consumer = Consumer(
             position or RunPosition(),
-            lambda topic: f"s:{topic.value}",
-            keys=keys,
-            server_time=self.server,
-            clock=lambda: self.now,
+            Link(SimpleNamespace(stream=lambda topic: f"s:{topic.value}"), keys, self.server),
         )
         self.effects = []
         self.dead = []

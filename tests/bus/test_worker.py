@@ -343,7 +343,8 @@ def test_a_remote_bus_without_a_key_is_refused(run_name):
 
 def test_back_pressure_drops_only_telemetry_and_counts_it(make):
     announcement = bus.Announcement(run="r", host="h", pid=1, sites={})
-    worker = Worker(make, announcement, options=WorkerOptions(max_telemetry=100))
+    limits = {Topic.TELEMETRY: 100, Topic.EVENTS: 100}
+    worker = Worker(make, announcement, options=WorkerOptions(outbox_limits=limits))
     frames = [bus.StepMetrics(step=i, loss=0.0) for i in range(1000)]
     worker.offer(frames)  # not started: nothing drains
     assert worker.num_dropped == 900
