@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -29,7 +28,6 @@ from esper_fn.bus._timing import retry_seconds
 from esper_fn.bus._transport import BEGINNING, OUTAGES, Delivery, Transport
 from esper_fn.errors import (
     BusUnavailableError,
-    BusyError,
     MessageError,
     NobodyListensError,
     NoOutcomeError,
@@ -64,9 +62,9 @@ class AsyncClient:
         self._link = Link(transport, keys)
         self._publishers: dict[Topic, Publisher] = {}
         self._futures: dict[str, asyncio.Future[Outcome]] = {}
-        self._unanswered: dict[str, tuple[Command, int]] = {}
+        self._unanswered: dict[str, tuple[Message, int]] = {}
         """Commands without an outcome, with their numbers, in case the server loses its data."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._task: asyncio.Task[None] | None = None
         self._active_until = -math.inf
 
     async def open(self) -> AsyncClient:
@@ -82,11 +80,9 @@ class AsyncClient:
         except BaseException:
             await self.transport.close()
             raise
-        self._tasks.append(asyncio.create_task(self._read_outcomes(after)))
+        self._task = asyncio.create_task(self._read_outcomes(after))
         for topic in COMMAND_TOPICS:
-            publisher = Publisher(self._link, topic)
-            self._publishers[topic] = publisher
-            self._tasks.append(asyncio.create_task(self._republish(topic, publisher)))
+            self._publishers[topic] = Publisher(self._link, topic, unanswered=self._unanswered)
         return self
 
     async def send(
@@ -241,9 +237,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Disconnects."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         for publisher in self._publishers.values():
             await publisher.close()
         await self.transport.close()
@@ -287,17 +283,6 @@ class AsyncClient:
                 future = self._futures.get(message.command_id)
                 if future is not None and not future.done():
                     future.set_result(message)
-
-    async def _republish(self, topic: Topic, publisher: Publisher) -> None:
-        """Publishes commands without an outcome again, each time the server has lost its data."""
-        while True:
-            await publisher.data_lost.wait()
-            publisher.data_lost.clear()
-            lost = [item for item in self._unanswered.values() if item[0].topic is topic]
-            for command, number in sorted(lost, key=lambda item: item[1]):
-                if number >= 0:
-                    with contextlib.suppress(BusyError):
-                        await publisher.republish(command, number)
 
 
 def _current_trace() -> str | None:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
@@ -47,9 +47,17 @@ class Publisher:
       topic: the topic of all messages.
       max_queued: most messages that wait while the server is slow or away; the oldest are dropped
         and counted.
+      unanswered: messages with their numbers, to publish again once the server has lost its data.
     """
 
-    def __init__(self, link: Link, topic: Topic, *, max_queued: int = 10_000) -> None:
+    def __init__(
+        self,
+        link: Link,
+        topic: Topic,
+        *,
+        max_queued: int = 10_000,
+        unanswered: Mapping[str, tuple[Message, int]] | None = None,
+    ) -> None:
         self.producer = token_hex(8)
         self._link = link
         self._topic = topic
@@ -63,8 +71,8 @@ class Publisher:
         self._identity = _UNKNOWN if is_bound else ""
         self._task: asyncio.Task[None] | None = None
         self._generation: str | None = None
-        self.data_lost = asyncio.Event()
-        """Set when the server has lost its data."""
+        self._unanswered = {} if unanswered is None else unanswered
+        self._is_data_lost = False
         self.num_dropped = 0
         self.num_failures = 0
         self.problem = ""
@@ -105,16 +113,6 @@ class Publisher:
         self._start()
         return accepted
 
-    async def republish(self, message: Message, sequence: int) -> None:
-        """Publishes a message that the server has lost, with its old number, until it succeeds."""
-        item, failures = _Queued(message, time.monotonic()), 0
-        # The server may know later numbers of this producer again, and would skip this one.
-        producer = f"{self.producer}:{self._generation}"
-        while not await self._publish(
-            sequence, [self._pack([item], sequence)], failures, producer=producer
-        ):
-            failures += 1
-
     async def drain(self, timeout_seconds: float) -> None:
         """Waits until the queue is empty, at most so long."""
         with contextlib.suppress(TimeoutError):
@@ -138,6 +136,8 @@ class Publisher:
         while True:
             while self._queue:
                 await self._publish_some()
+                while self._is_data_lost:
+                    await self._republish()
             self._idle.set()
             self._wake.clear()
             await self._wake.wait()
@@ -162,6 +162,20 @@ class Publisher:
             self._next += len(groups)
             return
 
+    async def _republish(self) -> None:
+        """Publishes what the server has lost, with the old numbers."""
+        self._is_data_lost = False
+        # The server may know later numbers of this producer again, and would skip these.
+        producer = f"{self.producer}:{self._generation}"
+        for message, number in sorted(self._unanswered.values(), key=lambda item: item[1]):
+            if number < 0 or message.topic is not self._topic:
+                continue
+            item, failures = _Queued(message, time.monotonic()), 0
+            with contextlib.suppress(BusyError):
+                entry = [self._pack([item], number)]
+                while not await self._publish(number, entry, failures, producer):
+                    failures += 1
+
     def _pack_all(self, groups: list[list[_Queued]]) -> list[Entry] | None:
         """The entries of groups; None if one cannot be packed, and was split."""
         entries = []
@@ -169,12 +183,18 @@ class Publisher:
             try:
                 entries.append(self._pack(group, self._next + index))
             except (OversizedError, TypeError, ValueError, OverflowError) as error:
-                groups[index : index + 1] = self._split(group, error)
+                half = len(group) // 2
+                groups[index : index + 1] = [group[:half], group[half:]] if half else []
+                if not half:
+                    self.num_dropped += 1
+                    if group[0].accepted is None:
+                        _LOGGER.warning("a message to %s was dropped: %s", self._topic, error)
+                    _refuse(group[0], error)
                 return None
         return entries
 
     async def _publish(
-        self, first: int, entries: list[Entry], failures: int, *, producer: str | None = None
+        self, first: int, entries: list[Entry], failures: int, producer: str | None = None
     ) -> bool:
         """Tries once; after any failure but `BusyError` it waits and returns False."""
         try:
@@ -196,7 +216,7 @@ class Publisher:
                 _LOGGER.warning("publication to %s failed: %s", self._topic.value, error)
         else:
             if self._generation not in {None, publication.generation}:
-                self.data_lost.set()
+                self._is_data_lost = True
             self._generation, self.problem = publication.generation, ""
             return True
         await asyncio.sleep(retry_seconds(failures + 1))
@@ -225,17 +245,6 @@ class Publisher:
         )
         check_size(self._topic, len(entry.payload))
         return entry
-
-    def _split(self, group: list[_Queued], error: Exception) -> list[list[_Queued]]:
-        """Two halves of a group that cannot be packed; a single message is dropped."""
-        if len(group) > 1:
-            half = len(group) // 2
-            return [group[:half], group[half:]]
-        self.num_dropped += 1
-        if group[0].accepted is None:
-            _LOGGER.warning("a message to %s was dropped: %s", self._topic.value, error)
-        _refuse(group[0], error)
-        return []
 
 
 def _refuse(item: _Queued, error: Exception) -> None:

@@ -49,25 +49,23 @@ class Reader:
 
     async def read(
         self,
-        reader: object,
         command: list[Any],
         after: Mapping[Topic, str],
         selection: Callable[[Topic], list[Any]],
-        *,
         limit: int,
         wait_seconds: float | None,
     ) -> list[Delivery]:
         """Repeats a reading command until it brings entries or time is up.
 
         Args:
-          reader: name of the reader, which has a connection of its own.
-          command: the command up to its options.
+          command: the command up to its options; each has a connection of its own.
           after: what each stream is read after, in the words of the command.
           selection: the same for a topic in the words of the script.
           limit: most entries of each stream.
           wait_seconds: how long to wait; for ever with None.
         """
         loop = asyncio.get_running_loop()
+        reader = (*command, *after)
         until = math.inf if wait_seconds is None else loop.time() + wait_seconds
         topics = {self._keys.key(topic): topic for topic in after}
         while True:

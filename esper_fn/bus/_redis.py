@@ -75,9 +75,9 @@ class RedisTransport:
         seconds, micros = await self._keys.call("TIME")
         settings: dict[str, str] = {}
         try:
-            for name in ("bind", "protected-mode", "port", "requirepass"):
-                pair = [part.decode() for part in await self._keys.call("CONFIG", "GET", name)]
-                settings.update(zip(pair[::2], pair[1::2], strict=True))
+            names = ("bind", "protected-mode", "port", "requirepass")
+            flat = [part.decode() for part in await self._keys.call("CONFIG", "GET", *names)]
+            settings = dict(zip(flat[::2], flat[1::2], strict=True))
         except (ResponseError, BusSecurityError):
             settings = {}  # its access rules hide its settings
         check_reach(self._address, settings, has_key=self._has_key)
@@ -109,15 +109,9 @@ class RedisTransport:
             last = self._last_read.get((lease, topic), BEGINNING)
             return ["new", lease.group, lease.holder, last]
 
+        command = ["XREADGROUP", "GROUP", lease.group, lease.holder]
         with self._fencing(lease):
-            entries = await self._reader.read(
-                (lease, topic),
-                ["XREADGROUP", "GROUP", lease.group, lease.holder],
-                {topic: ">"},
-                selection,
-                limit=limit,
-                wait_seconds=wait_seconds,
-            )
+            entries = await self._reader.read(command, {topic: ">"}, selection, limit, wait_seconds)
         if entries:
             self._last_read[lease, topic] = entries[-1].entry_id
         return entries
@@ -127,12 +121,7 @@ class RedisTransport:
     ) -> list[Delivery]:
         """See `Transport`."""
         return await self._reader.read(
-            tuple(after),
-            ["XREAD"],
-            after,
-            lambda topic: ["after", after[topic]],
-            limit=limit,
-            wait_seconds=wait_seconds,
+            ["XREAD"], after, lambda topic: ["after", after[topic]], limit, wait_seconds
         )
 
     async def last_ids(self, topics: Sequence[Topic]) -> dict[Topic, str]:
