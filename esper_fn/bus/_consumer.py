@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import math
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from esper_fn.bus._envelope import SCHEMA, Header, Link
-from esper_fn.bus._inflight import Ack, AckWindow, InFlight, dead_letter
+from esper_fn.bus._inflight import Ack, InFlight, dead_letter
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
     Batch,
@@ -30,11 +30,6 @@ GAP_SECONDS = 1.0
 REPLAY_WINDOW_MS = 86_400_000
 
 
-class _Early(NamedTuple):
-    item: InFlight
-    since: float
-
-
 class Consumer:
     """Decides about each delivery: apply it, delay it, answer it again, or refuse it.
 
@@ -48,9 +43,14 @@ class Consumer:
         self.counts: Counter[str] = Counter()
         """Refused and repeated messages by reason."""
         self._link = link
-        self._windows = {topic: AckWindow(link.time) for topic in COMMAND_TOPICS}
+        self._windows: dict[Topic, OrderedDict[str, bool]] = {
+            topic: OrderedDict() for topic in COMMAND_TOPICS
+        }
+        """Entries from the oldest one in flight on, and whether each is acknowledged."""
+        self._empty_at = dict.fromkeys(COMMAND_TOPICS, -math.inf)
+        """When each stream was last empty."""
         self._ready: dict[Topic, deque[InFlight]] = {topic: deque() for topic in COMMAND_TOPICS}
-        self._early: dict[str, dict[int, _Early]] = {}
+        self._early: dict[str, dict[int, InFlight]] = {}
         """By producer and number, commands that wait for a smaller number."""
         self._last: dict[str, int] = dict(position.sequences)
         """The last number of each producer that is ready, or was."""
@@ -86,27 +86,26 @@ class Consumer:
     def reset_streams(self, topics: Iterable[Topic] = COMMAND_TOPICS) -> None:
         """Forgets the entry ids of streams that the server has lost."""
         for topic in topics:
-            self._windows[topic].reset()
+            self._windows[topic].clear()
             self.position.cursor.pop(topic, None)
 
     def note_empty(self, topic: Topic) -> None:
         """Records that a stream is empty now: later entries are published later."""
-        self._windows[topic].note_empty()
+        self._empty_at[topic] = self._link.time.clock()
 
     def accept(self, deliveries: Iterable[Delivery]) -> None:
         """Accepts deliveries, in the order of their stream."""
         # The cursors move meanwhile, and only over what was accepted here.
         cursors = {topic: entry_key(last) for topic, last in self.position.cursor.items()}
-        now = self._link.time.clock()
         for delivery in deliveries:
             topic, window = delivery.topic, self._windows[delivery.topic]
             if delivery.entry_id in window:
                 continue
-            key = entry_key(delivery.entry_id)
-            if key <= cursors.get(topic, (-1, -1)) and not self._is_new(delivery):
+            is_passed = entry_key(delivery.entry_id) <= cursors.get(topic, (-1, -1))
+            if is_passed and not self._is_new(delivery):
                 self._answer_again(delivery)
                 continue
-            window.add(delivery.entry_id, key, now)
+            window[delivery.entry_id] = False
             try:
                 self._admit(delivery)
             except MessageError as error:
@@ -119,11 +118,11 @@ class Consumer:
         for producer, early in list(self._early.items()):
             while early:
                 first = min(early)
-                left = min(entry.since for entry in early.values()) + GAP_SECONDS - now
+                left = min(item.arrived_at for item in early.values()) + GAP_SECONDS - now
                 if left > 0:
                     soonest = left if soonest is None else min(soonest, left)
                     break
-                delivery = early[first].item.delivery
+                delivery = early[first].delivery
                 self.counts["gap"] += 1
                 text = (
                     f"numbers {self._last.get(producer, -1) + 1} to {first - 1} of producer "
@@ -212,7 +211,8 @@ class Consumer:
 
     def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
         producer, sequence = f"{header.producer}/{delivery.topic}", header.sequence
-        item = InFlight(delivery, command, producer, sequence)
+        now, empty_at = self._link.time.clock(), self._empty_at[delivery.topic]
+        item = InFlight(delivery, command, producer, sequence, now, empty_at)
         last = self._last.get(producer, -1)
         if sequence <= last:
             self._ack_duplicate(item, last)
@@ -235,7 +235,7 @@ class Consumer:
         elif sequence > last + 1 and self.num_waiting >= MAX_EARLY:
             self._bury(delivery, "gap", f"{MAX_EARLY} commands wait already")
         else:
-            self._early.setdefault(producer, {})[sequence] = _Early(item, self._link.time.clock())
+            self._early.setdefault(producer, {})[sequence] = item
             self._release_early(producer)
 
     def _ack_duplicate(self, item: InFlight, last: int) -> None:
@@ -256,7 +256,7 @@ class Consumer:
         """Makes commands ready whose predecessors are; forgets a producer without early ones."""
         early = self._early.get(producer, {})
         while (following := self._last.get(producer, -1) + 1) in early:
-            item = early.pop(following).item
+            item = early.pop(following)
             self._last[producer] = following
             self._ready[item.delivery.topic].append(item)
         if not early:
@@ -299,8 +299,7 @@ class Consumer:
         if limit is None:
             return False
         queued_ms = SCHEMA.decode_header(item.delivery.payload).queued_ms
-        window = self._windows[item.delivery.topic]
-        return queued_ms / 1000 + window.age_seconds(item.delivery.entry_id) > limit
+        return queued_ms / 1000 + item.age_seconds(self._link.time) > limit
 
     def _refuse(self, item: InFlight, reason: str, text: str) -> None:
         outcome = Outcome(command_id=item.command.id, code=reason.upper(), text=text)
@@ -349,8 +348,10 @@ class Consumer:
     ) -> None:
         topic, entry_id = delivery.topic, delivery.entry_id
         self._attempts.pop((topic, entry_id), None)
-        cursor = self._windows[topic].ack(entry_id)
-        position = self.position.cursor
-        if cursor and entry_key(cursor) > entry_key(position.get(topic, BEGINNING)):
-            position[topic] = cursor
+        cursors, window = self.position.cursor, self._windows[topic]
+        if entry_id in window:
+            window[entry_id] = True
+        while window and window[first := next(iter(window))]:
+            del window[first]
+            cursors[topic] = max(cursors.get(topic, BEGINNING), first, key=entry_key)
         self._acks.append(Ack(topic, entry_id, outcome, dead))
