@@ -75,16 +75,13 @@ def hide_addresses(text: str) -> str:
 
     def shown(match: re.Match[str]) -> str:
         whole = match[0]
-        try:
-            return parse_address(whole).shown
-        except BusAddressError:
-            pass
         bare = whole.rstrip(_STOPS)
         if bare == f"{match[1]}://":
             return whole
-        if _HAS_PORT.fullmatch(bare) and "@" not in text[match.end() :]:
+        is_complete = _HAS_PORT.fullmatch(bare) and "@" not in text[match.end() :]
+        for part in (whole, bare) if is_complete else (whole,):
             with suppress(BusAddressError):
-                return parse_address(bare).shown + whole[len(bare) :]
+                return parse_address(part).shown + whole[len(part) :]
         return f"{match[1]}://{_HIDDEN}"
 
     return _ADDRESS.sub(shown, text)

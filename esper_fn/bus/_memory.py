@@ -93,9 +93,8 @@ class Run:
     streams: dict[Topic, Stream] = field(
         default_factory=lambda: {topic: Stream() for topic in Topic}
     )
-    holder: str | None = None
-    owner: str | None = None
-    """Holder of the newest lease, even after its release."""
+    holder: str = ""
+    """Holder of the newest lease, even after its end."""
     identity: str = ""
     expires_at: float = 0.0
     epoch: int = 0
@@ -238,11 +237,10 @@ class MemoryTransport:
         with self._broker.lock:
             run, holder = self._run(), request.holder
             left = run.expires_at - time.monotonic()
-            if run.holder not in {None, holder} and left > 0 and not request.should_take_over:
-                raise LeaseHeldError(str(run.holder), left, run.epoch)
+            if run.holder != holder and left > 0 and not request.should_take_over:
+                raise LeaseHeldError(run.holder, left, run.epoch)
             run.epoch = max(run.epoch, request.least_epoch) + 1
-            run.holder = run.owner = holder
-            run.number, run.identity = 0, request.identity
+            run.holder, run.number, run.identity = holder, 0, request.identity
             run.expires_at = time.monotonic() + request.seconds
             cursor = run.cursor if request.cursor is None else request.cursor
             start, leftovers, lost = {}, [], set()
@@ -283,8 +281,7 @@ class MemoryTransport:
         del last_read  # nothing moves a group in memory
         with self._broker.lock:
             run = self._check(lease)
-            run.holder, run.expires_at = lease.holder, time.monotonic() + lease.seconds
-            run.identity = identity
+            run.identity, run.expires_at = identity, time.monotonic() + lease.seconds
             for topic in COMMAND_TOPICS:
                 self._group(lease, topic)
             return Renewal(now_ms())
@@ -294,7 +291,7 @@ class MemoryTransport:
         with self._broker.lock:
             run = self._run()
             if (run.holder, run.epoch) == lease[:2]:
-                run.holder = None
+                run.expires_at = 0.0
 
     async def settle(self, lease: Lease, settlement: Settlement) -> None:
         """See `Transport`."""
@@ -348,7 +345,7 @@ class MemoryTransport:
         now = time.monotonic()
         with self._broker.lock:
             runs = self._broker.runs.items()
-            return sorted(name for name, run in runs if run.holder and run.expires_at > now)
+            return sorted(name for name, run in runs if run.expires_at > now)
 
     async def close(self) -> None:
         """See `Transport`."""
@@ -362,8 +359,8 @@ class MemoryTransport:
 
     def _check(self, lease: Lease) -> Run:
         run = self._run()
-        if (run.owner, run.epoch) != lease[:2]:
-            raise fenced_error(self.run, lease, run.epoch, run.owner or "")
+        if (run.holder, run.epoch) != lease[:2]:
+            raise fenced_error(self.run, lease, run.epoch, run.holder)
         return run
 
     def _group(self, lease: Lease, topic: Topic) -> Stream:
