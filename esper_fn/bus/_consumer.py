@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from esper_fn.bus._envelope import SCHEMA, Header, Link
-from esper_fn.bus._inflight import Ack, InFlight, dead_letter
 from esper_fn.bus._messages import (
     COMMAND_TOPICS,
     Batch,
@@ -18,7 +18,8 @@ from esper_fn.bus._messages import (
     Topic,
 )
 from esper_fn.bus._position import RunPosition
-from esper_fn.bus._transport import BEGINNING, Delivery, entry_key
+from esper_fn.bus._timing import ServerTime
+from esper_fn.bus._transport import BEGINNING, Attachment, Delivery, entry_key
 from esper_fn.errors import MessageError, ReplayedError, UndecodableError
 
 MAX_ATTEMPTS = 5
@@ -28,6 +29,60 @@ MAX_EARLY = 1_024
 GAP_SECONDS = 1.0
 """How long to wait for a missing number."""
 REPLAY_WINDOW_MS = 86_400_000
+_MAX_STORED_BYTES = 64 * 1024
+
+
+class InFlight(NamedTuple):
+    """A command that was delivered and is not acknowledged."""
+
+    delivery: Delivery
+    command: Command
+    producer: str
+    """The producer and the topic, as `producer/topic`."""
+    sequence: int
+    arrived_at: float
+    published_after: float
+    """When the stream was last empty."""
+
+    queued_ms: int
+    """How long the command waited at its sender."""
+
+    def is_expired(self, time: ServerTime) -> bool:
+        """Whether the command is older than it allows.
+
+        The server's clock dates an entry, and nothing may depend on that clock being right.
+        Whatever it shows, an entry has waited at least since its arrival, and at most since the
+        stream was empty.
+        """
+        published_ms, _ = entry_key(self.delivery.entry_id)
+        age, now = (time.now_ms() - published_ms) / 1000, time.clock()
+        age = max(min(age, now - self.published_after), now - self.arrived_at)
+        limit = self.command.expires_after_seconds
+        return limit is not None and self.queued_ms / 1000 + age > limit
+
+
+class Ack(NamedTuple):
+    """An entry to acknowledge, and what to publish about it."""
+
+    topic: Topic
+    entry_id: str
+    outcome: Outcome | None = None
+    dead: DeadLetter | None = None
+
+
+def dead_letter(delivery: Delivery, reason: str, text: str) -> DeadLetter:
+    """Makes the dead letter of a delivery that is refused."""
+    is_small = reason != "oversized" and len(delivery.payload) <= _MAX_STORED_BYTES
+    return DeadLetter(
+        reason=reason,
+        text=text[:2_000],
+        from_topic=delivery.topic,
+        entry_id=delivery.entry_id,
+        size_bytes=delivery.size_bytes,
+        deliveries=delivery.deliveries,
+        payload=delivery.payload if is_small else b"",
+        signature=delivery.signature[:200] if is_small else b"",
+    )
 
 
 class Consumer:
@@ -56,30 +111,26 @@ class Consumer:
         """The last number of each producer that is ready, or was."""
         self._running: set[str] = set()
         """Ids of commands that `take` has returned."""
-        self._acks: list[Ack] = []
+        self.acks: list[Ack] = []
+        """What `collect_acks` would return."""
         self._attempts: dict[tuple[Topic, str], int] = {}
         self._undone: dict[str, int] = {}
 
-    def restart(
-        self,
-        attempts: dict[tuple[Topic, str], int],
-        sequences: dict[str, int],
-        *,
-        is_restored: bool,
-    ) -> None:
-        """Begins with a new lease.
+    def restart(self, attachment: Attachment, *, is_restored: bool) -> None:
+        """Begins with the first lease.
 
         Args:
-          attempts: how often a worker ended during each entry.
-          sequences: numbers that are applied, as the server knows.
-          is_restored: whether they were applied in a process whose state is gone. Commands to seeds
-            are applied again; stops, pauses and saves concerned that process and are not.
+          attachment: what the server knows.
+          is_restored: whether what it knows as applied was applied in a process whose state is
+            gone. Commands to seeds are applied again; stops, pauses and saves concerned that
+            process and are not.
         """
-        self._attempts = dict(attempts)
+        self._attempts = dict(attachment.attempts)
         if is_restored:
-            self._undone = dict(sequences)
+            self._undone = dict(attachment.sequences)
             return
-        for producer, number in sequences.items():
+        self.position.cursor.update(attachment.cursor)
+        for producer, number in attachment.sequences.items():
             self.position.advance(producer, number)
             self._last[producer] = max(number, self._last.get(producer, -1))
 
@@ -130,20 +181,15 @@ class Consumer:
                     "later ones went ahead"
                 )
                 letter = dead_letter(delivery._replace(payload=b"", signature=b""), "gap", text)
-                self._acks.append(Ack(delivery.topic, "", dead=letter))
+                self.acks.append(Ack(delivery.topic, "", dead=letter))
                 self._last[producer] = first - 1
                 self._release_early(producer)
         return soonest
 
     def collect_acks(self) -> list[Ack]:
         """The acknowledgements since the last call."""
-        acks, self._acks = self._acks, []
+        acks, self.acks = self.acks, []
         return acks
-
-    @property
-    def has_acks(self) -> bool:
-        """Whether `collect_acks` would return any."""
-        return bool(self._acks)
 
     def take(self, limit: int) -> list[InFlight]:
         """Returns the next commands, urgent ones first; expired ones are refused.
@@ -212,7 +258,7 @@ class Consumer:
     def _sort_in(self, delivery: Delivery, header: Header, command: Command) -> None:
         producer, sequence = f"{header.producer}/{delivery.topic}", header.sequence
         now, empty_at = self._link.time.clock(), self._empty_at[delivery.topic]
-        item = InFlight(delivery, command, producer, sequence, now, empty_at)
+        item = InFlight(delivery, command, producer, sequence, now, empty_at, header.queued_ms)
         last = self._last.get(producer, -1)
         if sequence <= last:
             self._ack_duplicate(item, last)
@@ -288,18 +334,11 @@ class Consumer:
         elif self._attempts.get(entry, 0) >= MAX_ATTEMPTS:
             text = f"the run ended {MAX_ATTEMPTS} times while it had this command"
             self._refuse(item, "failing", text)
-        elif self._is_expired(item):
+        elif item.is_expired(self._link.time):
             self._refuse(item, "expired", f"older than {command.expires_after_seconds} s")
         else:
             return False
         return True
-
-    def _is_expired(self, item: InFlight) -> bool:
-        limit = item.command.expires_after_seconds
-        if limit is None:
-            return False
-        queued_ms = SCHEMA.decode_header(item.delivery.payload).queued_ms
-        return queued_ms / 1000 + item.age_seconds(self._link.time) > limit
 
     def _refuse(self, item: InFlight, reason: str, text: str) -> None:
         outcome = Outcome(command_id=item.command.id, code=reason.upper(), text=text)
@@ -337,7 +376,7 @@ class Consumer:
                 outcome = self.position.outcome(message.id)
         except (MessageError, AttributeError):
             pass
-        self._acks.append(Ack(delivery.topic, delivery.entry_id, outcome))
+        self.acks.append(Ack(delivery.topic, delivery.entry_id, outcome))
 
     def _bury(self, delivery: Delivery, reason: str, text: str) -> None:
         self.counts[reason] += 1
@@ -354,4 +393,4 @@ class Consumer:
         while window and window[first := next(iter(window))]:
             del window[first]
             cursors[topic] = max(cursors.get(topic, BEGINNING), first, key=entry_key)
-        self._acks.append(Ack(topic, entry_id, outcome, dead))
+        self.acks.append(Ack(topic, entry_id, outcome, dead))

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
+from esper_fn.bus._consumer import Ack
 from esper_fn.bus._envelope import MAX_MESSAGES, Link, check_size
-from esper_fn.bus._inflight import Ack
 from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
 from esper_fn.bus._timing import retry_seconds
 from esper_fn.bus._transport import Entry, OtherRunError, Settlement

@@ -8,9 +8,6 @@ from collections.abc import Callable
 
 from redis.backoff import EqualJitterBackoff
 
-Clock = Callable[[], float]
-"""Seconds on a clock that never goes back."""
-
 
 class ServerTime:
     """The server's clock, estimated from a local clock and the server's last answer.
@@ -19,7 +16,7 @@ class ServerTime:
       clock: seconds on a local clock that never goes back.
     """
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._offset_ms = 0.0
 

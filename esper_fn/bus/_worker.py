@@ -11,8 +11,7 @@ from functools import partial
 from secrets import token_hex
 
 from esper_fn.bus._connect import LoopThread
-from esper_fn.bus._consumer import Consumer
-from esper_fn.bus._inflight import InFlight
+from esper_fn.bus._consumer import Consumer, InFlight
 from esper_fn.bus._messages import COMMAND_TOPICS, Announcement, Message, Outcome, Topic
 from esper_fn.bus._position import RunPosition
 from esper_fn.bus._session import Progress, Session, Work, WorkerOptions
@@ -231,7 +230,7 @@ class Worker:
 
     @property
     def _has_acks(self) -> bool:
-        return bool(self._finished) or self._consumer.has_acks
+        return bool(self._finished or self._consumer.acks)
 
     def _updated_consumer(self) -> Consumer:
         """The consumer after all that the loop has finished; the caller has the lock."""
@@ -260,11 +259,7 @@ class Worker:
                 # The server may have lost what it knew.
                 position.changes = {**position.sequences, **position.changes}
             else:
-                if not self._is_restored:
-                    position.cursor.update(attachment.cursor)
-                consumer.restart(
-                    attachment.attempts, attachment.sequences, is_restored=self._is_restored
-                )
+                consumer.restart(attachment, is_restored=self._is_restored)
             consumer.accept(attachment.leftovers)
         self._settle_due.set()
 

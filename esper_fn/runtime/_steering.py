@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
 from esper_fn.bus import Outcome, SeedOutcome
-from esper_fn.bus._inflight import InFlight
+from esper_fn.bus._consumer import InFlight
 from esper_fn.bus._worker import Worker
 from esper_fn.commands import Code
 from esper_fn.commands._pack import pack_on_host
