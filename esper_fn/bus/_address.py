@@ -40,14 +40,12 @@ class Address:
     """A checked address. Its `repr` and `shown` contain neither user nor password.
 
     Attributes:
-      url: the address itself; it may contain a password.
       is_memory: whether the bus is inside this process.
       is_local: whether only this machine can reach the address.
       shown: the address for people.
       options: host, port, path, database, user, password and TLS, named as in redis-py.
     """
 
-    url: str = field(repr=False)
     is_memory: bool
     is_local: bool
     shown: str
@@ -107,7 +105,7 @@ def parse_address(url: str) -> Address:
         )
     url = url.strip()
     if url in {MEMORY, f"{MEMORY}://"}:
-        return Address(url=url, is_memory=True, is_local=True, shown=MEMORY)
+        return Address(is_memory=True, is_local=True, shown=MEMORY)
     scheme, colon, rest = url.partition(":")
     scheme = scheme.lower()
     if not colon or scheme not in {"redis", "rediss", "unix"}:
@@ -131,7 +129,6 @@ def parse_address(url: str) -> Address:
     if "db" in options:
         shown += f"?db={options['db']}" if is_unix else f"/{options['db']}"
     return Address(
-        url=url,
         is_memory=False,
         is_local=is_unix or is_loopback(options["host"]),
         shown=shown,

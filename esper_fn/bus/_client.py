@@ -129,8 +129,11 @@ class AsyncClient:
         if command.expires_after_seconds is None and len(self._unanswered) < _MAX_UNANSWERED:
             self._unanswered[command.id] = (command, -1)
         publisher = self._publishers[command.topic]
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier)
         try:
-            sending = publisher.send(command, trace=_current_trace())
+            # If the caller gives up, the command still goes out: it has a number.
+            sending = asyncio.shield(publisher.post(command, trace=carrier.get("traceparent")))
             number = await asyncio.wait_for(sending, seconds)
         except TimeoutError:
             raise BusUnavailableError(
@@ -283,13 +286,6 @@ class AsyncClient:
                 future = self._futures.get(message.command_id)
                 if future is not None and not future.done():
                     future.set_result(message)
-
-
-def _current_trace() -> str | None:
-    """The caller's W3C `traceparent`; None outside of a span."""
-    carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
-    return carrier.get("traceparent")
 
 
 def connect_async(

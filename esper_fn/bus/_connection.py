@@ -99,7 +99,7 @@ class Connection:
         options = dict(address.options)
         connection: Any = redis_asyncio.UnixDomainSocketConnection
         if "path" not in options:
-            is_tls = address.url.lower().startswith("rediss")
+            is_tls = address.shown.startswith("rediss")
             connection = redis_asyncio.SSLConnection if is_tls else redis_asyncio.Connection
             options["socket_keepalive"] = True
             options["socket_keepalive_options"] = {

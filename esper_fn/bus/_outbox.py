@@ -87,21 +87,12 @@ class Publisher:
             self.num_dropped += 1
         self._start()
 
-    async def send(self, message: Message, *, trace: str | None = None) -> int:
-        """Publishes a message; returns its number once the server has accepted it.
-
-        Raises:
-          BusyError: the server or this queue is full; the message was not accepted.
-          OversizedError: the message is too large.
-        """
-        # If the caller gives up, the message still goes out: it has a number.
-        return await asyncio.shield(self.post(message, trace=trace))
-
     def post(self, message: Message, *, trace: str | None = None) -> asyncio.Future[int]:
-        """Queues a message that is not dropped; the future resolves to what `send` returns.
+        """Queues a message that is not dropped; the future resolves to its number once accepted.
 
         Raises:
-          BusyError: this queue is full.
+          BusyError: this queue is full, or, by the future, the server.
+          OversizedError: by the future: the message is too large.
         """
         if len(self._queue) >= self._max_queued:
             raise BusyError(
@@ -295,10 +286,10 @@ class Settlements:
         if not self._acks and not self._sequences:
             return
         self._number += 1
-        entries: dict[Topic, list[str]] = {topic: [] for topic in COMMAND_TOPICS}
-        for ack in self._acks:
-            if ack.entry_id:
-                entries[ack.topic].append(ack.entry_id)
+        entries = {
+            topic: [ack.entry_id for ack in self._acks if ack.topic is topic and ack.entry_id]
+            for topic in COMMAND_TOPICS
+        }
         outcomes = [ack.outcome for ack in self._acks if ack.outcome is not None]
         dead = [ack.dead for ack in self._acks if ack.dead is not None]
         self.current = Settlement(

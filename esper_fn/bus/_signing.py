@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import secrets
 import stat
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ _MIN_KEY_BYTES = 16
 _MAC_BYTES = 32
 _LONGEST_SIGNATURE = 64 + 1 + _MAC_BYTES
 _MAX_KEY_FILE_BYTES = 64 * 1024
+_PAIR = re.compile(r"([A-Za-z_]\w*):((?:[0-9A-Fa-f]{2})+)", re.ASCII)
 KEYS_VARIABLE = "ESPER_BUS_KEYS"
 KEY_FILE_VARIABLE = "ESPER_BUS_KEY_FILE"
 
@@ -113,17 +115,13 @@ def read_keys(environment: Mapping[str, str] | None = None) -> Keyring:
         text = _read_key_file(Path(path))
     keys: dict[str, bytes] = {}
     for number, part in enumerate(text.replace(",", "\n").split(), 1):
-        key_id, _, digits = part.partition(":")
-        try:
-            if not (digits and key_id.isascii() and key_id.isidentifier()):
-                raise ValueError
-            keys[key_id] = bytes.fromhex(digits)
-        except ValueError:
+        if (match := _PAIR.fullmatch(part)) is None:
             # Either half may hold a key, so neither is shown.
             raise BusSecurityError(
                 f"{origin}: pair {number} must be written id:hex, as in first:00ff...; the id is "
                 "letters, digits and _"
-            ) from None
+            )
+        keys[match[1]] = bytes.fromhex(match[2])
     return Keyring(active=next(iter(keys), None), keys=keys)
 
 

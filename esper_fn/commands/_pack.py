@@ -63,24 +63,17 @@ def pack_on_host(
                 "`layout.seed_index(site, chunk)` finds one"
             )
         rows[:2, column] = seed, command.kind
-        if command.blueprint is not None:
-            rows[2, column] = _index(
-                "blueprint", command.blueprint, layout.names, "blueprints", "it has a bank"
-            )
-        if command.graft is not None:
-            rows[3, column] = _index(
-                "alpha schedule", command.graft, grafts, "graft", "it is compiled in"
-            )
+        for row, kind, name, names, argument, purpose in (
+            (2, "blueprint", command.blueprint, layout.names, "blueprints", "it has a bank"),
+            (3, "alpha schedule", command.graft, grafts, "graft", "it is compiled in"),
+        ):
+            if name is not None and name not in names:
+                remedy = f"give it to `Growth({argument}=...)` so that {purpose}"
+                raise UnknownNameError(kind, name, names, remedy)
+            if name is not None:
+                rows[row, column] = names.index(name)
         if command.target is not None:
             rows[4, column] = as_stage(command.target, "target")
         if command.batch is not None:
             rows[5, column] = batches.setdefault(command.batch, len(batches))
     return rows
-
-
-def _index(kind: str, name: str, names: Sequence[str], argument: str, purpose: str) -> int:
-    if name not in names:
-        raise UnknownNameError(
-            kind, name, names, f"give it to `Growth({argument}=...)` so that {purpose}"
-        )
-    return names.index(name)

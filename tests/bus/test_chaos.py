@@ -206,7 +206,7 @@ def test_an_answer_cut_after_the_write_makes_one_entry(server, run_name):
             publisher = Publisher(Link(transport), Topic.COMMANDS)
             for number in range(5):
                 proxy.cut_replies = True
-                task = asyncio.create_task(publisher.send(bus.Cull(seed=number)))
+                task = publisher.post(bus.Cull(seed=number))
                 await asyncio.sleep(0.15)
                 proxy.cut_replies = False
                 assert await asyncio.wait_for(task, 10) == number
