@@ -12,22 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from esper_fn import rollback
 from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
 from esper_fn._leaves import check_leaves, partition, strengthen
 from esper_fn._typing import Key, Params
 from esper_fn.commands import Command, Commands
 from esper_fn.lifecycle import Stage
 from esper_fn.runtime._batches import Batches, checked_batches
-from esper_fn.runtime._events import lifecycle_events
-from esper_fn.runtime._loop import Advanced, Loop, check_finite, segment_length
+from esper_fn.runtime._events import (
+    lifecycle_events,
+    rollback_reports,
+    warn_of_barren,
+    warn_of_blind,
+)
+from esper_fn.runtime._loop import Loop, check_finite, segment_length
 from esper_fn.runtime._options import FitOptions, Hooks, steered
 from esper_fn.runtime._packing import unpack
 from esper_fn.runtime._program import Program, compile_fit, compile_fit_host
 from esper_fn.runtime._records import Fit, Listener, Segment
-from esper_fn.runtime._rollbacks import rollback_reports
 from esper_fn.runtime._saving import Checkpoints, settings_of
 from esper_fn.runtime._step import TrainState, check_survey_batch, init
-from esper_fn.runtime._warnings import warn_of_barren, warn_of_blind
 
 if TYPE_CHECKING:
     from esper_fn.runtime._steering import Steering
@@ -92,7 +96,7 @@ def fit(
     program = program or compile_fit(growth, loss_fn, optimizer, survey_every=options.survey_every)
     state = _first_state(growth, optimizer, params, key, start, options)
     run = _Run(growth, program, checked_batches(batches), survey_batch, options, hooks, num_steps)
-    return run.loop(state).run()
+    return Loop(run.advance, state, run.settings(state.ring), hooks, num_steps).run()
 
 
 @jax.jit
@@ -153,28 +157,20 @@ class _Run:
         self._silence = growth.commands((), size=options.max_commands)
         self._has_ring = False
 
-    def loop(self, state: TrainState) -> Loop:
-        """The loop from a state on."""
-        ring, options = state.ring, self._options
+    def settings(self, ring: rollback.Ring | None) -> dict[str, Any]:
+        """What must be the same when the run goes on, from a state with this ring."""
         self._has_ring = ring is not None
-        settings = {
+        return {
             **settings_of(self._growth),
             "segment_steps": self._length,
-            "survey_every": options.survey_every,
+            "survey_every": self._options.survey_every,
             "snapshot_every": None if ring is None else int(ring.every),
             "num_snapshots": 0 if ring is None else ring.num_snapshots,
-            "max_commands": options.max_commands,
+            "max_commands": self._options.max_commands,
         }
-        return Loop(
-            self._advance,
-            state,
-            settings,
-            self._hooks,
-            num_steps=self._num_steps,
-            length=self._length,
-        )
 
-    def _advance(self, state: TrainState, first: int, record: dict[str, Any]) -> Advanced:
+    def advance(self, state: TrainState, first: int, record: dict[str, Any]) -> Segment:
+        """Runs the segment that begins with a step."""
         growth, totals = self._growth, record["totals"]
         commands = partial(self._commands, first) if self._hooks.commands else self._silence
         batches = self._batches(first, self._length)
@@ -192,7 +188,9 @@ class _Run:
         warn_of_barren(growth, infos, first, record)
         if self._options.survey_every is not None:
             warn_of_blind(state.growth_state, first, record)
-        return Advanced(
+        return Segment(
+            first_step=first,
+            num_steps=self._length,
             state=state,
             losses=infos.loss,
             infos=infos,
@@ -268,19 +266,17 @@ def fit_host(
     # Copied, as some transformations keep the parameters themselves, and a segment donates both.
     state = (params, _copied(strengthen(optimizer.init(partition(params)[0]))))
 
-    def advance(state: Any, first: int, record: dict[str, Any]) -> Advanced:
+    def advance(state: Any, first: int, record: dict[str, Any]) -> Segment:
         del record
         state, losses = run(state, batches(first, length))
         losses = jax.device_get(losses)
         check_finite(losses, first)
-        return Advanced(state=state, losses=losses, infos=None, events=[], rollbacks=[])
+        return Segment(first, length, state, losses, infos=None, events=[], rollbacks=[])
 
     def report(segment: Segment) -> None:
         if listener is not None:
             listener(segment._replace(state=segment.state[0]))
 
     hooks = Hooks(listener=report, should_stop=should_stop, checkpoints=checkpoints)
-    settings = {"segment_steps": length}
-    loop = Loop(advance, state, settings, hooks, num_steps=num_steps, length=length)
-    fitted = loop.run()
+    fitted = Loop(advance, state, {"segment_steps": length}, hooks, num_steps).run()
     return fitted._replace(state=fitted.state[0])

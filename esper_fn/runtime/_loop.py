@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from esper_fn._growth import StepInfo
 from esper_fn.errors import NonFiniteLossError
 from esper_fn.runtime import _saving
 from esper_fn.runtime._compilations import count_compilations
 from esper_fn.runtime._options import Hooks
 from esper_fn.runtime._records import Fit, Segment
 
-
-class Advanced(NamedTuple):
-    """What one segment did."""
-
-    state: Any
-    losses: np.ndarray
-    infos: StepInfo | None
-    events: list[dict[str, Any]]
-    rollbacks: list[dict[str, Any]]
-
-
-Advance = Callable[[Any, int, dict[str, Any]], Advanced]
+Advance = Callable[[Any, int, dict[str, Any]], Segment]
 """`advance(state, first_step, record)`: runs a segment, and adds to `record["totals"]`."""
 
 
@@ -38,7 +26,6 @@ class Loop:
       settings: what must be the same when a saved run goes on.
       hooks: who acts on the run between segments.
       num_steps: in all.
-      length: steps of a segment.
     """
 
     def __init__(
@@ -47,21 +34,17 @@ class Loop:
         state: Any,
         settings: dict[str, Any],
         hooks: Hooks,
-        *,
         num_steps: int,
-        length: int,
     ) -> None:
-        self._advance = advance
-        self._state = state
-        self._settings = settings
-        self._hooks = hooks
-        self._num_steps, self._length = num_steps, length
+        self._advance, self._hooks = advance, hooks
+        self._settings, self._num_steps = settings, num_steps
         totals = {"num_rollbacks": 0, "num_parameters": 0, "num_passes": 0}
         self._record: dict[str, Any] = {
             "totals": {**totals, "adapter_flops": 0.0, "survey_flops": 0.0},
             "events": [],
             "rollbacks": [],
         }
+        self._state = state
         self._losses: list[np.ndarray] = []
         self._step = self._saved_step = self._num_compiled = 0
         self._resumed_from: int | None = None
@@ -100,35 +83,23 @@ class Loop:
         if checkpoints is None:
             return
         progress = _saving.load(checkpoints, self._state, self._settings, self._num_steps)
-        if progress is None:
-            return
-        self._resumed_from = self._step = self._saved_step = progress.step
-        self._state, self._record = progress.state, progress.record
-        self._losses = [progress.losses]
+        if progress is not None:
+            self._resumed_from = self._step = self._saved_step = progress.step
+            self._state, self._record = progress.state, progress.record
+            self._losses = [progress.losses]
 
     def _run_segment(self) -> None:
-        first, length = self._step, self._length
         with count_compilations() as count:
-            done = self._advance(self._state, first, self._record)
-            self._state = done.state
-            self._losses.append(done.losses)
-            self._record["events"].extend(done.events)
-            self._record["rollbacks"].extend(done.rollbacks)
+            segment = self._advance(self._state, self._step, self._record)
+            self._state = segment.state
+            self._losses.append(segment.losses)
+            self._record["events"].extend(segment.events)
+            self._record["rollbacks"].extend(segment.rollbacks)
             if self._hooks.listener is not None:
-                self._hooks.listener(
-                    Segment(
-                        first_step=first,
-                        num_steps=length,
-                        state=done.state,
-                        losses=done.losses,
-                        infos=done.infos,
-                        events=done.events,
-                        rollbacks=done.rollbacks,
-                    )
-                )
-        if first != (self._resumed_from or 0):
+                self._hooks.listener(segment)
+        if self._step != (self._resumed_from or 0):
             self._num_compiled += count.num_compiled
-        self._step += length
+        self._step += segment.num_steps
 
     def _save(self) -> None:
         checkpoints = self._hooks.checkpoints
@@ -167,11 +138,9 @@ def check_finite(
     Raises:
       NonFiniteLossError: a loss is not finite and there is no snapshot, or too many roll-backs.
     """
-    if max_rollbacks is None and np.isfinite(losses).all():
-        return
-    if max_rollbacks is not None and num_rollbacks <= max_rollbacks:
-        return
     bad = np.flatnonzero(~np.isfinite(losses))
+    if not bad.size if max_rollbacks is None else num_rollbacks <= max_rollbacks:
+        return
     where = f"at step {first + int(bad[0])}" if bad.size else f"before step {first + len(losses)}"
     count = f", {num_rollbacks} roll-backs so far, max_rollbacks={max_rollbacks}"
     raise NonFiniteLossError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from esper_fn import rollback
 from esper_fn._arguments import is_count
 from esper_fn.commands import Command
-from esper_fn.runtime._records import Listener
+from esper_fn.runtime._records import Listener, Segment
 from esper_fn.runtime._saving import Checkpoints
 
 if TYPE_CHECKING:
@@ -82,12 +82,16 @@ def steered(hooks: Hooks, steering: Steering) -> Hooks:
     """
     if hooks.commands is not None:
         raise ValueError("commands must be None with steering, which brings its own")
-    from esper_fn.runtime._steering import both  # needs the extra `bus`
+
+    def listen(segment: Segment) -> None:
+        steering.listener(segment)
+        if hooks.listener is not None:
+            hooks.listener(segment)
 
     return Hooks(
         commands=steering.commands,
         answer=steering.answer,
-        listener=both(hooks.listener, steering.listener),
+        listener=listen,
         should_start=steering.should_start,
         should_stop=steering.stop_condition(hooks.should_stop),
         should_save=steering.should_save,

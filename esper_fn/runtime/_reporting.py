@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +13,6 @@ from esper_fn import bus
 from esper_fn.bus._timing import RateLimiter
 from esper_fn.runtime._events import stage_counts
 from esper_fn.runtime._records import Segment
-
-
-class SegmentReport(NamedTuple):
-    """The parts of a segment that are reported; no state, which the next step may donate."""
-
-    step: int
-    num_steps: int
-    seconds: float
-    """Time since the segment before; 0 for the first one."""
-    loss: Any
-    infos: Any
-    events: list[dict[str, Any]]
 
 
 class Reporter:
@@ -37,34 +27,29 @@ class Reporter:
         self._reported_at: float | None = None
         self._num_rollbacks = 0
 
-    def report(self, segment: Segment) -> SegmentReport:
-        """Selects what to report of a segment; call it in the order of segments."""
-        now = time.monotonic()
-        seconds, self._reported_at = now - (self._reported_at or now), now
-        return SegmentReport(
-            step=segment.first_step + segment.num_steps,
-            num_steps=segment.num_steps,
-            seconds=seconds,
-            loss=segment.losses[-1],
-            infos=segment.infos,
-            events=segment.events,
-        )
+    def report(self, segment: Segment) -> Callable[[int], list[bus.Message]]:
+        """Prepares the messages of a segment; call it in the order of segments.
 
-    def messages(self, report: SegmentReport, *, num_dropped: int) -> list[bus.Message]:
-        """Makes lifecycle events, metrics, and a frame if one is due.
-
-        Args:
-          report: what to report.
-          num_dropped: messages that were dropped so far.
+        Returns:
+          `messages(num_dropped)`: lifecycle events, metrics with the number of messages that were
+          dropped so far, and a frame if one is due. It needs no state, which the next step may
+          donate.
         """
-        infos, seconds = report.infos, report.seconds
+        now = time.monotonic()
+        # 0 for the first segment.
+        seconds, self._reported_at = now - (self._reported_at or now), now
+        return partial(self._messages, segment._replace(state=None), seconds)
+
+    def _messages(self, segment: Segment, seconds: float, num_dropped: int) -> list[bus.Message]:
+        infos: Any = segment.infos
+        step = segment.first_step + segment.num_steps
         self._num_rollbacks += int(infos.verdict.should_roll_back.sum())
-        messages: list[bus.Message] = [_lifecycle_event(event) for event in report.events]
+        messages: list[bus.Message] = [_lifecycle_event(event) for event in segment.events]
         messages.append(
             bus.StepMetrics(
-                step=report.step,
-                loss=float(report.loss),
-                steps_per_second=report.num_steps / seconds if seconds > 0 else 0.0,
+                step=step,
+                loss=float(segment.losses[-1]),
+                steps_per_second=segment.num_steps / seconds if seconds > 0 else 0.0,
                 num_live=int(infos.num_live[-1]),
                 num_parameters=int(infos.num_parameters[-1]),
                 num_rollbacks=self._num_rollbacks,
@@ -84,7 +69,7 @@ class Reporter:
                 name: bus.Column.from_array(np.asarray(getattr(infos, name)[-1], dtype))
                 for name, dtype in dtypes.items()
             }
-            messages.append(bus.Frame(step=report.step, columns=columns))
+            messages.append(bus.Frame(step=step, columns=columns))
         return messages
 
 

@@ -121,12 +121,12 @@ class Steering:
         if segment.infos is None:
             return
         self._step = segment.first_step + segment.num_steps
-        worker, reporter = self.worker, self._reporter
+        worker = self.worker
         worker.progress.step = self._step
         worker.flush()
         # The I/O thread makes the messages, so the next step does not wait for them.
-        report = reporter.report(segment)
-        worker.offer([lambda: reporter.messages(report, num_dropped=worker.num_dropped)])
+        messages = self._reporter.report(segment)
+        worker.offer([lambda: messages(worker.num_dropped)])
         step = None if self._saved is None else self._saved.newly_saved()
         if self._saved is not None and step is not None:
             worker.offer([bus.CheckpointEvent(step=step, what="saved")])
@@ -339,16 +339,3 @@ class Steering:
     def _finish(self, item: InFlight, code: str, text: str) -> None:
         outcome = Outcome(command_id=item.command.id, code=code, text=text[:2_000], step=self._step)
         self.worker.finish(item, outcome)
-
-
-def both(
-    first: Callable[[Segment], None] | None, second: Callable[[Segment], None]
-) -> Callable[[Segment], None]:
-    """Combines two listeners; `second` is called first."""
-
-    def listen(segment: Segment) -> None:
-        second(segment)
-        if first is not None:
-            first(segment)
-
-    return listen
