@@ -107,8 +107,7 @@ class Connection:
                 for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
                 if hasattr(socket, name)
             }
-        pool = redis_asyncio.ConnectionPool(
-            connection_class=connection,
+        self._connection = connection(
             protocol=2,
             parser_class=_Parser,
             retry=RedisRetry(NoBackoff(), 0),
@@ -116,7 +115,6 @@ class Connection:
             socket_connect_timeout=_CONNECT_SECONDS,
             **options,
         )
-        self._connection: Any = pool.make_connection()
         self._lock = asyncio.Lock()
 
     @property

@@ -217,11 +217,9 @@ class Publisher:
         """The messages of the next envelopes."""
         is_command = self._topic in COMMAND_TOPICS
         size, most = (1, _ENTRIES_AT_ONCE) if is_command else (MAX_MESSAGES, 8)
-        groups: list[list[_Queued]] = []
-        while self._queue and len(groups) < most:
-            count = min(len(self._queue), size)
-            groups.append([self._queue.popleft() for _ in range(count)])
-        return groups
+        count = min(len(self._queue), size * most)
+        items = [self._queue.popleft() for _ in range(count)]
+        return [items[first : first + size] for first in range(0, count, size)]
 
     def _pack(self, group: list[_Queued], sequence: int) -> Entry:
         first = group[0]
@@ -239,12 +237,10 @@ class Publisher:
 
 
 def _refuse(item: _Queued, error: Exception) -> None:
-    if item.accepted is None or item.accepted.done():
-        return
-    item.accepted.set_exception(
-        error if isinstance(error, EsperError) else MessageError(str(error))
-    )
-    item.accepted.exception()  # a caller that gave up does not read it
+    if item.accepted is not None and not item.accepted.done():
+        is_known = isinstance(error, EsperError)
+        item.accepted.set_exception(error if is_known else MessageError(str(error)))
+        item.accepted.exception()  # a caller that gave up does not read it
 
 
 class Settlements:

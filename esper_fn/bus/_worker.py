@@ -221,7 +221,7 @@ class Worker:
                 box.append(item)
             was_due, self._is_drain_due = self._is_drain_due, True
         if self._thread is not None and not was_due:
-            self._thread.soon(self._drain_later)
+            self._thread.soon(self._thread.loop.call_later, _GATHER_SECONDS, self._drain)
 
     def wait(self, seconds: float | None) -> None:
         """Sleeps until there are commands, for a loop that is paused."""
@@ -324,9 +324,6 @@ class Worker:
                 self._changed.notify_all()
             settlements.add(acks, cursor, changes)
         return settlements.current
-
-    def _drain_later(self) -> None:
-        asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._drain)
 
     def _drain(self) -> None:
         with self._changed:
