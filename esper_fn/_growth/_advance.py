@@ -193,7 +193,11 @@ def _propose(
     """Asks the policy: its next state, and its requests."""
     layout = parts.layout
     observation = policies.Observation(
-        step=state.step, seeds=judged.seeds, owner=state.owner, loss=observed.track
+        step=state.step,
+        seeds=judged.seeds,
+        owner=state.owner,
+        loss=observed.track,
+        step_loss=observed.loss,
     )
     policy, requests = parts.policy.decide(
         layout, state.policy, observation, no_requests(layout.num_seeds), key

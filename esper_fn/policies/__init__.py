@@ -1,8 +1,8 @@
 """Policies: rules that decide where and when to grow, and how they nest.
 
-A policy asks (`grow`, `plateau`, `periodic`, `random`, `scripted`, `never`) or limits (`budget`,
-`cooldown`, `max_concurrent`, `max_total`, `stop_after`); `chain` puts several behind one another,
-and the decision log names the rule that asked or refused.
+A policy asks (`grow`, `plateau`, `periodic`, `random`, `scripted`, `never`), releases
+(`recycle`) or limits (`budget`, `cooldown`, `max_concurrent`, `max_total`, `stop_after`); `chain`
+puts several behind one another, and the decision log names the rule that asked or refused.
 
 One of your own is `rule(name, init, decide)`, where `request` and `refuse` add and remove requests;
 `check` tells whether it keeps the contract.
@@ -23,6 +23,7 @@ from esper_fn.policies._base import (
 from esper_fn.policies._check import check
 from esper_fn.policies._grow import grow
 from esper_fn.policies._limits import budget, cooldown, max_concurrent, max_total, stop_after
+from esper_fn.policies._recycle import recycle
 from esper_fn.policies._rules import never, periodic, plateau, random, scripted
 from esper_fn.policies._select import Score, seed_blueprints
 
@@ -46,6 +47,7 @@ __all__ = [
     "periodic",
     "plateau",
     "random",
+    "recycle",
     "refuse",
     "request",
     "rule",

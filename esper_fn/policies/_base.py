@@ -24,6 +24,9 @@ class Observation(NamedTuple):
     owner: Int32[Array, "Q"]
     """The seed that holds each slot, or `NONE`."""
     loss: LossTrack
+    """Averages of the training loss, this step's included."""
+    step_loss: Float32[Array, ""]
+    """The training loss of this step; it may be not finite."""
     is_admitted: Bool[Array, "G B"] | None = None
     """Whether the limits behind a rule still have room for one adapter, by layer of a site and by
     blueprint. None where no limit behind it depends on the adapter."""

@@ -114,6 +114,7 @@ def _observe(layout: Layout, rng: np.random.Generator, step: int, track: Any) ->
         seeds=seeds,
         owner=jnp.full((layout.num_slots,), NONE, jnp.int32),
         loss=track,
+        step_loss=track.fast,
     )
 
 

@@ -52,8 +52,14 @@ def observe(
     contribution: Sequence[float | None] = (None,) * 6,
     steps_in_stage: Sequence[int] = (9,) * 6,
     is_paused: Sequence[bool] = (False,) * 6,
+    slot: Sequence[int] = (NONE,) * 6,
+    utility: Sequence[float] = (0.0,) * 6,
+    step_loss: float | None = None,
 ) -> Observation:
-    """What a policy sees; `None` is not measured."""
+    """What a policy sees; `None` is not measured.
+
+    The loss varies by 0.1 around its average `loss`; that of the step is the average when left out.
+    """
 
     def known(values: Sequence[float | None]) -> tuple[jax.Array, jax.Array]:
         value = jnp.asarray([0.0 if v is None else v for v in values], jnp.float32)
@@ -65,21 +71,29 @@ def observe(
     worth, num_contributions = known(contribution)
     track = loss_track()
     if loss is not None:
-        track = track._replace(slow=jnp.float32(loss), num_steps=jnp.int32(100))
+        track = track._replace(
+            slow=jnp.float32(loss), square=jnp.float32(0.01), num_steps=jnp.int32(100)
+        )
     return Observation(
         step=jnp.int32(step),
         seeds=seeds._replace(
             stage=jnp.asarray(stage, jnp.int8),
             steps_in_stage=jnp.asarray(steps_in_stage, jnp.int32),
             is_paused=jnp.asarray(is_paused),
+            slot=jnp.asarray(slot, jnp.int32),
             potential=surveyed,
             num_potentials=num_potentials,
             contribution=worth,
             num_contributions=num_contributions,
-            telemetry=seeds.telemetry._replace(gradient_norm=norm, num_steps=num_steps),
+            telemetry=seeds.telemetry._replace(
+                gradient_norm=norm,
+                num_steps=num_steps,
+                utility_slow=jnp.asarray(utility, jnp.float32),
+            ),
         ),
         owner=jnp.asarray(owner, jnp.int32),
         loss=track,
+        step_loss=track.slow if step_loss is None else jnp.float32(step_loss),
     )
 
 

@@ -68,6 +68,7 @@ def observe(step: int = 0, slots: tuple[int, ...] = (-1, -1, -1), **seeds: Any) 
         seeds=seed_state(3)._replace(**columns),
         owner=jnp.asarray(owner),
         loss=track,
+        step_loss=track.slow,
     )
 
 
