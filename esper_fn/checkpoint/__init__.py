@@ -6,9 +6,7 @@ back. `docs/checkpoints.md` says what is promised.
 
 from esper_fn._records import register
 from esper_fn.checkpoint import _types as _types
-from esper_fn.checkpoint._check import check
 from esper_fn.checkpoint._folder import steps
-from esper_fn.checkpoint._once import prune, save
 from esper_fn.checkpoint._restore import Restored, restore
 from esper_fn.checkpoint._retention import (
     Decision,
@@ -21,7 +19,7 @@ from esper_fn.checkpoint._retention import (
     within_bytes,
 )
 from esper_fn.checkpoint._verify import Damage, verify
-from esper_fn.checkpoint._writer import CheckpointWarning, Writer
+from esper_fn.checkpoint._writer import CheckpointWarning, Writer, check, prune, save
 
 __all__ = [
     "CheckpointWarning",

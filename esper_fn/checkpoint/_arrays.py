@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from esper_fn.checkpoint._leaf import Leaf, scalar_value, storage
+from esper_fn.checkpoint._leaf import Leaf, storage, value_of
 from esper_fn.checkpoint._manifest import PACKED, Part
 from esper_fn.errors import CorruptCheckpointError
 
@@ -27,9 +27,12 @@ class Planned(NamedTuple):
     """A part to be written, unless its content is on disk already."""
 
     part: Part
-    content: str
     arrays: dict[str, np.ndarray]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 def fetch(
@@ -77,77 +80,63 @@ def _as_bits(array: np.ndarray, leaf: Leaf) -> np.ndarray:
     return np.ascontiguousarray(array).view(kind).reshape(array.shape)
 
 
-def digests(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> list[str | None]:
-    """SHA-256 of each leaf's bytes."""
-    return [
-        None if leaf.is_scalar else hashlib.sha256(_bytes(array)).hexdigest()
+def _sha256(array: np.ndarray) -> str:
+    data = array.reshape(-1).view(np.uint8).data if array.size else b""
+    return hashlib.sha256(data).hexdigest()
+
+
+def with_digests(leaves: Sequence[Leaf], arrays: Sequence[Any]) -> tuple[Leaf, ...]:
+    """The leaves with the SHA-256 of their bytes."""
+    return tuple(
+        leaf if leaf.is_scalar else leaf._replace(sha256=_sha256(array))
         for leaf, array in zip(leaves, arrays, strict=True)
-    ]
+    )
 
 
-def _bytes(array: np.ndarray) -> Any:
-    return array.reshape(-1).view(np.uint8).data if array.size else b""
-
-
-def plan(
-    leaves: Sequence[Leaf],
-    arrays: Sequence[Any],
-    leaf_digests: Sequence[str | None],
-    prefixes: Sequence[str],
-) -> list[Planned]:
-    """Groups leaves into parts by the longest of the prefixes that their path has."""
+def plan(leaves: Sequence[Leaf], arrays: Sequence[Any], prefixes: Sequence[str]) -> list[Planned]:
+    """Groups leaves, with digests, into parts by the longest of the prefixes of their path."""
     groups: dict[str, list[int]] = {}
     for index, leaf in enumerate(leaves):
-        if leaf.is_scalar:
-            continue
-        fitting = [p for p in prefixes if leaf.path == p or leaf.path.startswith(f"{p}/")]
-        groups.setdefault(max(fitting, key=len, default=""), []).append(index)
-    rest: list[int] = []
-    large = []
+        if not leaf.is_scalar:
+            fitting = [p for p in prefixes if f"{leaf.path}/".startswith(f"{p}/")]
+            groups.setdefault(max(fitting, key=len, default=""), []).append(index)
+    large, rest = [], []
     for indices in groups.values():
-        size = sum(leaves[index].num_bytes for index in indices)
-        if size < PART_BYTES:
-            rest.extend(indices)
+        if sum(leaves[index].num_bytes for index in indices) < PART_BYTES:
+            rest += indices
         else:
             large.append(indices)
-    return [
-        _planned(indices, leaves, arrays, leaf_digests)
-        for indices in (*large, *([sorted(rest)] if rest else []))
-    ]
+    if rest:
+        large.append(sorted(rest))
+    return [_planned(indices, leaves, arrays) for indices in large]
 
 
-def _planned(
-    indices: list[int],
-    leaves: Sequence[Leaf],
-    arrays: Sequence[Any],
-    leaf_digests: Sequence[str | None],
-) -> Planned:
+def _planned(indices: list[int], leaves: Sequence[Leaf], arrays: Sequence[Any]) -> Planned:
     content = hashlib.sha256()
     whole: dict[str, np.ndarray] = {}
     packed: list[np.ndarray] = []
-    offset, positions = 0, []
+    end, positions = 0, []
     for position, index in enumerate(indices):
         leaf, array = leaves[index], arrays[index]
-        content.update(f"{storage(leaf.dtype)} {leaf.shape} {leaf_digests[index]}\n".encode())
+        content.update(f"{storage(leaf.dtype)} {leaf.shape} {leaf.sha256}\n".encode())
         if leaf.num_bytes >= SMALL_BYTES:
             whole[f"leaf{position}"] = array
             positions.append((index, -1))
             continue
-        positions.append((index, offset))
-        padding = -leaf.num_bytes % _ALIGN
+        positions.append((index, end))
         if array.size:
             packed.append(array.reshape(-1).view(np.uint8))
-        packed.append(np.zeros(padding, np.uint8))
-        offset += leaf.num_bytes + padding
-    if offset or not whole:
+        packed.append(np.zeros(_padded(leaf) - leaf.num_bytes, np.uint8))
+        end += _padded(leaf)
+    if end or not whole:
         whole[PACKED] = np.concatenate([*packed, np.zeros(_ALIGN, np.uint8)])
-    name = content.hexdigest()
-    return Planned(
-        part=Part(folder=f"data/{name[:40]}", leaves=tuple(positions)),
-        content=name[:40],
-        arrays=whole,
-        num_bytes=sum(array.nbytes for array in whole.values()),
-    )
+    part = Part(folder=f"data/{content.hexdigest()[:40]}", leaves=tuple(positions))
+    return Planned(part=part, arrays=whole)
+
+
+def _padded(leaf: Leaf) -> int:
+    """Bytes of a leaf in `packed`."""
+    return leaf.num_bytes + -leaf.num_bytes % _ALIGN
 
 
 def expected(part: Part, leaves: Sequence[Leaf]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -159,7 +148,7 @@ def expected(part: Part, leaves: Sequence[Leaf]) -> dict[str, tuple[tuple[int, .
         if offset < 0:
             arrays[f"leaf{position}"] = (leaf.shape, storage(leaf.dtype))
         else:
-            end = max(end, offset + leaf.num_bytes + -leaf.num_bytes % _ALIGN)
+            end = max(end, offset + _padded(leaf))
     if end >= 0 or not arrays:
         arrays[PACKED] = ((max(end, 0) + _ALIGN,), np.dtype(np.uint8))
     return arrays
@@ -180,23 +169,18 @@ def take(
     return bits
 
 
-def value_of(leaf: Leaf, bits: np.ndarray | None, digest: str | None) -> Any:
+def verified(leaf: Leaf, bits: np.ndarray | None) -> Any:
     """Makes the leaf's value, after comparing its bytes with the digest taken when it was saved.
 
     Raises:
       CorruptCheckpointError: other bytes than were saved.
     """
     if leaf.is_scalar:
-        return scalar_value(leaf)
+        return value_of(leaf, None)
     if bits is None:
         raise CorruptCheckpointError(f"{leaf.path}: no array")
     bits = np.ascontiguousarray(bits).reshape(leaf.shape)
-    if digest is not None and hashlib.sha256(_bytes(bits)).hexdigest() != digest:
+    if _sha256(bits) != leaf.sha256:
         raise CorruptCheckpointError(f"{leaf.path}: the array read is not the one that was saved")
     array = bits.reshape(-1).view(jax.numpy.dtype(leaf.dtype)).reshape(leaf.shape)
-    if leaf.key is not None:
-        try:
-            return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=leaf.key)
-        except (TypeError, ValueError) as error:
-            raise CorruptCheckpointError(f"{leaf.path}: no random key: {error}") from None
-    return array
+    return value_of(leaf, array)

@@ -7,15 +7,12 @@ import hashlib
 import os
 import shutil
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from esper_fn.errors import CorruptCheckpointError, UnreadableCheckpointError
 
 MAX_FILES = 100_000
-_PIECE_BYTES = 2**20
-_NO_FILE = frozenset(
-    (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EISDIR)
-)
+_NO_FILE = {"ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENXIO"}
 """What the system says where no plain file is; anything else may be over in a moment."""
 
 
@@ -23,17 +20,9 @@ def is_safe(relative: object) -> bool:
     """Whether a listed path stays inside its folder on every system."""
     if not isinstance(relative, str) or not 0 < len(relative) <= 512:
         return False
-    if (
-        any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in relative)
-        or "\\" in relative
-        or ":" in relative
-    ):
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c in "\\:" for c in relative):
         return False
-    parts = relative.split("/")
-    return (
-        all(part not in ("", ".", "..") for part in parts)
-        and str(PurePosixPath(relative)) == relative
-    )
+    return all(part not in ("", ".", "..") for part in relative.split("/"))
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -65,14 +54,15 @@ def statuses(folder: Path) -> dict[str, os.stat_result]:
     return files
 
 
+def _plain(path: str, flags: int) -> int:
+    """Opens a file, but not through a link, and without waiting for the end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a plain file, which is not opened through a link."""
-    digest = hashlib.sha256()
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    with open(path, "rb", buffering=0, opener=_plain) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
@@ -83,21 +73,17 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
       UnreadableCheckpointError: whatever else the system says; it may be over in a moment.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
-        try:
-            status = os.fstat(handle)
+        with open(path, "rb", opener=_plain) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CorruptCheckpointError(f"{path}: not a plain file")
             if status.st_size > max_bytes:
                 raise CorruptCheckpointError(
                     f"{path}: {status.st_size} bytes, at most {max_bytes} are read"
                 )
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read(max_bytes + 1)
-        finally:
-            os.close(handle)
+            return file.read(max_bytes + 1)
     except OSError as error:
-        if error.errno in _NO_FILE:
+        if errno.errorcode.get(error.errno or 0) in _NO_FILE:
             raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
         raise UnreadableCheckpointError(f"{path}: unreadable: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its steps, their manifests, and how a step leaves it.
+"""A checkpoint folder: its steps, their manifests, how a step leaves it, and its one writer.
 
 ::
 
@@ -9,6 +9,7 @@
         data/<content>/          an Orbax checkpoint of a part of the value
     .work/                       what is being written or removed; nobody reads it
     set_aside/                   what lay where a step had to go, and is not proven corrupt
+    lock                         names the one writer; the lock ends with its process
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from esper_fn._lock import BusyFolderError, FolderLock
 from esper_fn.checkpoint import _files, _manifest
-from esper_fn.checkpoint._json import loads
+from esper_fn.checkpoint._json import corrupt_if_malformed, dumps, loads
 from esper_fn.checkpoint._manifest import Manifest
 from esper_fn.errors import (
     CheckpointError,
@@ -37,6 +41,7 @@ RUN = "run.json"
 STEPS = "steps"
 WORK = ".work"
 ASIDE = "set_aside"
+LOCK = "lock"
 MAX_RECORD_BYTES = 1 << 30
 _STEP_NAME = re.compile(r"\d{12}")
 
@@ -59,9 +64,9 @@ def checked_step(step: Any) -> int:
     return number
 
 
-def step_name(step: int) -> str:
-    """The name of a step's folder."""
-    return f"{step:012d}"
+def step_folder(path: PathLike, step: int) -> Path:
+    """Where a step lies."""
+    return Path(path) / STEPS / f"{step:012d}"
 
 
 def steps(path: PathLike) -> list[int]:
@@ -95,10 +100,9 @@ def run_identity(path: PathLike) -> str:
     file = Path(path) / RUN
     if not exists(file):
         raise NoCheckpointError(f"{path}: not a checkpoint folder (it has no {RUN})")
-    try:
-        content = loads(_files.read_bounded(file, 4096), max_bytes=4096)
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{file}: {error}") from None
+    data = _files.read_bounded(file, 4096)
+    with corrupt_if_malformed(f"{file}"):
+        content = loads(data, max_bytes=4096)
     run = content.get("run") if isinstance(content, dict) else None
     if not isinstance(run, str) or not re.fullmatch(r"[0-9a-f]{32}", run):
         raise CorruptCheckpointError(f"{file}: it names no run")
@@ -130,17 +134,14 @@ def inspect(path: PathLike, step: int, *, key: bytes | None = None) -> Manifest:
       NoCheckpointError: no such step.
     """
     step = checked_step(step)
-    folder = Path(path) / STEPS / step_name(step)
     if step not in steps(path):
         raise NoCheckpointError(f"{path}: no step {step}; there are {steps(path) or 'none'}")
-    file = folder / _manifest.NAME
+    file = step_folder(path, step) / _manifest.NAME
+    data = _files.read_bounded(file, _manifest.MAX_BYTES)
     try:
-        manifest = _manifest.decode(_files.read_bounded(file, _manifest.MAX_BYTES), key)
+        manifest = _manifest.decode(data, key)
     except CorruptCheckpointError as error:
-        text = str(error)
-        raise CorruptCheckpointError(
-            text if text.startswith(str(file)) else f"{file}: {text}"
-        ) from None
+        raise CorruptCheckpointError(f"{file}: {error}") from None
     if manifest.step != step:
         raise CorruptCheckpointError(f"{file}: it is the manifest of step {manifest.step}")
     if manifest.run != run_identity(path):
@@ -150,15 +151,76 @@ def inspect(path: PathLike, step: int, *, key: bytes | None = None) -> Manifest:
 
 def drop(path: Path, step: int) -> None:
     """Removes a step: unlisted by one rename first, so that no half of it is ever seen."""
-    work = path / WORK / f"drop-{step_name(step)}-{secrets.token_hex(4)}"
-    work.parent.mkdir(exist_ok=True)
-    os.rename(path / STEPS / step_name(step), work)
-    shutil.rmtree(work)
+    shutil.rmtree(_move(path, step, f"{WORK}/drop-"))
 
 
 def set_aside(path: Path, step: int) -> Path:
     """Moves away whatever lies where a step has to go; returns where to."""
-    aside = path / ASIDE / f"{step_name(step)}-{secrets.token_hex(4)}"
-    aside.parent.mkdir(exist_ok=True)
-    os.rename(path / STEPS / step_name(step), aside)
-    return aside
+    return _move(path, step, f"{ASIDE}/")
+
+
+def _move(path: Path, step: int, prefix: str) -> Path:
+    target = path / f"{prefix}{step:012d}-{secrets.token_hex(4)}"
+    target.parent.mkdir(exist_ok=True)
+    os.rename(step_folder(path, step), target)
+    return target
+
+
+def open_folder(path: Path) -> tuple[str, FolderLock]:
+    """Makes a folder ready for a writer.
+
+    Args:
+      path: the folder, made if need be.
+
+    Returns:
+      The run's identity, and the lock.
+
+    Raises:
+      CheckpointError: another process has the lock.
+      CorruptCheckpointError: it holds steps but no run.
+      OSError: it cannot be made or written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(path)
+    try:
+        (path / STEPS).mkdir(exist_ok=True)
+        (path / WORK).mkdir(exist_ok=True)
+        for entry in list(os.scandir(path / WORK)):  # what a killed writer left of its own
+            if entry.name.startswith(("save-", "drop-")):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        if not exists(path / RUN):
+            if steps(path):
+                raise CorruptCheckpointError(
+                    f"{path}: it holds steps but no {RUN}; restore that file, or use another folder"
+                )
+            content = {"format": _manifest.FORMAT, "run": secrets.token_hex(16)}
+            _files.write_synced(path / RUN, dumps(content) + b"\n")
+        return run_identity(path), lock
+    except BaseException:
+        lock.close()
+        raise
+
+
+def take_lock(path: Path) -> FolderLock:
+    """Takes the one writer's lock, which ends with the process however that ends."""
+    try:
+        return FolderLock(path / LOCK)
+    except BusyFolderError as error:
+        raise CheckpointError(
+            f"{path}: another process is writing checkpoints there: {error}; wait for it, or use "
+            "another folder"
+        ) from None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keeps writers out of every checkpoint folder at or below `path`, up to three levels deep.
+
+    Raises:
+      CheckpointError: one is writing already; the message names its process.
+    """
+    with ExitStack() as locks:
+        for pattern in ("", "*/", "*/*/", "*/*/*/"):
+            for file in sorted(path.glob(pattern + LOCK)):
+                locks.callback(take_lock(file.parent).close)
+        yield

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 MAX_DEPTH = 256
 
 
-def dumps(value: Any, *, is_checked: bool = False) -> bytes:
-    """Writes a value as one line of UTF-8.
-
-    Args:
-      value: of dicts, lists, tuples, strings, numbers, None.
-      is_checked: refuse also what `loads` would not read back: too deep, or two keys that JSON
-        cannot tell apart.
+def dumps(value: Any) -> bytes:
+    """Writes a value, of dicts, lists, tuples, strings, numbers and None, as one line of UTF-8.
 
     Raises:
-      ValueError: NaN, infinities, and what else JSON cannot say.
+      ValueError: NaN, infinities, what else JSON cannot say, and what `loads` would not read back:
+        too deep, or two keys that JSON cannot tell apart.
     """
     try:
         data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not expressible in JSON: {error}") from None
-    if is_checked:
-        _check_form(value)
+    _check_form(value)
     return data
 
 
@@ -42,7 +41,7 @@ def loads(data: bytes, *, max_bytes: int) -> Any:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_once,
-            parse_constant=_refuse,
+            parse_constant=_finite,
             parse_float=_finite,
         )
     except RecursionError:
@@ -58,14 +57,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return items
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number in JSON")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large for a float")
+        raise ValueError(f"{text} is no finite number")
     return value
 
 
@@ -77,16 +72,21 @@ def _check_form(value: Any) -> None:
         inner: list[Any] = []
         for node in level:
             if isinstance(node, dict):
-                _check_keys(node)
+                texts = {key if isinstance(key, str) else json.dumps(key) for key in node}
+                if len(texts) != len(node):
+                    raise ValueError(f"two of the keys {list(node)[:20]!r} are one in JSON")
                 inner.extend(node.values())
             elif isinstance(node, list | tuple):
                 inner.extend(node)
         level, depth = inner, depth + 1
 
 
-def _check_keys(node: dict[Any, Any]) -> None:
-    if all(type(key) is str for key in node):
-        return
-    texts = {key if isinstance(key, str) else json.dumps(key) for key in node}
-    if len(texts) != len(node):
-        raise ValueError(f"two of the keys {list(node)[:20]!r} are one in JSON")
+@contextmanager
+def corrupt_if_malformed(problem: str) -> Iterator[None]:
+    """Turns what Python raises at content of another form into a `CorruptCheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"{problem}: {error}") from None

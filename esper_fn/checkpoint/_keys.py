@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
 
 from esper_fn._records import enum_type, name_of, qualified
 from esper_fn._text import short
+from esper_fn.checkpoint._json import corrupt_if_malformed
+from esper_fn.checkpoint._leaf import MAX_INT_BITS, MAX_INT_DIGITS, WHOLE_DTYPES
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 MAX_TUPLE_DEPTH = 8
-_NUMPY = frozenset(
-    f"{kind}{bits}"
-    for kind, widths in (
-        ("int", (8, 16, 32, 64)),
-        ("uint", (8, 16, 32, 64)),
-        ("float", (16, 32, 64)),
-        ("bool", ("",)),
-    )
-    for bits in widths
-)
+_NUMPY = WHOLE_DTYPES | {"float16", "float32", "float64"}
 
 
 def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
@@ -36,33 +31,28 @@ def key_to_json(key: Any, path: str, depth: int = 0) -> Any:
     Raises:
       CheckpointError: a key of a type that cannot be stored.
     """
-    row: Any = None
+    kind = type(key)
     if isinstance(key, enum.Enum):
-        kind = type(key)
         members = [member.name for member in key] if isinstance(key, enum.Flag) else [key.name]
-        row = {"enum": [name_of(kind) or qualified(kind), *members]}
-    elif isinstance(key, np.generic) and str(key.dtype) in _NUMPY:
+        return {"enum": [name_of(kind) or qualified(kind), *members]}
+    if isinstance(key, np.generic) and str(key.dtype) in _NUMPY:
         value = key.item()
-        row = {"numpy": [str(key.dtype), value.hex() if isinstance(value, float) else str(value)]}
-    elif isinstance(key, str):
-        row = str(key)
-    elif key is None or type(key) is bool:
-        row = {"constant": key}
-    elif type(key) is int and key.bit_length() <= 13_000:
-        row = {"int": str(key)}
-    elif type(key) is float:
-        row = {"float": key.hex()}
-    elif type(key) is bytes:
-        row = {"bytes": key.hex()}
-    elif type(key) is tuple and depth < MAX_TUPLE_DEPTH:
-        row = {"tuple": [key_to_json(part, path, depth + 1) for part in key]}
-    if row is None:
-        raise CheckpointError(
-            f"{path or 'the value'}: the dictionary key {short(key)} is a {qualified(type(key))}; "
-            "a key may be a string, int, bool, float, None, bytes, NumPy number, enum member, or a "
-            "tuple of these: convert it"
-        )
-    return row
+        return {"numpy": [str(key.dtype), value.hex() if isinstance(value, float) else str(value)]}
+    if isinstance(key, str):
+        return str(key)
+    if key is None or kind is bool:
+        return {"constant": key}
+    if kind is int and key.bit_length() <= MAX_INT_BITS:
+        return {"int": str(key)}
+    if kind in (float, bytes):
+        return {kind.__name__: key.hex()}
+    if kind is tuple and depth < MAX_TUPLE_DEPTH:
+        return {"tuple": [key_to_json(part, path, depth + 1) for part in key]}
+    raise CheckpointError(
+        f"{path or 'the value'}: the dictionary key {short(key)} is a {qualified(kind)}; "
+        "a key may be a string, int, bool, float, None, bytes, NumPy number, enum member, or a "
+        "tuple of these: convert it"
+    )
 
 
 def label(row: Any) -> str:
@@ -90,15 +80,9 @@ def keys_from_json(rows: list[Any], like: Any = None) -> list[Any]:
       CorruptCheckpointError: no keys, or two that are equal.
       CheckpointError: an enum that is neither registered nor among the keys of `like`.
     """
-    kinds = {}
-    if isinstance(like, dict):
-        kinds = {qualified(kind): kind for kind in _enums(like)}
-    try:
+    kinds = {qualified(kind): kind for kind in _enums(like if isinstance(like, dict) else ())}
+    with corrupt_if_malformed(f"keys of a node are {short(rows)}"):
         keys = [_from_json(row, kinds, 0) for row in rows]
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
-        raise CorruptCheckpointError(f"keys of a node are {short(rows)}") from None
     if len(dict.fromkeys(keys)) != len(keys):
         raise CorruptCheckpointError(f"two keys of a node are equal: {short(rows)}")
     return keys
@@ -120,19 +104,15 @@ def _from_json(row: Any, kinds: dict[str, type[Any]], depth: int) -> Any:
     ((kind, value),) = row.items()
     if kind == "constant" and (value is None or type(value) is bool):
         return value
-    if kind == "int" and isinstance(value, str) and len(value) < 4000:
+    if kind == "int" and isinstance(value, str) and len(value) < MAX_INT_DIGITS:
         return int(value)
-    if kind == "float":
-        return float.fromhex(value)
-    if kind == "bytes":
-        return bytes.fromhex(value)
     if kind == "tuple" and isinstance(value, list):
         return tuple(_from_json(part, kinds, depth + 1) for part in value)
     if kind == "numpy":
         return _number(*value)
     if kind == "enum":
         return _member(kinds, *value)
-    raise ValueError("of another form")
+    return {"float": float.fromhex, "bytes": bytes.fromhex}[kind](value)
 
 
 def _number(dtype: str, text: str) -> Any:
@@ -159,9 +139,6 @@ def _member(kinds: dict[str, type[Any]], type_name: str, *members: str) -> Any:
             f"{', '.join(kind.__members__)}: restore with the version that wrote it"
         )
     if issubclass(kind, enum.Flag):
-        flags = kind(0)
-        for member in members:
-            flags |= kind[member]
-        return flags
+        return reduce(or_, (kind[member] for member in members), kind(0))
     (only,) = members
     return kind[only]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esper_fn._text import short
+from esper_fn.checkpoint._json import corrupt_if_malformed
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
 
 MAX_RANK = 32
 MAX_INT_BITS = 13_000
+MAX_INT_DIGITS = 4_000
 MAX_LEAF_BYTES = 2**50
 KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 """Implementations of random keys, and how many numbers each is."""
@@ -32,13 +35,13 @@ class Leaf(NamedTuple):
     """Implementation of a typed random key; dtype and shape are of its data then."""
     scalar: Any = None
     """The value itself, of a Python number or string (floats as `float.hex`)."""
+    sha256: str | None = None
+    """Of the array's bytes, once they were read; None for a scalar."""
 
     @property
     def num_bytes(self) -> int:
         """Of the array; 0 for a scalar."""
-        if self.is_scalar:
-            return 0
-        return math.prod(self.shape) * storage(self.dtype).itemsize
+        return 0 if self.is_scalar else math.prod(self.shape) * storage(self.dtype).itemsize
 
     @property
     def is_scalar(self) -> bool:
@@ -65,26 +68,13 @@ def storage(dtype: str) -> np.dtype[Any]:
     raise CorruptCheckpointError(f"dtype {dtype!r} is none that a checkpoint may hold")
 
 
-_PLAIN = frozenset(
-    f"{kind}{bits}"
-    for kind, widths in (
-        ("int", (8, 16, 32, 64)),
-        ("uint", (8, 16, 32, 64)),
-        ("float", (16, 32, 64)),
-        ("complex", (64, 128)),
-    )
-    for bits in widths
-) | {"bool"}
-_AS_INTEGERS = {
-    "bfloat16": "uint16",
-    "float8_e4m3fn": "uint8",
-    "float8_e5m2": "uint8",
-    "float8_e4m3b11fnuz": "uint8",
-    "float8_e4m3fnuz": "uint8",
-    "float8_e5m2fnuz": "uint8",
-    "int4": "uint8",
-    "uint4": "uint8",
-}
+WHOLE_DTYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"bool"}
+_PLAIN = WHOLE_DTYPES | {"float16", "float32", "float64", "complex64", "complex128"}
+_EIGHT_BITS = (
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    *("int4", "uint4"),
+)
+_AS_INTEGERS = {"bfloat16": "uint16"} | dict.fromkeys(_EIGHT_BITS, "uint8")
 
 
 def leaf_of(node: Any, path: str) -> tuple[Leaf | None, Any]:
@@ -145,7 +135,7 @@ def _scalar(node: Any, path: str) -> Leaf:
         )
     value = node
     if name in ("float()", "int()"):
-        value = node.hex() if isinstance(node, float) else str(node)
+        value = node.hex() if name == "float()" else str(node)
     return Leaf(path=path, dtype=name, shape=(), scalar=value)
 
 
@@ -156,48 +146,54 @@ def _name(dtype: Any) -> str:
 
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
     """The leaf as a row of the manifest."""
-    row: dict[str, Any] = {"path": leaf.path, "dtype": leaf.dtype, "shape": list(leaf.shape)}
-    if leaf.key is not None:
-        row["key"] = leaf.key
-    if leaf.is_scalar:
-        row["scalar"] = leaf.scalar
+    row = leaf._asdict() | {"shape": list(leaf.shape)}
+    if leaf.key is None:
+        del row["key"]
+    if not leaf.is_scalar:
+        del row["scalar"]
     return row
 
 
 def leaf_from_json(row: Any) -> Leaf:
     """The reverse of `leaf_to_json`; raises `CorruptCheckpointError`."""
-    if not isinstance(row, dict) or row.keys() - {"path", "dtype", "shape", "key", "scalar"}:
-        raise CorruptCheckpointError(f"a leaf is {short(row)}")
-    path, dtype, shape = row.get("path"), row.get("dtype"), row.get("shape")
-    key, scalar = row.get("key"), row.get("scalar")
-    if not isinstance(path, str) or not isinstance(dtype, str) or not isinstance(shape, list):
-        raise CorruptCheckpointError(f"a leaf is {short(row)}")
-    if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
-        raise CorruptCheckpointError(f"{path}: shape {short(shape)}")
-    if key is not None and (not isinstance(key, str) or key not in KEYS):
-        raise CorruptCheckpointError(f"{path}: random keys of kind {short(key)} are unknown")
-    if key is not None and (dtype != "uint32" or shape[-1:] != [KEYS[key]]):
-        raise CorruptCheckpointError(f"{path}: {dtype}{short(shape)} are no random keys")
-    leaf = Leaf(path=path, dtype=dtype, shape=tuple(shape), key=key, scalar=scalar)
-    if leaf.is_scalar:
-        scalar_value(leaf)
-    elif leaf.num_bytes > MAX_LEAF_BYTES:
-        raise CorruptCheckpointError(f"{path}: an array of {leaf.num_bytes} bytes is impossible")
-    return leaf
+    with corrupt_if_malformed(f"a leaf is {short(row)}"):
+        leaf = Leaf(**row)
+        path, dtype, shape, key = leaf[:4]
+        if not isinstance(path, str) or not isinstance(dtype, str) or not isinstance(shape, list):
+            raise ValueError("it has another form")
+        if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+            raise ValueError("no array has this shape")
+        if key is not None and (dtype != "uint32" or shape[-1:] != [KEYS[key]]):
+            raise ValueError("they are no random keys")
+        if leaf.is_scalar:
+            scalar_value(leaf)
+        elif leaf.num_bytes > MAX_LEAF_BYTES:
+            raise ValueError(f"an array of {leaf.num_bytes} bytes is impossible")
+        return leaf._replace(shape=tuple(shape))
 
 
 def scalar_value(leaf: Leaf) -> Any:
     """The Python number or string of a scalar leaf; raises `CorruptCheckpointError`."""
-    value = leaf.scalar
-    try:
-        if leaf.dtype == "float()" and isinstance(value, str) and len(value) < 64:
+    kind, value = leaf.dtype, leaf.scalar
+    with suppress(ValueError, OverflowError):
+        if kind == "float()" and isinstance(value, str) and len(value) < 64:
             return float.fromhex(value)
-        if leaf.dtype == "int()" and isinstance(value, str) and len(value) < 4000:
+        if kind == "int()" and isinstance(value, str) and len(value) < MAX_INT_DIGITS:
             return int(value)
-    except (ValueError, OverflowError):
-        pass
-    if (leaf.dtype == "bool()" and isinstance(value, bool)) or (
-        leaf.dtype == "str()" and isinstance(value, str)
-    ):
+    if isinstance(value, {"bool()": bool, "str()": str}.get(kind, ())):
         return value
-    raise CorruptCheckpointError(f"{leaf.path}: {short(value)} is no {leaf.dtype[:-2]}")
+    raise CorruptCheckpointError(f"{leaf.path}: {short(value)} is no {kind[:-2]}")
+
+
+def value_of(leaf: Leaf, array: Any) -> Any:
+    """The leaf as the caller had it: a number or string, a typed random key, or the array itself.
+
+    Raises:
+      CorruptCheckpointError: no such random key.
+    """
+    if leaf.is_scalar:
+        return scalar_value(leaf)
+    if leaf.key is None:
+        return array
+    with corrupt_if_malformed(f"{leaf.path}: no random key"):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=leaf.key)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from esper_fn.checkpoint._files import MAX_FILES, is_safe
-from esper_fn.checkpoint._json import dumps, loads
+from esper_fn.checkpoint._json import corrupt_if_malformed, dumps, loads
 from esper_fn.checkpoint._leaf import Leaf, leaf_from_json, leaf_to_json
 from esper_fn.checkpoint._structure import MAX_LEAVES
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
@@ -29,60 +28,44 @@ PACKED = "packed"
 _SEAL = b"esper-fn checkpoint manifest\n"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileInfo:
+class FileInfo(NamedTuple):
     """Size and digest of one file."""
 
     num_bytes: int
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Leaves that lie in one folder of Orbax's.
-
-    Attributes:
-      folder: below the step's, named by content, so that equal parts have equal names.
-      leaves: index of each leaf, and where it begins in the array `packed`, or -1 where it is the
-        array `leaf{position in this tuple}`.
-    """
+class Part(NamedTuple):
+    """Leaves that lie in one folder of Orbax's."""
 
     folder: str
+    """Below the step's, named by content, so that equal parts have equal names."""
     leaves: tuple[tuple[int, int], ...]
+    """Index of each leaf, and where it begins in the array `packed`, or -1 where it is the array
+    `leaf{position in this tuple}`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """One step on disk.
-
-    Attributes:
-      run: identity of the folder the step belongs to.
-      step: training steps done.
-      structure: of the value, as JSON.
-      leaves: of the value.
-      digests: SHA-256 of each leaf's bytes; None for a number or a string.
-      parts: where the leaves' arrays lie.
-      files: every file of the step but the manifest.
-      metrics: finite numbers for retention.
-      versions: of what wrote it.
-      is_signed: whether it has an HMAC.
-    """
+class Manifest(NamedTuple):
+    """One step on disk."""
 
     run: str
+    """Identity of the folder the step belongs to."""
     step: int
+    """Training steps done."""
     structure: Any
+    """Of the value, as JSON."""
     leaves: tuple[Leaf, ...]
-    digests: tuple[str | None, ...]
+    """Of the value, with their digests."""
     parts: tuple[Part, ...]
+    """Where the leaves' arrays lie."""
     files: Mapping[str, FileInfo]
+    """Every file of the step but the manifest."""
     metrics: Mapping[str, float]
+    """Finite numbers for retention."""
     versions: Mapping[str, str]
+    """Of what wrote it."""
     is_signed: bool = False
-
-    @property
-    def num_array_bytes(self) -> int:
-        """The memory that all arrays take."""
-        return sum(leaf.num_bytes for leaf in self.leaves)
+    """Whether it has an HMAC."""
 
 
 def encode(manifest: Manifest, key: bytes | None) -> bytes:
@@ -98,26 +81,12 @@ def encode(manifest: Manifest, key: bytes | None) -> bytes:
     Raises:
       CheckpointError: more than `MAX_BYTES`.
     """
-    content_line = dumps(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "run": manifest.run,
-            "step": manifest.step,
-            "structure": manifest.structure,
-            "leaves": [
-                leaf_to_json(leaf) | {"sha256": digest}
-                for leaf, digest in zip(manifest.leaves, manifest.digests, strict=True)
-            ],
-            "parts": [
-                {"folder": part.folder, "leaves": [list(row) for row in part.leaves]}
-                for part in manifest.parts
-            ],
-            "files": {path: list(astuple(info)) for path, info in manifest.files.items()},
-            "metrics": dict(manifest.metrics),
-            "versions": dict(manifest.versions),
-        }
-    )
+    rows = manifest._asdict() | {
+        "leaves": list(map(leaf_to_json, manifest.leaves)),
+        "parts": [part._asdict() for part in manifest.parts],
+    }
+    del rows["is_signed"]
+    content_line = dumps({"format": FORMAT, "version": VERSION, **rows})
     data = content_line + b"\n" + dumps(_seal(content_line, key)) + b"\n"
     if len(data) > MAX_BYTES:
         raise CheckpointError(
@@ -149,10 +118,8 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
     if len(lines) != 3 or lines[2] != b"":
         raise CorruptCheckpointError("it is not two lines")
     content_line, seal_line = lines[0], lines[1]
-    try:
+    with corrupt_if_malformed("its seal"):
         seal = loads(seal_line, max_bytes=1024)
-    except ValueError as error:
-        raise CorruptCheckpointError(f"its seal: {error}") from None
     _require(isinstance(seal, dict) and seal.keys() <= {"sha256", "hmac_sha256"}, "its seal")
     if key is not None and "hmac_sha256" not in seal:
         raise CorruptCheckpointError("it has no HMAC, but a key is given")
@@ -161,17 +128,10 @@ def decode(data: bytes, key: bytes | None) -> Manifest:
         if not _is_digest(value) or not hmac.compare_digest(str(value), digest):
             raise CorruptCheckpointError(f"its {name.replace('_', '-')} does not match")
     _require(dumps(seal) == seal_line, "its seal")
-    try:
+    with corrupt_if_malformed("its content has another form"):
         content = loads(content_line, max_bytes=MAX_BYTES)
-    except ValueError as error:
-        raise CorruptCheckpointError(f"it is no JSON of ours: {error}") from None
-    _check_version(content)
-    try:
+        _check_version(content)
         return _parse(content, is_signed="hmac_sha256" in seal)
-    except CheckpointError:
-        raise
-    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptCheckpointError(f"its content has another form: {error}") from error
 
 
 def _require(is_met: bool, name: str) -> None:
@@ -193,35 +153,27 @@ def _check_version(content: Any) -> None:
 
 
 def _parse(content: dict[str, Any], *, is_signed: bool) -> Manifest:
-    run, step = content.get("run"), content.get("step")
+    run, step, rows = content["run"], content["step"], content["leaves"]
+    metrics, versions, files = content["metrics"], content["versions"], _files(content["files"])
     _require(isinstance(run, str) and 0 < len(run) <= 64, "its run")
     _require(type(step) is int and 0 <= step <= MAX_STEP, "its step")
-    rows, metrics, versions = (content.get(name) for name in ("leaves", "metrics", "versions"))
     _require(isinstance(rows, list) and len(rows) <= MAX_LEAVES, "its list of leaves")
-    leaves, digests = [], []
-    for row in rows:  # type: ignore[union-attr]
-        _require(isinstance(row, dict), "a leaf")
-        digest = row.get("sha256")
-        leaf = leaf_from_json({name: row[name] for name in row.keys() - {"sha256"}})
-        _require(digest is None if leaf.is_scalar else _is_digest(digest), "the digest of a leaf")
-        digests.append(digest)
-        leaves.append(leaf)
-    _require(isinstance(metrics, dict) and all(map(_is_number, metrics.values())), "its metrics")
+    leaves = tuple(map(leaf_from_json, rows))
     _require(
-        isinstance(versions, dict) and all(isinstance(text, str) for text in versions.values()),
-        "its list of versions",
+        all(leaf.sha256 is None if leaf.is_scalar else _is_digest(leaf.sha256) for leaf in leaves),
+        "the digest of a leaf",
     )
-    files = _files(content.get("files"))
+    _require(isinstance(metrics, dict) and all(map(_is_number, metrics.values())), "its metrics")
+    _require(all(isinstance(text, str) for text in versions.values()), "its list of versions")
     return Manifest(
-        run=str(run),
-        step=step,  # type: ignore[arg-type]
-        structure=content.get("structure"),
-        leaves=tuple(leaves),
-        digests=tuple(digests),
-        parts=_parts(content.get("parts"), leaves, files),
+        run=run,
+        step=step,
+        structure=content["structure"],
+        leaves=leaves,
+        parts=_parts(content["parts"], leaves, files),
         files=files,
-        metrics=metrics,  # type: ignore[arg-type]
-        versions=versions,  # type: ignore[arg-type]
+        metrics=metrics,
+        versions=versions,
         is_signed=is_signed,
     )
 
@@ -237,38 +189,34 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
 
 
-def _files(content: Any) -> dict[str, FileInfo]:
-    _require(isinstance(content, dict) and len(content) <= MAX_FILES, "its list of files")
+def _files(content: dict[str, list[Any]]) -> dict[str, FileInfo]:
+    _require(len(content) <= MAX_FILES, "its list of files")
     files = {}
-    for path, row in content.items():
+    for path, (size, digest) in content.items():
         if not is_safe(path) or path == NAME:
             raise CorruptCheckpointError(f"it lists a file {path[:80]!r}, which no step has")
-        _require(isinstance(row, list) and len(row) == 2, f"the row of {path!r}")
-        size, digest = row
         _require(type(size) is int and 0 <= size < 2**62, f"the size of {path!r}")
         _require(_is_digest(digest), f"the digest of {path!r}")
         files[path] = FileInfo(num_bytes=size, sha256=digest)
     return files
 
 
-def _parts(content: Any, leaves: list[Leaf], files: dict[str, FileInfo]) -> tuple[Part, ...]:
-    _require(isinstance(content, list), "its list of parts")
+def _parts(
+    content: list[Any], leaves: Sequence[Leaf], files: Mapping[str, FileInfo]
+) -> tuple[Part, ...]:
     parts: list[Part] = []
-    used: set[int] = set()
+    used: list[int] = []
     for row in content:
-        _require(isinstance(row, dict), "a part")
-        folder, pairs = row.get("folder"), row.get("leaves")
-        _require(is_safe(folder) and isinstance(pairs, list), "a part")
+        folder, pairs = row["folder"], row["leaves"]
+        _require(is_safe(folder), "a part")
         if not any(path.startswith(f"{folder}/") for path in files):
             raise CorruptCheckpointError(f"part {folder!r} has no files")
-        for pair in pairs:
-            is_pair = isinstance(pair, list) and [type(n) for n in pair] == [int, int]
-            _require(is_pair, "the position of a leaf")
-            index, offset = pair
-            if not 0 <= index < len(leaves) or index in used or not -1 <= offset < 2**40:
+        for index, offset in pairs:
+            _require(type(index) is int and type(offset) is int, "the position of a leaf")
+            if not 0 <= index < len(leaves) or not -1 <= offset < 2**40:
                 raise CorruptCheckpointError("the position of a leaf is impossible")
-            used.add(index)
+            used.append(index)
         parts.append(Part(folder=folder, leaves=tuple((index, offset) for index, offset in pairs)))
-    if used != {index for index, leaf in enumerate(leaves) if not leaf.is_scalar}:
+    if sorted(used) != [index for index, leaf in enumerate(leaves) if not leaf.is_scalar]:
         raise CorruptCheckpointError("its parts do not hold its leaves, each once")
     return tuple(parts)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from esper_fn.checkpoint import _arrays, _files, _manifest, _orbax
 from esper_fn.checkpoint._folder import (
     MAX_RECORD_BYTES,
-    STEPS,
     PathLike,
     checked_step,
     inspect,
     run_identity,
-    step_name,
+    step_folder,
     steps,
 )
-from esper_fn.checkpoint._json import loads
-from esper_fn.checkpoint._keys import label as key_label
-from esper_fn.checkpoint._manifest import Manifest
-from esper_fn.checkpoint._structure import build, check_structure
-from esper_fn.checkpoint._verify import Damage, first_damage, of_manifest, worst
+from esper_fn.checkpoint._json import corrupt_if_malformed, loads
+from esper_fn.checkpoint._structure import assemble, check_structure, child_names, leaf_numbers
+from esper_fn.checkpoint._verify import Damage, damage_by, damages, worst
 from esper_fn.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -80,16 +77,16 @@ def restore(
       CheckpointError: a newer format, a type that is not registered, more than `max_bytes`, or
         `only` names nothing.
     """
-    reader = _Reader(Path(path), only, like, key, max_bytes)
+    read = partial(_read, path, only=only, like=like, key=key, max_bytes=max_bytes)
     if step is not None:
         step = checked_step(step)
-        damage = first_damage(path, step, key=key)
+        damage = next(damages(path, step, key=key), None)
         if damage is not None:
             message = f"{Path(path)}: {damage}; leave `step` out to take the newest sound one"
             if damage.verdict == "unreadable":
                 raise UnreadableCheckpointError(message)
             raise CorruptCheckpointError(message)
-        return reader.read(step)
+        return read(step)
     passed: list[Damage] = []
     for candidate in reversed(steps(path)):
         damage = worst(path, candidate, key=key)
@@ -97,9 +94,9 @@ def restore(
             continue  # a writer has just collected it
         if damage is None:
             try:
-                return reader.read(candidate)._replace(passed_over=tuple(passed))
+                return read(candidate)._replace(passed_over=tuple(passed))
             except (CorruptCheckpointError, UnreadableCheckpointError) as error:
-                damage = of_manifest(Path(path), candidate, error)
+                damage = damage_by(error, path, candidate)
         passed.append(damage)
     if not passed:
         run_identity(path)
@@ -107,100 +104,67 @@ def restore(
     raise NoCheckpointError(f"{Path(path)}: nothing to restore: {problems}")
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads steps that are verified, as `restore` was called."""
-
-    root: Path
-    only: str | None
-    like: Any
-    key: bytes | None
-    max_bytes: int | None
-
-    def read(self, step: int) -> Restored:
-        manifest = inspect(self.root, step, key=self.key)
-        folder = self.root / STEPS / step_name(step)
-        structure, indices = _selected(manifest, self.only)
-        size = sum(manifest.leaves[index].num_bytes for index in indices)
-        limit = _memory_bytes() if self.max_bytes is None else self.max_bytes
-        if size > limit:
-            raise CheckpointError(
-                f"{folder}: its arrays take {size} bytes, max_bytes is {limit}; pass a larger one, "
-                "or restore a part with `only=`"
-            )
-        bits = {}
-        for part in manifest.parts:
-            if not indices.isdisjoint(index for index, _ in part.leaves):
-                stored = _orbax.read(folder / part.folder, _arrays.expected(part, manifest.leaves))
-                bits.update(_arrays.take(part, manifest.leaves, stored))
-        order = sorted(indices)
-        values = [
-            _arrays.value_of(manifest.leaves[i], bits.get(i), manifest.digests[i]) for i in order
-        ]
-        structure = _renumbered(structure, {index: n for n, index in enumerate(order)})
-        return Restored(
-            step=step,
-            value=build(structure, values, self.like),
-            record=_record(folder) if _manifest.RECORD in manifest.files else None,
-            metrics=manifest.metrics,
-            versions=manifest.versions,
-            passed_over=(),
+def _read(
+    path: PathLike,
+    step: int,
+    *,
+    only: str | None,
+    like: Any,
+    key: bytes | None,
+    max_bytes: int | None,
+) -> Restored:
+    """Reads a step that is verified."""
+    manifest = inspect(path, step, key=key)
+    folder, leaves = step_folder(path, step), manifest.leaves
+    check_structure(manifest.structure, len(leaves))
+    structure = _selected(manifest.structure, only)
+    indices = set(leaf_numbers(structure))
+    size = sum(leaves[index].num_bytes for index in indices)
+    limit = _memory_bytes() if max_bytes is None else max_bytes
+    if size > limit:
+        raise CheckpointError(
+            f"{folder}: its arrays take {size} bytes, max_bytes is {limit}; pass a larger one, "
+            "or restore a part with `only=`"
         )
+    bits = {}
+    for part in manifest.parts:
+        if not indices.isdisjoint(index for index, _ in part.leaves):
+            stored = _orbax.read(folder / part.folder, _arrays.expected(part, leaves))
+            bits.update(_arrays.take(part, leaves, stored))
+    values = {index: _arrays.verified(leaves[index], bits.get(index)) for index in indices}
+    return Restored(
+        step=step,
+        value=assemble(structure, values, like),
+        record=_record(folder) if _manifest.RECORD in manifest.files else None,
+        metrics=manifest.metrics,
+        versions=manifest.versions,
+        passed_over=(),
+    )
 
 
 def _record(folder: Path) -> Any:
     file = folder / _manifest.RECORD
     data = _files.read_bounded(file, MAX_RECORD_BYTES)
-    try:
+    with corrupt_if_malformed(f"{file}"):
         return loads(data, max_bytes=MAX_RECORD_BYTES)
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{file}: {error}") from None
 
 
-def _selected(manifest: Manifest, only: str | None) -> tuple[Any, set[int]]:
-    """The part of the structure that `only` names, and its leaves."""
-    node = manifest.structure
-    check_structure(node, len(manifest.leaves))
+def _selected(node: Any, only: str | None) -> Any:
+    """The part of the structure that `only` names."""
     for name in only.split("/") if only else ():
-        children = [] if type(node) is int else node.get("children", [])
-        labels = [str(n) for n in range(len(children))]
-        if children and node["kind"] in ("dict", "named"):
-            labels = _labels(node["keys"])
-        if labels.count(name) > 1:
+        names = child_names(node)
+        if names.count(name) > 1:
             raise CheckpointError(
-                f"only={only!r}: {labels.count(name)} keys of other types are called {name!r} "
+                f"only={only!r}: {names.count(name)} keys of other types are called {name!r} "
                 "there; restore what lies above"
             )
-        if name not in labels:
+        if name not in names:
             raise CheckpointError(
                 f"only={only!r}: the checkpoint has no {name!r} there; it has "
-                f"{', '.join(map(str, labels[:20])) or 'nothing'}"
+                f"{', '.join(names[:20]) or 'nothing'}"
             )
-        node = children[labels.index(name)]
-    indices: set[int] = set()
-    pending = [node]
-    while pending:
-        inner = pending.pop()
-        if type(inner) is int:
-            indices.add(inner)
-        else:
-            pending.extend(inner.get("children", []))
-    return node, indices
-
-
-def _labels(keys: list[Any]) -> list[str]:
-    try:
-        return [key_label(key) for key in keys]
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
-        raise CorruptCheckpointError("the keys of a node have another form") from None
-
-
-def _renumbered(node: Any, numbers: Mapping[int, int]) -> Any:
-    if type(node) is int:
-        return numbers[node]
-    if "children" not in node:
-        return node
-    return node | {"children": [_renumbered(child, numbers) for child in node["children"]]}
+        node = node["children"][names.index(name)]
+    return node
 
 
 def _memory_bytes() -> int:

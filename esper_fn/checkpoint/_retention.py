@@ -64,8 +64,8 @@ class Retention:
         def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
             return {**other.choose(history, context), **self.choose(history, context)}
 
-        both = [b for b in (self.max_bytes, other.max_bytes) if b is not None]
-        limit = max(both) if len(both) == 2 else None
+        budgets = _budgets(self, other)
+        limit = max(budgets) if len(budgets) == 2 else None
         return Retention(name=f"({self.name} | {other.name})", choose=choose, max_bytes=limit)
 
     def __and__(self, other: Retention) -> Retention:
@@ -77,9 +77,17 @@ class Retention:
                 step: f"{why} and {second[step]}" for step, why in first.items() if step in second
             }
 
-        both = [b for b in (self.max_bytes, other.max_bytes) if b is not None]
-        limit = min(both) if both else None
+        limit = min(_budgets(self, other), default=None)
         return Retention(name=f"({self.name} & {other.name})", choose=choose, max_bytes=limit)
+
+
+def _budgets(*retentions: Retention) -> list[int]:
+    return [each.max_bytes for each in retentions if each.max_bytes is not None]
+
+
+def _by_history(name: str, choose: Callable[[Sequence[Step]], Mapping[int, str]]) -> Retention:
+    """A retention that looks at nothing but the steps."""
+    return Retention(name=name, choose=lambda history, context: choose(history))
 
 
 def latest(num_steps: int) -> Retention:
@@ -89,25 +97,20 @@ def latest(num_steps: int) -> Retention:
     'latest(3)'
     """
     _check("num_steps", num_steps, 1)
-
-    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
-        del context
-        return {row.step: f"among the latest {num_steps}" for row in history[-num_steps:]}
-
-    return Retention(name=f"latest({num_steps})", choose=choose)
+    why = f"among the latest {num_steps}"
+    return _by_history(
+        f"latest({num_steps})", lambda history: {row.step: why for row in history[-num_steps:]}
+    )
 
 
 def every(num_steps: int) -> Retention:
     """Keeps steps whose number is a multiple of `num_steps`."""
     _check("num_steps", num_steps, 1)
-
-    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
-        del context
-        return {
-            row.step: f"a multiple of {num_steps}" for row in history if row.step % num_steps == 0
-        }
-
-    return Retention(name=f"every({num_steps})", choose=choose)
+    why = f"a multiple of {num_steps}"
+    return _by_history(
+        f"every({num_steps})",
+        lambda history: {row.step: why for row in history if row.step % num_steps == 0},
+    )
 
 
 def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Retention:
@@ -123,8 +126,7 @@ def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Re
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     sign = 1 if mode == "min" else -1
 
-    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
-        del context
+    def choose(history: Sequence[Step]) -> Mapping[int, str]:
         known = [row for row in history if math.isfinite(row.metrics.get(metric, math.nan))]
         ranked = sorted(known, key=lambda row: (sign * row.metrics[metric], -row.step))
         return {
@@ -132,7 +134,7 @@ def best(num_steps: int, metric: str, mode: Literal["min", "max"] = "min") -> Re
             for row in ranked[:num_steps]
         }
 
-    return Retention(name=f"best({num_steps}, {metric!r}, {mode!r})", choose=choose)
+    return _by_history(f"best({num_steps}, {metric!r}, {mode!r})", choose)
 
 
 def pinned(steps: Iterable[int]) -> Retention:
@@ -140,12 +142,10 @@ def pinned(steps: Iterable[int]) -> Retention:
     numbers = frozenset(steps)
     for step in numbers:
         _check("a pinned step", step, 0)
-
-    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
-        del context
-        return {row.step: "pinned" for row in history if row.step in numbers}
-
-    return Retention(name=f"pinned({sorted(numbers)})", choose=choose)
+    return _by_history(
+        f"pinned({sorted(numbers)})",
+        lambda history: {row.step: "pinned" for row in history if row.step in numbers},
+    )
 
 
 def within_bytes(num_bytes: int) -> Retention:
@@ -177,12 +177,9 @@ def within_bytes(num_bytes: int) -> Retention:
 
 def everything() -> Retention:
     """Keeps all steps."""
-
-    def choose(history: Sequence[Step], context: Context) -> Mapping[int, str]:
-        del context
-        return {row.step: "everything is kept" for row in history}
-
-    return Retention(name="everything()", choose=choose)
+    return _by_history(
+        "everything()", lambda history: {row.step: "everything is kept" for row in history}
+    )
 
 
 class Decision(NamedTuple):
@@ -221,7 +218,9 @@ def decide(
     steps = sorted(history, key=lambda row: row.step)
     sound = [row for row in steps if row.is_sound and not row.doubt]
     newest = sound[-1].step if sound else None
-    incoming_bytes += _own_bytes([row for row in steps if row.doubt], beside=sound)
+    shared = {name for row in sound for name in row.blobs}
+    own = {name: size for row in steps if row.doubt for name, size in row.blobs.items()}
+    incoming_bytes += sum(size for name, size in own.items() if name not in shared)
     chosen = keep.choose(sound, Context(frozenset(protected), incoming_bytes))
     decisions = []
     for row in steps:
@@ -237,13 +236,6 @@ def decide(
             is_kept, why = True, chosen[row.step]
         decisions.append(Decision(row.step, is_kept, why))
     return decisions
-
-
-def _own_bytes(steps: Sequence[Step], beside: Sequence[Step]) -> int:
-    """What steps take that others do not share."""
-    others = {name for row in beside for name in row.blobs}
-    own = {name: size for row in steps for name, size in row.blobs.items() if name not in others}
-    return sum(own.values())
 
 
 def _check(name: str, value: object, least: int) -> None:

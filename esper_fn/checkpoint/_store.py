@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax, _retention, _verify
-from esper_fn.checkpoint._folder import STEPS, WORK, drop, set_aside, step_name
+from esper_fn.checkpoint._folder import WORK, drop, open_folder, set_aside, step_folder
 from esper_fn.checkpoint._leaf import Leaf
-from esper_fn.checkpoint._locking import open_folder
 from esper_fn.checkpoint._manifest import FileInfo, Manifest
 from esper_fn.errors import CheckpointError
 
@@ -59,8 +58,7 @@ class Store:
         self._key, self._should_share = key, share_unchanged
         self._run, self._lock = open_folder(path)
         self._overhead = OVERHEAD_BYTES
-        self._corrupt: set[int] = set()
-        self._doubtful: dict[int, str] = {}
+        self._faults: dict[int, _verify.Damage] = {}
         self._noticed: set[int] = set()
         self._last_good: int | None = None
         self._written: int | None = None
@@ -77,8 +75,7 @@ class Store:
 
     def note_restored(self, step: int, damages: Sequence[_verify.Damage]) -> None:
         """Keeps a step that was restored from now on, and remembers the damage of newer ones."""
-        for damage in damages:
-            self._note(damage)
+        self._faults |= {damage.step: damage for damage in damages}
         if self._written is None:
             self._last_good = max(step, self._last_good or 0)
 
@@ -86,18 +83,16 @@ class Store:
         """Whether the step exists and is what was saved; remembers what is wrong with it else."""
         if step not in _folder.steps(self.path):
             return False
-        if step not in self._corrupt and step not in self._doubtful:
+        if step not in self._faults:
             damage = _verify.judge(self.path, step, key=self._key)
             if damage is None:
                 return True
-            self._note(damage)
+            self._faults[step] = damage
         return False
 
-    def _note(self, damage: _verify.Damage) -> None:
-        if damage.verdict == "corrupt":
-            self._corrupt.add(damage.step)
-        else:
-            self._doubtful[damage.step] = f"{damage.file}: {damage.problem}"
+    @property
+    def _corrupt(self) -> set[int]:
+        return {step for step, fault in self._faults.items() if fault.verdict == "corrupt"}
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -111,17 +106,18 @@ class Store:
           CheckpointError: the byte budget has no room for it.
           OSError: or another error of the disk; nothing of the step stays then.
         """
-        digests = _arrays.digests(content.leaves, content.arrays)
-        parts = _arrays.plan(content.leaves, content.arrays, digests, content.prefixes)
+        leaves = _arrays.with_digests(content.leaves, content.arrays)
+        content = content._replace(leaves=leaves)
+        parts = _arrays.plan(leaves, content.arrays, content.prefixes)
         self._make_room(content.step, self._incoming_bytes(parts, content.record))
-        work = self.path / WORK / f"save-{step_name(content.step)}-{secrets.token_hex(4)}"
+        work = self.path / WORK / f"save-{content.step:012d}-{secrets.token_hex(4)}"
         try:
             work.mkdir(parents=True)
             known = self._write_parts(work, parts)
             if content.record is not None:
                 (work / _manifest.RECORD).write_bytes(content.record)
             _files.sync_tree(work)
-            size = self._write_manifest(work, content, digests, parts, known)
+            size = self._write_manifest(work, content, parts, known)
             self._commit(content.step, work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -153,7 +149,6 @@ class Store:
         self,
         work: Path,
         content: Content,
-        digests: Sequence[str | None],
         parts: Sequence[_arrays.Planned],
         known: Mapping[str, str],
     ) -> int:
@@ -164,7 +159,6 @@ class Store:
             step=content.step,
             structure=content.structure,
             leaves=content.leaves,
-            digests=tuple(digests),
             parts=tuple(planned.part for planned in parts),
             files={
                 name: FileInfo(num_bytes=size, sha256=known.get(name) or _files.sha256(work / name))
@@ -178,7 +172,7 @@ class Store:
         return sum(sizes.values()) + len(data)
 
     def _commit(self, step: int, work: Path) -> None:
-        target = self.path / STEPS / step_name(step)
+        target = step_folder(self.path, step)
         is_corrupt = self._is_still_corrupt(step)
         # A step of the same number that is not sound, or anything else of that name.
         aside = set_aside(self.path, step) if os.path.lexists(target) else None
@@ -190,13 +184,11 @@ class Store:
             raise
         _files.sync(target.parent)
         self._last_good, self._written = self.last_acknowledged, step
-        self._corrupt.discard(step)
-        doubt = self._doubtful.pop(step, "it was no sound step")
-        if aside is None:
-            return
-        if is_corrupt:
+        fault = self._faults.pop(step, None)
+        if aside is not None and is_corrupt:
             shutil.rmtree(aside, ignore_errors=True)
-        else:
+        elif aside is not None:
+            doubt = f"{fault.file}: {fault.problem}" if fault else "it was no sound step"
             self.notices.append(f"what lay at step {step} is in {aside} now, unjudged: {doubt}")
 
     # --- sharing -------------------------------------------------------------------------------
@@ -206,18 +198,14 @@ class Store:
         if planned.num_bytes < _arrays.PART_BYTES:
             return {}
         source = self._source(planned.part.folder)
-        if source is None:
-            return {}
-        digests = self._intact(source)
-        return digests if digests and _files.share(source, target) else {}
+        digests = {} if source is None else self._intact(source)
+        return digests if source and digests and _files.share(source, target) else {}
 
     def _source(self, folder: str) -> Path | None:
         """A folder of the same content in a sound step, if it may get another name."""
-        if not self._should_share:
-            return None
-        for step in self._newest_first():
-            candidate = self.path / STEPS / step_name(step) / folder
-            if step in self._corrupt or step in self._doubtful:
+        for step in self._newest_first() if self._should_share else ():
+            candidate = step_folder(self.path, step) / folder
+            if step in self._faults:
                 continue
             try:
                 links = [status.st_nlink for status in _files.statuses(candidate).values()]
@@ -244,7 +232,7 @@ class Store:
 
     # --- room ----------------------------------------------------------------------------------
 
-    def plan(self, *, incoming_bytes: int = 0) -> list[_retention.Decision]:
+    def _decide(self, incoming_bytes: int) -> list[_retention.Decision]:
         """What the retention would do now, beside a step about to be written."""
         protected = {}
         if self._newest_sound is not None and incoming_bytes > 0:
@@ -253,21 +241,16 @@ class Store:
             protected[self._last_good] = "the last good step before the one just written"
         if self.last_acknowledged is not None:
             protected[self.last_acknowledged] = "the step just written"
-        history = _verify.history(
-            self.path, key=self._key, unsound=frozenset(self._corrupt), doubtful=self._doubtful
-        )
+        history = _verify.history(self.path, key=self._key, faults=self._faults)
         self._notice(history)
         return _retention.decide(
             self.keep, history, protected=protected, incoming_bytes=incoming_bytes
         )
 
     def _incoming_bytes(self, parts: Sequence[_arrays.Planned], record: bytes | None) -> int:
-        new = {
-            planned.content: planned.num_bytes
-            for planned in parts
-            if self._source(planned.part.folder) is None
-        }
-        return sum(new.values()) + self._overhead + len(record or b"")
+        new = {planned.part.folder: planned.num_bytes for planned in parts}
+        size = sum(size for folder, size in new.items() if self._source(folder) is None)
+        return size + self._overhead + len(record or b"")
 
     def _make_room(self, step: int, incoming: int) -> None:
         """Removes what the retention does not keep beside a step known to be sound.
@@ -275,7 +258,7 @@ class Store:
         Corrupt steps wait for the new one, unless a byte budget needs their room.
         """
         if self.last_acknowledged is not None:
-            self._collect(incoming + ROOT_BYTES, spared=frozenset(self._corrupt))
+            self._collect(incoming + ROOT_BYTES, spared=self._corrupt)
         limit = self.keep.max_bytes
         if limit is None:
             return
@@ -294,14 +277,13 @@ class Store:
     def _newest_first(self) -> Sequence[int]:
         return _folder.steps(self.path)[::-1]
 
-    def _collect(self, incoming: int, spared: frozenset[int] = frozenset()) -> None:
-        for decision in self.plan(incoming_bytes=incoming):
-            step = decision.step
-            if decision.is_kept or step in spared:
+    def _collect(self, incoming: int, spared: Set[int] = frozenset()) -> None:
+        for step, is_kept, _ in self._decide(incoming):
+            if is_kept or step in spared:
                 continue
             if step not in self._corrupt or self._is_still_corrupt(step):
                 drop(self.path, step)
-            self._corrupt.discard(step)
+            self._faults.pop(step, None)
 
     def _is_still_corrupt(self, step: int) -> bool:
         """Judges a corrupt step again before it goes: it may have been mended."""

@@ -6,7 +6,7 @@ In JSON a leaf is its number, and any other node a row: `{"kind": ..., "children
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.tree_util import default_registry
 
 from esper_fn._records import is_named_tuple, name_of, named_tuple, qualified
 from esper_fn._text import short
+from esper_fn.checkpoint._json import corrupt_if_malformed
 from esper_fn.checkpoint._keys import key_to_json, keys_from_json, label
 from esper_fn.checkpoint._leaf import Leaf, leaf_of
 from esper_fn.errors import CheckpointError, CorruptCheckpointError
@@ -55,36 +56,35 @@ class _Description:
             raise CheckpointError(f"{path[:200]}: nested deeper than {MAX_DEPTH}")
         if node is None:
             return {"kind": "none"}
+        row, names, children = self._row(node, path)
+        if row is None:
+            return len(self.leaves) - 1
+        prefix = f"{path}/" if path else ""
+        row["children"] = [
+            self.add(child, f"{prefix}{name}", depth + 1)
+            for name, child in zip(names, children, strict=True)
+        ]
+        return row
+
+    def _row(self, node: Any, path: str) -> tuple[dict[str, Any] | None, Any, Any]:
+        """A node without its children, and their names and values; a leaf is added instead."""
         kind = type(node)
         if kind is dict:
             keys = [key_to_json(key, path) for key in node]
-            children = self._add_all(map(label, keys), node.values(), path, depth)
-            return {"kind": "dict", "keys": keys, "children": children}
+            return {"kind": "dict", "keys": keys}, map(label, keys), node.values()
         if kind in (list, tuple):
-            children = self._add_all(range(len(node)), node, path, depth)
-            return {"kind": kind.__name__, "children": children}
+            return {"kind": kind.__name__}, range(len(node)), node
         name = name_of(kind)
-        if name is not None:
+        if name is not None and is_named_tuple(kind):
             fields = list(kind._fields)
-            children = self._add_all(fields, node, path, depth)
-            return {"kind": "named", "name": name, "keys": fields, "children": children}
+            return {"kind": "named", "name": name, "keys": fields}, fields, node
         leaf, array = leaf_of(node, path)
         if leaf is not None:
             self.leaves.append(leaf)
             self.arrays.append(array)
-            return len(self.leaves) - 1
-        inner = list(_children(node, path))
-        children = self._add_all(range(len(inner)), inner, path, depth)
-        return {"kind": "opaque", "name": qualified(kind), "children": children}
-
-    def _add_all(
-        self, names: Iterable[Any], nodes: Iterable[Any], path: str, depth: int
-    ) -> list[Any]:
-        prefix = f"{path}/" if path else ""
-        return [
-            self.add(node, f"{prefix}{name}", depth + 1)
-            for name, node in zip(names, nodes, strict=True)
-        ]
+            return None, (), ()
+        children = list(_children(node, path))
+        return {"kind": "opaque", "name": qualified(kind)}, range(len(children)), children
 
 
 def _children(node: Any, path: str) -> Any:
@@ -121,10 +121,11 @@ def build(structure: Any, values: list[Any], like: Any = None) -> Any:
       CheckpointError: a type that is not registered here, or `like` has another structure.
     """
     check_structure(structure, len(values))
-    return _build(structure, values, like)
+    return assemble(structure, values, like)
 
 
-def _build(node: Any, values: list[Any], like: Any) -> Any:
+def assemble(node: Any, values: Sequence[Any] | Mapping[int, Any], like: Any) -> Any:
+    """`build` for a part of a structure that is checked, with its leaves by their numbers."""
     if type(node) is int:
         return values[node]
     kind, keys, children = _parts(node)
@@ -135,7 +136,7 @@ def _build(node: Any, values: list[Any], like: Any) -> Any:
     if kind == "dict":
         keys = keys_from_json(keys, like)
     guides = _guides(kind, keys, len(children), like)
-    inner = [_build(child, values, guide) for child, guide in zip(children, guides, strict=True)]
+    inner = [assemble(child, values, guide) for child, guide in zip(children, guides, strict=True)]
     if kind == "dict":
         return dict(zip(keys, inner, strict=True))
     if kind == "named":
@@ -184,6 +185,26 @@ def _parts(node: Any) -> tuple[str, list[Any], list[Any]]:
     return kind, keys, children
 
 
+def child_names(node: Any) -> list[str]:
+    """How a path names the children of a node; none for a leaf."""
+    if type(node) is int:
+        return []
+    kind, keys, children = _parts(node)
+    if kind not in ("dict", "named"):
+        return [str(index) for index in range(len(children))]
+    with corrupt_if_malformed("the keys of a node have another form"):
+        return list(map(label, keys))
+
+
+def leaf_numbers(node: Any) -> Iterator[int]:
+    """The leaves below a node."""
+    if type(node) is int:
+        yield node
+    else:
+        for child in node.get("children", ()):
+            yield from leaf_numbers(child)
+
+
 def _guides(kind: str, keys: list[Any], num_children: int, like: Any) -> list[Any]:
     """The children of `like`, or None for each."""
     if kind == "dict" and isinstance(like, dict):
@@ -214,7 +235,7 @@ def _named(name: str, keys: list[str], children: list[Any]) -> Any:
     return kind(**dict(zip(keys, children, strict=True)))
 
 
-def _opaque(name: str, children: list[Any], values: list[Any], like: Any) -> Any:
+def _opaque(name: str, children: list[Any], values: Any, like: Any) -> Any:
     if qualified(type(like)) != name:
         raise CheckpointError(
             f"the checkpoint holds a {name!r}, a pytree node that can be rebuilt only "
@@ -225,7 +246,7 @@ def _opaque(name: str, children: list[Any], values: list[Any], like: Any) -> Any
         raise CheckpointError(
             f"`like` has {len(guides)} children in a {name!r}, the checkpoint {len(children)}"
         )
-    inner = [_build(child, values, guide) for child, guide in zip(children, guides, strict=True)]
+    inner = [assemble(child, values, guide) for child, guide in zip(children, guides, strict=True)]
     try:
         return jax.tree_util.tree_unflatten(treedef, inner)
     except Exception as error:  # whatever the type's own code raises

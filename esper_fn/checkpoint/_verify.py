@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from esper_fn.checkpoint import _files, _manifest, _retention
 from esper_fn.checkpoint._folder import (
     RUN,
-    STEPS,
     PathLike,
     checked_step,
     inspect,
     run_identity,
-    step_name,
+    step_folder,
     steps,
 )
 from esper_fn.checkpoint._manifest import Manifest
@@ -53,14 +51,13 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
       NoCheckpointError: no such step.
     """
     step = checked_step(step)
-    root = Path(path)
-    folder = root / STEPS / step_name(step)
-    prefix = f"{STEPS}/{step_name(step)}"
+    folder = step_folder(path, step)
+    name = _relative(step)
     try:
         manifest = inspect(path, step, key=key)
         check_structure(manifest.structure, len(manifest.leaves))
     except (CorruptCheckpointError, UnreadableCheckpointError) as error:
-        yield of_manifest(root, step, error)
+        yield damage_by(error, path, step)
         return
     except NoCheckpointError:
         if step in steps(path):
@@ -70,45 +67,47 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
     try:
         present = _files.sizes(folder)
     except CorruptCheckpointError as error:
-        yield Damage(step, prefix, str(error))
+        yield Damage(step, name, str(error))
         return
     except OSError as error:
-        yield Damage(step, prefix, f"unreadable: {error.strerror}", "unreadable")
+        yield Damage(step, name, f"unreadable: {error.strerror}", "unreadable")
         return
     # A signed manifest proves nothing to a reader without the key.
     proof: Any = "doubtful" if manifest.is_signed and key is None else "corrupt"
-    for name, listed in sorted(manifest.files.items()):
-        if name not in present:
-            yield Damage(step, f"{prefix}/{name}", "missing", proof)
-        elif present[name] != listed.num_bytes:
-            problem = f"{present[name]} bytes instead of {listed.num_bytes}"
-            yield Damage(step, f"{prefix}/{name}", problem, proof)
+    for file, listed in sorted(manifest.files.items()):
+        size, verdict, problem = present.get(file), proof, ""
+        if size is None:
+            problem = "missing"
+        elif size != listed.num_bytes:
+            problem = f"{size} bytes instead of {listed.num_bytes}"
         else:
             try:
-                digest = _files.sha256(folder / name)
+                if _files.sha256(folder / file) != listed.sha256:
+                    problem = "its SHA-256 does not match"
             except OSError as error:
-                problem = f"unreadable: {error.strerror}"
-                yield Damage(step, f"{prefix}/{name}", problem, "unreadable")
-                continue
-            if digest != listed.sha256:
-                yield Damage(step, f"{prefix}/{name}", "its SHA-256 does not match", proof)
-    for name in sorted(present.keys() - manifest.files.keys() - {_manifest.NAME}):
-        yield Damage(step, f"{prefix}/{name}", "not listed in the manifest")
+                problem, verdict = f"unreadable: {error.strerror}", "unreadable"
+        if problem:
+            yield Damage(step, f"{name}/{file}", problem, verdict)
+    for file in _unlisted(manifest, present):
+        yield Damage(step, f"{name}/{file}", "not listed in the manifest")
 
 
-def of_manifest(root: Path, step: int, error: CheckpointError) -> Damage:
+def _relative(step: int) -> str:
+    return step_folder("", step).as_posix()
+
+
+def _unlisted(manifest: Manifest, present: Iterable[str]) -> list[str]:
+    return sorted(set(present) - manifest.files.keys() - {_manifest.NAME})
+
+
+def damage_by(error: CheckpointError, path: PathLike, step: int) -> Damage:
     """Makes a damage of an error that `inspect` raised."""
-    prefix, text = f"{STEPS}/{step_name(step)}", str(error)
     verdict: Any = "unreadable" if isinstance(error, UnreadableCheckpointError) else "doubtful"
-    for name in (f"{prefix}/{_manifest.NAME}", RUN):
-        if text.startswith(f"{root / name}: "):
-            return Damage(step, name, text.removeprefix(f"{root / name}: "), verdict)
-    return Damage(step, f"{prefix}/{_manifest.NAME}", text, verdict)
-
-
-def first_damage(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | None:
-    """The first bad file of a step, or None for a sound one."""
-    return next(damages(path, step, key=key), None)
+    for name in (RUN, manifest := f"{_relative(step)}/{_manifest.NAME}"):
+        prefix = f"{Path(path) / name}: "
+        if str(error).startswith(prefix):
+            return Damage(step, name, str(error).removeprefix(prefix), verdict)
+    return Damage(step, manifest, str(error), verdict)
 
 
 def judge(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | None:
@@ -116,14 +115,13 @@ def judge(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | No
     try:
         return worst(path, step, key=key)
     except CheckpointError as error:
-        return Damage(step, f"{STEPS}/{step_name(step)}", str(error))
+        return Damage(step, _relative(step), str(error))
 
 
 def worst(path: PathLike, step: int, *, key: bytes | None = None) -> Damage | None:
     """The first damage of a step that leaves a doubt, else the first; None for a sound one."""
-    all_damages = list(damages(path, step, key=key))
-    doubts = [damage for damage in all_damages if damage.verdict != "corrupt"]
-    return next(iter([*doubts, *all_damages]), None)
+    all_damages = sorted(damages(path, step, key=key), key=lambda row: row.verdict == "corrupt")
+    return all_damages[0] if all_damages else None
 
 
 def verify(path: PathLike, *, key: bytes | None = None) -> dict[int, Damage | None]:
@@ -142,58 +140,45 @@ def verify(path: PathLike, *, key: bytes | None = None) -> dict[int, Damage | No
     """
     if not steps(path):
         run_identity(path)
-    return {step: first_damage(path, step, key=key) for step in steps(path)}
+    return {step: next(damages(path, step, key=key), None) for step in steps(path)}
 
 
 def history(
-    path: PathLike,
-    *,
-    key: bytes | None = None,
-    unsound: frozenset[int] = frozenset(),
-    doubtful: Mapping[int, str] = MappingProxyType({}),
+    path: PathLike, *, key: bytes | None = None, faults: Mapping[int, Damage]
 ) -> list[_retention.Step]:
     """Lists the steps on disk as a retention sees them. Only manifests are read.
 
     Args:
       path: a checkpoint folder.
       key: for the HMAC.
-      unsound: steps that are proven corrupt.
-      doubtful: steps that cannot be judged, and why; so are those whose manifest cannot be read
-        with this key and version, or does not list a file that is there.
+      faults: of steps known to be unsound. A step that is not proven corrupt cannot be judged; nor
+        can one whose manifest cannot be read with this key and version, or does not list a file
+        that is there.
     """
     rows = []
     for step in steps(path):
-        folder = Path(path) / STEPS / step_name(step)
-        doubt = doubtful.get(step, "")
+        folder, fault = step_folder(path, step), faults.get(step)
+        is_corrupt = fault is not None and fault.verdict == "corrupt"
+        doubt = "" if fault is None or is_corrupt else f"{fault.file}: {fault.problem}"
         metrics: Mapping[str, float] = {}
         statuses: Mapping[str, os.stat_result] = {}
         try:
             statuses = _files.statuses(folder)
             manifest = inspect(path, step, key=key)
             metrics = manifest.metrics
-            doubt = doubt or _doubt(manifest, statuses, key)
+            if manifest.is_signed and key is None:
+                doubt = doubt or "it is signed, and no key is given"
+            if more := _unlisted(manifest, statuses):
+                doubt = doubt or f"its manifest does not list {more[0]!r}"
         except CheckpointError as error:
             doubt = doubt or str(error)
         except OSError as error:
             doubt = doubt or f"{folder}: unreadable: {error.strerror}"
+        # A file that several steps share is one file with several names.
+        blobs = {f"file {row.st_dev} {row.st_ino}": row.st_size for row in statuses.values()}
         rows.append(
             _retention.Step(
-                step=step,
-                # A file that several steps share is one file with several names.
-                blobs={
-                    f"file {status.st_dev} {status.st_ino}": status.st_size
-                    for status in statuses.values()
-                },
-                metrics=metrics,
-                is_sound=step not in unsound,
-                doubt=doubt,
+                step=step, blobs=blobs, metrics=metrics, is_sound=not is_corrupt, doubt=doubt
             )
         )
     return rows
-
-
-def _doubt(manifest: Manifest, present: Mapping[str, Any], key: bytes | None) -> str:
-    if manifest.is_signed and key is None:
-        return "it is signed, and no key is given"
-    more = sorted(present.keys() - manifest.files.keys() - {_manifest.NAME})
-    return f"its manifest does not list {more[0]!r}" if more else ""

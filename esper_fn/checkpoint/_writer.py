@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from esper_fn.checkpoint import _arrays, _folder, _retention
-from esper_fn.checkpoint._check import numbers_of, record_bytes
-from esper_fn.checkpoint._folder import PathLike
+from esper_fn.checkpoint import _arrays, _verify
+from esper_fn.checkpoint._folder import (
+    MAX_RECORD_BYTES,
+    PathLike,
+    checked_step,
+    drop,
+    run_identity,
+    steps,
+    take_lock,
+)
+from esper_fn.checkpoint._json import dumps
+from esper_fn.checkpoint._leaf import leaf_from_json, leaf_to_json, value_of
 from esper_fn.checkpoint._restore import Restored, restore
+from esper_fn.checkpoint._retention import Decision, Retention, decide, everything, latest
 from esper_fn.checkpoint._store import Content, Store
-from esper_fn.checkpoint._structure import describe
+from esper_fn.checkpoint._structure import build, describe
 from esper_fn.errors import CheckpointError
 
 
@@ -59,7 +70,7 @@ class Writer:
         self,
         path: PathLike,
         *,
-        keep: _retention.Retention | None = None,
+        keep: Retention | None = None,
         key: bytes | None = None,
         share_unchanged: bool = True,
         on_failure: Callable[[BaseException], None] = warn,
@@ -69,7 +80,7 @@ class Writer:
         self.path = Path(path)
         self._key = key
         self._on_failure = on_failure
-        keep = _retention.latest(3) if keep is None else keep
+        keep = latest(3) if keep is None else keep
         self._store = Store(self.path, keep, key, share_unchanged)
         self._pool: list[np.ndarray] = []
         self._pending: Future[None] | None = None
@@ -124,11 +135,11 @@ class Writer:
         """
         if self._is_closed:
             raise CheckpointError(f"{self.path}: this writer is closed")
-        step = _folder.checked_step(step)
+        step = checked_step(step)
         self._settle()
         structure, leaves, arrays = describe(value)
-        data = None if record is None else record_bytes(record)
-        numbers = numbers_of(metrics or {})
+        data = None if record is None else _record_bytes(record)
+        numbers = _numbers(metrics or {})
         try:
             is_sound = self._store.is_sound(step)
         except OSError as error:  # the folder cannot be listed just now
@@ -177,12 +188,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _settle(self) -> bool:
@@ -202,3 +208,129 @@ class Writer:
     def _fail(self, error: BaseException) -> None:
         self.num_failed += 1
         self._on_failure(error)
+
+
+def check(value: Any, *, record: Any = None, metrics: Mapping[str, float] | None = None) -> None:
+    """Finds out before the first step whether `Writer.save` and `restore` can cope with a value.
+
+    `fit` does so by itself; call it in a loop of your own. Nothing is written.
+
+    Args:
+      value: as for `Writer.save`.
+      record: as there.
+      metrics: as there.
+
+    Raises:
+      CheckpointError: they cannot; names the path of what is in the way, and the remedy.
+
+    >>> check({1: 2.0, "layers": [{"weight": None}]})
+    """
+    structure, leaves, arrays = describe(value)
+    again = [leaf_from_json(leaf_to_json(leaf)) for leaf in leaves]
+    build(structure, list(map(value_of, again, arrays)), value)
+    dumps(structure)
+    _numbers(metrics or {})
+    if record is not None:
+        _record_bytes(record)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite ones, as floats; raises `CheckpointError` for what is no number."""
+    numbers = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"metrics must have strings for names, got {name!r}")
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"metrics[{name!r}] must be a number, got {type(value).__name__}: {error}"
+            ) from None
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
+def _record_bytes(record: Any) -> bytes:
+    """The record's file; raises `CheckpointError` for what would not be read back."""
+    try:
+        data = dumps(record)
+    except ValueError as error:
+        raise CheckpointError(f"record: {error}") from None
+    if len(data) > MAX_RECORD_BYTES:
+        raise CheckpointError(
+            f"record takes {len(data)} bytes, at most {MAX_RECORD_BYTES} are read back"
+        )
+    return data
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def save(
+    path: PathLike, step: int, value: Any, *, record: Any = None, key: bytes | None = None
+) -> None:
+    """Saves one step and waits until it is on the disk; all other steps stay.
+
+    Args:
+      path: the folder, made if need be.
+      step: training steps done.
+      value: as for `Writer.save`.
+      record: JSON to have back.
+      key: for an HMAC; see `Writer`.
+
+    Raises:
+      CheckpointError: as for `Writer.save`.
+      OSError: the disk is full, or refuses.
+
+    >>> import tempfile, numpy as np
+    >>> from esper_fn.checkpoint import restore
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, 7, {"weight": np.ones(3)})
+    ...     restore(folder).value["weight"].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    with Writer(path, keep=everything(), key=key, on_failure=_raise) as writer:
+        writer.save(step, value, record=record)
+
+
+def prune(
+    path: PathLike,
+    keep: Retention,
+    *,
+    dry_run: bool = False,
+    key: bytes | None = None,
+) -> list[Decision]:
+    """Removes the steps of a folder that a retention does not keep.
+
+    The newest sound step stays, and so does every step that cannot be judged: signed with another
+    key, of a newer format, unreadable just now.
+
+    Args:
+      path: a checkpoint folder that no writer has open (unless `dry_run`).
+      keep: what stays.
+      dry_run: decide only.
+      key: for the HMAC.
+
+    Returns:
+      Every step's fate and why, oldest first.
+
+    Raises:
+      NoCheckpointError: not a checkpoint folder.
+      CheckpointError: a writer has it open.
+    """
+    root = Path(path)
+    run_identity(root)
+    with nullcontext() if dry_run else closing(take_lock(root)):
+        faults, protected = {}, {}
+        for step in reversed(steps(root)):
+            damage = _verify.judge(root, step, key=key)
+            if damage is None:
+                protected[step] = "the newest sound step"
+                break
+            faults[step] = damage
+        history = _verify.history(root, key=key, faults=faults)
+        decisions = decide(keep, history, protected=protected)
+        for decision in decisions:
+            if not (decision.is_kept or dry_run):
+                drop(root, decision.step)
+        return decisions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_fn import report, runtime
-from esper_fn.checkpoint._locking import exclusive
+from esper_fn.checkpoint._folder import exclusive
 from esper_fn.cli import MAX_SEED
 from esper_fn.cli._say import complain
 from esper_fn.cli._show import Screen

@@ -30,18 +30,21 @@ class Metric(NamedTuple):
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
 
-def _step_gauge(field: str, help_: str, name: str | None = None) -> Metric:
-    def read(message: bus.StepMetrics) -> list[Sample]:
-        return [((), float(getattr(message, field)))]
+def _gauge(
+    name: str, help_: str, field: str, message_type: type[bus.Message] = bus.StepMetrics
+) -> Metric:
+    """Makes a gauge that shows a field of the last message."""
+    return Metric(
+        "gauge",
+        f"esper_{name}",
+        help_,
+        message_type,
+        lambda message: [((), float(getattr(message, field)))],
+    )
 
-    return Metric("gauge", f"esper_{name or field}", help_, bus.StepMetrics, read)
 
-
-def _event_counter(
-    name: str,
-    help_: str,
-    message_type: type[bus.Message],
-    labels: tuple[str, ...] = (),
+def _counter(
+    name: str, help_: str, message_type: type[bus.Message], labels: tuple[str, ...] = ()
 ) -> Metric:
     """Makes a counter of messages; its labels are fields of the message."""
 
@@ -51,50 +54,39 @@ def _event_counter(
     return Metric("counter", f"esper_{name}", help_, message_type, read, labels)
 
 
-def _read_stages(message: bus.StepMetrics) -> list[Sample]:
-    return [((stage,), float(count)) for stage, count in message.stages.items()]
-
-
-def _read_cause(event: bus.LifecycleEvent) -> list[Sample]:
-    return [((event.cause.partition(":")[0],), 1.0)]
-
-
-def _read_is_paused(message: bus.Heartbeat) -> list[Sample]:
-    return [((), float(message.is_paused))]
-
-
-def _read_saved_step(message: bus.CheckpointEvent) -> list[Sample]:
-    return [((), float(message.step))] if message.what == "saved" else []
-
-
 METRICS = (
-    _step_gauge("step", "training step"),
-    _step_gauge("loss", "training loss of the last step"),
-    _step_gauge("steps_per_second", "training steps a second"),
-    _step_gauge("num_live", "adapters that compute", "live_adapters"),
-    _step_gauge("num_parameters", "parameters of adapters that act", "adapter_parameters"),
-    _step_gauge("num_rollbacks", "roll-backs of the host so far", "rollbacks"),
+    _gauge("step", "training step", "step"),
+    _gauge("loss", "training loss of the last step", "loss"),
+    _gauge("steps_per_second", "training steps a second", "steps_per_second"),
+    _gauge("live_adapters", "adapters that compute", "num_live"),
+    _gauge("adapter_parameters", "parameters of adapters that act", "num_parameters"),
+    _gauge("rollbacks", "roll-backs of the host so far", "num_rollbacks"),
     Metric(
-        "gauge", "esper_seeds", "seeds in each stage", bus.StepMetrics, _read_stages, ("stage",)
+        "gauge",
+        "esper_seeds",
+        "seeds in each stage",
+        bus.StepMetrics,
+        lambda message: [((stage,), float(count)) for stage, count in message.stages.items()],
+        ("stage",),
     ),
-    _event_counter("transitions", "changes of a stage", bus.LifecycleEvent, ("source", "target")),
+    _counter("transitions", "changes of a stage", bus.LifecycleEvent, ("source", "target")),
     Metric(
         "counter",
         "esper_decisions",
         "changes of a stage by who or what caused them",
         bus.LifecycleEvent,
-        _read_cause,
+        lambda event: [((event.cause.partition(":")[0],), 1.0)],
         ("cause",),
     ),
-    _event_counter("outcomes", "commands answered, by outcome", bus.Outcome, ("code",)),
-    _step_gauge(
-        "num_dropped", "telemetry and events dropped by back-pressure so far", "telemetry_dropped"
+    _counter("outcomes", "commands answered, by outcome", bus.Outcome, ("code",)),
+    _gauge(
+        "telemetry_dropped", "telemetry and events dropped by back-pressure so far", "num_dropped"
     ),
-    _event_counter("heartbeats", "heartbeats of the run", bus.Heartbeat),
-    Metric("gauge", "esper_paused", "1 while the run stands still", bus.Heartbeat, _read_is_paused),
-    _event_counter("alerts", "alerts the run has raised", bus.Alert, ("name", "level")),
-    _event_counter("dead_letters", "messages set aside, by reason", bus.DeadLetter, ("reason",)),
-    _event_counter(
+    _counter("heartbeats", "heartbeats of the run", bus.Heartbeat),
+    _gauge("paused", "1 while the run stands still", "is_paused", bus.Heartbeat),
+    _counter("alerts", "alerts the run has raised", bus.Alert, ("name", "level")),
+    _counter("dead_letters", "messages set aside, by reason", bus.DeadLetter, ("reason",)),
+    _counter(
         "checkpoints", "checkpoints saved, restored and failed", bus.CheckpointEvent, ("what",)
     ),
     Metric(
@@ -102,6 +94,6 @@ METRICS = (
         "esper_checkpoint_step",
         "step of the last checkpoint saved",
         bus.CheckpointEvent,
-        _read_saved_step,
+        lambda event: [((), float(event.step))] if event.what == "saved" else [],
     ),
 )

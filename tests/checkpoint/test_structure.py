@@ -27,14 +27,7 @@ def through_json(tree: Any, like: Any = None) -> Any:
     structure, rows = json.loads(text)
     known = [_leaf.leaf_from_json(row) for row in rows]
     assert known == leaves
-    values = [
-        _leaf.scalar_value(leaf)
-        if leaf.is_scalar
-        else array
-        if leaf.key is None
-        else jax.random.wrap_key_data(array, impl=leaf.key)
-        for leaf, array in zip(known, arrays, strict=True)
-    ]
+    values = list(map(_leaf.value_of, known, arrays))
     return _structure.build(structure, values, like)
 
 

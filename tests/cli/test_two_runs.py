@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from esper_fn import checkpoint, report
-from esper_fn.checkpoint._locking import exclusive
+from esper_fn.checkpoint._folder import exclusive
 from esper_fn.cli import main
 from esper_fn.errors import CheckpointError, RunFolderError
 
