@@ -133,17 +133,14 @@ class Schema:
     def _migrate(self, raw: msgspec.Raw) -> Any:
         try:
             tag = msgspec.msgpack.decode(raw, type=_Kind).kind
-            if tag in self.kinds:
-                return self._message.decode(raw)
             fields: dict[str, Any] | None = None
             # Each migration leads to a later version; a chain is no longer than their number.
-            for _ in range(len(self._migrations)):
-                if tag not in self._migrations:
-                    break
-                fields = self._migrations[tag](fields or msgspec.msgpack.decode(raw))
-                tag = fields["kind"]
-            if fields is not None and tag in self.kinds:
-                return msgspec.convert(fields, self._types)
+            for _ in self._migrations:
+                if tag in self._migrations:
+                    fields = self._migrations[tag](fields or msgspec.msgpack.decode(raw))
+                    tag = fields["kind"]
+            if tag in self.kinds:
+                return msgspec.convert(fields, self._types) if fields else self._message.decode(raw)
         except (*_DECODING_ERRORS, TypeError, KeyError) as error:
             raise UndecodableError(f"a message cannot be read: {plain(error, limit=500)}") from None
         kind = tag.partition("/")[0]
