@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from esper_fn._arguments import is_count
 from esper_fn._control import once_if
-from esper_fn._growth import Growth, GrowthState
+from esper_fn._growth import Growth, GrowthState, LossFn
 from esper_fn._layout import map_banks, select_slots, split_by_bank
 from esper_fn._records import record
 from esper_fn._survey import clear_directions
-from esper_fn._typing import Adapters, Array, Int32, Params
+from esper_fn._typing import Adapters, Array, Bool, Float32, Int32, Params
 from esper_fn.governors import Alarm, Verdict
 from esper_fn.lifecycle import NONE, LossTrack
 
@@ -48,6 +48,8 @@ class Ring(NamedTuple):
     next_step: Int32[Array, ""]
     """The step from which the next one may be taken."""
     every: Int32[Array, ""]
+    is_elevated: Bool[Array, ""]
+    """Whether the governor thought the last loss too high."""
 
     @property
     def num_snapshots(self) -> int:
@@ -107,6 +109,7 @@ def _first_ring(now: Snapshot, step: Any, every: Any, num_snapshots: int) -> Rin
         steps=jnp.where(jnp.arange(num_snapshots) == 0, step, NONE),
         next_step=step + every,
         every=every,
+        is_elevated=jnp.asarray(False),
     )
 
 
@@ -119,6 +122,40 @@ def take_snapshot(params: Params, opt_state: Any, state: GrowthState) -> Snapsho
         loss=state.loss,
         generation=state.generation,
     )
+
+
+def reference_loss(
+    growth: Growth, ring: Ring, loss_fn: LossFn, state: GrowthState, *args: Any, **kwargs: Any
+) -> tuple[Float32[Array, ""], Ring]:
+    """The loss that the parameters a roll-back would restore have on the batch of this step.
+
+    It is computed only while the loss is elevated, and NaN otherwise. Where the snapshot does no
+    better than the parameters of today, it is the data that changed. Pass it to `Growth.update`.
+
+    Args:
+      growth: the static part.
+      ring: from before the step.
+      loss_fn: `loss_fn(params, seeds, *args, **kwargs)`, a scalar.
+      state: before the step.
+      *args: of `loss_fn`.
+      **kwargs: of `loss_fn`.
+
+    Returns:
+      The loss, and the ring for `update`: the same snapshots, in the same buffers.
+    """
+
+    def measure(carry: tuple[Array, Snapshot]) -> tuple[Array, Snapshot]:
+        snapshots, target = carry[1], _places(ring).target
+        old = _snapshot(snapshots, target)
+        banks = _with_newborns(growth, state.adapters, state.generation, old)
+        loss = loss_fn(old.params, growth.seeds(state._replace(adapters=banks)), *args, **kwargs)
+        # Written back as it is, after it was read: of what a loop only reads, or may write before
+        # it reads, the compiler makes a copy.
+        loss, old = jax.lax.optimization_barrier((jax.lax.stop_gradient(loss), old))
+        return jnp.asarray(loss, jnp.float32), _put(snapshots, target, old)
+
+    loss, snapshots = once_if(ring.is_elevated, measure, (jnp.float32(jnp.nan), ring.snapshots))
+    return loss, ring._replace(snapshots=snapshots)
 
 
 def update(
@@ -154,23 +191,13 @@ def update(
     places = _places(ring)
     now = take_snapshot(params, opt_state, state)
 
-    def renew(snapshots: Snapshot) -> Snapshot:
-        return jax.tree.map(
-            lambda rows, leaf: jax.lax.dynamic_update_index_in_dim(
-                rows, jnp.asarray(leaf), places.after, 0
-            ),
-            snapshots,
-            now,
-        )
-
-    snapshots = once_if(is_due, renew, ring.snapshots)
+    snapshots = once_if(
+        is_due, lambda snapshots: _put(snapshots, places.after, now), ring.snapshots
+    )
 
     def restore(now: Snapshot) -> Snapshot:
-        old = jax.tree.map(
-            lambda rows: jax.lax.dynamic_index_in_dim(rows, places.target, 0, keepdims=False),
-            snapshots,
-        )
-        adapters = _with_newborns(growth, now, old)
+        old = _snapshot(snapshots, places.target)
+        adapters = _with_newborns(growth, now.adapters, now.generation, old)
         return old._replace(adapters=adapters, generation=now.generation)
 
     chosen = once_if(goes_back, restore, now)
@@ -178,7 +205,8 @@ def update(
     if directions is not None:
         directions = clear_directions(directions, goes_back)
     steps_undone = jnp.where(goes_back, state.step - ring.steps[places.target], 0)
-    ring = _dated(ring._replace(snapshots=snapshots), places, state.step, is_due, goes_back)
+    ring = ring._replace(snapshots=snapshots, is_elevated=jnp.asarray(verdict.is_elevated))
+    ring = _dated(ring, places, state.step, is_due, goes_back)
     state = state._replace(adapters=chosen.adapters, loss=chosen.loss, directions=directions)
     return chosen.params, chosen.opt_state, state, ring, steps_undone
 
@@ -216,10 +244,38 @@ def _dated(ring: Ring, places: _Places, step: Any, is_due: Any, goes_back: Any) 
     )
 
 
-def _with_newborns(growth: Growth, now: Snapshot, old: Snapshot) -> Adapters:
+def _snapshot(snapshots: Snapshot, index: Int32[Array, ""]) -> Snapshot:
+    """One of the ring's."""
+    chosen: Snapshot = jax.tree.map(
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, index, 0, keepdims=False), snapshots
+    )
+    return chosen
+
+
+def _put(snapshots: Snapshot, index: Int32[Array, ""], snapshot: Snapshot) -> Snapshot:
+    """The ring's snapshots with another one at a place."""
+    after: Snapshot = jax.tree.map(
+        lambda rows, leaf: jax.lax.dynamic_update_index_in_dim(rows, jnp.asarray(leaf), index, 0),
+        snapshots,
+        snapshot,
+    )
+    return after
+
+
+def _with_newborns(
+    growth: Growth, adapters: Adapters, generation: Int32[Array, "Q"], old: Snapshot
+) -> Adapters:
     """The old adapters, and the present one in each slot where one was born since."""
-    is_newborn = split_by_bank(growth.layout, now.generation != old.generation)
-    return map_banks(select_slots, is_newborn, now.adapters, old.adapters)
+    is_newborn = split_by_bank(growth.layout, generation != old.generation)
+    return map_banks(select_slots, is_newborn, adapters, old.adapters)
 
 
-__all__ = ["NUM_SNAPSHOTS", "Ring", "Snapshot", "init", "take_snapshot", "update"]
+__all__ = [
+    "NUM_SNAPSHOTS",
+    "Ring",
+    "Snapshot",
+    "init",
+    "reference_loss",
+    "take_snapshot",
+    "update",
+]

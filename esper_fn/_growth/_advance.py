@@ -45,6 +45,7 @@ def advance(
     drift: Float32[Array, "S"],
     has_broken: Bool[Array, "S"],
     commands: Commands | None,
+    reference_loss: Scalar | None = None,
 ) -> tuple[GrowthState, StepInfo, Key]:
     """One step of every seed's life, without the adapters' parameters.
 
@@ -58,7 +59,7 @@ def advance(
     commands = no_commands(1) if commands is None else commands
     policy_key, birth_key, key = jax.random.split(state.key, 3)
     observed = _observe(state, statistics, loss, drift, has_broken)
-    judged = _judge(parts, state, observed)
+    judged = _judge(parts, state, observed, _reference(reference_loss))
     policy, requests = _propose(parts, state, observed, judged, policy_key)
     resolved = resolve(
         judged.seeds,
@@ -134,7 +135,16 @@ class _Judged(NamedTuple):
     guard: Move
 
 
-def _judge(parts: Parts, state: GrowthState, observed: _Observed) -> _Judged:
+def _reference(loss: Scalar | None) -> Float32[Array, ""]:
+    """The loss of the last good parameters as a constant, NaN where it was not measured."""
+    if loss is None:
+        return jnp.float32(jnp.nan)
+    return jax.lax.stop_gradient(jnp.asarray(scalar_loss(loss), jnp.float32))
+
+
+def _judge(
+    parts: Parts, state: GrowthState, observed: _Observed, reference_loss: Float32[Array, ""]
+) -> _Judged:
     """Asks the governor, moves the alphas, and decides the moves of broken seeds."""
     governor, verdict = parts.governor.update(
         state.governor,
@@ -143,6 +153,7 @@ def _judge(parts: Parts, state: GrowthState, observed: _Observed) -> _Judged:
             loss=observed.loss,
             track=observed.track,
             drift=observed.drift,
+            reference_loss=reference_loss,
         ),
     )
     grafts, seeds = _move_alpha(parts, state.grafts, observed)

@@ -319,6 +319,8 @@ class Growth:
         statistics: Statistics,
         loss: Scalar,
         commands: Commands | None = None,
+        *,
+        reference_loss: Scalar | None = None,
     ) -> tuple[GrowthState, StepInfo]:
         """One step of every seed's life.
 
@@ -331,11 +333,13 @@ class Growth:
           statistics: from `value_and_grad`.
           loss: the training loss of the step.
           commands: from `Growth.commands`; None for none.
+          reference_loss: from `rollback.reference_loss`, so that the governor tells data that
+            changed from a run that diverged; None where it is not measured.
 
         Returns:
           The state for the next step, and what happened.
         """
-        return update(self._parts, state, adapters, statistics, loss, commands)
+        return update(self._parts, state, adapters, statistics, loss, commands, reference_loss)
 
     def survey(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Measures where growth would pay and what living seeds are worth.

@@ -26,13 +26,21 @@ def update(
     statistics: Statistics,
     loss: Scalar,
     commands: Commands | None = None,
+    reference_loss: Scalar | None = None,
 ) -> tuple[GrowthState, StepInfo]:
     """The state after a step, and what happened; arguments and results as of `Growth.update`."""
     check_state(parts, state, "update(state, adapters, statistics, loss, commands)")
     check_adapters(parts.layout, adapters, "adapters")
     accepted, drift, has_broken = _accept(parts.layout, state, adapters)
     after, info, birth_key = advance(
-        parts, state, statistics, loss, drift=drift, has_broken=has_broken, commands=commands
+        parts,
+        state,
+        statistics,
+        loss,
+        drift=drift,
+        has_broken=has_broken,
+        commands=commands,
+        reference_loss=reference_loss,
     )
     fresh = init_newborns(
         parts.layout,

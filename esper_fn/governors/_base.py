@@ -18,6 +18,8 @@ class Alarm(IntEnum):
     NON_FINITE_LOSS = 1
     DIVERGENCE = 2
     DRIFT = 3
+    DATA_CHANGED = 4
+    """The loss is high, but the last good parameters would do no better on these data."""
 
 
 class Observation(NamedTuple):
@@ -29,6 +31,9 @@ class Observation(NamedTuple):
     """Averages of the loss, this step's included."""
     drift: Float32[Array, "S"]
     """`|change of the adapter| / |adapter|`, 0 where the adapter is zero."""
+    reference_loss: Float32[Array, ""] | np.float32 = np.float32("nan")
+    """The loss that the last good parameters have on the batch of this step; NaN where it was not
+    measured. `esper_fn.rollback` measures it once the loss is elevated."""
 
 
 class Verdict(NamedTuple):

@@ -12,6 +12,7 @@ from esper_fn._records import record
 from esper_fn._typing import Array, Float32, Int32
 from esper_fn.governors._base import Alarm, Governor, Observation, Verdict
 from esper_fn.lifecycle import ACTS, FAST_STEPS, ON_ITS_WAY, is_in
+from esper_fn.lifecycle._state import SLOW_STEPS
 
 
 @record
@@ -23,7 +24,11 @@ class StandardState(NamedTuple):
     max_drift: Float32[Array, ""]
     veto_steps: Int32[Array, ""]
     num_bad: Int32[Array, ""]
-    """Steps in a row whose loss was too high."""
+    """Steps in a row whose loss was too high through the parameters' fault."""
+    num_changed: Int32[Array, ""]
+    """The same through the data's."""
+    settling_left: Int32[Array, ""]
+    """Steps until the averages have followed data that changed."""
     veto_left: Int32[Array, ""]
     best: Float32[Array, ""]
     """Lowest slow average of the loss."""
@@ -32,6 +37,7 @@ class StandardState(NamedTuple):
 
 
 _NOISE_DEVIATIONS = 4.0
+_SETTLING_STEPS = 2 * SLOW_STEPS
 
 
 def standard(
@@ -48,6 +54,10 @@ def standard(
     `best` is the lowest slow average so far, which may be negative, and `noise` is the loss's
     standard deviation at that time: without it a loss near zero would raise alarms by noise alone.
     After a divergence the governor learns `best` anew.
+
+    Data that change are no divergence: a step does not count if the last good parameters have more
+    than half of the excess over `best` on its batch too (`Observation.reference_loss`). After
+    `patience` such steps the governor learns `best` anew, from 100 steps later on.
 
     A non-finite or diverged loss orders a roll-back and quarantines every seed whose adapter acts,
     except fossils. An adapter that changes by more than `max_drift` times its own size in one step
@@ -83,6 +93,8 @@ def standard(
             max_drift=jnp.float32(max_drift),
             veto_steps=jnp.int32(veto_steps),
             num_bad=jnp.int32(0),
+            num_changed=jnp.int32(0),
+            settling_left=jnp.int32(0),
             veto_left=jnp.int32(0),
             best=jnp.float32(LARGEST),
             noise=jnp.float32(0.0),
@@ -96,14 +108,19 @@ def _update(state: StandardState, observation: Observation) -> tuple[StandardSta
     is_warm = track.num_steps >= state.patience
     # After a divergence there is no best loss until the veto is over, then it is learned anew. Else
     # data that changed for good would be rolled back again and again.
-    has_no_best = (state.best >= LARGEST) & (state.veto_left > 0)
+    is_waiting = (state.veto_left > 0) | (state.settling_left > 0)
+    has_no_best = (state.best >= LARGEST) & is_waiting
     is_best = is_warm & ~has_no_best & (track.slow < state.best)
     best = jnp.where(is_best, track.slow, state.best)
     noise = jnp.where(is_best, jnp.sqrt(track.square), state.noise)
     bound = best + (state.max_ratio - 1) * jnp.abs(best) + _NOISE_DEVIATIONS * noise
     is_bad = is_warm & (track.fast > bound)
-    num_bad = jnp.where(is_bad, state.num_bad + 1, 0)
+    # A comparison with NaN is false: what was not measured excuses nothing.
+    is_excused = 2 * (observation.reference_loss - best) > observation.loss - best
+    num_bad = jnp.where(is_bad, state.num_bad + (~is_excused).astype(jnp.int32), 0)
+    num_changed = jnp.where(is_bad & is_excused, state.num_changed + 1, 0)
     has_diverged = num_bad >= state.patience
+    has_changed = num_changed >= state.patience
     is_non_finite = ~jnp.isfinite(observation.loss)
     should_roll_back = is_non_finite | has_diverged
 
@@ -117,17 +134,16 @@ def _update(state: StandardState, observation: Observation) -> tuple[StandardSta
 
     is_alarm = should_roll_back | jnp.any(drifts)
     veto_left = jnp.where(is_alarm, state.veto_steps, jnp.maximum(state.veto_left - 1, 0))
-    alarm = jnp.where(
-        is_non_finite,
-        Alarm.NON_FINITE_LOSS,
-        jnp.where(
-            has_diverged,
-            Alarm.DIVERGENCE,
-            jnp.where(jnp.any(drifts), Alarm.DRIFT, Alarm.CALM),
-        ),
-    )
+    alarm = jnp.int8(Alarm.CALM)
+    for is_raised, name in (
+        (has_changed, Alarm.DATA_CHANGED),
+        (jnp.any(drifts), Alarm.DRIFT),
+        (has_diverged, Alarm.DIVERGENCE),
+        (is_non_finite, Alarm.NON_FINITE_LOSS),
+    ):
+        alarm = jnp.where(is_raised, jnp.int8(name), alarm)
     verdict = Verdict(
-        alarm=alarm.astype(jnp.int8),
+        alarm=alarm,
         forbids_germination=veto_left > 0,
         should_roll_back=should_roll_back,
         is_quarantined=is_quarantined,
@@ -135,8 +151,12 @@ def _update(state: StandardState, observation: Observation) -> tuple[StandardSta
     )
     state = state._replace(
         num_bad=jnp.where(has_diverged, 0, num_bad),
+        num_changed=jnp.where(has_changed, 0, num_changed),
+        settling_left=jnp.where(
+            has_changed, _SETTLING_STEPS, jnp.maximum(state.settling_left - 1, 0)
+        ),
         veto_left=veto_left,
-        best=jnp.where(has_diverged, LARGEST, best),
+        best=jnp.where(has_diverged | has_changed, LARGEST, best),
         noise=noise,
     )
     return state, verdict

@@ -28,6 +28,7 @@ class PackedRing(NamedTuple):
     steps: Any
     next_step: Any
     every: Any
+    is_elevated: Any
 
 
 def save_state(

@@ -40,6 +40,8 @@ class Trained(NamedTuple):
     """After the optimiser's update."""
     statistics: Any
     loss: Scalar
+    reference_loss: Scalar | None
+    """That of the last good parameters on the same batch; None without a ring."""
 
 
 Step = Callable[[TrainState, Any, Any, Commands], tuple[TrainState, StepInfo]]
@@ -118,7 +120,7 @@ def make_step_parts(
 
     def train(state: TrainState, batch: Any, survey_batch: Any) -> Trained:
         check_kind("state", state, TrainState, "make it with `runtime.init(...)`")
-        params, opt_state, grown, _ = state
+        params, opt_state, grown, ring = state
         check_optimizer(optimizer, opt_state, grown.adapters)
         if survey_every is not None:
             check_survey_batch(survey_batch)
@@ -127,12 +129,10 @@ def make_step_parts(
                 lambda: measure(params, grown, survey_batch)[0],
                 lambda: grown,
             )
+        reference_loss = None
+        if ring is not None:
+            reference_loss, ring = rollback.reference_loss(growth, ring, loss_fn, grown, batch)
         loss, gradients, statistics = growth.value_and_grad(loss_fn)(params, grown, batch)
-
-        def value_fn(variables: tuple[Params, Any]) -> Scalar:
-            seeds = growth.seeds(grown._replace(adapters=variables[1]))
-            return jnp.asarray(loss_fn(variables[0], seeds, batch))
-
         gradients = plain_gradients(gradients)
         updates, opt_state = optimizer.update(
             gradients,
@@ -141,16 +141,21 @@ def make_step_parts(
             slots=growth.slots(grown),
             value=loss,
             grad=gradients,
-            value_fn=value_fn,
+            value_fn=_value_fn(growth, loss_fn, grown, batch),
         )
         params, adapters = apply_updates((params, grown.adapters), updates)
-        after = state._replace(params=params, opt_state=opt_state, growth_state=grown)
-        return Trained(state=after, adapters=adapters, statistics=statistics, loss=loss)
+        after = TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
+        return Trained(after, adapters, statistics, loss, reference_loss)
 
     def grow(trained: Trained, commands: Commands) -> tuple[TrainState, StepInfo]:
         params, opt_state, grown, ring = trained.state
         grown, info = growth.update(
-            grown, trained.adapters, trained.statistics, trained.loss, commands
+            grown,
+            trained.adapters,
+            trained.statistics,
+            trained.loss,
+            commands,
+            reference_loss=trained.reference_loss,
         )
         if ring is not None:
             params, opt_state, grown, ring, steps_undone = rollback.update(
@@ -161,6 +166,18 @@ def make_step_parts(
         return strengthen(after), info
 
     return StepParts(train=train, grow=grow)
+
+
+def _value_fn(
+    growth: Growth, loss_fn: LossFn, state: GrowthState, batch: Any
+) -> Callable[[tuple[Params, Any]], Scalar]:
+    """The loss as a function of `(params, adapters)`, for optimisers that search along a line."""
+
+    def value_fn(variables: tuple[Params, Any]) -> Scalar:
+        seeds = growth.seeds(state._replace(adapters=variables[1]))
+        return jnp.asarray(loss_fn(variables[0], seeds, batch))
+
+    return value_fn
 
 
 def join(parts: StepParts) -> Step:

@@ -347,3 +347,53 @@ def test_check_finds_what_breaks_the_contract() -> None:
             check(wrong)
     with pytest.raises(TypeError, match="must be a Governor, got the function standard"):
         check(standard)  # type: ignore[arg-type]
+
+
+def watch(losses: list[float], references: list[float]) -> tuple[list[int], Any]:
+    """The alarms of `standard` alone, and its state afterwards."""
+    governor = standard(patience=PATIENCE, veto_steps=VETO)
+    update = jax.jit(governor.update)
+    state, track, alarms = governor.init(2), loss_track(), []
+    for loss, reference in zip(losses, references, strict=True):
+        track, _ = track_loss(track, jnp.float32(loss))
+        observation = Observation(
+            seeds=seed_state(2),
+            loss=jnp.float32(loss),
+            track=track,
+            drift=jnp.zeros((2,)),
+            reference_loss=jnp.float32(reference),
+        )
+        state, verdict = update(state, observation)
+        assert bool(verdict.should_roll_back) == (int(verdict.alarm) == Alarm.DIVERGENCE)
+        alarms.append(int(verdict.alarm))
+    return alarms, state
+
+
+HIGH = [1.0] * 20 + [50.0] * 300
+
+
+@pytest.mark.parametrize("reference", [np.nan, 1.0, 20.0], ids=["unknown", "good", "better"])
+def test_a_high_loss_is_a_divergence_where_the_last_good_parameters_do_better(
+    reference: float,
+) -> None:
+    alarms, _ = watch(HIGH, [reference] * len(HIGH))
+    assert Alarm.DIVERGENCE in alarms
+    assert Alarm.DATA_CHANGED not in alarms
+
+
+@pytest.mark.parametrize("reference", [40.0, 50.0, 90.0, np.inf])
+def test_it_is_the_data_where_the_last_good_parameters_do_no_better(reference: float) -> None:
+    alarms, state = watch(HIGH, [np.nan] * 20 + [reference] * (len(HIGH) - 20))
+    assert Alarm.DIVERGENCE not in alarms
+    assert alarms.count(Alarm.DATA_CHANGED) >= 1
+    # From then on the high loss is the measure.
+    assert set(alarms[-100:]) == {Alarm.CALM}
+    assert float(state.best) > 30
+
+
+def test_after_the_data_changed_a_divergence_is_one_again() -> None:
+    losses = [*HIGH, *[5000.0] * 300]
+    references = [np.nan] * 20 + [50.0] * (len(losses) - 20)
+    alarms, _ = watch(losses, references)
+    assert Alarm.DIVERGENCE not in alarms[: len(HIGH)]
+    assert Alarm.DIVERGENCE in alarms[len(HIGH) :]

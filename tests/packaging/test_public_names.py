@@ -65,11 +65,11 @@ OWNS_ADAPTER Seed SeedState Settings Stage TRANSITIONS Telemetry is_in settings"
     ),
     "esper_fn.policies": (
         "Admit Decide Init Observation Policy Requests Score budget chain check cooldown grow \
-max_concurrent max_total never no_requests periodic plateau random refuse request rule \
+max_concurrent max_total never no_requests periodic plateau random recycle refuse request rule \
 scripted seed_blueprints stop_after"
     ),
     "esper_fn.report": ("Run RunFolder create figures measure_segment read render write_report"),
-    "esper_fn.rollback": ("NUM_SNAPSHOTS Ring Snapshot init take_snapshot update"),
+    "esper_fn.rollback": ("NUM_SNAPSHOTS Ring Snapshot init reference_loss take_snapshot update"),
     "esper_fn.runtime": (
         "Checkpoints Fit FitOptions Segment Steering TrainState array_batches compile_fit \
 compile_fit_host count_compilations enlarge fit fit_host init lifecycle_events make_step \
