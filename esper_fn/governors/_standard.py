@@ -49,15 +49,14 @@ def standard(
 ) -> Governor:
     """Watches for a non-finite loss, for divergence and for drift.
 
-    The loss has diverged when its fast average has been above
-    `best + (max_ratio - 1) |best| + 4 noise` for `patience` steps in a row. Here
-    `best` is the lowest slow average so far, which may be negative, and `noise` is the loss's
-    standard deviation at that time: without it a loss near zero would raise alarms by noise alone.
-    After a divergence the governor learns `best` anew.
+    The loss has diverged when its fast average has been above `best + (max_ratio - 1) |best| + 4
+    noise` for `patience` steps in a row. Here `best` is the lowest slow average so far, which may
+    be negative, and `noise` is the loss's standard deviation at that time: without it a loss near
+    zero would raise alarms by noise alone. After a divergence the governor learns `best` anew.
 
-    Data that change are no divergence: a step does not count if the last good parameters have more
-    than half of the excess over `best` on its batch too (`Observation.reference_loss`). After
-    `patience` such steps the governor learns `best` anew, from 100 steps later on.
+    Data that change are no divergence: a step does not count if the last good parameters have half
+    of the excess over `best` on its batch too (`Observation.reference_loss`). `patience` such steps
+    make the governor learn `best` anew.
 
     A non-finite or diverged loss orders a roll-back and quarantines every seed whose adapter acts,
     except fossils. An adapter that changes by more than `max_drift` times its own size in one step

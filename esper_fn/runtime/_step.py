@@ -162,8 +162,7 @@ def make_step_parts(
                 growth, ring, params, opt_state, grown, info.verdict
             )
             info = info._replace(steps_undone=steps_undone)
-        after = TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
-        return strengthen(after), info
+        return strengthen(TrainState(params, opt_state, grown, ring)), info
 
     return StepParts(train=train, grow=grow)
 
