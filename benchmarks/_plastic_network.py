@@ -53,7 +53,9 @@ class Arm(NamedTuple):
     step: Callable[[Any, Batch, Hyper], tuple[Any, jax.Array]]
     """`step(state, batch, hyper) -> (state, metric)`, the metric from before the update."""
     survey: Callable[[Any, Batch, Hyper], Any] | None = None
-    """`survey(state, batch, hyper) -> state`, called after every bin with batches seen in it."""
+    """`survey(state, batch, hyper) -> state`, now and then, on the batches that came last."""
+    num_parameters: int = 0
+    """At most, for arms that grow."""
 
 
 class Moments(NamedTuple):
@@ -98,6 +100,30 @@ def init_params(key: jax.Array, widths: Sequence[int]) -> Params:
         weights = jax.random.uniform(of_layer, (inputs, outputs), minval=-bound, maxval=bound)
         layers.append((weights, jnp.zeros((outputs,))))
     return layers
+
+
+def count_parameters(widths: Sequence[int]) -> int:
+    """Counts the parameters of a network.
+
+    >>> count_parameters((2, 3, 1))
+    13
+    """
+    return sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
+
+
+def matched_widths(widths: Sequence[int], num_parameters: int) -> tuple[int, ...]:
+    """Widens the hidden layers alike until there are at least `num_parameters`.
+
+    >>> matched_widths((2, 3, 1), 15)
+    (2, 4, 1)
+    """
+    first, *hidden, last = widths
+    extra = 0
+    while True:
+        wider = (first, *(width + extra for width in hidden), last)
+        if count_parameters(wider) >= num_parameters:
+            return wider
+        extra += 1
 
 
 def forward(params: Params, inputs: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -184,7 +210,7 @@ def make_arm(
         state = state._replace(params=params, moments=moments, step=state.step + 1)
         return method.update(state, hidden, hyper), metric
 
-    return Arm(name=name, init=init, step=step)
+    return Arm(name=name, init=init, step=step, num_parameters=count_parameters(layers))
 
 
 def reset_units(state: State, is_reset: Sequence[jax.Array]) -> State:

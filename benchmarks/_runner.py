@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, str] = {
     "bus": "benchmarks.bus",
     "growth": "benchmarks.growth",
     "compile": "benchmarks.compile",
+    "plastic": "benchmarks.plastic",
 }
 """Every benchmark and the module whose `measure` takes its figures."""
 
