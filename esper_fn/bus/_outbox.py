@@ -14,7 +14,7 @@ from secrets import token_hex
 
 from esper_fn.bus._consumer import Ack
 from esper_fn.bus._envelope import MAX_MESSAGES, Link, check_size
-from esper_fn.bus._messages import COMMAND_TOPICS, Message, Topic
+from esper_fn.bus._messages import COMMAND_TOPICS, Message, Outcome, Topic
 from esper_fn.bus._timing import retry_seconds
 from esper_fn.bus._transport import Entry, OtherRunError, Settlement
 from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageError, OversizedError
@@ -22,9 +22,25 @@ from esper_fn.errors import BusUnavailableError, BusyError, EsperError, MessageE
 _LOGGER = logging.getLogger(__name__)
 _ENTRIES_AT_ONCE = 128
 _OUTCOMES_IN_ENVELOPE = 64
+_OUTCOME_BYTES = 60 * 1024
+"""Bytes of outcomes in one envelope, which `LIMITS` allows with its header."""
 _UNKNOWN = "?"
 """Stands for the identity of a run before it is known; no run has it."""
 _CHANGES_AT_ONCE = 2
+
+
+def grouped(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    """The outcomes as they share envelopes, in order."""
+    groups: list[list[Outcome]] = []
+    size = 0
+    for outcome in outcomes:
+        most = 512 + 4 * len(outcome.text) + 128 * len(outcome.seeds)
+        size += most
+        if not groups or size > _OUTCOME_BYTES or len(groups[-1]) == _OUTCOMES_IN_ENVELOPE:
+            groups.append([])
+            size = most
+        groups[-1].append(outcome)
+    return groups
 
 
 @dataclass(slots=True)
@@ -293,10 +309,7 @@ class Settlements:
             acks=entries,
             cursor=cursor,
             sequences=self._sequences,
-            outcomes=[
-                self._seal(Topic.OUTCOMES, outcomes[first : first + _OUTCOMES_IN_ENVELOPE])
-                for first in range(0, len(outcomes), _OUTCOMES_IN_ENVELOPE)
-            ],
+            outcomes=[self._seal(Topic.OUTCOMES, group) for group in grouped(outcomes)],
             dead=[self._seal(Topic.DEAD, [letter]) for letter in dead],
         )
 

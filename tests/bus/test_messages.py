@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from esper_fn import bus
 from esper_fn.bus import Message, Topic
 from esper_fn.bus._envelope import FORMAT, SCHEMA, Header, Schema
+from esper_fn.bus._messages import LIMITS
+from esper_fn.bus._outbox import grouped
 from esper_fn.errors import (
     BusSecurityError,
     ForgedError,
@@ -251,3 +254,27 @@ def test_keys_are_read_from_the_environment_and_files_only_when_private(tmp_path
     ):
         with pytest.raises(BusSecurityError, match=words):
             bus.read_keys({"ESPER_BUS_KEYS": text})
+
+
+@pytest.mark.parametrize("num_seeds", [0, 1, 16, 256])
+def test_outcomes_share_envelopes_that_their_topic_allows(num_seeds):
+    rows = tuple(
+        bus.SeedOutcome(
+            seed=10**6 + index,
+            code="BLUEPRINT_NOT_SERVED",
+            before="STABILIZATION",
+            after="STABILIZATION",
+        )
+        for index in range(num_seeds)
+    )
+    outcomes = [
+        bus.Outcome(
+            command_id=f"{number:080}", code="BATCH_REFUSED", text="é" * 500, step=1, seeds=rows
+        )
+        for number in range(300)
+    ]
+    groups = grouped(outcomes)
+    assert list(itertools.chain.from_iterable(groups)) == outcomes
+    limit = LIMITS[Topic.OUTCOMES].max_entry_bytes
+    assert max(len(msgspec.msgpack.encode(group)) for group in groups) < limit - 1024
+    assert grouped([]) == []
