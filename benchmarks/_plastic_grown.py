@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,22 +48,12 @@ def grown(
       width: neurons of an adapter; an eighth of the narrowest hidden layer, at least 2, when left
         out.
       options: more arguments of `Growth`.
+
+    Returns:
+      The arm; `num_parameters` counts the host and all adapters.
     """
     widths = stream.widths
-    num_hidden = len(widths) - 2
-    size = max(2, min(widths[1:-1]) // 8) if width is None else width
-    growth = ef.Growth(
-        sites=[
-            ef.site(f"layer{k}.{i}", source_features=widths[k - 1], features=widths[k + 1])
-            for k in range(1, num_hidden + 1)
-            for i in range(spans)
-        ],
-        blueprints={"bottleneck": ef.blueprints.bottleneck(width=size)},
-        capacity=1,
-        policy=policy,
-        adapters_at_once=None,
-        **(options or {}),
-    )
+    growth = _make_growth(widths, spans, width, policy=policy, **(options or {}))
 
     def loss_fn(params: Params, seeds: Any, batch: Batch) -> jax.Array:
         return stream.loss(_forward(params, seeds, batch[0], spans), batch[1])
@@ -97,6 +87,22 @@ def grown(
         step=step,
         survey=survey,
         num_parameters=count_parameters(widths) + adapters,
+    )
+
+
+def _make_growth(widths: Sequence[int], spans: int, width: int | None, **options: Any) -> ef.Growth:
+    """The seeds of `grown`; every slot is computed, as `vmap` over whole states needs it."""
+    size = max(2, min(widths[1:-1]) // 8) if width is None else width
+    return ef.Growth(
+        sites=[
+            ef.site(f"layer{k}.{i}", source_features=widths[k - 1], features=widths[k + 1])
+            for k in range(1, len(widths) - 1)
+            for i in range(spans)
+        ],
+        blueprints={"bottleneck": ef.blueprints.bottleneck(width=size)},
+        capacity=1,
+        adapters_at_once=None,
+        **options,
     )
 
 

@@ -4,7 +4,8 @@ Three streams (`benchmarks._streams`): *labels*, the same images with new random
 steps; *pixels*, Fashion-MNIST with newly permuted pixels every task; *regression*, the slowly
 changing regression of Dohare et al. (Nature 632:768, 2024). On each the grown arm meets published
 remedies (`benchmarks._plastic_rivals`) that have at least as many parameters as host and adapters
-together, the same host without any (`host`), and an oracle that starts anew at every task.
+together, no remedy at that size (`plain`) and at the host's (`host`), and an oracle of that size
+that starts anew at every task (`full_reset`).
 
 The metric is taken on each batch before it is learned. Every arm's hyperparameters, learning rate
 included, are those of the best last tenth over the selection seeds; the rows come from other seeds,
@@ -41,7 +42,7 @@ SURVEY_EXAMPLES = 256
 SURVEY_BINS = 3
 """Bins between two surveys: not a divisor of the ten bins of a task, which ought not to show."""
 
-_RATES = {"adam": (3e-4, 1e-3, 3e-3), "sgd": (3e-3, 1e-2, 3e-2)}
+_RATES = {"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 3e-3, 1e-2, 3e-2)}
 _DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 _REPLACEMENTS = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -62,12 +63,12 @@ def measure(*, quick: bool) -> Mapping[str, Row]:
         except ef.errors.MissingDataError as error:
             sys.stderr.write(f"plastic: a stream is left out: {error}\n")
             continue
-        found = entries(stream)
+        contenders = entries(stream)
         if quick:
-            found = [entry._replace(hypers=entry.hypers[:1]) for entry in found]
+            contenders = [entry._replace(hypers=entry.hypers[:1]) for entry in contenders]
         rows |= compare(
             stream,
-            found,
+            contenders,
             selection_seeds=SELECTION_SEEDS[:1] if quick else SELECTION_SEEDS,
             final_seeds=FINAL_SEEDS[:2] if quick else FINAL_SEEDS,
         )
@@ -239,7 +240,7 @@ def _last_batches(stream: Stream, world: Any, step: jax.Array) -> Any:
 
 def compare(
     stream: Stream,
-    found: Sequence[Entry],
+    contenders: Sequence[Entry],
     *,
     selection_seeds: Sequence[int],
     final_seeds: Sequence[int],
@@ -248,14 +249,14 @@ def compare(
 
     Args:
       stream: what all arms learn from.
-      found: the arms; those whose name begins with `grown` are compared with the others of
+      contenders: the arms; those whose name begins with `grown` are compared with the others of
         the same optimiser.
       selection_seeds: for the choice.
       final_seeds: for the rows.
     """
     metrics: dict[str, np.ndarray] = {}
     rows: dict[str, Row] = {}
-    for arm, hypers in found:
+    for arm, hypers in contenders:
         start = time.perf_counter()
         chosen = hypers[0]
         if len(hypers) > 1:

@@ -85,11 +85,11 @@ def test_grown_arm_learns_with_its_adapters_at_their_own_rate() -> None:
 
 
 def test_comparison_gives_rows_and_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [
+    contenders = [
         plastic.Entry(make_arm("grown", STREAM, rivals.plain()), [Hyper(rate=1e-2)]),
         plastic.Entry(make_arm("host", STREAM, rivals.plain()), plastic.grid(rate=(0.0, 1e-2))),
     ]
-    rows = plastic.compare(STREAM, found, selection_seeds=(100,), final_seeds=(0, 1))
+    rows = plastic.compare(STREAM, contenders, selection_seeds=(100,), final_seeds=(0, 1))
     names = [
         f"regression_{arm}_{part}"
         for arm in ("grown", "host")
