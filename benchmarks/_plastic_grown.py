@@ -58,35 +58,28 @@ def grown(
     def loss_fn(params: Params, seeds: Any, batch: Batch) -> jax.Array:
         return stream.loss(_forward(params, seeds, batch[0], spans), batch[1])
 
-    def make_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
-        make = {"adam": optax.adam, "sgd": optax.sgd}[optimizer]
-        return ef.optim.per_adapter(make(hyper.rate), make(hyper.adapter_rate))
-
     def init(key: jax.Array, hyper: Hyper) -> runtime.TrainState:
         params = init_params(jax.random.fold_in(key, 0), widths)
         start = growth.init(jax.random.fold_in(key, 1))
-        return runtime.init(make_optimizer(hyper), params, start, snapshot_every=None)
+        return runtime.init(_make_optimizer(optimizer, hyper), params, start, snapshot_every=None)
 
     def step(
         state: runtime.TrainState, batch: Batch, hyper: Hyper
     ) -> tuple[runtime.TrainState, jax.Array]:
         seeds = growth.seeds(state.growth_state)
         metric = stream.metric(_forward(state.params, seeds, batch[0], spans), batch[1])
-        advance = runtime.make_step(growth, loss_fn, make_optimizer(hyper), survey_every=None)
+        advance = runtime.make_step(
+            growth, loss_fn, _make_optimizer(optimizer, hyper), survey_every=None
+        )
         return advance(state, batch, None, no_commands(1))[0], metric
 
-    def survey(state: runtime.TrainState, batch: Batch, hyper: Hyper) -> runtime.TrainState:
-        del hyper
-        return runtime.make_survey(growth, loss_fn)(state, batch)
-
-    tables = growth.layout.tables
-    adapters = int(sum(tables.costs[tables.slot_group, tables.slot_blueprint]))
+    measure = runtime.make_survey(growth, loss_fn)
     return Arm(
         name=name,
         init=init,
         step=step,
-        survey=survey,
-        num_parameters=count_parameters(widths) + adapters,
+        survey=lambda state, batch, hyper: measure(state, batch),
+        num_parameters=count_parameters(widths) + _count_adapters(growth),
     )
 
 
@@ -104,6 +97,18 @@ def _make_growth(widths: Sequence[int], spans: int, width: int | None, **options
         adapters_at_once=None,
         **options,
     )
+
+
+def _count_adapters(growth: ef.Growth) -> int:
+    """Counts the parameters of all slots."""
+    tables = growth.layout.tables
+    return int(sum(tables.costs[tables.slot_group, tables.slot_blueprint]))
+
+
+def _make_optimizer(name: str, hyper: Hyper) -> optax.GradientTransformationExtraArgs:
+    """Made anew in every trace, so that both rates may be traced and mapped."""
+    make = {"adam": optax.adam, "sgd": optax.sgd}[name]
+    return ef.optim.per_adapter(make(hyper.rate), make(hyper.adapter_rate))
 
 
 def _forward(params: Params, seeds: Any, inputs: jax.Array, spans: int) -> jax.Array:
