@@ -55,6 +55,21 @@ def test_surveys_see_the_last_batches_only() -> None:
     assert seen.tolist() == np.repeat(sums, 3).tolist()
 
 
+def test_a_survey_stays_conditional_when_runs_are_mapped() -> None:
+    arm = Arm(
+        "watching",
+        lambda key, hyper: jax.random.normal(key),
+        lambda state, batch, hyper: (state, state),
+        survey=lambda state, batch, hyper: jnp.tanh(state),
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    run = jax.vmap(plastic.make_run(STREAM, arm), in_axes=(0, None, None))
+    program = str(jax.make_jaxpr(run)(keys, Hyper(), None))
+    # A conditional that `vmap` has made a choice between both results is no `cond` any more.
+    assert "cond[" in program
+    assert "tanh" in program[program.index("cond[") :]
+
+
 def test_choice_takes_the_best_last_tenth() -> None:
     metrics = np.zeros((3, 2, 20))
     metrics[0, :, :10] = 9
