@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from esper_fn import governors, grafting, lifecycle, policies
-from esper_fn._arguments import check_key
+from esper_fn._arguments import check_key, check_kind
 from esper_fn._growth._checks import (
     check_options,
     check_parts,
@@ -223,17 +223,26 @@ class Growth:
             else None,
         )
 
-    def seeds(self, state: GrowthState) -> Seeds:
+    def seeds(self, state: GrowthState, *, exact: bool = False) -> Seeds:
         """The seeds for a forward pass, as in an evaluation: `loss_fn(params, seeds, batch)`.
+
+        A derivative through a site follows the rule of training: reverse mode only, and an adapter
+        learns as if alpha were 1, learns in TRAINING though it does not act, and does not learn
+        where it is frozen. With `exact` the same `y = x + alpha * r` is plain JAX: `jvp`, `jacfwd`,
+        `jacrev`, `hessian` and `linearize` give its true derivatives in the parameters, the inputs
+        and `state.adapters`. An adapter with outputs that are not finite counts as constant.
 
         Args:
           state: the network as it is.
+          exact: whether derivatives are those of the function that is computed. Then every slot
+            computes, dead or alive, so time and memory follow the capacity; no GPU kernel serves.
 
         Raises:
-          TypeError: `state` is no `GrowthState`.
+          TypeError: `state` is no `GrowthState`, or `exact` no bool.
           LayoutError: it is one of another growth.
         """
         check_state(self._parts, state, "growth.seeds(state)")
+        check_kind("exact", exact, bool, "it is fixed while tracing; pass True or False")
         return evaluation_seeds(
             self.layout,
             self.adapters_at_once,
@@ -242,6 +251,7 @@ class Growth:
             state.owner,
             state.settings,
             state.adapters,
+            is_exact=exact,
         )
 
     def slots(self, state: GrowthState) -> Mapping[str, Mapping[str, Slots]]:

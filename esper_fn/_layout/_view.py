@@ -83,6 +83,7 @@ def view(
     implementation: Implementation = "auto",
     probes: Probes | None = None,
     visits: Visits | None = None,
+    is_exact: bool = False,
 ) -> Seeds:
     """The `Seeds` for a loss function.
 
@@ -96,6 +97,7 @@ def view(
       implementation: see `esper_fn.Growth`.
       probes: see `zero_probes`; None outside a survey.
       visits: where to note the sites that are reached, if anywhere.
+      is_exact: whether derivatives are those of the forward pass; the taps then measure nothing.
     """
     chunk = jnp.where(jnp.any(gains_of_slots != 0, axis=-1), local_chunk(layout, owner), -1)
     views, configs = [], []
@@ -120,12 +122,13 @@ def view(
                 adapters_at_once=None if at_once is None else min(at_once, size),
                 implementation=implementation,
                 is_stacked=site.layers is not None,
+                is_exact=is_exact,
             )
         )
     return Seeds(SeedsStructure(tuple(configs), visits), tuple(views))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="is_exact")
 def evaluation_seeds(
     layout: Layout,
     at_once: int | None,
@@ -134,6 +137,8 @@ def evaluation_seeds(
     owner: Int32[Array, "Q"],
     settings: Settings,
     adapters: Adapters,
+    *,
+    is_exact: bool = False,
 ) -> Seeds:
     """The `Seeds` for a forward pass, by one program.
 
@@ -145,6 +150,7 @@ def evaluation_seeds(
       owner: who holds each slot.
       settings: the lifecycle's settings.
       adapters: parameters of all banks.
+      is_exact: see `view`.
     """
     gains_of_slots = slot_gains(seeds, owner, settings)
     taps = zero_taps(layout)
@@ -156,6 +162,7 @@ def evaluation_seeds(
         taps,
         at_once=at_once,
         implementation=implementation,
+        is_exact=is_exact,
     )
 
 

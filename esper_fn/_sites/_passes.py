@@ -18,7 +18,7 @@ from esper_fn._sites._schedule import (
     for_each_live,
     set_rows,
 )
-from esper_fn._typing import Array, Float, Float32, Int32, Params
+from esper_fn._typing import Array, Bool, Float, Float32, Int32, Params
 from esper_fn.blueprints._base import Blueprint
 from esper_fn.errors import LayoutError
 from esper_kernels import NUM_BACKWARD_STATISTICS, Gains, rule_jax
@@ -215,11 +215,12 @@ def _pull_smooth(
     inputs = rows.adapters, read(source, site.source, chunk), read(dy, site.target, chunk)
     checked = rule_jax.pullback(run, gains, *jax.lax.stop_gradient(inputs))
     is_sound = checked.is_flowing & (chunk >= 0)
-    inputs = jax.tree.map(partial(_mask_rows, is_sound), inputs)
+    inputs = jax.tree.map(partial(mask_rows, is_sound), inputs)
     pulled = rule_jax.pullback(run, gains, *inputs)
     scale = jnp.where(is_sound, gains.input_grad_scale, 0.0)
     return add(d_source, site.source, chunk, scale, pulled.d_u), pulled.d_adapters
 
 
-def _mask_rows(is_sound: Array, leaf: Array) -> Array:
+def mask_rows(is_sound: Bool[Array, "n"], leaf: Array) -> Array:
+    """`leaf`, `[n, ...]`, with zeros in the rows of adapters that are not sound."""
     return jnp.where(rule_jax.per_adapter(is_sound, leaf), leaf, 0)

@@ -26,6 +26,8 @@ class SiteConfig(NamedTuple):
     implementation: Implementation
     is_stacked: bool = False
     """Whether the arrays have a leading axis of layers, over which a scan goes."""
+    is_exact: bool = False
+    """Whether derivatives are those of the forward pass; then all slots compute, unmeasured."""
 
     def anonymous(self) -> SiteConfig:
         """The same for every site that computes alike, so that JAX traces one function for all."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from esper_fn._control import by_compiler, vary_alike
 from esper_fn._sites._autodiff import grow
+from esper_fn._sites._exact import grow_exact
 from esper_fn._sites._probe import Moments, probe
 from esper_fn._sites._schedule import BankView, SiteConfig
 from esper_fn._sites._scope import Mark
@@ -164,6 +165,8 @@ def _grow(
     x: Array,
     source: Array | None,
 ) -> Array:
+    if config.is_exact:
+        return grow_exact(config, banks, source, x)
     if moments is not None:
         chunkings = (config.site.source, config.site.target)
         x = probe(chunkings, x if source is None else source, x, moments)

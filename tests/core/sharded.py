@@ -179,6 +179,35 @@ def check_members(num_devices: int) -> None:
                 np.testing.assert_array_equal(got[member], other)
 
 
+def check_exact(num_devices: int) -> None:
+    """Hessian-vector products of the exact view, forward over reverse inside a `shard_map`."""
+    growth, _, (params, state, _), x = setting()
+    seeds = growth.seeds(state, exact=True)
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,))
+    whole, split = PartitionSpec(), PartitionSpec("data")
+
+    def curvature(loss_fn: Any, params: Any, seeds: Any, x: jax.Array) -> Any:
+        slope = jax.grad(lambda params: loss_fn(params, seeds, x))
+        return jax.jvp(slope, (params,), (jax.tree.map(jnp.ones_like, params),))
+
+    def mean_loss(params: Any, seeds: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(local_loss(params, seeds, x), "data")
+
+    around = jax.shard_map(
+        lambda params, seeds, x: curvature(mean_loss, params, seeds, x),
+        mesh=mesh,
+        in_specs=(whole, whole, split),
+        out_specs=whole,
+    )
+    run = jax.jit(around, compiler_options=QUICK)(params, seeds, x)
+    want = jax.jit(
+        lambda params, seeds, x: curvature(local_loss, params, seeds, x), compiler_options=QUICK
+    )(params, seeds, x)
+    for got, other in zip(jax.tree.leaves(run), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5)
+
+
 if __name__ == "__main__":
+    check_exact(2)
     check_decisions(2)
     check_members(2)
