@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from esper_fn.checkpoint._files import MAX_FILES, is_safe
@@ -36,36 +37,42 @@ class FileInfo(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Leaves that lie in one folder of Orbax's."""
+    """Leaves that lie in one folder of Orbax's.
+
+    Attributes:
+      folder: below the step's, named by content, so that equal parts have equal names.
+      leaves: index of each leaf, and where it begins in the array `packed`, or -1 where it is the
+        array `leaf{position in this tuple}`.
+    """
 
     folder: str
-    """Below the step's, named by content, so that equal parts have equal names."""
     leaves: tuple[tuple[int, int], ...]
-    """Index of each leaf, and where it begins in the array `packed`, or -1 where it is the array
-    `leaf{position in this tuple}`."""
 
 
 class Manifest(NamedTuple):
-    """One step on disk."""
+    """One step on disk, or about to be.
 
-    run: str
-    """Identity of the folder the step belongs to."""
+    Attributes:
+      step: training steps done.
+      structure: of the value, as JSON.
+      leaves: of the value, with their digests once it is on disk.
+      metrics: finite numbers for retention.
+      run: identity of the folder the step belongs to.
+      parts: where the leaves' arrays lie.
+      files: every file of the step but the manifest.
+      versions: of what wrote it.
+      is_signed: whether it has an HMAC.
+    """
+
     step: int
-    """Training steps done."""
     structure: Any
-    """Of the value, as JSON."""
     leaves: tuple[Leaf, ...]
-    """Of the value, with their digests."""
-    parts: tuple[Part, ...]
-    """Where the leaves' arrays lie."""
-    files: Mapping[str, FileInfo]
-    """Every file of the step but the manifest."""
     metrics: Mapping[str, float]
-    """Finite numbers for retention."""
-    versions: Mapping[str, str]
-    """Of what wrote it."""
+    run: str = ""
+    parts: tuple[Part, ...] = ()
+    files: Mapping[str, FileInfo] = MappingProxyType({})
+    versions: Mapping[str, str] = MappingProxyType({})
     is_signed: bool = False
-    """Whether it has an HMAC."""
 
 
 def encode(manifest: Manifest, key: bytes | None) -> bytes:

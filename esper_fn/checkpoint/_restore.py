@@ -8,16 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esper_fn.checkpoint import _arrays, _files, _manifest, _orbax
-from esper_fn.checkpoint._folder import (
-    MAX_RECORD_BYTES,
-    PathLike,
-    checked_step,
-    inspect,
-    run_identity,
-    step_folder,
-    steps,
-)
+from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax
+from esper_fn.checkpoint._folder import PathLike
 from esper_fn.checkpoint._json import corrupt_if_malformed, loads
 from esper_fn.checkpoint._structure import assemble, check_structure, child_names, leaf_numbers
 from esper_fn.checkpoint._verify import Damage, damage_by, damages, worst
@@ -79,7 +71,7 @@ def restore(
     """
     read = partial(_read, path, only=only, like=like, key=key, max_bytes=max_bytes)
     if step is not None:
-        step = checked_step(step)
+        step = _folder.checked_step(step)
         damage = next(damages(path, step, key=key), None)
         if damage is not None:
             message = f"{Path(path)}: {damage}; leave `step` out to take the newest sound one"
@@ -88,9 +80,9 @@ def restore(
             raise CorruptCheckpointError(message)
         return read(step)
     passed: list[Damage] = []
-    for candidate in reversed(steps(path)):
+    for candidate in reversed(_folder.steps(path)):
         damage = worst(path, candidate, key=key)
-        if candidate not in steps(path):
+        if candidate not in _folder.steps(path):
             continue  # a writer has just collected it
         if damage is None:
             try:
@@ -99,7 +91,7 @@ def restore(
                 damage = damage_by(error, path, candidate)
         passed.append(damage)
     if not passed:
-        run_identity(path)
+        _folder.run_identity(path)
     problems = "; ".join(map(str, passed)) or "it holds no step"
     raise NoCheckpointError(f"{Path(path)}: nothing to restore: {problems}")
 
@@ -114,8 +106,8 @@ def _read(
     max_bytes: int | None,
 ) -> Restored:
     """Reads a step that is verified."""
-    manifest = inspect(path, step, key=key)
-    folder, leaves = step_folder(path, step), manifest.leaves
+    manifest = _folder.inspect(path, step, key=key)
+    folder, leaves = _folder.step_folder(path, step), manifest.leaves
     check_structure(manifest.structure, len(leaves))
     structure = _selected(manifest.structure, only)
     indices = set(leaf_numbers(structure))
@@ -144,9 +136,9 @@ def _read(
 
 def _record(folder: Path) -> Any:
     file = folder / _manifest.RECORD
-    data = _files.read_bounded(file, MAX_RECORD_BYTES)
+    data = _files.read_bounded(file, _folder.MAX_RECORD_BYTES)
     with corrupt_if_malformed(f"{file}"):
-        return loads(data, max_bytes=MAX_RECORD_BYTES)
+        return loads(data, max_bytes=_folder.MAX_RECORD_BYTES)
 
 
 def _selected(node: Any, only: str | None) -> Any:

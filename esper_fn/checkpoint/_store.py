@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esper_fn.checkpoint import _arrays, _files, _folder, _manifest, _orbax, _retention, _verify
 from esper_fn.checkpoint._folder import WORK, drop, open_folder, set_aside, step_folder
-from esper_fn.checkpoint._leaf import Leaf
 from esper_fn.checkpoint._manifest import FileInfo, Manifest
 from esper_fn.errors import CheckpointError
 
@@ -26,19 +25,6 @@ ROOT_BYTES = 4096
 """What a folder holds beside its steps, at most; a byte budget has to pay for it too."""
 
 _PACKAGES = ("esper-fn", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
-
-
-class Content(NamedTuple):
-    """What a step consists of, copied from the program that saves it."""
-
-    step: int
-    structure: Any
-    leaves: tuple[Leaf, ...]
-    arrays: list[Any]
-    record: bytes | None
-    metrics: Mapping[str, float]
-    prefixes: tuple[str, ...]
-    """Paths whose leaves are stored on their own."""
 
 
 class Store:
@@ -96,40 +82,55 @@ class Store:
 
     # --- writing -------------------------------------------------------------------------------
 
-    def write(self, content: Content) -> None:
+    def write(
+        self, draft: Manifest, arrays: Sequence[Any], record: bytes | None, prefixes: Sequence[str]
+    ) -> None:
         """Writes a step and renames it into place, then removes those that may go.
 
         Args:
-          content: of the step.
+          draft: step, structure, leaves and metrics.
+          arrays: of the leaves, copied from the program that saves them; None for scalars.
+          record: the caller's JSON.
+          prefixes: paths whose leaves are stored on their own.
 
         Raises:
           CheckpointError: the byte budget has no room for it.
           OSError: or another error of the disk; nothing of the step stays then.
         """
-        leaves = _arrays.with_digests(content.leaves, content.arrays)
-        content = content._replace(leaves=leaves)
-        parts = _arrays.plan(leaves, content.arrays, content.prefixes)
-        self._make_room(content.step, self._incoming_bytes(parts, content.record))
-        work = self.path / WORK / f"save-{content.step:012d}-{secrets.token_hex(4)}"
+        step, leaves = draft.step, _arrays.with_digests(draft.leaves, arrays)
+        parts = _arrays.plan(leaves, arrays, prefixes)
+        self._make_room(step, self._incoming_bytes(parts, record))
+        work = self.path / WORK / f"save-{step:012d}-{secrets.token_hex(4)}"
         try:
             work.mkdir(parents=True)
             known = self._write_parts(work, parts)
-            if content.record is not None:
-                (work / _manifest.RECORD).write_bytes(content.record)
+            if record is not None:
+                (work / _manifest.RECORD).write_bytes(record)
             _files.sync_tree(work)
-            size = self._write_manifest(work, content, parts, known)
-            self._commit(content.step, work)
+            sizes = _files.sizes(work)
+            files = {
+                name: FileInfo(size, known.get(name) or _files.sha256(work / name))
+                for name, size in sorted(sizes.items())
+            }
+            manifest = draft._replace(
+                run=self._run,
+                leaves=leaves,
+                parts=tuple(planned.part for planned in parts),
+                files=files,
+                versions={name: version(name) for name in _PACKAGES},
+            )
+            data = _manifest.encode(manifest, self._key)
+            _files.write_synced(work / _manifest.NAME, data)  # last of all
+            self._commit(step, work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        new = sum(part.num_bytes for part in parts)
-        self._overhead = max(OVERHEAD_BYTES, 2 * (size - new))
+        beside = sum(sizes.values()) + len(data) - sum(part.num_bytes for part in parts)
+        self._overhead = max(OVERHEAD_BYTES, 2 * beside)
         try:
             self._collect(0)
         except OSError as error:  # the step itself is on the disk
-            self.notices.append(
-                f"step {content.step} was saved, an older one was not removed: {error}"
-            )
+            self.notices.append(f"step {step} was saved, an older one was not removed: {error}")
 
     def _write_parts(self, work: Path, parts: Sequence[_arrays.Planned]) -> dict[str, str]:
         """Writes or shares every part; returns the digests that are known already."""
@@ -144,32 +145,6 @@ class Store:
                 target.parent.mkdir(exist_ok=True)
                 _orbax.write(target, planned.arrays)
         return known
-
-    def _write_manifest(
-        self,
-        work: Path,
-        content: Content,
-        parts: Sequence[_arrays.Planned],
-        known: Mapping[str, str],
-    ) -> int:
-        """Writes the manifest, last of all; returns the bytes of the whole step."""
-        sizes = _files.sizes(work)
-        manifest = Manifest(
-            run=self._run,
-            step=content.step,
-            structure=content.structure,
-            leaves=content.leaves,
-            parts=tuple(planned.part for planned in parts),
-            files={
-                name: FileInfo(num_bytes=size, sha256=known.get(name) or _files.sha256(work / name))
-                for name, size in sorted(sizes.items())
-            },
-            metrics=content.metrics,
-            versions={name: version(name) for name in _PACKAGES},
-        )
-        data = _manifest.encode(manifest, self._key)
-        _files.write_synced(work / _manifest.NAME, data)
-        return sum(sizes.values()) + len(data)
 
     def _commit(self, step: int, work: Path) -> None:
         target = step_folder(self.path, step)
@@ -188,18 +163,34 @@ class Store:
         if aside is not None and is_corrupt:
             shutil.rmtree(aside, ignore_errors=True)
         elif aside is not None:
-            doubt = f"{fault.file}: {fault.problem}" if fault else "it was no sound step"
+            doubt = "it was no sound step"
+            if fault is not None and fault.verdict != "corrupt":
+                doubt = f"{fault.file}: {fault.problem}"
             self.notices.append(f"what lay at step {step} is in {aside} now, unjudged: {doubt}")
 
     # --- sharing -------------------------------------------------------------------------------
 
     def _share(self, planned: _arrays.Planned, target: Path) -> dict[str, str]:
-        """Digests of the files that got another name in this step; empty where none did."""
-        if planned.num_bytes < _arrays.PART_BYTES:
+        """Digests of the files that got another name in this step; empty where none did.
+
+        Files that are not what their own step's manifest says are not shared, so damage is not
+        handed on.
+        """
+        folder = planned.part.folder
+        source = self._source(folder) if planned.num_bytes >= _arrays.PART_BYTES else None
+        if source is None:
             return {}
-        source = self._source(planned.part.folder)
-        digests = {} if source is None else self._intact(source)
-        return digests if source and digests and _files.share(source, target) else {}
+        step = source.parents[1]
+        try:
+            listed = _folder.inspect(self.path, int(step.name), key=self._key).files
+            digests = {
+                name: listed[name].sha256
+                for name in (f"{folder}/{inner}" for inner in _files.sizes(source))
+            }
+            is_intact = all(_files.sha256(step / name) == sha for name, sha in digests.items())
+        except (CheckpointError, OSError, KeyError):
+            return {}
+        return digests if is_intact and _files.share(source, target) else {}
 
     def _source(self, folder: str) -> Path | None:
         """A folder of the same content in a sound step, if it may get another name."""
@@ -213,22 +204,6 @@ class Store:
                 continue
             return candidate if max(links, default=MAX_SHARED) < MAX_SHARED else None
         return None
-
-    def _intact(self, source: Path) -> dict[str, str]:
-        """Digests of a part's files if they are what their step's manifest says, else nothing.
-
-        So damage is not handed on.
-        """
-        base = source.parents[1]
-        try:
-            files = _folder.inspect(self.path, int(base.name), key=self._key).files
-            names = [
-                f"{source.relative_to(base).as_posix()}/{inner}" for inner in _files.sizes(source)
-            ]
-            is_intact = all(files[name].sha256 == _files.sha256(base / name) for name in names)
-            return {name: files[name].sha256 for name in names} if is_intact else {}
-        except (CheckpointError, OSError, KeyError):
-            return {}
 
     # --- room ----------------------------------------------------------------------------------
 

@@ -7,16 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from esper_fn.checkpoint import _files, _manifest, _retention
-from esper_fn.checkpoint._folder import (
-    RUN,
-    PathLike,
-    checked_step,
-    inspect,
-    run_identity,
-    step_folder,
-    steps,
-)
+from esper_fn.checkpoint import _files, _folder, _manifest, _retention
+from esper_fn.checkpoint._folder import PathLike
 from esper_fn.checkpoint._manifest import Manifest
 from esper_fn.checkpoint._structure import check_structure
 from esper_fn.errors import (
@@ -50,18 +42,18 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
       CheckpointError: of a newer format.
       NoCheckpointError: no such step.
     """
-    step = checked_step(step)
-    folder = step_folder(path, step)
+    step = _folder.checked_step(step)
+    folder = _folder.step_folder(path, step)
     name = _relative(step)
     try:
-        manifest = inspect(path, step, key=key)
+        manifest = _folder.inspect(path, step, key=key)
         check_structure(manifest.structure, len(manifest.leaves))
     except (CorruptCheckpointError, UnreadableCheckpointError) as error:
         yield damage_by(error, path, step)
         return
     except NoCheckpointError:
-        if step in steps(path):
-            yield Damage(step, RUN, "missing")
+        if step in _folder.steps(path):
+            yield Damage(step, _folder.RUN, "missing")
             return
         raise
     try:
@@ -93,7 +85,7 @@ def damages(path: PathLike, step: int, *, key: bytes | None = None) -> Iterator[
 
 
 def _relative(step: int) -> str:
-    return step_folder("", step).as_posix()
+    return _folder.step_folder("", step).as_posix()
 
 
 def _unlisted(manifest: Manifest, present: Iterable[str]) -> list[str]:
@@ -103,7 +95,7 @@ def _unlisted(manifest: Manifest, present: Iterable[str]) -> list[str]:
 def damage_by(error: CheckpointError, path: PathLike, step: int) -> Damage:
     """Makes a damage of an error that `inspect` raised."""
     verdict: Any = "unreadable" if isinstance(error, UnreadableCheckpointError) else "doubtful"
-    for name in (RUN, manifest := f"{_relative(step)}/{_manifest.NAME}"):
+    for name in (_folder.RUN, manifest := f"{_relative(step)}/{_manifest.NAME}"):
         prefix = f"{Path(path) / name}: "
         if str(error).startswith(prefix):
             return Damage(step, name, str(error).removeprefix(prefix), verdict)
@@ -138,9 +130,9 @@ def verify(path: PathLike, *, key: bytes | None = None) -> dict[int, Damage | No
       NoCheckpointError: not a checkpoint folder.
       CheckpointError: a step of a newer format.
     """
-    if not steps(path):
-        run_identity(path)
-    return {step: next(damages(path, step, key=key), None) for step in steps(path)}
+    if not _folder.steps(path):
+        _folder.run_identity(path)
+    return {step: next(damages(path, step, key=key), None) for step in _folder.steps(path)}
 
 
 def history(
@@ -156,15 +148,15 @@ def history(
         that is there.
     """
     rows = []
-    for step in steps(path):
-        folder, fault = step_folder(path, step), faults.get(step)
+    for step in _folder.steps(path):
+        folder, fault = _folder.step_folder(path, step), faults.get(step)
         is_corrupt = fault is not None and fault.verdict == "corrupt"
         doubt = "" if fault is None or is_corrupt else f"{fault.file}: {fault.problem}"
         metrics: Mapping[str, float] = {}
         statuses: Mapping[str, os.stat_result] = {}
         try:
             statuses = _files.statuses(folder)
-            manifest = inspect(path, step, key=key)
+            manifest = _folder.inspect(path, step, key=key)
             metrics = manifest.metrics
             if manifest.is_signed and key is None:
                 doubt = doubt or "it is signed, and no key is given"

@@ -12,21 +12,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from esper_fn.checkpoint import _arrays, _verify
-from esper_fn.checkpoint._folder import (
-    MAX_RECORD_BYTES,
-    PathLike,
-    checked_step,
-    drop,
-    run_identity,
-    steps,
-    take_lock,
-)
+from esper_fn.checkpoint import _arrays, _folder, _verify
+from esper_fn.checkpoint._folder import PathLike
 from esper_fn.checkpoint._json import dumps
 from esper_fn.checkpoint._leaf import leaf_from_json, leaf_to_json, value_of
+from esper_fn.checkpoint._manifest import Manifest
 from esper_fn.checkpoint._restore import Restored, restore
 from esper_fn.checkpoint._retention import Decision, Retention, decide, everything, latest
-from esper_fn.checkpoint._store import Content, Store
+from esper_fn.checkpoint._store import Store
 from esper_fn.checkpoint._structure import build, describe
 from esper_fn.errors import CheckpointError
 
@@ -135,7 +128,7 @@ class Writer:
         """
         if self._is_closed:
             raise CheckpointError(f"{self.path}: this writer is closed")
-        step = checked_step(step)
+        step = _folder.checked_step(step)
         self._settle()
         structure, leaves, arrays = describe(value)
         data = None if record is None else _record_bytes(record)
@@ -152,16 +145,8 @@ class Writer:
             )
         copies = _arrays.fetch(arrays, leaves, self._pool, self._copiers)
         self._pool = [copy for copy in copies if copy is not None]
-        content = Content(
-            step=step,
-            structure=structure,
-            leaves=tuple(leaves),
-            arrays=copies,
-            record=data,
-            metrics=numbers,
-            prefixes=tuple(parts),
-        )
-        self._pending = self._thread.submit(self._store.write, content)
+        draft = Manifest(step=step, structure=structure, leaves=tuple(leaves), metrics=numbers)
+        self._pending = self._thread.submit(self._store.write, draft, copies, data, tuple(parts))
 
     def poll(self) -> bool:
         """Whether nothing is under way; passes an error of a save to `on_failure`."""
@@ -255,9 +240,9 @@ def _record_bytes(record: Any) -> bytes:
         data = dumps(record)
     except ValueError as error:
         raise CheckpointError(f"record: {error}") from None
-    if len(data) > MAX_RECORD_BYTES:
+    if len(data) > _folder.MAX_RECORD_BYTES:
         raise CheckpointError(
-            f"record takes {len(data)} bytes, at most {MAX_RECORD_BYTES} are read back"
+            f"record takes {len(data)} bytes, at most {_folder.MAX_RECORD_BYTES} are read back"
         )
     return data
 
@@ -319,10 +304,10 @@ def prune(
       CheckpointError: a writer has it open.
     """
     root = Path(path)
-    run_identity(root)
-    with nullcontext() if dry_run else closing(take_lock(root)):
+    _folder.run_identity(root)
+    with nullcontext() if dry_run else closing(_folder.take_lock(root)):
         faults, protected = {}, {}
-        for step in reversed(steps(root)):
+        for step in reversed(_folder.steps(root)):
             damage = _verify.judge(root, step, key=key)
             if damage is None:
                 protected[step] = "the newest sound step"
@@ -332,5 +317,5 @@ def prune(
         decisions = decide(keep, history, protected=protected)
         for decision in decisions:
             if not (decision.is_kept or dry_run):
-                drop(root, decision.step)
+                _folder.drop(root, decision.step)
         return decisions

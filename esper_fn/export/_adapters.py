@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,9 @@ import numpy as np
 from esper_fn._growth import Growth, GrowthState
 from esper_fn._layout import Layout
 from esper_fn._sites import BankView, Site, SiteConfig, forward
-from esper_fn._typing import Adapters, Array, Params
+from esper_fn._typing import Array, Params
 from esper_fn.errors import LayoutError
-from esper_fn.lifecycle import SeedState, Stage
+from esper_fn.lifecycle import Stage
 from esper_fn.lifecycle._state import gains
 from esper_kernels import Gains
 
@@ -42,36 +43,28 @@ def acting_adapters(growth: Growth, state: GrowthState) -> list[Adapter]:
       growth: the growing network.
       state: of it.
     """
-    seeds, adapters = jax.device_get((state.seeds, state.adapters))
+    layout = growth.layout
+    seeds, banks = jax.device_get((state.seeds, state.adapters))
     scale = np.asarray(gains(jnp.asarray(seeds.stage), jnp.asarray(seeds.alpha)))[:, 0]
-    acting_seeds = np.flatnonzero((seeds.slot >= 0) & (scale != 0)).tolist()
-    return [
-        _adapter(growth.layout, adapters, seeds, float(scale[seed]), seed) for seed in acting_seeds
-    ]
-
-
-def _adapter(
-    layout: Layout, adapters: Adapters, seeds: SeedState, output_scale: float, seed: int
-) -> Adapter:
-    site, layer, chunk = layout.locate(seed)
-    slot = int(seeds.slot[seed])
-    bank = next(b for b in layout.tables.banks if b.start <= slot < b.start + b.num_slots)
-    name = layout.names[bank.blueprint]
-
-    def own(leaf: np.ndarray) -> np.ndarray:
-        row: np.ndarray = leaf[slot - bank.start]
-        return row
-
-    return Adapter(
-        seed=seed,
-        site=site.name,
-        layer=layer,
-        chunk=chunk,
-        blueprint=name,
-        stage=Stage(int(seeds.stage[seed])).name,
-        output_scale=output_scale,
-        params=jax.tree.map(own, adapters[site.name][name]),
-    )
+    acting = []
+    for seed in np.flatnonzero((seeds.slot >= 0) & (scale != 0)).tolist():
+        site, layer, chunk = layout.locate(seed)
+        slot = int(seeds.slot[seed])
+        bank = next(b for b in layout.tables.banks if b.start <= slot < b.start + b.num_slots)
+        blueprint = layout.names[bank.blueprint]
+        acting.append(
+            Adapter(
+                seed=seed,
+                site=site.name,
+                layer=layer,
+                chunk=chunk,
+                blueprint=blueprint,
+                stage=Stage(int(seeds.stage[seed])).name,
+                output_scale=float(scale[seed]),
+                params=jax.tree.map(itemgetter(slot - bank.start), banks[site.name][blueprint]),
+            )
+        )
+    return acting
 
 
 @jax.tree_util.register_pytree_node_class
@@ -98,14 +91,9 @@ class FixedSeeds:
         beyond the site's are left as they are.
         """
         site, banks = self._layout.sites[self._layout.site_index(name)], self._banks.get(name, {})
+        blueprints = [self._layout.blueprints[self._layout.blueprint_index(key)] for key in banks]
         config = SiteConfig(
-            site=site,
-            blueprints=tuple(
-                self._layout.blueprints[self._layout.blueprint_index(blueprint)]
-                for blueprint in banks
-            ),
-            adapters_at_once=None,
-            implementation="loops",
+            site=site, blueprints=tuple(blueprints), adapters_at_once=None, implementation="loops"
         )
         inputs = (x if source is None else source)[..., : site.source.features]
         y, _ = forward(config, tuple(banks.values()), inputs, x[..., : site.features])

@@ -18,7 +18,6 @@ from esper_fn.export._adapters import Adapter
 
 FORMAT = "esper-fn network"
 VERSION = 1
-MAX_HEADER_BYTES = 16 * 2**20
 
 
 class Network(NamedTuple):

@@ -12,6 +12,7 @@ VERSION = 1
 
 _VERDICT = ("step", "from", "to", "cause", "measured")
 _ENDS = ("FOSSILIZED", "CULLED", "CANCELLED", "ROLLED_BACK")
+_BEGINNINGS = {"TRAINING": "training_step", "GRAFTING": "graft_began_step"}
 
 
 def lineage(
@@ -81,10 +82,8 @@ def _record(life: dict[str, Any], event: Mapping[str, Any]) -> None:
     """Adds a change of stage to a life."""
     step, target = event["step"], event["to"]
     life["verdicts"].append({name: event[name] for name in _VERDICT})
-    if target == "TRAINING":
-        life["training_step"] = step
-    if target == "GRAFTING":
-        life["graft_began_step"] = step
+    if target in _BEGINNINGS:
+        life[_BEGINNINGS[target]] = step
     if event["from"] == "GRAFTING":
         life["graft_ended_step"] = step
     if target in _ENDS:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +20,9 @@ from esper_fn._typing import Key
 from esper_fn.checkpoint import Restored
 from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE, SeedState
+from esper_fn.optim import PerAdapterState
 from esper_fn.optim._checks import find_states
 from esper_fn.runtime import _rows
-from esper_fn.runtime._enlarge_optimizer import enlarge_optimizer_state
-from esper_fn.runtime._packing import num_snapshots
 from esper_fn.runtime._plain import decoded
 from esper_fn.runtime._step import TrainState
 
@@ -34,13 +36,6 @@ class Enlarged(NamedTuple):
     """A `TrainState`, or a `GrowthState` where one was given."""
     changes: tuple[str, ...]
     """One line for each group of leaves that changed, and by which rule."""
-
-
-class _Before(NamedTuple):
-    """The static part of the smaller growth."""
-
-    layout: Layout
-    grafts: tuple[str, ...]
 
 
 def enlarge(
@@ -85,24 +80,28 @@ shapes are the same, else from the beginning |
       CheckpointError: no such state, not of `before`, or something living has no slot in `growth`.
     """
     _check_growth("growth", growth)
-    name, value, old = "state", source, None
+    name, value = "state", source
     if isinstance(source, Restored):
         name, value = f"step {source.step}", source.value
-    if before is not None or not isinstance(source, Restored):
-        _check_growth("before", before)
-        old = _Before(before.layout, tuple(graft.name for graft in before.grafts))  # type: ignore[union-attr]
+    if before is None and isinstance(source, Restored):
+        layout, grafts = _from_record(source, growth.layout)
     else:
-        old = _from_record(source, growth.layout)
+        _check_growth("before", before)
+        layout, grafts = before.layout, _graft_names(before)  # type: ignore[union-attr, arg-type]
     if not isinstance(key, jax.Array | np.ndarray):
         raise CheckpointError(
             f"key must be a random key, `jax.random.key(0)` say, got {type(key).__name__}"
         )
     state = _find_state(value, name)
-    _check_state(state, old, name)
-    _check_layouts(old.layout, growth.layout)
-    changes: list[str] = []
-    enlarged = _enlarged(state, old, growth, optimizer, growth.init(key), changes)
-    return Enlarged(state=jax.tree.map(jnp.copy, enlarged), changes=tuple(changes))
+    _check_state(state, layout, grafts, name)
+    _check_layouts(layout, growth.layout)
+    move = _rows.find_move(layout, growth.layout)
+    enlarging = _Enlarging(growth, grafts, move, growth.init(key), changes=[])
+    if isinstance(state, GrowthState):
+        enlarged: Any = enlarging.growth_state(state)
+    else:
+        enlarged = enlarging.train_state(state, optimizer)
+    return Enlarged(state=jax.tree.map(jnp.copy, enlarged), changes=tuple(enlarging.changes))
 
 
 def _check_growth(name: str, growth: Any) -> None:
@@ -112,95 +111,132 @@ def _check_growth(name: str, growth: Any) -> None:
         )
 
 
-def _enlarged(
-    state: TrainState | GrowthState,
-    before: _Before,
-    growth: Growth,
-    optimizer: optax.GradientTransformationExtraArgs | None,
-    fresh: GrowthState,
-    changes: list[str],
-) -> TrainState | GrowthState:
-    saved = state if isinstance(state, GrowthState) else state.growth_state
-    sources = _rows.find_sources(before.layout, growth.layout)
-    _rows.check_nothing_is_lost(before.layout, saved.owner, sources)
-    grown = _growth_state(saved, fresh, before, growth, sources, changes)
-    if isinstance(state, GrowthState):
-        return grown
-    params = jax.tree.map(jnp.asarray, state.params)
-    opt_state = enlarge_optimizer_state(
-        state.opt_state, params, fresh, before.layout, growth.layout, optimizer, changes
+def _graft_names(growth: Growth) -> list[str]:
+    return [graft.name for graft in growth.grafts]
+
+
+@dataclass(frozen=True)
+class _Enlarging:
+    """The way of one state into a larger growth.
+
+    Attributes:
+      growth: the larger one.
+      old_grafts: names of the alpha schedules of the smaller one.
+      move: from the smaller layout to the larger one.
+      fresh: a first state of the larger growth.
+      changes: one line for each group of leaves that is not as it was.
+    """
+
+    growth: Growth
+    old_grafts: Sequence[str]
+    move: _rows.Move
+    fresh: GrowthState
+    changes: list[str]
+
+    def train_state(self, state: TrainState, optimizer: Any) -> TrainState:
+        grown = self.growth_state(state.growth_state)
+        params = jax.tree.map(jnp.asarray, state.params)
+        opt_state = self._opt_state(state.opt_state, params, optimizer)
+        ring = None
+        if state.ring is not None:
+            every, size = int(state.ring.every), state.ring.num_snapshots
+            ring = rollback.init(params, opt_state, grown, every=every, num_snapshots=size)
+            self.changes.append("ring: snapshots begin now")
+        return TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
+
+    def growth_state(self, saved: GrowthState) -> GrowthState:
+        move, fresh, changes = self.move, self.fresh, self.changes
+        _rows.check_nothing_is_lost(move, saved.owner)
+        if (num_new := int((move.seed == NONE).sum())) > 0:
+            changes.append(f"growth.seeds: {num_new} new, dormant")
+        if (num_new := int((move.slot == NONE).sum())) > 0:
+            changes.append(f"growth.adapters, opt_state.adapters: {num_new} new slots, fresh")
+        if fresh.directions is not None or saved.directions is not None:
+            changes.append("growth.directions: cleared until the next survey")
+        as_saved = {
+            name: jax.tree.map(jnp.asarray, getattr(saved, name))
+            for name in ("loss", "settings", "step", "policy", "governor")
+        }
+        for name in ("policy", "governor"):
+            if _rows.form(getattr(saved, name)) != _rows.form(getattr(fresh, name)):
+                changes.append(f"growth.{name}: of another form, begins anew")
+                del as_saved[name]
+        owner = _rows.merge_rows(move.slot, saved.owner, fresh.owner)
+        schedules = dict(zip(self.old_grafts, saved.grafts, strict=True))
+        return fresh._replace(
+            seeds=self._seeds(saved.seeds),
+            adapters=_rows.merge_banks(move, saved.adapters, fresh.adapters),
+            owner=_rows.renumber(owner, _rows.inverse(move.seed, move.before.num_seeds)),
+            generation=_rows.merge_rows(move.slot, saved.generation, fresh.generation),
+            grafts=tuple(
+                _schedule_state(move.seed, schedules.get(name), own)
+                for name, own in zip(_graft_names(self.growth), fresh.grafts, strict=True)
+            ),
+            key=saved.key,
+            **as_saved,
+        )
+
+    def _seeds(self, saved: SeedState) -> SeedState:
+        move, names = self.move, _graft_names(self.growth)
+        for name in self.old_grafts:
+            if name not in names:
+                raise CheckpointError(
+                    f"the run grafted with {name!r}; offer it here too, beside {names}"
+                )
+        blueprints = [move.after.names.index(name) for name in move.before.names]
+        grafts = [names.index(name) for name in self.old_grafts]
+        seeds: SeedState = jax.tree.map(
+            partial(_rows.merge_rows, move.seed), saved, self.fresh.seeds
+        )
+        return seeds._replace(
+            slot=_rows.renumber(seeds.slot, _rows.inverse(move.slot, move.before.num_slots)),
+            blueprint=_rows.renumber(seeds.blueprint, np.asarray(blueprints, np.int8)),
+            graft=_rows.renumber(seeds.graft, np.asarray(grafts, np.int8)),
+        )
+
+    def _opt_state(self, saved: Any, params: Any, optimizer: Any) -> Any:
+        """The state of `optim.per_adapter`, and of what may be wrapped around it."""
+        own = None if optimizer is None else optimizer.init((params, self.fresh.adapters))
+        states, own_states = find_states(saved), find_states(own)
+        if not own_states:
+            raise CheckpointError(
+                "optimizer must be the run's, from `optim.per_adapter`, got "
+                f"{type(optimizer).__name__}; in a loop with another, enlarge the `GrowthState` "
+                "alone"
+            )
+        if len(states) != len(own_states):
+            raise CheckpointError("opt_state has another form: the optimizer is not the run's")
+        merged = map(self._per_adapter_state, states, own_states)
+        wrapper = saved
+        if _rows.form(_without_states(saved)) != _rows.form(_without_states(own)):
+            wrapper = own
+            self.changes.append("opt_state: what is around `per_adapter` begins anew")
+        return jax.tree.map(
+            lambda node: next(merged) if _is_state(node) else jnp.asarray(node),
+            wrapper,
+            is_leaf=_is_state,
+        )
+
+    def _per_adapter_state(self, old: PerAdapterState, own: PerAdapterState) -> PerAdapterState:
+        if _rows.form(own.host) != _rows.form(old.host):
+            raise CheckpointError("opt_state.host has another form: the optimizer is not the run's")
+        return own._replace(
+            host=jax.tree.map(jnp.asarray, old.host),
+            adapters=_rows.merge_banks(self.move, old.adapters, own.adapters),
+            num_updates=jnp.asarray(old.num_updates),
+            generation=_rows.merge_banks(self.move, old.generation, own.generation),
+        )
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, PerAdapterState)
+
+
+def _without_states(opt_state: Any) -> Any:
+    """An optimiser's state with None for the states of `per_adapter` inside."""
+    return jax.tree.map(
+        lambda node: None if _is_state(node) else node, opt_state, is_leaf=_is_state
     )
-    ring = None
-    if state.ring is not None:
-        every, size = int(state.ring.every), num_snapshots(state.ring)
-        ring = rollback.init(params, opt_state, grown, every=every, num_snapshots=size)
-        changes.append("ring: snapshots begin now")
-    return TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
-
-
-def _growth_state(
-    saved: GrowthState,
-    fresh: GrowthState,
-    before: _Before,
-    growth: Growth,
-    sources: _rows.Sources,
-    changes: list[str],
-) -> GrowthState:
-    if (num_new := int((sources.seed == NONE).sum())) > 0:
-        changes.append(f"growth.seeds: {num_new} new, dormant")
-    if (num_new := int((sources.slot == NONE).sum())) > 0:
-        changes.append(f"growth.adapters, opt_state.adapters: {num_new} new slots, fresh")
-    if fresh.directions is not None or saved.directions is not None:
-        changes.append("growth.directions: cleared until the next survey")
-
-    def restart_or_keep(name: str) -> Any:
-        old, own = getattr(saved, name), getattr(fresh, name)
-        if _rows.form(old) == _rows.form(own):
-            return jax.tree.map(jnp.asarray, old)
-        changes.append(f"growth.{name}: of another form, begins anew")
-        return own
-
-    new_seed = _rows.inverse(sources.seed, before.layout.num_seeds)
-    owner = _rows.merge_rows(sources.slot, saved.owner, fresh.owner)
-    schedules = dict(zip(before.grafts, saved.grafts, strict=True))
-    return fresh._replace(
-        seeds=_seeds(saved.seeds, fresh.seeds, before, growth, sources),
-        adapters=_rows.merge_banks(before.layout, growth.layout, saved.adapters, fresh.adapters),
-        owner=_rows.renumber(owner, new_seed),
-        generation=_rows.merge_rows(sources.slot, saved.generation, fresh.generation),
-        loss=jax.tree.map(jnp.asarray, saved.loss),
-        settings=jax.tree.map(jnp.asarray, saved.settings),
-        grafts=tuple(
-            _schedule_state(sources.seed, schedules.get(graft.name), own)
-            for graft, own in zip(growth.grafts, fresh.grafts, strict=True)
-        ),
-        policy=restart_or_keep("policy"),
-        governor=restart_or_keep("governor"),
-        key=saved.key,
-        step=jnp.asarray(saved.step),
-    )
-
-
-def _seeds(
-    saved: SeedState, fresh: SeedState, before: _Before, growth: Growth, sources: _rows.Sources
-) -> SeedState:
-    seeds = jax.tree.map(lambda a, b: _rows.merge_rows(sources.seed, a, b), saved, fresh)
-    blueprints = [growth.layout.names.index(name) for name in before.layout.names]
-    grafts = [_graft_index(growth, name) for name in before.grafts]
-    slots = _rows.inverse(sources.slot, before.layout.num_slots)
-    renumbered: SeedState = seeds._replace(
-        slot=_rows.renumber(seeds.slot, slots),
-        blueprint=_rows.renumber(seeds.blueprint, np.asarray(blueprints, np.int8)),
-        graft=_rows.renumber(seeds.graft, np.asarray(grafts, np.int8)),
-    )
-    return renumbered
-
-
-def _graft_index(growth: Growth, name: str) -> int:
-    names = [graft.name for graft in growth.grafts]
-    if name not in names:
-        raise CheckpointError(f"the run grafted with {name!r}; offer it here too, beside {names}")
-    return names.index(name)
 
 
 def _schedule_state(seeds: np.ndarray, old: Any, own: Any) -> Any:
@@ -218,16 +254,9 @@ def _find_state(value: Any, name: str) -> TrainState | GrowthState:
     if isinstance(value, TrainState | GrowthState):
         return value
     items = value if isinstance(value, dict) else {}
-    if (
-        isinstance(items.get("growth_state"), GrowthState)
-        and {"params", "opt_state"} <= items.keys()
-    ):
-        return TrainState(
-            params=items["params"],
-            opt_state=items["opt_state"],
-            growth_state=items["growth_state"],
-            ring=items.get("ring"),
-        )
+    fields = {name: items[name] for name in TrainState._fields if name in items}
+    if isinstance(items.get("growth_state"), GrowthState) and len(fields.keys() - {"ring"}) == 3:
+        return TrainState(**{"ring": None, **fields})
     for kind in (TrainState, GrowthState):
         states = [item for item in items.values() if isinstance(item, kind)]
         if len(states) == 1:
@@ -240,7 +269,9 @@ def _find_state(value: Any, name: str) -> TrainState | GrowthState:
     )
 
 
-def _check_state(state: TrainState | GrowthState, before: _Before, name: str) -> None:
+def _check_state(
+    state: TrainState | GrowthState, layout: Layout, grafts: Sequence[str], name: str
+) -> None:
     """Raises unless it is a state of that growth, made of arrays."""
     grown: Any = state if isinstance(state, GrowthState) else state.growth_state
     if not isinstance(grown, GrowthState):
@@ -259,17 +290,16 @@ def _check_state(state: TrainState | GrowthState, before: _Before, name: str) ->
             raise CheckpointError(
                 f"{name}: {leaf_name} must be an array, got {type(leaf).__name__}"
             )
-    layout = before.layout
-    for what, count, expected in (
-        ("seeds", np.shape(grown.seeds.stage), (layout.num_seeds,)),
-        ("slots", np.shape(grown.owner), (layout.num_slots,)),
-        ("grafts", (len(grown.grafts),), (len(before.grafts),)),
+    for what, shape, expected in (
+        ("seeds", np.shape(grown.seeds.stage), layout.num_seeds),
+        ("slots", np.shape(grown.owner), layout.num_slots),
+        ("grafts", (len(grown.grafts),), len(grafts)),
     ):
-        if count != expected:
-            numbers = count[0] if len(count) == 1 else count
+        if shape != (expected,):
+            numbers = shape[0] if len(shape) == 1 else shape
             raise CheckpointError(
                 f"{name} is not of the growth `before`: it has {numbers} {what}, the growth "
-                f"{expected[0]}"
+                f"{expected}"
             )
 
 
@@ -297,7 +327,7 @@ def _check_blueprints(names: Any, after: Layout) -> None:
         raise CheckpointError(f"the run grew with blueprints {missing}; offer them here too")
 
 
-def _from_record(restored: Restored, larger: Layout) -> _Before:
+def _from_record(restored: Restored, larger: Layout) -> tuple[Layout, list[str]]:
     """The growth that `fit` noted, its blueprints taken by name from the larger layout."""
     record = restored.record
     settings = decoded(record.get("settings")) if isinstance(record, dict) else None
@@ -322,4 +352,4 @@ def _from_record(restored: Restored, larger: Layout) -> _Before:
             f"what the step says of its growth has another form ({error}); pass `before=` the "
             "growth of that run"
         ) from error
-    return _Before(layout, tuple(settings["grafts"]))
+    return layout, settings["grafts"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,29 @@ def fit(
         hooks = steered(hooks, steering)
     program = program or compile_fit(growth, loss_fn, optimizer, survey_every=options.survey_every)
     state = _first_state(growth, optimizer, params, key, start, options)
-    run = _Run(growth, program, checked_batches(batches), survey_batch, options, hooks, num_steps)
-    return Loop(run.advance, state, run.settings(state.ring), hooks, num_steps).run()
+    _check_surveys(program, options, survey_batch)
+    run = _Run(
+        growth=growth,
+        program=program,
+        batches=checked_batches(batches),
+        survey_batch=jax.tree.map(jnp.asarray, survey_batch),
+        silence=growth.commands((), size=options.max_commands),
+        options=options,
+        hooks=hooks,
+        length=segment_length(num_steps, options.segment_steps),
+        has_ring=state.ring is not None,
+    )
+    return Loop(run.advance, run.settings(state.ring), hooks, num_steps, state).run()
+
+
+def _check_surveys(program: Program, options: FitOptions, survey_batch: Any) -> None:
+    if options.survey_every is not None:
+        check_survey_batch(survey_batch)
+    if program.survey_every != options.survey_every:
+        raise ValueError(
+            f"program was compiled with survey_every={program.survey_every!r}, options have "
+            f"{options.survey_every!r}; give both the same"
+        )
 
 
 @jax.jit
@@ -130,67 +151,55 @@ def _first_state(
     )
 
 
+@dataclass(frozen=True, slots=True)
 class _Run:
-    """The segments of one growing run."""
+    """The segments of one growing run; `silence` stands for no commands."""
 
-    def __init__(
-        self,
-        growth: Growth,
-        program: Program,
-        batches: Batches,
-        survey_batch: Any,
-        options: FitOptions,
-        hooks: Hooks,
-        num_steps: int,
-    ) -> None:
-        if options.survey_every is not None:
-            check_survey_batch(survey_batch)
-        if program.survey_every != options.survey_every:
-            raise ValueError(
-                f"program was compiled with survey_every={program.survey_every!r}, options have "
-                f"{options.survey_every!r}; give both the same"
-            )
-        self._growth, self._program, self._batches = growth, program, batches
-        self._survey_batch = jax.tree.map(jnp.asarray, survey_batch)
-        self._options, self._hooks, self._num_steps = options, hooks, num_steps
-        self._length = segment_length(num_steps, options.segment_steps)
-        self._silence = growth.commands((), size=options.max_commands)
-        self._has_ring = False
+    growth: Growth
+    program: Program
+    batches: Batches
+    survey_batch: Any
+    silence: Commands
+    options: FitOptions
+    hooks: Hooks
+    length: int
+    has_ring: bool
 
     def settings(self, ring: rollback.Ring | None) -> dict[str, Any]:
         """What must be the same when the run goes on, from a state with this ring."""
-        self._has_ring = ring is not None
         return {
-            **settings_of(self._growth),
-            "segment_steps": self._length,
-            "survey_every": self._options.survey_every,
+            **settings_of(self.growth),
+            "segment_steps": self.length,
+            "survey_every": self.options.survey_every,
             "snapshot_every": None if ring is None else int(ring.every),
             "num_snapshots": 0 if ring is None else ring.num_snapshots,
-            "max_commands": self._options.max_commands,
+            "max_commands": self.options.max_commands,
         }
 
     def advance(self, state: TrainState, first: int, record: dict[str, Any]) -> Segment:
-        """Runs the segment that begins with a step."""
-        growth, totals = self._growth, record["totals"]
-        commands = partial(self._commands, first) if self._hooks.commands else self._silence
-        batches = self._batches(first, self._length)
-        state, infos = self._program(state, batches, self._survey_batch, commands)
-        if self._hooks.answer is not None:
-            self._hooks.answer(first, partial(jax.device_get, infos.outcomes))
+        """Runs the segment that begins with a step, and adds it to the totals of the run."""
+        growth, options, totals = self.growth, self.options, record["totals"]
+        commands = partial(self._commands, first) if self.hooks.commands else self.silence
+        batches = self.batches(first, self.length)
+        state, infos = self.program(state, batches, self.survey_batch, commands)
+        if self.hooks.answer is not None:
+            self.hooks.answer(first, partial(jax.device_get, infos.outcomes))
         infos = jax.device_get(infos)
-        self._add(totals, infos, first)
-        check_finite(
-            infos.loss,
-            first,
-            num_rollbacks=totals["num_rollbacks"],
-            max_rollbacks=self._options.max_rollbacks if self._has_ring else None,
-        )
+        totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
+        totals["num_parameters"] = int(infos.num_parameters[-1])
+        flops = infos.num_flops.astype(np.float64)
+        totals["adapter_flops"] += float(flops.sum())
+        max_rollbacks = options.max_rollbacks if self.has_ring else None
+        check_finite(infos.loss, first, totals["num_rollbacks"], max_rollbacks)
         warn_of_barren(growth, infos, first, record)
-        if self._options.survey_every is not None:
+        if options.survey_every is not None:
+            passes = _survey_passes(growth, infos, first, options.survey_every)
+            totals["num_passes"] += int(passes.sum())
+            totals["survey_flops"] += float((passes * flops).sum())
             warn_of_blind(state.growth_state, first, record)
         return Segment(
             first_step=first,
-            num_steps=self._length,
+            num_steps=self.length,
             state=state,
             losses=infos.loss,
             infos=infos,
@@ -199,22 +208,10 @@ class _Run:
         )
 
     def _commands(self, first: int) -> Commands:
-        assert self._hooks.commands is not None  # noqa: S101 -- for the type
-        commands = self._hooks.commands(first)
+        commands = self.hooks.commands(first) if self.hooks.commands is not None else ()
         if not commands:
-            return self._silence
-        return self._growth.commands(commands, size=self._options.max_commands)
-
-    def _add(self, totals: dict[str, Any], infos: StepInfo, first: int) -> None:
-        """Adds a segment to the totals of the run."""
-        totals["num_rollbacks"] += int(infos.verdict.should_roll_back.sum())
-        totals["num_parameters"] = int(infos.num_parameters[-1])
-        flops = infos.num_flops.astype(np.float64)
-        totals["adapter_flops"] += float(flops.sum())
-        if self._options.survey_every is not None:
-            passes = _survey_passes(self._growth, infos, first, self._options.survey_every)
-            totals["num_passes"] += int(passes.sum())
-            totals["survey_flops"] += float((passes * flops).sum())
+            return self.silence
+        return self.growth.commands(commands, size=self.options.max_commands)
 
 
 def _survey_passes(growth: Growth, infos: StepInfo, first: int, survey_every: int) -> np.ndarray:
@@ -278,5 +275,5 @@ def fit_host(
             listener(segment._replace(state=segment.state[0]))
 
     hooks = Hooks(listener=report, should_stop=should_stop, checkpoints=checkpoints)
-    fitted = Loop(advance, state, {"segment_steps": length}, hooks, num_steps).run()
+    fitted = Loop(advance, {"segment_steps": length}, hooks, num_steps, state).run()
     return fitted._replace(state=fitted.state[0])

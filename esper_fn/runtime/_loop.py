@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,49 +18,53 @@ Advance = Callable[[Any, int, dict[str, Any]], Segment]
 """`advance(state, first_step, record)`: runs a segment, and adds to `record["totals"]`."""
 
 
+def _first_record() -> dict[str, Any]:
+    totals: dict[str, float] = {"num_rollbacks": 0, "num_parameters": 0, "num_passes": 0}
+    totals |= {"adapter_flops": 0.0, "survey_flops": 0.0}
+    return {"totals": totals, "events": [], "rollbacks": []}
+
+
+@dataclass(slots=True)
 class Loop:
     """A run between its segments.
 
-    Args:
+    Attributes:
       advance: runs one segment.
-      state: before the first.
       settings: what must be the same when a saved run goes on.
       hooks: who acts on the run between segments.
       num_steps: in all.
+      state: before the first segment, then after the last one.
+      record: totals, events and roll-backs so far.
+      losses: so far.
+      step: steps done.
+      saved_step: the step of the last checkpoint.
+      resumed_from: the step of the checkpoint that the run went on from, if it did.
+      num_compiled: programs compiled after the first segment.
     """
 
-    def __init__(
-        self,
-        advance: Advance,
-        state: Any,
-        settings: dict[str, Any],
-        hooks: Hooks,
-        num_steps: int,
-    ) -> None:
-        self._advance, self._hooks = advance, hooks
-        self._settings, self._num_steps = settings, num_steps
-        totals = {"num_rollbacks": 0, "num_parameters": 0, "num_passes": 0}
-        self._record: dict[str, Any] = {
-            "totals": {**totals, "adapter_flops": 0.0, "survey_flops": 0.0},
-            "events": [],
-            "rollbacks": [],
-        }
-        self._state = state
-        self._losses: list[np.ndarray] = []
-        self._step = self._saved_step = self._num_compiled = 0
-        self._resumed_from: int | None = None
+    advance: Advance
+    settings: dict[str, Any]
+    hooks: Hooks
+    num_steps: int
+    state: Any
+    record: dict[str, Any] = field(default_factory=_first_record)
+    losses: list[np.ndarray] = field(default_factory=list)
+    step: int = 0
+    saved_step: int = 0
+    resumed_from: int | None = None
+    num_compiled: int = 0
 
     def run(self) -> Fit:
         """From where the run stands to its end, or to where it is stopped."""
-        hooks, checkpoints = self._hooks, self._hooks.checkpoints
+        hooks, checkpoints = self.hooks, self.hooks.checkpoints
         self._resume()
-        is_over = self._step >= self._num_steps
+        is_over = self.step >= self.num_steps
         if not is_over and hooks.should_start is not None:
             is_over = not hooks.should_start()
-        while self._step < self._num_steps and not is_over:
-            first = self._step
+        while self.step < self.num_steps and not is_over:
+            first = self.step
             self._run_segment()
-            if checkpoints is not None and checkpoints.is_due(first, self._step):
+            if checkpoints is not None and checkpoints.is_due(first, self.step):
                 self._save()
             is_over = hooks.should_stop is not None and hooks.should_stop()
             if hooks.should_save is not None and hooks.should_save():
@@ -68,47 +73,47 @@ class Loop:
         if checkpoints is not None:
             checkpoints.writer.wait()
         return Fit(
-            state=self._state,
-            losses=np.concatenate(self._losses) if self._losses else np.zeros(0, np.float32),
-            events=self._record["events"],
-            num_compiled=self._num_compiled,
-            rollbacks=self._record["rollbacks"],
-            num_steps=self._step,
-            resumed_from=self._resumed_from,
-            **self._record["totals"],
+            state=self.state,
+            losses=np.concatenate(self.losses) if self.losses else np.zeros(0, np.float32),
+            events=self.record["events"],
+            num_compiled=self.num_compiled,
+            rollbacks=self.record["rollbacks"],
+            num_steps=self.step,
+            resumed_from=self.resumed_from,
+            **self.record["totals"],
         )
 
     def _resume(self) -> None:
-        checkpoints = self._hooks.checkpoints
+        checkpoints = self.hooks.checkpoints
         if checkpoints is None:
             return
-        progress = _saving.load(checkpoints, self._state, self._settings, self._num_steps)
+        progress = _saving.load(checkpoints, self.state, self.settings, self.num_steps)
         if progress is not None:
-            self._resumed_from = self._step = self._saved_step = progress.step
-            self._state, self._record = progress.state, progress.record
-            self._losses = [progress.losses]
+            self.resumed_from = self.step = self.saved_step = progress.step
+            self.state, self.record = progress.state, progress.record
+            self.losses = [progress.losses]
 
     def _run_segment(self) -> None:
         with count_compilations() as count:
-            segment = self._advance(self._state, self._step, self._record)
-            self._state = segment.state
-            self._losses.append(segment.losses)
-            self._record["events"].extend(segment.events)
-            self._record["rollbacks"].extend(segment.rollbacks)
-            if self._hooks.listener is not None:
-                self._hooks.listener(segment)
-        if self._step != (self._resumed_from or 0):
-            self._num_compiled += count.num_compiled
-        self._step += segment.num_steps
+            segment = self.advance(self.state, self.step, self.record)
+            self.state = segment.state
+            self.losses.append(segment.losses)
+            self.record["events"].extend(segment.events)
+            self.record["rollbacks"].extend(segment.rollbacks)
+            if self.hooks.listener is not None:
+                self.hooks.listener(segment)
+        if self.step != (self.resumed_from or 0):
+            self.num_compiled += count.num_compiled
+        self.step += segment.num_steps
 
     def _save(self) -> None:
-        checkpoints = self._hooks.checkpoints
-        if checkpoints is None or self._saved_step == self._step:
+        checkpoints = self.hooks.checkpoints
+        if checkpoints is None or self.saved_step == self.step:
             return
-        losses = np.concatenate(self._losses)
-        progress = _saving.Progress(self._step, self._state, losses, self._record)
-        _saving.save(checkpoints, progress, self._settings, float(np.mean(self._losses[-1])))
-        self._saved_step = self._step
+        losses = np.concatenate(self.losses)
+        progress = _saving.Progress(self.step, self.state, losses, self.record)
+        _saving.save(checkpoints, progress, self.settings, float(np.mean(self.losses[-1])))
+        self.saved_step = self.step
 
 
 def segment_length(num_steps: int, most: int) -> int:
@@ -125,7 +130,7 @@ def segment_length(num_steps: int, most: int) -> int:
 
 
 def check_finite(
-    losses: np.ndarray, first: int, *, num_rollbacks: int = 0, max_rollbacks: int | None = None
+    losses: np.ndarray, first: int, num_rollbacks: int = 0, max_rollbacks: int | None = None
 ) -> None:
     """Raises where a run cannot go on.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,11 @@ class PackedRing(NamedTuple):
     next_step: Any
     every: Any
     is_elevated: Any
+
+    @property
+    def num_snapshots(self) -> int:
+        """As a ring in memory has it."""
+        return len(self.snapshots)
 
 
 def save_state(
@@ -90,69 +96,57 @@ def restore_state(
     return restored._replace(value=unpack(restored.value))
 
 
-def pack(state: TrainState) -> TrainState:
-    """The state with its snapshots one by one.
+def pack(state: Any) -> Any:
+    """A `TrainState` with its snapshots one by one; any other state as it is.
 
     Leaves of the snapshots may be views of the state's memory, as `Writer.save` copies them.
     """
-    if state.ring is None:
+    if not isinstance(state, TrainState) or state.ring is None:
         return state
+    ring = state.ring
     snapshots = tuple(
-        jax.tree.map(_row(index), state.ring.snapshots) for index in range(state.ring.num_snapshots)
+        jax.tree.map(partial(_row, index), ring.snapshots) for index in range(ring.num_snapshots)
     )
-    ring: Any = PackedRing(**{**state.ring._asdict(), "snapshots": snapshots})
-    return state._replace(ring=ring)
+    packed: Any = PackedRing(**ring._asdict() | {"snapshots": snapshots})
+    return state._replace(ring=packed)
 
 
-def unpack(state: TrainState) -> TrainState:
+def unpack(state: Any) -> Any:
     """The reverse of `pack`; a state that is not packed stays as it is."""
-    ring: Any = state.ring
+    ring = state.ring if isinstance(state, TrainState) else None
     if not isinstance(ring, PackedRing):
         return state
     snapshots = jax.tree.map(lambda *rows: _stacked(rows), *ring.snapshots)
-    return state._replace(ring=rollback.Ring(**{**ring._asdict(), "snapshots": snapshots}))
+    return state._replace(ring=rollback.Ring(**ring._asdict() | {"snapshots": snapshots}))
 
 
-def parts_of(state: TrainState) -> tuple[str, ...]:
+def parts_of(state: Any) -> tuple[str, ...]:
     """The `parts` of `Writer.save` for `{"state": pack(state)}`: what is stored on its own."""
-    size = 0 if state.ring is None else state.ring.num_snapshots
+    if not isinstance(state, TrainState):
+        return ()
     names = ["params", "opt_state", "growth_state"]
-    for index in range(size):
+    for index in range(0 if state.ring is None else state.ring.num_snapshots):
         names += [f"ring/snapshots/{index}/{name}" for name in ("params", "opt_state")]
     return tuple(f"state/{name}" for name in names)
 
 
-def num_snapshots(ring: PackedRing | rollback.Ring) -> int:
-    """How many snapshots a ring has, in memory or from a file."""
-    return len(ring.snapshots) if isinstance(ring, PackedRing) else ring.num_snapshots
-
-
-class _Example(NamedTuple):
-    """Whatever of a ring may have pytree nodes that are rebuilt only beside an example."""
-
-    snapshots: tuple[rollback.Snapshot, ...]
-
-
-def example(state: TrainState) -> TrainState:
+def example(state: Any) -> Any:
     """The `like` for restoring what `pack` made of such a state."""
-    if state.ring is None:
+    if not isinstance(state, TrainState) or state.ring is None:
         return state
     now = rollback.take_snapshot(state.params, state.opt_state, state.growth_state)
-    ring: Any = _Example((now,) * num_snapshots(state.ring))
+    # Nothing else of a ring may have pytree nodes that are rebuilt only beside an example.
+    fields = dict.fromkeys(PackedRing._fields) | {"snapshots": (now,) * state.ring.num_snapshots}
+    ring: Any = PackedRing(**fields)
     return state._replace(ring=ring)
 
 
-def _row(index: int) -> Any:
-    def read(leaf: Any) -> Any:
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if is_key or jax.default_backend() != "cpu":
-            return leaf[index]
-        return np.asarray(leaf)[index]
-
-    return read
+def _row(index: int, leaf: Any) -> Any:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    on_host = not is_key and jax.default_backend() == "cpu"
+    return (np.asarray(leaf) if on_host else leaf)[index]
 
 
 def _stacked(rows: tuple[Any, ...]) -> Any:
-    if jnp.issubdtype(rows[0].dtype, jax.dtypes.prng_key):
-        return jnp.stack(rows)
-    return np.stack(rows)
+    is_key = jnp.issubdtype(rows[0].dtype, jax.dtypes.prng_key)
+    return jnp.stack(rows) if is_key else np.stack(rows)

@@ -15,7 +15,7 @@ from esper_fn._sites import NoSeeds
 from esper_fn._typing import Params
 from esper_fn.commands import Commands
 from esper_fn.runtime._scan import scan_steps
-from esper_fn.runtime._step import Trained, TrainState, join, make_step_parts, make_survey
+from esper_fn.runtime._step import Trained, TrainState, make_step, make_survey
 
 
 class Program:
@@ -33,21 +33,21 @@ class Program:
         survey_every: int | None,
     ) -> None:
         self.survey_every = survey_every
-        parts = make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every)
+        step = make_step(growth, loss_fn, optimizer, survey_every=survey_every)
         # To say where a NaN comes from, JAX runs the program again with the same arguments.
         is_debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
         first, both = ((), ()) if is_debugged else ((0,), (0, 1))
-        self._segment = jax.jit(scan_steps(join(parts)), donate_argnums=first)
+        self._segment = jax.jit(scan_steps(step), donate_argnums=first)
         self._surveyed = None
         if survey_every is not None:
-            plain = join(make_step_parts(growth, loss_fn, optimizer, survey_every=None))
+            plain = make_step(growth, loss_fn, optimizer, survey_every=None)
             survey = make_survey(growth, loss_fn)
             self._surveyed = jax.jit(
                 scan_steps(plain, survey=survey, survey_every=survey_every), donate_argnums=first
             )
         # What a half only hands on stays out of it: an array a program takes costs time each step.
         self._train = jax.jit(
-            lambda params, opt_state, growth, batches, survey_batch: parts.train(
+            lambda params, opt_state, growth, batches, survey_batch: step.train(
                 TrainState(params=params, opt_state=opt_state, growth_state=growth, ring=None),
                 jax.tree.map(lambda leaf: leaf[0], batches),
                 survey_batch,
@@ -56,7 +56,7 @@ class Program:
         )
         self._grow = jax.jit(
             lambda trained, ring, adapters, commands: _as_segment(
-                *parts.grow(_with(trained, adapters=adapters, ring=ring), commands)
+                *step.grow(_with(trained, adapters=adapters, ring=ring), commands)
             ),
             donate_argnums=both,
         )
@@ -159,7 +159,4 @@ def compile_fit_host(loss_fn: LossFn, optimizer: optax.GradientTransformation) -
         learning = optax.apply_updates(learning, updates)
         return strengthen((combine(learning, still), opt_state)), loss
 
-    def segment(carry: Any, batches: Any) -> Any:
-        return jax.lax.scan(step, carry, batches)
-
-    return jax.jit(segment, donate_argnums=0)
+    return jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches), donate_argnums=0)

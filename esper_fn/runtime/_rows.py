@@ -15,21 +15,30 @@ from esper_fn.errors import CheckpointError
 from esper_fn.lifecycle import NONE
 
 
-class Sources(NamedTuple):
-    """For each seed and slot of the larger layout the one that it takes over, or `NONE`."""
+class Move(NamedTuple):
+    """From a layout to a larger one.
 
+    Attributes:
+      before: the smaller layout.
+      after: the larger layout.
+      seed: for each seed of the larger layout the one that it takes over, or `NONE`.
+      slot: the same for slots.
+    """
+
+    before: Layout
+    after: Layout
     seed: np.ndarray
     slot: np.ndarray
 
 
-def find_sources(before: Layout, after: Layout) -> Sources:
+def find_move(before: Layout, after: Layout) -> Move:
     """Seeds at the same site, layer and chunk; slots of the same site, blueprint and position."""
     old_seeds = {_location(before, seed): seed for seed in range(before.num_seeds)}
     seeds = [old_seeds.get(_location(after, seed), NONE) for seed in range(after.num_seeds)]
     slots = np.full(after.num_slots, NONE)
     for _, old_slots, _, new_slots in _pairs(before, after):
         slots[new_slots] = old_slots
-    return Sources(seed=np.asarray(seeds), slot=slots)
+    return Move(before=before, after=after, seed=np.asarray(seeds), slot=slots)
 
 
 def _location(layout: Layout, seed: int) -> tuple[str, int, int]:
@@ -58,24 +67,30 @@ def _slots(layout: Layout, bank: Bank) -> np.ndarray:
     return slots.reshape(layout.sites[bank.site].num_layers, -1)
 
 
-def check_nothing_is_lost(before: Layout, owner: Any, sources: Sources) -> None:
+def check_nothing_is_lost(move: Move, owner: Any) -> None:
     """Raises `CheckpointError` where an adapter that lives has no slot in the larger layout."""
     owner = np.asarray(owner)
     for slot in np.flatnonzero(owner != NONE).tolist():
         seed = int(owner[slot])
-        if slot not in sources.slot or seed not in sources.seed:
-            site, layer, chunk = before.locate(seed)
+        if slot not in move.slot or seed not in move.seed:
+            site, layer, chunk = move.before.locate(seed)
             raise CheckpointError(
                 f"seed {seed} (site {site.name!r}, layer {layer}, chunk {chunk}) holds an adapter "
                 "that has no place in this layout; keep its site and at least the capacity of "
-                f"the run, {before.capacity}"
+                f"the run, {move.before.capacity}"
             )
 
 
 def merge_rows(sources: np.ndarray, saved: Any, own: Any) -> jax.Array:
     """`saved[sources]`, and `own` where the source is `NONE`; dtype and bits as saved."""
     if jnp.issubdtype(jnp.result_type(own), jax.dtypes.prng_key):
-        return _merge_keys(sources, saved, own)
+        if jnp.result_type(saved) != jnp.result_type(own):
+            raise CheckpointError(
+                f"random keys were saved as {jnp.result_type(saved)}, here they are "
+                f"{jnp.result_type(own)}"
+            )
+        rows = merge_rows(sources, jax.random.key_data(saved), jax.random.key_data(own))
+        return jax.random.wrap_key_data(rows, impl=jax.random.key_impl(own))
     saved, own = np.asarray(saved), np.asarray(own)
     if saved.dtype != own.dtype or saved.shape[1:] != own.shape[1:]:
         raise CheckpointError(
@@ -87,23 +102,11 @@ def merge_rows(sources: np.ndarray, saved: Any, own: Any) -> jax.Array:
     return jnp.asarray(rows)
 
 
-def _merge_keys(sources: np.ndarray, saved: Any, own: Any) -> jax.Array:
-    impl = str(jax.random.key_impl(own))
-    if not jnp.issubdtype(jnp.result_type(saved), jax.dtypes.prng_key):
-        raise CheckpointError(f"random keys are here what was saved as {jnp.result_type(saved)}")
-    if str(jax.random.key_impl(saved)) != impl:
-        raise CheckpointError(
-            f"random keys were saved as {jax.random.key_impl(saved)}, here they are {impl}"
-        )
-    rows = merge_rows(sources, jax.random.key_data(saved), jax.random.key_data(own))
-    return jax.random.wrap_key_data(rows, impl=impl)
-
-
-def merge_banks(before: Layout, after: Layout, saved: Any, own: Any) -> Any:
+def merge_banks(move: Move, saved: Any, own: Any) -> Any:
     """Adapters of all banks, or their optimiser states: `own` with the rows that were saved."""
     merged = {site: dict(banks) for site, banks in own.items()}
-    for old, old_slots, bank, new_slots in _pairs(before, after):
-        site, name = _name(after, bank)
+    for old, old_slots, bank, new_slots in _pairs(move.before, move.after):
+        site, name = _name(move.after, bank)
         if name not in merged.get(site, {}):
             continue  # a blueprint without parameters has no optimiser state
         if name not in saved.get(site, {}):

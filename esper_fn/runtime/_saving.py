@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from esper_fn._growth import Growth
 from esper_fn.errors import ResumeError
 from esper_fn.runtime._packing import example, pack, parts_of, unpack
 from esper_fn.runtime._plain import decoded, encoded, is_alike
-from esper_fn.runtime._step import TrainState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +49,9 @@ class Checkpoints:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
+        every = -1
+        with suppress(TypeError):
             every = -1 if isinstance(self.every_steps, bool) else operator.index(self.every_steps)
-        except TypeError:
-            every = -1
         if every < 1:
             raise ValueError(f"every_steps must be an int, at least 1, got {self.every_steps!r}")
         object.__setattr__(self, "every_steps", every)
@@ -83,36 +82,36 @@ def save(
       settings: of the run, which must be the same when it goes on.
       loss: a metric for `checkpoint.best`.
     """
-    note, state = checkpoints.note, progress.state
+    note = None if checkpoints.note is None else checkpoints.note()
     checkpoints.writer.save(
         progress.step,
-        _value(progress),
+        _value(progress.state, progress.losses),
         record={
-            "settings": encoded({**checkpoints.settings, **settings}, "settings"),
+            **_encoded(checkpoints, settings, note),
             "record": encoded(progress.record, "record"),
-            "note": None if note is None else encoded(note(), "note"),
         },
         metrics={"loss": loss},
-        parts=parts_of(state) if isinstance(state, TrainState) else (),
+        parts=parts_of(progress.state),
     )
 
 
-def _value(progress: Progress) -> dict[str, Any]:
-    state = progress.state
-    packed = pack(state) if isinstance(state, TrainState) else state
-    return {"state": packed, "losses": progress.losses}
+def _value(state: Any, losses: np.ndarray) -> dict[str, Any]:
+    return {"state": pack(state), "losses": losses}
+
+
+def _encoded(checkpoints: Checkpoints, settings: Mapping[str, Any], note: Any) -> dict[str, Any]:
+    all_settings = {**checkpoints.settings, **settings}
+    return {"settings": encoded(all_settings, "settings"), "note": encoded(note, "note")}
 
 
 def _check_can_save(checkpoints: Checkpoints, fresh: Any, settings: Mapping[str, Any]) -> None:
     """Raises before the first step for what could not be saved."""
-    record = {"settings": encoded({**checkpoints.settings, **settings}, "settings")}
+    note = None
     if checkpoints.note is not None:
-        try:
+        with suppress(Exception):  # it may need a segment first, and is called again then
             note = checkpoints.note()
-        except Exception:  # it may need a segment first, and is called again then
-            note = None
-        record["note"] = encoded(note, "note")
-    checkpoint.check(_value(Progress(0, fresh, np.zeros(0), {})), record=record)
+    record = _encoded(checkpoints, settings, note)
+    checkpoint.check(_value(fresh, np.zeros(0)), record=record)
 
 
 def load(
@@ -144,8 +143,7 @@ def load(
             f"{path}: it holds steps {steps} of an earlier run; go on from them (resume=True), or "
             "use another folder"
         )
-    like = example(fresh) if isinstance(fresh, TrainState) else fresh
-    restored = checkpoints.writer.restore(like={"state": like, "losses": 0})
+    restored = checkpoints.writer.restore(like={"state": example(fresh), "losses": 0})
     if restored.passed_over:
         damages = "; ".join(map(str, restored.passed_over))
         warnings.warn(
@@ -153,12 +151,11 @@ def load(
             checkpoint.CheckpointWarning,
             stacklevel=2,
         )
-    record = _checked_record(path, restored, {**checkpoints.settings, **settings}, num_steps)
-    state, losses = restored.value["state"], restored.value["losses"]
+    present = _encoded(checkpoints, settings, None)["settings"]
+    record = _checked_record(path, restored, decoded(present), num_steps)
+    state, losses = unpack(restored.value["state"]), restored.value["losses"]
     if len(losses) != restored.step:
         raise ResumeError(f"{path}: step {restored.step} holds {len(losses)} losses")
-    if isinstance(fresh, TrainState) and isinstance(state, TrainState):
-        state = unpack(state)
     _check_alike(fresh, state, str(path))
     if checkpoints.recall is not None:
         checkpoints.recall(decoded(record["note"]))
@@ -171,13 +168,13 @@ def load(
 
 
 def _checked_record(
-    path: object, restored: checkpoint.Restored, settings: Mapping[str, Any], num_steps: int
+    path: object, restored: checkpoint.Restored, present: dict[str, Any], num_steps: int
 ) -> dict[str, Any]:
     """The record of a step that `fit` saved with the same settings."""
     step, record = restored.step, restored.record
     if not isinstance(record, dict) or record.keys() != {"settings", "record", "note"}:
         raise ResumeError(f"{path}: step {step} was not saved by `fit`; use another folder")
-    saved, present = decoded(record["settings"]), decoded(encoded(settings, "settings"))
+    saved = decoded(record["settings"])
     for name in dict.fromkeys([*present, *saved]):
         if not is_alike(saved.get(name), present.get(name)):
             raise ResumeError(
@@ -196,7 +193,7 @@ def _checked_record(
 def _check_alike(fresh: Any, state: Any, path: str) -> None:
     """Raises `ResumeError`, naming the leaf, where structure, shape or dtype differ."""
     now, saved = dict(_leaves(fresh)), dict(_leaves(state))
-    for name in [*now, *(name for name in saved if name not in now)]:
+    for name in now | saved:
         if name not in now or name not in saved:
             side = "now" if name in now else "in the checkpoint"
             raise ResumeError(

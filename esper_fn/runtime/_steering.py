@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from esper_fn import bus, checkpoint, commands
 from esper_fn._growth import Growth
@@ -28,11 +28,9 @@ _PAUSE_SECONDS = 0.1
 """A paused loop checks so often whether it should end."""
 
 
-class _Translation(NamedTuple):
-    """A command of the bus as commands of the core."""
-
-    item: InFlight
-    commands: list[commands.Command]
+_Translated = list[commands.Command]
+_Translation = tuple[InFlight, _Translated]
+"""A command of the bus, and what it is as commands of the core."""
 
 
 class Steering:
@@ -94,11 +92,11 @@ class Steering:
           RunStoppedError: the run was stopped before its first step.
         """
         self._step = step
-        if self._next is None and self._process_inbox():
+        if self._next is None and self.should_stop():
             self.check_stopped()
         self._take(only_seeds=True)
         self._running, self._next = self._next or [], None
-        return [command for translation in self._running for command in translation.commands]
+        return [command for _, translated in self._running for command in translated]
 
     def answer(self, step: int, fetch: Callable[[], Any]) -> None:
         """Answers the commands of the segment that began with a step.
@@ -110,9 +108,9 @@ class Steering:
         if not self._running:
             return
         outcomes, first = fetch(), 0
-        for translation in self._running:
-            self._answer(translation, outcomes, first, step)
-            first += len(translation.commands)
+        for item, translated in self._running:
+            self._answer(item, translated, outcomes, first, step)
+            first += len(translated)
         self._running = []
         self.worker.flush(_HANDOVER_SECONDS)
 
@@ -146,7 +144,7 @@ class Steering:
           FencedError: another process drives the run now.
           RunStoppedError: the run was stopped before its first step.
         """
-        if self._process_inbox():
+        if self.should_stop():
             self.check_stopped()
         return not (self._is_paused and self._should_end())
 
@@ -156,7 +154,13 @@ class Steering:
         Raises:
           FencedError: another process drives the run now.
         """
-        return self._process_inbox()
+        self.worker.listen()
+        self._next = self._next or []
+        self._take()
+        while self._is_paused and self._stop is None and not self._should_end():
+            self.worker.wait(_PAUSE_SECONDS)
+            self._take()
+        return self._stop is not None
 
     def should_save(self) -> bool:
         """Whether a command has asked for a checkpoint since the last call."""
@@ -220,22 +224,12 @@ class Steering:
         self.worker.keeps_commands = True
         self.worker.start()
 
-    def _process_inbox(self) -> bool:
-        """Takes commands, waits while the run is paused, and returns whether it was stopped."""
-        self.worker.listen()
-        self._next = self._next or []
-        self._take()
-        while self._is_paused and self._stop is None and not self._should_end():
-            self.worker.wait(_PAUSE_SECONDS)
-            self._take()
-        return self._stop is not None
-
     def _take(self, *, only_seeds: bool = False) -> None:
         """Takes commands until none waits, or one does not fit into this segment."""
         if not self.worker.has_news and not self._deferred:
             return
         translations = self._next or []
-        seeds = [command.seed for each in translations for command in each.commands]
+        seeds = [command.seed for _, translated in translations for command in translated]
         items: list[InFlight] = []
         if not self._is_paused:
             items, self._deferred = self._deferred, []
@@ -250,48 +244,44 @@ class Steering:
                 self._control(item)
                 continue
             if self._is_paused:
-                self._defer(item)
+                if len(self._deferred) < _MAX_DEFERRED:
+                    self._deferred.append(item)
+                else:
+                    text = f"paused, and {_MAX_DEFERRED} commands wait; resume it"
+                    self._finish(item, "REFUSED", text)
                 continue
-            translation = self._translate(item)
-            if translation is None:
+            translated = self._translate(item)
+            if translated is None:
                 continue
-            own = [command.seed for command in translation.commands]
+            own = [command.seed for command in translated]
             if len(seeds) + len(own) > self.max_commands or set(own) & set(seeds):
                 self.worker.put_back(items[index:])
                 break
-            translations.append(translation)
+            translations.append((item, translated))
             seeds += own
         self._next = translations
         self.worker.flush()
 
     def _control(self, item: InFlight) -> None:
         """Carries out a command to the run."""
-        command = item.command
-        match command:
-            case bus.Pause() | bus.Resume():
+        match item.command:
+            case bus.Pause() | bus.Resume() as command:
                 self._is_paused = isinstance(command, bus.Pause)
                 self.worker.progress.is_paused = self._is_paused
-                self._finish(item, "DONE", f"before step {self._step}")
-            case bus.Stop():
+                answer = "DONE", f"before step {self._step}"
+            case bus.Stop() as command:
                 self._stop = command
-                self._finish(item, "DONE", f"stopped before step {self._step}")
+                answer = "DONE", f"stopped before step {self._step}"
             case bus.Checkpoint() if self._saved is not None:
                 self._is_save_due = True
-                self._finish(item, "DONE", "will be saved at the next step boundary")
+                answer = "DONE", "will be saved at the next step boundary"
             case bus.Checkpoint():
-                text = "the run keeps no checkpoints; start it with them"
-                self._finish(item, "REFUSED", text)
-            case _:
-                text = f"{type(command).__name__} is no command to a run"
-                self._finish(item, "REFUSED", text)
+                answer = "REFUSED", "the run keeps no checkpoints; start it with them"
+            case command:
+                answer = "REFUSED", f"{type(command).__name__} is no command to a run"
+        self._finish(item, *answer)
 
-    def _defer(self, item: InFlight) -> None:
-        if len(self._deferred) < _MAX_DEFERRED:
-            self._deferred.append(item)
-        else:
-            self._finish(item, "REFUSED", f"paused, and {_MAX_DEFERRED} commands wait; resume it")
-
-    def _translate(self, item: InFlight) -> _Translation | None:
+    def _translate(self, item: InFlight) -> _Translated | None:
         """Translates a command to seeds; refuses it and returns None if that is not possible."""
         command = item.command
         parts = command.commands if isinstance(command, bus.Batch) else (command,)
@@ -310,9 +300,11 @@ class Steering:
         except (EsperError, ValueError) as error:
             self._finish(item, "REFUSED", str(error))
             return None
-        return _Translation(item, translated)
+        return translated
 
-    def _answer(self, translation: _Translation, outcomes: Any, first: int, step: int) -> None:
+    def _answer(
+        self, item: InFlight, translated: _Translated, outcomes: Any, first: int, step: int
+    ) -> None:
         """Answers a command whose rows in the outcomes of a segment begin at `first`."""
         seeds = tuple(
             SeedOutcome(
@@ -321,20 +313,20 @@ class Steering:
                 before=stage_name(outcomes.before[0, row]),
                 after=stage_name(outcomes.after[0, row]),
             )
-            for row, command in enumerate(translation.commands, first)
+            for row, command in enumerate(translated, first)
         )
         bad = [Code[seed.code] for seed in seeds if seed.code != Code.DONE.name]
         # The cause, before its consequences.
         causes = [code for code in bad if code is not Code.BATCH_REFUSED]
         code = (causes or bad or [Code.DONE])[0]
         outcome = Outcome(
-            command_id=translation.item.command.id,
+            command_id=item.command.id,
             code=code.name,
             text=REFUSALS.get(code, ""),
             step=step,
             seeds=seeds,
         )
-        self.worker.finish(translation.item, outcome)
+        self.worker.finish(item, outcome)
 
     def _finish(self, item: InFlight, code: str, text: str) -> None:
         outcome = Outcome(command_id=item.command.id, code=code, text=text[:2_000], step=self._step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,8 +52,9 @@ Survey = Callable[[TrainState, Any], TrainState]
 """`survey(state, survey_batch) -> state`, with the seeds measured."""
 
 
-class StepParts(NamedTuple):
-    """A step in two parts, for a loop that takes commands in between.
+@dataclass(frozen=True, eq=False)
+class TwoPartStep:
+    """A `Step` whose two parts a loop may call by themselves, to take commands in between.
 
     Commands are applied at the end of a step. So a command that comes while the gradients are
     being computed need not wait for another step.
@@ -62,6 +64,12 @@ class StepParts(NamedTuple):
     """`train(state, batch, survey_batch)`: survey when due, gradients, optimiser."""
     grow: Callable[[Trained, Commands], tuple[TrainState, StepInfo]]
     """`grow(trained, commands)`: lifecycle and roll-back."""
+    survey_every: int | None
+
+    def __call__(
+        self, state: TrainState, batch: Any, survey_batch: Any, commands: Commands
+    ) -> tuple[TrainState, StepInfo]:
+        return self.grow(self.train(state, batch, survey_batch), commands)
 
 
 def init(
@@ -105,17 +113,47 @@ def init(
     return TrainState(params=params, opt_state=opt_state, growth_state=growth_state, ring=ring)
 
 
-def make_step_parts(
+def make_step(
     growth: Growth,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     survey_every: int | None = 25,
-) -> StepParts:
-    """One training step in two parts, which `make_step` joins; arguments as there."""
+) -> TwoPartStep:
+    """One training step, pure: gradients, optimiser, lifecycle, survey when due, roll-back.
+
+    The optimiser gets `value=loss`, `grad=` and `value_fn=`, for those that look at the loss
+    (`optax.contrib.reduce_on_plateau`) or search along a line (for the host only).
+
+    Args:
+      growth: the static part.
+      loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
+      optimizer: from `optim.per_adapter`.
+      survey_every: steps between two surveys on `survey_batch`. It is a conditional in each step,
+        which `vmap` over whole states would compute at every step: pass None there, and
+        `make_survey` to `scan_steps`. With None and no survey elsewhere nothing is ever judged by
+        its contribution.
+
+    Returns:
+      `step(state, batch, survey_batch, commands) -> (state, info)`.
+
+    Raises:
+      ValueError: `survey_every` is less than 1.
+      TypeError: `growth` is no `Growth`.
+    """
     if survey_every is not None and survey_every < 1:
         raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
     check_kind("growth", growth, Growth, "make one with `ef.Growth(sites=..., ...)`")
+    train = _train_part(growth, loss_fn, optimizer, survey_every)
+    return TwoPartStep(train, _grow_part(growth), survey_every)
+
+
+def _train_part(
+    growth: Growth,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformationExtraArgs,
+    survey_every: int | None,
+) -> Callable[[TrainState, Any, Any], Trained]:
     measure = growth.survey(loss_fn)
 
     def train(state: TrainState, batch: Any, survey_batch: Any) -> Trained:
@@ -147,6 +185,22 @@ def make_step_parts(
         after = TrainState(params=params, opt_state=opt_state, growth_state=grown, ring=ring)
         return Trained(after, adapters, statistics, loss, reference_loss)
 
+    return train
+
+
+def _value_fn(
+    growth: Growth, loss_fn: LossFn, state: GrowthState, batch: Any
+) -> Callable[[tuple[Params, Any]], Scalar]:
+    """The loss as a function of `(params, adapters)`, for optimisers that search along a line."""
+
+    def value_fn(variables: tuple[Params, Any]) -> Scalar:
+        seeds = growth.seeds(state._replace(adapters=variables[1]))
+        return jnp.asarray(loss_fn(variables[0], seeds, batch))
+
+    return value_fn
+
+
+def _grow_part(growth: Growth) -> Callable[[Trained, Commands], tuple[TrainState, StepInfo]]:
     def grow(trained: Trained, commands: Commands) -> tuple[TrainState, StepInfo]:
         params, opt_state, grown, ring = trained.state
         grown, info = growth.update(
@@ -164,63 +218,7 @@ def make_step_parts(
             info = info._replace(steps_undone=steps_undone)
         return strengthen(TrainState(params, opt_state, grown, ring)), info
 
-    return StepParts(train=train, grow=grow)
-
-
-def _value_fn(
-    growth: Growth, loss_fn: LossFn, state: GrowthState, batch: Any
-) -> Callable[[tuple[Params, Any]], Scalar]:
-    """The loss as a function of `(params, adapters)`, for optimisers that search along a line."""
-
-    def value_fn(variables: tuple[Params, Any]) -> Scalar:
-        seeds = growth.seeds(state._replace(adapters=variables[1]))
-        return jnp.asarray(loss_fn(variables[0], seeds, batch))
-
-    return value_fn
-
-
-def join(parts: StepParts) -> Step:
-    """The two parts as one step."""
-
-    def step(
-        state: TrainState, batch: Any, survey_batch: Any, commands: Commands
-    ) -> tuple[TrainState, StepInfo]:
-        return parts.grow(parts.train(state, batch, survey_batch), commands)
-
-    return step
-
-
-def make_step(
-    growth: Growth,
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformationExtraArgs,
-    *,
-    survey_every: int | None = 25,
-) -> Step:
-    """One training step, pure: gradients, optimiser, lifecycle, survey when due, roll-back.
-
-    The optimiser gets `value=loss`, `grad=` and `value_fn=`, for those that look at the loss
-    (`optax.contrib.reduce_on_plateau`) or search along a line (for the host only).
-
-    Args:
-      growth: the static part.
-      loss_fn: `loss_fn(params, seeds, batch)`, a scalar.
-      optimizer: from `optim.per_adapter`.
-      survey_every: steps between two surveys on `survey_batch`. It is a conditional in each step,
-        which `vmap` over whole states would compute at every step: pass None there, and
-        `make_survey` to `scan_steps`. With None and no survey elsewhere nothing is ever judged by
-        its contribution.
-
-    Returns:
-      `step(state, batch, survey_batch, commands) -> (state, info)`.
-
-    Raises:
-      ValueError: `survey_every` is less than 1.
-      TypeError: `growth` is no `Growth`.
-    """
-    step = join(make_step_parts(growth, loss_fn, optimizer, survey_every=survey_every))
-    step.survey_every = survey_every  # type: ignore[attr-defined]
-    return step
+    return grow
 
 
 def check_survey_batch(survey_batch: Any) -> None:
