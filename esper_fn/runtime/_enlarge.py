@@ -83,11 +83,7 @@ shapes are the same, else from the beginning |
     name, value = "state", source
     if isinstance(source, Restored):
         name, value = f"step {source.step}", source.value
-    if before is None and isinstance(source, Restored):
-        layout, grafts = _from_record(source, growth.layout)
-    else:
-        _check_growth("before", before)
-        layout, grafts = before.layout, _graft_names(before)  # type: ignore[union-attr, arg-type]
+    layout, grafts = _smaller(source, before, growth)
     if not isinstance(key, jax.Array | np.ndarray):
         raise CheckpointError(
             f"key must be a random key, `jax.random.key(0)` say, got {type(key).__name__}"
@@ -109,6 +105,14 @@ def _check_growth(name: str, growth: Any) -> None:
         raise CheckpointError(
             f"{name} must be a growth, an `esper_fn.Growth`, got {type(growth).__name__}"
         )
+
+
+def _smaller(source: Any, before: Growth | None, growth: Growth) -> tuple[Layout, list[str]]:
+    """Layout and alpha schedules of the growth that the state belongs to."""
+    if before is None and isinstance(source, Restored):
+        return _from_record(source, growth.layout)
+    _check_growth("before", before)
+    return before.layout, _graft_names(before)  # type: ignore[union-attr, arg-type]
 
 
 def _graft_names(growth: Growth) -> list[str]:

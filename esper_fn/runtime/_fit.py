@@ -95,29 +95,8 @@ def fit(
         hooks = steered(hooks, steering)
     program = program or compile_fit(growth, loss_fn, optimizer, survey_every=options.survey_every)
     state = _first_state(growth, optimizer, params, key, start, options)
-    _check_surveys(program, options, survey_batch)
-    run = _Run(
-        growth=growth,
-        program=program,
-        batches=checked_batches(batches),
-        survey_batch=jax.tree.map(jnp.asarray, survey_batch),
-        silence=growth.commands((), size=options.max_commands),
-        options=options,
-        hooks=hooks,
-        length=segment_length(num_steps, options.segment_steps),
-        has_ring=state.ring is not None,
-    )
+    run = _make_run(growth, program, batches, survey_batch, options, hooks, num_steps, state)
     return Loop(run.advance, run.settings(state.ring), hooks, num_steps, state).run()
-
-
-def _check_surveys(program: Program, options: FitOptions, survey_batch: Any) -> None:
-    if options.survey_every is not None:
-        check_survey_batch(survey_batch)
-    if program.survey_every != options.survey_every:
-        raise ValueError(
-            f"program was compiled with survey_every={program.survey_every!r}, options have "
-            f"{options.survey_every!r}; give both the same"
-        )
 
 
 @jax.jit
@@ -212,6 +191,36 @@ class _Run:
         if not commands:
             return self.silence
         return self.growth.commands(commands, size=self.options.max_commands)
+
+
+def _make_run(
+    growth: Growth,
+    program: Program,
+    batches: Batches,
+    survey_batch: Any,
+    options: FitOptions,
+    hooks: Hooks,
+    num_steps: int,
+    state: TrainState,
+) -> _Run:
+    if options.survey_every is not None:
+        check_survey_batch(survey_batch)
+    if program.survey_every != options.survey_every:
+        raise ValueError(
+            f"program was compiled with survey_every={program.survey_every!r}, options have "
+            f"{options.survey_every!r}; give both the same"
+        )
+    return _Run(
+        growth=growth,
+        program=program,
+        batches=checked_batches(batches),
+        survey_batch=jax.tree.map(jnp.asarray, survey_batch),
+        silence=growth.commands((), size=options.max_commands),
+        options=options,
+        hooks=hooks,
+        length=segment_length(num_steps, options.segment_steps),
+        has_ring=state.ring is not None,
+    )
 
 
 def _survey_passes(growth: Growth, infos: StepInfo, first: int, survey_every: int) -> np.ndarray:

@@ -38,7 +38,7 @@ class Program:
         is_debugged = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
         first, both = ((), ()) if is_debugged else ((0,), (0, 1))
         self._segment = jax.jit(scan_steps(step), donate_argnums=first)
-        self._surveyed = None
+        self._surveyed = self._segment
         if survey_every is not None:
             plain = make_step(growth, loss_fn, optimizer, survey_every=None)
             survey = make_survey(growth, loss_fn)
@@ -82,23 +82,19 @@ class Program:
           The state after it, and the `StepInfo` of each step, `[T, ...]`.
         """
         num_steps = jax.tree.leaves(batches)[0].shape[0]
-        if isinstance(commands, Commands):
-            return self._run(num_steps, state)(state, batches, survey_batch, commands)
-        if num_steps > 1:
-            return self._run(num_steps, state)(state, batches, survey_batch, commands())
+        if num_steps > 1 or isinstance(commands, Commands):
+            now = commands if isinstance(commands, Commands) else commands()
+            every, program = self.survey_every, self._segment
+            # Surveys stand between the steps where they fit.
+            if every and num_steps % every == 0 and int(state.growth_state.step) % every == 0:
+                program = self._surveyed
+            return program(state, batches, survey_batch, now)
         params, opt_state, growth, ring = state
         trained = self._train(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(trained.loss)
         # The adapters from before are only read: there is nothing to donate them to.
         before = trained.state.growth_state.adapters
         return self._grow(_with(trained, adapters=None, ring=None), ring, before, commands())
-
-    def _run(self, num_steps: int, state: TrainState) -> Any:
-        """The program with surveys between its steps, where they fit."""
-        every = self.survey_every
-        if every is None or num_steps % every or int(state.growth_state.step) % every:
-            return self._segment
-        return self._surveyed
 
 
 def _with(trained: Trained, *, adapters: Any, ring: Any) -> Trained:

@@ -14,11 +14,10 @@ from esper_fn.bus._worker import Worker
 from esper_fn.commands import Code
 from esper_fn.commands._pack import pack_on_host
 from esper_fn.errors import EsperError, RunStoppedError
+from esper_fn.runtime._messages import REFUSALS, Reporter, stage_name, to_core
 from esper_fn.runtime._positions import SavedPositions
 from esper_fn.runtime._records import Segment
-from esper_fn.runtime._reporting import Reporter
 from esper_fn.runtime._saving import Checkpoints
-from esper_fn.runtime._translate import REFUSALS, stage_name, to_core
 
 _NOTE = "bus_position"
 _MAX_DEFERRED = 1_024

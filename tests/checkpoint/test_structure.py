@@ -72,6 +72,7 @@ def test_a_state_of_every_policy_and_schedule_comes_back_without_an_example(tmp_
         ef.policies.never(),
         ef.policies.scripted([]),
         ef.policies.budget(100),
+        ef.policies.recycle(),
         ef.policies.cooldown(5),
         ef.policies.max_concurrent(2),
         ef.policies.max_total(3),
