@@ -67,9 +67,12 @@ def setting() -> Any:
 
 
 def once(params: Any, state: Any, x: jax.Array) -> Any:
-    """Gradients, statistics, a survey."""
+    """Gradients, statistics, a survey, and a Hessian-vector product of the exact view."""
     graded = GROWTH.value_and_grad(loss_fn)(params, state, x)
-    return graded, GROWTH.survey(loss_fn)(params, state, x)[1]
+    seeds, ones = GROWTH.seeds(state, exact=True), jax.tree.map(jnp.ones_like, params)
+    slope = jax.grad(lambda params: loss_fn(params, seeds, x))
+    curvature = jax.jvp(slope, (params,), (ones,))[1]
+    return graded, GROWTH.survey(loss_fn)(params, state, x)[1], curvature
 
 
 def run(params: Any, state: Any, x: jax.Array) -> Any:
