@@ -42,7 +42,9 @@ BENCHMARKS: dict[str, str] = {
     "bus": "benchmarks.bus",
     "growth": "benchmarks.growth",
     "compile": "benchmarks.compile",
-    "plastic": "benchmarks.plastic",
+    "plastic_labels": "benchmarks.plastic_labels",
+    "plastic_pixels": "benchmarks.plastic_pixels",
+    "plastic_regression": "benchmarks.plastic_regression",
 }
 """Every benchmark and the module whose `measure` takes its figures."""
 

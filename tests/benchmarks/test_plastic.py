@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import _plastic as plastic
 from benchmarks import _plastic_rivals as rivals
 from benchmarks import _streams as streams
-from benchmarks import plastic
 from benchmarks._plastic_grown import grown
 from benchmarks._plastic_network import Arm, Hyper, count_parameters, make_arm, matched_widths
 

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +31,13 @@ import numpy as np
 
 import esper_fn as ef
 from benchmarks import _plastic_rivals as rivals
-from benchmarks import _streams as streams
 from benchmarks._plastic_grown import grown
 from benchmarks._plastic_network import Arm, Hyper, make_arm, matched_widths
+from benchmarks._records import BenchmarkError
 from benchmarks._streams import Stream
 from benchmarks._timing import Row
 from benchmarks.growth import difference
+from esper_fn import policies
 
 SELECTION_SEEDS = (100, 101, 102)
 FINAL_SEEDS = tuple(range(10))
@@ -42,7 +45,10 @@ SURVEY_EXAMPLES = 256
 SURVEY_BINS = 3
 """Bins between two surveys: not a divisor of the ten bins of a task, which ought not to show."""
 
-_RATES = {"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 3e-3, 1e-2, 3e-2)}
+_RATES = {"adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-3, 3e-3, 1e-2, 3e-2)}
+_HOST_RATES = {"adam": (3e-5, 1e-4, 3e-4, 1e-3), "sgd": (3e-4, 1e-3, 3e-3, 1e-2)}
+"""Of a host that grows: adapters learn the quick part."""
+_ADAPTER_RATES = {"adam": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (3e-3, 1e-2, 3e-2, 1e-1)}
 _DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 _REPLACEMENTS = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -54,61 +60,59 @@ class Entry(NamedTuple):
     hypers: list[Hyper]
 
 
-def measure(*, quick: bool) -> Mapping[str, Row]:
-    """Measures all rows; `quick` takes few seeds, few hyperparameters and short streams."""
-    rows: dict[str, Row] = {}
-    for make in (_labels, _pixels, _regression):
-        try:
-            stream = make(quick)
-        except ef.errors.MissingDataError as error:
-            sys.stderr.write(f"plastic: a stream is left out: {error}\n")
-            continue
-        contenders = entries(stream)
-        if quick:
-            contenders = [entry._replace(hypers=entry.hypers[:1]) for entry in contenders]
-        rows |= compare(
-            stream,
-            contenders,
-            selection_seeds=SELECTION_SEEDS[:1] if quick else SELECTION_SEEDS,
-            final_seeds=FINAL_SEEDS[:2] if quick else FINAL_SEEDS,
-        )
-    return rows
+def measure(make_stream: Callable[[], Stream], *, quick: bool) -> Mapping[str, Row]:
+    """Measures all rows of a stream.
 
+    Args:
+      make_stream: what all arms learn from.
+      quick: take few seeds and few hyperparameters.
 
-def _labels(quick: bool) -> Stream:
-    return streams.labels(num_tasks=2, task_steps=20) if quick else streams.labels()
-
-
-def _pixels(quick: bool) -> Stream:
-    return streams.pixels(num_tasks=2, task_images=320) if quick else streams.pixels()
-
-
-def _regression(quick: bool) -> Stream:
+    Raises:
+      BenchmarkError: the data of the stream are missing.
+    """
+    try:
+        stream = make_stream()
+    except ef.errors.MissingDataError as error:
+        raise BenchmarkError(str(error)) from error
+    contenders = entries(stream)
     if quick:
-        return streams.regression(num_steps=400, task_steps=100, bin_steps=20)
-    return streams.regression()
+        contenders = [entry._replace(hypers=entry.hypers[:1]) for entry in contenders]
+    return compare(
+        stream,
+        contenders,
+        selection_seeds=SELECTION_SEEDS[:1] if quick else SELECTION_SEEDS,
+        final_seeds=FINAL_SEEDS[:2] if quick else FINAL_SEEDS,
+    )
 
 
 # --- arms ----------------------------------------------------------------------------------------
 
 
 def entries(stream: Stream) -> list[Entry]:
-    """Lists the arms of a stream; those for numbers come with SGD, as published, and with Adam.
+    """Lists the arms of a stream, all with Adam; those for numbers with SGD, as published.
+
+    *grown* follows docs/how_to/streams.md: a slow host, quick adapters, `policies.recycle`.
+    *grown_default* is `Growth` as it is when nothing is set.
 
     Args:
       stream: what they learn from.
 
     Returns:
-      The grown arm first, then its rivals.
+      The grown arms first, then their rivals.
     """
-    if stream.unit == "%":
-        return _entries(stream, "adam", "")
-    return [*_entries(stream, "sgd", "_sgd"), *_entries(stream, "adam", "_adam")]
-
-
-def _entries(stream: Stream, optimizer: str, suffix: str) -> list[Entry]:
+    optimizer = "adam" if stream.unit == "%" else "sgd"
     rates = {"rate": _RATES[optimizer]}
-    ours = grown(stream, name=f"grown{suffix}", optimizer=optimizer)
+    own_rates = {"rate": _HOST_RATES[optimizer], "adapter_rate": _ADAPTER_RATES[optimizer]}
+    ours = grown(
+        stream,
+        optimizer=optimizer,
+        policy=policies.chain(policies.periodic(every=10, count=64), policies.recycle()),
+        options={
+            "settings": ef.lifecycle.settings(embargo_steps=0),
+            "governor": ef.governors.disabled(),
+        },
+    )
+    default = grown(stream, name="grown_default", optimizer=optimizer)
     widths = matched_widths(stream.widths, ours.num_parameters)
     methods: dict[str, tuple[Any, dict[str, Sequence[float]]]] = {
         "plain": (rivals.plain(), {}),
@@ -126,13 +130,14 @@ def _entries(stream: Stream, optimizer: str, suffix: str) -> list[Entry]:
         "snr": (rivals.self_normalised_resets(), {"percentile": (0.9, 0.95, 0.98, 0.99)}),
         "full_reset": (rivals.full_reset(stream.task_steps), {}),
     }
-    host = make_arm(f"host{suffix}", stream, rivals.plain(), optimizer=optimizer)
+    host = make_arm("host", stream, rivals.plain(), optimizer=optimizer)
     return [
-        Entry(ours, grid(**rates, adapter_rate=_RATES[optimizer])),
+        Entry(ours, grid(**own_rates)),
+        Entry(default, grid(**own_rates)),
         Entry(host, grid(**rates)),
         *(
             Entry(
-                make_arm(f"{name}{suffix}", stream, method, optimizer=optimizer, widths=widths),
+                make_arm(name, stream, method, optimizer=optimizer, widths=widths),
                 grid(**rates, **own),
             )
             for name, (method, own) in methods.items()
@@ -249,28 +254,33 @@ def compare(
 
     Args:
       stream: what all arms learn from.
-      contenders: the arms; those whose name begins with `grown` are compared with the others of
-        the same optimiser.
+      contenders: the arms; the first is compared with each of the others.
       selection_seeds: for the choice.
       final_seeds: for the rows.
     """
-    metrics: dict[str, np.ndarray] = {}
-    rows: dict[str, Row] = {}
-    for arm, hypers in contenders:
+
+    def run(entry: Entry) -> tuple[Hyper, np.ndarray]:
+        arm, hypers = entry
         start = time.perf_counter()
         chosen = hypers[0]
         if len(hypers) > 1:
             chosen = hypers[best(stream, play(stream, arm, hypers, selection_seeds))]
-        metrics[arm.name] = play(stream, arm, [chosen], final_seeds)[0]
+        metrics = play(stream, arm, [chosen], final_seeds)[0]
         seconds = time.perf_counter() - start
-        sys.stderr.write(f"plastic: {stream.name}, {arm.name}: {seconds:.0f} s, {chosen}\n")
-        rows |= _arm_rows(stream, arm, chosen, metrics[arm.name])
-    for ours, theirs in itertools.product(metrics, metrics):
-        suffix = ours.removeprefix("grown")  # of the optimiser
-        is_ours, is_theirs = (name.startswith("grown") for name in (ours, theirs))
-        if is_ours and not is_theirs and theirs.endswith(suffix):
-            row = _minus(stream, last_tenth(metrics[ours]), last_tenth(metrics[theirs]))
-            rows[f"{stream.name}_{ours}_minus_{theirs}"] = row
+        sys.stderr.write(f"{stream.name}, {arm.name}: {seconds:.0f} s, {chosen}\n")
+        return chosen, metrics
+
+    # One arm is compiled while others run.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        results = list(threads.map(run, contenders))
+    rows: dict[str, Row] = {}
+    first, ours = contenders[0].arm.name, last_tenth(results[0][1])
+    for (arm, _), (chosen, metrics) in zip(contenders, results, strict=True):
+        rows |= _arm_rows(stream, arm, chosen, metrics)
+        if arm.name != first:
+            rows[f"{stream.name}_{first}_minus_{arm.name}"] = _minus(
+                stream, ours, last_tenth(metrics)
+            )
     return rows
 
 
