@@ -52,8 +52,8 @@ def labels(
 ) -> Stream:
     """The same images with new random labels every task: what is learned is of no use afterwards.
 
-    Pixels have mean 0 and deviation 1. (With pixels in [0, 1] a network learns so slowly that at its
-    best learning rate it loses nothing.)
+    Pixels have mean 0 and deviation 1. (With pixels in [0, 1] a network learns so slowly that at
+    its best learning rate it loses nothing.)
 
     Args:
       num_tasks: number of tasks.
@@ -79,7 +79,7 @@ def labels(
     return _classes("labels", 100, images, init, batch, num_tasks, task_steps)
 
 
-def pixels(*, num_tasks: int = 150, task_images: int = 4000) -> Stream:
+def pixels(*, num_tasks: int = 80, task_images: int = 4000) -> Stream:
     """Fashion-MNIST with its pixels in a new random order every task, each batch seen once.
 
     Args:

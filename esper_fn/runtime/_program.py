@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from esper_fn._arguments import check_function
-from esper_fn._growth import Growth, LossFn, StepInfo
+from esper_fn._growth import Growth, GrowthState, LossFn, StepInfo
 from esper_fn._leaves import combine, partition, strengthen
 from esper_fn._sites import NoSeeds
 from esper_fn._typing import Params
 from esper_fn.commands import Commands
+from esper_fn.rollback import Ring
 from esper_fn.runtime._scan import scan_steps
 from esper_fn.runtime._step import Trained, TrainState, make_step, make_survey
 
@@ -54,6 +56,12 @@ class Program:
             ),
             donate_argnums=both,
         )
+        self._try_snapshot = jax.jit(
+            lambda ring, growth, batches: step.try_snapshot(
+                ring, growth, jax.tree.map(lambda leaf: leaf[0], batches)
+            )
+        )
+        self._has_tried = False
         self._grow = jax.jit(
             lambda trained, ring, adapters, commands: _as_segment(
                 *step.grow(_with(trained, adapters=adapters, ring=ring), commands)
@@ -93,8 +101,23 @@ class Program:
         trained = self._train(params, opt_state, growth, batches, survey_batch)
         jax.block_until_ready(trained.loss)
         # The adapters from before are only read: there is nothing to donate them to.
-        before = trained.state.growth_state.adapters
-        return self._grow(_with(trained, adapters=None, ring=None), ring, before, commands())
+        grown = trained.state.growth_state
+        trained = trained._replace(reference_loss=self._reference_loss(ring, grown, batches))
+        return self._grow(
+            _with(trained, adapters=None, ring=None), ring, grown.adapters, commands()
+        )
+
+    def _reference_loss(self, ring: Ring | None, grown: GrowthState, batches: Any) -> Any:
+        """`Trained.reference_loss` of a step in two programs.
+
+        Its program runs while the loss is elevated, and once before, so that it is compiled then.
+        """
+        if ring is None:
+            return None
+        if self._has_tried and not np.any(ring.is_elevated):
+            return np.float32(np.nan)
+        self._has_tried = True
+        return self._try_snapshot(ring, grown, batches)
 
 
 def _with(trained: Trained, *, adapters: Any, ring: Any) -> Trained:

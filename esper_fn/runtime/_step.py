@@ -64,6 +64,9 @@ class TwoPartStep:
     """`train(state, batch, survey_batch)`: survey when due, gradients, optimiser."""
     grow: Callable[[Trained, Commands], tuple[TrainState, StepInfo]]
     """`grow(trained, commands)`: lifecycle and roll-back."""
+    try_snapshot: Callable[[rollback.Ring, GrowthState, Any], Scalar]
+    """`try_snapshot(ring, growth_state, batch)`: `Trained.reference_loss`, which `train` leaves out
+    of a state without its ring."""
     survey_every: int | None
 
     def __call__(
@@ -145,7 +148,11 @@ def make_step(
         raise ValueError(f"survey_every must be at least 1 or None, got {survey_every!r}")
     check_kind("growth", growth, Growth, "make one with `ef.Growth(sites=..., ...)`")
     train = _train_part(growth, loss_fn, optimizer, survey_every)
-    return TwoPartStep(train, _grow_part(growth), survey_every)
+
+    def try_snapshot(ring: rollback.Ring, grown: GrowthState, batch: Any) -> Scalar:
+        return rollback.reference_loss(growth, ring, loss_fn, grown, batch)[0]
+
+    return TwoPartStep(train, _grow_part(growth), try_snapshot, survey_every)
 
 
 def _train_part(

@@ -154,7 +154,7 @@ def test_gradients_go_through_whole_steps(monkeypatch: pytest.MonkeyPatch) -> No
     def conditional(is_wanted: jax.Array, run: Any, carry: Any) -> Any:
         return jax.lax.cond(is_wanted, run, lambda carry: carry, carry)
 
-    for module in ("optim", "_growth._update"):
+    for module in ("optim._per_adapter", "_growth._update"):
         monkeypatch.setattr(f"esper_fn.{module}.once_if", conditional)
     want = outer(*setting(None))
     assert float(optax.tree.norm(want[1])) > 0

@@ -266,7 +266,7 @@ BAD_COMMANDS: dict[str, tuple[Builder, str]] = {
     ),
     "a seed by name": (
         lambda: GROWTH.commands([cmd.cull("a")]),  # type: ignore[arg-type]
-        r"a command's seed must be an int, got 'a'; `layout\.seed_index",
+        r"seed 'a' does not exist; seeds are the ints 0\.\.1; `layout\.seed_index",
     ),
     "a stage by name": (
         lambda: cmd.transition(0, "culled"),  # type: ignore[arg-type]

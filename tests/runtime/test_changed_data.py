@@ -45,12 +45,24 @@ def trained() -> Any:
     state, info = run(state, (x[:STEPS], x[:STEPS] + noise[:STEPS]), None, growth.commands())
     assert not np.asarray(info.verdict.alarm).any()
     assert int(state.growth_state.seeds.stage[0]) == Stage.STABILIZATION
-    return growth, run, state, x[STEPS:], noise[STEPS:]
+    program = runtime.compile_fit(growth, loss_fn, optimizer, survey_every=None)
+
+    def one_by_one(state: Any, batches: Any, survey_batch: Any, commands: Any) -> Any:
+        """Steps of two programs each, which take commands in between."""
+        state, infos = jax.tree.map(jnp.copy, state), []
+        for index in range(STEPS):
+            batch = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], batches)
+            state, info = program(state, batch, survey_batch, lambda: commands)
+            infos.append(info)
+        return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+
+    return growth, {"one": run, "two": one_by_one}, state, x[STEPS:], noise[STEPS:]
 
 
-def test_a_change_of_the_data_rolls_nothing_back(trained: Any) -> None:
-    growth, run, state, x, noise = trained
-    after, info = run(state, (x, 5 * x + noise), None, growth.commands())
+@pytest.mark.parametrize("programs", ["one", "two"])
+def test_a_change_of_the_data_rolls_nothing_back(trained: Any, programs: str) -> None:
+    growth, runs, state, x, noise = trained
+    after, info = runs[programs](state, (x, 5 * x + noise), None, growth.commands())
     verdict = info.verdict
     assert float(info.loss[0]) > 10
     assert not np.asarray(verdict.should_roll_back).any()
@@ -63,10 +75,11 @@ def test_a_change_of_the_data_rolls_nothing_back(trained: Any) -> None:
     assert int(after.ring.steps.max()) > STEPS + 60
 
 
-def test_parameters_that_went_wrong_are_rolled_back(trained: Any) -> None:
-    growth, run, state, x, noise = trained
+@pytest.mark.parametrize("programs", ["one", "two"])
+def test_parameters_that_went_wrong_are_rolled_back(trained: Any, programs: str) -> None:
+    growth, runs, state, x, noise = trained
     broken = state._replace(params={"w": state.params["w"] + 4})
-    after, info = run(broken, (x, x + noise), None, growth.commands())
+    after, info = runs[programs](broken, (x, x + noise), None, growth.commands())
     verdict = info.verdict
     assert float(info.loss[0]) > 10
     back = np.flatnonzero(np.asarray(verdict.should_roll_back))
