@@ -114,7 +114,7 @@ class Program:
         """
         if ring is None:
             return None
-        if self._has_tried and not np.any(ring.is_elevated):
+        if self._has_tried and not np.asarray(ring.is_elevated).any():
             return np.float32(np.nan)
         self._has_tried = True
         return self._try_snapshot(ring, grown, batches)
