@@ -251,7 +251,7 @@ def test_a_step_copies_no_snapshot_and_works_in_place(num_steps: int | None) -> 
     ring_bytes, one_bytes = 5 * 64 * 129 * 4, 64 * 129 * 4
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= ring_bytes + one_bytes
-    assert memory.temp_size_in_bytes < 2 * one_bytes
+    assert memory.temp_size_in_bytes < 3 * one_bytes
     of_ring = re.findall(r"= f32\[5,64,129\]\S* ([\w-]+)\(", compiled.as_text())
     # One fusion writes one snapshot in place, inside the loop of one round or none, and one writes
     # back the snapshot that was tried, inside another.
