@@ -70,8 +70,9 @@ def recycle(
 
     Args:
       share: share of the acting adapters that a change releases, in (0, 1]; at least one adapter.
-      threshold: the sum that counts as a change, positive. Noise alone exceeds the default once in
-        a million steps or less, heavy tails (squared normal, log-normal) included.
+      threshold: the sum that counts as a change, positive. Noise that is
+        independent from step to step exceeds the default never (normal) to about twice in a million
+        steps (squared normal, log-normal with sigma 1); noise that is correlated exceeds it more.
       every: steps after which the least useful adapter is released in any case; None for never.
       patience: steps after a change in which the loss is not watched: it is high by itself then.
 
